@@ -1,0 +1,265 @@
+"""The same adapted linear, layer or model in every library, with the same numbers inside, ready to be timed.
+
+A contestant is a call without arguments that runs one pass and leaves its results where the gate finds them. Limit: the
+frozen base alone. Peers: PEFT under autocast (as Trainer runs it), without it, and under torch.compile; Unsloth's
+autograd function where the package can be imported; bitsandbytes' own products below PEFT and below the frozen base.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench.operands import Model, Size
+
+LIMIT, OURS, PEER = "limit", "ours", "peer"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Contestant(NamedTuple):
+    """One side of a comparison."""
+
+    name: str
+    role: str
+    call: Callable[[], object]
+    results: Callable[[], dict[str, Tensor]]  # of one pass without dropout, for the gate
+
+
+class One(nn.Module):
+    """A model that is one linear layer."""
+
+    def __init__(self, size: Size, device: str) -> None:
+        super().__init__()
+        generator = torch.Generator(device).manual_seed(0)
+        weight = torch.randn(size.n, size.k, generator=generator, device=device).mul_(size.k**-0.5).to(size.dtype)
+        self.proj = nn.Linear(size.k, size.n, bias=False, device="meta")
+        self.proj.weight = nn.Parameter(weight, requires_grad=False)
+        if size.format in ("nf4", "int8"):
+            import peftfast
+
+            options = {"double_quant": True, "compute_dtype": size.dtype} if size.format == "nf4" else {}
+            peftfast.quantize_model(self, size.format, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def wrap(library: str, base: nn.Module, size: Size, targets: Sequence[str], dora: bool = False) -> nn.Module:
+    """`base` with LoRA from a library, every factor filled."""
+    module = importlib.import_module(library)
+    config = module.LoraConfig(
+        r=size.r, lora_alpha=2 * size.r, lora_dropout=size.dropout, target_modules=list(targets), use_dora=dora
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = module.get_peft_model(base, config)
+    fill(model)
+    return model.train()
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """The same numbers in every library: they follow from the parameter's name."""
+    for name, parameter in sorted(model.named_parameters()):
+        if ".lora_A" in name or ".lora_B" in name:
+            generator = torch.Generator(parameter.device).manual_seed(len(name) + sum(map(ord, name)))
+            parameter.normal_(std=parameter.shape[1] ** -0.5 * 0.5, generator=generator)
+
+
+def _context(device: str, dtype: torch.dtype, enabled: bool) -> Any:
+    return torch.autocast(device.partition(":")[0], dtype, enabled=enabled and dtype != torch.float32)
+
+
+def _pass(model: Callable, x: Tensor, dy: Tensor, device: str, dtype: torch.dtype, amp: bool) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with _context(device, dtype, amp):
+            y = model(x)
+        y.backward(dy.to(y.dtype))
+        return y
+
+    return call
+
+
+def _results(model: nn.Module, call: Callable[[], Tensor], x: Tensor) -> Callable[[], dict[str, Tensor]]:
+    def run() -> dict[str, Tensor]:
+        model.zero_grad()
+        x.grad = None
+        model.eval()
+        y = call()
+        found = {"y": y.detach(), "dx": x.grad.clone()}
+        found |= {n[n.index("lora_") :]: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.train()
+        model.zero_grad()
+        x.grad = None
+        return found
+
+    return run
+
+
+def linear(size: Size, device: str, compiled: bool, dora: bool = False) -> list[Contestant]:
+    """Forward and backward of one linear layer."""
+    torch.manual_seed(0)
+    base = One(size, device)
+    x = torch.randn(size.m, size.k, device=device).to(size.dtype).requires_grad_()
+    dy = torch.randn(size.m, size.n, device=device).to(size.dtype)
+    found = []
+
+    def add(name: str, role: str, model: nn.Module, run: Callable | None = None, amp: bool = True) -> None:
+        call = _pass(run or model, x, dy, device, size.dtype, amp)
+        found.append(Contestant(name, role, call, _results(model, call, x)))
+
+    add("frozen", LIMIT, base)
+    add("peftfast", OURS, wrap("peftfast", copy.deepcopy(base), size, ["proj"], dora))
+    add("peft", PEER, wrap("peft", copy.deepcopy(base), size, ["proj"], dora))
+    add("peft, no autocast", PEER, wrap("peft", copy.deepcopy(base), size, ["proj"], dora), amp=False)
+    if compiled:
+        model = wrap("peft", copy.deepcopy(base), size, ["proj"], dora)
+        add("peft + compile", PEER, model, torch.compile(model))
+    function = _unsloth_linear(base, size) if not (size.dropout or dora) else None
+    if function is not None:
+        add("unsloth", PEER, function)
+    return found
+
+
+def _unsloth_linear(base: One, size: Size) -> nn.Module | None:
+    """Unsloth's autograd function around the same weight; None where it cannot be imported. It has no dropout."""
+    if importlib.util.find_spec("unsloth") is None or size.format == "int8":
+        return None
+    try:
+        from unsloth.kernels.fast_lora import LoRA_W
+    except Exception as error:
+        print(f"  unsloth is installed but does not import: {type(error).__name__}: {error}", flush=True)
+        return None
+
+    class Fast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            device = base.proj.weight.device
+            self.lora_A = nn.Linear(size.k, size.r, bias=False, device=device)
+            self.lora_B = nn.Linear(size.r, size.n, bias=False, device=device)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = base.proj.weight
+            state = getattr(weight, "quant_state", None)
+            return LoRA_W.apply(x, weight, state, self.lora_A.weight, self.lora_B.weight, 2.0)
+
+    return Fast()
+
+
+@torch.no_grad()
+def linear_truth(size: Size, device: str, source: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """What one pass should give, in fp64, from the dequantised weight and PEFT's factors."""
+    from peftfast.base.weight import base_weight
+
+    proj = source.base_model.model.proj
+    w = base_weight(proj.get_base_layer()).dense(torch.float32).double()
+    a, b = proj.lora_A["default"].weight.double(), proj.lora_B["default"].weight.double()
+    x, dy, scale = x.double(), dy.double(), proj.scaling["default"]
+    t, p = x @ a.t(), dy @ b * scale
+    return {
+        "y": x @ w.t() + scale * (t @ b.t()), "dx": dy @ w + p @ a,
+        "lora_A.default.weight": p.t() @ x, "lora_B.default.weight": scale * dy.t() @ t,
+    }  # fmt: skip
+
+
+# ---- layers and models -----------------------------------------------------------------------------------------------
+def llama(shape: Model, layers: int, dtype: torch.dtype, device: str, format: str = "dense") -> nn.Module:
+    """A Llama of a published model's block sizes, with few layers and a small vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
+        max_position_embeddings=32768, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    model = model.to(dtype).requires_grad_(False)
+    if format != "dense":
+        import peftfast
+
+        options = {"double_quant": True, "compute_dtype": dtype} if format == "nf4" else {}
+        peftfast.quantize_model(model, format, skip=["lm_head"], **options)
+    return model
+
+
+def models(base: nn.Module, size: Size, compiled: bool) -> dict[str, tuple[str, nn.Module]]:
+    """name -> (role, model): the limit, ours with and without blocks, PEFT."""
+    import peftfast
+
+    found = {"frozen": (LIMIT, base), "peftfast": (OURS, wrap("peftfast", copy.deepcopy(base), size, TARGETS))}
+    blocks = wrap("peftfast", copy.deepcopy(base), size, TARGETS)
+    attach(peftfast.fuse_blocks(blocks), blocks)
+    found["peftfast + blocks"] = (OURS, blocks)
+    found["peft"] = (PEER, wrap("peft", copy.deepcopy(base), size, TARGETS))
+    if compiled:
+        model = wrap("peft", copy.deepcopy(base), size, TARGETS)
+        model.compile()
+        found["peft + compile"] = (PEER, model)
+    return found
+
+
+def attach(blocks: Any, model: nn.Module) -> None:
+    """Run the passes in which blocks are found and checked; says where one is off."""
+    device = next(model.parameters()).device
+    ids = torch.randint(0, 512, (1, 32), device=device)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=next(model.parameters()).dtype == torch.bfloat16)
+    with torch.no_grad(), amp:
+        for _ in range(3):
+            model(input_ids=ids)
+    off = [group for group in blocks.groups if group.state != "on"]
+    if off or not blocks.groups:
+        print(f"  blocks that are not used:\n{blocks.report()}", flush=True)
+
+
+def training_pass(model: nn.Module, ids: Tensor, dtype: torch.dtype, step: bool) -> Callable[[], Tensor]:
+    """Loss and gradients of a whole model; with `step` also AdamW. The frozen base gets gradients for its input."""
+    device = ids.device.type
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True) if trained and step else None
+
+    def call() -> Tensor:
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        with _context(device, dtype, True):
+            loss = model(inputs_embeds=embeds, labels=ids).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        for p in trained:
+            p.grad = None
+        return loss.detach()
+
+    return call
+
+
+def decoding(model: nn.Module, ids: Tensor, tokens: int, **options: Any) -> Callable[[], Tensor]:
+    """Greedy generation of a fixed number of tokens."""
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return model.generate(
+                input_ids=ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True,
+                pad_token_id=0, **options,
+            )  # fmt: skip
+
+    return call
+
+
+def mixed(library: str, base: nn.Module, size: Size, adapters: int) -> tuple[nn.Module, list[str]]:
+    """A model with many adapters in eval mode, and their names."""
+    model = wrap(library, base, size, TARGETS)
+    module = importlib.import_module(library)
+    config = module.LoraConfig(r=size.r, lora_alpha=2 * size.r, target_modules=TARGETS)
+    names = ["default", *(f"task{i}" for i in range(1, adapters))]
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    fill(model)
+    return model.eval(), names

@@ -1,0 +1,415 @@
+"""The whole benchmark on the GPU present, in one command and at most ten minutes; one minute with --quick.
+
+    python bench/gpu.py [--quick] [--seconds 560] [--only linear layer] [--out bench/results]
+    python bench/gpu.py --dry-run                      everything at tiny sizes on the CPU: tests the suite itself
+
+In order: what the design rests on (`questions`), every op, one LoRA linear, one decoder layer, a training step,
+decoding and mixed adapters, and a proposed dispatch table. A comparison starts with a gate: the error against an fp64
+or fp32 oracle must be no worse than the peer's, otherwise the row is red and carries no ratio. All contestants of a row
+take turns in one process. One tidy CSV (a line per contestant) with device and versions; bench/report.py draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import gc
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+for _path in (ROOT, ROOT / "kernels", ROOT / "tools"):
+    if str(_path) not in sys.path:
+        sys.path.insert(0, str(_path))
+
+import torch  # noqa: E402
+import tune  # noqa: E402
+
+from bench import contestants as sides  # noqa: E402
+from bench import questions  # noqa: E402
+from bench.contestants import LIMIT, OURS, PEER, Contestant  # noqa: E402
+from bench.measure import Clock, Deadline, Sample, device_name, no_worse, relative_error, versions  # noqa: E402
+from bench.operands import BUILDERS, MODELS, TINY, Size, arguments  # noqa: E402
+from peftfast_kernels import OPS  # noqa: E402
+from peftfast_kernels.configs import chip_of  # noqa: E402
+
+FIELDS = (
+    "suite", "case", "contestant", "role", "model", "op", "format", "dtype", "m", "n", "k", "r", "dropout", "adapters",
+    "us", "q1", "q3", "rounds", "ratio_to_limit", "speedup", "peak_mib", "error", "gate", "flops", "bytes",
+    "device", "chip", "versions",
+)  # fmt: skip
+
+#: share of the budget that is gone when a suite has to stop
+SHARES = {"questions": 0.12, "ops": 0.32, "linear": 0.60, "layer": 0.70, "step": 0.78, "decode": 0.84, "mixed": 0.88}
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+class Bench:
+    """One run: its clock, its budget, its rows."""
+
+    def __init__(self, device: str, seconds: float, quick: bool, dry: bool) -> None:
+        self.device, self.quick, self.dry = device, quick, dry
+        self.deadline = Deadline(seconds)
+        row = 0.02 if dry else 0.08 if quick else 0.25
+        self.clock = Clock(device, row, least=2 if dry else 4, most=3 if dry else 25)
+        self.rows: list[dict[str, Any]] = []
+        self.red: list[str] = []
+        self.skipped: dict[str, int] = {}
+        self.compiled = not quick and not dry
+        self._about = {
+            "device": device_name(device), "chip": chip_of(torch.device(device)), "versions": json.dumps(versions())
+        }  # fmt: skip
+
+    # ---- one comparison ----------------------------------------------------------------------------------------------
+    def compare(self, suite: str, case: str, entrants: list[Contestant], gate: dict[str, tuple[float, bool]],
+                size: Size, ahead: bool = True, **more: Any) -> None:  # fmt: skip
+        """Time what is there, green or red, and add a row each. Ratios are of medians, green rows only."""
+        entrants = [e for e in entrants if gate.get(e.name, (0.0, True))[0] != float("inf")]
+        times = self.clock.interleaved({e.name: e.call for e in entrants}, ahead)
+        limit = next((times[e.name].median for e in entrants if e.role == LIMIT), None)
+        peers = [times[e.name].median for e in entrants if e.role == PEER]
+        for entrant in entrants:
+            error, green = gate.get(entrant.name, (float("nan"), True))
+            self._row(suite, case, entrant, times[entrant.name], limit, peers, error, green, size, more)
+
+    def _row(self, suite: str, case: str, entrant: Contestant, sample: Sample, limit: float | None, peers: list[float],
+             error: float, green: bool, size: Size, more: dict[str, Any]) -> None:  # fmt: skip
+        is_ours = entrant.role == OURS
+        if is_ours and not green:
+            self.red.append(f"{suite} {case} {entrant.name}: error {error:.2e}")
+        row = {
+            "suite": suite, "case": case, "contestant": entrant.name, "role": entrant.role,
+            "format": size.format, "dtype": str(size.dtype)[6:], "m": size.m, "n": size.n, "k": size.k, "r": size.r,
+            "dropout": size.dropout, "adapters": size.adapters, "us": round(sample.median, 2),
+            "q1": round(sample.q1, 2), "q3": round(sample.q3, 2), "rounds": sample.rounds, "error": error,
+            "gate": "green" if green else "red",
+            "ratio_to_limit": round(sample.median / limit, 4) if limit and green else None,
+            "speedup": round(min(peers) / sample.median, 4) if peers and is_ours and green else None,
+            "peak_mib": round(self.clock.peak_bytes(entrant.call) / 2**20, 1),
+            **more, **self._about,
+        }  # fmt: skip
+        self.rows.append({name: row.get(name) for name in FIELDS})
+
+    def each(self, suite: str, cases: list, work: Callable[[Any], None]) -> None:
+        """Every case that the suite's share of the budget has room for. One that fails is reported and counted red."""
+        for position, case in enumerate(cases):
+            if self.deadline.over(SHARES[suite]):
+                self.skipped[suite] = len(cases) - position
+                break
+            try:
+                work(case)
+            except Exception as error:
+                self.red.append(f"{suite} {case}: {type(error).__name__}: {error}")
+                traceback.print_exc(limit=3)
+            gc.collect()
+            if self.clock.on_gpu:
+                torch.cuda.empty_cache()
+        done = sum(row["suite"] == suite for row in self.rows)
+        print(f"{self.deadline.used:6.1f} s  {suite}: {done} rows", flush=True)
+
+    # ---- the suites --------------------------------------------------------------------------------------------------
+    def questions(self) -> None:
+        def ask(question: questions.Question) -> None:
+            size, calls = question.size, question.make(self.device)
+            entrants = [Contestant(n, PEER, call, dict) for n, call in calls.items()]
+            self.compare("questions", question.text, entrants, {}, size, flops=question.flops, bytes=question.bytes)
+
+        self.each("questions", questions.all_questions(self.dry), ask)
+
+    def ops(self) -> None:
+        """Every op: its plain path as the peer, Triton as ours."""
+
+        def measure(case: tuple[str, Size]) -> None:
+            name, size = case
+            op = OPS[name]
+            kwargs = arguments(name, size, self.device)
+            calls = tune.paths(op, kwargs, self.clock.on_gpu)
+            truth = _tuple(op.reference(**kwargs))
+            gate = {}
+            for path, call in calls.items():
+                gate[path] = max(relative_error(o, t) for o, t in zip(_tuple(call()), truth, strict=True))
+            passed = {n: (e, n == "torch" or no_worse(e, gate["torch"], size.dtype)) for n, e in gate.items()}
+            entrants = [Contestant(n, PEER if n == "torch" else OURS, c, dict) for n, c in calls.items()]
+            cost = op.cost(**kwargs)
+            self.compare("ops", name, entrants, passed, size, op=name, flops=cost.flops, bytes=cost.bytes)
+
+        self.each("ops", list(op_cases(self.quick, self.dry)), measure)
+
+    def linear(self) -> None:
+        """Forward and backward of one LoRA linear, and of one DoRA linear."""
+
+        def measure(case: tuple[str, str, Size, bool]) -> None:
+            model, place, size, dora = case
+            entrants = sides.linear(size, self.device, self.compiled and size.format != "int8", dora)
+            gate = {} if dora else self._gate_linear(size, entrants)
+            if dora:
+                gate = self._gate_between(entrants, size)
+            name = f"{'DoRA ' * dora}{place} {size.k}->{size.n}"
+            self.compare("linear", name, entrants, gate, size, model=model)
+
+        self.each("linear", list(linear_cases(self.quick, self.dry)), measure)
+
+    def _gate_linear(self, size: Size, entrants: list[Contestant]) -> dict[str, tuple[float, bool]]:
+        """Against fp64, without dropout (every library has masks of its own; the op gate checks ours)."""
+        call = next(e for e in entrants if e.name == "peft").call
+        cells = dict(zip(call.__code__.co_freevars, (c.cell_contents for c in call.__closure__), strict=True))
+        truth = sides.linear_truth(size, self.device, cells["model"], cells["x"], cells["dy"])
+        errors = {}
+        for entrant in entrants:
+            if entrant.role == LIMIT or entrant.name == "unsloth":  # unsloth's factors are other numbers
+                continue
+            found = entrant.results()
+            errors[entrant.name] = {n: relative_error(found[n], t) for n, t in truth.items()}
+        peer = errors["peft"]
+        return {
+            name: (max(e.values()), all(no_worse(e[n], peer[n], size.dtype) for n in e)) for name, e in errors.items()
+        }
+
+    def _gate_between(self, entrants: list[Contestant], size: Size) -> dict[str, tuple[float, bool]]:
+        """Where there is no oracle at hand: ours and PEFT's results agree as far as half precision does."""
+        ours, theirs = (next(e for e in entrants if e.name == name).results() for name in ("peftfast", "peft"))
+        error = max(relative_error(ours[n], t.float()) for n, t in theirs.items())
+        return {"peftfast": (error, error < 8 * torch.finfo(size.dtype).eps)}
+
+    def layer(self) -> None:
+        self._models("layer", layers=1, step=False)
+
+    def step(self) -> None:
+        self._models("step", layers=2, step=True)
+
+    def _models(self, suite: str, layers: int, step: bool) -> None:
+        def measure(case: tuple[Any, Size]) -> None:
+            shape, size = case
+            base = sides.llama(shape, layers, size.dtype, self.device, size.format)
+            built = sides.models(base, size, self.compiled)
+            length = min(size.m, 2048)
+            ids = torch.randint(0, 512, (max(size.m // length, 1), length), device=self.device)
+            calls = {n: sides.training_pass(m, ids, size.dtype, step) for n, (_, m) in built.items()}
+            for _, (role, model) in built.items():
+                model.train(role != LIMIT)
+            gate = self._gate_losses(built, ids, size)
+            entrants = [Contestant(n, role, calls[n], dict) for n, (role, _) in built.items()]
+            self.compare(suite, f"{layers} layer(s)", entrants, gate, size, ahead=False, model=shape.name)
+
+        self.each(suite, list(layer_cases(self.quick, self.dry)), measure)
+
+    def _gate_losses(self, built: dict, ids: torch.Tensor, size: Size) -> dict[str, tuple[float, bool]]:
+        """Logits against an fp32 oracle, PEFT's model with everything widened, without dropout."""
+        import copy
+
+        logits = {}
+        some = ids[:1, :256]
+        for name, (role, model) in built.items():
+            if role == LIMIT or "compile" in name:
+                continue
+            model.eval()
+            with torch.no_grad(), sides._context(self.device, size.dtype, True):
+                logits[name] = model(input_ids=some).logits.float()
+            model.train()
+        if size.format == "dense":
+            wide = copy.deepcopy(built["peft"][1]).float().eval()
+            with torch.no_grad():
+                truth = wide(input_ids=some).logits
+        else:
+            truth = logits["peft"]
+        errors = {n: relative_error(v, truth) for n, v in logits.items()}
+        floor = errors["peft"] or 8 * torch.finfo(size.dtype).eps
+        return {n: (e, e <= 1.25 * floor) for n, e in errors.items()}
+
+    def decode(self) -> None:
+        """Greedy decoding with a cache, per 16 tokens."""
+
+        def measure(case: tuple[Any, Size]) -> None:
+            shape, size = case
+            base = sides.llama(shape, 2, size.dtype, self.device, size.format)
+            built = sides.models(base, size, compiled=False)
+            ids = torch.randint(1, 512, (size.m, 16), device=self.device)
+            entrants = []
+            for name, (role, model) in built.items():
+                model.eval()
+                entrants.append(Contestant(name, role, sides.decoding(model, ids, 4 if self.dry else 16), dict))
+            gate = self._gate_losses(built, ids, size)
+            for _, model in built.values():
+                model.eval()
+            self.compare("decode", f"batch {size.m}", entrants, gate, size, ahead=False, model=shape.name)
+
+        shape = TINY if self.dry else MODELS[0]
+        formats = ("dense",) if self.dry else ("dense", "nf4")
+        sizes = [Size(m, 0, 0, 4 if self.dry else 16, format=f) for f in formats for m in (1, 16)]
+        self.each("decode", [(shape, s) for s in sizes], measure)
+
+    def mixed(self) -> None:
+        """One batch, many adapters: a forward pass."""
+
+        def measure(size: Size) -> None:
+            shape = TINY if self.dry else MODELS[0]
+            base = sides.llama(shape, 1, size.dtype, self.device)
+            ids = torch.randint(0, 512, (size.m, 16), device=self.device)
+            entrants, logits = [], {}
+            for library, role in (("peftfast", OURS), ("peft", PEER)):
+                import copy
+
+                model, names = sides.mixed(library, copy.deepcopy(base), size, size.adapters)
+                chosen = [names[i % len(names)] for i in range(size.m)]
+
+                def call(model=model, chosen=chosen) -> torch.Tensor:
+                    with torch.no_grad():
+                        return model(input_ids=ids, adapter_names=chosen).logits
+
+                logits[library] = call()
+                entrants.append(Contestant(library, role, call, dict))
+            error = relative_error(logits["peftfast"], logits["peft"].float())
+            gate = {"peftfast": (error, error < 8 * torch.finfo(size.dtype).eps)}
+            self.compare("mixed", f"{size.adapters} adapters", entrants, gate, size, ahead=False, model=shape.name)
+
+        counts = ((3, 6),) if self.dry else ((4, 16), (16, 64), (64, 64))
+        self.each("mixed", [Size(m, 0, 0, 4 if self.dry else 16, adapters=g) for g, m in counts], measure)
+
+    def tune(self, folder: Path) -> None:
+        """The rest of the budget goes into a proposed dispatch table."""
+        left = max(self.deadline.seconds - self.deadline.used, 3.0)
+        entries = tune.tune(self.device, left, self.dry)
+        path = folder / f"dispatch-{self._about['chip']}.json"
+        tune.write(entries, path, self.device, self.dry)
+        print(f"{self.deadline.used:6.1f} s  proposed table: {len(entries)} points -> {path}\n{tune.summary(entries)}")
+
+
+def _tuple(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+# ---- what is measured, the most telling first ------------------------------------------------------------------------
+def op_cases(quick: bool, dry: bool) -> Iterator[tuple[str, Size]]:
+    if dry:
+        for name in BUILDERS:
+            for format in (
+                ("dense", "nf4", "int8") if name in ("lora_gemm", "lora_gemm_t", "dequantize") else ("dense",)
+            ):
+                yield name, Size(24, 48, 64, 4, format=format, dropout=0.1 * (format == "dense"), adapters=3)
+        return
+    points = [(2048, 4096, 4096, 16), (16, 4096, 4096, 16), (8192, 14336, 4096, 16), (2048, 1024, 4096, 16)]
+    points += [(2048, 4096, 4096, 8), (2048, 4096, 4096, 64), (2048, 4096, 4096, 256), (16384, 4096, 4096, 16)]
+    for m, n, k, r in points[:2] if quick else points:
+        for name in BUILDERS:
+            stored = name in ("lora_gemm", "lora_gemm_t", "dequantize", "merged_weight", "row_norm")
+            for format in ("dense", "nf4", "int8") if stored else ("dense",):
+                for p in (0.0, 0.1) if name in ("lora_down", "lora_gemm_t", "lora_down_grad") and not quick else (0.0,):
+                    yield name, Size(m, n, k, r, format=format, dropout=p, adapters=8)
+
+
+def linear_cases(quick: bool, dry: bool) -> Iterator[tuple[str, str, Size, bool]]:
+    if dry:
+        for format in ("dense", "nf4"):
+            for p in (0.0, 0.1):
+                yield TINY.name, "q", Size(24, 64, 64, 4, format=format, dropout=p), False
+        yield TINY.name, "q", Size(24, 64, 64, 4), True
+        return
+    llama = MODELS[0].linears()
+    seen = set()
+
+    def one(model, place, m, r=16, format="dense", dtype=BF16, p=0.0, dora=False):
+        n, k = dict(model.linears())[place]
+        size = Size(m, n, k, r, dtype, format, p)
+        if (size, dora) not in seen:
+            seen.add((size, dora))
+            yield model.name, place, size, dora
+
+    first = MODELS[0]
+    for m in (2048,) if quick else (2048, 8192):
+        for place in ("q", "k/v") if quick else llama:
+            yield from one(first, place, m)
+    for m in (16, 128):
+        yield from one(first, "q", m, format="nf4")
+    yield from one(first, "q", 2048, dora=True)
+    if quick:
+        return
+    for p, format in ((0.1, "dense"), (0.0, "nf4"), (0.1, "nf4"), (0.0, "int8")):
+        for m in (2048, 16):
+            yield from one(first, "q", m, p=p, format=format)
+    for m in (1, 128, 512, 1024, 4096, 16384):
+        for place in ("q", "k/v"):
+            yield from one(first, place, m)
+    for r in (8, 64, 256):
+        yield from one(first, "q", 2048, r=r)
+    yield from one(first, "q", 2048, dtype=FP16)
+    for model in MODELS[1:]:
+        for place in ("q", "gate/up", "down"):
+            yield from one(model, place, 2048)
+
+
+def layer_cases(quick: bool, dry: bool) -> Iterator[tuple[Any, Size]]:
+    if dry:
+        yield TINY, Size(32, 0, 0, 4)
+        return
+    yield MODELS[0], Size(2048, 0, 0)
+    if quick:
+        return
+    for size in (Size(8192, 0, 0), Size(2048, 0, 0, dropout=0.1), Size(2048, 0, 0, format="nf4")):
+        yield MODELS[0], size
+    yield MODELS[0], Size(256, 0, 0, format="nf4")
+    yield MODELS[1], Size(2048, 0, 0)
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+def summary(bench: Bench) -> str:
+    """What a person reads first."""
+    lines = []
+    for row in bench.rows:
+        if row["suite"] in ("linear", "layer", "step", "decode", "mixed") and row["role"] == OURS:
+            shape = f"M={row['m']} r={row['r']} {row['dtype']} {row['format']} p={row['dropout']}"
+            against = f"{row['speedup']:.2f}x the fastest peer" if row["speedup"] else f"gate {row['gate']}"
+            over = f", {row['ratio_to_limit']:.3f} of frozen" if row["ratio_to_limit"] else ""
+            where = f"{row['suite']:<7}{row['case']:<22}{row['contestant']:<19}{shape:<36}"
+            lines.append(f"  {where}{row['us']:>10.1f} us  {against}{over}")
+    lines += [f"  RED  {text}" for text in bench.red]
+    lines += [f"  skipped for time: {count} cases of {suite}" for suite, count in bench.skipped.items()]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one minute: the few rows that tell most")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, no claims")
+    parser.add_argument("--seconds", type=float, help="budget (default 560, with --quick 55)")
+    parser.add_argument("--only", nargs="*", choices=[*SHARES, "tune"], help="suites to run")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of CSV, page and table")
+    args = parser.parse_args(argv)
+    if not args.dry_run and not torch.cuda.is_available():
+        parser.error("no GPU here; --dry-run runs everything at tiny sizes on the CPU")
+    warnings.simplefilter("ignore")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = "cpu" if args.dry_run else "cuda"
+    bench = Bench(device, args.seconds or (55 if args.quick else 560), args.quick, args.dry_run)
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"{bench._about['device']}, {bench._about['versions']}", flush=True)
+    bench.clock.warm_up(1.0 if args.quick else 3.0)
+    for suite in args.only or [*SHARES, "tune"]:
+        if suite == "tune":
+            if not args.quick or args.only:
+                bench.tune(args.out)
+        else:
+            getattr(bench, suite)()
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = args.out / f"{bench._about['chip']}-{stamp}{'-dry' * args.dry_run}.csv"
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        writer.writeheader()
+        writer.writerows(bench.rows)
+    print(summary(bench))
+    print(f"{len(bench.rows)} rows in {bench.deadline.used:.0f} s -> {path}")
+    if args.dry_run:
+        print("dry run: the times mean nothing")
+    from bench.report import write_page
+
+    print(f"page -> {write_page(path)}")
+    return 1 if bench.red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Timing that can be believed: contestants take turns in one process, on warm clocks, with a cold L2 before each call.
+
+On a GPU a call is timed by CUDA events after the host has had time to enqueue it, so that the figure is the GPU's own
+time (`ahead`), or without that head start, as a program that waits for its host sees it. On a CPU it is wall time.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+for _path in (ROOT, ROOT / "kernels"):
+    if str(_path) not in sys.path:
+        sys.path.insert(0, str(_path))
+
+#: Larger than the L2 of any chip there is (B200: 126 MB).
+FLUSH_BYTES = 256 << 20
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth", "liger_kernel")
+
+
+class Sample(NamedTuple):
+    """Microseconds of one contestant."""
+
+    median: float
+    q1: float
+    q3: float
+    rounds: int
+
+
+class Clock:
+    """Times calls on one device.
+
+    Args:
+        device: "cuda" or "cpu".
+        seconds: how long a comparison may take; it stops early once it has `most` rounds.
+    """
+
+    def __init__(self, device: str, seconds: float = 0.3, least: int = 5, most: int = 25) -> None:
+        self.device, self.seconds, self.least, self.most = device, seconds, least, most
+        self.on_gpu = device.startswith("cuda")
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self.on_gpu else None
+
+    def warm_up(self, seconds: float = 2.0) -> None:
+        """Keep the chip busy until its clocks have settled."""
+        if not self.on_gpu:
+            return
+        x = torch.randn(4096, 4096, device=self.device, dtype=torch.bfloat16)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for _ in range(20):
+                torch.mm(x, x)
+            torch.cuda.synchronize()
+
+    def interleaved(self, calls: Mapping[str, Callable[[], object]], ahead: bool = True) -> dict[str, Sample]:
+        """Median and quartiles of every contestant. The order alternates from round to round, so that a slow moment
+        or a rising temperature hits all of them."""
+        names = list(calls)
+        for name in names:  # compilation, caches
+            calls[name]()
+            calls[name]()
+        self._synchronize()
+        gc.collect()
+        was_enabled = gc.isenabled()
+        gc.disable()
+        times: dict[str, list[float]] = {name: [] for name in names}
+        start = time.perf_counter()
+        try:
+            while len(times[names[0]]) < self.most:
+                for name in names:
+                    times[name].append(self._one(calls[name], ahead))
+                names.reverse()
+                if len(times[names[0]]) >= self.least and time.perf_counter() - start > self.seconds:
+                    break
+        finally:
+            if was_enabled:
+                gc.enable()
+        return {name: _sample(values) for name, values in times.items()}
+
+    def _one(self, call: Callable[[], object], ahead: bool) -> float:
+        if not self.on_gpu:
+            start = time.perf_counter()
+            call()
+            return 1e6 * (time.perf_counter() - start)
+        self._flush.zero_()
+        if ahead:
+            torch.cuda._sleep(1_000_000)  # about half a millisecond in which the host enqueues what follows
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return 1e3 * begin.elapsed_time(end)
+
+    def peak_bytes(self, call: Callable[[], object]) -> float:
+        """Bytes above what was allocated before, at the highest point of one call; nan on a CPU."""
+        if not self.on_gpu:
+            return float("nan")
+        self._synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        self._synchronize()
+        return float(torch.cuda.max_memory_allocated() - before)
+
+    def _synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def _sample(values: list[float]) -> Sample:
+    quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return Sample(statistics.median(values), quartiles[0], quartiles[2], len(values))
+
+
+class Deadline:
+    """A budget of seconds, of which every part of a run gets a share."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.start = seconds, time.perf_counter()
+
+    @property
+    def used(self) -> float:
+        return time.perf_counter() - self.start
+
+    def over(self, share: float = 1.0) -> bool:
+        """Whether more than this share of the budget is gone."""
+        return self.used > share * self.seconds
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Root mean square of the deviation, relative to that of the truth; inf where anything is not finite."""
+    wide = truth.dtype if truth.is_floating_point() else torch.float32
+    value, truth = value.detach().to(wide), truth.detach().to(wide)
+    if not torch.isfinite(value).all():
+        return float("inf")
+    scale = truth.square().mean().sqrt().item()
+    return (value - truth).square().mean().sqrt().item() / (scale or 1.0)
+
+
+def no_worse(error: float, peers: float, dtype: torch.dtype, slack: float = 1.1) -> bool:
+    """The gate: an error at most `slack` times the peer's, or below a quarter ulp of a half-precision result (three of
+    an fp32 one, which is what summing in another order does)."""
+    floor = torch.finfo(dtype).eps * (3 if dtype == torch.float32 else 0.25)
+    return error <= slack * max(peers, floor)
+
+
+def versions() -> dict[str, str]:
+    """Everything that must be known to repeat a figure."""
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda or torch.version.hip or "none")}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package.replace("_", "-"))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    from peftfast.version import __version__
+
+    return {"peftfast": __version__, **found}
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} thread(s)"

@@ -1,0 +1,145 @@
+"""What the design of the kernels rests on and only a GPU can answer; asked first in every GPU run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.operands import Maker, Size, arguments
+from peftfast_kernels import OPS, use_backend
+
+Calls = dict[str, Callable[[], Any]]
+
+
+class Question(NamedTuple):
+    """A text, one size, and the calls whose times answer it; flops and bytes of the first of them."""
+
+    text: str
+    size: Size
+    make: Callable[[str], Calls]
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+def _padded(size: Size) -> Question:
+    """Whether cuBLAS stays at its speed when K grows by one tile for the adapter."""
+
+    def make(device: str) -> Calls:
+        t = Maker(size, device)
+        x, w = t.normal(size.m, size.k + 64), t.normal(size.n, size.k + 64)
+        x0, w0 = x[:, : size.k].contiguous(), w[:, : size.k].contiguous()
+        return {
+            "K": lambda: torch.mm(x0, w0.t()),
+            "K + 64": lambda: torch.mm(x, w.t()),
+            "K, rows of K + 64": lambda: torch.mm(x[:, : size.k], w[:, : size.k].t()),
+        }
+
+    return Question("cuBLAS at K, K + 64 and strided K", size, make, 2.0 * size.m * size.n * size.k)
+
+
+def _update(size: Size) -> Question:
+    """At which bandwidth cuBLAS adds a rank-sized product to y."""
+
+    def make(device: str) -> Calls:
+        t = Maker(size, device)
+        y, h, b = t.normal(size.m, size.n), t.normal(size.m, size.r), t.normal(size.r, size.n)
+        return {"addmm_": lambda: y.addmm_(h, b, alpha=1e-3)}
+
+    moved = 2.0 * (2 * size.m * size.n + size.r * (size.m + size.n))
+    return Question(f"addmm_ of rank {size.r}: bandwidth", size, make, 2.0 * size.m * size.n * size.r, moved)
+
+
+def _skinny(size: Size) -> Question:
+    def make(device: str) -> Calls:
+        kwargs = arguments("lora_down", size, device)
+        return _paths("lora_down", kwargs, device)
+
+    moved = 2.0 * (size.m * size.k + size.r * (size.m + size.k))
+    text = f"down-projection to {size.r}{' with dropout' * bool(size.dropout)}: bandwidth"
+    return Question(text, size, make, 2.0 * size.m * size.k * size.r, moved)
+
+
+def _paths(op: str, kwargs: dict[str, Any], device: str) -> Calls:
+    calls: Calls = {"torch": lambda: OPS[op].eager(**kwargs)}
+    if device.startswith("cuda"):
+
+        def triton() -> Any:
+            with use_backend("triton"):
+                return OPS[op].launch(**kwargs)
+
+        calls["triton"] = triton
+    return calls
+
+
+def _fused(size: Size) -> Question:
+    """Whether a Triton product with the adapter inside reaches cuBLAS plus one pass over y."""
+
+    def make(device: str) -> Calls:
+        kwargs = arguments("lora_gemm", size, device)
+        calls = _paths("lora_gemm", kwargs, device)
+        if size.format == "dense":
+            x, w = kwargs["x"], kwargs["w"].tensors[0]
+            calls["cuBLAS alone"] = lambda: torch.mm(x, w.t())
+        elif size.format == "nf4":
+            calls |= _bitsandbytes(size, device, kwargs["x"])
+        return calls
+
+    flops = 2.0 * size.m * size.n * (size.k + size.r)
+    return Question(f"fused {size.format} product, M={size.m}", size, make, flops)
+
+
+def _bitsandbytes(size: Size, device: str, x: Tensor) -> Calls:
+    """bitsandbytes' own product with a weight it has quantised itself."""
+    try:
+        import bitsandbytes as bnb
+
+        weight = Maker(size, device).normal(size.n, size.k, std=size.k**-0.5)
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    except Exception as error:
+        print(f"  bitsandbytes is left out: {type(error).__name__}: {error}", flush=True)
+        return {}
+    return {"bitsandbytes": lambda: bnb.matmul_4bit(x, packed.t(), quant_state=state)}
+
+
+def _decode(size: Size) -> Question:
+    def make(device: str) -> Calls:
+        kwargs = arguments("dequantize", size, device)
+        calls = _paths("dequantize", kwargs, device)
+        try:
+            import bitsandbytes as bnb
+
+            weight = Maker(size, device).normal(size.n, size.k, std=size.k**-0.5)
+            packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            calls["bitsandbytes"] = lambda: bnb.functional.dequantize_4bit(packed, state)
+        except Exception as error:
+            print(f"  bitsandbytes is left out: {type(error).__name__}: {error}", flush=True)
+        return calls
+
+    return Question("NF4 to bf16: bandwidth", size, make, 0.0, size.n * size.k * 2.516)
+
+
+def _one_read(size: Size) -> Question:
+    def make(device: str) -> Calls:
+        return _paths("lora_up_grad", arguments("lora_up_grad", size, device), device)
+
+    moved = 2.0 * size.m * size.n
+    return Question("p and db from one read of dy: bandwidth", size, make, 4.0 * size.m * size.n * size.r, moved)
+
+
+def all_questions(dry: bool) -> list[Question]:
+    """In the order in which they decide the design."""
+    if dry:
+        small = Size(24, 48, 64, 4)
+        quantised = small._replace(format="nf4")
+        dense = [_padded, _update, _skinny, _fused, _one_read]
+        return [*(ask(small) for ask in dense), _decode(quantised), _fused(quantised)]
+    q, gate = Size(8192, 4096, 4096), Size(8192, 14336, 4096)
+    nf4 = q._replace(format="nf4")
+    return [
+        _padded(q), _padded(gate), _update(q), _skinny(q), _skinny(q._replace(r=48)), _skinny(q._replace(dropout=0.1)),
+        _fused(q), _fused(gate), _decode(nf4), *(_fused(nf4._replace(m=m)) for m in (16, 64, 128, 256, 512, 2048)),
+        _one_read(q), _one_read(gate),
+    ]  # fmt: skip

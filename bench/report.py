@@ -1,0 +1,250 @@
+"""One page with plots from the CSV of bench/gpu.py.
+
+python bench/report.py bench/results/sm_90-....csv [--out page.html]
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import html
+import io
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+#: What a claim needs: (text, suite, filter, field, at least or at most, required, aimed at)
+TARGETS = (
+    ("bf16, M >= 2048, r = 16, 4096 -> 4096, against PEFT", "linear", {"n": 4096, "k": 4096}, "peft", 1.35, 1.57),
+    ("bf16, M >= 2048, r = 16, 4096 -> 1024, against PEFT", "linear", {"n": 1024, "k": 4096}, "peft", 1.8, 2.4),
+    ("the same against Unsloth's function", "linear", {"n": 4096, "k": 4096}, "unsloth", 1.05, 1.2),
+    ("decoder layer, forward and backward, against PEFT", "layer", {}, "peft", 1.33, 1.55),
+)
+NUMBERS = (
+    "m", "n", "k", "r", "adapters", "us", "q1", "q3", "rounds", "dropout", "ratio_to_limit", "speedup", "peak_mib",
+    "error", "flops", "bytes",
+)  # fmt: skip
+CASE = ("suite", "case", "model", "op", "format", "dtype", "m", "n", "k", "r", "dropout", "adapters")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1f }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #e4e4ea }
+td:first-child, th:first-child { text-align: left } .red { color: #b3261e; font-weight: 600 } .green { color: #146c2e }
+img { max-width: 100% } .note { color: #5c5c66 }
+"""
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV, numbers as numbers and empty cells as None."""
+    with path.open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    for row in rows:
+        for name in NUMBERS:
+            row[name] = float(row[name]) if row.get(name) not in ("", None) else None
+    return rows
+
+
+def cases(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
+    """The contestants of every comparison, together."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in CASE), []).append(row)
+    return found
+
+
+def speedup(sides: list[Row], peer: str) -> float | None:
+    """Best of ours over one peer; None where either is missing or the gate is red."""
+    ours = [r["us"] for r in sides if r["role"] == "ours" and r["gate"] == "green"]
+    theirs = next((r["us"] for r in sides if r["contestant"] == peer), None)
+    return theirs / min(ours) if ours and theirs else None
+
+
+def verdicts(rows: list[Row]) -> list[tuple[str, str, str]]:
+    """(claim, figure, "met", "missed" or "not measured")."""
+    found = cases(rows)
+    lines = []
+    for text, suite, wanted, peer, least, aim in TARGETS:
+        ratios = []
+        for sides in found.values():
+            if _is_plain(sides[0], suite, wanted):
+                ratios += [r for r in [speedup(sides, peer)] if r]
+        figure = f"{min(ratios):.2f} to {max(ratios):.2f} (needed {least}, aim {aim})" if ratios else f"needed {least}"
+        lines.append((text, figure, "not measured" if not ratios else "met" if min(ratios) >= least else "missed"))
+    over = [
+        row["ratio_to_limit"] for row in rows
+        if row["role"] == "ours" and row["ratio_to_limit"] and _is_plain(row, "linear", {"n": 4096, "k": 4096})
+    ]  # fmt: skip
+    state = "not measured" if not over else "met" if max(over) <= 1.16 else "missed"
+    figure = f"{max(over):.3f} (at most 1.16)" if over else "at most 1.16"
+    lines.append(("over the frozen base, 4096 -> 4096", figure, state))
+    slow = [r for r in rows if r["role"] == "ours" and r["speedup"] and r["speedup"] < 0.98 and r["suite"] != "ops"]
+    lines.append(("no row below 0.98 of the best alternative", f"{len(slow)} rows below", "missed" if slow else "met"))
+    return lines
+
+
+def _is_plain(row: Row, suite: str, wanted: dict[str, int]) -> bool:
+    """The rows that the claims are about: a dense bf16 base, r = 16, no dropout, M >= 2048."""
+    plain = row["format"] == "dense" and row["dtype"] == "bfloat16" and not row["dropout"] and row["r"] == 16
+    fits = row["suite"] == suite and row["m"] >= 2048 and "DoRA" not in row["case"]
+    return plain and fits and all(row[name] == value for name, value in wanted.items())
+
+
+def plots(rows: list[Row]) -> list[tuple[str, bytes]]:
+    """(caption, PNG)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    made = []
+    for suite, title in (
+        ("linear", "LoRA linear, forward and backward"), ("layer", "decoder layer, forward and backward"),
+        ("step", "training step, two layers, AdamW"), ("decode", "decoding"), ("mixed", "many adapters in one batch"),
+    ):  # fmt: skip
+        groups = [sides for key, sides in cases(rows).items() if key[0] == suite]
+        if not groups:
+            continue
+        names = list(dict.fromkeys(r["contestant"] for sides in groups for r in sides))
+        figure, axes = plt.subplots(figsize=(11, 0.9 + 0.28 * len(groups) * max(len(names), 2) ** 0.6))
+        height = 0.8 / len(names)
+        for j, name in enumerate(names):
+            color = {"frozen": "#9aa0a6", "peftfast": "#1a73e8", "peftfast + blocks": "#0b3d91"}.get(name)
+            for i, sides in enumerate(groups):
+                row = next((r for r in sides if r["contestant"] == name), None)
+                base = next((r["us"] for r in sides if r["role"] == "limit"), min(r["us"] for r in sides))
+                if row is None:
+                    continue
+                red = row["gate"] == "red"
+                axes.barh(
+                    i + (j - len(names) / 2) * height, row["us"] / base, height, color=color or f"C{j}",
+                    xerr=[[(row["us"] - row["q1"]) / base], [(row["q3"] - row["us"]) / base]],
+                    hatch="xx" if red else None, label=name if i == 0 else None,
+                    error_kw={"lw": 0.7},
+                )  # fmt: skip
+        axes.set_yticks(range(len(groups)), [_label(sides[0]) for sides in groups], fontsize=7)
+        axes.invert_yaxis()
+        axes.axvline(1, color="#555", lw=0.8)
+        axes.set_xlabel("time over the frozen base (where there is none: over the fastest); shorter is better")
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles, labels, fontsize=7, loc="lower right")
+        axes.set_title(title, loc="left")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        made.append((title, _png(figure)))
+        plt.close(figure)
+    made += _roofline(rows, plt)
+    return made
+
+
+def _roofline(rows: list[Row], plt: Any) -> list[tuple[str, bytes]]:
+    """Ops as a scatter: intensity against rate, with what this chip itself reached as the roof."""
+    points = [r for r in rows if r["suite"] in ("ops", "questions") and r["us"] and (r["flops"] or r["bytes"])]
+    if not points:
+        return []
+    rate = {id(r): (r["flops"] or 0) / r["us"] / 1e6 for r in points}
+    flow = {id(r): (r["bytes"] or 0) / r["us"] / 1e3 for r in points}
+    figure, axes = plt.subplots(figsize=(11, 4.5))
+    for role, mark, color in (("peer", "o", "#9aa0a6"), ("ours", "^", "#1a73e8")):
+        mine = [r for r in points if r["role"] == role and r["flops"] and r["bytes"]]
+        label = {"peer": "plain torch", "ours": "Triton"}[role]
+        axes.scatter([r["flops"] / r["bytes"] for r in mine], [rate[id(r)] for r in mine], 16, color, mark, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("flop per byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.legend(fontsize=7)
+    best = f"highest seen: {max(rate.values()):.3g} TFLOP/s, {max(flow.values()):.4g} GB/s"
+    axes.set_title(f"ops on the roofline ({best})", loc="left")
+    return [("roofline", _png(figure))]
+
+
+def _label(row: Row) -> str:
+    parts = [row["model"] or "", row["case"], f"M={row['m']:.0f}", f"r={row['r']:.0f}", row["format"], row["dtype"]]
+    return " ".join([*filter(None, parts), *([f"p={row['dropout']}"] if row["dropout"] else [])])
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def page(rows: list[Row], source: str) -> str:
+    """The whole page as one HTML text without outside files."""
+    first = rows[0]
+    dry = first["device"].startswith("CPU")
+    found = json.loads(first["versions"])
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>peftfast on {html.escape(first['device'])}</title>",
+        f"<style>{STYLE}</style><h1>peftfast on {html.escape(first['device'])}</h1>",
+        f"<p class=note>{html.escape(source)}: {len(rows)} rows; "
+        + html.escape(", ".join(f"{n} {v}" for n, v in found.items())) + "</p>",
+    ]  # fmt: skip
+    if dry:
+        parts.append("<p class=red>A dry run on a CPU at tiny sizes: the figures mean nothing.</p>")
+    red = [r for r in rows if r["role"] == "ours" and r["gate"] == "red"]
+    parts.append(f"<p class={'red' if red else 'green'}>{len(red)} rows of ours failed the correctness gate.</p>")
+    parts.append("<h2>Claims</h2>" + _table(("claim", "figure", ""), verdicts(rows)))
+    try:
+        for caption, png in plots(rows):
+            data = base64.b64encode(png).decode()
+            parts.append(f'<h2>{html.escape(caption)}</h2><img alt="{caption}" src="data:image/png;base64,{data}">')
+    except ImportError:
+        parts.append("<p class=red>No plots: matplotlib is not installed (pip install 'peftfast[bench]').</p>")
+    parts.append("<h2>Answers to the design's questions</h2>" + _questions(rows))
+    listing = [
+        (
+            _label(r), r["contestant"], f"{r['us']:.1f}", f"{r['q1']:.1f} to {r['q3']:.1f}",
+            f"{r['ratio_to_limit']:.3f}" if r["ratio_to_limit"] else "", f"{r['speedup']:.2f}" if r["speedup"] else "",
+            f"{r['peak_mib']:.0f}" if r["peak_mib"] == r["peak_mib"] else "", r["gate"],
+        )
+        for r in rows if r["suite"] not in ("ops", "questions")
+    ]  # fmt: skip
+    names = ("case", "contestant", "us", "quartiles", "over frozen", "speedup", "peak MiB", "gate")
+    parts.append("<h2>Every row</h2>" + _table(names, listing))
+    return "\n".join(parts)
+
+
+def _questions(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row["suite"] == "questions":
+            shape = f"M={row['m']:.0f} N={row['n']:.0f} K={row['k']:.0f}"
+            rate = f"{row['flops'] / row['us'] / 1e6:.1f}" if row["flops"] else ""
+            flow = f"{row['bytes'] / row['us'] / 1e3:.0f}" if row["bytes"] else ""
+            lines.append((row["case"], shape, row["contestant"], f"{row['us']:.1f}", rate, flow))
+    return _table(("question", "size", "path", "us", "TFLOP/s", "GB/s"), lines)
+
+
+def _table(names: tuple[str, ...], lines: list[tuple]) -> str:
+    head = "".join(f"<th>{html.escape(n)}" for n in names)
+    mark = {"met": "green", "missed": "red", "red": "red"}
+    body = "".join(
+        "<tr>" + "".join(f"<td class={mark.get(c, 'plain')}>{html.escape(str(c))}" for c in line) for line in lines
+    )
+    return f"<table><tr>{head}{body}</table>"
+
+
+def write_page(path: Path, out: Path | None = None) -> Path:
+    """The page beside the CSV; returns where."""
+    out = out or path.with_suffix(".html")
+    out.write_text(page(read(path), path.name))
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    print(write_page(args.csv, args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Host time on the CPU at sizes where nothing else counts: peftfast, PEFT and the frozen base.
+
+    python -m pytest bench/test_host.py --benchmark-group-by=group --benchmark-columns=min,median,iqr
+
+Not part of the test suite (times are no assertion on a shared machine). Times are of the process, not of the wall, so
+that neighbours disturb them less; compare the `min` column within a group. What must hold on any machine is counted:
+tests/speed/test_counts.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from bench.contestants import TARGETS, llama
+from bench.operands import TINY
+
+pytestmark = pytest.mark.benchmark(timer=time.process_time, min_rounds=20, max_time=1.0, disable_gc=True, warmup=True)
+LIBRARIES = ("frozen", "peft", "peftfast", "peftfast + blocks")
+WIDTH = 64
+
+
+class One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q_proj(x)
+
+
+def wrapped(library: str, base: nn.Module, dropout: float = 0.0) -> nn.Module:
+    """`base` with LoRA; blocks attached where the name says so."""
+    torch.set_num_threads(1)
+    if library == "frozen":
+        return base.requires_grad_(False)
+    module = importlib.import_module(library.partition(" ")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        targets = ["q_proj"] if isinstance(base, One) else TARGETS
+        model = module.get_peft_model(base, module.LoraConfig(r=8, target_modules=targets, lora_dropout=dropout))
+    if library.endswith("blocks"):
+        module.fuse_blocks(model)
+        with torch.no_grad():
+            for _ in range(3):
+                model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+    return model
+
+
+def many(call: Callable[[], object], times: int = 20) -> Callable[[], None]:
+    """Long enough for the process clock to resolve."""
+
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    return run
+
+
+@pytest.mark.parametrize("library", LIBRARIES[:3])
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("what", ["inference", "forward", "forward and backward"])
+def test_linear(benchmark, library, amp, what):
+    """Twenty calls of one layer with four rows."""
+    model = wrapped(library, One())
+    layer = (model.get_base_model() if library != "frozen" else model).q_proj
+    x, dy = torch.randn(4, WIDTH, requires_grad=True), torch.randn(4, WIDTH)
+
+    def call() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp), torch.set_grad_enabled(what != "inference"):
+            y = layer(x)
+        if what.endswith("backward"):
+            y.backward(dy.to(y.dtype))
+
+    benchmark.group = f"linear, {what}, {'autocast' if amp else 'fp32'}"
+    benchmark(many(call))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("what", ["inference", "training step"])
+def test_model(benchmark, library, what):
+    """Two decoder layers, eight tokens, autocast as a Trainer runs it."""
+    model = wrapped(library, llama(TINY, 2, torch.float32, "cpu"))
+    ids = torch.randint(0, 512, (1, 8))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0) if trained else None
+
+    def call() -> None:
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(what != "inference"):
+            embeds = model.get_input_embeddings()(ids).detach().requires_grad_(what != "inference")
+            loss = model(inputs_embeds=embeds, labels=ids).loss
+        if what != "inference":
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    benchmark.group = f"model, {what}"
+    benchmark(many(call, 3))
+
+
+@pytest.mark.parametrize("library", ["peft", "peftfast"])
+def test_set_adapter(benchmark, library):
+    """Switching between eight adapters on fourteen layers."""
+    model = wrapped(library, llama(TINY, 2, torch.float32, "cpu"))
+    module = importlib.import_module(library)
+    for i in range(1, 8):
+        model.add_adapter(f"task{i}", module.LoraConfig(r=8, target_modules=TARGETS))
+    names = ["default", *(f"task{i}" for i in range(1, 8))]
+
+    def call() -> None:
+        for name in names:
+            model.set_adapter(name)
+
+    benchmark.group = "set_adapter, eight times"
+    benchmark(call)

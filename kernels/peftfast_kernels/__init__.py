@@ -1,0 +1,34 @@
+"""Triton kernels and their torch references. Knows tensors, nothing of adapters."""
+
+from peftfast_kernels.decode import DECODERS as DECODERS
+from peftfast_kernels.decode import Operand as Operand
+from peftfast_kernels.decode import dense as dense
+from peftfast_kernels.decode import dense_t as dense_t
+from peftfast_kernels.decode import dequantize as dequantize
+from peftfast_kernels.dora_add import dora_add as dora_add
+from peftfast_kernels.feature_scale import feature_scale as feature_scale
+from peftfast_kernels.feature_scale import feature_scale_grad as feature_scale_grad
+from peftfast_kernels.keep_mask import drop as drop
+from peftfast_kernels.keep_mask import keep_mask as keep_mask
+from peftfast_kernels.keep_mask import keep_scale as keep_scale
+from peftfast_kernels.lora_down import lora_down as lora_down
+from peftfast_kernels.lora_gemm import lora_add as lora_add
+from peftfast_kernels.lora_gemm import lora_dx as lora_dx
+from peftfast_kernels.lora_gemm import lora_gemm as lora_gemm
+from peftfast_kernels.lora_gemm import lora_gemm_t as lora_gemm_t
+from peftfast_kernels.lora_grad import lora_down_grad as lora_down_grad
+from peftfast_kernels.lora_grad import lora_up_grad as lora_up_grad
+from peftfast_kernels.lora_routed import Route as Route
+from peftfast_kernels.lora_routed import make_route as make_route
+from peftfast_kernels.lora_routed import routed_add as routed_add
+from peftfast_kernels.lora_routed import routed_down as routed_down
+from peftfast_kernels.lora_routed import routed_down_grad as routed_down_grad
+from peftfast_kernels.lora_routed import routed_up_grad as routed_up_grad
+from peftfast_kernels.merge import merged_weight as merged_weight
+from peftfast_kernels.op import OPS as OPS
+from peftfast_kernels.op import Op as Op
+from peftfast_kernels.op import get_backend as get_backend
+from peftfast_kernels.op import set_backend as set_backend
+from peftfast_kernels.op import use_backend as use_backend
+from peftfast_kernels.row_norm import row_norm as row_norm
+from peftfast_kernels.row_norm import row_squares as row_squares

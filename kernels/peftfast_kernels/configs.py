@@ -1,0 +1,187 @@
+"""Tile sizes as data: op -> chip -> Tile. Pure Python, so that a launcher, the tests and tools/aot.py read one table.
+
+A chip is named as compilers name it (``sm_90``, ``gfx942``). A chip that is not listed takes the nearest older one of
+its family; the shared-memory limits that force smaller tiles on some chips are in `SHARED_MEMORY`.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from peftfast_kernels.op import is_interpreting
+
+
+class Tile(NamedTuple):
+    """Block sizes of one kernel on one chip: rows, output columns, contraction, rank; then warps and stages."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int = 4
+    stages: int = 3
+
+
+# Bytes of shared memory one program may use (the driver checks it at load time only, so AOT checks it against this).
+SHARED_MEMORY = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
+
+# The interpreter runs tiles that are small enough for odd test shapes to need several of them in every direction.
+_INTERPRETER = "interpreter"
+
+TILES: dict[str, dict[str, Tile]] = {
+    # t = drop(x) aᵀ: BM rows, BK of the contraction; BN is unused (the rank decides it)
+    "lora_down": {
+        _INTERPRETER: Tile(32, 0, 32),
+        "sm_80": Tile(64, 0, 64, 4, 4),
+        "sm_86": Tile(64, 0, 64, 4, 3),
+        "sm_90": Tile(64, 0, 128, 4, 4),
+        "sm_100": Tile(64, 0, 64, 4, 4),
+        "sm_120": Tile(64, 0, 64, 4, 3),
+        "gfx942": Tile(64, 0, 64, 4, 2),
+    },
+    # y = x Wᵀ + s t bᵀ and its transpose: BM rows, BN output columns, BK of the contraction
+    "lora_gemm": {
+        _INTERPRETER: Tile(32, 32, 32),
+        "sm_80": Tile(128, 128, 32, 4, 4),
+        "sm_86": Tile(128, 128, 32, 4, 3),
+        "sm_90": Tile(128, 256, 64, 8, 3),
+        "sm_100": Tile(128, 256, 64, 8, 3),
+        "sm_120": Tile(128, 128, 32, 4, 3),
+        "gfx942": Tile(128, 128, 32, 8, 2),
+    },
+    # the same for fp32 activations, whose tiles take twice the room
+    "lora_gemm_fp32": {
+        _INTERPRETER: Tile(32, 32, 32),
+        "sm_80": Tile(64, 64, 32, 4, 3),
+        "gfx942": Tile(64, 64, 16, 4, 2),
+    },
+    # decode in the main loop: few rows, so that the decode of a weight tile is not repeated often
+    "lora_gemm_decode": {
+        _INTERPRETER: Tile(32, 32, 32),
+        "sm_80": Tile(64, 128, 64, 4, 3),
+        "sm_86": Tile(64, 128, 64, 4, 2),
+        "sm_90": Tile(64, 128, 64, 4, 3),
+        "sm_120": Tile(64, 128, 64, 4, 2),
+        "gfx942": Tile(64, 64, 64, 4, 1),
+    },
+    # y + s t bᵀ, masked or not: BM rows, BN columns, BK of the rank at a time
+    "expand": {
+        _INTERPRETER: Tile(32, 32, 32),
+        "sm_80": Tile(64, 128, 64, 4, 2),
+        "sm_86": Tile(64, 64, 32, 4, 2),
+        "sm_90": Tile(64, 128, 64, 4, 2),
+        "sm_120": Tile(64, 64, 32, 4, 2),
+        "gfx942": Tile(64, 64, 32, 4, 1),
+    },
+    # p and db from one read of dy: BM rows at a time, BN columns
+    "lora_up_grad": {
+        _INTERPRETER: Tile(32, 32, 0),
+        "sm_80": Tile(64, 128, 0, 4, 3),
+        "sm_86": Tile(64, 64, 0, 4, 2),
+        "sm_90": Tile(64, 128, 0, 4, 3),
+        "sm_120": Tile(64, 64, 0, 4, 2),
+        "gfx942": Tile(64, 64, 0, 4, 1),
+    },
+    # da from one read of x: BM rows at a time, BN columns
+    "lora_down_grad": {
+        _INTERPRETER: Tile(32, 32, 0),
+        "sm_80": Tile(64, 128, 0, 4, 3),
+        "sm_86": Tile(32, 64, 0, 4, 3),
+        "sm_90": Tile(64, 128, 0, 4, 3),
+        "sm_100": Tile(64, 128, 0, 8, 3),
+        "sm_120": Tile(64, 64, 0, 4, 2),
+        "gfx942": Tile(64, 64, 0, 4, 1),
+    },
+    # per-row adapters: BM sorted rows, BN columns, BK of the contraction
+    "routed": {
+        _INTERPRETER: Tile(16, 32, 32),
+        "sm_80": Tile(32, 128, 64, 4, 2),
+        "sm_86": Tile(32, 64, 64, 4, 2),
+        "sm_90": Tile(32, 128, 64, 4, 3),
+        "sm_120": Tile(32, 64, 64, 4, 2),
+        "gfx942": Tile(32, 64, 32, 4, 1),
+    },
+    # element-wise kernels over an [M, N] grid
+    "elementwise": {
+        _INTERPRETER: Tile(16, 64, 0),
+        "sm_80": Tile(16, 256, 0, 4, 1),
+        "gfx942": Tile(16, 256, 0, 4, 1),
+    },
+    # W + s b a: BM rows, BN columns
+    "merge": {
+        _INTERPRETER: Tile(32, 32, 0),
+        "sm_80": Tile(32, 128, 0, 4, 1),
+        "gfx942": Tile(32, 128, 0, 4, 1),
+    },
+    # norms: BM rows, BK of the contraction
+    "row_norm": {
+        _INTERPRETER: Tile(32, 0, 32),
+        "sm_80": Tile(32, 0, 64, 4, 2),
+        "gfx942": Tile(32, 0, 64, 4, 1),
+    },
+    # standalone dequantisation: BM rows of BN weights
+    "dequantize": {
+        _INTERPRETER: Tile(16, 64, 0),
+        "sm_80": Tile(16, 256, 0, 4, 1),
+        "gfx942": Tile(16, 256, 0, 4, 1),
+    },
+}
+
+MAX_RANK_TILE = 128  # wider ranks are cut into tiles of this size
+
+
+def rank_tile(rank: int, largest: int = MAX_RANK_TILE) -> int:
+    """The power of two, at least 16 (what a matrix instruction needs), that holds the rank or `largest` of it."""
+    return max(16, min(largest, 1 << (rank - 1).bit_length() if rank > 1 else 1))
+
+
+@cache
+def chip_of(device: torch.device) -> str:
+    """The chip a device is: ``"sm_90"``, ``"gfx942"``, or ``"interpreter"`` for the CPU."""
+    if device.type == "cpu" or is_interpreting():
+        return _INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def tile(op: str, chip: str) -> Tile:
+    """The tile of an op on a chip; the nearest older listed chip of the family where it is not listed itself."""
+    table = TILES[op]
+    if chip in table:
+        return table[chip]
+    if chip.startswith("gfx"):
+        return table["gfx942"]
+    listed = sorted((int(name[3:]), name) for name in table if name.startswith("sm_"))
+    older = [name for number, name in listed if number <= int(chip[3:])]
+    return table[older[-1] if older else listed[0][1]]
+
+
+def dot_precision(chip: str, *dtypes: torch.dtype) -> str:
+    """How fp32 operands are multiplied: ``ieee``, or ``tf32x3`` (fp32-like from three TF32 products) when wide.
+
+    Plain TF32 is used for fp32 models only where the user allowed it for torch's own products.
+    """
+    if chip == _INTERPRETER or chip.startswith("gfx"):
+        return "ieee"
+    if any(dtype in (torch.float16, torch.bfloat16) for dtype in dtypes):
+        return "tf32x3"  # wide: x is exact in TF32, only the fp32 factor needs the extra products
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def splits(parallel: int, steps: int, wanted: int = 512) -> int:
+    """In how many parts a reduction of `steps` steps is cut when there are `parallel` independent tiles.
+
+    A function of the shape alone, so that the order of summation is the same on every GPU.
+    """
+    return max(1, min(steps, wanted // max(parallel, 1), 64))

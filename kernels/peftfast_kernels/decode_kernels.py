@@ -1,0 +1,246 @@
+"""Triton: how a kernel reads a [BN, BK] tile of W in each storage format, and the standalone dequantisation.
+
+A tile function takes the format's pointers, the tile's rows and first column, and returns the decoded tile rounded to
+the compute dtype; it reaches a kernel as ``DECODE: tl.constexpr``. 4-bit codes go through a table of 256 entries, one
+per byte, that holds the two decoded values as one 8-byte word: one load per two weights, exact in fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftfast_kernels.configs import chip_of, tile
+from peftfast_kernels.decode import FP4_CODE, INT8_STEP, NF4_CODE, Operand, decoder_of, packed_bytes
+from peftfast_kernels.op import is_interpreting
+from peftfast_kernels.tiles import narrow
+from peftfast_kernels.variants import Variant
+
+
+@triton.jit
+def tile_dense(
+    w0, w1, w2, w3, w4, table, rows, k0, N, K, stride_n, stride_k,
+    BK: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """w0: a plain weight, element (n, k) at n * stride_n + k * stride_k."""
+    cols = k0 + tl.arange(0, BK)
+    return tl.load(
+        w0 + rows[:, None].to(tl.int64) * stride_n + cols[None, :].to(tl.int64) * stride_k,
+        mask=(rows[:, None] < N) & (cols[None, :] < K),
+        other=0.0,
+    )
+
+
+@triton.jit
+def tile_int8(
+    w0, w1, w2, w3, w4, table, rows, k0, N, K, stride_n, stride_k,
+    BK: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """w0: int8 [N, K]; w1: fp32 [N]; table: fp32 [1], the constant 1 / 127."""
+    cols = k0 + tl.arange(0, BK)
+    q = tl.load(
+        w0 + rows[:, None].to(tl.int64) * stride_n + cols[None, :].to(tl.int64) * stride_k,
+        mask=(rows[:, None] < N) & (cols[None, :] < K),
+        other=0,
+    )
+    scale = tl.load(w1 + rows, mask=rows < N, other=0.0)
+    return narrow(q.to(tl.float32) * scale[:, None] * tl.load(table), DTYPE, INTERP)
+
+
+@triton.jit
+def block_scale(absmax, code, absmax2, offset, block, inside, NESTED: tl.constexpr):
+    """fp32 absmax of these blocks: stored, or code[absmax] * absmax2[block // NESTED] + offset."""
+    if NESTED:
+        index = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        outer = tl.load(absmax2 + block // NESTED, mask=inside, other=0.0)
+        return tl.load(code + index) * outer + tl.load(offset)
+    else:
+        return tl.load(absmax + block, mask=inside, other=0.0)
+
+
+@triton.jit
+def first_value(pair):
+    """The fp32 in the low half of an int64."""
+    return pair.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def second_value(pair):
+    """The fp32 in the high half of an int64."""
+    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tile_4bit(
+    w0, w1, w2, w3, w4, table, rows, k0, N, K, stride_n, stride_k,
+    BK: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """w0: packed uint8; w1..w4: absmax and its nesting; table: int64 [256], two fp32 per byte.
+
+    LAYOUT 0: K is odd, bytes straddle rows. 1: K is even. 2: blocks end with rows and BK and BLOCK divide one another.
+    """
+    wide = rows[:, None].to(tl.int64)
+    if LAYOUT == 0:
+        cols = k0 + tl.arange(0, BK)
+        inside = (rows[:, None] < N) & (cols[None, :] < K)
+        element = wide * K + cols[None, :]
+        byte = tl.load(w0 + element // 2, mask=inside, other=0).to(tl.int32)
+        code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
+        scale = block_scale(w1, w2, w3, w4, element // BLOCK, inside, NESTED)
+        return narrow(tl.where(inside, second_value(tl.load(table + code)) * scale, 0.0), DTYPE, INTERP)
+    else:
+        HALF: tl.constexpr = BK // 2
+        pair_cols = k0 // 2 + tl.arange(0, HALF)
+        inside = (rows[:, None] < N) & (pair_cols[None, :] < K // 2)
+        byte = tl.load(w0 + wide * (K // 2) + pair_cols[None, :], mask=inside, other=0).to(tl.int32)
+        pair = tl.load(table + byte)
+        if LAYOUT == 1:
+            scale = block_scale(w1, w2, w3, w4, (wide * K + 2 * pair_cols[None, :]) // BLOCK, inside, NESTED)
+            scale = tl.where(inside, scale, 0.0)
+        else:
+            PER_ROW: tl.constexpr = BK // BLOCK if BK > BLOCK else 1
+            blocks = k0 // BLOCK + tl.arange(0, PER_ROW)
+            block_in = (rows[:, None] < N) & (blocks[None, :] < K // BLOCK)
+            scale = block_scale(w1, w2, w3, w4, wide * (K // BLOCK) + blocks[None, :], block_in, NESTED)
+            scale = tl.where(block_in, scale, 0.0)
+            if PER_ROW > 1:
+                spread = tl.broadcast_to(scale[:, :, None], (rows.shape[0], PER_ROW, HALF // PER_ROW))
+                scale = tl.reshape(spread, (rows.shape[0], HALF))
+        # Rounded after the interleaving: with nothing between it and a matrix product, Triton 3.9 fails to lower the
+        # product's shared-memory operand for sm_90 and sm_100.
+        return narrow(tl.interleave(first_value(pair) * scale, second_value(pair) * scale), DTYPE, INTERP)
+
+
+@triton.jit
+def dequantize_kernel(
+    w0, w1, w2, w3, w4, table, out_ptr, N, K, stride_n, stride_k,
+    DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) decodes BN rows and BK columns. out_ptr: [N, K] contiguous, any float dtype."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    k0 = tl.program_id(1) * BK
+    w = DECODE(
+        w0, w1, w2, w3, w4, table, rows, k0, N, K, stride_n, stride_k, BK, BLOCK, NESTED, LAYOUT, DTYPE, INTERP
+    )  # fmt: skip
+    cols = k0 + tl.arange(0, BK)
+    inside = (rows[:, None] < N) & (cols[None, :] < K)
+    offsets = rows[:, None].to(tl.int64) * K + cols[None, :]
+    if w.dtype != out_ptr.dtype.element_ty:
+        w = narrow(w.to(tl.float32), out_ptr.dtype.element_ty, INTERP)
+    tl.store(out_ptr + offsets, w, mask=inside)
+
+
+TILE_FUNCTIONS = {
+    "tile_dense": tile_dense,
+    "tile_dense_t": tile_dense,
+    "tile_int8": tile_int8,
+    "tile_nf4": tile_4bit,
+    "tile_fp4": tile_4bit,
+}
+
+TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+_tables: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def _table(format: str, device: torch.device) -> Tensor:
+    key = (format, device)
+    if key not in _tables:
+        if format == "int8":
+            made = torch.tensor([INT8_STEP], dtype=torch.float32, device=device)
+        else:
+            code = torch.tensor(NF4_CODE if format == "nf4" else FP4_CODE, dtype=torch.float32)
+            pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
+            made = pairs.view(torch.int64).reshape(256).to(device)
+        _tables[key] = made
+    return _tables[key]
+
+
+def decode_layout(w: Operand, bk: int) -> int:
+    """Which of `tile_4bit`'s layouts a tile of `bk` columns may use."""
+    k = w.shape[1]
+    if k % 2:
+        return 0
+    return 2 if k % w.block == 0 and (w.block % bk == 0 or bk % w.block == 0) else 1
+
+
+def decode_arguments(w: Operand, bk: int) -> dict:
+    """The keyword arguments every kernel with a DECODE parameter takes for this operand and a tile of bk columns."""
+    four_bit = w.format in ("nf4", "fp4")
+    tensors = list(w.tensors)
+    if four_bit:
+        tensors[0] = packed_bytes(w)
+    first = tensors[0]
+    strides = (0, 0) if four_bit else (first.stride(0), first.stride(1))
+    if decoder_of(w).transposed:
+        strides = strides[::-1]
+    pointers = (tensors + [first] * 5)[:5]  # a pointer that the format does not read still has to be one
+    return {
+        **{f"w{i}": pointer for i, pointer in enumerate(pointers)},
+        "table": first if w.format.startswith("dense") else _table(w.format, first.device),
+        "N": w.shape[0],
+        "K": w.shape[1],
+        "stride_n": strides[0],
+        "stride_k": strides[1],
+        "DECODE": TILE_FUNCTIONS[decoder_of(w).tile],
+        "BLOCK": w.block,
+        "NESTED": w.nested_block if w.nested else 0,
+        "LAYOUT": decode_layout(w, bk) if four_bit else 0,
+        "DTYPE": TL_DTYPES[w.dtype],
+    }
+
+
+def dequantize(w: Operand, dtype: torch.dtype) -> Tensor:
+    """Launches a 2D grid, one program per [BN, BK] tile; the packed bytes are read once, the result written once."""
+    out = torch.empty(w.shape, dtype=dtype, device=w.device)
+    if out.numel() == 0:
+        return out
+    config = tile("dequantize", chip_of(w.device))
+    dequantize_kernel[(triton.cdiv(w.shape[0], config.BM), triton.cdiv(w.shape[1], config.BN))](
+        **decode_arguments(w, config.BN),
+        out_ptr=out,
+        BN=config.BM,
+        BK=config.BN,
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        # Each step is rounded to fp32 as bitsandbytes rounds it: a fused multiply-add would differ in the last bit.
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def decode_variant(format: str, block: int, nested: bool, dtype: str) -> tuple[dict, dict]:
+    """(pointer types, constexprs) of a kernel with a DECODE parameter, for ahead-of-time checks."""
+    four_bit = format in ("nf4", "fp4")
+    stored = {"nf4": "u8", "fp4": "u8", "int8": "i8"}.get(format, dtype)
+    pointers = {"w0": stored, "w1": "u8" if nested else "fp32", "w2": "fp32", "w3": "fp32", "w4": "fp32"}
+    pointers["table"] = "i64" if four_bit else "fp32"
+    return pointers, {
+        **({"stride_n": 0, "stride_k": 0} if four_bit else {"stride_k": 1}),
+        "DECODE": TILE_FUNCTIONS[decoder_of(Operand(format, [], (0, 0), torch.float32)).tile],
+        "BLOCK": block,
+        "NESTED": 256 if nested else 0,
+        "LAYOUT": 2 if four_bit else 0,
+        "DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype],
+    }
+
+
+def variants(chip: str):
+    """What `dequantize` launches, for ahead-of-time checks."""
+    config = tile("dequantize", chip)
+    for format, nested in (("nf4", True), ("fp4", False), ("int8", False)):
+        pointers, constexprs = decode_variant(format, 64, nested, "bf16")
+        yield Variant(
+            name=f"dequantize {format}{' nested' * nested}",
+            kernel=dequantize_kernel,
+            pointers={**pointers, "out_ptr": "bf16"},
+            constexprs={**constexprs, "BN": config.BM, "BK": config.BN, "INTERP": False},
+            warps=config.warps,
+            fp_fusion=False,
+            weights=config.BM * config.BN if format != "int8" else 0,
+            quick=nested,
+        )

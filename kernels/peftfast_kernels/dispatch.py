@@ -1,0 +1,167 @@
+"""Which path an op takes on a GPU: measured tables where there are any, and the rules below where there are none.
+
+A table is a file ``tables/<chip>.json``, written by ``tools/tune.py`` on that chip and shipped here: per op,
+storage format, dtype and dropout the points at which both paths were timed. A call takes the choice of the nearest
+point, by the ratios of its sizes; a chip without a table takes that of its nearest relative. Nothing is timed while a
+user's program runs.
+
+Choices: ``"triton"``; ``"torch"`` (cuBLAS and in-place ``addmm_``); ``"split"``, torch's product and one Triton pass
+for a masked update.
+
+Without a table the skinny ops (one dimension is the rank), which are bound by memory, run in Triton. A big product is
+fused up to the number of rows in `FUSED_ROWS`. 0 means never: an unspecialised Triton product has to reach about 0.95
+of cuBLAS before saving one pass over y pays, and no measurement shows that yet.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftfast_kernels.configs import chip_of
+from peftfast_kernels.op import get_backend, register_dispatch
+
+TABLES = Path(__file__).parent / "tables"
+CHOICES = ("triton", "torch", "split")
+
+# op -> format -> largest number of rows M that the fused kernel takes where nothing was measured
+FUSED_ROWS: dict[str, dict[str, int]] = {
+    "lora_gemm": {"dense": 0, "dense_t": 0, "nf4": 0, "fp4": 0, "int8": 0},
+    "lora_gemm_t": {"dense": 0, "dense_t": 0, "nf4": 0, "fp4": 0, "int8": 0},
+    "lora_add": {"dense": 0},
+}
+
+
+class Point(NamedTuple):
+    """A call as the tables know it: everything that decides which path is faster, and nothing else."""
+
+    format: str  # of the stored weight; "dense" for ops that take none
+    dtype: str  # of the activations, with "+wide" where the factors are fp32 beside them
+    drop: bool
+    sizes: tuple[int, ...]  # shapes of the matrix arguments, one after another
+
+
+class Entry(NamedTuple):
+    """One measured point."""
+
+    point: Point
+    choice: str
+
+
+class Table:
+    """The measurements of one chip."""
+
+    def __init__(self, chip: str, entries: dict[str, Sequence[Entry]]) -> None:
+        self.chip, self.entries = chip, entries
+        self._nearest = lru_cache(maxsize=4096)(self._find)
+
+    @classmethod
+    def read(cls, path: Path) -> "Table":
+        """Raises ``ValueError`` for a choice that does not exist."""
+        data = json.loads(path.read_text())
+        entries: dict[str, list[Entry]] = {}
+        for row in data["entries"]:
+            if row["choice"] not in CHOICES:
+                raise ValueError(f"{path}: unknown choice {row['choice']!r}; one of {', '.join(map(repr, CHOICES))}")
+            point = Point(row["format"], row["dtype"], row["drop"], tuple(row["sizes"]))
+            entries.setdefault(row["op"], []).append(Entry(point, row["choice"]))
+        return cls(data["chip"], entries)
+
+    def choice(self, op: str, point: Point) -> str | None:
+        """The choice of the nearest measured point, None where the op was not measured for such operands at all."""
+        return self._nearest(op, point)
+
+    def _find(self, op: str, point: Point) -> str | None:
+        alike = [
+            e for e in self.entries.get(op, ()) if e.point[:3] == point[:3] and len(e.point.sizes) == len(point.sizes)
+        ]
+        if not alike:  # the two half-precision formats cost the same
+            twin = point._replace(dtype=_twin(point.dtype))
+            alike = [e for e in self.entries.get(op, ()) if e.point[:3] == twin[:3]] if twin != point else []
+        if not alike:
+            return None
+        return min(alike, key=lambda entry: _distance(entry.point.sizes, point.sizes)).choice
+
+
+def _twin(dtype: str) -> str:
+    names = {"bfloat16": "float16", "float16": "bfloat16"}
+    kind, plus, rest = dtype.partition("+")
+    return names.get(kind, kind) + plus + rest
+
+
+def _distance(one: Sequence[int], other: Sequence[int]) -> float:
+    return sum(math.log2(max(a, 1) / max(b, 1)) ** 2 for a, b in zip(one, other, strict=True))
+
+
+def point_of(args: Sequence[Any]) -> Point:
+    """The point of a call with these positional arguments."""
+    format, sizes, dtypes, drop = "dense", [], [], False
+    for value in args:
+        if isinstance(value, Tensor):
+            if value.dim() == 2:
+                sizes += value.shape
+                dtypes.append(value.dtype)
+            elif value.dim() == 0:  # the seed
+                drop = True
+        elif hasattr(value, "format"):
+            format = value.format
+            sizes += value.shape
+    dtype = str(dtypes[0])[6:] if dtypes else ""
+    wide = any(d.itemsize > dtypes[0].itemsize for d in dtypes[1:])
+    return Point(format, dtype + "+wide" * wide, drop, tuple(sizes))
+
+
+@cache
+def table_of(chip: str) -> Table | None:
+    """The table of a chip, or of the nearest chip of its family that has one; None where there is none."""
+    paths = {path.stem: path for path in TABLES.glob("*.json")}
+    if chip in paths:
+        return Table.read(paths[chip])
+    family = re.match(r"[a-z]*", chip).group()
+    number = _number(chip)
+    relatives = [name for name in paths if re.match(r"[a-z]*", name).group() == family and _number(name) is not None]
+    if number is None or not relatives:
+        return None
+    return Table.read(paths[min(relatives, key=lambda name: abs(_number(name) - number))])
+
+
+def _number(chip: str) -> int | None:
+    digits = re.search(r"([0-9a-f]+)$", chip)
+    try:
+        return int(digits.group(1), 16) if digits else None
+    except ValueError:
+        return None
+
+
+def measured(op: str, device: torch.device, args: Sequence[Any]) -> str | None:
+    """What the table of this device says about this call."""
+    if torch.compiler.is_compiling():  # sizes may be symbols there, and reading a file is nothing to trace
+        return None
+    table = table_of(chip_of(device))
+    return None if table is None else table.choice(op, point_of(args))
+
+
+def fuses(op: str, *args: Any) -> bool:
+    """Whether a big product with these arguments takes its fused Triton kernel; always where Triton is forced."""
+    if get_backend() == "triton":
+        return True
+    if args[0].is_cuda:
+        choice = measured(op, args[0].device, args)
+        if choice is not None:
+            return choice == "triton"
+    format = next((value.format for value in args if hasattr(value, "format")), "dense")
+    return args[0].shape[0] <= FUSED_ROWS[op].get(format, 0)
+
+
+def loses(op: str, device: torch.device, args: Sequence[Any]) -> bool:
+    """Whether plain torch was measured to be the faster path for this call on a GPU."""
+    return measured(op, device, args) == "torch"
+
+
+register_dispatch(loses)

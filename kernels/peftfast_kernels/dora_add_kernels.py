@@ -1,0 +1,103 @@
+"""Triton: out = y * g + shift + scale * t bᵀ, one program per tile of y."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftfast_kernels.configs import chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.lora_gemm_kernels import adapter_tile
+from peftfast_kernels.op import is_interpreting
+from peftfast_kernels.tiles import narrow
+from peftfast_kernels.variants import ANY_MATRIX, Variant
+
+
+@triton.jit
+def dora_add_kernel(
+    y_ptr, g_ptr, shift_ptr, t_ptr, b_ptr, out_ptr,
+    M, O, R, stride_ym, stride_yo, stride_tm, stride_tr, stride_br, stride_bo, scale,
+    SHIFT: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) computes BM rows and BO columns.
+
+    y_ptr: [M, O] through strides; g_ptr, shift_ptr: [O]; t_ptr: [M, R]; b_ptr: [R, O]; out_ptr: [M, O] contiguous.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BO + tl.arange(0, BO)
+    acc = adapter_tile(
+        t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, BM, BO, BR, PRECISION, INTERP
+    )  # fmt: skip
+    acc = acc * scale
+    inside = (rows[:, None] < M) & (cols[None, :] < O)
+    y = tl.load(y_ptr + rows[:, None] * stride_ym + cols[None, :].to(tl.int64) * stride_yo, mask=inside, other=0.0)
+    g = tl.load(g_ptr + cols, mask=cols < O, other=0.0).to(tl.float32)
+    acc += y.to(tl.float32) * g[None, :]
+    if SHIFT:
+        acc += tl.load(shift_ptr + cols, mask=cols < O, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + rows[:, None] * O + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
+
+
+def dora_add(y: Tensor, g: Tensor, shift: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Launches a 2D grid, one program per [BM, BN] tile of y."""
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if out.numel() == 0:
+        return out
+    chip = chip_of(y.device)
+    config = tile("expand", chip)
+    dora_add_kernel[(triton.cdiv(y.shape[0], config.BM), triton.cdiv(y.shape[1], config.BN))](
+        y_ptr=y,
+        g_ptr=g.contiguous(),
+        shift_ptr=g if shift is None else shift.contiguous(),
+        t_ptr=t,
+        b_ptr=b,
+        out_ptr=out,
+        M=y.shape[0],
+        O=y.shape[1],
+        R=t.shape[1],
+        stride_ym=y.stride(0),
+        stride_yo=y.stride(1),
+        stride_tm=t.stride(0),
+        stride_tr=t.stride(1),
+        stride_br=b.stride(1),
+        stride_bo=b.stride(0),
+        scale=scale,
+        SHIFT=shift is not None,
+        BM=config.BM,
+        BO=config.BN,
+        BR=rank_tile(t.shape[1], config.BK),
+        PRECISION=dot_precision(chip, y.dtype, t.dtype),
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
+
+
+def variants(chip: str):
+    """What `dora_add` launches, for ahead-of-time checks."""
+    config = tile("expand", chip)
+    for shift, factors in ((True, "bf16"), (False, "fp32")):
+        yield Variant(
+            name=f"dora_add{' bias' * shift}{' wide' * (factors == 'fp32')}",
+            kernel=dora_add_kernel,
+            pointers={
+                "y_ptr": "bf16", "g_ptr": "fp32", "shift_ptr": "fp32", "t_ptr": factors, "b_ptr": factors,
+                "out_ptr": "bf16",
+            },
+            constexprs={
+                "stride_yo": 1,
+                "stride_tr": 1,
+                "stride_br": 1,
+                "SHIFT": shift,
+                "BM": config.BM,
+                "BO": config.BN,
+                "BR": 16,
+                "PRECISION": dot_precision(chip, torch.bfloat16),
+                "INTERP": False,
+            },
+            warps=config.warps,
+            stages=config.stages,
+            matrix=ANY_MATRIX,
+            quick=shift,
+        )  # fmt: skip

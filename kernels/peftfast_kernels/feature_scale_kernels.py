@@ -1,0 +1,108 @@
+"""Triton: y * s, and dy * s with the column sums of dy * y from the same read of dy."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftfast_kernels.configs import chip_of, splits, tile
+from peftfast_kernels.op import is_interpreting
+from peftfast_kernels.tiles import narrow, sum_parts
+from peftfast_kernels.variants import Variant
+
+
+@triton.jit
+def scale_kernel(
+    dy_ptr, y_ptr, s_ptr, out_ptr, ds_ptr, M, N, stride_dm, stride_dn, stride_ym, stride_yn, rows_per_part,
+    GRAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) scales BN columns of the j-th part of the rows; with GRAD it also sums dy * y over them.
+
+    dy_ptr: [M, N], what is scaled; y_ptr: [M, N], read with GRAD only; s_ptr: [N]; out_ptr: [M, N] contiguous;
+    ds_ptr: fp32 [parts, N].
+    """
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    col_in = cols[None, :] < N
+    wide_cols = cols.to(tl.int64)[None, :]
+    first = tl.program_id(1).to(tl.int64) * rows_per_part
+    last = tl.minimum(first + rows_per_part, M)
+    s = tl.load(s_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    ds = tl.zeros((BN,), tl.float32)
+    for m in range(first, last, BM):
+        rows = m + tl.arange(0, BM)
+        inside = (rows[:, None] < last) & col_in
+        dy = tl.load(dy_ptr + rows[:, None] * stride_dm + wide_cols * stride_dn, mask=inside, other=0.0).to(tl.float32)
+        if GRAD:
+            y = tl.load(y_ptr + rows[:, None] * stride_ym + wide_cols * stride_yn, mask=inside, other=0.0)
+            ds += tl.sum(dy * y.to(tl.float32), axis=0)
+        out = narrow(dy * s[None, :], out_ptr.dtype.element_ty, INTERP)
+        tl.store(out_ptr + rows[:, None] * N + wide_cols, out, mask=inside)
+    if GRAD:
+        tl.store(ds_ptr + tl.program_id(1).to(tl.int64) * N + cols, ds, mask=cols < N)
+
+
+def _launch(dy: Tensor, y: Tensor | None, s: Tensor, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    (m, n) = dy.shape
+    out = torch.empty(m, n, dtype=dy.dtype, device=dy.device)
+    if m == 0 or n == 0:
+        return out, torch.zeros(n, dtype=grad_dtype, device=s.device)
+    config = tile("elementwise", chip_of(dy.device))
+    parts = splits(triton.cdiv(n, config.BN), triton.cdiv(m, 4 * config.BM), wanted=1024)
+    rows_per_part = triton.cdiv(triton.cdiv(m, parts), config.BM) * config.BM
+    parts = triton.cdiv(m, rows_per_part)
+    sums = None if y is None else torch.empty(parts, n, dtype=torch.float32, device=s.device)
+    source = dy if y is None else y
+    scale_kernel[(triton.cdiv(n, config.BN), parts)](
+        dy_ptr=dy,
+        y_ptr=source,
+        s_ptr=s,
+        out_ptr=out,
+        ds_ptr=s if sums is None else sums,
+        M=m,
+        N=n,
+        stride_dm=dy.stride(0),
+        stride_dn=dy.stride(1),
+        stride_ym=source.stride(0),
+        stride_yn=source.stride(1),
+        rows_per_part=rows_per_part,
+        GRAD=y is not None,
+        BM=config.BM,
+        BN=config.BN,
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+    )
+    if sums is None:
+        return out, None
+    ds = torch.empty(n, dtype=grad_dtype, device=s.device)
+    sum_parts(sums, ds, 1.0, is_interpreting())
+    return out, ds
+
+
+def feature_scale(y: Tensor, s: Tensor) -> Tensor:
+    """Launches a 2D grid (column tiles, parts of the rows)."""
+    return _launch(y, None, s, s.dtype)[0]
+
+
+def feature_scale_grad(dy: Tensor, y: Tensor, s: Tensor, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Launches the same grid, then adds the parts of ds in order."""
+    return _launch(dy, y, s, grad_dtype)
+
+
+def variants(chip: str):
+    """What the launchers above run, for ahead-of-time checks."""
+    config = tile("elementwise", chip)
+    for gradient in (False, True):
+        yield Variant(
+            name=f"feature_scale{'_grad' * gradient}",
+            kernel=scale_kernel,
+            pointers={"dy_ptr": "bf16", "y_ptr": "bf16", "s_ptr": "fp32", "out_ptr": "bf16", "ds_ptr": "fp32"},
+            constexprs={
+                "stride_dn": 1,
+                "stride_yn": 1,
+                "GRAD": gradient,
+                "BM": config.BM,
+                "BN": config.BN,
+                "INTERP": False,
+            },
+            warps=config.warps,
+        )

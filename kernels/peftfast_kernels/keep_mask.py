@@ -1,0 +1,281 @@
+"""Dropout masks that are recomputed from a seed and never stored for the backward pass.
+
+Where kernels run (on GPUs, and in Triton's interpreter) and under a compiler there is one counter-based definition, bit
+for bit equal on every path; plain CPU tensors take their bits from a sequential generator, which costs a fraction of
+the hash there. `keep_mask` exports the mask that the device's paths use.
+
+An element is kept where ``mix(row_key + col * 0x9E3779B9) >> 8 >= round(prob * 2**24)``, with the 64-bit row counter
+and the 64-bit seed entering through ``row_key = mix(mix(row_lo ^ s0) + (row_hi ^ s1))``, ``s0 = mix(seed_lo +
+0x9E3779B9)``, ``s1 = mix(seed_hi + s0)``; everything is 32-bit unsigned arithmetic. ``mix`` is a xorshift-multiply
+permutation of 32-bit words. The seed is mixed before it meets the row: ``row ^ seed`` would give neighbouring seeds the
+same rows in another order. The mask depends on the seed, the row and the column only, never on a tile size or on which
+path computes it. On plain CPU tensors the i-th block of 2**17 // K rows takes consecutive 32-bit words of numpy's SFC64
+seeded with (seed, i), and the same threshold.
+
+Kept elements are scaled by ``1 / (1 - p)`` with ``p = round(prob * 2**24) / 2**24``, the probability really used.
+"""
+
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftfast_kernels.op import Case, Cost, is_interpreting, op, row_chunks
+
+GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: consecutive columns land far apart before mixing
+MIX_1 = 0x21F0AAAD
+MIX_2 = 0xD35A2D97
+THRESHOLD_BITS = 24
+
+# int32 scratch per chunk is twice this many elements: 1 MiB, which stays in a core's L2 cache.
+_CHUNK = 1 << 17
+_CHUNK_GPU = 1 << 24
+
+# Masks of up to this many elements (bytes) outlive the call that made them, until the next one.
+_REMEMBERED = 1 << 24
+
+
+def threshold(prob: float) -> int:
+    """``round(prob * 2**24)``: of 2**24 equally likely draws, how many drop. Raises ``ValueError`` outside [0, 1]."""
+    if not 0.0 <= prob <= 1.0:
+        raise ValueError(f"dropout probability {prob!r} is outside [0, 1]")
+    return round(prob * (1 << THRESHOLD_BITS))
+
+
+def keep_scale(prob: float) -> float:
+    """``1 / (1 - p)`` for the quantised p; 0.0 where everything is dropped, so that no NaN can appear."""
+    kept = (1 << THRESHOLD_BITS) - threshold(prob)
+    return (1 << THRESHOLD_BITS) / kept if kept else 0.0
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _xorshift_(word: Tensor, bits: int, scratch: Tensor) -> None:
+    # torch has no logical shift on int32 (and no shift at all on uint32), so the copied sign bits are masked away.
+    torch.bitwise_right_shift(word, bits, out=scratch)
+    word.bitwise_xor_(scratch.bitwise_and_((1 << (32 - bits)) - 1))
+
+
+def _mix_(word: Tensor, scratch: Tensor) -> Tensor:
+    _xorshift_(word, 16, scratch)
+    word.mul_(_signed(MIX_1))
+    _xorshift_(word, 15, scratch)
+    word.mul_(_signed(MIX_2))
+    _xorshift_(word, 15, scratch)
+    return word
+
+
+def _row_keys(seed: Tensor, start: int, stop: int) -> Tensor:
+    rows = torch.arange(start, stop, device=seed.device)
+    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
+    s0 = _mix_(low + _signed(GOLDEN), torch.empty_like(low))
+    s1 = _mix_(high + s0, torch.empty_like(low))
+    key = rows.to(torch.int32).bitwise_xor_(s0)
+    scratch = torch.empty_like(key)
+    key = _mix_(key, scratch).add_((rows >> 32).to(torch.int32).bitwise_xor_(s1))
+    return _mix_(key, scratch).unsqueeze(1)
+
+
+def _column_keys(cols: int, device: torch.device) -> Tensor:
+    return (torch.arange(cols, device=device) * GOLDEN).to(torch.int32)
+
+
+def dropped_rows(seed: Tensor, prob: float, start: int, stop: int, columns: Tensor) -> Tensor:
+    """bool [stop - start, cols], True where dropped; ``columns`` comes from `_column_keys`. Meant for one chunk."""
+    word = _row_keys(seed, start, stop) + columns
+    limit = threshold(prob)
+    if limit == 1 << THRESHOLD_BITS:
+        return torch.ones_like(word, dtype=torch.bool)
+    _mix_(word, torch.empty_like(word))
+    # Unsigned comparison in signed arithmetic: flipping the top bit maps the unsigned order onto the signed one.
+    return word.bitwise_xor_(-(1 << 31)) < (limit << 8) - (1 << 31)
+
+
+def _numpy_mix_(word: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    for bits, factor in ((16, MIX_1), (15, MIX_2)):
+        np.bitwise_xor(word, np.right_shift(word, np.uint32(bits), out=scratch), out=word)
+        np.multiply(word, np.uint32(factor), out=word)
+    return np.bitwise_xor(word, np.right_shift(word, np.uint32(15), out=scratch), out=word)
+
+
+def _numpy_masked_rows(rows: int, cols: int, seed: int, limit: int, row_offset: int):
+    """`masked_rows` for CPU tensors. numpy has unsigned shifts: half the passes of int32 torch, and no dispatcher."""
+    halves = np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], dtype=np.uint32)
+    s0 = _numpy_mix_(halves[:1] + np.uint32(GOLDEN), np.empty(1, np.uint32))
+    s1 = _numpy_mix_(halves[1:] + s0, np.empty(1, np.uint32))
+    columns = (np.arange(cols, dtype=np.uint64) * np.uint64(GOLDEN)).astype(np.uint32)
+    for part in row_chunks(rows, cols, _CHUNK):
+        counter = np.arange(row_offset + part.start, row_offset + part.stop, dtype=np.int64)
+        key = counter.astype(np.uint32) ^ s0
+        scratch = np.empty_like(key)
+        key = _numpy_mix_(key, scratch) + ((counter >> 32).astype(np.uint32) ^ s1)
+        word = _numpy_mix_(key, scratch)[:, None] + columns
+        if limit == 1 << THRESHOLD_BITS:
+            dropped = np.ones(word.shape, dtype=bool)
+        else:
+            dropped = _numpy_mix_(word, np.empty_like(word)) < np.uint32(limit << 8)
+        yield part, torch.from_numpy(dropped)
+
+
+_thread = threading.local()  # a generator and the masks of the last call
+
+_WARM_UP = 18  # rounds after which every bit of SFC64's state depends on every bit of the seed
+
+
+def _generated_rows(cols: int, rows: int, seed: int, limit: int, block: int) -> np.ndarray:
+    """bool [rows, cols], True where dropped: the first rows of a block."""
+    if limit == 1 << THRESHOLD_BITS:
+        return np.ones((rows, cols), dtype=bool)
+    generator = getattr(_thread, "generator", None)
+    if generator is None:
+        generator = _thread.generator = np.random.SFC64(0)
+        _thread.state = generator.state
+    # The generator's own seeding procedure (three words, a counter of 1, some rounds thrown away), without the cost of
+    # making an object and a SeedSequence for every block.
+    state = _thread.state
+    state["state"]["state"][:] = (seed & 0xFFFFFFFFFFFFFFFF, block, GOLDEN, 1)
+    generator.state = state
+    words = generator.random_raw(_WARM_UP + (rows * cols + 1) // 2)[_WARM_UP:].view(np.uint32)
+    return words[: rows * cols].reshape(rows, cols) < np.uint32(limit << 8)
+
+
+def _generated_masked_rows(rows: int, cols: int, seed: int, limit: int, row_offset: int):
+    """`masked_rows` where no kernel runs beside it.
+
+    The masks of the last call are kept, because a backward pass asks twice in a row: for the input and for A.
+    """
+    key = (rows, cols, seed, limit, row_offset)
+    if getattr(_thread, "key", None) == key:
+        yield from _thread.masks
+        return
+    masks = []
+    height = max(1, _CHUNK // max(cols, 1))  # rows that one state of the generator covers
+    start, end = row_offset, row_offset + rows
+    while start < end:
+        block, first = divmod(start, height)
+        stop = min((block + 1) * height, end)
+        last = stop - block * height
+        dropped = torch.from_numpy(_generated_rows(cols, last, seed, limit, block)[first:])
+        part = slice(start - row_offset, stop - row_offset)
+        masks.append((part, dropped))
+        if rows * cols > _REMEMBERED:
+            masks.clear()
+        yield part, dropped
+        start = stop
+    _thread.key, _thread.masks = (key, masks) if masks else (None, [])
+
+
+def _hashes_on_cpu() -> bool:
+    """Whether CPU masks must be those of the kernels: where Triton's interpreter runs kernels on CPU tensors."""
+    return is_interpreting()
+
+
+def chunk_elements(device: torch.device) -> int:
+    """How many elements the masked paths handle at a time on this device."""
+    return _CHUNK if device.type == "cpu" else _CHUNK_GPU
+
+
+def masked_rows(rows: int, cols: int, seed: Tensor | None, prob: float, row_offset: int = 0):
+    """Yields ``(slice of rows, dropped bool [chunk, cols])`` chunk by chunk; nothing of full size is ever held.
+
+    Raises ``ValueError`` if a mask is needed and there is no seed.
+    """
+    if seed is None:
+        raise ValueError(f"dropout with probability {prob} needs a seed tensor")
+    if seed.device.type == "cpu" and type(seed) is Tensor and not torch.compiler.is_compiling():
+        make = _numpy_masked_rows if _hashes_on_cpu() else _generated_masked_rows
+        yield from make(rows, cols, seed.item(), threshold(prob), row_offset)
+        return
+    columns = _column_keys(cols, seed.device)
+    for part in row_chunks(rows, cols, chunk_elements(seed.device)):
+        yield part, dropped_rows(seed, prob, row_offset + part.start, row_offset + part.stop, columns)
+
+
+def drop(x: Tensor, seed: Tensor | None, prob: float, row_offset: int = 0) -> Tensor:
+    """``keep_mask * x / (1 - p)`` in x's dtype, for x [M, K]; returns x itself where ``prob`` is 0.
+
+    ``row_offset`` is the global row of x's first row, so that a slice of a batch sees its own part of the mask.
+    """
+    if threshold(prob) == 0:
+        return x
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scale = keep_scale(prob)
+    for part, dropped in masked_rows(x.shape[0], x.shape[1], seed, prob, row_offset):
+        torch.mul(x[part], scale, out=out[part])
+        out[part].masked_fill_(dropped, 0)
+    return out
+
+
+def _reference_mix(word: Tensor) -> Tensor:
+    low = 0xFFFFFFFF
+    word = word ^ (word >> 16)
+    word = (word * MIX_1) & low
+    word = word ^ (word >> 15)
+    # int64 wraps modulo 2**64, which leaves the low 32 bits of the product exact.
+    word = (word * MIX_2) & low
+    return word ^ (word >> 15)
+
+
+def _reference(seed: Tensor | None, prob: float, rows: int, cols: int, device: torch.device) -> Tensor:
+    """The definition above written out in int64, where every 32-bit word is a plain non-negative number."""
+    if threshold(prob) == 0 or seed is None:
+        return torch.ones(rows, cols, dtype=torch.bool, device=device)
+    low = 0xFFFFFFFF
+    row = torch.arange(rows, device=device)
+    s0 = _reference_mix(((seed & low) + GOLDEN) & low)
+    s1 = _reference_mix((((seed >> 32) & low) + s0) & low)
+    key = _reference_mix((row & low) ^ s0)
+    key = _reference_mix((key + ((row >> 32) ^ s1)) & low)
+    col = torch.arange(cols, device=device)
+    word = _reference_mix((key[:, None] + (col * GOLDEN)[None, :]) & low)
+    return (word >> 8) >= threshold(prob)
+
+
+def _cases():
+    for rows, cols, prob, seed in (
+        (1, 1, 0.5, 0),
+        (3, 5, 0.1, 1),
+        (33, 130, 0.3, -7),
+        (0, 8, 0.5, 3),
+        (64, 64, 1.0, 5),
+        (17, 40, 0.0, 6),
+        (70, 257, 1e-9, (1 << 40) + 11),
+        (129, 300, 0.9999, -(1 << 62)),
+    ):
+        yield Case(
+            f"M{rows}-K{cols}-p{prob}-s{seed}",
+            lambda device, a=(rows, cols, prob, seed): {
+                "seed": torch.tensor(a[3], dtype=torch.int64, device=device),
+                "prob": a[2],
+                "rows": a[0],
+                "cols": a[1],
+                "device": torch.device(device),
+            },
+        )
+
+
+def _cost(seed: Tensor | None, prob: float, rows: int, cols: int, device: torch.device) -> Cost:
+    return Cost(flops=0.0, bytes=float(rows * cols))
+
+
+@op(
+    reference=_reference,
+    module="keep_mask_kernels",
+    cases=_cases,
+    cost=_cost,
+    fake=lambda seed, prob, rows, cols, device: torch.empty(rows, cols, dtype=torch.bool, device=device),
+    device_of=lambda seed, prob, rows, cols, device: torch.device(device),
+)
+def keep_mask(seed: Tensor | None, prob: float, rows: int, cols: int, device: torch.device) -> Tensor:
+    """Returns the keep mask, bool [rows, cols]: what every kernel applies for this seed and probability.
+
+    ``seed`` is a 0-d int64 tensor on ``device``; None is allowed where ``prob`` is 0. Raises ``ValueError`` otherwise.
+    """
+    out = torch.ones(rows, cols, dtype=torch.bool, device=device)
+    if threshold(prob):
+        for part, dropped in masked_rows(rows, cols, seed, prob):
+            torch.logical_not(dropped, out=out[part])
+    return out

@@ -1,0 +1,55 @@
+"""Triton: the keep mask written out (tests and export only; the other kernels regenerate it in registers)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftfast_kernels.configs import chip_of, tile
+from peftfast_kernels.keep_mask import threshold
+from peftfast_kernels.tiles import keep_tile, row_keys
+from peftfast_kernels.variants import Variant
+
+
+@triton.jit
+def mask_kernel(seed_ptr, out_ptr, M, N, threshold, BM: tl.constexpr, BN: tl.constexpr):
+    """Program (i, j) writes BM rows and BN columns of the mask. seed_ptr: int64 []; out_ptr: bool [M, N]."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    keep = keep_tile(row_keys(seed_ptr, rows), cols, threshold)
+    inside = (rows[:, None] < M) & (cols[None, :] < N)
+    tl.store(out_ptr + rows[:, None] * N + cols[None, :], keep, mask=inside)
+
+
+def keep_mask(seed: Tensor | None, prob: float, rows: int, cols: int, device: torch.device) -> Tensor:
+    """Launches a 2D grid, one program per [BM, BN] tile of the mask."""
+    if threshold(prob) == 0 or rows == 0 or cols == 0:
+        return torch.ones(rows, cols, dtype=torch.bool, device=device)
+    if seed is None:
+        raise ValueError(f"dropout with probability {prob} needs a seed tensor")
+    config = tile("elementwise", chip_of(seed.device))
+    out = torch.empty(rows, cols, dtype=torch.bool, device=device)
+    mask_kernel[(triton.cdiv(rows, config.BM), triton.cdiv(cols, config.BN))](
+        seed_ptr=seed,
+        out_ptr=out,
+        M=rows,
+        N=cols,
+        threshold=threshold(prob),
+        BM=config.BM,
+        BN=config.BN,
+        num_warps=config.warps,
+    )
+    return out
+
+
+def variants(chip: str):
+    """What `keep_mask` launches, for ahead-of-time checks."""
+    config = tile("elementwise", chip)
+    yield Variant(
+        name="keep_mask",
+        kernel=mask_kernel,
+        pointers={"seed_ptr": "i64", "out_ptr": "i1"},
+        constexprs={"BM": config.BM, "BN": config.BN},
+        warps=config.warps,
+        quick=True,
+    )

@@ -1,0 +1,330 @@
+"""Triton: base product, adapter, dropout and bias in one fp32 accumulator; and the adapter alone.
+
+One kernel serves both directions. Forward: out [M, N] = x Wᵀ, contraction over K, factors t and bᵀ. Backward:
+out [M, K] = dy W, contraction over N, factors p and a, mask applied to their product before dy W is added to it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftfast_kernels import dispatch
+from peftfast_kernels.configs import Tile, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.decode import Operand, weight_nk
+from peftfast_kernels.decode_kernels import decode_arguments, decode_variant
+from peftfast_kernels.keep_mask import keep_scale, threshold
+from peftfast_kernels.op import is_interpreting
+from peftfast_kernels.tiles import grouped_order, keep_tile, narrow, operand, row_keys
+from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, NO_MATRIX, Variant
+
+
+@triton.jit
+def adapter_tile(
+    t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo,
+    BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """t b for these rows and columns, fp32 [BM, BO]. t_ptr: [M, R], b_ptr: [R, O], both through strides."""
+    acc = tl.zeros((BM, BO), tl.float32)
+    for r in range(0, R, BR):
+        ranks = r + tl.arange(0, BR)
+        t = tl.load(
+            t_ptr + rows[:, None] * stride_tm + ranks[None, :] * stride_tr,
+            mask=(rows[:, None] < M) & (ranks[None, :] < R),
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + ranks[:, None].to(tl.int64) * stride_br + cols[None, :].to(tl.int64) * stride_bo,
+            mask=(ranks[:, None] < R) & (cols[None, :] < O),
+            other=0.0,
+        )
+        acc = tl.dot(operand(t, INTERP), operand(b, INTERP), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def gemm_kernel(
+    x_ptr, w0, w1, w2, w3, w4, table, bias_ptr, t_ptr, b_ptr, seed_ptr, y_ptr,
+    M, N, K, R, stride_xm, stride_xc, stride_n, stride_k, stride_tm, stride_tr, stride_br, stride_bo,
+    scale, threshold,
+    DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program i computes BM rows and BO columns of y = x op(W) + scale * mask(t b) + bias.
+
+    x_ptr: [M, C]; y_ptr: [M, O] contiguous; t_ptr: [M, R]; b_ptr: [R, O]; bias_ptr: [O]. Forward O = N, C = K;
+    TRANSPOSED O = K, C = N. SWAP computes yᵀ = W xᵀ: a decoded weight then stays in registers as the left operand, and
+    few rows fill the narrow side of a matrix instruction.
+    """
+    O = K if TRANSPOSED else N
+    C = N if TRANSPOSED else K
+    pid_m, pid_o = grouped_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(O, BO), GROUP)
+    rows = pid_m.to(tl.int64) * BM + tl.arange(0, BM)
+    cols = pid_o * BO + tl.arange(0, BO)
+    # The adapter comes first: its mask must not touch the base product, and the accumulator is already there.
+    acc = adapter_tile(
+        t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, BM, BO, BR, PRECISION, INTERP
+    )  # fmt: skip
+    acc = acc * scale
+    if DROP:
+        acc = tl.where(keep_tile(row_keys(seed_ptr, rows), cols, threshold), acc, 0.0)
+    if SWAP:
+        acc = tl.trans(acc)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm
+    for c in range(0, C, BC):
+        inner = c + tl.arange(0, BC)
+        x = tl.load(
+            x_ptrs + inner[None, :].to(tl.int64) * stride_xc,
+            mask=(rows[:, None] < M) & (inner[None, :] < C),
+            other=0.0,
+        )
+        if TRANSPOSED:
+            w = DECODE(
+                w0, w1, w2, w3, w4, table, inner, pid_o * BO, N, K, stride_n, stride_k,
+                BO, BLOCK, NESTED, LAYOUT, DTYPE, INTERP,
+            )  # fmt: skip
+        else:
+            w = DECODE(
+                w0, w1, w2, w3, w4, table, cols, c, N, K, stride_n, stride_k,
+                BC, BLOCK, NESTED, LAYOUT, DTYPE, INTERP,
+            )  # fmt: skip
+        x = operand(x, INTERP)
+        w = operand(w, INTERP).to(x.dtype)
+        if SWAP:
+            acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+        elif TRANSPOSED:
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    if SWAP:
+        acc = tl.trans(acc)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < O, other=0.0).to(tl.float32)[None, :]
+    inside = (rows[:, None] < M) & (cols[None, :] < O)
+    tl.store(y_ptr + rows[:, None] * O + cols[None, :], narrow(acc, y_ptr.dtype.element_ty, INTERP), mask=inside)
+
+
+@triton.jit
+def expand_kernel(
+    y_ptr, t_ptr, b_ptr, seed_ptr, out_ptr,
+    M, O, R, stride_ym, stride_yo, stride_tm, stride_tr, stride_br, stride_bo, scale, threshold,
+    ADD: tl.constexpr, DROP: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) computes BM rows and BO columns of out = y + scale * mask(t b), without y unless ADD.
+
+    y_ptr: [M, O] through strides, may be out_ptr itself; out_ptr: [M, O] contiguous; t_ptr: [M, R]; b_ptr: [R, O].
+    """
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BO + tl.arange(0, BO)
+    acc = adapter_tile(
+        t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, BM, BO, BR, PRECISION, INTERP
+    )  # fmt: skip
+    acc = acc * scale
+    if DROP:
+        acc = tl.where(keep_tile(row_keys(seed_ptr, rows), cols, threshold), acc, 0.0)
+    inside = (rows[:, None] < M) & (cols[None, :] < O)
+    if ADD:
+        y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :].to(tl.int64) * stride_yo
+        acc += tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows[:, None] * O + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
+
+
+def gemm_tile(format: str, single: bool, chip: str) -> Tile:
+    """The tile of `gemm_kernel`: fp32 tiles are smaller, formats decoded in the main loop take few rows."""
+    if single:
+        return tile("lora_gemm_fp32", chip)
+    return tile("lora_gemm" if format.startswith("dense") else "lora_gemm_decode", chip)
+
+
+def swaps(format: str, transposed: bool) -> bool:
+    """Whether `gemm_kernel` puts the weight on the left: where it is decoded row by row."""
+    return not transposed and not format.startswith("dense")
+
+
+def _seed_or(seed: Tensor | None, prob: float, stand_in: Tensor) -> Tensor:
+    if threshold(prob) == 0:
+        return stand_in
+    if seed is None:
+        raise ValueError(f"dropout with probability {prob} needs a seed tensor")
+    return seed
+
+
+def _gemm(x, w: Operand, bias, t, b_ro, scale, seed, prob, transposed) -> Tensor:
+    """b_ro is [R, O]: bᵀ forward, a backward."""
+    out_cols = w.shape[1] if transposed else w.shape[0]
+    y = torch.empty(x.shape[0], out_cols, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    chip = chip_of(x.device)
+    config = gemm_tile(w.format, x.dtype == torch.float32, chip)
+    bm = min(config.BM, max(16, triton.next_power_of_2(x.shape[0])))
+    gemm_kernel[(triton.cdiv(x.shape[0], bm) * triton.cdiv(out_cols, config.BN),)](
+        x_ptr=x,
+        **decode_arguments(w, config.BN if transposed else config.BK),
+        bias_ptr=x if bias is None else bias,
+        t_ptr=t,
+        b_ptr=b_ro,
+        seed_ptr=_seed_or(seed, prob, x),
+        y_ptr=y,
+        M=x.shape[0],
+        R=t.shape[1],
+        stride_xm=x.stride(0),
+        stride_xc=x.stride(1),
+        stride_tm=t.stride(0),
+        stride_tr=t.stride(1),
+        stride_br=b_ro.stride(0),
+        stride_bo=b_ro.stride(1),
+        scale=scale,
+        threshold=threshold(prob),
+        TRANSPOSED=transposed,
+        SWAP=swaps(w.format, transposed),
+        HAS_BIAS=bias is not None,
+        DROP=threshold(prob) > 0,
+        BM=bm,
+        BO=config.BN,
+        BC=config.BK,
+        BR=rank_tile(t.shape[1], 32),
+        GROUP=8,
+        PRECISION=dot_precision(chip, x.dtype, t.dtype),
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        enable_fp_fusion=False,  # the decode rounds step by step; the products are matrix instructions anyway
+    )
+    return y
+
+
+def _expand(y, t, b_ro, scale, seed, prob, out) -> Tensor:
+    """out = (y or 0) + scale * mask(t b_ro); y may be out."""
+    if out.numel() == 0:
+        return out
+    chip = chip_of(t.device)
+    config = tile("expand", chip)
+    source = out if y is None else y
+    expand_kernel[(triton.cdiv(out.shape[0], config.BM), triton.cdiv(out.shape[1], config.BN))](
+        y_ptr=source,
+        t_ptr=t,
+        b_ptr=b_ro,
+        seed_ptr=_seed_or(seed, prob, t),
+        out_ptr=out,
+        M=out.shape[0],
+        O=out.shape[1],
+        R=t.shape[1],
+        stride_ym=source.stride(0),
+        stride_yo=source.stride(1),
+        stride_tm=t.stride(0),
+        stride_tr=t.stride(1),
+        stride_br=b_ro.stride(0),
+        stride_bo=b_ro.stride(1),
+        scale=scale,
+        threshold=threshold(prob),
+        ADD=y is not None,
+        DROP=threshold(prob) > 0,
+        BM=config.BM,
+        BO=config.BN,
+        BR=rank_tile(t.shape[1], config.BK),
+        PRECISION=dot_precision(chip, out.dtype, t.dtype),
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
+
+
+def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Launches a 1D grid of [BM, BN] tiles of y, row tiles grouped so that weight tiles are reused in L2."""
+    return _gemm(x, w, bias, t, b.t(), scale, None, 0.0, transposed=False)
+
+
+def lora_gemm_t(dy: Tensor, w: Operand, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
+    """Launches the same kernel transposed, or, where the table prefers cuBLAS, its product and one masked pass."""
+    scale = keep_scale(prob) if threshold(prob) else 1.0
+    if dispatch.fuses("lora_gemm_t", dy, w, p, a, seed, prob):
+        return _gemm(dy, w, None, p, a, scale, seed, prob, transposed=True)
+    dx = torch.mm(dy, weight_nk(w, dy.dtype))
+    return _expand(dx, p, a, scale, seed, prob, out=dx)
+
+
+def lora_add(y: Tensor, t: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Launches a 2D grid, one program per [BM, BN] tile of y."""
+    return _expand(y, t, b.t(), scale, None, 0.0, torch.empty(y.shape, dtype=y.dtype, device=y.device))
+
+
+def lora_dx(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torch.dtype) -> Tensor:
+    """Launches a 2D grid, one program per [BM, BK] tile of dx."""
+    out = torch.empty(p.shape[0], a.shape[1], dtype=dtype, device=p.device)
+    return _expand(None, p, a, keep_scale(prob) if threshold(prob) else 1.0, seed, prob, out)
+
+
+def variants(chip: str):
+    """What the products launch, for ahead-of-time checks."""
+    for format, dtype, transposed, drop, rows in (
+        ("dense", "bf16", False, False, 128),
+        ("dense", "bf16", True, True, 128),
+        ("dense", "fp32", False, False, 128),
+        ("nf4", "bf16", False, False, 128),
+        ("nf4", "bf16", False, False, 16),
+        ("nf4", "bf16", True, True, 128),
+        ("int8", "fp16", False, False, 128),
+    ):
+        config = gemm_tile(format, dtype == "fp32", chip)
+        bm = min(config.BM, rows)
+        pointers, constexprs = decode_variant(format, 64, format == "nf4" and not transposed, dtype)
+        matrix = BIG_MATRIX if dtype != "fp32" else ANY_MATRIX
+        yield Variant(
+            name=f"lora_gemm{'_t' * transposed} {format} {dtype}{' drop' * drop}{' few rows' * (rows < 64)}",
+            kernel=gemm_kernel,
+            pointers={
+                **pointers, "x_ptr": dtype, "bias_ptr": dtype, "t_ptr": dtype, "b_ptr": dtype, "seed_ptr": "i64",
+                "y_ptr": dtype,
+            },
+            constexprs={
+                **constexprs,
+                "stride_xc": 1,
+                "stride_tr": 1,
+                **({"stride_bo": 1} if transposed else {"stride_br": 1}),
+                "TRANSPOSED": transposed,
+                "SWAP": swaps(format, transposed),
+                "HAS_BIAS": not transposed,
+                "DROP": drop,
+                "BM": bm,
+                "BO": config.BN,
+                "BC": config.BK,
+                "BR": 16,
+                "GROUP": 8,
+                "PRECISION": dot_precision(chip, torch.float32),
+                "INTERP": False,
+            },
+            warps=config.warps,
+            stages=config.stages,
+            matrix=NO_MATRIX if dtype == "fp32" else matrix,
+            fp_fusion=False,
+            weights=config.BN * config.BK if format == "nf4" else 0,
+            quick=not transposed and rows > 64 and dtype == "bf16",
+        )  # fmt: skip
+    config = tile("expand", chip)
+    for add, drop, factors in ((True, False, "bf16"), (True, True, "bf16"), (False, True, "fp32")):
+        yield Variant(
+            name=f"expand{' add' * add}{' drop' * drop}{' wide' * (factors == 'fp32')}",
+            kernel=expand_kernel,
+            pointers={"y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "seed_ptr": "i64", "out_ptr": "bf16"},
+            constexprs={
+                "stride_yo": 1,
+                "stride_tr": 1,
+                "stride_bo": 1,
+                "ADD": add,
+                "DROP": drop,
+                "BM": config.BM,
+                "BO": config.BN,
+                "BR": 16,
+                "PRECISION": dot_precision(chip, torch.bfloat16),
+                "INTERP": False,
+            },
+            warps=config.warps,
+            stages=config.stages,
+            matrix=ANY_MATRIX,
+            quick=add and drop,
+        )

@@ -1,0 +1,326 @@
+"""Triton: per-row adapters. Tiles of rows in adapter order, each walking only the adapters it holds."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftfast_kernels.configs import chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.op import is_interpreting
+from peftfast_kernels.tiles import narrow, operand
+from peftfast_kernels.variants import ANY_MATRIX, Variant
+
+
+@triton.jit
+def sorted_rows(rows_ptr, order_ptr, M, BM: tl.constexpr):
+    """(row indices int64 [BM], their adapters, first adapter, one past the last) of this program's tile.
+
+    Rows past the end and rows without an adapter carry -1; a tile of only those has no adapters to walk.
+    """
+    places = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rows = tl.load(order_ptr + places, mask=places < M, other=0).to(tl.int64)
+    adapters = tl.load(rows_ptr + rows, mask=places < M, other=-1)
+    last = tl.max(adapters, axis=0)
+    first = tl.min(tl.where(adapters < 0, last, adapters), axis=0)
+    return rows, places < M, adapters, tl.maximum(first, 0), last + 1
+
+
+@triton.jit
+def routed_shrink_kernel(
+    x_ptr, rows_ptr, order_ptr, f_ptr, scales_ptr, t_ptr,
+    M, C, R, stride_xm, stride_xc, stride_fg, stride_fr, stride_fc,
+    SCALED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) computes BM sorted rows and BR ranks of t_m = scale_g f_g x_m. f_ptr: [G, R, C]; t_ptr: [M, R]."""
+    rows, row_in, adapters, first, last = sorted_rows(rows_ptr, order_ptr, M, BM)
+    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
+    total = tl.zeros((BM, BR), tl.float32)
+    for g in range(first, last):
+        mine = adapters == g
+        acc = tl.zeros((BM, BR), tl.float32)
+        base = f_ptr + tl.cast(g, tl.int64) * stride_fg
+        for c in range(0, C, BC):
+            cols = c + tl.arange(0, BC)
+            wide = cols.to(tl.int64)
+            x = tl.load(
+                x_ptr + rows[:, None] * stride_xm + wide[None, :] * stride_xc,
+                mask=mine[:, None] & (cols[None, :] < C),
+                other=0.0,
+            )
+            f = tl.load(
+                base + ranks[None, :].to(tl.int64) * stride_fr + wide[:, None] * stride_fc,
+                mask=(ranks[None, :] < R) & (cols[:, None] < C),
+                other=0.0,
+            )
+            f = operand(f, INTERP)
+            acc = tl.dot(operand(x, INTERP).to(f.dtype), f, acc, input_precision=PRECISION)
+        if SCALED:
+            acc = acc * tl.load(scales_ptr + g)
+        total += acc  # rows of other adapters were loaded as zeros
+    inside = row_in[:, None] & (ranks[None, :] < R)
+    tl.store(t_ptr + rows[:, None] * R + ranks[None, :], narrow(total, t_ptr.dtype.element_ty, INTERP), mask=inside)
+
+
+@triton.jit
+def routed_expand_kernel(
+    y_ptr, t_ptr, rows_ptr, order_ptr, b_ptr, scales_ptr, out_ptr,
+    M, N, R, stride_ym, stride_yn, stride_tm, stride_tr, stride_bg, stride_bn, stride_br,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) computes BM sorted rows and BN columns of y_m + scale_g b_g t_m. b_ptr: [G, N, R]."""
+    rows, row_in, adapters, first, last = sorted_rows(rows_ptr, order_ptr, M, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), tl.float32)
+    for g in range(first, last):
+        mine = adapters == g
+        acc = tl.zeros((BM, BN), tl.float32)
+        base = b_ptr + tl.cast(g, tl.int64) * stride_bg
+        for r in range(0, R, BR):
+            ranks = r + tl.arange(0, BR)
+            t = tl.load(
+                t_ptr + rows[:, None] * stride_tm + ranks[None, :] * stride_tr,
+                mask=mine[:, None] & (ranks[None, :] < R),
+                other=0.0,
+            )
+            b = tl.load(
+                base + cols[None, :].to(tl.int64) * stride_bn + ranks[:, None].to(tl.int64) * stride_br,
+                mask=(cols[None, :] < N) & (ranks[:, None] < R),
+                other=0.0,
+            )
+            b = operand(b, INTERP)
+            acc = tl.dot(operand(t, INTERP).to(b.dtype), b, acc, input_precision=PRECISION)
+        total += acc * tl.load(scales_ptr + g)
+    inside = row_in[:, None] & (cols[None, :] < N)
+    wide_cols = cols.to(tl.int64)[None, :]
+    y = tl.load(y_ptr + rows[:, None] * stride_ym + wide_cols * stride_yn, mask=inside, other=0.0)
+    out = narrow(total + y.to(tl.float32), out_ptr.dtype.element_ty, INTERP)
+    tl.store(out_ptr + rows[:, None] * N + wide_cols, out, mask=inside)
+
+
+@triton.jit
+def routed_outer_kernel(
+    x_ptr, p_ptr, order_ptr, starts_ptr, scales_ptr, out_ptr,
+    C, R, stride_xm, stride_xc, stride_pm, stride_pr, stride_og, stride_or, stride_oc,
+    SCALED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j, g) owns BC columns and BR ranks of adapter g: the sum over its rows of p_m x_mᵀ, in their order.
+
+    x_ptr: [M, C]; p_ptr: [M, R]; out_ptr: [G, R, C] through strides.
+    """
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
+    g = tl.program_id(2)
+    first = tl.load(starts_ptr + g)
+    last = tl.load(starts_ptr + g + 1)
+    wide_cols = cols.to(tl.int64)
+    acc = tl.zeros((BR, BC), tl.float32)
+    for m in range(first, last, BM):
+        places = m + tl.arange(0, BM)
+        rows = tl.load(order_ptr + places, mask=places < last, other=0).to(tl.int64)
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xm + wide_cols[None, :] * stride_xc,
+            mask=(places[:, None] < last) & (cols[None, :] < C),
+            other=0.0,
+        )
+        p = tl.load(
+            p_ptr + rows[None, :] * stride_pm + ranks[:, None] * stride_pr,
+            mask=(places[None, :] < last) & (ranks[:, None] < R),
+            other=0.0,
+        )
+        p = operand(p, INTERP)
+        acc = tl.dot(p, operand(x, INTERP).to(p.dtype), acc, input_precision=PRECISION)
+    if SCALED:
+        acc = acc * tl.load(scales_ptr + g)
+    offsets = g.to(tl.int64) * stride_og + ranks[:, None].to(tl.int64) * stride_or + wide_cols[None, :] * stride_oc
+    inside = (ranks[:, None] < R) & (cols[None, :] < C)
+    tl.store(out_ptr + offsets, narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
+
+
+def _shrink(x: Tensor, rows: Tensor, order: Tensor, factors: Tensor, scales: Tensor | None, dtype) -> Tensor:
+    """factors is [G, R, C] through any strides."""
+    (m, c), rank = x.shape, factors.shape[1]
+    t = torch.empty(m, rank, dtype=dtype, device=x.device)
+    if m == 0:
+        return t
+    chip = chip_of(x.device)
+    config = tile("routed", chip)
+    br = rank_tile(rank, 64)
+    routed_shrink_kernel[(triton.cdiv(m, config.BM), triton.cdiv(rank, br))](
+        x_ptr=x,
+        rows_ptr=rows,
+        order_ptr=order,
+        f_ptr=factors,
+        scales_ptr=rows if scales is None else scales,
+        t_ptr=t,
+        M=m,
+        C=c,
+        R=rank,
+        stride_xm=x.stride(0),
+        stride_xc=x.stride(1),
+        stride_fg=factors.stride(0),
+        stride_fr=factors.stride(1),
+        stride_fc=factors.stride(2),
+        SCALED=scales is not None,
+        BM=config.BM,
+        BR=br,
+        BC=config.BK,
+        PRECISION=dot_precision(chip, x.dtype, factors.dtype),
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return t
+
+
+def _outer(x: Tensor, p: Tensor, order: Tensor, starts: Tensor, scales: Tensor | None, out: Tensor) -> None:
+    """out is [G, R, C] through any strides; adapters without rows are written as zeros."""
+    adapters, rank, c = out.shape
+    chip = chip_of(x.device)
+    config = tile("routed", chip)
+    br = rank_tile(rank, 64)
+    routed_outer_kernel[(triton.cdiv(c, config.BN), triton.cdiv(rank, br), adapters)](
+        x_ptr=x,
+        p_ptr=p,
+        order_ptr=order,
+        starts_ptr=starts,
+        scales_ptr=starts if scales is None else scales,
+        out_ptr=out,
+        C=c,
+        R=rank,
+        stride_xm=x.stride(0),
+        stride_xc=x.stride(1),
+        stride_pm=p.stride(0),
+        stride_pr=p.stride(1),
+        stride_og=out.stride(0),
+        stride_or=out.stride(1),
+        stride_oc=out.stride(2),
+        SCALED=scales is not None,
+        BM=config.BM,
+        BC=config.BN,
+        BR=br,
+        PRECISION=dot_precision(chip, x.dtype, p.dtype),
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def routed_down(x: Tensor, rows: Tensor, order: Tensor, starts: Tensor, a: Tensor) -> Tensor:
+    """Launches a 2D grid (tiles of sorted rows, rank tiles)."""
+    return _shrink(x, rows, order, a, None, a.dtype)
+
+
+def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor, b: Tensor, scales: Tensor) -> Tensor:
+    """Launches a 2D grid (tiles of sorted rows, column tiles)."""
+    (m, n), rank = y.shape, t.shape[1]
+    out = torch.empty(m, n, dtype=y.dtype, device=y.device)
+    if m == 0:
+        return out
+    chip = chip_of(y.device)
+    config = tile("routed", chip)
+    routed_expand_kernel[(triton.cdiv(m, config.BM), triton.cdiv(n, config.BN))](
+        y_ptr=y,
+        t_ptr=t,
+        rows_ptr=rows,
+        order_ptr=order,
+        b_ptr=b,
+        scales_ptr=scales,
+        out_ptr=out,
+        M=m,
+        N=n,
+        R=rank,
+        stride_ym=y.stride(0),
+        stride_yn=y.stride(1),
+        stride_tm=t.stride(0),
+        stride_tr=t.stride(1),
+        stride_bg=b.stride(0),
+        stride_bn=b.stride(1),
+        stride_br=b.stride(2),
+        BM=config.BM,
+        BN=config.BN,
+        BR=rank_tile(rank, 32),
+        PRECISION=dot_precision(chip, t.dtype, b.dtype),
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
+
+
+def routed_up_grad(
+    dy: Tensor,
+    t: Tensor,
+    rows: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Launches the shrink with bᵀ as its factors, then one owner per (adapter, column tile) for db."""
+    p = _shrink(dy, rows, order, b.transpose(1, 2), scales, t.dtype)
+    db = torch.empty(b.shape, dtype=grad_dtype, device=b.device)
+    _outer(dy, t, order, starts, scales, db.transpose(1, 2))
+    return p, db
+
+
+def routed_down_grad(
+    x: Tensor, p: Tensor, rows: Tensor, order: Tensor, starts: Tensor, grad_dtype: torch.dtype
+) -> Tensor:
+    """Launches a 3D grid (column tiles, rank tiles, adapters)."""
+    da = torch.empty(starts.shape[0] - 1, p.shape[1], x.shape[1], dtype=grad_dtype, device=x.device)
+    _outer(x, p, order, starts, None, da)
+    return da
+
+
+def variants(chip: str):
+    """What the launchers above run, for ahead-of-time checks."""
+    config = tile("routed", chip)
+    common = {"PRECISION": dot_precision(chip, torch.float32), "INTERP": False, "BM": config.BM}
+    indices = {"rows_ptr": "i32", "order_ptr": "i32", "starts_ptr": "i32", "scales_ptr": "fp32"}
+    for rank in (16, 64):
+        br = rank_tile(rank, 64)
+        yield Variant(
+            name=f"routed_shrink R{rank}",
+            kernel=routed_shrink_kernel,
+            pointers={**indices, "x_ptr": "bf16", "f_ptr": "bf16", "t_ptr": "bf16"},
+            constexprs={**common, "stride_xc": 1, "stride_fc": 1, "SCALED": False, "BR": br, "BC": config.BK},
+            warps=config.warps,
+            stages=config.stages,
+            matrix=ANY_MATRIX,
+        )
+        yield Variant(
+            name=f"routed_expand R{rank}",
+            kernel=routed_expand_kernel,
+            pointers={**indices, "y_ptr": "bf16", "t_ptr": "bf16", "b_ptr": "bf16", "out_ptr": "bf16"},
+            constexprs={
+                **common,
+                "stride_yn": 1,
+                "stride_tr": 1,
+                "stride_br": 1,
+                "BN": config.BN,
+                "BR": rank_tile(rank, 32),
+            },
+            warps=config.warps,
+            stages=config.stages,
+            matrix=ANY_MATRIX,
+        )
+        yield Variant(
+            name=f"routed_outer R{rank}",
+            kernel=routed_outer_kernel,
+            pointers={**indices, "x_ptr": "bf16", "p_ptr": "bf16", "out_ptr": "fp32"},
+            constexprs={
+                **common,
+                "stride_xc": 1,
+                "stride_pr": 1,
+                "stride_oc": 1,
+                "SCALED": False,
+                "BC": config.BN,
+                "BR": br,
+            },
+            warps=config.warps,
+            stages=config.stages,
+            matrix=ANY_MATRIX,
+        )

@@ -1,0 +1,125 @@
+"""Triton: the norm of each row of W + s B A from one read of the stored weight."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftfast_kernels.configs import chip_of, rank_tile, tile
+from peftfast_kernels.decode import Operand
+from peftfast_kernels.decode_kernels import decode_arguments, decode_variant
+from peftfast_kernels.op import is_interpreting
+from peftfast_kernels.row_norm import MAX_RANK, gram
+from peftfast_kernels.variants import ANY_MATRIX, Variant
+
+
+@triton.jit
+def norm_kernel(
+    w0, w1, w2, w3, w4, table, a_ptr, b_ptr, gram_ptr, squares_ptr, out_ptr,
+    N, K, R, stride_n, stride_k, stride_ar, stride_ak, stride_bn, stride_br, scale,
+    DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
+    CACHED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program i computes BN norms. a_ptr: [R, K]; b_ptr: [N, R]; gram_ptr: fp32 [R, R]; squares_ptr, out_ptr: [N]."""
+    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    ranks = tl.arange(0, BR)
+    row_in = rows < N
+    product = tl.zeros((BN, BR), tl.float32)
+    if CACHED:
+        squared = tl.load(squares_ptr + rows, mask=row_in, other=0.0).to(tl.float32)
+    else:
+        squared = tl.zeros((BN,), tl.float32)
+    for k in range(0, K, BK):
+        w = DECODE(
+            w0, w1, w2, w3, w4, table, rows, k, N, K, stride_n, stride_k, BK, BLOCK, NESTED, LAYOUT, DTYPE, INTERP
+        ).to(tl.float32)  # fmt: skip
+        cols = k + tl.arange(0, BK)
+        a = tl.load(
+            a_ptr + ranks[None, :].to(tl.int64) * stride_ar + cols[:, None].to(tl.int64) * stride_ak,
+            mask=(ranks[None, :] < R) & (cols[:, None] < K),
+            other=0.0,
+        ).to(tl.float32)
+        product = tl.dot(w, a, product, input_precision=PRECISION)
+        if not CACHED:
+            squared += tl.sum(w * w, axis=1)
+    b = tl.load(
+        b_ptr + rows[:, None] * stride_bn + ranks[None, :] * stride_br,
+        mask=row_in[:, None] & (ranks[None, :] < R),
+        other=0.0,
+    ).to(tl.float32)
+    gram = tl.load(
+        gram_ptr + ranks[:, None] * R + ranks[None, :], mask=(ranks[:, None] < R) & (ranks[None, :] < R), other=0.0
+    )
+    cross = tl.dot(b, gram, input_precision=PRECISION) * scale * scale + product * scale * 2
+    squared += tl.sum(cross * b, axis=1)
+    tl.store(out_ptr + rows, tl.sqrt(tl.maximum(squared, 0.0)), mask=row_in)
+
+
+def _precision(chip: str) -> str:
+    # Squares cancel where B A undoes W, so plain TF32 is never good enough here.
+    return "tf32x3" if chip.startswith("sm_") else "ieee"
+
+
+def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | None) -> Tensor:
+    """Launches a 1D grid, one program per BN rows. Raises ``ValueError`` for a rank above MAX_RANK."""
+    n, r = w.shape[0], a.shape[0]
+    if r > MAX_RANK:
+        raise ValueError(f"row_norm: rank {r} is above {MAX_RANK}, the most the kernel holds")
+    out = torch.empty(n, dtype=torch.float32, device=a.device)
+    if n == 0:
+        return out
+    chip = chip_of(a.device)
+    config = tile("row_norm", chip)
+    norm_kernel[(triton.cdiv(n, config.BM),)](
+        **decode_arguments(w, config.BK),
+        a_ptr=a,
+        b_ptr=b,
+        gram_ptr=gram(a),
+        squares_ptr=out if squares is None else squares,
+        out_ptr=out,
+        R=r,
+        stride_ar=a.stride(0),
+        stride_ak=a.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        scale=scale,
+        CACHED=squares is not None,
+        BN=config.BM,
+        BK=config.BK,
+        BR=rank_tile(r, MAX_RANK),
+        PRECISION=_precision(chip),
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        enable_fp_fusion=False,  # the decode rounds step by step
+    )
+    return out
+
+
+def variants(chip: str):
+    """What `row_norm` launches, for ahead-of-time checks."""
+    config = tile("row_norm", chip)
+    for format, rank in (("dense", 16), ("dense", 64), ("nf4", 16)):
+        pointers, constexprs = decode_variant(format, 64, format == "nf4", "bf16")
+        pointers |= {"a_ptr": "fp32", "b_ptr": "fp32", "gram_ptr": "fp32", "squares_ptr": "fp32", "out_ptr": "fp32"}
+        yield Variant(
+            name=f"row_norm {format} R{rank}",
+            kernel=norm_kernel,
+            pointers=pointers,
+            constexprs={
+                **constexprs,
+                "stride_ak": 1,
+                "stride_br": 1,
+                "CACHED": format == "nf4",
+                "BN": config.BM,
+                "BK": config.BK,
+                "BR": rank_tile(rank, MAX_RANK),
+                "PRECISION": _precision(chip),
+                "INTERP": False,
+            },
+            warps=config.warps,
+            stages=config.stages,
+            matrix=ANY_MATRIX,
+            fp_fusion=False,
+        )

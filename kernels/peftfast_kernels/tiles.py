@@ -1,0 +1,96 @@
+"""Device functions shared by the kernels: dropout masks, rounding, program order, ordered sums of partial results.
+
+Offsets are int64 wherever a row index enters, because an activation may hold more than 2**31 elements. ``INTERP`` is
+true in Triton's interpreter, whose bf16 arithmetic is wrong (products of raw bits, truncating casts): operands are
+then upcast to fp32 on load and rounded to bf16 by hand on store.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mix(word):
+    """The 32-bit permutation of keep_mask.py. word: uint32 of any shape."""
+    word = word ^ (word >> 16)
+    word = word * 0x21F0AAAD
+    word = word ^ (word >> 15)
+    word = word * 0xD35A2D97
+    return word ^ (word >> 15)
+
+
+@triton.jit
+def row_keys(seed_ptr, rows):
+    """The hash of (seed, row); rows: int64 [BM], seed_ptr: one int64."""
+    seed = tl.load(seed_ptr)
+    s0 = mix(seed.to(tl.uint32) + 0x9E3779B9)
+    s1 = mix((seed >> 32).to(tl.uint32) + s0)
+    key = mix(rows.to(tl.uint32) ^ s0)
+    return mix(key + ((rows >> 32).to(tl.uint32) ^ s1))
+
+
+@triton.jit
+def keep_tile(keys, cols, threshold):
+    """Keep mask bool [BM, BN] of the rows with these keys [BM] and these columns int32 [BN]."""
+    word = mix(keys[:, None] + cols.to(tl.uint32)[None, :] * 0x9E3779B9)
+    return (word >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit
+def operand(value, INTERP: tl.constexpr):
+    """A loaded tile as a dot operand: itself on a GPU, fp32 in the interpreter."""
+    if INTERP:
+        value = value.to(tl.float32)
+    return value
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr, INTERP: tl.constexpr):
+    """An fp32 tile rounded to nearest even in ``dtype``."""
+    if INTERP:
+        if dtype == tl.bfloat16:
+            bits = value.to(tl.int32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            bits = tl.where(value == value, rounded, bits)  # the carry must not turn a NaN into something else
+            value = bits.to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def grouped_order(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(row tile, column tile) of program pid: GROUP row tiles share their column tiles while those are in L2."""
+    per_group = GROUP * tiles_n
+    first = pid // per_group * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    return first + pid % per_group % size, pid % per_group // size
+
+
+@triton.jit
+def sum_parts_kernel(parts_ptr, out_ptr, total, part_stride, PARTS, scale, BLOCK: tl.constexpr, INTERP: tl.constexpr):
+    """Program i sums BLOCK elements of PARTS fp32 planes, first plane first, and writes scale * sum.
+
+    parts_ptr: fp32 [PARTS, total] with planes part_stride apart; out_ptr: [total], any dtype, contiguous.
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < total
+    acc = tl.zeros((BLOCK,), tl.float32)
+    plane = parts_ptr + offsets
+    for _ in range(0, PARTS):
+        acc += tl.load(plane, mask=inside, other=0.0)
+        plane += part_stride
+    tl.store(out_ptr + offsets, narrow(acc * scale, out_ptr.dtype.element_ty, INTERP), mask=inside)
+
+
+def sum_parts(parts, out, scale: float, interp: bool) -> None:
+    """out = scale * parts.sum(0), summed in order; parts fp32 [P, ...] contiguous, out [...] contiguous."""
+    total = out.numel()
+    sum_parts_kernel[(triton.cdiv(total, 1024),)](
+        parts_ptr=parts,
+        out_ptr=out,
+        total=total,
+        part_stride=total,
+        PARTS=parts.shape[0],
+        scale=scale,
+        BLOCK=1024,
+        INTERP=interp,
+    )

@@ -1,0 +1,108 @@
+"""peftfast: PEFT's API and files over fused kernels.
+
+    import peftfast
+
+    model = peftfast.patch(model, peftfast.LoraConfig(r=16, target_modules="all-linear"))
+
+Names are imported when first used: importing this package imports neither transformers, Triton nor bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from peftfast.version import __version__ as __version__
+
+#: module -> the public names in it
+_PUBLIC: dict[str, tuple[str, ...]] = {
+    "adalora": ("AdaLoraModel",),
+    "api": (
+        "cast_mixed_precision_params",
+        "get_base_model_state_dict",
+        "get_peft_model",
+        "get_peft_model_state_dict",
+        "inject_adapter_in_model",
+        "patch",
+        "set_base_model_state_dict",
+        "set_peft_model_state_dict",
+    ),
+    "auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+    "blocks": ("fuse_blocks",),
+    "config": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PeftConfig",
+        "PeftType",
+        "PromptLearningConfig",
+        "TaskType",
+        "get_peft_config",
+    ),
+    "corda": ("preprocess_corda",),
+    "errors": (
+        "AdapterLoadError",
+        "AdapterMismatchWarning",
+        "NoMatchingPeftModuleError",
+        "PeftError",
+        "PeftWarning",
+    ),
+    "eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
+    "ia3": ("IA3Model",),
+    "hotswap": (
+        "check_hotswap_configs_compatible",
+        "hotswap_adapter",
+        "hotswap_adapter_from_state_dict",
+        "prepare_model_for_compiled_hotswap",
+    ),
+    "io": ("load_peft_weights",),
+    "kbit": ("prepare_model_for_kbit_training",),
+    "methods.adalora": ("AdaLoraConfig",),
+    "methods.ia3": ("IA3Config",),
+    "methods.lora_config": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraConfig", "LoraRuntimeConfig"),
+    "methods.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
+    "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
+    "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
+    "methods.trainable_tokens": ("TrainableTokensConfig",),
+    "model": ("PEFT_TYPE_TO_TUNER_MAPPING", "PeftModel"),
+    "quantize": ("QuantizationReport", "dequantize_model", "quantize_model", "replace_lora_weights_loftq"),
+    "prompt_model": ("nearest_tokens", "resize_prompt"),
+    "pool": ("AdapterPool",),
+    "router": ("Router",),
+    "rank_discovery": ("discover_ranks",),
+    "status": ("get_layer_status", "get_model_status"),
+    "takeover": ("patch_report", "unpatch"),
+    "tasks": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+    ),
+    "tuner": ("LoraModel", "TrainableTokensModel"),
+}
+
+_WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    module = _WHERE.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,256 @@
+"""The model around AdaLoRA adapters: runs the rank schedule by itself, in any training loop.
+
+The right moment is after an optimizer's step, before gradients are cleared. torch calls
+`register_optimizer_step_post_hook` callbacks exactly there, for every optimizer, whoever drives it: Trainer, Accelerate
+(once per update under gradient accumulation, never for a step that a GradScaler skips) or a plain loop. One callback is
+registered while models with a running schedule exist; it looks for the optimizer that holds their factors and leaves
+all others alone. Nothing of torch, of the optimizer or of a trainer is replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfast.errors import PeftWarning
+from peftfast.method import Adapter
+from peftfast.methods.adalora import VALUES, AdaLoraConfig
+from peftfast.methods.lora import factors
+from peftfast.methods.rank_allocator import Allocation, RankAllocator, replace
+from peftfast.tuner import BaseTuner
+
+STATE_FILE = "adalora_state.safetensors"
+
+_watched: weakref.WeakSet[AdaLoraModel] = weakref.WeakSet()
+_handle: Any = None
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _handle
+    if not _watched and _handle is not None:
+        _handle.remove()
+        _handle = None
+    for model in list(_watched):
+        model._stepped(optimizer)
+
+
+def _watch(model: AdaLoraModel) -> None:
+    global _handle
+    _watched.add(model)
+    if _handle is None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        _handle = register_optimizer_step_post_hook(_after_step)
+
+
+class AdaLoraModel(BaseTuner):
+    """A model with AdaLoRA adapters.
+
+    Attributes:
+        automatic: run the schedule after every optimizer step. The first manual `update_and_allocate` switches this
+            off and takes the automatic update of the same step back, so that no step counts twice.
+        shrink_after_final: cut pruned ranks out of Parameters and optimizer state once the final ranks are chosen;
+            False keeps them masked, as PEFT does.
+    """
+
+    prefix = "lora_"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.update(automatic=True, shrink_after_final=True, _allocators={}, _optimizer=None)
+        super().__init__(*args, **kwargs)
+
+    # ---- schedules ---------------------------------------------------------------------------------------------------
+    @property
+    def trainable_adapter_name(self) -> str | None:
+        """The active adapter that is being trained."""
+        for name in self.active_adapters:
+            if any(a[VALUES].requires_grad for a in self._adapters(name)):
+                return name
+        return None
+
+    @property
+    def rankallocator(self) -> RankAllocator:
+        """The schedule of the adapter that is being trained."""
+        name = self.trainable_adapter_name
+        if name is None:
+            raise ValueError(
+                f"No AdaLoRA adapter is being trained; active: {self.active_adapters}, "
+                f"present: {list(self.peft_config)}"
+            )
+        return self._allocator(name)
+
+    def _adapters(self, name: str) -> list[Adapter]:
+        return [layer.adapters[name] for layer in self.inventory.layers.values() if name in layer.adapters]
+
+    def _allocator(self, name: str) -> RankAllocator:
+        allocator, cfg = self._allocators.get(name), self.peft_config[name]
+        if allocator is None or allocator.cfg is not cfg:
+            allocator = self._allocators[name] = RankAllocator(cfg, self._adapters(name))
+        if allocator.adapters is None:  # of a copy of the model
+            allocator.adapters = self._adapters(name)
+        return allocator
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and self.automatic and torch.is_grad_enabled() and self not in _watched:
+            _watch(self)
+        return super().forward(*args, **kwargs)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        name = self.trainable_adapter_name if self.automatic else None
+        if name is None:
+            return
+        allocator = self._allocator(name)
+        mark = allocator.adapters[0][VALUES]
+        if not any(p is mark for group in optimizer.param_groups for p in group["params"]):
+            return
+        self.__dict__["_optimizer"] = weakref.ref(optimizer)
+        if all(p.grad is None for p in allocator.parameters()):
+            return  # a step without us: the adapter was not part of the loss
+        if "_counted" not in self.__dict__:
+            allocator.remember()
+            self.__dict__["_counted"] = True
+        else:
+            allocator.forget()
+        self._advance(allocator, allocator.step + 1)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Run the schedule by hand, after `loss.backward()` and before `zero_grad()`, as PEFT wants it. Not needed:
+        the schedule runs by itself, and stops doing so with the first call of this."""
+        allocator = self.rankallocator
+        if self.automatic:
+            self.automatic = False
+            _watched.discard(self)
+            if "_counted" in self.__dict__ and not allocator.take_back():
+                warnings.warn(
+                    f"AdaLoRA's schedule has run by itself for {allocator.step} steps; manual calls take over now.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+        self._advance(allocator, global_step)
+
+    def _advance(self, allocator: RankAllocator, step: int) -> None:
+        if allocator.advance(step) and self.shrink_after_final:
+            optimizer = None if self._optimizer is None else self._optimizer()
+            if optimizer is not None:  # without it, its state would not fit any more
+                allocator.forget()
+                allocator.shrink(optimizer)
+
+    def shrink_ranks(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Cut pruned ranks out of the Parameters, if that has not happened by itself; whether they are cut now.
+
+        Args:
+            optimizer: whose state is cut as well; needed if training goes on.
+        """
+        name = self.trainable_adapter_name or self.active_adapters[0]
+        return self._allocator(name).shrink(optimizer)
+
+    @property
+    def history(self) -> list[Allocation]:
+        """Every allocation so far of the adapter that is being trained."""
+        name = self.trainable_adapter_name
+        names = [name] if name is not None else [n for n in self.active_adapters if n in self._allocators]
+        return self._allocators[names[0]].history if names and names[0] in self._allocators else []
+
+    def plot_ranks(self, path: str | os.PathLike | None = None) -> Any:
+        """A picture of the ranks of every module over the steps; needs matplotlib.
+
+        Args:
+            path: saved there. None: only returned, as a matplotlib figure.
+        """
+        history = self.history
+        if not history:
+            raise ValueError("No ranks have been allocated yet")
+        from matplotlib.figure import Figure
+
+        names = list(history[0].ranks)
+        table = torch.tensor([[entry.ranks[n] for n in names] for entry in history]).t()
+        figure = Figure(figsize=(8, max(3.0, 0.22 * len(names))), layout="constrained")
+        axes = figure.subplots()
+        steps = [entry.step for entry in history]
+        edges = [*steps, steps[-1] + max(1, steps[-1] - steps[-2] if len(steps) > 1 else 1)]
+        image = axes.pcolormesh(edges, range(len(names) + 1), table.numpy(), cmap="viridis", vmin=0)
+        axes.set_yticks([i + 0.5 for i in range(len(names))], names, fontsize=6)
+        axes.invert_yaxis()
+        axes.set_xlabel("optimizer step")
+        axes.set_title("AdaLoRA: rank of every module")
+        figure.colorbar(image, ax=axes, label="rank")
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """AdaLoRA's adapters cannot be combined; TypeError."""
+        raise TypeError(f"{type(self).__name__} does not support add_weighted_adapter method.")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._allocators.pop(adapter_name, None)
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+    def before_load(self, adapter_name: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Make room for tensors that are about to be loaded: factors that another training has cut, or not yet cut."""
+        cfg: AdaLoraConfig = self.peft_config[adapter_name]
+        adapters = self._adapters(adapter_name)
+        before = [(a, a.setting("r"), [(p, p.data) for p in (*factors(a), a[VALUES])]) for a in adapters]
+        pattern, allocator = cfg.rank_pattern, self._allocators.get(adapter_name)
+
+        def undo() -> None:
+            for adapter, rank, parameters in before:
+                for p, values in parameters:
+                    replace(p, values)
+                adapter.change("r", rank)
+            cfg.rank_pattern = pattern
+            if allocator is not None:
+                self._allocators[adapter_name] = allocator
+
+        ranks = {}
+        for key, tensor in tensors.items():
+            owner, _, slot = key.rpartition(".")
+            if slot == VALUES and tensor.dim() == 2:
+                ranks[owner.removeprefix("base_model.model.")] = len(tensor)
+        changed = False
+        for adapter in self._adapters(adapter_name):
+            rank = ranks.get(adapter.key)
+            if rank is None or rank == len(adapter[VALUES]) or rank > cfg.init_r:
+                continue
+            a, b = factors(adapter)
+            for p, shape in ((a, (rank, a.shape[1])), (b, (b.shape[0], rank)), (adapter[VALUES], (rank, 1))):
+                replace(p, p.new_empty(shape))
+            adapter.change("r", rank)
+            changed = True
+        if changed:
+            self._allocators.pop(adapter_name, None)
+            kept = {f"{a.key}.{VALUES}": len(a[VALUES]) for a in self._adapters(adapter_name)}
+            full = all(n == cfg.init_r for n in kept.values())
+            # which of the ranks were kept is history; how many is what readers of the file go by
+            cfg.rank_pattern = None if full else {k: [i < n for i in range(cfg.init_r)] for k, n in kept.items()}
+        return undo
+
+    def after_load(self, adapter_name: str, folder: str | os.PathLike) -> None:
+        """Go on with the schedule that was saved beside the adapter, if it was saved in mid-schedule."""
+        path = Path(folder) / STATE_FILE
+        if path.is_file():
+            from peftfast.io import read_safetensors
+
+            self._allocator(adapter_name).load_state_dict(read_safetensors(path))
+            self.__dict__.pop("_counted", None)
+
+    def save_beside(self, adapter_name: str, folder: str | os.PathLike) -> None:
+        """Save the schedule beside the adapter, as long as it runs; afterwards the ranks say everything."""
+        allocator, path = self._allocators.get(adapter_name), Path(folder) / STATE_FILE
+        if allocator is not None and allocator.step and not allocator.finished:
+            from peftfast.io import write_safetensors
+
+            write_safetensors(path, {k: v.cpu().contiguous() for k, v in allocator.state_dict().items()})
+        elif path.is_file():
+            path.unlink()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_optimizer": None}

@@ -1,0 +1,271 @@
+"""The calls that start everything: `get_peft_model`, `patch`, `inject_adapter_in_model`, and state dicts as functions."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
+from peftfast.config import PeftConfig
+from peftfast.errors import close_matches
+from peftfast.fit import fit_state_dict
+from peftfast.injection import plan_injection
+from peftfast.inventory import Inventory
+from peftfast.io import needs_embedding_layers
+from peftfast.method import method_for
+from peftfast.model import PeftModel
+from peftfast.state import adapter_state_dict
+from peftfast.takeover import is_wrapped_by_peft, take_over
+from peftfast.tasks import model_class
+from peftfast.tuner import adapted_modules
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    *,
+    strict: bool = False,
+) -> PeftModel:
+    """Wrap a model with an adapter, ready to train.
+
+    Args:
+        model: changed in place: adapted modules are replaced, everything but the adapter is frozen.
+        peft_config: what to add; its targets are resolved in place.
+        adapter_name: must not contain '.'.
+        mixed: adapters of different types in one model; every PeftModel here allows what the methods allow.
+        autocast_adapter_dtype: keep factors in fp32 on a half-precision base.
+        revision: of the base model, recorded in the config.
+        low_cpu_mem_usage: create the adapter on the meta device, to be loaded.
+        strict: refuse what is otherwise let pass with a warning.
+
+    Raises:
+        NoMatchingPeftModuleError: no module matched. ValueError, TypeError: anything else about the config.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config must be a PeftConfig such as LoraConfig, got {peft_config!r} of type "
+            f"{type(peft_config).__name__}"
+        )
+    new_name = getattr(model, "name_or_path", None) or None
+    old_name = peft_config.base_model_name_or_path
+    if old_name is not None and old_name != new_name:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{old_name}' to '{new_name}'. "
+            "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            stacklevel=2,
+        )
+    before = (peft_config.base_model_name_or_path, peft_config.revision)
+    peft_config.base_model_name_or_path = new_name
+    if revision is not None:
+        peft_config.revision = revision
+    try:
+        return model_class(peft_config)(
+            model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, strict=strict
+        )
+    except BaseException:
+        peft_config.base_model_name_or_path, peft_config.revision = before
+        raise
+
+
+def patch(
+    model: nn.Module,
+    config: PeftConfig | None = None,
+    *,
+    quantize: str | None = None,
+    quantize_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> PeftModel:
+    """What a user calls before training: `model = peftfast.patch(model, LoraConfig(...))`.
+
+    Args:
+        model: a base model. Without a config: a model that PEFT has wrapped, which stays the same object with the same
+            parameters and files and computes with our kernels from now on; `peftfast.patch_report(model)` says which
+            layers do, `peftfast.unpatch(model)` undoes it.
+        config: the adapter to add.
+        quantize: "nf4", "fp4" or "int8": store the linear layers of a dense base so, as `peftfast.quantize_model` does;
+            the errors are in `model.quantization_report`. Initialisations that change the base (LoftQ, PiSSA, OLoRA)
+            see it dense, and what they leave is quantised.
+        quantize_options: of `quantize_model`: `skip`, `double_quant`, `compute_dtype`, ...
+        options: of `get_peft_model`.
+
+    Returns:
+        The wrapped model; training, saving and everything else go on as with PEFT.
+    """
+    if config is None and not options and quantize is None and isinstance(model, nn.Module):
+        if isinstance(model, PeftModel):
+            return model
+        if is_wrapped_by_peft(model):
+            take_over(model)
+            return model
+    if config is None:
+        raise TypeError(
+            "patch(model, config) needs a config, for example peftfast.LoraConfig(r=16, target_modules='all-linear')"
+        )
+    if quantize is None:
+        if quantize_options:
+            raise ValueError(f"quantize_options={dict(quantize_options)} need a format as well: quantize='nf4'")
+        return get_peft_model(model, config, **options)
+    from peftfast.quantize import plan_quantization, quantize_model
+
+    settings = dict(quantize_options or {})
+    skip = settings.pop("skip", None)
+    plan_quantization(model, quantize, skip, settings)
+    method = method_for(config)
+    if method.changes_base(config):
+        wrapped = get_peft_model(model, config, **options)
+        quantize_model(wrapped, quantize, skip=skip, **settings)
+        return wrapped
+    if not config.is_prompt_learning:  # refuse the config before the model is changed
+        trial = copy.deepcopy(config)
+        trial.validate()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan_injection(Inventory(model, {}), "trial", trial, method, strict=options.get("strict", False))
+    quantize_model(model, quantize, skip=skip, **settings)
+    return get_peft_model(model, config, **options)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model without wrapping the model; returns it, with `model.peft_config`.
+
+    Args:
+        state_dict: adapt exactly the modules that these weights are for.
+    """
+    if peft_config.is_prompt_learning:
+        raise ValueError("`create_and_replace` does not support prompt learning, adaption prompt and shadow yet.")
+    inventory = inventory_of(model)
+    keys = None if state_dict is None else adapted_modules(state_dict, method_for(peft_config).prefix)
+    first = not inventory.configs
+    inventory.add(adapter_name, peft_config, keys=keys, device="meta" if low_cpu_mem_usage else None)
+    if first:
+        inventory.set_adapter([adapter_name], inference_mode=peft_config.inference_mode)
+    if not peft_config.inference_mode:
+        inventory.train_biases(peft_config)
+        if is_checkpointing(checkpointing_switches(model)):
+            require_input_gradients(model)
+    return model
+
+
+def inventory_of(model: nn.Module) -> Inventory:
+    """The inventory of a model with injected adapters, made on first use."""
+    inventory = model.__dict__.get("_peftfast_inventory")
+    if inventory is None:
+        configs = getattr(model, "peft_config", None)
+        inventory = Inventory(model, configs if isinstance(configs, dict) else {})
+        model.__dict__["_peftfast_inventory"] = inventory
+    if getattr(model, "peft_config", None) is not inventory.configs:
+        model.peft_config = inventory.configs  # transformers deletes it with the last adapter
+    return inventory
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the names of the file.
+
+    Args:
+        state_dict: tensors gathered from a sharded model, by live name.
+        unwrap_compiled: look inside `torch.compile`'s wrapper.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    cfg = _config(model, adapter_name)
+    return adapter_state_dict(
+        model, cfg, adapter_name, state_dict, needs_embedding_layers(model, cfg, save_embedding_layers)
+    )
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    *,
+    strict: bool | str = False,
+) -> Any:
+    """Load tensors, named as in the file, into an adapter.
+
+    Returns:
+        (missing_keys, unexpected_keys) of this adapter.
+
+    Raises:
+        AdapterLoadError: wrong shapes or non-finite values; nothing was changed.
+    """
+    cfg = _config(model, adapter_name)
+    fit = fit_state_dict(model, cfg, peft_model_state_dict, adapter_name, finite=strict != "off")
+    # names that do not fit are returned to the caller, as PEFT does, instead of warned about
+    fit.check(strict, ignore_mismatched_sizes, only_tensors=strict is False)
+    fit.fill_gaps(model)
+    fit.apply(model, assign=low_cpu_mem_usage)
+    return torch.nn.modules.module._IncompatibleKeys(fit.missing, fit.unexpected)
+
+
+def _config(model: nn.Module, adapter_name: str) -> PeftConfig:
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        raise ValueError("The model has no adapters; see get_peft_model or inject_adapter_in_model")
+    if adapter_name not in configs:
+        raise ValueError(
+            f"Adapter {adapter_name!r} not found.{close_matches(adapter_name, configs)} Present: {sorted(configs)}"
+        )
+    return configs[adapter_name]
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's tensors under their original names, adapters left out."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    result = {}
+    adapters = ("lora_", "ia3_", "trainable_tokens_", ".modules_to_save.")
+    for key, tensor in base.state_dict(keep_vars=True).items():
+        if any(f".{a.strip('.')}" in key for a in adapters):
+            continue
+        name = key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+        result[name.replace(".original_module.", ".")] = tensor.detach()
+    return result
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+    """Load a base checkpoint, under its original names, into a model that carries adapters."""
+    mine = get_base_model_state_dict(model)
+    missing = [k for k in mine if k not in state_dict]
+    unexpected = [k for k in state_dict if k not in mine]
+    wrong = [k for k in mine if k in state_dict and mine[k].shape != state_dict[k].shape]
+    if wrong or (strict and (missing or unexpected)):
+        raise RuntimeError(f"Error(s) in loading base weights: missing {missing}, unexpected {unexpected}, sizes {wrong}")
+    with torch.no_grad():
+        for key, tensor in mine.items():
+            if key in state_dict:
+                tensor.copy_(state_dict[key])
+    return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parameters to `dtype`, trainable ones to fp32: what mixed-precision training with a loss scaler needs."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.to(dtype)
+        elif parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.to(torch.float32)

@@ -1,0 +1,124 @@
+"""AutoPeftModel: adapter and base model from the adapter's folder alone."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+from peftfast.config import PeftConfig, TaskType
+from peftfast.files import find_file
+from peftfast.model import PeftModel
+from peftfast.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+#: Libraries whose classes `auto_mapping` may name; a config is data and must not choose what is imported.
+IMPORT_ALLOWLIST = ("transformers", "diffusers")
+
+
+class _AutoPeftModel:
+    auto_class: ClassVar[str | None] = None  # in transformers
+    task_type: ClassVar[str | None] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise EnvironmentError(
+            f"{type(self).__name__} is designed to be instantiated using the "
+            f"`{type(self).__name__}.from_pretrained(pretrained_model_name_or_path)` method."
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        import_allowlist: tuple[str, ...] | list[str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load the base model that an adapter names, then the adapter.
+
+        Args:
+            revision: of the adapter; the base's is in the adapter's config.
+            import_allowlist: libraries that `auto_mapping` may name besides the usual ones.
+            kwargs: of the base model's `from_pretrained` and of `hf_hub_download`.
+        """
+        import transformers
+
+        hub, model_kwargs = PeftConfig._split_hub_arguments(kwargs)
+        cfg = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
+        if not cfg.base_model_name_or_path:
+            raise ValueError(f"The adapter in {pretrained_model_name_or_path} does not name its base model")
+        if cls.task_type is not None:
+            if cfg.task_type is not None and cfg.task_type != cls.task_type:
+                raise ValueError(
+                    f"Expected target PEFT class: {MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task_type].__name__}, but you "
+                    f"have asked for: {MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cfg.task_type].__name__} make sure that you are "
+                    "loading the correct model for your task type."
+                )
+            base_class, peft_class = getattr(transformers, cls.auto_class), MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task_type]
+        else:
+            base_class, peft_class = cls._from_auto_mapping(cfg, import_allowlist), PeftModel
+        base = base_class.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision, **model_kwargs, **hub)
+        _fit_vocabulary(base, pretrained_model_name_or_path, revision, hub)
+        return peft_class.from_pretrained(
+            base, pretrained_model_name_or_path, adapter_name=adapter_name, is_trainable=is_trainable, config=config,
+            revision=revision, **hub,
+        )  # fmt: skip
+
+    @staticmethod
+    def _from_auto_mapping(cfg: PeftConfig, import_allowlist: Any) -> Any:
+        import importlib
+
+        if cfg.task_type is not None:
+            raise ValueError(
+                f"Use AutoPeftModelFor... for an adapter with a task type; this one has {getattr(cfg.task_type, 'value', cfg.task_type)}"
+            )
+        if cfg.auto_mapping is None:
+            raise ValueError("Cannot infer the auto class from the config, please make sure that you are loading the correct model for your task type.")  # noqa: E501
+        library, name = cfg.auto_mapping["parent_library"], cfg.auto_mapping["base_model_class"]
+        allowed = (*IMPORT_ALLOWLIST, *(import_allowlist or ()))
+        if library.partition(".")[0] not in allowed:
+            raise ValueError(
+                f"The adapter's config asks to import {name!r} from {library!r}, which is not in the import allowlist "
+                f"{list(allowed)}. If you trust it, pass import_allowlist=[{library.partition('.')[0]!r}]."
+            )
+        return getattr(importlib.import_module(library), name)
+
+
+def _fit_vocabulary(base: Any, path: str | os.PathLike, revision: str | None, hub: dict[str, Any]) -> None:
+    """An adapter saved with a larger tokenizer was trained with resized embeddings."""
+    if find_file(path, "tokenizer_config.json", revision=revision, **hub) is None:
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(len(tokenizer))
+
+
+class AutoPeftModel(_AutoPeftModel):
+    """For adapters without a task type."""
+
+
+class AutoPeftModelForCausalLM(_AutoPeftModel):
+    auto_class, task_type = "AutoModelForCausalLM", TaskType.CAUSAL_LM
+
+
+class AutoPeftModelForSeq2SeqLM(_AutoPeftModel):
+    auto_class, task_type = "AutoModelForSeq2SeqLM", TaskType.SEQ_2_SEQ_LM
+
+
+class AutoPeftModelForSequenceClassification(_AutoPeftModel):
+    auto_class, task_type = "AutoModelForSequenceClassification", TaskType.SEQ_CLS
+
+
+class AutoPeftModelForTokenClassification(_AutoPeftModel):
+    auto_class, task_type = "AutoModelForTokenClassification", TaskType.TOKEN_CLS
+
+
+class AutoPeftModelForQuestionAnswering(_AutoPeftModel):
+    auto_class, task_type = "AutoModelForQuestionAnswering", TaskType.QUESTION_ANS
+
+
+class AutoPeftModelForFeatureExtraction(_AutoPeftModel):
+    auto_class, task_type = "AutoModel", TaskType.FEATURE_EXTRACTION

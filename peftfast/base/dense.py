@@ -1,0 +1,113 @@
+"""Floating-point weights kept as plain Parameters, in either orientation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.base.offload import device_of, stored_weight
+from peftfast.base.weight import kept_copy, register_format
+from peftfast_kernels.decode import Operand
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, a linear layer that stores its weight as [in, out]. Asked by name, so that
+    transformers is not imported for it."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+@register_format
+class DenseWeight:
+    """fp64, fp32, bf16 or fp16, `[N, K, ...]` as in `nn.Linear`, `nn.Embedding` and `nn.ConvNd`, or `[K, N]` as in
+    transformers' `Conv1D`."""
+
+    quantization: str | None = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.name = ""
+        self.transposed = is_conv1d(module)
+        self._last: Operand | None = None  # of the weight that was there last time
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() >= 2
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        weight = self.module.weight
+        n, k = weight.shape[0], weight.numel() // weight.shape[0] if weight.shape[0] else 0
+        return (k, n) if self.transposed else (n, k)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.module.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.module)
+
+    def operand(self, dtype: torch.dtype) -> Operand | None:
+        weight = self._weight()
+        if weight.requires_grad or weight.dim() != 2:
+            return None  # a trained base needs a gradient for W, which the fused product never computes
+        # graphs must not depend on whether anybody has called before
+        last = None if torch.compiler.is_compiling() else self._last
+        if last is not None and last.tensors[0] is weight and last.dtype is dtype:
+            return last
+        shape = (weight.shape[1], weight.shape[0]) if self.transposed else (weight.shape[0], weight.shape[1])
+        made = Operand("dense_t" if self.transposed else "dense", [weight], shape, dtype)
+        if not torch.compiler.is_compiling():
+            self._last = made
+        return made
+
+    def _weight(self) -> Tensor:
+        # an attribute of a module is a slow lookup; sharded and parametrised modules need it
+        weight = self.module._parameters.get("weight")
+        return self.module.weight if weight is None else weight
+
+    def readable(self) -> Operand:
+        weight = self.module.weight.detach()
+        matrix = weight if weight.dim() == 2 else weight.flatten(1)
+        return Operand("dense_t" if self.transposed else "dense", [matrix], self.shape, weight.dtype)
+
+    def product_dtype(self, x: Tensor) -> torch.dtype | None:
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return x.dtype if x.dtype is self._weight().dtype else None
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        weight = stored_weight(self.module).detach()
+        matrix = weight.t() if self.transposed else weight.flatten(1)
+        return matrix.to(dtype=dtype or weight.dtype, copy=True)
+
+    @torch.no_grad()
+    def assign(self, weight: Tensor) -> None:
+        own = stored_weight(self.module, write=True)
+        own.copy_(for_narrowing((weight.t() if self.transposed else weight).reshape(own.shape), own.dtype))
+
+    @property
+    def merge_dtype(self) -> torch.dtype:
+        """What merging computes in: wide enough for the one rounding at the end to be the only one that shows."""
+        return torch.float32 if self.device.type == "mps" else torch.float64  # which has no fp64
+
+    def snapshot(self, host: bool = False) -> Tensor:
+        return kept_copy(stored_weight(self.module, write=True), host)
+
+    @torch.no_grad()
+    def restore(self, snapshot: Tensor) -> None:
+        stored_weight(self.module, write=True).copy_(snapshot)
+
+
+def for_narrowing(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight`, or for fp64 on its way to 16 bits an fp32 tensor that rounds to what `weight` rounds to. Conversions go
+    through fp32, and rounding to nearest twice is not rounding to nearest; rounding to odd first is."""
+    if weight.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
+        return weight
+    near = weight.float()
+    back = near.double()
+    bits = near.view(torch.int32)
+    bits = bits - (back.abs() > weight.abs()).to(torch.int32)  # towards zero: bits count magnitudes
+    inexact = (back != weight) & weight.isfinite() & near.isfinite()
+    return torch.where(inexact, (bits | 1).view(torch.float32), near)

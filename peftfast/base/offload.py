@@ -1,0 +1,60 @@
+"""Weights that accelerate keeps elsewhere while their module rests: on the meta device until the module is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device on which `module` computes: its weight's, or, while that is away, the one it is brought to."""
+    weight = module.weight
+    if weight.is_meta:
+        for hook in _hooks(module):
+            device = getattr(hook, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return weight.device
+
+
+def stored_weight(module: nn.Module, write: bool = False) -> Tensor:
+    """The tensor that holds the weight's values, wherever it is kept.
+
+    Args:
+        write: what is written to it must last.
+
+    Raises:
+        ValueError: there is none: the weight is computed by a parametrization (to write), kept on disk (to write), or
+            on the meta device for good.
+    """
+    weight = module.weight
+    if write and "weight" not in module._parameters and "weight" not in module._buffers:
+        raise ValueError(
+            f"The weight of {type(module).__name__} is computed by a parametrization; nothing can be merged into it. "
+            "Remove it first: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+        )
+    if not weight.is_meta:
+        return weight
+    for hook in _hooks(module):
+        kept = getattr(hook, "weights_map", None)
+        if kept is not None and "weight" in kept:
+            value = kept["weight"]
+            if write and kept["weight"].data_ptr() != value.data_ptr():
+                raise ValueError(
+                    f"The weight of {type(module).__name__} is offloaded to disk and cannot be changed there. Merge "
+                    "into a model that is loaded without disk offloading."
+                )
+            return value
+    raise ValueError(
+        f"The weight of {type(module).__name__} is on the meta device and has no values; load it before merging "
+        "into it or initialising an adapter from it"
+    )

@@ -1,0 +1,139 @@
+"""A frozen base weight, whatever its storage. The only thing an adapter ever learns about a layer's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftfast_kernels.decode import Operand
+
+
+class BaseWeight(Protocol):
+    """The weight of one module as a matrix W [N, K]: N output features, K input features (an embedding: N tokens of
+    K features; a convolution: N output channels, K input channels times kernel). Never trained; written only by
+    `assign` and `restore`."""
+
+    module: nn.Module
+    name: str  # of the module inside its model, for messages; empty until somebody knows it
+    quantization: str | None  # key of QUANTIZERS ("nf4"); None where the weight is stored as it is computed with
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """Whether this format stores `module`'s weight. The first registered format that claims it is used."""
+        ...
+
+    def __init__(self, module: nn.Module) -> None: ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        ...
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The floating dtype the module computes in; new adapters take it unless they are kept in fp32."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def operand(self, dtype: torch.dtype) -> Operand | None:
+        """W for a fused product in `dtype`; None if only the module itself may multiply by it."""
+        ...
+
+    def product_dtype(self, x: Tensor) -> torch.dtype | None:
+        """The dtype in which the module would multiply `x`, result included; None if it casts on the way or would
+        raise, both of which are left to the module."""
+        ...
+
+    def readable(self) -> Operand:
+        """W for reading in pieces, whoever may multiply by it."""
+        ...
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A fresh dequantised copy [N, K]."""
+        ...
+
+    def assign(self, weight: Tensor) -> Tensor | None:
+        """Store `weight` [N, K] back, rounded once, requantised if need be, on the same device.
+
+        Returns:
+            Of quantised formats the relative error |stored - weight| / |weight|, a scalar on the weight's device.
+        """
+        ...
+
+    def snapshot(self, host: bool = False) -> Any:
+        """A copy of the stored bytes, for an exact unmerge; with `host`, in host memory."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """Put the bytes of a `snapshot` back; exact in every bit."""
+        ...
+
+
+def kept_copy(tensor: Tensor, host: bool) -> Tensor:
+    """A copy beside the tensor, or in host memory (pinned, where that makes the way back faster)."""
+    if not host or tensor.device.type == "cpu":
+        return tensor.detach().clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor.detach())
+
+
+F = TypeVar("F", bound=type)
+
+FORMATS: list[type[BaseWeight]] = []
+
+
+def register_format(cls: F) -> F:
+    """Class decorator: one format, one file, one registration. Later registrations are asked first, so the general
+    format registers before the special ones."""
+    FORMATS.insert(0, cls)
+    return cls
+
+
+class Quantizer(NamedTuple):
+    """How a dense weight becomes a module that stores it quantised.
+
+    Attributes:
+        module: (weight [N, K], bias [N] or None, **options) -> a frozen linear module on the weight's device.
+        config: (**options) -> keyword arguments of transformers' `BitsAndBytesConfig` that mean the same, so that
+            models quantised here are saved and reloaded by transformers.
+    """
+
+    module: Callable[..., nn.Module]
+    config: Callable[..., Mapping[str, Any]]
+
+
+QUANTIZERS: dict[str, Quantizer] = {}
+
+
+def quantizer(name: str) -> Quantizer:
+    """The quantiser of a format. Raises ValueError naming the known ones."""
+    if name not in QUANTIZERS:
+        raise ValueError(f"Unknown quantisation {name!r}; one of {', '.join(map(repr, QUANTIZERS))}")
+    return QUANTIZERS[name]
+
+
+def quantise_and_back(weight: Tensor, name: str, **options: Any) -> Tensor:
+    """`weight` [N, K] as the format `name` would keep it, in fp32."""
+    return base_weight(quantizer(name).module(weight, None, **options)).dense(torch.float32)
+
+
+def base_weight(module: nn.Module) -> BaseWeight:
+    """The module's weight behind its protocol.
+
+    Raises:
+        TypeError: nobody claims it; names the known formats.
+    """
+    for fmt in FORMATS:
+        if fmt.claims(module):
+            return fmt(module)
+    weight = getattr(module, "weight", None)
+    stored = "no weight" if weight is None else f"a weight of type {type(weight).__name__} and dtype {weight.dtype}"
+    raise TypeError(
+        f"No storage format knows the weight of {type(module).__name__}, which has {stored}. "
+        f"Known formats: {', '.join(f.__name__ for f in FORMATS)}"
+    )

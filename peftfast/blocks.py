@@ -1,0 +1,394 @@
+"""Linears that work together, computed together: those that read one input (q, k, v; gate, up), and gated MLPs.
+
+    blocks = peftfast.fuse_blocks(model)   # attached during the next forward passes, checked against what they replace
+    print(blocks.report())
+    blocks.remove()                        # every module as before
+
+Nothing is rewritten: siblings are found by watching which adapted layers of one parent are called one after another
+with the very same tensor, gated MLPs by their children and by trying. A block is used only for calls that fit (one
+plain LoRA per layer, no mixed batch, no hooks in between, nothing merged); all others run as they would without it.
+Names, parameters and files do not change. Speed is the only effect; dropout masks of the three layers stay their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.layer import BaseTunerLayer
+from peftfast.ops.blocks import ACTIVATIONS, Part, fit_together, gated_mlp, lora_siblings
+from peftfast.sites.site import is_untouched
+
+logger = logging.getLogger("peftfast")
+
+_checking = False  # while a block is compared with what it replaces, nobody counts the calls
+
+
+def part_of(layer: BaseTunerLayer, x: Tensor, dropout: bool = True) -> Part | None:
+    """The one product that `layer` would compute for x, None where it is more than a low-rank linear."""
+    if layer.control.routing is not None:
+        return None
+    plan = layer.__dict__["_plan"]
+    if plan is None:
+        plan = layer._make_plan()
+    if len(plan) != 1 or len(plan[0][1]) != 1:
+        return None
+    method, (adapter,) = plan[0]
+    low_rank, product = getattr(method, "low_rank", None), getattr(layer.site, "product", None)
+    if low_rank is None or product is None:
+        return None
+    factors, base = low_rank(adapter), product(x)
+    if factors is None or base is None:
+        return None
+    a, b, scale, p = factors
+    return Part(*base, a, b, scale, p if dropout else 0.0)
+
+
+def _parts(layers: Sequence[BaseTunerLayer], xs: Sequence[Tensor], dropout: bool = True) -> list[Part] | None:
+    parts = []
+    for layer, x in zip(layers, xs, strict=True):
+        part = part_of(layer, x, dropout)
+        if part is None:
+            return None
+        parts.append(part)
+    return parts if fit_together(parts) else None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _mode(x: Tensor) -> tuple:
+    kind = x.device.type
+    return torch.is_grad_enabled(), torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal but for rounding: root mean square within four units in the last place of a half-precision result, 64 of a
+    wider one, whose products are summed in another order."""
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    limit = (4 if theirs.dtype.itemsize == 2 else 64) * torch.finfo(theirs.dtype).eps
+    wide = torch.promote_types(theirs.dtype, torch.float32)
+    ours, theirs = ours.to(wide), theirs.to(wide)
+    return bool(((ours - theirs).norm() <= limit * theirs.norm()).item())
+
+
+@contextmanager
+def _comparing() -> Iterator[None]:
+    global _checking
+    _checking = True
+    try:
+        yield
+    finally:
+        _checking = False
+
+
+class Siblings:
+    """Layers that are given the same tensor: the first one called computes all, the others find theirs ready.
+
+    Attributes:
+        state: "new", "on", or why it is off.
+    """
+
+    kind = "shared input"
+
+    def __init__(self, names: Sequence[str], layers: Sequence[BaseTunerLayer]) -> None:
+        self.names, self.layers = list(names), list(layers)
+        self.state = "new"
+        self._ready: tuple[Tensor, int, tuple, dict[int, Tensor]] | None = None
+
+    def attach(self) -> None:
+        for layer in self.layers:
+            layer.__dict__["block"] = self
+
+    def detach(self) -> None:
+        self._ready = None
+        for layer in self.layers:
+            if layer.__dict__.get("block") is self:
+                layer.__dict__["block"] = None
+
+    def __call__(self, layer: BaseTunerLayer, x: Tensor) -> Tensor | None:
+        """The layer's output, None where this call does not fit."""
+        if torch.compiler.is_compiling():  # a compiler shares the read by itself
+            return None
+        ready = self._ready
+        if ready is not None:
+            if ready[0] is x and ready[1] == x._version and ready[2] == _mode(x):
+                y = ready[3].pop(id(layer), None)
+                if not ready[3]:
+                    self._ready = None
+                if y is not None:
+                    return y
+            else:
+                self._ready = None
+        if layer is not self.layers[0] or x.is_inference():
+            return None
+        parts = _parts(self.layers, [x] * len(self.layers))
+        if parts is None:
+            return None
+        if self.state == "new" and not self._check(x):
+            return None
+        ys = lora_siblings(x, parts)
+        self._ready = (x, x._version, _mode(x), {id(l): y for l, y in zip(self.layers[1:], ys[1:], strict=True)})
+        return ys[0]
+
+    @torch.no_grad()
+    def _check(self, x: Tensor) -> bool:
+        if _in_backward():  # a recomputation must do what the forward pass did
+            return False
+        parts = _parts(self.layers, [x] * len(self.layers), dropout=False)
+        alone = [l.site.adapt(x, None, p.a, p.b, p.scale, 0.0) for l, p in zip(self.layers, parts, strict=True)]
+        if all(map(_agree, lora_siblings(x, parts), alone)):
+            self.state = "on"
+            return True
+        self.state = "off: its outputs differ from those of the layers"
+        logger.warning("peftfast: %s of %s is %s", self.kind, ", ".join(self.names), self.state)
+        self.detach()
+        return False
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_ready": None}
+
+    def __deepcopy__(self, memo: dict) -> Siblings:
+        import copy
+
+        new = Siblings(self.names, ())
+        memo[id(self)] = new
+        new.layers, new.state = [copy.deepcopy(layer, memo) for layer in self.layers], self.state
+        return new
+
+
+class Watcher:
+    """Stands in for a block during the first forward pass, to see which layers are given the same tensor."""
+
+    def __init__(self, blocks: Blocks, parents: dict[int, str], names: dict[int, str]) -> None:
+        self.blocks, self.parents, self.names = blocks, parents, names
+        self.runs: list[list[BaseTunerLayer]] = []
+        self.seen: set[int] = set()
+        self._last: tuple[weakref.ref, int, str] | None = None
+
+    def __call__(self, layer: BaseTunerLayer, x: Tensor) -> None:
+        if torch.compiler.is_compiling() or _in_backward() or _checking:
+            return
+        if id(layer) in self.seen:  # the second pass has begun
+            self.blocks.form(self.runs)
+            return
+        self.seen.add(id(layer))
+        if x.is_inference() or id(layer) not in self.names:
+            return
+        parent = self.parents[id(layer)]
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == x._version and last[2] == parent:
+            self.runs[-1].append(layer)
+        else:
+            self.runs.append([layer])
+        self._last = (weakref.ref(x), x._version, parent)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+class GatedMlp:
+    """A module that computes down(act(gate(x)) * up(x)); called in place of its `forward`."""
+
+    kind = "gated MLP"
+
+    def __init__(self, name: str, module: nn.Module, candidates: Sequence[tuple[str, str, str]], act: str) -> None:
+        self.names, self.module, self.candidates = [name], module, list(candidates)
+        self.act_name, self.act = act, module._modules[act]
+        self.activation: str | None = None
+        self.state = "new"
+
+    def attach(self) -> None:
+        self.module.__dict__["forward"] = self.forward
+
+    def detach(self) -> None:
+        mine = self.module.__dict__.get("forward")
+        if getattr(mine, "__self__", None) is self:
+            del self.module.__dict__["forward"]
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, by its own forward where the call does not fit."""
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or torch.compiler.is_compiling():
+            return self._plain(*args, **kwargs)
+        x = args[0]
+        if self.state == "new" and not (_in_backward() or x.is_inference()):
+            self._check(x)
+        if self.state != "on":
+            return self._plain(x)
+        parts = self._fitting(x, self.candidates[0])
+        return self._plain(x) if parts is None else gated_mlp(x, *parts, self.activation)
+
+    def _fitting(self, x: Tensor, names: tuple[str, str, str], dropout: bool = True) -> list[Part] | None:
+        children = self.module._modules
+        act, layers = children.get(self.act_name), [children.get(name) for name in names]
+        for child in layers:
+            if not isinstance(child, BaseTunerLayer) or not is_untouched(child):
+                return None
+        if act is not self.act or not is_untouched(act):
+            return None
+        gate, up, down = layers
+        first = _parts((gate, up), (x, x), dropout)
+        if first is None:
+            return None
+        # what reaches the third layer has the products' dtype; its values do not matter here
+        third = part_of(down, x.new_empty((1, first[0].w.shape[0]), dtype=first[0].w.dtype), dropout)
+        if third is None or not fit_together([first[0], third]):
+            return None
+        return [*first, third]
+
+    @torch.no_grad()
+    def _check(self, x: Tensor) -> None:
+        """Find out which child does what, by comparing with the module's own forward, without dropout."""
+        if self._fitting(x, self.candidates[0]) is None:
+            return  # not this time
+        self.activation = _known_activation(self.act, x.device)
+        if self.activation is None:
+            return self._give_up(f"its activation {type(self.act).__name__} is not known")
+        with _without_dropout(self.module), _comparing():
+            truth = self._plain(x.clone())  # which may write to its input
+        for names in self.candidates:
+            parts = self._fitting(x, names, dropout=False)
+            if parts is not None and isinstance(truth, Tensor) and _agree(gated_mlp(x, *parts, self.activation), truth):
+                self.candidates, self.state = [names], "on"
+                return None
+        return self._give_up("it computes something else")
+
+    def _give_up(self, why: str) -> None:
+        self.state = f"off: {why}"
+        logger.info("peftfast: %s %s is %s", self.kind, self.names[0], self.state)
+        self.detach()
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@torch.no_grad()
+def _known_activation(module: nn.Module, device: torch.device) -> str | None:
+    """The name of the element-wise function that `module` computes, found by evaluating it."""
+    probe = torch.linspace(-6, 6, 193, device=device)
+    with torch.autocast(device.type, enabled=False):
+        try:
+            values = module(probe)
+        except Exception:
+            return None
+        for name, known in ACTIVATIONS.items():
+            if (
+                isinstance(values, Tensor)
+                and values.shape == probe.shape
+                and torch.allclose(values, known.forward(probe), rtol=1e-5, atol=1e-6)
+            ):
+                return name
+    return None
+
+
+class Blocks:
+    """What `fuse_blocks` found in a model.
+
+    Attributes:
+        groups: every block; its `names`, `kind` and `state`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.groups: list[Siblings | GatedMlp] = []
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        if not layers:
+            raise ValueError(
+                f"fuse_blocks: {type(model).__name__} has no adapted layers; add an adapter first (peftfast.patch)"
+            )
+        taken = [n for n, layer in layers.items() if layer.__dict__.get("block") is not None]
+        if taken:
+            raise ValueError(f"fuse_blocks: {taken[0]} is part of a block already; remove() those blocks first")
+        for name, module in model.named_modules():
+            found = _gated_mlp(name, module)
+            if found is not None:
+                found.attach()
+                self.groups.append(found)
+        parents = {id(layer): name.rpartition(".")[0] for name, layer in layers.items()}
+        self._names = {id(layer): name for name, layer in layers.items()}
+        self._layers = list(layers.values())
+        self._watcher: Watcher | None = Watcher(self, parents, self._names)
+        for layer in self._layers:
+            layer.__dict__["block"] = self._watcher
+
+    def form(self, runs: Sequence[Sequence[BaseTunerLayer]]) -> None:
+        """The first forward pass is over: replace the watcher by blocks of those that shared an input."""
+        self._stop_watching()
+        for run in runs:
+            if len(run) > 1:
+                siblings = Siblings([self._names[id(layer)] for layer in run], run)
+                siblings.attach()
+                self.groups.append(siblings)
+
+    def _stop_watching(self) -> None:
+        for layer in self._layers:
+            if layer.__dict__.get("block") is self._watcher:
+                layer.__dict__["block"] = None
+        self._watcher = None
+
+    def remove(self) -> None:
+        """Every module as it was."""
+        self._stop_watching()
+        for group in self.groups:
+            group.detach()
+        self.groups = []
+
+    def report(self) -> str:
+        """One line a block: what it is, where, and whether it is used."""
+        lines = [f"{group.kind:<13}{group.state:<8}{', '.join(group.names)}" for group in self.groups]
+        return "\n".join(lines) or "no blocks yet: siblings are found during the first forward pass"
+
+
+def _gated_mlp(name: str, module: nn.Module) -> GatedMlp | None:
+    """A module whose children are three adapted linears of fitting sizes and one activation, nothing more."""
+    children = module._modules
+    layers = {n: m for n, m in children.items() if isinstance(m, BaseTunerLayer)}
+    others = {n: m for n, m in children.items() if n not in layers and not isinstance(m, (nn.Identity, nn.Dropout))}
+    if len(layers) != 3 or len(others) != 1 or not is_untouched(module):
+        return None
+    ((act, act_module),) = others.items()
+    if act_module is None or next(act_module.parameters(), None) is not None or next(act_module.children(), None):
+        return None
+    shapes = {n: layer.site.weight.shape for n, layer in layers.items()}
+    candidates = [
+        (gate, up, down)
+        for down in shapes
+        for gate in shapes
+        for up in shapes
+        if len({gate, up, down}) == 3 and shapes[gate] == shapes[up] and shapes[down][1] == shapes[gate][0]
+    ]
+    return GatedMlp(name, module, candidates, act) if candidates else None
+
+
+def fuse_blocks(model: nn.Module) -> Blocks:
+    """Compute linears together that work together. Switched off again by `Blocks.remove`.
+
+    Args:
+        model: with LoRA adapters. Gated MLPs are tried at their first call, siblings from the second pass on.
+
+    Raises:
+        ValueError: the model has no adapted layers, or blocks already.
+    """
+    return Blocks(model)

@@ -1,0 +1,45 @@
+"""Gradient checkpointing: a block that is checkpointed the reentrant way passes gradients on only if its input requires
+them, and the input of the first block comes from a frozen embedding. This sees to it, whoever switches checkpointing on
+and whenever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SWITCH = "gradient_checkpointing"
+
+
+def require_input_gradients(model: nn.Module) -> bool:
+    """Make what enters the first block of `model` require gradients, once; False if the model has no input embedding.
+
+    Frozen weights stay frozen: nothing but the graph begins earlier.
+    """
+    if model.__dict__.get("_peftfast_input_hook") is not None:
+        return True
+    get_inputs = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = None if get_inputs is None else get_inputs()
+    except NotImplementedError:
+        embedding = None
+    if not isinstance(embedding, nn.Module):
+        return False
+    model.__dict__["_peftfast_input_hook"] = embedding.register_forward_hook(_require_gradient)
+    return True
+
+
+def _require_gradient(module: nn.Module, inputs: Any, output: Any) -> None:
+    # only where a graph is recorded: under no_grad the flag would mark a leaf for nothing
+    if isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled() and output.is_leaf:
+        output.requires_grad_(True)
+
+
+def checkpointing_switches(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that have transformers' switch `gradient_checkpointing`, on or off."""
+    return [m for m in model.modules() if _SWITCH in m.__dict__ or hasattr(type(m), _SWITCH)]
+
+
+def is_checkpointing(switches: list[nn.Module]) -> bool:
+    return any(module.gradient_checkpointing for module in switches)

@@ -1,0 +1,138 @@
+"""From settings to what training needs: device, config, tokenizer, base model. What does not fit is refused here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from peftfast.cli import UserError, _settings
+from peftfast.cli._settings import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftfast import PeftConfig
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+#: Option -> the config field it sets, where the method has that field.
+FIELDS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target": "target_modules"}
+
+
+def complete(settings: dict[str, Any]) -> None:
+    """Fill in, in place, what follows from the machine and the model."""
+    import torch
+
+    device = settings["device"] = choose_device(settings["device"])
+    if settings["dtype"] is None:
+        settings["dtype"] = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+    if settings["lr"] is None:
+        embedded = settings["model"] == _settings.EMBEDDED
+        settings["lr"] = _settings.EMBEDDED_LR if embedded else _settings.OTHER_LR
+
+
+def choose_device(name: str | None) -> str:
+    """`name` if it can be used here, or the fastest device there is."""
+    import torch
+
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found += ["mps"] if torch.backends.mps.is_available() else []
+    found.append("cpu")
+    if name is None:
+        return found[0].removesuffix(":0")
+    if name not in found and not (name == "cuda" and "cuda:0" in found):
+        raise UserError(f"--device {name!r} is not available here; choose from {', '.join(found)}")
+    return name
+
+
+def make_config(settings: dict[str, Any]) -> PeftConfig:
+    """The method's config from the options; fields that a method lacks may not be given."""
+    import peftfast.methods  # noqa: F401  (registers every method)
+    from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING as known
+
+    classes = {str(getattr(k, "value", k)).lower(): v for k, v in known.items()}
+    method = settings["method"].lower()
+    if method not in classes:
+        raise UserError(
+            f"--method {settings['method']!r} is unknown here; choose from {', '.join(sorted(classes))}."
+            + did_you_mean(method, sorted(classes))
+        )
+    cls = classes[method]
+    names = {f.name for f in fields(cls)}
+    values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    for option, name in FIELDS.items():
+        if name in names:
+            values[name] = settings[option]
+        elif settings[option] != _settings.DEFAULTS[option]:
+            raise UserError(f"--{option}: {cls.__name__} has no field {name}; it has {', '.join(sorted(names))}")
+    if "lora_alpha" in values and values["lora_alpha"] == int(values["lora_alpha"]):
+        values["lora_alpha"] = int(values["lora_alpha"])  # as PEFT writes it
+    clash = [f for f in settings["set"] if f in FIELDS.values()]
+    if clash:
+        option = next(o for o, f in FIELDS.items() if f == clash[0])
+        raise UserError(f"--set {clash[0]}={settings['set'][clash[0]]}: use --{option}")
+    with one_line(f"--method {method}"):
+        return cls(**values, **settings["set"])
+
+
+def load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with one_line(f"--model {name!r}: no tokenizer could be loaded"):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def load_base(source: str, settings: dict[str, Any]) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = getattr(torch, DTYPES[settings["dtype"]])
+    options: dict[str, Any] = {"dtype": dtype}
+    kind = settings["quantize"]
+    if kind != "none":
+        options["device_map"] = {"": settings["device"]}
+        options["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if kind == "int8"
+            else BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=kind,
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_use_double_quant=True,
+            )
+        )
+    with one_line(f"--model {settings['model']!r} could not be loaded"):
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    model.config.use_cache = False  # training; generate() asks for its cache itself
+    return model if kind != "none" else model.to(settings["device"])
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Turn what a library refuses into one line that says which option it was about."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError, NotImplementedError) as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No bars and chatter of the libraries; warnings stay, as one line each."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest: print(f"  warning: {' '.join(str(message).split())}")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,291 @@
+"""measure on your own model what an adapter costs here: the frozen base, peftfast, and PEFT where it is installed
+
+A training step and decoding, the contestants taking turns in one process, sharing one copy of the base; first their
+results are compared, and where they differ no ratio is printed. Ends with what to expect of a longer run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from peftfast.cli import _settings
+from peftfast.cli._settings import DEFAULTS, EMBEDDED
+
+if TYPE_CHECKING:
+    import torch
+
+DECODED = 16  # tokens per measurement of decoding
+PEFT = "PEFT"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    whole = _settings.whole(1)
+    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="causal language model (default: the embedded one)")
+    parser.add_argument("--r", type=whole, help=f"rank of the LoRA ({DEFAULTS['r']})")
+    parser.add_argument("--target", action="append", metavar="NAMES", help="module names, or all-linear (all-linear)")
+    share = _settings.real("a number in [0, 1)", lambda v: 0 <= v < 1)
+    parser.add_argument("--dropout", type=share, help="LoRA dropout (0)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the base (bf16 on GPUs that have it)")
+    parser.add_argument("--quantize", choices=["none", "nf4", "fp4", "int8"], help="storage of the base (none)")
+    parser.add_argument("--batch-size", type=whole, help="sequences per step (2)")
+    parser.add_argument("--seq-len", type=whole, help="tokens per sequence (128)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (the fastest there is)")
+    parser.add_argument("--seconds", type=_settings.real("a number above 0", lambda v: v > 0), default=20.0,
+                        help="budget for each of the two measurements (%(default)g)")  # fmt: skip
+    parser.add_argument("--seed", type=_settings.whole(0), help="of factors and tokens (0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = {**DEFAULTS, "batch_size": 2, "seq_len": 128, **_settings.given(args)}
+    source = _settings.check_model(settings["model"])
+    _settings.check_quantize(settings["quantize"])
+    from peftfast.cli import _setup
+
+    with _setup.quiet_libraries():
+        _setup.complete(settings)
+        return bench(settings, source, args.seconds)
+
+
+def bench(settings: dict[str, Any], source: str, seconds: float) -> int:
+    import torch
+
+    from peftfast.cli import _setup
+
+    torch.manual_seed(settings["seed"])
+    base = _setup.load_base(source, settings).requires_grad_(False)
+    models = contestants(base, settings)
+    device = settings["device"]
+    name = "the embedded model" if settings["model"] == EMBEDDED else settings["model"]
+    print(
+        f"{name} in {settings['dtype']}{'' if settings['quantize'] == 'none' else ' and ' + settings['quantize']} on "
+        f"{_device_name(device)}; LoRA r={settings['r']} on {settings['target']}, {settings['batch_size']} x "
+        f"{settings['seq_len']} tokens"
+    )
+    agree = compare(models, settings)
+    print("\ntraining step")
+    training = {n: training_step(m, settings) for n, m in models.items()}
+    kept = {n: kept_bytes(m, settings) for n, m in models.items()}
+    times = take_turns(training, seconds, device)
+    peaks = {n: peak_bytes(call, device) for n, call in training.items()}
+    tokens = settings["batch_size"] * settings["seq_len"]
+    table(times, agree, lambda n: f"{tokens / times[n]:>10.0f} tokens/s{_memory(kept[n], peaks[n])}")
+    print(f"\ndecoding, {settings['batch_size']} sequence(s)")
+    decoding = take_turns({n: decode(m, settings) for n, m in models.items()}, seconds, device)
+    table(decoding, agree, lambda n: f"{DECODED * settings['batch_size'] / decoding[n]:>10.1f} tokens/s")
+    expect(times, decoding, kept, agree)
+    return 0 if agree else 1
+
+
+def contestants(base: torch.nn.Module, settings: dict[str, Any]) -> dict[str, torch.nn.Module]:
+    """Name -> model. All share the base's tensors; the factors hold the same numbers everywhere."""
+    import torch
+
+    import peftfast
+    from peftfast.cli._setup import one_line
+
+    shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
+    found = {"frozen base": base}
+    libraries = {"peftfast": "peftfast", "peftfast, blocks": "peftfast"}
+    if importlib.util.find_spec("peft") is not None:
+        libraries[PEFT] = "peft"
+    for name, library in libraries.items():
+        module = importlib.import_module(library)
+        with one_line(f"--target {settings['target']!r}"):
+            config = module.LoraConfig(
+                r=settings["r"], lora_alpha=2 * settings["r"], lora_dropout=settings["dropout"],
+                target_modules=settings["target"], task_type="CAUSAL_LM",
+            )  # fmt: skip
+            model = module.get_peft_model(copy.deepcopy(base, dict(shared)), config)
+        generator = torch.Generator().manual_seed(settings["seed"])
+        with torch.no_grad():
+            for key, parameter in sorted(model.named_parameters()):
+                if "lora_" in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        if name.endswith("blocks"):
+            blocks = peftfast.fuse_blocks(model)
+            with torch.no_grad():
+                for _ in range(3):
+                    model(input_ids=_tokens(model, settings))
+            used = sum(group.state == "on" for group in blocks.groups)
+            print(f"blocks: {used} of {len(blocks.groups)} in use")
+        found[name] = model
+    return found
+
+
+def _tokens(model: torch.nn.Module, settings: dict[str, Any]) -> torch.Tensor:
+    import torch
+
+    generator = torch.Generator().manual_seed(settings["seed"])
+    size = (settings["batch_size"], settings["seq_len"])
+    return torch.randint(0, model.config.vocab_size, size, generator=generator).to(settings["device"])
+
+
+def _autocast(settings: dict[str, Any]) -> Any:
+    import torch
+
+    from peftfast.cli._setup import DTYPES
+
+    half = settings["dtype"] != "fp32"
+    dtype = getattr(torch, DTYPES[settings["dtype"]]) if half else torch.bfloat16
+    return torch.autocast(settings["device"].partition(":")[0], dtype, enabled=half)
+
+
+def compare(models: dict[str, torch.nn.Module], settings: dict[str, Any]) -> bool:
+    """Whether all adapted models compute the same, and not what the base does."""
+    import torch
+
+    logits = {}
+    for name, model in models.items():
+        model.eval()
+        with torch.no_grad(), _autocast(settings):
+            logits[name] = model(input_ids=_tokens(model, settings)[:1]).logits.float()
+    ours, base = logits["peftfast"], logits["frozen base"]
+    change = (ours - base).norm() / base.norm()
+    limit = 1e-4 if settings["dtype"] == "fp32" else 3e-2
+    worst = max(((v - ours).norm() / ours.norm()).item() for n, v in logits.items() if n != "frozen base")
+    agree = worst <= limit and bool(change > 0)
+    print(
+        f"logits of the adapted models differ by {worst:.1e}" + ("" if agree else f", more than {limit:g}: NO RATIOS")
+    )
+    return agree
+
+
+def _loss(model: torch.nn.Module, settings: dict[str, Any]) -> torch.Tensor:
+    ids = _tokens(model, settings)
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()  # gradients reach every layer of the base too
+    with _autocast(settings):
+        return model(inputs_embeds=embeds, labels=ids).loss
+
+
+def training_step(model: torch.nn.Module, settings: dict[str, Any]) -> Callable[[], None]:
+    """Forward, backward and AdamW; of the frozen base forward and backward."""
+    import torch
+
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0) if trained else None
+
+    def call() -> None:
+        _loss(model, settings).backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return call
+
+
+def decode(model: torch.nn.Module, settings: dict[str, Any]) -> Callable[[], None]:
+    """Greedy decoding of `DECODED` tokens after a prompt of 16."""
+    import torch
+
+    prompt = _tokens(model, settings)[:, :16]
+
+    def call() -> None:
+        model.eval()
+        with torch.no_grad():
+            model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=DECODED,
+                min_new_tokens=DECODED, do_sample=False, use_cache=True, pad_token_id=0,
+            )  # fmt: skip
+
+    return call
+
+
+def kept_bytes(model: torch.nn.Module, settings: dict[str, Any]) -> int:
+    """Bytes held between the passes of a step, without parameters."""
+    import torch
+
+    model.train()
+    seen: dict[int, int] = {}
+    held = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        held.append(t)
+        storage = t.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = _loss(model, settings)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), loss)}
+    return sum(size for pointer, size in seen.items() if pointer not in own)
+
+
+def peak_bytes(call: Callable[[], None], device: str) -> int | None:
+    import torch
+
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device)
+
+
+def take_turns(calls: dict[str, Callable[[], None]], seconds: float, device: str, least: int = 3) -> dict[str, float]:
+    """Median seconds of each, in rounds of alternating order."""
+    from peftfast.cli._loop import synchronize
+
+    for call in calls.values():  # compilation, caches, blocks
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names, end = list(calls), time.perf_counter() + seconds
+    while len(times[names[0]]) < least or time.perf_counter() < end:
+        for name in names:
+            synchronize(device)
+            start = time.perf_counter()
+            calls[name]()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+        names.reverse()
+        if len(times[names[0]]) >= 200:
+            break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(times: dict[str, float], agree: bool, more: Callable[[str], str]) -> None:
+    frozen = times["frozen base"]
+    for name, value in times.items():
+        over = f"{value / frozen:6.2f} x base" if agree else " " * 13
+        print(f"  {name:<18}{1e3 * value:>10.2f} ms  {over}{more(name)}")
+
+
+def _memory(kept: int, peak: int | None) -> str:
+    return f"{kept / 2**20:>9.1f} MiB kept for backward" + ("" if peak is None else f", peak {peak / 2**20:.0f} MiB")
+
+
+def expect(times: dict[str, float], decoding: dict[str, float], kept: dict[str, int], agree: bool) -> None:
+    """The figures in words."""
+    if not agree:
+        return
+    print("\nwhat to expect")
+    best = min((n for n in times if n.startswith("peftfast")), key=times.__getitem__)
+    over = 100 * (times[best] / times["frozen base"] - 1)
+    print(f"  of {best}: a step takes {over:+.0f} % over the frozen base, which no adapter method can beat here")
+    if best.endswith("blocks"):
+        print("  blocks pay on this model and device: blocks = peftfast.fuse_blocks(model) before training")
+    if PEFT in times:
+        ratio, memory = times[PEFT] / times[best], 1 - kept[best] / kept[PEFT]
+        quick = decoding[PEFT] / min(v for n, v in decoding.items() if n.startswith("peftfast"))
+        print(f"  against PEFT: steps {ratio:.2f} times as fast, {100 * memory:.0f} % less kept for backward, "
+              f"decoding {quick:.2f} times as fast")  # fmt: skip
+        if ratio < 1:
+            print("  PEFT is faster here; please report this with the output of `peftfast env`")
+    else:
+        print("  for a comparison with PEFT: pip install peft")
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {torch.get_num_threads()} thread(s)"

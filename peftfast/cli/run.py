@@ -1,0 +1,40 @@
+"""run a script written for peft, unchanged, with peftfast in its place
+
+Everything after the script is the script's own: `peftfast run train.py --lr 1e-4`. With -m the script is a module, as
+in `peftfast run -m trl.scripts.sft --use_peft`. Works under launchers: `torchrun -m peftfast run train.py`,
+`accelerate launch -m peftfast run train.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", dest="is_module", action="store_true", help="the script is the name of a module")
+    parser.add_argument("script", help="path of the script, or name of the module with -m")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's arguments")
+
+
+def run(args: argparse.Namespace) -> int:
+    from peftfast.cli import UserError
+    from peftfast.interop import alias
+
+    if not args.is_module and not os.path.isfile(args.script):
+        raise UserError(f"there is no file {args.script!r}; with -m the argument is the name of a module")
+    try:
+        alias.install()
+    except ImportError as error:
+        raise UserError(error) from error
+    sys.argv = [args.script, *args.arguments]
+    if args.is_module:
+        sys.path[0:1] = [os.getcwd()]
+        runpy.run_module(args.script, run_name="__main__", alter_sys=True)
+    else:
+        # what `python script.py` has in front of the path
+        sys.path[0:1] = [os.path.dirname(os.path.abspath(args.script))]
+        runpy.run_path(args.script, run_name="__main__")
+    return 0

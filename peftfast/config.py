@@ -1,0 +1,344 @@
+"""What every adapter config is: checked fields, `adapter_config.json`, and the registry from `peft_type` to class."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import inspect
+import json
+import os
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peftfast.errors import AdapterMismatchWarning, close_matches
+from peftfast.migrate import migrate_config
+from peftfast.rules import Rule, boolean, integer, optional, sequence, table, text
+from peftfast.version import COMPATIBLE_PEFT_VERSION
+
+CONFIG_NAME = "adapter_config.json"
+LARGEST_CONFIG = 1 << 26  # bytes; AdaLoRA's masks of a large model are about a million
+
+
+class PeftType(str, enum.Enum):
+    """Kinds of adapter, by the name `adapter_config.json` uses."""
+
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    IA3 = "IA3"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    P_TUNING = "P_TUNING"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+
+
+class TaskType(str, enum.Enum):
+    """What the model's head does; chooses the PeftModel subclass."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def setting(default: Any, rule: Rule) -> Any:
+    """A config field: its default and the rule every value of it is held to."""
+    metadata = {"rule": rule}
+    if isinstance(default, (dict, list, set)):
+        return field(default_factory=functools.partial(type(default), default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_C = typing.TypeVar("_C", bound=type)
+
+
+def checked(cls: _C) -> _C:
+    """Class decorator: a dataclass whose constructor refuses unknown fields with the nearest known one."""
+    cls = dataclass(cls)
+    generated = cls.__init__
+    known = [f.name for f in fields(cls) if f.init]
+
+    @functools.wraps(generated)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(
+                    f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}."
+                    f"{close_matches(name, known)} Known fields: {', '.join(known)}"
+                )
+        generated(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return cls
+
+
+def check_fields(config: Any) -> None:
+    """Hold every field of a checked dataclass to its rule.
+
+    Raises:
+        TypeError: a value of the wrong type. ValueError: a value out of range. Both name class, field, value and what
+            is expected.
+    """
+    for f in fields(config):
+        rule: Rule | None = f.metadata.get("rule")
+        if rule is not None:
+            rule.enforce(getattr(config, f.name), f"{type(config).__name__}.{f.name}")
+
+
+class CheckedFields:
+    """Base of the small configs inside a config: fields are checked at construction."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@checked
+class PeftConfigMixin:
+    """Fields and file format shared by all configs. Names, defaults and file contents are PEFT's."""
+
+    task_type: str | TaskType | None = None
+    peft_type: str | PeftType | None = setting(None, optional(text()))
+    auto_mapping: dict | None = setting(None, optional(table()))
+    peft_version: str | None = setting(None, optional(text()))
+
+    #: Fields of `hf_hub_download` that `from_pretrained` splits off; looked up once, on first use.
+    _hub_arguments: ClassVar[frozenset[str] | None] = None
+
+    def __post_init__(self) -> None:
+        if self.peft_type in list(PeftType):
+            self.peft_type = PeftType(self.peft_type)  # a file has the name only, and others ask for `.value`
+        if self.peft_version is None:
+            self.peft_version = COMPATIBLE_PEFT_VERSION
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise ValueError(
+                f"Invalid task type: {self.task_type!r}. Must be one of the following task types: "
+                f"{', '.join(t.value for t in TaskType)}.{close_matches(self.task_type, [t.value for t in TaskType])}"
+            )
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field, then the combinations; subclasses add theirs. Called again before injection, because
+        configs are mutable."""
+        check_fields(self)
+
+    # ---- dict and file ---------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain data."""
+        return dataclasses.asdict(self)
+
+    def to_json(self, auto_mapping: dict | None = None) -> str:
+        """`adapter_config.json`: sorted fields, sets as sorted lists, so that the same config gives the same bytes.
+
+        Tables keep their order: in a rank pattern the first match wins.
+        """
+        data = {k: _plain(v) for k, v in self.to_dict().items()}
+        if auto_mapping is not None:
+            data["auto_mapping"] = auto_mapping
+        return json.dumps(dict(sorted(data.items())), indent=2)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write `adapter_config.json` into a folder, atomically.
+
+        Args:
+            save_directory: created if missing.
+            auto_mapping_dict: stored as `auto_mapping`.
+        """
+        from peftfast.files import locked, write_atomically
+
+        if os.path.isfile(save_directory):
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
+        os.makedirs(save_directory, exist_ok=True)
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        if kwargs:
+            raise TypeError(f"save_pretrained() got unexpected keyword arguments {sorted(kwargs)}")
+        with locked(save_directory, exclusive=True):
+            write_atomically(Path(save_directory) / CONFIG_NAME, self.to_json(auto_mapping).encode())
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], source: str = "the given dict", *, strict: bool = False) -> PeftConfig:
+        """The config that `data` describes; `data["peft_type"]` chooses the class, whatever class this is called on.
+
+        Keys that the class does not know are dropped with a warning, so that files of newer versions load; `strict`
+        refuses them.
+        """
+        data = dict(data)
+        target = cls
+        if data.get("peft_type") is not None:
+            target = config_class(data["peft_type"])
+        data.pop("runtime_config", None)
+        known = {f.name for f in fields(target)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            if data.get("peft_type") is None:
+                raise TypeError(
+                    f"The config in {source} is not an adapter config: it has no 'peft_type', and {target.__name__} "
+                    f"does not know its keys {unknown}"
+                )
+            if strict:
+                raise TypeError(f"The config in {source} has fields that {target.__name__} does not know: {unknown}")
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored. This probably "
+                "means that you're loading a configuration file that was saved using a higher version of the library.",
+                AdapterMismatchWarning,
+                stacklevel=3,
+            )
+        return target(**{k: v for k, v in data.items() if k in known})
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """Build the config class that `kwargs["peft_type"]` names."""
+        return cls.from_dict(kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
+        """The raw dict of a config file."""
+        return _read_json(path_json_file)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        *,
+        strict: bool = False,
+        **kwargs: Any,
+    ) -> PeftConfig:
+        """Read `adapter_config.json` from a folder or a Hub repository; `strict` refuses fields that nobody knows.
+
+        Raises:
+            ValueError: no such file there, or not JSON.
+        """
+        hub, values = cls._split_hub_arguments(kwargs)
+        path = find_config(pretrained_model_name_or_path, subfolder, **hub)
+        return cls.from_dict(migrate_config({**values, **_read_json(path)}), source=str(path), strict=strict)
+
+    @classmethod
+    def _split_hub_arguments(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        if PeftConfigMixin._hub_arguments is None:
+            from huggingface_hub import hf_hub_download
+
+            PeftConfigMixin._hub_arguments = frozenset(inspect.signature(hf_hub_download).parameters)
+        known = PeftConfigMixin._hub_arguments
+        return {k: v for k, v in kwargs.items() if k in known}, {k: v for k, v in kwargs.items() if k not in known}
+
+    @classmethod
+    def _get_peft_type(cls, model_id: str | os.PathLike, **hf_hub_download_kwargs: Any) -> str:
+        subfolder = hf_hub_download_kwargs.pop("subfolder", None)
+        return _read_json(find_config(model_id, subfolder, **hf_hub_download_kwargs))["peft_type"]
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether this adapter is virtual tokens rather than weights inside the model."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return False
+
+
+@checked
+class PeftConfig(PeftConfigMixin):
+    """A config that knows its base model.
+
+    Args:
+        base_model_name_or_path: filled in when the adapter is attached.
+        revision: of the base model.
+        inference_mode: attach the adapter frozen.
+    """
+
+    base_model_name_or_path: str | None = setting(None, optional(text()))
+    revision: str | None = setting(None, optional(text()))
+    inference_mode: bool = setting(False, boolean())
+
+
+@checked
+class PromptLearningConfig(PeftConfig):
+    """Common fields of prompt tuning, prefix tuning and p-tuning; sizes left at None come from the base model."""
+
+    num_virtual_tokens: int | None = setting(None, optional(integer(1)))
+    token_dim: int | None = setting(None, optional(integer(1)))
+    num_transformer_submodules: int | None = setting(None, optional(integer(1)))
+    num_attention_heads: int | None = setting(None, optional(integer(1)))
+    num_layers: int | None = setting(None, optional(integer(1)))
+    modules_to_save: list[str] | None = setting(None, optional(sequence(text())))
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+
+#: peft_type -> config class; filled by `register_config`, which the method files call.
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType | str, type[PeftConfig]] = {}
+
+
+def register_config(peft_type: PeftType | str) -> Callable[[_C], _C]:
+    """Class decorator: this config class is what `peft_type` means in a file, and instances carry it."""
+
+    def register(cls: _C) -> _C:
+        if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise KeyError(f"There is already a config registered for peft_type {peft_type!r}")
+        PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = cls
+        return cls
+
+    return register
+
+
+def config_class(peft_type: str) -> type[PeftConfig]:
+    """The registered class of a `peft_type`; ValueError naming the known ones."""
+    import peftfast.methods  # noqa: F401  (registers every method)
+
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+    except (KeyError, TypeError):
+        known = [str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_CONFIG_MAPPING]
+        raise ValueError(
+            f"Unknown peft_type {peft_type!r}.{close_matches(peft_type, known)} Known types: {', '.join(known)}"
+        ) from None
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The config a dict with a `peft_type` describes."""
+    return PeftConfig.from_dict(config_dict)
+
+
+def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:
+    """Path of the `adapter_config.json` of a folder or Hub repository; ValueError if there is none."""
+    from peftfast.files import find_file
+
+    path = find_file(model_id, CONFIG_NAME, subfolder=subfolder, **hub)
+    if path is None:
+        raise ValueError(
+            f"Can't find '{CONFIG_NAME}' at '{model_id}'" + (f" (subfolder {subfolder!r})" if subfolder else "")
+        )
+    return path
+
+
+def _read_json(path: str | os.PathLike) -> dict[str, Any]:
+    if os.path.getsize(path) > LARGEST_CONFIG:
+        raise ValueError(f"{path} has {os.path.getsize(path):,} bytes; a config has at most {LARGEST_CONFIG:,}")
+    try:
+        with open(path, encoding="utf-8") as f:
+            data = json.load(f)
+    except (ValueError, RecursionError) as e:  # not JSON, not text, nested without end
+        raise ValueError(f"{path} is not a JSON file: {e}") from e
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} does not hold a JSON object but a {type(data).__name__}")
+    return data
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,66 @@
+"""Adapters whose initialisation changed the base (PiSSA, OLoRA) rewritten as plain LoRA for the unchanged base.
+
+With the initial factors A0, B0 taken out of the base and A, B trained, the change of the original weight is
+s (B A - B0 A0) = s [B, -B0] [A; A0]: a LoRA of twice the rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfast.config import PeftConfig
+from peftfast.io import load_peft_weights
+
+
+def as_plain_lora(
+    cfg: PeftConfig, tensors: Mapping[str, Tensor], initial: str | os.PathLike
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Config and tensors of the equivalent plain LoRA.
+
+    Args:
+        initial: folder of the adapter as saved right after its initialisation.
+
+    Raises:
+        ValueError: rsLoRA together with rank or alpha patterns, whose scaling cannot be doubled consistently, or an
+            initialisation that did not change the base.
+    """
+    init = getattr(cfg, "init_lora_weights", None)
+    if not (isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga"))):
+        raise ValueError(
+            "`path_initial_model_for_weight_conversion` only works for `init_lora_weights` that change the base "
+            f"('pissa', 'olora', 'corda'), got {init!r}"
+        )
+    if cfg.use_rslora and (cfg.rank_pattern or cfg.alpha_pattern):
+        raise ValueError(
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when using rsLoRA "
+            "with `rank_pattern` or `alpha_pattern`."
+        )
+    start = load_peft_weights(initial)
+    result = {}
+    for key, tensor in tensors.items():
+        if key not in start:
+            raise ValueError(f"The initial adapter in {initial} has no {key!r}")
+        before = start[key].to(tensor)
+        if key.endswith((".lora_A.weight", ".lora_embedding_A")):
+            result[key] = torch.cat([tensor, before], dim=0)
+        elif key.endswith((".lora_B.weight", ".lora_embedding_B")):
+            result[key] = torch.cat([tensor, -before], dim=1)
+        else:
+            result[key] = tensor
+    plain: Any = copy.deepcopy(cfg)
+    plain.init_lora_weights = True
+    plain.r = cfg.r * 2
+    plain.rank_pattern = {k: v * 2 for k, v in cfg.rank_pattern.items()}
+    if cfg.use_rslora:
+        plain.lora_alpha = cfg.lora_alpha * math.sqrt(2)
+    else:
+        plain.lora_alpha = cfg.lora_alpha * 2
+        plain.alpha_pattern = {k: v * 2 for k, v in cfg.alpha_pattern.items()}
+    return plain, result

@@ -1,0 +1,124 @@
+"""What CorDA has to know before an adapter is added: covariances of layer inputs and the decompositions by them (Yang
+et al., arXiv 2406.05223)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.base.weight import base_weight
+from peftfast.methods.corda import CordaEigens, oriented_eigens
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.targets import linear_modules, make_matcher, pattern_value
+
+
+def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:
+    matcher = make_matcher(cfg)
+    found = {name: module for name, module in linear_modules(model) if matcher(name)}
+    if not found:
+        raise ValueError(f"target_modules={cfg.target_modules!r} match no linear layer of {type(model).__name__}")
+    return found
+
+
+@torch.no_grad()
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], Any] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Leave `eigens` on every target of `lora_config`, for `get_peft_model` with init_lora_weights="corda".
+
+    Args:
+        run_model: runs calibration data through the model; None only if the covariance or the cache file exists.
+            A sample is one sequence; about 128 times the hidden size of tokens in all is enough.
+        hooked_model: the model that `run_model` runs; None: `model`.
+
+    Raises:
+        ValueError: no `corda_config`, nothing to run, a layer that saw no input, or non-finite inputs.
+    """
+    settings = lora_config.corda_config
+    if settings is None:
+        raise ValueError("preprocess_corda needs a config with `corda_config`")
+    modules = _targets(model, lora_config)
+    cache = settings.cache_file
+    if cache is not None and os.path.isfile(cache) and os.path.getsize(cache) > 0:
+        stored = torch.load(cache, map_location="cpu", weights_only=True)
+        for name, module in modules.items():
+            parts = [stored[f"{name}.eigens.{part}"] for part in ("S_WC", "U_WC", "V_WC")]
+            module.eigens = CordaEigens(*(part.to(module.weight.device) for part in parts))
+        return
+    covariances = _covariances(model, lora_config, run_model, hooked_model)
+    items: Any = modules.items()
+    if settings.verbose:
+        from tqdm.auto import tqdm
+
+        items = tqdm(items, desc="CorDA decompositions")
+    result = {}
+    for name, module in items:
+        rank = pattern_value(lora_config.rank_pattern, name, lora_config.r)
+        weight = base_weight(module).dense(torch.float32)
+        if rank > min(weight.shape):
+            raise ValueError(f"{name}: rank {rank} exceeds the {min(weight.shape)} directions of its weight")
+        whole = oriented_eigens(weight, covariances[name].to(weight.device, torch.float32))
+        # "ipm" adapts the directions that the data uses most, "kpm" those it uses least
+        part = slice(0, rank) if settings.corda_method == "ipm" else slice(len(whole.S_WC) - rank, None)
+        module.eigens = CordaEigens(whole.S_WC[part].clone(), whole.U_WC[:, part].clone(), whole.V_WC[:, part].clone())
+        for field in ("S_WC", "U_WC", "V_WC"):
+            result[f"{name}.eigens.{field}"] = getattr(module.eigens, field)
+    _save(result, cache)
+
+
+def _covariances(
+    model: nn.Module, cfg: LoraConfig, run_model: Callable[[], Any] | None, hooked_model: nn.Module | None
+) -> dict[str, Tensor]:
+    """The mean over samples of XᵀX of every target's input, each X scaled by its largest entry."""
+    settings, path = cfg.corda_config, cfg.corda_config.covariance_file
+    if path is not None and os.path.isfile(path) and os.path.getsize(path) > 0:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    if run_model is None:
+        raise ValueError("run_model must be specified when covariance file and cache file aren't built.")
+    hooked = model if hooked_model is None else hooked_model
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    dtype = torch.float16 if settings.use_float16_for_covariance else torch.float32
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            x = args[0].detach()
+            x = x.reshape(-1, x.shape[-1]).to(dtype)
+            x = x / x.max().abs()
+            covariance = x.t() @ x
+            if not torch.isfinite(covariance).all():
+                raise ValueError(f"{name}: invalid value found in input, please check your input data.")
+            sums[name] = sums[name] + covariance if name in sums else covariance
+            counts[name] = counts.get(name, 0) + 1
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in _targets(hooked, cfg).items()]
+    training = hooked.training
+    try:
+        hooked.eval()
+        run_model()
+    finally:
+        hooked.train(training)
+        for handle in handles:
+            handle.remove()
+    unseen = [name for name in _targets(model, cfg) if name not in sums]
+    if unseen:
+        raise ValueError(f"run_model gave these targets no input: {unseen[:5]}")
+    result = {name: total / counts[name] for name, total in sums.items()}
+    _save(result, path)
+    return result
+
+
+def _save(tensors: dict[str, Tensor], path: str | None) -> None:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors, path)

@@ -1,0 +1,76 @@
+"""Errors and warnings, and how a message names what is wrong, its value and the alternatives."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+
+class PeftError(Exception):
+    """Base class of the errors that only this library raises."""
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """An adapter config matched no module of the model."""
+
+
+class MissingTaskTypeError(PeftError, ValueError, KeyError):
+    """A config that needs a task type has none; a KeyError as well, which is what PEFT raises."""
+
+    __str__ = Exception.__str__
+
+
+class AdapterLoadError(PeftError, RuntimeError):
+    """Adapter weights that cannot be right for this model; nothing was changed."""
+
+
+class PeftWarning(UserWarning):
+    """Base class of this library's warnings."""
+
+
+class AdapterMismatchWarning(PeftWarning):
+    """Something about an adapter does not fit and was let pass, as PEFT lets it pass; `strict=True` refuses it."""
+
+
+def close_matches(value: object, known: Iterable[str], limit: int = 3) -> str:
+    """`" Did you mean 'q_proj'?"`, or an empty string if nothing in `known` is near `value`."""
+    near = difflib.get_close_matches(str(value), [str(k) for k in known], n=limit, cutoff=0.6)
+    if not near:
+        return ""
+    return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
+
+
+def enumerate_some(names: Iterable[str], limit: int = 8) -> str:
+    """A readable list that stays readable when there are thousands: the first `limit` names and how many follow."""
+    names = list(names)
+    shown = ", ".join(repr(n) for n in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def every_name(names: Iterable[str], limit: int = 20) -> str:
+    """All names. More than `limit` of them are grouped: the numbers in them become sets, as in
+    `layers.{0-31}.q_proj.lora_A.weight`, so that thousands stay readable and none is left out."""
+    names = list(names)
+    if len(names) <= limit:
+        return ", ".join(repr(n) for n in names)
+    groups: dict[str, list[set[int]]] = {}
+    for name in names:
+        numbers = [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", name)]
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name.replace("{", "{{").replace("}", "}}"))
+        sets = groups.setdefault(pattern, [set() for _ in numbers])
+        for known, number in zip(sets, numbers, strict=True):
+            known.add(number)
+    shown = [repr(p.format(*("{" + _ranges(s) + "}" for s in sets))) for p, sets in groups.items()]
+    return f"{', '.join(shown)} ({len(names)} names)"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`"0-3,7"` for 0, 1, 2, 3, 7."""
+    parts: list[list[int]] = []
+    for n in sorted(numbers):
+        if parts and parts[-1][1] == n - 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

@@ -1,0 +1,392 @@
+"""EVA: factors from the principal components of layer inputs, ranks by the variance they explain (Paischer et al.,
+arXiv 2410.07170)."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from peftfast.errors import PeftWarning
+from peftfast.layer import BaseTunerLayer
+from peftfast.methods.lora_config import EvaConfig, LoraConfig
+from peftfast.ranks import drop_adapter, pattern_of, resize_adapter
+from peftfast.sites.linear import LinearSite
+from peftfast.targets import linear_modules, make_matcher, pattern_value
+
+MAX_PASSES = 100  # over the data, before components that still turn are taken as they are
+
+
+class RunningComponents:
+    """Principal components of rows that arrive in batches (Ross et al., 2008): what is kept is `count` components,
+    their singular values and the mean.
+
+    Attributes:
+        components: [count, K], best first. singular_values: [count].
+        explained: [count], share of the variance that each component explains.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.seen = count, 0
+        self.components = self.singular_values = self.explained = self.mean = self.scatter = None
+        self.converged: Tensor | None = None
+
+    def update(self, x: Tensor, threshold: float) -> bool:
+        """Take rows x [M, K] in; False if they are fewer than components and were left out."""
+        if len(x) < self.count:
+            return False
+        x = x.float()
+        mean, total = x.mean(0, dtype=torch.float64), self.seen + len(x)
+        centred = x - mean.float()
+        scatter = centred.double().square().sum()
+        if self.seen:
+            shift = self.mean - mean
+            weight = (self.seen / total * len(x)) ** 0.5
+            centred = torch.cat(
+                [self.singular_values[:, None] * self.components, centred, (weight * shift).float()[None]]
+            )
+            scatter = scatter + self.scatter + weight**2 * shift.square().sum()
+            mean = mean + shift * (self.seen / total)
+        devices = [] if x.device.type == "cpu" else [x.device]
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(42)  # the same data gives the same components
+            _, s, v = torch.svd_lowrank(centred, q=min(2 * self.count, *centred.shape), niter=4)
+        v = v.t()
+        largest = v.gather(1, v.abs().argmax(1, keepdim=True))
+        before, new = self.components, (v * largest.sign())[: self.count]
+        self.components, self.singular_values = new, s[: self.count]
+        self.explained = self.singular_values.double().square() / scatter
+        self.mean, self.scatter, self.seen = mean, scatter, total
+        self.converged = None if before is None else torch.cosine_similarity(new, before) >= threshold
+        return True
+
+    def is_settled(self, rank: int) -> bool:
+        return rank == 0 or (self.converged is not None and bool(self.converged[:rank].all()))
+
+
+def distribute(shares: Mapping[str, Tensor], budget: int, minimum: int = 0) -> dict[str, int]:
+    """How many of `budget` ranks each module gets if the largest shares win; `minimum` to each in any case."""
+    entries = [(float(v), name) for name, values in shares.items() for v in values[minimum:].tolist()]
+    entries.sort(key=lambda entry: -entry[0])
+    ranks = {name: min(minimum, len(values)) for name, values in shares.items()}
+    for _, name in entries[: max(0, budget - sum(ranks.values()))]:
+        ranks[name] += 1
+    return ranks
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
+    """Indices [n, 2] of the tokens that count: not padding and, if the config says so, with a label."""
+    if not isinstance(model_input, Mapping):
+        raise TypeError("When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary")
+    mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
+    settings = peft_config.eva_config or EvaConfig()
+    if settings.use_label_mask and "labels" in model_input:
+        mask = mask & (model_input["labels"] != settings.label_mask_value)
+    return mask.nonzero()
+
+
+def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+    """Those tokens' rows of a layer's input, [n, K]."""
+    return _tensor(layer_input, layer_name)[model_input.T.unbind()]
+
+
+def _all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    x = _tensor(layer_input, layer_name)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _tensor(layer_input: Any, layer_name: str) -> Tensor:
+    if isinstance(layer_input, (tuple, list)):
+        layer_input = layer_input[0]
+    if not isinstance(layer_input, Tensor):
+        raise TypeError(
+            f"unsupported input type {type(layer_input)} for prepare_layer_inputs_fn in layer {layer_name}, please "
+            "provide a custom prepare_layer_inputs_fn"
+        )
+    return layer_input
+
+
+def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    return model(**inputs)
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """The rows of all processes."""
+    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    longest = int(torch.cat(sizes).max())
+    padded = x.new_zeros(longest, x.shape[1])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
+
+
+@contextmanager
+def _watched(modules: Mapping[str, nn.Module], seen: Callable[[str, tuple], None]) -> Iterator[None]:
+    handles = [m.register_forward_pre_hook(lambda _, args, n=n: seen(n, args)) for n, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _to(inputs: Any, device: torch.device | None) -> Any:
+    if device is None:
+        return inputs
+    if hasattr(inputs, "to"):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {k: _to(v, device) for k, v in inputs.items()}
+    return type(inputs)(_to(v, device) for v in inputs) if isinstance(inputs, (tuple, list)) else inputs
+
+
+# ---- components ------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def components_of(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    counts: Mapping[str, int],
+    wanted: Callable[[Mapping[str, RunningComponents]], Mapping[str, int]],
+    threshold: float,
+    forward_fn: Callable[..., Any],
+    prepare: Callable[[Any], Any] | None,
+    rows: Callable[[str], Callable[..., Tensor]],
+    gather: bool = False,
+    progress: bool = False,
+) -> dict[str, RunningComponents]:
+    """Run batches, again and again, until the components that `wanted` asks for have settled.
+
+    Layers that are called with one and the same tensor share their components.
+    """  # fmt: skip
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    found: dict[str, RunningComponents] = {}
+    current: dict[str, Any] = {"prepared": None, "leader": {}}
+
+    def leaders(name: str, args: tuple) -> None:
+        x = _tensor(args, name)
+        known = current["leader"].get(id(x))
+        leader = known[1] if known is not None and known[0]() is x and rows(known[1]) is rows(name) else name
+        current["leader"][id(x)] = (weakref.ref(x), leader)
+        count = counts[name]
+        if leader in found and leader != name:
+            found[leader].count = max(found[leader].count, count)
+            found[name] = found[leader]
+        else:
+            found.setdefault(name, RunningComponents(count))
+
+    def prepared(batch: Any) -> Any:
+        batch = _to(batch, device)
+        current["prepared"] = batch if prepare is None else prepare(batch)
+        return batch
+
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("dataloader is empty")
+    with _watched(modules, leaders):
+        forward_fn(model, prepared(first))
+    unused = [name for name in modules if name not in found]
+    if unused:
+        raise ValueError(f"The data did not reach these modules: {unused[:5]}")
+    owners = {id(c): name for name, c in reversed(list(found.items()))}
+    running = {name: modules[name] for name in owners.values()}
+
+    def update(name: str, args: tuple) -> None:
+        if goal and found[name].is_settled(max(goal[n] for n in found if found[n] is found[name])):
+            return
+        x = rows(name)(args, current["prepared"], name)
+        found[name].update(_gathered(x) if gather else x, threshold)
+
+    goal: Mapping[str, int] = {}
+    for _ in range(MAX_PASSES):
+        short = True
+        for batch in batches:
+            with _watched(running, update):
+                forward_fn(model, prepared(batch))
+            if any(c.components is None for c in found.values()):
+                continue
+            short, goal = False, wanted(found)
+            settled = sum(c.is_settled(goal[n]) for n, c in found.items())
+            if progress:
+                print(f"\\r{settled}/{len(found)} layers have converged", end="", flush=True)
+            if settled == len(found):
+                if progress:
+                    print()
+                return found
+        if short:
+            least = max(c.count for c in found.values())
+            raise ValueError(f"No batch has the {least} rows that {least} components need; use larger batches")
+    warnings.warn(
+        f"After {MAX_PASSES} passes over the data {len(found) - settled} layers' components still change by more than "
+        f"tau={threshold} allows; they are used as they are. More data would help.",
+        PeftWarning,
+        stacklevel=3,
+    )
+    return found
+
+
+def get_eva_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: Callable[..., Any] = forward_fn_dict,
+    prepare_model_inputs_fn: Callable[..., Any] | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]] | None = (
+        prepare_layer_inputs_fn_language_modeling
+    ),
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> dict[str, Tensor]:
+    """The principal components [rank, K] of every target's inputs, by module name; ranks may be 0.
+
+    Args:
+        model: with a LoRA adapter, or without one if `peft_config` is given.
+        dataloader: batches; gone through repeatedly.
+        forward_fn: runs the model on a batch.
+        prepare_model_inputs_fn: (batch, config) -> what `prepare_layer_inputs_fn` gets as its second argument.
+        prepare_layer_inputs_fn: (layer input, that, layer name) -> rows [n, K]; one for all layers, one for each by
+            name, or None: all rows.
+        gather_distributed_inputs: use the rows of all processes.
+    """
+    adapted = hasattr(model, "peft_config")
+    if peft_config is None:
+        if not adapted:
+            raise ValueError("peft_config is required if model is not a PeftModel")
+        peft_config = model.peft_config[adapter_name]
+    settings = peft_config.eva_config or EvaConfig()
+    modules = _eva_modules(model, peft_config, adapter_name if adapted else None)
+    given = prepare_layer_inputs_fn
+    if isinstance(given, Mapping):
+        unknown = sorted(set(given) - set(modules))
+        if unknown:
+            raise ValueError(
+                "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
+                f"{unknown}"
+            )
+    base = "base_model.model."
+    ranks = {n: pattern_value(peft_config.rank_pattern, n.removeprefix(base), peft_config.r) for n in modules}
+    limit = max(1, max((max(p.shape) for p in model.parameters() if p.dim()), default=1) // peft_config.r)
+    rho = min(settings.rho, limit) if settings.rho > 1000 else settings.rho
+    counts = {n: min(round(r * rho), modules[n].in_features if hasattr(modules[n], "in_features") else r * 1000)
+              for n, r in ranks.items()}  # fmt: skip
+    budget = sum(ranks.values())
+
+    def wanted(found: Mapping[str, RunningComponents]) -> dict[str, int]:
+        return distribute({n: c.explained[: counts[n]] for n, c in found.items()}, budget)
+
+    def rows(name: str) -> Callable[..., Tensor]:
+        return (given.get(name) if isinstance(given, Mapping) else given) or _all_rows
+
+    prepare = None
+    if prepare_model_inputs_fn is not None:
+
+        def prepare(batch: Any) -> Any:
+            return prepare_model_inputs_fn(batch, peft_config)
+
+    gather = gather_distributed_inputs and dist.is_available() and dist.is_initialized()
+    training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter() if adapted else nullcontext():
+            found = components_of(
+                model, modules, dataloader, counts, wanted, settings.tau, forward_fn, prepare, rows, gather,
+                show_progress_bar,
+            )  # fmt: skip
+    finally:
+        model.train(training)
+    result = {}
+    for name, rank in wanted(found).items():
+        part = found[name].components[:rank].clone()
+        if settings.whiten:
+            part = part / found[name].singular_values[:rank].sqrt()[:, None]
+        result[name] = part
+    return result
+
+
+def _eva_modules(model: nn.Module, cfg: LoraConfig, adapter: str | None) -> dict[str, nn.Module]:
+    if adapter is not None:
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and adapter in m.adapters}
+        return {n: m for n, m in layers.items() if isinstance(m.site, LinearSite)}
+    matcher = make_matcher(cfg)
+    return {n: m for n, m in linear_modules(model) if cfg.target_modules is None or matcher(n)}
+
+
+@torch.no_grad()
+def initialize_lora_eva_weights(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    forward_fn: Callable[..., Any] = forward_fn_dict,
+    prepare_model_inputs_fn: Callable[..., Any] | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]] | None = (
+        prepare_layer_inputs_fn_language_modeling
+    ),
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> None:
+    """Fill the factors of a LoRA with init_lora_weights="eva": A from the data, B zero, ranks redistributed.
+
+    The config's `rank_pattern`, `alpha_pattern` and `target_modules` are updated; modules that get no rank are no
+    longer adapted. Arguments as in `get_eva_state_dict`, or its result as `eva_state_dict`.
+
+    Raises:
+        ValueError: no adapter, several active ones, another initialisation, or neither data nor state.
+    """
+    if not hasattr(model, "peft_config"):
+        raise ValueError("model must be a PeftModel")
+    if len(model.active_adapters) > 1:
+        raise ValueError("`initialize_lora_eva_weights` currently only works with a single active adapter")
+    cfg: LoraConfig = model.peft_config[adapter_name]
+    if cfg.init_lora_weights != "eva":
+        raise ValueError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
+    if eva_state_dict is None:
+        if dataloader is None:
+            raise ValueError("dataloader is required if eva_state_dict is not provided")
+        eva_state_dict = get_eva_state_dict(
+            model, dataloader, None, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name,
+            gather_distributed_inputs, show_progress_bar,
+        )  # fmt: skip
+    inventory = model.base_model.inventory
+    prefix = "base_model.model."
+    found = {name.removeprefix(prefix): part for name, part in eva_state_dict.items()}
+    keys = [k for k, layer in inventory.layers.items() if adapter_name in layer.adapters]
+    missing = [k for k in keys if k not in found]
+    ranks, alphas = {}, {}
+    for key in keys:
+        rank = pattern_value(cfg.rank_pattern, key, cfg.r)
+        alpha = pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha)
+        new = rank if key in missing else len(found[key])
+        ranks[key] = new
+        alphas[key] = alpha * new / rank if cfg.eva_config.adjust_scaling_factors and new != rank else alpha
+    kept = [k for k in keys if ranks[k]]
+    if not kept:
+        raise ValueError("EVA left no module with a rank; is `rho` or the data too small?")
+    changed = [k for k in kept if ranks[k] != inventory.layers[k].adapters[adapter_name].setting("r")]
+    drop_adapter(inventory, adapter_name, [k for k in keys if not ranks[k]])
+    cfg.rank_pattern = pattern_of({k: ranks[k] for k in kept}, cfg.r)
+    cfg.alpha_pattern = pattern_of({k: alphas[k] for k in kept}, cfg.lora_alpha)
+    if len(kept) < len(keys):
+        cfg.target_modules = set(kept)
+    resize_adapter(inventory, adapter_name, changed)
+    for key in kept:
+        if key not in missing:
+            a = inventory.layers[key].adapters[adapter_name]["lora_A"]
+            a.copy_(found[key].reshape(a.shape))
+    if missing:
+        warnings.warn(
+            "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
+            f"state_dict (embeddings and convolutions have none): {missing}",
+            PeftWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,207 @@
+"""Reading and writing: atomic files, two files as one, and where the file of a folder or Hub repository is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: other processes are not kept out, other threads are
+    fcntl = None
+
+Content = bytes | Callable[[str], None]  # the bytes, or a function that writes them to the path it is given
+
+
+class _FolderLock:
+    """One per folder and process: threads wait for each other, the first one in keeps other processes out."""
+
+    def __init__(self) -> None:
+        self.threads = threading.RLock()
+        self.depth = 0
+
+
+_locks: dict[str, _FolderLock] = {}
+
+
+def write_atomically(path: Path, content: Content) -> None:
+    """Write a file so that whoever looks sees the old content or the new one, whole, also after a crash.
+
+    Args:
+        path: the target; its folder must exist.
+
+    Raises:
+        OSError: disk full, read-only folder; the old file is untouched and no temporary file is left.
+    """
+    temporary = _write_beside(path, content)
+    _replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def write_pair(
+    folder: Path, first: tuple[str, Content], second: tuple[str, bytes], obsolete: tuple[str, ...] = ()
+) -> None:
+    """Write two files that belong together, so that a reader who asks `find_file` for them gets both old or both new,
+    also if the writer is killed at any point, and also with several writers.
+
+    No file system replaces two files at once. So the second is first written under a name with the digest of the new
+    first one; whoever finds such a file, and the first file has that digest, knows that the writer was stopped between
+    the two, and takes it.
+
+    Args:
+        first, second: (name, content). obsolete: names that would be read instead of `first`; removed.
+
+    Raises:
+        OSError: disk full, read-only folder; both old files are untouched.
+    """
+    with locked(folder, exclusive=True):
+        for name in (first[0], *obsolete, second[0], f".{second[0]}"):
+            _remove(folder.glob(f".{name}.*.tmp"))  # of writers that were killed; nobody else writes now
+        temporary = _write_beside(folder / first[0], first[1])
+        next_second = folder / f".{second[0]}.{first[0]}.{_digest(temporary)}.next"
+        try:
+            write_atomically(next_second, second[1])
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _replace(temporary, folder / first[0])
+        _sync_folder(folder)
+        _remove(folder / name for name in obsolete)
+        _replace(next_second, folder / second[0])
+        _sync_folder(folder)
+        _remove(folder.glob(f".{second[0]}.*.next"))
+
+
+@contextmanager
+def locked(folder: str | os.PathLike, exclusive: bool = False) -> Iterator[None]:
+    """Keep writers of a folder out, and with `exclusive` its readers too, in this process and in others. Where the
+    file system has no locks, only this process's threads are kept out."""
+    path = os.path.realpath(folder)
+    lock = _locks.setdefault(path, _FolderLock())
+    with lock.threads:
+        handle = None
+        if fcntl is not None and lock.depth == 0:
+            with suppress(OSError):
+                handle = os.open(path, os.O_RDONLY)
+                fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        lock.depth += 1
+        try:
+            yield
+        finally:
+            lock.depth -= 1
+            if handle is not None:
+                os.close(handle)
+
+
+def find_file(model_id: str | os.PathLike, name: str, *, subfolder: str | None = None, **hub: Any) -> str | None:
+    """Path of `name` in a local folder or, only if `model_id` is no folder, in a Hub repository; None if it is not
+    there.
+
+    Args:
+        model_id: folder or repository id.
+        name: file name, relative to `subfolder`.
+        subfolder: must stay inside the folder.
+        hub: arguments of `hf_hub_download` (revision, token, cache_dir, local_files_only, ...).
+    """
+    for part in (name, subfolder or ""):
+        if os.path.isabs(part) or ".." in Path(part).parts:
+            raise ValueError(f"{part!r} leaves the adapter's folder; give a path inside {str(model_id)!r}")
+    local = os.path.join(model_id, subfolder) if subfolder else os.fspath(model_id)
+    if os.path.isdir(model_id):
+        if not Path(local).resolve().is_relative_to(Path(model_id).resolve()):
+            raise ValueError(f"{subfolder!r} is a link that leaves the adapter's folder {str(model_id)!r}")
+        return _unfinished(Path(local), name) or _existing(os.path.join(local, name))
+    if os.path.exists(model_id):
+        raise ValueError(f"{str(model_id)!r} is a file; expected a folder or a Hub repository id")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    hub = {k: v for k, v in hub.items() if v is not None}
+    try:
+        return hf_hub_download(os.fspath(model_id), name, subfolder=subfolder, **hub)
+    except EntryNotFoundError:
+        return None
+    except HFValidationError as e:
+        raise ValueError(f"{str(model_id)!r} is neither an existing folder nor a Hub repository id: {e}") from e
+    except Exception as e:  # offline, no such repository, no permission: all mean that the file cannot be had
+        raise ValueError(f"Can't find {name!r} at {str(model_id)!r}: {type(e).__name__}: {e}") from e
+
+
+def _existing(path: str) -> str | None:
+    return path if os.path.isfile(path) else None
+
+
+def _unfinished(folder: Path, name: str) -> str | None:
+    """The second file of a pair whose writer was stopped after it had replaced the first."""
+    for path in folder.glob(f".{name}.*.next"):
+        first, _, digest = path.name.removeprefix(f".{name}.").removesuffix(".next").rpartition(".")
+        with suppress(OSError):
+            written_since = (folder / name).is_file() and (folder / name).stat().st_mtime_ns > path.stat().st_mtime_ns
+            if not written_since and _digest(folder / first) == digest:
+                return str(path)
+    return None
+
+
+def _write_beside(path: Path, content: Content) -> str:
+    """Write to a temporary file in the same folder, down to the disk; returns its path."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            Path(temporary).write_bytes(content)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        # mkstemp makes private files; a checkpoint is as readable as any other file of this user
+        os.chmod(temporary, 0o666 & ~_UMASK)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _read_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+_UMASK = _read_umask()  # asking for it changes it for a moment, which no other thread may see: asked once
+
+
+def _replace(temporary: str | Path, path: Path) -> None:
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """After a power loss the folder, too, shows the new file."""
+    with suppress(OSError):  # not every system opens folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove(paths: Any) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _digest(path: str | os.PathLike) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,314 @@
+"""How the tensors of a file fit an adapter in a model: everything that does not, in one report, before anything is
+changed; then the loading itself."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, every_name
+from peftfast.fingerprint import METADATA_KEY as BASE_KEY
+from peftfast.fingerprint import differences
+from peftfast.layer import BaseTunerLayer
+from peftfast.sharding import copy_whole, whole_shape
+from peftfast.state import (
+    Entry,
+    _layer_entries,
+    adapter_entries,
+    embedding_modules,
+    strip_wrappers,
+    wrapped_modules,
+)
+
+
+@dataclass
+class Fit:
+    """How a set of tensors fits an adapter in a model; nothing has been changed yet.
+
+    Attributes:
+        found: (entry, tensor) pairs that will be loaded. base: same for base tensors saved with the adapter.
+        missing: file keys the adapter has and the file has not. unexpected: the other way round, `foreign` included.
+        foreign: of these, the ones for modules that the base model does not have.
+        mismatched: "key: shape in the file, shape here". mistyped: the same for kinds of numbers. broken: keys with NaN
+            or infinite values, or with values that the dtype here cannot hold.
+        doubts: what else speaks against this adapter on this model (another base, another task, a changed config).
+        remarks: what could not be checked.
+    """
+
+    adapter_name: str
+    found: list[tuple[Entry, Tensor]] = field(default_factory=list)
+    base: list[tuple[str, Tensor]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    mistyped: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def wrong(self) -> list[str]:
+        """What cannot be right, whoever wrote the file; one line each."""
+        lines = []
+        if self.mismatched:
+            lines.append(f"size mismatch for {every_name(self.mismatched)}")
+        if self.mistyped:
+            lines.append(f"numbers of another kind in {every_name(self.mistyped)}")
+        if self.broken:
+            lines.append(f"NaN or infinite values in {every_name(self.broken)}")
+        if self.foreign:
+            lines.append(f"the base model has no such modules: {every_name(self.foreign)}")
+        if self.missing and not (self.found or self.base or self.mismatched or lines):
+            count = len(self.unexpected)
+            what = f"None of the {count} tensors in the file belongs to" if count else "There are no tensors for"
+            lines.append(f"{what} this adapter, which needs {every_name(self.missing)}")
+        return lines
+
+    def odd(self) -> list[str]:
+        """What PEFT lets pass, one line each."""
+        lines = []
+        if self.missing:
+            lines.append(f"Found missing adapter keys while loading the checkpoint: {every_name(self.missing)}.")
+        rest = set(self.foreign)
+        unexpected = [k for k in self.unexpected if k not in rest]
+        if unexpected:
+            lines.append(f"Found unexpected keys while loading the checkpoint: {every_name(unexpected)}.")
+        return lines + self.doubts
+
+    def check(self, strict: bool | str, ignore_mismatched_sizes: bool = False, *, only_tensors: bool = False) -> None:
+        """Refuse what cannot be right; say, or with strict=True refuse, what PEFT lets pass; "off" says nothing.
+
+        Args:
+            ignore_mismatched_sizes: leave out tensors of another shape, with a warning.
+            only_tensors: for callers that are handed the names that did not fit, and decide themselves.
+
+        Raises:
+            AdapterLoadError: naming every offender.
+        """
+        if strict not in (True, False, "off"):
+            raise ValueError(f"strict must be True, False or 'off', got {strict!r}")
+        if strict == "off":
+            return
+        wrong, odd = self.wrong(), self.odd()
+        if only_tensors:
+            wrong, odd = wrong[: sum(map(bool, (self.mismatched, self.mistyped, self.broken)))], []
+        if self.mismatched and ignore_mismatched_sizes:
+            wrong = wrong[1:]
+            odd.append(f"Some weights were not loaded because their shapes differ: {every_name(self.mismatched)}.")
+        if wrong or (strict is True and odd):
+            raise AdapterLoadError(
+                f"Error(s) in loading adapter {self.adapter_name!r}; nothing was changed:\n  "
+                + "\n  ".join(wrong + odd)
+            )
+        if odd:
+            warnings.warn("\n".join(odd), AdapterMismatchWarning, stacklevel=5)
+
+    def __str__(self) -> str:
+        """The report, as a person reads it."""
+        lines = [f"adapter {self.adapter_name!r}: {len(self.found) + len(self.base)} tensors fit"]
+        lines += [f"cannot be right: {line}" for line in self.wrong()]
+        lines += [f"does not fit: {line}" for line in self.odd()]
+        lines += [f"not checked: {line}" for line in self.remarks]
+        return "\n".join(lines)
+
+    def fill_gaps(self, model: nn.Module, everywhere: bool = False) -> None:
+        """Initialise the layers for which the file lacks a usable tensor; the adapter may have been created empty.
+
+        Args:
+            everywhere: all layers, because initialising changes the base as well.
+        """
+        if not self.missing and not self.mismatched and not everywhere:
+            return
+        loaded = {(id(entry.owner), entry.attribute) for entry, _ in self.found}
+        for key, module in wrapped_modules(model):
+            layer = module if isinstance(module, BaseTunerLayer) else getattr(module, "token_adapter", None)
+            adapter = None if layer is None else layer.adapters.get(self.adapter_name)
+            if adapter is None:
+                continue
+            entries = list(_layer_entries(key, layer, self.adapter_name))
+            complete = all((id(entry.owner), entry.attribute) in loaded for entry in entries)
+            if complete and not (everywhere and layer.__dict__.get("_tied_source") is None):
+                continue
+            device = layer.site.weight.device
+            if device.type == "meta":
+                continue
+            for entry in entries:
+                current = getattr(entry.owner, entry.attribute)
+                if current.is_meta:
+                    new = nn.Parameter(torch.empty_like(current, device=device), requires_grad=current.requires_grad)
+                    setattr(entry.owner, entry.attribute, new)
+            with torch.no_grad():
+                adapter.method.init(layer.site, adapter)
+
+    def apply(self, model: nn.Module, assign: bool = False) -> None:
+        """Copy the tensors in; tensors on the meta device are replaced."""
+        with torch.no_grad():
+            for entry, tensor in self.found:
+                if entry.store is not None:
+                    entry.store(tensor)
+                    continue
+                current = getattr(entry.owner, entry.attribute)
+                if current.is_meta or assign:
+                    device = torch.device("cpu") if entry.layer is None else entry.layer.site.weight.device
+                    device = torch.device("cpu") if device.type == "meta" else device
+                    value = tensor.to(device=device, dtype=current.dtype, copy=True)
+                    new = nn.Parameter(value, requires_grad=current.requires_grad)
+                    setattr(entry.owner, entry.attribute, new)
+                else:
+                    copy_whole(current, tensor)
+            targets = dict(model.named_parameters(remove_duplicate=False)) if self.base else {}
+            targets = {strip_wrappers(k): v for k, v in targets.items()}
+            for key, tensor in self.base:
+                copy_whole(targets[key], tensor)
+
+
+def fit_state_dict(
+    model: nn.Module, cfg: PeftConfig, tensors: Mapping[str, Tensor], adapter_name: str, finite: bool = True
+) -> Fit:
+    """Compare tensors, under file names, with what the adapter has in the model.
+
+    Args:
+        tensors: keys with or without the `base_model.model.` in front, as the model itself has it or not.
+        finite: look for NaN and infinite values.
+    """
+    fit = Fit(adapter_name)
+    entries = {entry.file: entry for entry in adapter_entries(model, adapter_name)}
+    tensors = _aligned(tensors, entries)
+    known = set(entries)
+    base: dict[str, Tensor] | None = None
+    embeddings: dict[str, nn.Module] = {}
+    for key, tensor in tensors.items():
+        entry = entries.pop(key, None)
+        if entry is None:
+            if base is None:
+                embeddings = embedding_modules(model)
+                base = {strip_wrappers(k): v for k, v in model.named_parameters(remove_duplicate=False)}
+            here = base.get(key)
+            if key.replace(".modules_to_save.", ".") in known:
+                continue  # with bias="all" PEFT writes the biases of kept modules twice
+            if here is None or not _may_travel(key, cfg, embeddings):
+                fit.unexpected.append(key)
+                continue
+        else:
+            owner = entry.owner
+            if (
+                entry.store is None
+                and entry.attribute not in owner._parameters
+                and entry.attribute not in owner._buffers
+            ):
+                continue  # a view of a factor that is loaded under its own name
+            here = getattr(owner, entry.attribute)
+        if whole_shape(here) != tensor.shape:
+            fit.mismatched.append(
+                f"{key}: copying a param with shape {tuple(tensor.shape)} from checkpoint, the shape in current model "
+                f"is {tuple(whole_shape(here))}"
+            )
+            continue
+        if here.is_floating_point() != tensor.is_floating_point() or tensor.is_complex() != here.is_complex():
+            fit.mistyped.append(f"{key}: {tensor.dtype} in the file, {here.dtype} here")
+            continue
+        if finite and not _holds(here.dtype, tensor):
+            fit.broken.append(key)
+        if entry is None:
+            fit.base.append((key, tensor))
+        else:
+            fit.found.append((entry, tensor))
+    fit.missing = list(entries)
+    if fit.unexpected:
+        names = {strip_wrappers(name) for name, _ in model.named_modules()}
+        fit.foreign = [key for key in fit.unexpected if _is_foreign(key, names)]
+    return fit
+
+
+def judge(fit: Fit, cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str], changes: Iterable[str]) -> None:
+    """Add to a report what speaks against the adapter besides its tensors: it was trained on another base, its config
+    was changed, it was made for another task.
+
+    Args:
+        base: the base model, with or without adapters in it. metadata: of the safetensors file.
+        changes: `metadata.config_changes`.
+    """
+    if BASE_KEY in metadata:
+        try:
+            found = differences(metadata[BASE_KEY], base)
+        except ValueError as e:
+            fit.doubts.append(f"The adapter's record of its base model cannot be read: {e}.")
+        else:
+            if found:
+                fit.doubts.append(f"The adapter was trained on another base model: {'; '.join(found)}.")
+    else:
+        fit.remarks.append(
+            "which base model the adapter was trained on: its file does not say (PEFT writes no such record)"
+        )
+    fit.doubts.extend(changes)
+    bias = getattr(cfg, "bias", "none")
+    if bias != "none" and not fit.base and any(_has_bias(entry.layer) for entry, _ in fit.found):
+        fit.doubts.append(
+            f"The config says bias={bias!r}, but the file has no biases; the base model's are used. (PEFT 0.8 to 0.20 did "
+            "not save them with bias='lora_only'.)"
+        )
+    task = getattr(cfg.task_type, "value", cfg.task_type)
+    head = next((t for suffix, t in _HEADS.items() if type(base).__name__.endswith(suffix)), None)
+    if head is not None and task in _HEADS.values() and task != head:
+        fit.doubts.append(f"The adapter is for task {task}, the model {type(base).__name__} is for {head}.")
+    if fit.remarks:
+        logging.getLogger("peftfast").info("adapter %r, not checked: %s", fit.adapter_name, "; ".join(fit.remarks))
+
+
+def _has_bias(layer: BaseTunerLayer | None) -> bool:
+    return layer is not None and getattr(layer.base_layer, "bias", None) is not None
+
+
+#: End of a transformers class name -> the task its head is for, where that is certain.
+_HEADS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
+    """Whether all values are finite, also in `dtype`."""
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    values = tensor.float() if tensor.itemsize == 1 else tensor
+    if torch.finfo(dtype).max < torch.finfo(values.dtype).max and dtype.itemsize > 1:
+        values = values.to(dtype)
+    return bool(torch.isfinite(values).all())
+
+
+_SLOT = re.compile(r"(?:^|\.)(lora_\w+|ia3_l|trainable_tokens_\w+|token_adapter|base_layer)(?:\.|$)")
+
+
+def _is_foreign(key: str, modules: set[str]) -> bool:
+    """Whether an adapter's tensor is for a module that the model does not have."""
+    found = _SLOT.search(key)
+    return found is not None and key[: found.start()] not in modules
+
+
+def _aligned(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """Keys with the prefix that the model has."""
+    tensors = {strip_wrappers(k): v for k, v in tensors.items()}
+    if any(entry.store is not None for entry in entries.values()):  # prompts: the base model is not wrapped
+        return {k if k in entries or k.startswith("base_model.") else f"base_model.{k}": v for k, v in tensors.items()}
+    prefix = "base_model.model."
+    wants = any(k.startswith(prefix) for k in entries)
+    if wants:
+        return {k if k.startswith(prefix) else prefix + k: v for k, v in tensors.items()}
+    return {k.removeprefix(prefix): v for k, v in tensors.items()}
+
+
+def _may_travel(key: str, cfg: PeftConfig, embeddings: Iterable[str]) -> bool:
+    """Whether a base tensor of this name can have been saved with an adapter: a trained bias, a resized embedding."""
+    if any(key.startswith(f"{name}.") for name in embeddings):
+        return True
+    return key.endswith("bias") and getattr(cfg, "bias", "none") != "none"

@@ -1,0 +1,114 @@
+"""Small conveniences under PEFT's names: signatures, temporary scaling, whether a folder holds an adapter."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import update_wrapper
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from peftfast.config import PeftConfig
+from peftfast.layer import BaseTunerLayer
+from peftfast.methods.dora import cache_norms
+from peftfast.model import PeftModel
+
+
+def update_forward_signature(model: PeftModel) -> None:
+    """Give `model.forward` the base model's signature and help text, if its own only says `*args, **kwargs`."""
+    _take_signature(model, "forward", ({"args", "kwargs"},))
+
+
+def update_generate_signature(model: PeftModel) -> None:
+    """Give `model.generate` the base model's signature and help text, if its own says nothing."""
+    if hasattr(model, "generate"):
+        _take_signature(model, "generate", ({"args", "kwargs"}, {"kwargs"}))
+
+
+def update_signature(model: PeftModel, method: str = "all") -> None:
+    """Both of the above; `method` is "forward", "generate" or "all"."""
+    known = {
+        "forward": (update_forward_signature,),
+        "generate": (update_generate_signature,),
+        "all": (update_forward_signature, update_generate_signature),
+    }
+    if method not in known:
+        raise ValueError(f"method {method} is not supported please choose one of {list(known)}")
+    for update in known[method]:
+        update(model)
+
+
+def _take_signature(model: PeftModel, name: str, uninformative: tuple[set[str], ...]) -> None:
+    bound = getattr(model, name)
+    if set(inspect.signature(bound).parameters) not in uninformative:
+        return
+    function = bound.__func__
+    own = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = deepcopy(function.__kwdefaults__)
+    update_wrapper(
+        own, getattr(type(model.get_base_model()), name), assigned=("__doc__", "__name__", "__annotations__")
+    )
+    setattr(model, name, MethodType(own, model))
+
+
+def check_if_peft_model(model_name_or_path: str) -> bool:
+    """Whether a folder or Hub repository holds an adapter config that can be read."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except Exception:  # whatever is wrong with it, it cannot be loaded as an adapter
+        return False
+    return True
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Multiply the scaling of all LoRA layers inside a `with` block (WiSE-FT, arXiv 2109.01903).
+
+    Raises:
+        TypeError: `multiplier` is not a number. ValueError: the model has no layer with a scaling.
+    """
+    if not isinstance(multiplier, (float, int)):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and "scaling" in m.other_param_names]
+    if not layers:
+        raise ValueError("scaling is only supported for models with `LoraLayer`s")
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [(layer.scaling, dict(layer.scaling)) for layer in layers]
+    for scaling, values in before:
+        scaling.update({name: value * multiplier for name, value in values.items()})
+    try:
+        yield
+    finally:
+        for scaling, values in before:
+            scaling.update(values)
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """For code written for PEFT, whose layers cast their input to the adapter's dtype: the layers here take their input
+    as it is, so there is nothing to switch off."""
+    yield
+
+
+class DoraCaching:
+    """Keep DoRA's norms between forwards in eval mode: `with DoraCaching(): ...`, or for good `DoraCaching()(True)`.
+
+    Faster generation for one number per output feature. Writes to factors through `.data` go unseen meanwhile.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._before: list[bool] = []
+
+    def __enter__(self) -> DoraCaching:
+        self._before.append(cache_norms(self.enabled))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        cache_norms(self._before.pop())
+
+    def __call__(self, enabled: bool = True) -> None:
+        cache_norms(enabled)

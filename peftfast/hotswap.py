@@ -1,0 +1,265 @@
+"""Replacing an adapter's weights by another's, in place: names stay, compiled graphs stay."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig, PeftType
+from peftfast.io import load_peft_weights
+from peftfast.layer import BaseTunerLayer
+from peftfast.method import Adapter, method_for
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora_stack import factor_slots
+from peftfast.state import Entry, adapter_entries, strip_wrappers
+
+#: Fields that change the output and are not in the weights.
+_MUST_AGREE = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
+
+
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+    """ValueError if an adapter of `config1` cannot take the place of one of `config0`."""
+    kinds = [str(getattr(c.peft_type, "value", c.peft_type)) for c in (config0, config1)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
+    if kinds[0] != PeftType.LORA.value:
+        raise ValueError(f"Hotswapping only supports {PeftType.LORA.value} but {kinds[0]} was passed.")
+    for key in _MUST_AGREE:
+        old, new = getattr(config0, key), getattr(config1, key)
+        if old != new:
+            raise ValueError(f"Configs are incompatible: for {key}, {old} != {new}")
+
+
+def hotswap_adapter(
+    model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+) -> None:
+    """Put a saved LoRA into the place of adapter `adapter_name`; the name stays.
+
+    Where the new one has no weights the old ones become zero; a smaller rank is padded with zeros. A larger rank makes
+    new tensors, which a compiled model notices: see `prepare_model_for_compiled_hotswap`.
+
+    Args:
+        torch_device: of the tensors while they are read.
+        kwargs: of `hf_hub_download` (revision, subfolder, token, ...).
+
+    Raises:
+        ValueError: incompatible configs, a merged adapter. RuntimeError: weights for modules that are not adapted.
+            Nothing is changed then.
+    """
+    config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    present = _configs(model)
+    if adapter_name not in present:
+        raise ValueError(f"Adapter {adapter_name} not found. Adapters present: {sorted(present)}")
+    check_hotswap_configs_compatible(present[adapter_name], config)
+    arguments, _ = PeftConfig._split_hub_arguments(kwargs)
+    tensors = load_peft_weights(model_name_or_path, device=torch_device, **arguments)
+    _swap(model, tensors, adapter_name, config, by_file_name=True)
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: LoraConfig,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """The same from tensors under the names that they have in `model`, the adapter's name included.
+
+    Args:
+        config: of the new adapter, for its scaling.
+        parameter_prefix: only "lora_".
+    """
+    if parameter_prefix != "lora_":
+        raise ValueError(f"Hotswapping only supports LoRA, got parameter_prefix={parameter_prefix!r}")
+    _swap(model, state_dict, adapter_name, config, by_file_name=False)
+
+
+def _configs(model: nn.Module) -> Mapping[str, PeftConfig]:
+    return getattr(model, "peft_config", None) or {}
+
+
+def _swap(
+    model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, config: LoraConfig, by_file_name: bool
+) -> None:
+    inner = getattr(model, "_orig_mod", model)
+    entries = {
+        e.file if by_file_name else e.live: e for e in adapter_entries(inner, adapter_name) if e.layer is not None
+    }
+    if not entries:
+        raise ValueError(f"Adapter {adapter_name} not found in the model")
+    merged = [e.layer for e in entries.values() if adapter_name in e.layer.merged_adapters]
+    if merged:
+        raise ValueError(
+            f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Please "
+            "unmerge the adapter first by calling `unmerge_adapter()`."
+        )
+    given = {strip_wrappers(k): v for k, v in tensors.items()}
+    if by_file_name:
+        prefix = "base_model.model."
+        wants = next(iter(entries)).startswith(prefix)
+        given = {prefix * wants + k.removeprefix(prefix): v for k, v in given.items()}
+    unexpected = [k for k in given if k not in entries]
+    if unexpected:
+        raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
+    for key, new in given.items():
+        old = getattr(entries[key].owner, entries[key].attribute)
+        axis = _rank_axis(entries[key], adapter_name)
+        if [n for i, n in enumerate(new.shape) if i != axis] != [n for i, n in enumerate(old.shape) if i != axis]:
+            raise ValueError(
+                f"Incompatible shapes found for LoRA weights {key}: {tuple(old.shape)} vs {tuple(new.shape)}."
+            )
+    with torch.no_grad():
+        for key, entry in entries.items():
+            old = getattr(entry.owner, entry.attribute)
+            new = given.get(key)
+            if new is None:
+                old.zero_()
+            else:
+                _replace(entry, old, new.to(old.device), _rank_axis(entry, adapter_name))
+        for layer in dict.fromkeys(e.layer for e in entries.values()):
+            _rescale(layer, layer.adapters[adapter_name], config)
+    _record(_configs(inner).get(adapter_name), [e.layer.adapters[adapter_name] for e in entries.values()])
+
+
+def _rank_axis(entry: Entry, adapter_name: str) -> int:
+    """Which dimension of this tensor the rank is; -1 if none is."""
+    adapter = entry.layer.adapters[adapter_name]
+    down, up = factor_slots(adapter)
+    if entry.live.endswith(".bias"):
+        return -1
+    slot = next((s for s in (down, up) if f".{s}.{adapter_name}" in entry.live), None)
+    return {down: 0, up: 1}.get(slot, -1)
+
+
+def _replace(entry: Entry, old: Tensor, new: Tensor, axis: int) -> None:
+    if old.shape == new.shape:
+        old.copy_(new)
+    elif new.shape[axis] > old.shape[axis]:
+        old.data = new.to(old.dtype).clone()
+    else:
+        old.copy_(_padded(new, axis, old.shape[axis], _groups(entry.layer) if axis == 0 else 1))
+
+
+def _groups(layer: BaseTunerLayer) -> int:
+    return getattr(layer.get_base_layer(), "groups", 1)
+
+
+def _padded(tensor: Tensor, axis: int, size: int, groups: int = 1) -> Tensor:
+    """With zeros up to `size` ranks; with `groups`, at the end of each group's ranks."""
+    shape = list(tensor.shape)
+    shape[axis : axis + 1] = [groups, size // groups]
+    wide = tensor.new_zeros(shape)
+    wide.narrow(axis + 1, 0, tensor.shape[axis] // groups).copy_(tensor.unflatten(axis, (groups, -1)))
+    return wide.flatten(axis, axis + 1)
+
+
+def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> None:
+    scaling = method_for(config).settings(layer.site, config, adapter.key)["scaling"]
+    current = layer.scaling[adapter.name]
+    if isinstance(current, Tensor):
+        current.fill_(scaling)
+    else:
+        layer.scaling[adapter.name] = scaling
+    layer._initial_scaling[adapter.name] = scaling
+    layer.r[adapter.name] = adapter[factor_slots(adapter)[0]].shape[0]
+
+
+def _record(config: LoraConfig | None, adapters: list[Adapter]) -> None:
+    """Make the config say what the tensors are, padding included, so that the adapter can be saved."""
+    if config is None:
+        return
+    ranks = {a.key: int(a.setting("r")) for a in adapters}
+    root = math.sqrt if config.use_rslora else float
+    alphas = {a.key: float(a.scale) * root(ranks[a.key]) for a in adapters}
+    alphas = {k: round(v) if abs(v - round(v)) < 1e-6 * max(1.0, abs(v)) else v for k, v in alphas.items()}
+    config.r, config.lora_alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
+    config.rank_pattern = {re.escape(k): r for k, r in ranks.items() if r != config.r}
+    config.alpha_pattern = {re.escape(k): a for k, a in alphas.items() if a != config.lora_alpha}
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: LoraConfig | dict[str, LoraConfig] | None = None,
+    check_compiled: str = "error",
+) -> None:
+    """Make adapters of other ranks and scalings swappable, and scales settable, without a new graph: scalings become
+    tensors that are written in place, factors are padded to `target_rank`. Call it before `torch.compile`.
+
+    Args:
+        target_rank: the largest rank that will be swapped in; None: ranks stay.
+        config: config(s) whose rank becomes `target_rank`.
+        check_compiled: "error", "warn" or "ignore" a model that is compiled already.
+
+    Raises:
+        ValueError: compiled already, no adapters, a larger rank present.
+    """
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise ValueError(
+            f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
+        )
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        if check_compiled == "error":
+            raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+        if check_compiled == "warn":
+            warnings.warn(
+                "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely "
+                "result in re-compilation, hurting performance. Call the function before compiling the model.",
+                stacklevel=2,
+            )
+    inner = getattr(model, "_orig_mod", model)
+    layers = [m for m in inner.modules() if isinstance(m, BaseTunerLayer) and "scaling" in m.__dict__]
+    if not layers:
+        raise ValueError(
+            "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
+            "the first adapter and before loading the second adapter."
+        )
+    pairs = [(layer, adapter) for layer in layers for adapter in layer.adapters.values()]
+    if target_rank is not None:
+        for layer, adapter in pairs:
+            rank = adapter[factor_slots(adapter)[0]].shape[0]
+            if rank > target_rank:
+                raise ValueError(
+                    f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
+                    f"({rank}). This is not possible."
+                )
+            if target_rank % _groups(layer):
+                raise ValueError(
+                    f"The target rank {target_rank} is not divisible by the {_groups(layer)} groups of {adapter.key}. "
+                    f"Please choose a target rank that is divisible by {_groups(layer)}."
+                )
+    with torch.no_grad():
+        for layer, adapter in pairs:
+            value = layer.scaling[adapter.name]
+            layer.scaling[adapter.name] = torch.as_tensor(float(value), device=layer.site.weight.device)
+            if target_rank is not None:
+                groups = _groups(layer)
+                down, up = (adapter[s] for s in factor_slots(adapter))
+                down.data = _padded(down.data, 0, target_rank, groups)
+                up.data = _padded(up.data, 1, target_rank // groups)
+                layer.r[adapter.name] = target_rank
+                _resize_holders(layer, adapter, target_rank)
+    for cfg in (
+        () if config is None or target_rank is None else config.values() if isinstance(config, dict) else (config,)
+    ):
+        cfg.r = target_rank
+        cfg.rank_pattern = dict.fromkeys(cfg.rank_pattern or {}, target_rank)
+
+
+def _resize_holders(layer: BaseTunerLayer, adapter: Adapter, rank: int) -> None:
+    """The sizes that the modules around the factors report."""
+    down, up = factor_slots(adapter)
+    for slot, names in ((down, ("out_features", "out_channels")), (up, ("in_features", "in_channels"))):
+        if adapter.slots[slot].holder is not None:
+            holder = getattr(layer, slot)[adapter.name]
+            for name in names:
+                if name in holder.__dict__:
+                    setattr(holder, name, rank)

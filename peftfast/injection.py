@@ -1,0 +1,374 @@
+"""Adding one adapter to a model: everything is decided and checked first, then done, so that a refusal changes
+nothing."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.errors import PeftWarning, close_matches, enumerate_some
+from peftfast.layer import BaseTunerLayer
+from peftfast.method import AdapterMethod, method_for
+from peftfast.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peftfast.sites import make_site
+from peftfast.targets import (
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
+    make_matcher,
+    refuse_mamba,
+    report_matches,
+    resolve_targets,
+    shortest_suffixes,
+)
+
+if TYPE_CHECKING:
+    from peftfast.inventory import Inventory
+
+_HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass
+class Injection:
+    """What adding one adapter will do.
+
+    Attributes:
+        targets: module names to adapt. tied: of these, the heads that share the input embedding's factors.
+        saved: module names to keep a trained copy of. tokens: module name -> rows to train.
+    """
+
+    inventory: Inventory
+    name: str
+    cfg: PeftConfig
+    method: AdapterMethod
+    targets: list[str]
+    tied: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+    saved_tied: list[str] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    tokens_tied: list[str] = field(default_factory=list)
+    device: torch.device | str | None = None
+    initialise: bool = True
+    autocast_adapter_dtype: bool = True
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """fp32 for the factors on a half-precision base, unless that is switched off."""
+        own = module.site.weight.compute_dtype
+        return torch.float32 if self.autocast_adapter_dtype and own in _HALF else own
+
+    def apply(self) -> None:
+        """Do it. If anything fails half-way, `Inventory.add` takes out what was put in."""
+        inventory = self.inventory
+        for key in self.targets:
+            layer = inventory.wrap(key)
+            if key in self.tied:
+                self._tie_factors(layer)
+            layer.add_adapter(
+                self.name, self.method, self.cfg, key,
+                dtype=self.dtype(layer), device=self.device, initialise=self.initialise and key not in self.tied,
+            )  # fmt: skip
+        self._add_saved()
+        self._add_tokens()
+
+    def _tie_factors(self, layer: BaseTunerLayer) -> None:
+        source = self.inventory.layers[_embedding_name(self.inventory)]
+        layer.tie_to(source, self.name)
+
+    def _add_saved(self) -> None:
+        inventory = self.inventory
+        for key in (*self.saved, *self.saved_tied):
+            wrapper = inventory.extras.get(key)
+            if wrapper is None:
+                wrapper = ModulesToSaveWrapper(inventory.module(key))
+                wrapper.train(wrapper.original_module.training)
+                inventory.extras[key] = wrapper
+                inventory.replace(key, wrapper)
+            tied = None
+            if key in self.saved_tied:
+                tied = inventory.extras[_embedding_name(inventory)].modules_to_save[self.name].weight
+            wrapper.update(self.name, tied)
+
+    def _add_tokens(self) -> None:
+        from peftfast.methods.trainable_tokens import TrainableTokensConfig
+
+        inventory = self.inventory
+        for key in (*self.tokens, *self.tokens_tied):
+            wrapper = inventory.extras.get(key)
+            if wrapper is None:
+                wrapper = TrainableTokensWrapper(inventory.module(key))
+                wrapper.train(wrapper.original_module.training)
+                inventory.extras[key] = wrapper
+                inventory.replace(key, wrapper)
+            source = None
+            if key in self.tokens_tied:
+                source = inventory.extras[next(iter(self.tokens))].token_adapter
+                # the same container under both names, as in PEFT: parameters() yields the rows once
+                wrapper.token_adapter.trainable_tokens_delta = source.trainable_tokens_delta
+            rows = self.tokens[next(iter(self.tokens))] if source is not None else self.tokens[key]
+            cfg = TrainableTokensConfig(token_indices=list(rows))
+            wrapper.add(self.name, cfg, method_for(cfg), device=self.device, initialise=source is None)
+            if source is not None:
+                wrapper.token_adapter.token_source[self.name] = source
+
+
+def plan_injection(
+    inventory: Inventory,
+    name: str,
+    cfg: PeftConfig,
+    method: AdapterMethod,
+    *,
+    strict: bool = False,
+    keys: Iterable[str] | None = None,
+    device: torch.device | str | None = None,
+    initialise: bool = True,
+    autocast_adapter_dtype: bool = True,
+) -> Injection:
+    """Decide what adding an adapter means for this model. Resolves the config's targets in place; changes nothing else.
+
+    Args:
+        keys: adapt exactly these modules, whatever the config says (they come from a state dict).
+        device: of the new tensors; None: where the base weight is.
+        initialise: False when the tensors are about to be loaded.
+    """
+    if name in method.prefix:
+        warnings.warn(
+            f"Adapter name '{name}' should not be contained in the prefix '{method.prefix}'. This may lead to "
+            "reinitialization of the adapter weights during loading.",
+            stacklevel=6,
+        )
+    model = inventory.model
+    names = list(inventory.names)
+    tied_heads = tied_module_names(inventory)
+    resolve_targets(cfg, model, method.default_targets)
+    if hasattr(type(method), "resolve"):  # what else a config leaves to the model
+        method.resolve(cfg, model)
+    tie = _plan_tying(inventory, cfg, tied_heads)
+    matcher = make_matcher(cfg)
+    matched = [n for n in names if matcher(n)]
+    if keys is not None:
+        wanted = list(dict.fromkeys(keys))
+        unknown = [k for k in wanted if k not in inventory.names]
+        if unknown:
+            raise ValueError(f"The state dict adapts modules that the model does not have: {enumerate_some(unknown)}")
+        _say_difference(set(matched), set(wanted))
+        matched = [n for n in names if n in set(wanted)]
+    saved_names = list(getattr(cfg, "modules_to_save", None) or ())
+    saved = [n for n in names if any(n.endswith(s) for s in saved_names)]
+    rows = getattr(cfg, "trainable_token_indices", None)
+    if not (matched or (not cfg.target_modules and not isinstance(cfg.target_modules, str) and (saved or rows))):
+        report_matches(cfg, matcher, matched, names, strict)
+    elif keys is None:
+        report_matches(cfg, matcher, matched, names, strict)
+    refuse_mamba(model, cfg, matched)
+    missing = [s for s in saved_names if not any(n.endswith(s) for n in names)]
+    if missing and not set(missing) <= {"classifier", "score", "qa_outputs"}:
+        _complain(f"modules_to_save: {missing} matched no module.{close_matches(missing[0], _tails(names))}", strict)
+    if initialise and device is not None and torch.device(device).type == "meta" and method.changes_base(cfg):
+        device = None  # the base changes with this initialisation, so it has to take place, and needs values
+    transposed = _check_sites(inventory, cfg, method, matched)
+    if matched:
+        _settle_orientation(cfg, transposed)
+    if isinstance(cfg.target_modules, (set, list)) and len(cfg.target_modules) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        if getattr(method, "condense_targets", True) and keys is None and not getattr(cfg, "layers_to_transform", None):
+            cfg.target_modules = shortest_suffixes(matched, [n for n in names if n not in set(matched)])
+    targets = list(dict.fromkeys((*matched, *tie.targets)))
+    tokens, tokens_tied = _plan_tokens(inventory, cfg, rows, tied_heads)
+    conflict = set(targets) & set(saved)
+    if conflict:
+        saved = [s for s in saved if s not in conflict]
+    both = set(tokens) & set(saved)
+    if both:
+        raise ValueError(f"{sorted(both)} cannot be in modules_to_save and in trainable_token_indices at once")
+    return Injection(
+        inventory, name, cfg, method, targets, tie.targets, saved, tie.saved, tokens, tokens_tied,
+        device, initialise, autocast_adapter_dtype,
+    )  # fmt: skip
+
+
+def _tails(names: Iterable[str]) -> set[str]:
+    return {n.rpartition(".")[2] for n in names}
+
+
+def _complain(message: str, strict: bool) -> None:
+    from peftfast.errors import AdapterMismatchWarning
+
+    if strict:
+        raise ValueError(message + " (strict=True)")
+    warnings.warn(message, AdapterMismatchWarning, stacklevel=6)
+
+
+def _say_difference(by_config: set[str], by_state: set[str]) -> None:
+    if by_config == by_state:
+        return
+    message = (
+        "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
+        "state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+    )
+    if by_config - by_state:
+        message += f"The PEFT config contained these additional target modules: {sorted(by_config - by_state)}. "
+    if by_state - by_config:
+        message += f"The state_dict contained these additional target modules: {sorted(by_state - by_config)}. "
+    warnings.warn(message, RuntimeWarning, stacklevel=6)
+
+
+def _check_sites(inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, keys: Iterable[str]) -> list[bool]:
+    """Ask every target whether it can carry this adapter; answers which ones store their weight transposed."""
+    transposed = []
+    for key in keys:
+        module = inventory.module(key)
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"{key} is kept by modules_to_save or trainable tokens of another adapter; it cannot be adapted"
+            )
+        try:
+            site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
+            method.slots(site, cfg, method.settings(site, cfg, key))
+        except ValueError as e:
+            raise ValueError(f"{key}: {e}") from e
+        if getattr(cfg, "lora_bias", False) and getattr(site.module, "bias", None) is None:
+            warnings.warn(
+                f"`lora_bias=True` was passed but the targeted layer of type {type(site.module).__name__} has no bias. "
+                "This means that merging LoRA weights won't be possible.",
+                PeftWarning,
+                stacklevel=6,
+            )
+        if isinstance(site.module, nn.Linear) or getattr(site.weight, "transposed", False):
+            transposed.append(getattr(site.weight, "transposed", False))
+    return transposed
+
+
+def _settle_orientation(cfg: PeftConfig, transposed: list[bool]) -> None:
+    """`fan_in_fan_out` follows from the modules; a config that says otherwise is corrected, with a word."""
+    if not hasattr(cfg, "fan_in_fan_out") or not transposed:
+        return
+    if cfg.fan_in_fan_out and not any(transposed):
+        warnings.warn(
+            "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False.",
+            stacklevel=6,
+        )
+        cfg.fan_in_fan_out = False
+    elif not cfg.fan_in_fan_out and all(transposed):
+        warnings.warn(
+            "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True.",
+            stacklevel=6,
+        )
+        cfg.fan_in_fan_out = True
+
+
+# ---- tied embeddings ------------------------------------------------------------------------------------
+@dataclass
+class _Tying:
+    targets: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+
+
+def _embedding_name(inventory: Inventory) -> str:
+    """Name of the input embedding inside the model."""
+    embedding = inventory.model.get_input_embeddings()
+    for name in inventory.names:
+        if inventory.module(name) is embedding:
+            return name
+    # get_input_embeddings answers with what a wrapper stands for
+    for key, wrapper in (*inventory.layers.items(), *inventory.extras.items()):
+        if isinstance(wrapper, BaseTunerLayer) and wrapper.base_layer is embedding:
+            return key
+        if isinstance(wrapper, AuxiliaryTrainingWrapper) and wrapper.original_module is embedding:
+            return key
+    raise ValueError("The model's input embedding is not among its modules")
+
+
+def tied_module_names(inventory: Inventory) -> list[str]:
+    """Modules whose weight is the input embedding's, other than the embedding itself."""
+    model = inventory.model
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_input_embeddings"):
+        return []
+    keys: Mapping[str, str] | list[str] = getattr(model, "_tied_weights_keys", None) or {}
+    names = [re.sub(r"\.(weight|bias)$", "", k) for k in keys]
+    return [n for n in dict.fromkeys(names) if n in inventory.names and n != _embedding_name(inventory)]
+
+
+_TIED_WARNING = (
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not set "
+    "to True. This can lead to complications, for example when merging the adapter or converting your model to formats "
+    "other than safetensors."
+)
+
+
+def _plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> _Tying:
+    ensure = getattr(cfg, "ensure_weight_tying", False)
+    if not heads:
+        if ensure:
+            warnings.warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model",
+                          stacklevel=6)  # fmt: skip
+        return _Tying()
+    embedding = _embedding_name(inventory)
+    both = [embedding, *heads]
+    targets, saved = cfg.target_modules, list(getattr(cfg, "modules_to_save", None) or ())
+    if isinstance(targets, str):
+        targeted = [n for n in both if re.fullmatch(targets, n)]
+    else:
+        targeted = [n for n in both if any(n == t or n.endswith("." + t) for t in targets or ())]
+    kept = [n for n in both if any(n.endswith(s) for s in saved)]
+    if not ensure:
+        if targeted or kept:
+            warnings.warn(_TIED_WARNING, stacklevel=6)
+        return _Tying()
+    if kept:
+        cfg.modules_to_save = [s for s in saved if not any(h.endswith(s) for h in heads)]
+        if embedding not in cfg.modules_to_save:
+            cfg.modules_to_save.append(embedding)
+        return _Tying(saved=heads)
+    if targeted:
+        if isinstance(targets, str):
+            cfg.target_modules = rf"(?:{targets}|^{re.escape(embedding)}$)"
+        else:
+            own = {t for t in targets if not any(h == t or h.endswith("." + t) for h in heads)}
+            cfg.target_modules = own | {embedding}
+        return _Tying(targets=heads)
+    warnings.warn(
+        "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
+        "`target_modules`",
+        stacklevel=6,
+    )
+    return _Tying()
+
+
+def _plan_tokens(
+    inventory: Inventory, cfg: PeftConfig, rows: Any, heads: list[str]
+) -> tuple[dict[str, list[int]], list[str]]:
+    if rows is None:
+        return {}, []
+    if not isinstance(rows, dict):
+        if not hasattr(inventory.model, "get_input_embeddings"):
+            raise ValueError(
+                "trainable_token_indices as a list needs a model with get_input_embeddings(); give a dict "
+                "{module name: rows} instead"
+            )
+        rows = {_embedding_name(inventory): rows}
+    plan: dict[str, list[int]] = {}
+    for target, indices in rows.items():
+        found = [n for n in inventory.names if n == target or n.endswith("." + target)]
+        if not found:
+            raise ValueError(
+                f"trainable_token_indices: no module named {target!r} in the model."
+                f"{close_matches(target, _tails(inventory.names))}"
+            )
+        for key in found:
+            module = inventory.module(key)
+            weight = getattr(module, "weight", None)
+            if isinstance(module, BaseTunerLayer) or not isinstance(weight, Tensor) or weight.dim() != 2:
+                raise ValueError(f"trainable_token_indices: {key!r} is a {type(module).__name__}, not a table of rows")
+            outside = [i for i in indices if i >= weight.shape[0]]
+            if outside:
+                raise ValueError(
+                    f"trainable_token_indices {outside} are outside {key!r}, which has rows 0 to {weight.shape[0] - 1}"
+                )
+            plan[key] = list(indices)
+    tied = [h for h in heads if h not in plan and _embedding_name(inventory) in plan]
+    return plan, tied

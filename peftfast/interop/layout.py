@@ -1,0 +1,139 @@
+"""Where PEFT keeps its names, and which of ours stands for each: the one table behind `import peftfast.as_peft`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from peftfast.errors import close_matches
+from peftfast.interop import absent
+
+#: Modules that exist under the name `peft`. Each answers every public name of peftfast, as PEFT's modules import each
+#: other's names, and in addition what is listed here: name -> "module:attribute".
+MODULES: dict[str, dict[str, str]] = {
+    "peft": {
+        "PeftMixedModel": "peftfast.model:PeftModel",
+    },
+    "peft.auto": {},
+    "peft.config": {"PeftConfigMixin": "peftfast.config:PeftConfigMixin"},
+    "peft.functional": {
+        name: f"peftfast.functional:{name}"
+        for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
+    },
+    "peft.helpers": {
+        name: f"peftfast.helpers:{name}"
+        for name in (
+            "check_if_peft_model",
+            "disable_input_dtype_casting",
+            "rescale_adapter_scale",
+            "update_forward_signature",
+            "update_generate_signature",
+            "update_signature",
+        )
+    },
+    "peft.import_utils": {"is_bnb_available": "peftfast.interop.submodules:is_bnb_available"},
+    "peft.mapping": {"PEFT_TYPE_TO_PREFIX_MAPPING": "peftfast.interop.weight_mapping:PEFT_TYPE_TO_PREFIX_MAPPING"},
+    "peft.mapping_func": {},
+    "peft.mixed_model": {"PeftMixedModel": "peftfast.model:PeftModel"},
+    "peft.optimizers": {
+        "create_lorafa_optimizer": "peftfast.optimizers:create_lorafa_optimizer",
+        "create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer",
+    },
+    "peft.optimizers.lorafa": {
+        "LoraFAOptimizer": "peftfast.optimizers:LoraFAOptimizer",
+        "create_lorafa_optimizer": "peftfast.optimizers:create_lorafa_optimizer",
+    },
+    "peft.optimizers.loraplus": {"create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer"},
+    "peft.peft_model": {},
+    "peft.tuners": {"LoraLayer": "peftfast.layer:BaseTunerLayer"},
+    "peft.tuners.adalora": {},
+    "peft.tuners.ia3": {},
+    "peft.tuners.loha": {},
+    "peft.tuners.lokr": {},
+    "peft.tuners.lokr.layer": {},
+    "peft.tuners.lora": {"LoraLayer": "peftfast.layer:BaseTunerLayer"},
+    "peft.tuners.lora.config": {},
+    "peft.tuners.lora.layer": {"LoraLayer": "peftfast.layer:BaseTunerLayer"},
+    "peft.tuners.lora.model": {},
+    "peft.tuners.p_tuning": {},
+    "peft.tuners.prefix_tuning": {},
+    "peft.tuners.prompt_tuning": {},
+    "peft.tuners.trainable_tokens": {},
+    "peft.tuners.tuners_utils": {
+        "BaseTuner": "peftfast.tuner:BaseTuner",
+        "BaseTunerLayer": "peftfast.layer:BaseTunerLayer",
+        **{
+            name: f"peftfast.functional:{name}"
+            for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
+        },
+    },
+    "peft.utils": {
+        "AuxiliaryTrainingWrapper": "peftfast.saved_modules:AuxiliaryTrainingWrapper",
+        "CONFIG_NAME": "peftfast.config:CONFIG_NAME",
+        "ModulesToSaveWrapper": "peftfast.saved_modules:ModulesToSaveWrapper",
+        "SAFETENSORS_WEIGHTS_NAME": "peftfast.io:SAFETENSORS_WEIGHTS_NAME",
+        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": "peftfast.default_targets:LORA",
+        "TrainableTokensWrapper": "peftfast.saved_modules:TrainableTokensWrapper",
+        "WEIGHTS_NAME": "peftfast.io:WEIGHTS_NAME",
+        "_get_submodules": "peftfast.interop.submodules:get_submodules",
+        "fsdp_auto_wrap_policy": "peftfast.sharding:fsdp_auto_wrap_policy",
+        "infer_device": "peftfast.interop.submodules:infer_device",
+    },
+    "peft.utils.constants": {
+        "EMBEDDING_LAYER_NAMES": "peftfast.targets:EMBEDDING_LAYER_NAMES",
+        "INCLUDE_LINEAR_LAYERS_SHORTHAND": "peftfast.targets:ALL_LINEAR",
+        "MIN_TARGET_MODULES_FOR_OPTIMIZATION": "peftfast.targets:MIN_TARGET_MODULES_FOR_OPTIMIZATION",
+        "SEQ_CLS_HEAD_NAMES": "peftfast.targets:SEQ_CLS_HEAD_NAMES",
+    },
+    "peft.utils.error": {},
+    "peft.utils.hotswap": {
+        name: f"peftfast.hotswap:{name}"
+        for name in (
+            "check_hotswap_configs_compatible",
+            "hotswap_adapter",
+            "hotswap_adapter_from_state_dict",
+            "prepare_model_for_compiled_hotswap",
+        )
+    },
+    "peft.utils.peft_types": {},
+    "peft.utils.save_and_load": {},
+    "peft.utils.transformers_weight_conversion": {
+        "build_peft_weight_mapping": "peftfast.interop.weight_mapping:build_peft_weight_mapping"
+    },
+    "peft.utils.warning": {},
+}
+MODULES["peft.utils.other"] = {**MODULES["peft.utils"], **MODULES["peft.utils.constants"]}
+MODULES["peft.utils"] |= MODULES["peft.utils.constants"]
+
+
+def lookup(module: str, name: str) -> Any:
+    """What `from <module> import <name>` gives.
+
+    Raises:
+        AttributeError: peftfast has nothing of that name; says what is near.
+    """
+    import peftfast
+
+    if name in peftfast.__all__:
+        return getattr(peftfast, name)
+    place = MODULES[module].get(name)
+    if place is None and name in absent.NAMES:
+        return absent.placeholder(name)
+    if place is None:
+        raise AttributeError(
+            f"module {module!r} (served by peftfast) has no attribute {name!r}.{close_matches(name, names(module))}"
+        )
+    source, _, attribute = place.partition(":")
+    try:
+        return getattr(importlib.import_module(source), attribute)
+    except ModuleNotFoundError as e:
+        if e.name != source:
+            raise
+        raise AttributeError(f"module {module!r} (served by peftfast) does not provide {name!r} yet") from e
+
+
+def names(module: str) -> list[str]:
+    """Everything that `lookup` answers for a module."""
+    import peftfast
+
+    return sorted({*peftfast.__all__, *MODULES[module]})

@@ -1,0 +1,40 @@
+"""How transformers' own `model.load_adapter` turns the keys of an adapter file into names of the model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from peftfast.config import PeftType
+
+#: peft_type -> how the names of its parameters begin
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {
+    PeftType.LORA: "lora_",
+    PeftType.ADALORA: "lora_",
+    PeftType.IA3: "ia3_",
+    PeftType.PROMPT_TUNING: "prompt_tuning_",
+    PeftType.PREFIX_TUNING: "prefix_tuning_",
+    PeftType.P_TUNING: "p_tuning_",
+    PeftType.TRAINABLE_TOKENS: "trainable_tokens_",
+}
+
+
+def build_peft_weight_mapping(weight_conversions: list | None, adapter_name: str, peft_config: Any = None) -> list:
+    """transformers' list of renamings for loading an adapter called `adapter_name`.
+
+    Args:
+        weight_conversions: the base model's own. Its renamings hold for an adapter's keys too; its conversions of whole
+            weights (fusing experts) do not, for an adapter file has no such weight.
+        peft_config: whose `peft_type` chooses the prefix of the parameters.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
+    peft_type = getattr(peft_config, "peft_type", None)
+    known = PEFT_TYPE_TO_PREFIX_MAPPING
+    prefixes = [known[peft_type]] if peft_type in known else sorted(set(known.values()))
+    return [
+        WeightRenaming("base_model.model.model.", "model."),
+        WeightRenaming("base_model.model.", ""),
+        *(WeightRenaming(rf"({re.escape(p)}[^\.]*)", rf"\1.{adapter_name}") for p in prefixes),
+        *(conversion for conversion in weight_conversions or () if isinstance(conversion, WeightRenaming)),
+    ]

@@ -1,0 +1,535 @@
+"""The adapted modules of one model: found once, listed once, and what is done to all of them together."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.injection import Injection, plan_injection
+from peftfast.layer import BaseTunerLayer, Place, check_adapter_name
+from peftfast.method import method_for
+from peftfast.routing import Control
+from peftfast.saved_modules import AuxiliaryTrainingWrapper
+from peftfast_kernels.op import get_backend
+
+Wrapper = BaseTunerLayer | AuxiliaryTrainingWrapper
+
+
+class Inventory:
+    """What belongs to adapters in `model`.
+
+    Attributes:
+        model: the base model, changed in place.
+        configs: adapter name -> config (the `peft_config` that everybody else sees).
+        layers: module name -> the layer that replaced it.
+        extras: module name -> wrapper of a module saved beside the adapter.
+        numbers: adapter name -> its number in tensors of adapter numbers, given once and never again.
+        control: how layers learn what a batch's mix is.
+    """
+
+    def __init__(self, model: nn.Module, configs: dict[str, PeftConfig] | None = None) -> None:
+        get_backend()  # reads the environment; a graph compiled before that would be compiled again
+        self.model = model
+        self.configs: dict[str, PeftConfig] = {} if configs is None else configs
+        self.layers: dict[str, BaseTunerLayer] = {}
+        self.extras: dict[str, AuxiliaryTrainingWrapper] = {}
+        self.active: list[str] = []
+        self.enabled = True
+        self.numbers: dict[str, int] = {}
+        self.control = Control()
+        self._next_number = 0
+        self._places: dict[str, list[Place]] = {}
+        self._number_tables: dict[torch.device, tuple[tuple[str, ...], Tensor]] = {}
+        self._trainable: set[str] = set()  # adapters that set_adapter or set_requires_grad made trainable
+        self.names: dict[str, list[tuple[nn.Module, str]]] = {}  # every base module: where it hangs
+        self._list()
+        for name in self.configs:
+            self._give_number(name)
+
+    def _list(self) -> None:
+        first_place: dict[int, str] = {}
+        inside: str | None = None
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            if inside is not None and name.startswith(inside):
+                continue
+            inside = None
+            parent_name, _, attribute = name.rpartition(".")
+            if not name:
+                continue
+            parent = self.model.get_submodule(parent_name) if parent_name else self.model
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                inside = name + "."
+                (self.layers if isinstance(module, BaseTunerLayer) else self.extras)[name] = module
+            # a module in several places is one module: it is replaced everywhere, under its first name
+            known = first_place.setdefault(id(module), name)
+            self.names.setdefault(known, []).append((parent, attribute))
+        if self.layers:
+            self.active = next(iter(self.layers.values())).active_adapters
+
+    def module(self, name: str) -> nn.Module:
+        """What stands at `name` now: the module, or what replaced it."""
+        parent, attribute = self.names[name][0]
+        return getattr(parent, attribute)
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put `module` in every place where the module `name` hangs."""
+        for parent, attribute in self.names[name]:
+            setattr(parent, attribute, module)
+
+    def wrap(self, name: str) -> BaseTunerLayer:
+        """The adapter layer in the place of the module `name`, made if there is none."""
+        layer = self.layers.get(name)
+        if layer is None:
+            module = self.module(name)
+            layer = BaseTunerLayer(module)
+            layer.training = module.training
+            layer.activate(list(self.active))  # the same on every layer, whether it has these adapters or not
+            layer.share(self.control)
+            self.layers[name] = layer
+            self.replace(name, layer)
+        return layer
+
+    def unwrap(self, name: str) -> None:
+        """Put the module back where its layer has no adapter and no slots of a pool any more."""
+        layer = self.layers[name]
+        if not layer.adapters and "slots" not in layer.store:
+            self.replace(name, layer.base_layer)
+            del self.layers[name]
+
+    def wrappers(self) -> Iterator[tuple[str, Wrapper]]:
+        """Everything that holds adapters, in the model's order."""
+        yield from self.layers.items()
+        yield from self.extras.items()
+
+    # ---- adding --------------------------------------------------------------------------------------------------------
+    def add(self, name: str, cfg: PeftConfig, *, strict: bool = False, **options: Any) -> Injection:
+        """Add an adapter, frozen and inactive. Nothing is changed if anything about it is wrong.
+
+        Args:
+            cfg: its targets are resolved in place.
+            strict: refuse what would otherwise be let pass with a warning.
+            options: `dtype`, `device`, `initialise`, `keys` of `injection.plan_injection`.
+
+        Raises:
+            ValueError: the name is taken, nothing matches, a second adapter would train biases.
+        """
+        check_adapter_name(name)
+        if name in self.configs:
+            raise ValueError(f"Adapter with name '{name}' already exists.")
+        cfg.validate()
+        self._check_base_is_whole(name, cfg)
+        if getattr(cfg, "bias", "none") != "none" and self.configs:
+            raise ValueError(
+                f"{type(cfg).__name__.removesuffix('Config')}Model supports only 1 adapter with bias. When using "
+                "multiple adapters, set bias to 'none' for all adapters."
+            )
+        first = not self.configs and not any(layer.adapters for layer in self.layers.values())
+        fields_before = dict(cfg.__dict__)
+        try:
+            injection = self._inject(name, cfg, strict, options)
+        except BaseException:
+            cfg.__dict__.clear()
+            cfg.__dict__.update(fields_before)
+            self._forget(name)
+            raise
+        self.configs[name] = cfg
+        self._give_number(name)
+        for _, wrapper in self.wrappers():
+            wrapper.share(self.control)
+        if first:
+            self._freeze_base()
+        return injection
+
+    def _inject(self, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> Injection:
+        injection = plan_injection(self, name, cfg, method_for(cfg), strict=strict, **options)
+        injection.apply()
+        return injection
+
+    def _check_base_is_whole(self, name: str, cfg: PeftConfig) -> None:
+        """ValueError if the adapter would start from a weight that others are merged into."""
+        merged = {n for layer in self.layers.values() for n in layer.merged_adapters}
+        method = method_for(cfg) if merged else None
+        if merged and getattr(method, "reads_base", method.changes_base)(cfg):
+            raise ValueError(
+                f"Adapter {name} starts from the base weights, which contain {', '.join(sorted(merged))} now. Please "
+                "unmerge first."
+            )
+
+    def _give_number(self, name: str) -> None:
+        self.numbers[name] = self._next_number
+        self._next_number += 1
+        self._number_tables = {}
+
+    def number_table(self, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
+        """The adapters' names, and [1 + numbers ever given + 1]: for number i, at place i + 1, the position among the
+        names; -1 at place 0; the count of names where there is no such adapter (any more)."""
+        known = self._number_tables.get(device)
+        if known is None:
+            names = tuple(self.numbers)
+            values = [len(names)] * (self._next_number + 2)
+            values[0] = -1
+            for position, name in enumerate(names):
+                values[self.numbers[name] + 1] = position
+            known = (names, torch.tensor(values, dtype=torch.int64, device=device))
+            self._number_tables = {**self._number_tables, device: known}
+        return known
+
+    def _freeze_base(self) -> None:
+        adapters = {p for _, w in self.wrappers() for p in _own_parameters(w)}
+        for parameter in self.model.parameters():
+            if parameter not in adapters:
+                parameter.requires_grad_(False)
+
+    def train_biases(self, cfg: PeftConfig) -> None:
+        """Unfreeze the base biases that the config's `bias` names."""
+        kind = getattr(cfg, "bias", "none")
+        if kind == "all":
+            for key, parameter in self.model.named_parameters():
+                if "bias" in key and ".original_module." not in key:
+                    parameter.requires_grad_(True)
+        elif kind == "lora_only":
+            for layer in self.layers.values():
+                bias = getattr(layer.base_layer, "bias", None)
+                if bias is not None:
+                    bias.requires_grad_(True)
+
+    def eval(self) -> None:
+        """Put the model into eval mode, without going through what adapters consist of where that already is."""
+        for name in self.names:
+            module = self.module(name)
+            if module.training:
+                module.eval()
+        self.model.training = False
+
+    def _forget(self, name: str) -> None:
+        self._places.pop(name, None)
+        for key, layer in list(self.layers.items()):
+            if name in layer.adapters or not layer.adapters:
+                layer.activate([n for n in layer.active_adapters if n != name])
+                layer.delete_adapter(name)
+            self.unwrap(key)
+        for key, wrapper in list(self.extras.items()):
+            wrapper.delete_adapter(name, [n for n in wrapper.active_adapters if n != name])
+            if not wrapper._adapters:
+                self.replace(key, wrapper.original_module)
+                del self.extras[key]
+
+    def places(self) -> set[str]:
+        """Names of the modules that something stands in for."""
+        return {*self.layers, *self.extras}
+
+    def remove_empty(self, except_for: set[str]) -> None:
+        """Put the base modules back where no adapter is left, save in places that were taken before."""
+        for key, layer in list(self.layers.items()):
+            if not layer.adapters and key not in except_for:
+                self.replace(key, layer.base_layer)
+                del self.layers[key]
+        for key, wrapper in list(self.extras.items()):
+            if not wrapper._adapters and key not in except_for:
+                self.replace(key, wrapper.original_module)
+                del self.extras[key]
+
+    # ---- which are active ------------------------------------------------------------------------------------------------
+    def check_known(self, names: str | Iterable[str]) -> list[str]:
+        """The names as a list; ValueError for one that no adapter has."""
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            if name not in self.configs:
+                raise ValueError(f"Adapter {name} not found. Adapters present: {sorted(self.configs)}")
+        return names
+
+    def set_adapter(self, names: str | list[str], inference_mode: bool = False) -> None:
+        """Make `names` the active adapters: trainable unless `inference_mode`, the others frozen.
+
+        Only the parameters of adapters that change are touched, so the cost does not grow with their number.
+        """
+        names = self.check_known(names)
+        for wrapper in self.extras.values():
+            wrapper.check_set_adapter(names)
+        if any(layer.merged_adapters for layer in self.layers.values()):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            self.unmerge()
+        trainable = set() if inference_mode else set(names)
+        for name in self._trainable.union(self.active, names):
+            if not _switch(self._places_of(name), name in trainable):
+                del self._places[name]
+                _switch(self._places_of(name), name in trainable)
+        for layer in self.layers.values():
+            state = layer.__dict__
+            state["_active_adapter"] = names
+            state["_plan"] = None
+        for wrapper in self.extras.values():
+            wrapper.set_adapter(names, inference_mode)
+        self._trainable = trainable
+        self.active = list(names)
+
+    def _places_of(self, name: str) -> list[Place]:
+        places = self._places.get(name)
+        if places is None:
+            layers = (layer for layer in self.layers.values() if name in layer.adapters)
+            places = self._places[name] = [place for layer in layers for place in layer.places(name)]
+        return places
+
+    def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters without activating them."""
+        names = self.check_known(names)
+        for _, wrapper in self.wrappers():
+            wrapper.set_requires_grad(names, requires_grad)
+        self._trainable = self._trainable.union(names) if requires_grad else self._trainable.difference(names)
+
+    def enable(self, enabled: bool) -> None:
+        """Switch all adapters on or off."""
+        for _, wrapper in self.wrappers():
+            wrapper.enable_adapters(enabled)
+        self.enabled = enabled
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """All adapters off; afterwards every module is as it was, trainability included."""
+        before = [(w, w.disable_adapters) for _, w in self.wrappers()]
+        grads = [(p, p.requires_grad) for _, w in self.wrappers() for p in _own_parameters(w)]
+        enabled = self.enabled
+        self.enable(False)
+        try:
+            yield
+        finally:
+            for wrapper, was_disabled in before:
+                wrapper._disable_adapters = was_disabled
+                if isinstance(wrapper, BaseTunerLayer):
+                    wrapper.__dict__["_plan"] = None
+            for parameter, requires_grad in grads:
+                parameter.requires_grad_(requires_grad)
+            self.enabled = enabled
+
+    # ---- deleting ------------------------------------------------------------------------------------------------------
+    def delete(self, name: str) -> None:
+        """Delete an adapter everywhere. Nothing is changed if it cannot be."""
+        if name not in self.configs:
+            raise ValueError(f"Adapter {name} does not exist. Adapters present: {sorted(self.configs)}")
+        if any(name in layer.merged_adapters for layer in self.layers.values()):
+            raise ValueError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
+        remaining = [n for n in self.active if n != name]
+        others = [n for n in self.configs if n != name]
+        if name in self.active and not remaining and others:
+            remaining = [min(others)]
+            warnings.warn(
+                f"Adapter {name} was active which is now deleted. Setting active adapter to {remaining[0]}.",
+                stacklevel=3,
+            )
+        was_active = name in self.active
+        for layer in self.layers.values():
+            layer.activate([n for n in layer.active_adapters if n != name])
+            layer.delete_adapter(name)
+        for wrapper in self.extras.values():
+            wrapper.delete_adapter(name, remaining)
+        del self.configs[name]
+        self.numbers.pop(name, None)
+        self._number_tables = {}
+        self._places.pop(name, None)
+        self._trainable.discard(name)
+        if was_active:
+            self.active = []
+            self.set_adapter(remaining)
+
+    # ---- merging -------------------------------------------------------------------------------------------------------
+    def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: bool | str = True,
+              progress: Callable[[Iterable], Iterable] = lambda items: items) -> None:  # fmt: skip
+        """Merge in every layer, or, if one refuses, in none. Arguments as in `BaseTunerLayer.merge`.
+
+        A layer whose weight other modules use as well gets a weight of its own while it is merged.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        names = self.active if adapter_names is None else adapter_names
+        layers = self._mergeable()
+        present = [n for n in names if n in self.configs]
+        merged = {n for layer in layers for n in layer.merged_adapters}
+        if merged and present and set(present) <= merged:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+            return
+        if merged and present:
+            new = [n for n in present if n not in merged]
+            warnings.warn(
+                f"Already following adapters were merged {','.join(sorted(merged))}. "
+                f"You are now additionally merging {','.join(new)}.",
+                stacklevel=3,
+            )
+        work = []
+        for layer in layers:
+            wanted = [n for n in present if n in layer.adapters and n not in layer.merged_adapters]
+            if wanted:
+                work.append((layer, wanted))
+        if not keep:  # there is no way back, so nothing may fail half-way
+            for layer, wanted in work:
+                layer.check_mergeable(wanted)
+                if safe_merge:
+                    layer._dense_with([*layer.merged_adapters, *wanted], check=True)
+        shared = self._weights_of_others([layer for layer, _ in work])
+        before: list[tuple[BaseTunerLayer, list[str]]] = []
+        try:
+            for layer, wanted in progress(work):
+                before.append((layer, layer.merged_adapters))
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Already following adapters were merged")
+                    layer.merge(safe_merge and bool(keep), wanted, keep=keep, untie=layer in shared)
+        except BaseException:
+            for layer, names_before in reversed(before):
+                if keep and layer.merged_adapters != names_before:
+                    layer.unmerge()
+                    if names_before:
+                        layer.merge(adapter_names=names_before, keep=keep, untie=layer in shared)
+            raise
+        self._say_merge_errors()
+
+    def check_not_merged(self, name: str, what: str) -> None:
+        """ValueError if the adapter is inside the weights, where a change of it would not arrive."""
+        if any(name in layer.merged_adapters for layer in self._mergeable()):
+            raise ValueError(f"Cannot {what} adapter {name} while it is merged. Please unmerge it first.")
+
+    def _mergeable(self) -> list[BaseTunerLayer]:
+        rows = [w.token_adapter for w in self.extras.values() if hasattr(type(w), "is_tied")]
+        return [*self.layers.values(), *rows]
+
+    def _weights_of_others(self, layers: list[BaseTunerLayer]) -> set[BaseTunerLayer]:
+        """Which of these layers have a weight that another module uses as its own and is to keep."""
+        users: dict[int, set[nn.Module]] = {}
+        for module in self.model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    users.setdefault(id(parameter), set()).add(module)
+        found: set[BaseTunerLayer] = set()
+        for layer in layers:
+            if layer.__dict__.get("_tied_source") is not None or layer not in self.layers.values():
+                continue  # tied on purpose: one change for all of them
+            own = layer.base_layer._parameters.get("weight")
+            others = users.get(id(own), set()) - {layer.base_layer}
+            others -= {o.base_layer for o in self.layers.values() if o.__dict__.get("_tied_source") is layer}
+            if others and getattr(layer.site.weight, "quantization", None) is None:
+                found.add(layer)
+        if found:
+            keys = [key for key, layer in self.layers.items() if layer in found]
+            warnings.warn(
+                f"The weights of {enumerate_some(keys)} are tied to other modules, which the adapters do not change; "
+                "while merged, they are weights of their own.",
+                PeftWarning,
+                stacklevel=4,
+            )
+        return found
+
+    def merge_errors(self) -> dict[str, float]:
+        """Relative error |stored - exact| / |exact| of every merged weight whose storage is quantised."""
+        errors = {k: layer.merge_error for k, layer in self.layers.items() if layer.merge_error is not None}
+        return {key: float(error) for key, error in errors.items()}
+
+    def _say_merge_errors(self) -> None:
+        errors = self.merge_errors()
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            warnings.warn(
+                f"{len(errors)} weights with adapters inside were rounded to their quantised storage: relative error "
+                f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} in {worst}. "
+                "merge_and_unload(dequantize=True) merges without that rounding, into dense weights.",
+                PeftWarning,
+                stacklevel=4,
+            )
+
+    def unmerge(self) -> None:
+        """Take everything merged out again; bitwise the base as before."""
+        layers = self._mergeable()
+        merged = [layer for layer in layers if layer.merged]
+        if not merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+        for layer in reversed(merged):  # the reverse order matters where layers share one weight
+            layer.unmerge()
+
+    def unload(self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None,
+               progress: Callable[[Iterable], Iterable] = lambda items: items) -> nn.Module:  # fmt: skip
+        """Put the base modules back, with or without the adapters inside; returns the base model."""
+        if adapter_names is not None:
+            self.check_known(adapter_names)
+        if merge:
+            names = self.active if adapter_names is None else adapter_names
+            merged = {n for layer in self.layers.values() for n in layer.merged_adapters}
+            if not merged:
+                self._untie_one_sided(names)
+            if not set(names) <= merged:
+                # a check that may refuse half-way needs the bytes to go back to
+                self.merge(names, safe_merge, keep=bool(merged) or safe_merge, progress=progress)
+        for key, layer in self.layers.items():
+            if layer.merged and not merge:
+                layer.unmerge()
+            self.replace(key, layer.base_layer)
+        for key, wrapper in self.extras.items():
+            module = wrapper.unload_and_optionally_merge_module(False, safe_merge, adapter_names)
+            self.replace(key, module)
+        self._say_if_untied()
+        self.layers, self.extras = {}, {}
+        self.configs.clear()
+        self.numbers, self._number_tables, self._places = {}, {}, {}
+        return self.model
+
+    def _untie_one_sided(self, names: Iterable[str]) -> None:
+        """Where an adapter is about to change one of two modules that share a weight, the other gets its own copy;
+        merging would otherwise change what nobody adapted."""
+        owners: dict[int, list[nn.Module]] = {}
+        for module in self.model.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                owners.setdefault(id(weight), []).append(module)
+        inside_extras = {id(m) for wrapper in self.extras.values() for m in wrapper.modules()}
+        followers = {id(layer.base_layer) for layer in self.layers.values() if layer._shares_merged_weight()}
+        for layer in self.layers.values():
+            weight = layer.base_layer._parameters.get("weight")
+            if weight is None or id(layer.base_layer) in followers or not set(names) & layer.adapters.keys():
+                continue
+            for other in owners.get(id(weight), ()):
+                if other is not layer.base_layer and id(other) not in inside_extras | followers:
+                    other.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+    def _say_if_untied(self) -> None:
+        config = getattr(self.model, "config", None)
+        if not getattr(config, "tie_word_embeddings", False):
+            return
+        inputs, outputs = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if outputs is not None and inputs is not None and outputs.weight is not inputs.weight:
+            if outputs.weight.shape != inputs.weight.shape or not torch.equal(outputs.weight, inputs.weight):
+                config.tie_word_embeddings = False
+                warnings.warn(
+                    "Input and output embeddings are no longer tied after merging. Setting "
+                    "`config.tie_word_embeddings = False`, so that the saved model keeps both.",
+                    PeftWarning,
+                    stacklevel=4,
+                )
+
+    def __deepcopy__(self, memo: dict) -> Inventory:
+        new = Inventory.__new__(Inventory)
+        memo[id(self)] = new
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return new
+
+
+def _own_parameters(wrapper: Wrapper) -> Iterator[nn.Parameter]:
+    if isinstance(wrapper, BaseTunerLayer):
+        for adapter in wrapper.adapters.values():
+            yield from (p for p in adapter.parameters().values() if isinstance(p, nn.Parameter))
+    else:
+        for name in wrapper._adapters:
+            yield from wrapper.adapter_parameters(name).values()
+
+
+def _switch(places: Iterable[Place], requires_grad: bool) -> bool:
+    """Freeze or unfreeze the Parameters at `places`; False if something was replaced since they were listed. Dict
+    look-ups and nothing else: switching adapters is on the path of a served request."""
+    for container, key, held, parameters, leaf in places:
+        if container[key] is not held:
+            return False
+        parameters[leaf].requires_grad = requires_grad
+    return True

@@ -1,0 +1,330 @@
+"""Adapters on disk and on the Hub: `adapter_config.json`, `adapter_model.safetensors`, the model card."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import CONFIG_NAME, PeftConfig
+from peftfast.errors import AdapterLoadError, PeftWarning
+from peftfast.files import find_file, locked, write_atomically, write_pair
+from peftfast.metadata import check_sizes, config_changes, describe, verify
+from peftfast.migrate import migrate_keys
+from peftfast.state import check_whole
+from peftfast.targets import EMBEDDING_LAYER_NAMES
+from peftfast.version import COMPATIBLE_PEFT_VERSION
+
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+
+
+# ---- writing --------------------------------------------------------------------------------------------
+def adapter_folder(save_directory: str | os.PathLike, adapter_name: str) -> Path:
+    """Where an adapter of this name is saved: the folder itself for "default", a sub-folder for any other."""
+    folder = Path(save_directory)
+    return folder if adapter_name == "default" else folder / adapter_name
+
+
+def check_folder(save_directory: str | os.PathLike) -> None:
+    if os.path.isfile(save_directory):
+        raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+
+
+def save_adapter(
+    folder: Path,
+    cfg: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    auto_mapping: dict | None,
+    safe: bool = True,
+    base: str = "",
+) -> None:
+    """Write weights and config of one adapter as one: whoever reads finds the old adapter or the new one, also if this
+    process is killed, and also if others save to or load from the folder meanwhile.
+
+    Args:
+        cfg: written as for inference. tensors: by file key.
+        safe: safetensors; False: `torch.save`, for readers that need it.
+        base: fingerprint of the base model, for the metadata.
+
+    Raises:
+        OSError: disk full, folder read-only; the old adapter is as it was.
+    """
+    check_whole(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    saved = copy.copy(cfg)
+    saved.inference_mode = True
+    config = saved.to_json(auto_mapping)
+    if safe:
+        content = _safetensors_writer(tensors, describe(tensors, config, base))
+        write_pair(folder, (SAFETENSORS_WEIGHTS_NAME, content), (CONFIG_NAME, config.encode()))
+    else:
+        # safetensors are read first, so old ones must not stay
+        write_pair(
+            folder, (WEIGHTS_NAME, lambda path: torch.save(tensors, path)), (CONFIG_NAME, config.encode()),
+            obsolete=(SAFETENSORS_WEIGHTS_NAME,),
+        )  # fmt: skip
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; tensors that share memory are written each for itself."""
+    write_atomically(path, _safetensors_writer(tensors, metadata or {}))
+
+
+def _safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Callable[[str], None]:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    separate = {}
+    for key, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        separate[key] = tensor.clone() if pointer in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        seen.add(pointer)
+
+    def write(target: str) -> None:
+        try:
+            save_file(separate, target, metadata={"format": "pt", **metadata})
+        except SafetensorError as e:  # what it makes of a full disk
+            raise OSError(f"{target} could not be written: {e}") from e
+
+    return write
+
+
+def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, asked: bool | str) -> bool:
+    """Resolve `save_embedding_layers`: "auto" saves the embeddings with the adapter if they are adapted or have been
+    resized."""
+    if asked != "auto":
+        if asked not in (True, False):
+            raise ValueError(f"save_embedding_layers must be True, False or 'auto', got {asked!r}")
+        return bool(asked)
+    if getattr(cfg, "trainable_token_indices", None) is not None or getattr(cfg, "token_indices", None) is not None:
+        return False
+    targets = getattr(cfg, "target_modules", None)
+    if isinstance(targets, str):
+        names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+        names = [n.removeprefix("base_model.model.") for n in names]
+        adapted = any(re.fullmatch(targets, n) for n in names)
+    else:
+        adapted = any(name in (targets or ()) for name in EMBEDDING_LAYER_NAMES)
+    if adapted:
+        warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.",
+                      stacklevel=4)  # fmt: skip
+        return True
+    return _vocabulary_changed(model, cfg)
+
+
+def _vocabulary_changed(model: nn.Module, cfg: PeftConfig) -> bool:
+    config = getattr(model, "config", None)
+    size = getattr(config, "vocab_size", None)
+    base = cfg.base_model_name_or_path
+    if size is None or not base:
+        return False
+    import json
+
+    try:
+        path = find_file(base, "config.json", revision=cfg.revision)
+        if path is None:
+            raise ValueError("no config.json there")
+        with open(path, encoding="utf-8") as f:
+            original = json.load(f).get("vocab_size")
+    except (ValueError, OSError) as e:
+        warnings.warn(
+            f"Could not find a config file in {base} - will assume that the vocabulary was not modified. ({e})",
+            PeftWarning,
+            stacklevel=5,
+        )
+        return False
+    return original is not None and original != size
+
+
+def auto_mapping_of(model: nn.Module, cfg: PeftConfig) -> dict[str, str] | None:
+    """What `AutoPeftModel` needs to find the base class again when there is no task type."""
+    if cfg.task_type is not None:
+        return None
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+# ---- reading --------------------------------------------------------------------------------------------
+class Stored(NamedTuple):
+    """An adapter as it lies on disk; config and tensors are of one save."""
+
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    changes: list[str]  # in the config since then
+
+
+def read_adapter(
+    model_id: str | os.PathLike,
+    config: PeftConfig | None = None,
+    *,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    strict: bool | str = False,
+    **kwargs: Any,
+) -> Stored:
+    """Config and tensors of an adapter folder or Hub repository, read together.
+
+    Args:
+        config: instead of the saved one.
+        strict: True refuses pickles and configs with unknown fields.
+        kwargs: of `hf_hub_download`; others are passed to the config.
+
+    Raises:
+        ValueError: a file is not there. AdapterLoadError: one that is damaged or not what it says.
+    """
+    folder = os.path.join(model_id, kwargs.get("subfolder") or "")
+    with locked(folder) if os.path.isdir(folder) else nullcontext():
+        given = config is not None
+        if not given:
+            config = PeftConfig.from_pretrained(model_id, strict=strict is True, **kwargs)
+        hub, _ = PeftConfig._split_hub_arguments(kwargs)
+        tensors, metadata = _read_weights(model_id, device, hub, pickles=strict is not True)
+    check_sizes(config, tensors)
+    tensors = migrate_keys(tensors)
+    changes = [] if given else config_changes(config, metadata)
+    return Stored(config, _mapped(tensors, key_mapping), metadata, changes)
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
+) -> dict[str, Tensor]:
+    """The tensors of an adapter folder or Hub repository, by file key.
+
+    Args:
+        device: None: CPU.
+        key_mapping: regex -> replacement, applied to the keys of the base model's part.
+
+    Raises:
+        ValueError: no weights there. AdapterLoadError: a file that is truncated or not what it says.
+    """
+    tensors, _ = _read_weights(model_id, device, dict(hf_hub_download_kwargs))
+    return _mapped(tensors, key_mapping)
+
+
+def _read_weights(
+    model_id: str | os.PathLike, device: str | torch.device | None, hub: dict[str, Any], pickles: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    subfolder = hub.pop("subfolder", None)
+    path = find_file(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
+    if path is not None:
+        return _read_with_metadata(path, device)
+    path = find_file(model_id, WEIGHTS_NAME, subfolder=subfolder, **hub)
+    where = f"{model_id}" + (f" (subfolder {subfolder!r})" if subfolder else "")
+    if path is None:
+        raise ValueError(
+            f"Can't find weights for {where}: it has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}"
+        )
+    if not pickles:
+        raise AdapterLoadError(f"{path} is a pickle, which strict=True refuses; convert it to safetensors")
+    return _read_pickle(path, device), {}
+
+
+def read_safetensors(path: str | os.PathLike, device: str | torch.device | None = None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; AdapterLoadError with the path if it is damaged."""
+    return _read_with_metadata(path, device)[0]
+
+
+def _read_with_metadata(
+    path: str | os.PathLike, device: str | torch.device | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # the header is checked against the file's size before anything is allocated; tensors are mapped, not copied
+        with safe_open(path, framework="pt") as f:
+            metadata = dict(f.metadata() or {})
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as e:
+        raise AdapterLoadError(f"{path} is damaged or not a safetensors file: {e}") from e
+    verify(path, tensors, metadata)
+    if device is not None and str(device) != "cpu":
+        tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+    return tensors, metadata
+
+
+def _read_pickle(path: str, device: str | torch.device | None) -> dict[str, Tensor]:
+    try:
+        # only tensors and plain containers are unpickled, nothing is executed
+        data = torch.load(path, map_location=device or "cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # what a damaged pickle raises is as arbitrary as its bytes
+        raise AdapterLoadError(f"{path} is damaged or holds more than tensors: {e}") from e
+    if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
+        raise AdapterLoadError(f"{path} does not hold a dict of tensors")
+    return data
+
+
+def _mapped(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    return {_renamed(k, mapping): v for k, v in tensors.items()} if mapping else tensors
+
+
+def _renamed(key: str, mapping: Mapping[str, str]) -> str:
+    prefix = "base_model.model."
+    bare = key.removeprefix(prefix)
+    for pattern, replacement in mapping.items():
+        new, count = re.subn(pattern.lstrip("^"), replacement, bare, count=1) if re.match(pattern, bare) else (bare, 0)
+        if count:
+            return prefix + new if key.startswith(prefix) else new
+    return key
+
+
+# ---- model card -----------------------------------------------------------------------------------------
+def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: str | os.PathLike) -> None:
+    """Create or update `README.md`; what a person wrote into an existing one stays."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = Path(output_dir) / "README.md"
+    card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData(), template_str=_TEMPLATE)
+    card.data["library_name"] = "peft"
+    tags = set(card.data.get("tags") or []) | set(getattr(base, "model_tags", None) or [])
+    method = str(getattr(cfg.peft_type, "value", cfg.peft_type)).lower()
+    tags.add(method)
+    config = getattr(base, "config", None)
+    name = getattr(config, "_name_or_path", None) or cfg.base_model_name_or_path
+    if hasattr(base, "save_pretrained") and config is not None:
+        tags.add("transformers")
+    if name:
+        card.data["base_model"] = name
+        tags.add(f"base_model:adapter:{name}")
+    card.data["tags"] = sorted(tags)
+    if type(model).__name__ == "PeftModelForCausalLM":
+        card.data["pipeline_tag"] = "text-generation"
+    text = card.text
+    version = f"- PEFT {COMPATIBLE_PEFT_VERSION}"
+    if "### Framework versions" not in text:
+        text = f"{text.rstrip()}\n### Framework versions\n\n{version}"
+    card.text = re.sub(r"^- PEFT .*$", version, text, flags=re.M)
+    write_atomically(path, str(card).encode())
+
+
+_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# Adapter
+
+Trained with peftfast; load it with peftfast or with PEFT:
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("<this folder or repository>")
+```
+"""

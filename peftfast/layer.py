@@ -1,0 +1,578 @@
+"""The module that replaces an adapted module: holds adapters of any method, runs the active ones, merges and unmerges.
+Written once for all methods, storage formats and kinds of module."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.base.dense import for_narrowing
+from peftfast.base.weight import kept_copy
+from peftfast.config import PeftConfig
+from peftfast.counterpart import HasCounterpart
+from peftfast.method import Adapter, AdapterMethod, sample_by_sample
+from peftfast.routing import Control, Routing
+from peftfast.sites import Dense, make_site
+from peftfast.sites.site import Slot
+
+
+#: A Parameter by the dict it is in and its key there, behind the dict, key and value its owner was found by.
+Place = tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]
+
+
+def check_adapter_name(name: Any) -> None:
+    """Refuse names that cannot be part of a parameter's name."""
+    if not isinstance(name, str):
+        raise TypeError(f"An adapter name must be a string, got {name!r} of type {type(name).__name__}")
+    if not name or "." in name or "/" in name or "\\" in name:
+        raise ValueError(f"An adapter name must be non-empty and without '.', '/' and '\\', got {name!r}")
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in ("training",):
+        raise ValueError(f"{name!r} cannot be an adapter name: torch.nn.ModuleDict has an attribute of that name")
+
+
+class BaseTunerLayer(HasCounterpart, nn.Module):
+    """A module with adapters. Attribute names are PEFT's, because other libraries reach for them.
+
+    Attributes:
+        base_layer: the module that was here before, untouched.
+        merged_adapters: names of the adapters whose change is inside the base weight now, in merge order.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()  # names of the slots present
+    other_param_names: tuple[str, ...] = ()  # names of the per-adapter settings present
+    quantization_backend: str | None = None
+    block: Any = None  # computes this layer together with others (see blocks.py): (layer, x) -> output, or None
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+        self._disable_adapters = False
+        self._kept: dict[str, Any] | None = None  # bytes of the base while adapters are merged
+        self.merge_error: Tensor | None = None  # relative error of a merge into quantised storage
+        self._initial_scaling: dict[str, float] = {}
+        # not submodules: views and helpers that hold no parameter of their own
+        self.__dict__["site"] = make_site(base_layer)
+        self.__dict__["adapters"] = {}
+        self.__dict__["_plan"] = None
+        self.__dict__["control"] = Control()  # replaced by the one that all layers of a model share
+        self.__dict__["store"] = {}  # what methods keep from forward to forward; anything in it can be made again
+        weight_shape = self.site.weight.shape
+        self.in_features, self.out_features = weight_shape[1], weight_shape[0]
+
+    # ---- adapters ----------------------------------------------------------------------------------------------------
+    def add_adapter(
+        self,
+        name: str,
+        method: AdapterMethod,
+        cfg: PeftConfig,
+        key: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        initialise: bool = True,
+    ) -> Adapter:
+        """Create the tensors of an adapter, frozen and inactive.
+
+        Args:
+            key: name of this module inside the model, for the patterns of the config.
+            dtype: of the tensors; None: the base's.
+            device: None: the base's. On "meta" nothing is allocated and nothing initialised.
+        """
+        self.site.weight.name = key
+        settings = method.settings(self.site, cfg, key)
+        slots = method.slots(self.site, cfg, settings)
+        device = self.site.weight.device if device is None else torch.device(device)
+        dtype = dtype or self.site.weight.compute_dtype
+        for setting, value in settings.items():
+            if isinstance(value, nn.Module):
+                self._container(setting, nn.ModuleDict)[name] = value.train(self.training)
+            else:
+                self._container(setting, dict)[name] = value
+        if "scaling" in settings:
+            self._initial_scaling[name] = settings["scaling"]
+        for slot_name, slot in slots.items():
+            container = self._container(slot_name, nn.ParameterDict if slot.holder is None else nn.ModuleDict)
+            if name not in container:  # a tied layer finds its tensors in place
+                # what no file carries must not be left on the meta device
+                where = device if slot.fill is None else self.site.weight.device
+                made = _make_slot(slot, where, dtype)
+                container[name] = made.train(self.training) if isinstance(made, nn.Module) else made
+        self.adapter_layer_names = tuple(dict.fromkeys((*self.adapter_layer_names, *slots)))
+        self.other_param_names = tuple(dict.fromkeys((*self.other_param_names, *settings)))
+        adapter = Adapter(name, cfg, key, method, slots, self)
+        adapter.locate()
+        self.adapters[name] = adapter
+        if initialise and device.type != "meta":
+            with torch.no_grad():
+                method.init(self.site, adapter)
+        self._plan = None
+        return adapter
+
+    def share(self, control: Control) -> None:
+        """Follow `control`, as all layers of the model do."""
+        self.__dict__["control"] = control
+
+    def _container(self, name: str, kind: type) -> Any:
+        container = self.__dict__.get(name)
+        if container is None:
+            container = self._modules.get(name)
+        if container is None:
+            container = kind()
+            if isinstance(container, nn.Module):
+                container.training = self.training
+            setattr(self, name, container)
+        return container
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; if it was active, the alphabetically first remaining one becomes active."""
+        if adapter_name not in self.adapters:
+            return
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
+        del self.adapters[adapter_name]
+        self._initial_scaling.pop(adapter_name, None)
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            container = self._container(name, dict)
+            if adapter_name in container:
+                del container[adapter_name]
+        if adapter_name in self.active_adapters:
+            remaining = [a for a in self.active_adapters if a != adapter_name]
+            if not remaining and self.adapters:
+                new = min(self.adapters)
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {new}.",
+                    stacklevel=2,
+                )
+                remaining = [new]
+            self.set_adapter(remaining)
+        self._plan = None
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    def tie_to(self, source: BaseTunerLayer, name: str) -> None:
+        """Before adding adapter `name` here: its factors are those of the embedding layer `source`, transposed, so
+        that the two stay one. The shared weight is merged once, by `source`."""
+        for own, theirs in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
+            self._container(own, nn.ModuleDict)[name] = TransposedView(source, theirs, name)
+        self.__dict__["_tied_source"] = source
+
+    # ---- which are active ----------------------------------------------------------------------------------------------
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [self._active_adapter] if isinstance(self._active_adapter, str) else list(self._active_adapter)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    def activate(self, names: list[str]) -> None:
+        """Make `names` the active adapters without touching any parameter."""
+        self._active_adapter = names
+        self._plan = None
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate these adapters: their parameters become trainable (unless `inference_mode`), all others frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in self.adapters:
+            self.set_requires_grad(name, name in names and not inference_mode)
+        self.activate(names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters without activating them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            adapter = self.adapters.get(name)
+            if adapter is not None:
+                for parameter in self.trainable(adapter):
+                    parameter.requires_grad_(requires_grad)
+
+    def trainable(self, adapter: Adapter) -> Iterator[nn.Parameter]:
+        """The Parameters of an adapter that training may change; none where they are another layer's."""
+        for slot, tensor in adapter.parameters().items():
+            if adapter.slots[slot.partition(".")[0]].trainable and isinstance(tensor, nn.Parameter):
+                yield tensor
+
+    def places(self, name: str) -> Iterator[Place]:
+        """Where the Parameters of adapter `name` hang that training may change."""
+        for slot_name, slot in self.adapters[name].slots.items():
+            if not slot.trainable:
+                continue
+            container = getattr(self, slot_name)
+            if slot.holder is None:
+                yield self._modules, slot_name, container, container._parameters, name
+                continue
+            holder = container[name]
+            for leaf in ("weight", "bias") if slot.bias is not None else ("weight",):
+                if leaf in holder._parameters:  # what is parametrised or another layer's is switched where it is kept
+                    yield container._modules, name, holder, holder._parameters, leaf
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters of this layer on or off; off also freezes them."""
+        if enabled:
+            self.set_adapter(self.active_adapters)
+        else:
+            for name in self.adapters:
+                self.set_requires_grad(name, False)
+        self._disable_adapters = not enabled
+        self._plan = None
+
+    # ---- forward -------------------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base module's output with the active adapters; extra arguments go to the base module."""
+        routing = self.control.routing
+        if routing is not None and not self._disable_adapters:
+            return self._routed(routing, x, args, kwargs)
+        plan = self._plan
+        if plan is None:
+            plan = self._make_plan()
+        if not plan:
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.block is not None and not args and not kwargs:
+            y = self.block(self, x)
+            if y is not None:
+                return y
+        y = self.site.base(x, *args, **kwargs) if args or kwargs else None
+        for method, adapters in plan:
+            y = method.forward(self.site, x, y, adapters)
+        return y
+
+    def _routed(self, routing: Routing, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Every sample with its own adapter; which ones are active does not matter."""
+        if routing.slots is not None:
+            return routing.slots.layer_forward(self, routing, x, args, kwargs)
+        present = tuple(name in self.adapters for name in routing.names)
+        adapters = [self.adapters[name] for name in routing.names if name in self.adapters]
+        y = self.base_layer(x, *args, **kwargs) if args or kwargs or not adapters else None
+        if not adapters:
+            return y
+        for adapter in adapters:
+            if not adapter._where:
+                adapter.locate()
+        if routing.uniform:  # as many samples as there may be, all with the one adapter
+            return adapters[0].method.forward(self.site, x, y, adapters)
+        rows = routing.rows(x, present, self.store, adapters[0].key)
+        groups: dict[int, list[int]] = {}
+        for position, adapter in enumerate(adapters):
+            groups.setdefault(id(adapter.method), []).append(position)
+        for positions in sorted(groups.values(), key=lambda p: getattr(adapters[p[0]].method, "order", 0)):
+            method = adapters[positions[0]].method
+            own = [adapters[p] for p in positions]
+            mine = rows if len(groups) == 1 else rows.only(positions, len(adapters))
+            routed = getattr(method, "routed", None)  # asking the protocol costs as much as a small product
+            if routed is not None:
+                y = routed(self.site, x, y, own, mine)
+            else:
+                y = sample_by_sample(method, self.site, x, y, own, mine)
+        return y
+
+    def _make_plan(self) -> list[tuple[AdapterMethod, list[Adapter]]]:
+        """The active adapters that are not inside the weight already, in order, neighbours of one method together."""
+        active: list[Adapter] = []
+        if not self._disable_adapters:
+            names = self.active_adapters
+            active = [self.adapters[n] for n in names if n in self.adapters and n not in self.merged_adapters]
+        for adapter in active:
+            adapter.locate()
+        # methods that change the input must see it before anybody has multiplied it
+        active.sort(key=lambda adapter: getattr(adapter.method, "order", 0))
+        plan: list[tuple[AdapterMethod, list[Adapter]]] = []
+        for adapter in active:  # itertools.groupby, in a form that compilers can follow
+            if plan and plan[-1][0] is adapter.method:
+                plan[-1][1].append(adapter)
+            else:
+                plan.append((adapter.method, [adapter]))
+        if not torch.compiler.is_compiling():
+            self._plan = plan
+        return plan
+
+    # ---- merging -------------------------------------------------------------------------------------------------------
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        keep: bool | str = True,
+        untie: bool = False,
+    ) -> None:
+        """Put adapters inside the base weight: summed wider than the weight, rounded once.
+
+        Args:
+            safe_merge: refuse a result with NaN or infinite values, leaving weight and bias untouched.
+            adapter_names: None: the active ones.
+            keep: keep the base's bytes, so that `unmerge` is exact in every bit, with "host" in host memory; False when
+                there will be no unmerge.
+            untie: other modules use the weight as well and are to keep it as it is, so this one gets its own.
+        """
+        if keep not in (True, False, "host"):
+            raise ValueError(f"keep must be True, False or 'host', got {keep!r}")
+        names = self._names_to_merge(adapter_names)
+        if not names:
+            return
+        if self._shares_merged_weight():
+            self.merged_adapters = [*self.merged_adapters, *names]
+            self._plan = None
+            return
+        if self._kept is None and self.merged_adapters:
+            raise RuntimeError(
+                f"Adapters {self.merged_adapters} were merged for good; nothing can be merged on top of them"
+            )
+        first = self._kept is None
+        kept = self._snapshot(keep, untie) if first else self._kept
+        if not first:
+            self._restore(kept)
+        try:
+            dense = self._dense_with([*self.merged_adapters, *names], check=safe_merge)
+        except BaseException:
+            if not first:
+                self._store(self._dense_with(self.merged_adapters, check=False))
+            raise
+        if first and untie:
+            self.base_layer.weight = nn.Parameter(torch.empty_like(self.base_layer.weight), requires_grad=False)
+        self._store(dense)
+        self._kept = kept if keep or not first else None
+        self.merged_adapters = [*self.merged_adapters, *names]
+        self._plan = None
+
+    def _snapshot(self, keep: bool | str, untie: bool) -> dict[str, Any]:
+        """What `_restore` needs; of a tied weight the Parameter itself, which nobody writes to."""
+        host = keep == "host"
+        bias = getattr(self.base_layer, "bias", None)
+        return {
+            "parameter": self.base_layer.weight if untie else None,
+            "weight": self.site.weight.snapshot(host) if keep and not untie else None,
+            "bias": kept_copy(bias, host) if keep and bias is not None else None,
+        }
+
+    def check_mergeable(self, names: Sequence[str]) -> None:
+        """Raise what merging these adapters would raise for their kind, without computing anything."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            bias = getattr(self.base_layer, "bias", None)
+            weight = torch.empty(self.site.weight.shape)
+            base = dense = Dense(weight, None if bias is None else torch.empty(bias.shape))
+            for name in names:
+                try:
+                    dense = self.adapters[name].method.merged(self.site, dense, self.adapters[name], base)
+                except RuntimeError as e:
+                    if type(e) in (RuntimeError, NotImplementedError):  # others say that values would be needed
+                        raise
+
+    def _shares_merged_weight(self) -> bool:
+        source = self.__dict__.get("_tied_source")
+        return source is not None and source.base_layer.weight is self.base_layer.weight
+
+    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in dict.fromkeys(names) if n in self.adapters]
+        if self.merged:
+            names = [n for n in names if n not in self.merged_adapters]
+            if names:
+                warnings.warn(
+                    f"Already following adapters were merged {','.join(self.merged_adapters)}. "
+                    f"You are now additionally merging {','.join(names)}.",
+                    stacklevel=3,
+                )
+            else:
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+        return names
+
+    @torch.no_grad()
+    def _dense_with(self, names: Sequence[str], check: bool) -> Dense:
+        wide = getattr(self.site.weight, "merge_dtype", torch.float32)
+        bias = getattr(self.base_layer, "bias", None)
+        base = Dense(self.site.weight.dense(wide), None if bias is None else bias.detach().to(wide))
+        dense = base
+        for name in names:
+            adapter = self.adapters[name]
+            dense = adapter.method.merged(self.site, dense, adapter, base)
+            if check and not all(t is None or torch.isfinite(t).all() for t in dense):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        return dense
+
+    @torch.no_grad()
+    def _store(self, dense: Dense) -> None:
+        self.merge_error = self.site.weight.assign(dense.weight)
+        if dense.bias is not None:
+            self.base_layer.bias.copy_(for_narrowing(dense.bias, self.base_layer.bias.dtype))
+
+    @torch.no_grad()
+    def _restore(self, kept: dict[str, Any]) -> None:
+        if kept["parameter"] is not None:
+            self.base_layer.weight = kept["parameter"]
+        else:
+            self.site.weight.restore(kept["weight"])
+        if kept["bias"] is not None:
+            self.base_layer.bias.copy_(kept["bias"])
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out again; every bit of the base is as before."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._shares_merged_weight():
+            self.merged_adapters = []
+            self._plan = None
+            return
+        if self._kept is None:
+            raise RuntimeError(
+                f"Adapters {self.merged_adapters} were merged without keeping the original weight, so they cannot be "
+                "taken out again. Merge with keep=True to be able to unmerge."
+            )
+        self._restore(self._kept)
+        self._kept = self.merge_error = None
+        self.merged_adapters = []
+        self._plan = None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The change that merging `adapter` alone would make, in the layout of the stored weight, in fp32."""
+        if adapter not in self.adapters:
+            raise ValueError(f"Adapter {adapter} not found. Present here: {sorted(self.adapters)}")
+        view = self.adapters[adapter]
+        with torch.no_grad():
+            base = Dense(self.site.weight.dense(torch.float32), None)
+            change = view.method.merged(self.site, base, view, base).weight - base.weight
+        stored = self.base_layer.weight
+        return (
+            change.t()
+            if getattr(self.site.weight, "transposed", False)
+            else change.reshape(stored.shape if stored.numel() == change.numel() else change.shape)
+        )
+
+    # ---- scaling -------------------------------------------------------------------------------------------------------
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scaling to `scale` times its initial value."""
+        if adapter in self._initial_scaling:
+            self._write_scale(adapter, scale * self._initial_scaling[adapter])
+
+    def _write_scale(self, adapter: str, value: float) -> None:
+        if adapter in self.merged_adapters:
+            warnings.warn(
+                f"Adapter {adapter} is merged, so its new scaling has no effect until it is unmerged.", stacklevel=4
+            )
+        current = self.scaling[adapter]
+        if isinstance(current, Tensor):  # a compiled graph reads it: written in place, no new graph is needed
+            current.fill_(value)
+        else:
+            self.scaling[adapter] = value
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        if scale != 1:
+            for name in self.active_adapters:
+                if name in self._initial_scaling:
+                    self._write_scale(name, self.scaling[name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters by `scale`; None: back to its initial value."""
+        for name in self.active_adapters:
+            if name in self._initial_scaling:
+                self._write_scale(name, self._initial_scaling[name] if scale is None else self.scaling[name] / scale)
+
+    # ---- the wrapped module, as others see it ----------------------------------------------------------------------------
+    def counterparts(self) -> tuple[str, ...]:
+        methods = {a.method for a in self.__dict__.get("adapters", {}).values()}
+        named = dict.fromkeys(m.peft_layer for m in methods if hasattr(m, "peft_layer"))
+        return (*named, "tuners.tuners_utils.BaseTunerLayer") if not named else tuple(named)
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost base module, also through several wrappers."""
+        base = self.base_layer
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        return base
+
+    @property
+    def weight(self) -> Tensor:
+        return self.get_base_layer().weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.get_base_layer().bias
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # models read attributes of their own layers (embedding_dim, stride, ...), which only the base has
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name.startswith("__"):
+                raise
+            return getattr(base, name)
+
+    def _get_name(self) -> str:
+        families = list(dict.fromkeys(a.method.family for a in self.adapters.values())) or ["adapter"]
+        return f"{'+'.join(families)}.{type(self.base_layer).__name__}"
+
+    def __deepcopy__(self, memo: dict) -> BaseTunerLayer:
+        import copy
+
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_plan", "store")}
+        new.__dict__.update(copy.deepcopy(state, memo))
+        new.__dict__.update(_plan=None, store={})
+        for adapter in new.adapters.values():
+            adapter.locate()
+        return new
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_plan": None, "store": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for adapter in self.adapters.values():
+            adapter.locate()
+
+
+class TransposedView(nn.Module):
+    """Holds no tensor: its `weight` is another layer's factor, transposed."""
+
+    bias = None
+
+    def __init__(self, source: BaseTunerLayer, slot: str, adapter: str) -> None:
+        super().__init__()
+        self.__dict__["_source"] = (source, slot, adapter)
+
+    @property
+    def weight(self) -> Tensor:
+        source, slot, adapter = self.__dict__["_source"]
+        return source.adapters[adapter][slot].t()
+
+
+def _make_slot(slot: Slot, device: torch.device, dtype: torch.dtype) -> nn.Module | nn.Parameter:
+    def parameter(shape: tuple[int, ...]) -> nn.Parameter:
+        if slot.fill is not None:
+            return nn.Parameter(torch.full(shape, slot.fill, device=device, dtype=torch.float32), requires_grad=False)
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+    if slot.holder is None:
+        return parameter(slot.shape)
+    holder = slot.holder()
+    holder.weight = parameter(slot.shape)
+    if slot.bias is not None:
+        holder.bias = parameter(slot.bias)
+    return holder

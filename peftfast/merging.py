@@ -1,0 +1,160 @@
+"""Adapters made from adapters: weighted combinations of every kind, and differences."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from peftfast.config import PeftConfig
+from peftfast.errors import enumerate_some
+from peftfast.method import Adapter, method_for
+from peftfast.methods.combination import Combination
+from peftfast.saved_modules import ModulesToSaveWrapper
+from peftfast.sites import Site
+
+if TYPE_CHECKING:
+    from peftfast.inventory import Inventory
+
+
+@runtime_checkable
+class Combinable(Protocol):
+    """What a method offers whose adapters can be made from others."""
+
+    def combined_fields(self, adapters: Sequence[Sequence[Adapter]], how: Combination) -> Mapping[str, Any]:
+        """Fields in which the result's config differs from the first adapter's, targets aside."""
+        ...
+
+    def combine(
+        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination
+    ) -> Mapping[str, Tensor]:
+        """The result's tensors at one site, by slot name; where smaller than the slot, the rest of it is zero."""
+        ...
+
+
+def add_weighted_adapter(
+    inventory: Inventory, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
+) -> None:
+    """Add an adapter, frozen and inactive, that is a combination of others. Nothing is changed if it cannot be made.
+
+    Modules kept by `modules_to_save` are combined as the module plus the weighted sum of the copies' differences from
+    it.
+
+    Raises:
+        ValueError: an adapter that is not there, weights that are not one for each, an unknown kind, adapters of
+            different methods. TypeError: a method that has no combination, a kind that lacks its density.
+    """
+    if adapter_name in inventory.configs:
+        warnings.warn(
+            f"Adapter {adapter_name!r} exists already; add_weighted_adapter leaves it as it is.", stacklevel=3
+        )
+        return
+    adapters, weights = list(adapters), [float(w) for w in weights]
+    method, how = _checked(inventory, adapters, weights, how)
+    layers = inventory.layers
+    keys = [key for key in inventory.names if key in layers and any(n in layers[key].adapters for n in adapters)]
+    present = [[layer.adapters[n] for layer in inventory.layers.values() if n in layer.adapters] for n in adapters]
+    cfg = _combined_config(inventory, adapters, keys, method.combined_fields(present, how))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*inconsistency was discovered", category=RuntimeWarning)
+        inventory.add(adapter_name, cfg, keys=keys)
+    try:
+        with torch.no_grad():
+            for key in keys:
+                layer = inventory.layers[key]
+                parts = [(layer.adapters[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer.adapters]
+                tensors = method.combine(layer.site, [a for a, _ in parts], [w for _, w in parts], how)
+                for slot, tensor in tensors.items():
+                    _fill(layer.adapters[adapter_name][slot], tensor)
+            for wrapper in inventory.extras.values():
+                if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+                    _combine_copies(wrapper, adapters, weights, adapter_name)
+    except BaseException:
+        inventory.delete(adapter_name)
+        raise
+
+
+def subtract(inventory: Inventory, minuend: str, subtrahend: str, adapter_name: str) -> None:
+    """Add the adapter whose change of the weights is that of `minuend` without that of `subtrahend`, exactly: the
+    factors side by side (task vectors, Ilharco et al., arXiv 2212.04089)."""
+    add_weighted_adapter(inventory, [minuend, subtrahend], [1.0, -1.0], adapter_name, Combination("cat"))
+
+
+def _checked(
+    inventory: Inventory, adapters: list[str], weights: list[float], how: Combination
+) -> tuple[Combinable, Combination]:
+    for name in adapters:
+        if name not in inventory.configs:
+            raise ValueError(f"Adapter {name} does not exist. Adapters present: {', '.join(inventory.configs)}")
+    if not adapters:
+        raise ValueError("Found no adapter matching the names in []")
+    if len(weights) != len(adapters):
+        raise ValueError(f"Each adapter needs one weight, got {adapters} and {weights}")
+    how.check()
+    if len(adapters) == 1:
+        how = replace(how, kind="linear")
+    configs = [inventory.configs[n] for n in adapters]
+    methods = {id(method_for(c)): method_for(c) for c in configs}
+    if len(methods) > 1:
+        kinds = ", ".join(f"{n} is {m.family}" for n, m in zip(adapters, map(method_for, configs), strict=True))
+        raise ValueError(f"Only adapters of one method can be combined: {kinds}")
+    method = next(iter(methods.values()))
+    if not isinstance(method, Combinable):
+        raise TypeError(f"{method.family} does not support add_weighted_adapter: its adapters cannot be combined")
+    for name, cfg in zip(adapters, configs, strict=True):
+        if getattr(cfg, "trainable_token_indices", None):
+            raise ValueError(
+                f"Adapter {name} trains token rows (trainable_token_indices), which have no weighted combination"
+            )
+    meta = [
+        layer.adapters[n].key
+        for layer in inventory.layers.values()
+        for n in adapters
+        if n in layer.adapters and any(t.is_meta for t in layer.adapters[n].parameters().values())
+    ]
+    if meta:
+        raise ValueError(f"Adapters have not been loaded yet: tensors are on the meta device at {enumerate_some(meta)}")
+    return method, how
+
+
+def _combined_config(
+    inventory: Inventory, adapters: Sequence[str], keys: Sequence[str], fields: Mapping[str, Any]
+) -> PeftConfig:
+    configs = [inventory.configs[n] for n in adapters]
+    targets = [c.target_modules for c in configs]
+    if all(isinstance(t, str) for t in targets):
+        together: Any = "|".join(f"({t})" for t in targets)
+    elif not any(isinstance(t, str) for t in targets):
+        together = set().union(*(t or () for t in targets))
+    else:  # a pattern here, a list there: the modules themselves
+        together = set(keys)
+    cfg = copy.deepcopy(configs[0])
+    saved = list(dict.fromkeys(n for c in configs for n in getattr(c, "modules_to_save", None) or ()))
+    cfg.target_modules = together
+    if saved:
+        cfg.modules_to_save = saved
+    for name, value in fields.items():
+        setattr(cfg, name, value)
+    return cfg
+
+
+def _fill(slot: Tensor, value: Tensor) -> None:
+    slot.zero_()
+    slot[tuple(slice(0, n) for n in value.shape)].copy_(value)
+
+
+def _combine_copies(
+    wrapper: ModulesToSaveWrapper, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> None:
+    own = dict(wrapper.original_module.named_parameters())
+    copies = [
+        (w, wrapper.adapter_parameters(n)) for n, w in zip(adapters, weights, strict=True) if n in wrapper._adapters
+    ]
+    for name, target in wrapper.adapter_parameters(adapter_name).items():
+        base = own[name].detach().float()
+        target.copy_(base + sum(w * (parameters[name].detach().float() - base) for w, parameters in copies))

@@ -1,0 +1,111 @@
+"""What an adapter's safetensors file says about itself: a checksum of every tensor, the config it was saved with, its
+base model. PEFT and everybody else read such a file as before."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfast.config import PeftConfig
+from peftfast.errors import AdapterLoadError, enumerate_some, every_name
+from peftfast.fingerprint import METADATA_KEY as BASE_KEY
+from peftfast.version import __version__
+
+CRC_KEY, CONFIG_KEY, VERSION_KEY = "peftfast.crc32", "peftfast.config", "peftfast.version"
+
+#: Fields that people change by hand and that do not change what the adapter computes.
+_FREE_FIELDS = frozenset({
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
+    "lora_dropout", "tokenizer_name_or_path", "tokenizer_kwargs",
+})  # fmt: skip
+
+
+def describe(tensors: Mapping[str, Tensor], config: str, base: str) -> dict[str, str]:
+    """The metadata of a file with these tensors.
+
+    Args:
+        tensors: by file key, on the CPU. config: `adapter_config.json`. base: a fingerprint, or empty.
+    """
+    data = {
+        VERSION_KEY: __version__,
+        CRC_KEY: "".join(_crc(key, tensors[key]) for key in sorted(tensors)),
+        CONFIG_KEY: json.dumps(json.loads(config), separators=(",", ":")),
+    }
+    return {**data, BASE_KEY: base} if base else data
+
+
+def verify(path: object, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Compare the tensors with the checksums they were saved with, if there are any.
+
+    Raises:
+        AdapterLoadError: naming the tensors that are no longer what was saved.
+    """
+    saved = metadata.get(CRC_KEY)
+    if saved is None:
+        return
+    keys = sorted(tensors)
+    now = [_crc(key, tensors[key]) for key in keys]
+    if saved == "".join(now):
+        return
+    then = [saved[i : i + 8] for i in range(0, len(saved), 8)]
+    known = set(then)
+    changed = [key for key, crc in zip(keys, now, strict=True) if crc not in known]
+    what = every_name(changed) if changed else f"{len(keys)} tensors, where {len(then)} were saved"
+    raise AdapterLoadError(
+        f"{path} is damaged: its checksums do not agree with {what}. If a tool changed the file on purpose and kept its "
+        f"metadata, remove {CRC_KEY!r} from them"
+    )
+
+
+def config_changes(cfg: PeftConfig, metadata: Mapping[str, str]) -> list[str]:
+    """What in the config is not as it was when the weights were saved, of the fields that matter."""
+    try:
+        saved = json.loads(metadata[CONFIG_KEY])
+        now = json.loads(cfg.to_json())
+    except (KeyError, ValueError):
+        return []
+    changed = [
+        f"{name} was {saved[name]!r} and is {now[name]!r}"
+        for name in sorted(saved.keys() & now.keys() - _FREE_FIELDS)
+        if _unordered(saved[name]) != _unordered(now[name])
+    ]
+    return [f"The config was changed after the weights were saved: {'; '.join(changed)}."] if changed else []
+
+
+def check_sizes(cfg: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a config that asks for far more memory than its own weights fill, before anything is allocated.
+
+    Raises:
+        AdapterLoadError: naming field and value.
+    """
+    largest = max((size for t in tensors.values() for size in t.shape), default=0)
+    limit = max(largest, 1 << 14)
+    asked: dict[str, Any] = {name: getattr(cfg, name, None) for name in ("r", "init_r", "num_virtual_tokens")}
+    for name in ("rank_pattern",):
+        for key, value in (getattr(cfg, name, None) or {}).items():
+            asked[f"{name}[{key!r}]"] = value
+    if getattr(cfg, "init_r", None) is not None:
+        del asked["r"]  # AdaLoRA has the field and does not use it
+    wrong = [f"{k}={v}" for k, v in asked.items() if isinstance(v, int) and not isinstance(v, bool) and v > limit]
+    if wrong:
+        raise AdapterLoadError(
+            f"The config says {enumerate_some(wrong)}, but no tensor in the file has a dimension above {largest}"
+        )
+
+
+def _crc(key: str, tensor: Tensor) -> str:
+    """Of name, dtype, shape and bytes, so that nothing of it can change unseen."""
+    start = zlib.crc32(f"{key}|{tensor.dtype}|{list(tensor.shape)}".encode())
+    if math.prod(tensor.shape):
+        start = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), start)
+    return f"{start:08x}"
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value

@@ -1,0 +1,220 @@
+"""What an adapter method is. LoRA, DoRA, AdaLoRA and IA3 are files that implement this and register themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.routing import Rows
+from peftfast.sites import Dense, Site, Slot
+
+if TYPE_CHECKING:
+    from peftfast.layer import BaseTunerLayer
+
+
+class Adapter:
+    """One named adapter at one site: a view of what the layer keeps for it, read live, because users and other
+    libraries write to `layer.scaling[name]` and replace parameters.
+
+    Attributes:
+        name: the adapter's name.
+        cfg: its config, shared by all layers.
+        key: name of the adapted module inside the model.
+        slots: slot name -> Slot, in the method's order.
+    """
+
+    __slots__ = ("name", "cfg", "key", "slots", "method", "_layer", "_where", "pair", "_dropouts")
+
+    def __init__(
+        self, name: str, cfg: PeftConfig, key: str, method: AdapterMethod, slots: Mapping[str, Slot], layer: BaseTunerLayer
+    ) -> None:
+        self.name, self.cfg, self.key, self.method, self.slots, self._layer = name, cfg, key, method, slots, layer
+        self._where: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
+        self._dropouts: Mapping[str, nn.Module] = {}
+        #: names of the down and the up factor, whatever the site calls them
+        self.pair = tuple(slot for slot in slots if slot.endswith(("_A", "_B")))
+
+    def locate(self) -> None:
+        """Find the Parameters' places anew, after modules were added or replaced."""
+        self._where.clear()
+        container = self._layer._modules.get("lora_dropout")
+        self._dropouts = {} if container is None else container._modules
+        for slot_name, slot in self.slots.items():
+            container = getattr(self._layer, slot_name)
+            if slot.holder is None:
+                self._where[slot_name] = (container._parameters, self.name, container)
+            else:
+                holder = container[self.name]
+                self._where[slot_name] = (holder._parameters, "weight", holder)
+                if slot.bias is not None:
+                    self._where[f"{slot_name}.bias"] = (holder._parameters, "bias", holder)
+
+    def __getitem__(self, slot: str) -> Tensor:
+        """The tensor of a slot ("lora_A"), or the bias of a slot's holder ("lora_B.bias")."""
+        parameters, key, owner = self._where[slot]
+        value = parameters.get(key)
+        # parametrised or sharded modules keep the tensor elsewhere and answer by attribute
+        return getattr(owner, key) if value is None else value
+
+    def __contains__(self, slot: str) -> bool:
+        return slot in self._where
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """All tensors, by slot name."""
+        return {slot: self[slot] for slot in self._where}
+
+    def cell(self, slot: str) -> tuple[dict[str, Any], str] | None:
+        """The dict and the key where a slot's Parameter is kept, None if it is kept elsewhere."""
+        parameters, key, _ = self._where[slot]
+        return (parameters, key) if parameters.get(key) is not None else None
+
+    def settings_of(self, name: str) -> Mapping[str, Any]:
+        """What the layer keeps under `name` for every adapter."""
+        return getattr(self._layer, name)
+
+    def setting(self, name: str) -> Any:
+        """What the layer keeps for this adapter under `name`: a rank, a scaling, a dropout module."""
+        return getattr(self._layer, name)[self.name]
+
+    def change(self, name: str, value: Any) -> None:
+        """Write what the layer keeps under `name`."""
+        getattr(self._layer, name)[self.name] = value
+
+    @property
+    def scale(self) -> float:
+        return self._layer.scaling[self.name]
+
+    @property
+    def dropout(self) -> float:
+        """Probability; 0 outside training."""
+        module = self._dropouts[self.name]
+        return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+
+    def __reduce__(self) -> tuple:
+        return _rebuild_adapter, (self.name, self.cfg, self.key, self.method, self.slots, self._layer)
+
+    def __deepcopy__(self, memo: dict) -> Adapter:
+        import copy
+
+        return Adapter(
+            self.name, copy.deepcopy(self.cfg, memo), self.key, self.method, self.slots, copy.deepcopy(self._layer, memo)
+        )
+
+
+def _rebuild_adapter(*parts: Any) -> Adapter:
+    return Adapter(*parts)  # `locate` runs when the layer, which is still being unpickled, first makes its plan
+
+
+class AdapterMethod(Protocol):
+    """Stateless: every tensor lives in the layer, every choice in the config."""
+
+    peft_type: ClassVar[str]
+    prefix: ClassVar[str]  # "lora_": the parameters that are this method's start with it
+    family: ClassVar[str]  # "lora": what reprs and status reports call its layers
+    default_targets: ClassVar[Mapping[str, Any]]  # model type -> target modules
+
+    def claims(self, cfg: PeftConfig) -> bool:
+        """Whether this method is what `cfg` asks for."""
+        ...
+
+    def settings(self, site: Site, cfg: PeftConfig, key: str) -> Mapping[str, Any]:
+        """What the layer keeps per adapter besides tensors, by PEFT's names (r, lora_alpha, scaling, ...). Patterns
+        of the config are resolved here for the module `key`."""
+        ...
+
+    def slots(self, site: Site, cfg: PeftConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
+        """The tensors this method keeps at `site`. Everything about keys, in the model and in files, follows."""
+        ...
+
+    def init(self, site: Site, adapter: Adapter) -> None:
+        """Fill the slots in place. May `site.weight.assign` (PiSSA, OLoRA)."""
+        ...
+
+    def changes_base(self, cfg: PeftConfig) -> bool:
+        """Whether `init` writes to the base weight, so that loading has to repeat it."""
+        ...
+
+    def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
+        """Output with all `active` adapters of this method. `y` is the output so far; None means the base product has
+        not been computed, and the method may fuse it."""
+        ...
+
+    def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
+        """`dense` with the adapter inside; `base` is the weight without any adapter. Pure: the layer stores the
+        result, and keeps the original bytes for unmerging."""
+        ...
+
+
+@runtime_checkable
+class Routable(Protocol):
+    """Optional: different rows of a batch, different adapters, in one go."""
+
+    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
+        """Output in which sample i has the adapter `adapters[rows.index[i]]`, or for -1 what `y` has, bit for bit.
+        `y` None: the base product has not been computed."""
+        ...
+
+
+def sample_by_sample(
+    method: AdapterMethod, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows
+) -> Tensor:
+    """What `Routable.routed` answers, by `method.forward` on the samples of one adapter after another: right for every
+    method. Where the host does not know the rows, each adapter computes the whole batch and keeps its samples."""
+    y = site.base(x) if y is None else y
+    # a method that changes the input starts from the input, whatever has been computed from it
+    fresh = getattr(method, "order", 0) != 0
+    out = y
+    for position, adapter in enumerate(adapters):
+        if rows.host is None:
+            own = method.forward(site, x, None if fresh else y, [adapter])
+            mask = (rows.index == position).view(-1, *(1,) * (y.dim() - 1))
+            out = torch.where(mask, own, out)
+            continue
+        where = rows.of(position)
+        if where.numel() == 0:
+            continue
+        mine = y if fresh else y.index_select(0, where)
+        own = method.forward(site, x.index_select(0, where), None if fresh else mine, [adapter])
+        out = out.index_copy(0, where, own.to(out.dtype))
+    if rows.host is None:
+        unknown = (rows.index >= len(adapters)).view(-1, *(1,) * (y.dim() - 1))
+        out = out.masked_fill(unknown, float("nan"))
+    return out
+
+
+@runtime_checkable
+class TrainingHooks(Protocol):
+    """Optional: a term of the loss (AdaLoRA's regulariser)."""
+
+    def loss_term(self, adapters: Sequence[Adapter]) -> Tensor | None: ...
+
+
+M = TypeVar("M", bound=type)
+
+METHODS: list[AdapterMethod] = []
+
+
+def register_method(cls: M) -> M:
+    """Class decorator: the one registration that configs, injection, files and merging look methods up in. Later
+    registrations are asked first, so variants register after what they vary."""
+    METHODS.insert(0, cls())
+    return cls
+
+
+def method_for(cfg: PeftConfig) -> AdapterMethod:
+    """The method a config asks for; ValueError naming the known ones."""
+    import peftfast.methods  # noqa: F401  (registers every method)
+
+    for method in METHODS:
+        if method.claims(cfg):
+            return method
+    raise ValueError(
+        f"No adapter method handles {type(cfg).__name__} with peft_type {cfg.peft_type!r}. "
+        f"Known methods: {', '.join(sorted({str(m.peft_type) for m in METHODS}))}"
+    )
+
+

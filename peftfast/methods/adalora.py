@@ -1,0 +1,192 @@
+"""AdaLoRA: y = W x + s / r₀ · B diag(E) A x, whose singular values E are pruned by importance during training so that
+ranks end up where they matter (Zhang et al., arXiv 2303.10512). The schedule is in `rank_allocator.py`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftfast import default_targets
+from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
+from peftfast.errors import PeftWarning
+from peftfast.method import Adapter, register_method, sample_by_sample
+from peftfast.methods.lora import factors
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.ops.orthogonality import orthogonality
+from peftfast.routing import Rows
+from peftfast.rules import integer, number, optional, table
+from peftfast.sites import Dense, Site, Slot
+
+VALUES = "lora_E"
+
+
+@register_config(PeftType.ADALORA)
+@checked
+class AdaLoraConfig(LoraConfig):
+    """Adaptive budget allocation (Zhang et al., arXiv 2303.10512). LoRA's fields, of which `r` is not used, and:
+
+    Args:
+        target_r: average rank at the end. init_r: rank of every module at the start.
+        tinit: steps before anything is pruned. tfinal: steps at the end in which ranks do not change any more.
+        deltaT: steps between two allocations.
+        beta1, beta2: smoothing of sensitivity and uncertainty.
+        orth_reg_weight: factor of the orthogonality regulariser.
+        total_step: length of the training in optimizer steps; required.
+        rank_pattern: module -> which of its init_r ranks are kept; filled in by training.
+    """
+
+    target_r: int = setting(8, integer(1))
+    init_r: int = setting(12, integer(1))
+    tinit: int = setting(0, integer(0))
+    tfinal: int = setting(0, integer(0))
+    deltaT: int = setting(1, integer(1))
+    beta1: float = setting(0.85, number(0.0, 1.0))
+    beta2: float = setting(0.85, number(0.0, 1.0))
+    orth_reg_weight: float = setting(0.5, number(0.0))
+    total_step: int | None = setting(None, optional(integer()))
+    rank_pattern: dict | None = setting(None, optional(table()))
+
+    def __post_init__(self) -> None:
+        self.peft_type = PeftType.ADALORA
+        super().__post_init__()
+        if self.r != 8:
+            warnings.warn(
+                "Note that `r` is not used in AdaLora and will be ignored. "
+                "If you intended to set the initial rank, use `init_r` instead.",
+                stacklevel=4,
+            )
+        ignored = [n for n in ("use_rslora", "lora_bias", "alpha_pattern") if getattr(self, n)]
+        if ignored:
+            warnings.warn(
+                f"{', '.join(ignored)}: not used in AdaLoRA and ignored, as in PEFT.", PeftWarning, stacklevel=4
+            )
+
+    def _no_pattern(self) -> dict | None:
+        return None
+
+    def validate(self) -> None:
+        super().validate()
+        if self.use_dora:
+            raise ValueError(f"{self.peft_type} does not support DoRA.")
+        if self.loftq_config:
+            raise ValueError(f"{self.peft_type} does not support LOFTQ.")
+        if self.total_step is None or self.total_step <= 0:
+            raise ValueError(
+                f"AdaLoRA does not work when `total_step` is None, supply a value > 0. Got {self.total_step!r}"
+            )
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ValueError(
+                "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
+                f"`total_step`. Got tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}"
+            )
+        if self.target_r > self.init_r:
+            warnings.warn(
+                f"target_r={self.target_r} is larger than init_r={self.init_r}: ranks only shrink, so none will change",
+                PeftWarning,
+                stacklevel=4,
+            )
+
+    def rank_of(self, key: str) -> int:
+        """The rank a module of this name starts with here: init_r, or what an earlier training left of it."""
+        kept = (self.rank_pattern or {}).get(f"{key}.{VALUES}")
+        return self.init_r if kept is None else sum(map(bool, kept))
+
+
+@register_method
+class AdaLora:
+    peft_type: ClassVar[str] = PeftType.ADALORA
+    prefix: ClassVar[str] = "lora_"
+    family: ClassVar[str] = "adalora"
+    peft_layer: ClassVar[str] = "tuners.adalora.layer.AdaLoraLayer"
+    default_targets: ClassVar[Mapping[str, Any]] = default_targets.ADALORA
+
+    def claims(self, cfg: PeftConfig) -> bool:
+        return isinstance(cfg, AdaLoraConfig)
+
+    def settings(self, site: Site, cfg: AdaLoraConfig, key: str) -> Mapping[str, Any]:
+        return {
+            "r": cfg.rank_of(key),
+            "lora_alpha": cfg.lora_alpha,
+            "scaling": cfg.lora_alpha if cfg.lora_alpha > 0 else float(cfg.init_r),
+            "lora_dropout": nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0.0 else nn.Identity(),
+        }
+
+    def slots(self, site: Site, cfg: AdaLoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
+        if getattr(site.module, "groups", 1) > 1:
+            raise ValueError(
+                f"AdaLoRA on a {type(site.module).__name__} with groups={site.module.groups} is not defined: its "
+                "factors' product is no weight of a grouped convolution"
+            )
+        r = settings["r"]
+        (down, up) = site.low_rank_slots(r).items()
+        return {
+            down[0]: Slot((r, math.prod(down[1].shape[1:]))),
+            up[0]: Slot((up[1].shape[0], r)),
+            VALUES: Slot((r, 1)),
+            # the rank that the scaling is divided by: constant, so that pruning does not change it
+            "ranknum": Slot((1,), trainable=False, fill=float(cfg.init_r)),
+        }
+
+    def init(self, site: Site, adapter: Adapter) -> None:
+        a, b = factors(adapter)
+        std = 0.02 if adapter.cfg.init_lora_weights else 1.0
+        a.normal_(std=std)
+        b.normal_(std=std)
+        if adapter.cfg.init_lora_weights:
+            adapter[VALUES].zero_()
+        else:
+            adapter[VALUES].normal_()
+
+    def changes_base(self, cfg: AdaLoraConfig) -> bool:
+        return False
+
+    def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
+        for adapter in active:
+            a, b = _weighted(adapter)
+            if len(a):  # nothing is left of some modules
+                y = site.adapt(x, y, a, b, 1.0, adapter.dropout)
+        return site.base(x) if y is None else y
+
+    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
+        return sample_by_sample(self, site, x, y, adapters, rows)
+
+    def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
+        a, b = (f.to(dense.weight.dtype) for f in _weighted(adapter))
+        return dense._replace(weight=dense.weight + site.delta(a, b))
+
+    def loss_term(self, adapters: Sequence[Adapter]) -> Tensor | None:
+        """The regulariser that keeps A's rows and B's columns orthonormal, so that E is like singular values."""
+        weight = adapters[0].cfg.orth_reg_weight if adapters else 0.0
+        pairs = [factors(adapter) for adapter in adapters]
+        if weight == 0.0 or not any(f.requires_grad for pair in pairs for f in pair):
+            return None
+        return weight * orthogonality([a for a, _ in pairs], [b for _, b in pairs])
+
+    def to_file(self, cfg: AdaLoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of factors that have been masked but not yet cut, the part that is kept."""
+        result = dict(tensors)
+        for name, kept in (cfg.rank_pattern or {}).items():
+            key = name.removesuffix(f".{VALUES}")
+            for file, tensor in tensors.items():
+                owner, _, slot = file.rpartition(".")
+                if owner.removeprefix("base_model.model.") != key or not slot.startswith(self.prefix):
+                    continue
+                dim = 1 if slot.endswith("_B") else 0
+                if tensor.shape[dim] == len(kept) != sum(map(bool, kept)):
+                    where = torch.tensor(
+                        [i for i, keep in enumerate(kept) if keep], device=tensor.device, dtype=torch.int64
+                    )
+                    result[file] = tensor.index_select(dim, where)
+        return result
+
+
+def _weighted(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """The factor pair of a plain LoRA with scaling 1: singular values and scaling inside A."""
+    a, b = factors(adapter)
+    values = adapter[VALUES] * (adapter.scale / (adapter["ranknum"] + 1e-5))
+    return (a * values).to(a.dtype), b

@@ -1,0 +1,130 @@
+"""DoRA: y = (m / ‖W + s B A‖) (W + s B A) x with a trained magnitude m per output feature (Liu et al., arXiv
+2402.09353). The norm is treated as a constant by the gradient, as the paper suggests in section 4.3.
+
+The norm follows from ‖W‖², W Aᵀ and A Aᵀ; neither B A nor W + s B A is ever built. It is computed anew in every
+forward, because writes to the factors through `.data` leave no trace that a cache could see; inside
+`helpers.DoraCaching` layers in eval mode keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.method import Adapter, register_method, sample_by_sample
+from peftfast.methods.combination import Combination
+from peftfast.methods.lora import Lora, factors
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora_init import initialise
+from peftfast.ops.dora import weight_norm
+from peftfast.routing import Rows
+from peftfast.sites import Dense, Site, Slot
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+class _Magnitude(nn.Module):
+    """Holds the magnitudes under the name that files and other libraries expect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("weight", None)
+        self.__dict__["_kept"] = None  # (what the norm depends on, the norm), see `cache_norms`
+
+    def train(self, mode: bool = True) -> _Magnitude:
+        self.__dict__["_kept"] = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": None}
+
+
+_caching = False
+
+
+def cache_norms(enabled: bool) -> bool:
+    """Let layers in eval mode keep their norms as long as factors and weight are the same tensors with the same
+    versions, so that generation reads each weight once per token; what was set before. Writes to factors through
+    `.data` in eval mode are not seen while this is on."""
+    global _caching
+    before, _caching = _caching, enabled
+    return before
+
+
+@register_method
+class Dora(Lora):
+    """Several active adapters act one after the other, each on the output so far."""
+
+    def claims(self, cfg: PeftConfig) -> bool:
+        return type(cfg) is LoraConfig and cfg.use_dora
+
+    def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
+        if getattr(site.module, "groups", 1) > 1:
+            raise ValueError(
+                f"DoRA on a {type(site.module).__name__} with groups={site.module.groups}: the product of the factors "
+                "is no weight of a grouped convolution, so there is no norm to take. Use use_dora=False for it"
+            )
+        magnitude = Slot(site.vector_shape("magnitude"), holder=_Magnitude, bare_in_file=True)
+        return {**site.low_rank_slots(settings["r"]), MAGNITUDE: magnitude}
+
+    def reads_base(self, cfg: LoraConfig) -> bool:
+        """Whether `init` reads the base weight, which must not have adapters inside then."""
+        return True
+
+    def init(self, site: Site, adapter: Adapter) -> None:
+        initialise(site, *factors(adapter), adapter)
+        norm = _norm(site, adapter)
+        adapter[MAGNITUDE].copy_(norm.view(adapter[MAGNITUDE].shape))
+
+    def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
+        for adapter in active:
+            a, b = factors(adapter)
+            norm = _kept_norm(site, adapter) if _caching else _norm(site, adapter)
+            g = adapter[MAGNITUDE].flatten().to(norm.dtype) / norm
+            y = site.magnify(x, y, a, b, g, adapter.scale, adapter.dropout)
+        return y
+
+    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
+        return sample_by_sample(self, site, x, y, adapters, rows)
+
+    def combine(
+        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination
+    ) -> Mapping[str, Tensor]:
+        """Factors as LoRA combines them; magnitudes by their changes from the weight's own norm, which PEFT drops."""
+        tensors = dict(super().combine(site, adapters, weights, how))
+        start = site.output_norm(site.weight.dense(torch.float32))
+        changes = [
+            w * (a[MAGNITUDE].detach().flatten().to(start) - start) for a, w in zip(adapters, weights, strict=True)
+        ]
+        tensors[MAGNITUDE] = (start + sum(changes)).view(adapters[0][MAGNITUDE].shape)
+        return tensors
+
+    def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
+        a, b = (f.to(dense.weight.dtype) for f in factors(adapter))
+        delta = adapter.scale * site.delta(a, b)
+        # as in forward, the norm is that of the weight without other adapters
+        norm = site.output_norm(base.weight + delta)
+        g = adapter[MAGNITUDE].flatten().to(norm) / norm
+        return dense._replace(weight=site.scale_weight(dense.weight + delta, g, "output"))
+
+
+def _norm(site: Site, adapter: Adapter) -> Tensor:
+    """‖W + s B A‖ per output feature, in fp32 or wider, without a graph."""
+    a, b = (f.detach() for f in factors(adapter))
+    return weight_norm(site.by_output(), a.flatten(1), b.flatten(1), adapter.scale)
+
+
+def _kept_norm(site: Site, adapter: Adapter) -> Tensor:
+    holder = adapter.setting(MAGNITUDE)
+    if holder.training:
+        return _norm(site, adapter)
+    tensors = (*factors(adapter), site.module.weight)
+    key = (adapter.scale, *((t.data_ptr(), t._version) for t in tensors))
+    if holder._kept is None or holder._kept[0] != key:
+        with torch.no_grad():
+            holder.__dict__["_kept"] = (key, _norm(site, adapter))
+    return holder._kept[1]

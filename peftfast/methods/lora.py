@@ -1,0 +1,165 @@
+"""LoRA: y = W x + s B A drop(x), with s = alpha / r or alpha / sqrt(r) (Hu et al., arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftfast import default_targets
+from peftfast.config import PeftConfig, PeftType
+from peftfast.method import Adapter, register_method, sample_by_sample
+from peftfast.methods.combination import Combination
+from peftfast.methods.lora_combine import combined, combined_fields
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora_init import initialise
+from peftfast.methods.lora_stack import apply_stack, factors, remembered
+from peftfast.routing import Rows
+from peftfast.sites import Dense, Site, Slot
+from peftfast.targets import pattern_value
+
+
+@register_method
+class Lora:
+    """Several active LoRAs on one module are one wider LoRA."""
+
+    peft_type: ClassVar[str] = PeftType.LORA
+    prefix: ClassVar[str] = "lora_"
+    family: ClassVar[str] = "lora"
+    peft_layer: ClassVar[str] = "tuners.lora.layer.LoraLayer"  # what isinstance checks of other libraries look for
+    default_targets: ClassVar[Mapping[str, Any]] = default_targets.LORA
+
+    def claims(self, cfg: PeftConfig) -> bool:
+        return type(cfg) is LoraConfig and not cfg.use_dora
+
+    def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
+        r = pattern_value(cfg.rank_pattern, key, cfg.r)
+        alpha = pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha)
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "scaling": alpha / math.sqrt(r) if cfg.use_rslora else alpha / r,
+            "lora_dropout": nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0.0 else nn.Identity(),
+            "use_rslora": cfg.use_rslora,
+            "use_dora": cfg.use_dora,
+            "lora_bias": cfg.lora_bias,
+        }
+
+    def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
+        return site.low_rank_slots(settings["r"], bias=cfg.lora_bias)
+
+    def init(self, site: Site, adapter: Adapter) -> None:
+        a, b = factors(adapter)
+        initialise(site, a, b, adapter)
+        if adapter.cfg.lora_bias:
+            adapter[_bias_slot(adapter)].zero_()
+
+    def changes_base(self, cfg: LoraConfig) -> bool:
+        return isinstance(cfg.init_lora_weights, str) and cfg.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq"))
+
+    def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
+        if len(active) == 1:
+            (adapter,) = active
+            y = site.adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout)
+        elif getattr(site, "stacks", True) and _stackable(active):
+            y = site.adapt(x, y, *stacked(active))
+        else:
+            y = self._one_by_one(site, x, y, active)
+        for adapter in active:
+            if adapter.cfg.lora_bias:
+                y = site.add_to_output(y, adapter[_bias_slot(adapter)] * adapter.scale)
+        return y
+
+    def low_rank(self, adapter: Adapter) -> tuple[Tensor, Tensor, float, float] | None:
+        """Arguments of `site.adapt`, if that is all there is to this adapter: no bias, no magnitude."""
+        if adapter.cfg.lora_bias or len(adapter.slots) != 2 or isinstance(adapter.scale, Tensor):
+            return None
+        return *factors(adapter), adapter.scale, adapter.dropout
+
+    def _one_by_one(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
+        """Sums, also that of the input's gradient, in the factors' dtype, rounded to the activations' once."""
+        y = site.base(x) if y is None else y
+        dtype = y.dtype
+        if not torch.is_autocast_enabled(y.device.type):
+            wide = torch.promote_types(dtype, factors(active[0])[0].dtype)
+            y, x = y.to(wide), x.to(wide) if x.is_floating_point() else x
+        for adapter in active:
+            y = site.adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout)
+        return y.to(dtype)
+
+    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
+        known = remembered(adapters, rows)
+        dropout = {adapter.dropout for adapter in adapters} if known.dropping else {0.0}
+        many_each = rows.host is not None and len(rows.host) > 4 * len(adapters) and not rows.run
+        if many_each or not known.alike or len(dropout) > 1:
+            return sample_by_sample(self, site, x, y, adapters, rows)
+        y = site.base(x) if y is None else y
+        x = site.drop(x, dropout.pop())
+        return apply_stack(site, x, y, known.stack, rows)
+
+    def for_slot(
+        self, site: Site, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float]:
+        """Down factor, up factor and scaling of an adapter from a file, for a slot of a pool.
+
+        Args:
+            tensors: of this module, by slot name.
+
+        Raises:
+            ValueError: it is more than a pair of factors.
+        """
+        settings = self.settings(site, cfg, key)
+        slots = self.slots(site, cfg, settings)
+        if len(slots) != 2 or cfg.lora_bias or set(tensors) != set(slots):
+            raise ValueError(f"a slot holds a pair of factors, this adapter has {', '.join(tensors)} at {key}")
+        (a, down), (b, up) = ((tensors[name], slots[name]) for name in slots)
+        if a.shape[1:] != down.shape[1:] or b.shape[0] != up.shape[0] or a.shape[0] != b.shape[1]:
+            raise ValueError(f"factors {list(a.shape)} and {list(b.shape)} do not fit {key}")
+        return a, b, settings["scaling"]
+
+    def combined_fields(self, adapters: Sequence[Sequence[Adapter]], how: Combination) -> Mapping[str, Any]:
+        return combined_fields(adapters, how)
+
+    def combine(
+        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination
+    ) -> Mapping[str, Tensor]:
+        return combined(site, adapters, weights, how)
+
+    def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
+        a, b = (f.to(dense.weight.dtype) for f in factors(adapter))
+        weight = torch.add(dense.weight, site.delta(a, b), alpha=float(adapter.scale))
+        if not adapter.cfg.lora_bias:
+            return dense._replace(weight=weight)
+        if dense.bias is None:
+            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+        bias = adapter[_bias_slot(adapter)].to(dense.bias.dtype)
+        return Dense(weight, dense.bias + adapter.scale * bias)
+
+
+def _same_scale(adapters: Sequence[Adapter]) -> bool:
+    scales = [adapter.scale for adapter in adapters]
+    return not any(isinstance(scale, Tensor) for scale in scales) and len(set(scales)) == 1
+
+
+def _stackable(adapters: Sequence[Adapter]) -> bool:
+    """Not where every adapter drops inputs of its own, nor where scaling B first would round half-precision factors."""
+    if any(adapter.dropout for adapter in adapters):
+        return False
+    return factors(adapters[0])[1].dtype.itemsize >= 4 or _same_scale(adapters)
+
+
+def stacked(adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor, float, float]:
+    """Arguments of `site.adapt` for the sum of several: A stacked on the rank; scales that differ go into B."""
+    pairs = [factors(adapter) for adapter in adapters]
+    scales = [adapter.scale for adapter in adapters]
+    a = torch.cat([a for a, _ in pairs], dim=0)
+    if _same_scale(adapters):
+        return a, torch.cat([b for _, b in pairs], dim=1), scales[0], 0.0
+    return a, torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], dim=1), 1.0, 0.0
+
+
+def _bias_slot(adapter: Adapter) -> str:
+    return next(slot for slot in adapter.parameters() if slot.endswith(".bias"))

@@ -1,0 +1,214 @@
+"""LoraConfig: PEFT's fields, names and defaults, each checked."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peftfast.config import CheckedFields, PeftConfig, PeftType, checked, register_config, setting
+from peftfast.rules import boolean, either, instance, integer, number, one_of, only, optional, sequence, table, text
+
+_NAMES = optional(either(text(), sequence(text())))
+_UNSUPPORTED = "peftfast does not implement this variant; train or run such adapters with PEFT itself"
+
+
+@checked
+class LoftQConfig(CheckedFields):
+    """Initialisation for quantised bases (Li et al., arXiv 2310.08659).
+
+    Args:
+        loftq_bits: bits of the base. loftq_iter: alternating steps of quantisation and SVD.
+    """
+
+    loftq_bits: int = setting(4, one_of(2, 4, 8))
+    loftq_iter: int = setting(1, integer(1))
+
+
+@checked
+class EvaConfig(CheckedFields):
+    """Initialisation from the explained variance of layer inputs (Paischer et al., arXiv 2410.07170).
+
+    Args:
+        rho: a layer's rank may grow to rho times the config's r; 1 keeps all ranks equal.
+        tau: a layer is done when the cosine similarity of its components between batches exceeds this.
+        use_label_mask, label_mask_value: leave out positions whose label has this value.
+        whiten: scale components to unit variance.
+        adjust_scaling_factors: keep alpha / r as it was when ranks are redistributed.
+    """
+
+    rho: float = setting(2.0, number(1.0))
+    tau: float = setting(0.99, number(0.0, 1.0))
+    use_label_mask: bool = setting(True, boolean())
+    label_mask_value: int = setting(-100, integer())
+    whiten: bool = setting(False, boolean())
+    adjust_scaling_factors: bool = setting(True, boolean())
+
+
+@checked
+class CordaConfig(CheckedFields):
+    """Initialisation from the covariance of layer inputs (Yang et al., arXiv 2406.05223).
+
+    Args:
+        cache_file: where the decomposition is kept. covariance_file: where covariances are kept.
+        corda_method: "ipm" (instruction-previewed: adapts the directions the task uses) or "kpm"
+            (knowledge-preserving: adapts those it does not).
+        verbose: show progress. use_float16_for_covariance, prune_temporary_fields: memory savers.
+    """
+
+    cache_file: str | None = setting(None, optional(text()))
+    covariance_file: str | None = setting(None, optional(text()))
+    corda_method: Literal["ipm", "kpm"] = setting("ipm", one_of("ipm", "kpm"))
+    verbose: bool = setting(False, boolean())
+    use_float16_for_covariance: bool = setting(False, boolean())
+    prune_temporary_fields: bool = setting(True, boolean())
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of one process, never saved.
+
+    Args:
+        ephemeral_gpu_offload: accepted for PEFT's sake; initialisations run where the base weight is.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+def _is_named(value: Any) -> bool:
+    """Whether this is a sub-config as files hold it."""
+    return isinstance(value, dict) and all(isinstance(k, str) for k in value)
+
+
+@register_config(PeftType.LORA)
+@checked
+class LoraConfig(PeftConfig):
+    """Low-rank adaptation: y = W x + (alpha / r) B A drop(x) (Hu et al., arXiv 2106.09685).
+
+    Args:
+        r: rank. lora_alpha: numerator of the scaling, alpha / r.
+        target_modules: module names (suffixes), one regex for full names, "all-linear", or None: chosen for the
+            model's architecture. exclude_modules: same forms; wins over targets.
+        lora_dropout: probability on the adapter's input, in training.
+        fan_in_fan_out: base weights stored as (in, out); set by itself for transformers' Conv1D.
+        bias: which base biases train and are saved: "none", "all", or "lora_only" (of adapted modules).
+        use_rslora: scaling alpha / sqrt(r) (arXiv 2312.03732).
+        modules_to_save: names of modules trained in full and saved with the adapter.
+        init_lora_weights: True (A Kaiming-uniform, B zero), False (both random), "gaussian", "orthogonal",
+            "pissa" or "pissa_niter_[n]" (arXiv 2404.02948), "olora" (arXiv 2406.01775), "eva", "corda", "loftq".
+        layers_to_transform: indices of the layers to adapt. layers_pattern: name(s) of the list they are in.
+        rank_pattern, alpha_pattern: module name or regex -> its own r or alpha; the first match wins.
+        trainable_token_indices: rows of the input embedding to train, or {module: rows}.
+        use_dora: weight-decomposed adaptation (arXiv 2402.09353).
+        lora_bias: a bias on the up factor.
+        ensure_weight_tying: share adapters between tied embeddings.
+    """
+
+    r: int = setting(8, integer(1))
+    target_modules: list[str] | str | None = setting(None, _NAMES)
+    exclude_modules: list[str] | str | None = setting(None, _NAMES)
+    lora_alpha: int = setting(8, number(0.0))
+    lora_dropout: float = setting(0.0, number(0.0, 1.0))
+    fan_in_fan_out: bool = setting(False, boolean())
+    bias: Literal["none", "all", "lora_only"] = setting("none", one_of("none", "all", "lora_only"))
+    use_rslora: bool = setting(False, boolean())
+    modules_to_save: list[str] | None = setting(None, optional(sequence(text())))
+    init_lora_weights: bool | str = setting(
+        True,
+        one_of(True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq",
+               patterns=[r"pissa_niter_\d+"]),
+    )  # fmt: skip
+    layers_to_transform: list[int] | int | None = setting(None, optional(either(integer(0), sequence(integer(0)))))
+    layers_pattern: list[str] | str | None = setting(None, _NAMES)
+    rank_pattern: dict | None = setting({}, optional(table(integer(1))))
+    alpha_pattern: dict | None = setting({}, optional(table(number(0.0))))
+    megatron_config: dict | None = setting(None, only(None, _UNSUPPORTED))
+    megatron_core: str | None = setting("megatron.core", optional(text()))
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
+        None, optional(either(sequence(integer(0)), table(sequence(integer(0)))))
+    )
+    loftq_config: LoftQConfig | dict = setting({}, optional(either(instance(LoftQConfig), table())))
+    eva_config: EvaConfig | None = setting(None, optional(instance(EvaConfig)))
+    corda_config: CordaConfig | None = setting(None, optional(instance(CordaConfig)))
+    lora_ga_config: Any = setting(None, only(None, _UNSUPPORTED))
+    use_dora: bool = setting(False, boolean())
+    velora_config: Any = setting(None, only(None, _UNSUPPORTED))
+    alora_invocation_tokens: list[int] | None = setting(None, only(None, _UNSUPPORTED))
+    use_qalora: bool = setting(False, only(False, _UNSUPPORTED))
+    qalora_group_size: int = setting(16, integer(1))
+    monteclora_config: Any = setting(None, only(None, _UNSUPPORTED))
+    layer_replication: list[tuple[int, int]] | None = setting(None, only(None, _UNSUPPORTED))
+    runtime_config: LoraRuntimeConfig = setting(None, optional(instance(LoraRuntimeConfig)))
+    lora_bias: bool = setting(False, boolean())
+    target_parameters: list[str] | None = setting(None, only(None, _UNSUPPORTED))
+    use_bdlora: Any = setting(None, only(None, _UNSUPPORTED))
+    arrow_config: Any = setting(None, only(None, _UNSUPPORTED))
+    kasa_config: Any = setting(None, only(None, _UNSUPPORTED))
+    ensure_weight_tying: bool = setting(False, boolean())
+
+    def __post_init__(self) -> None:
+        self.peft_type = PeftType.LORA if self.peft_type is None else self.peft_type
+        # files hold sub-configs as dicts
+        for name, cls in (("eva_config", EvaConfig), ("corda_config", CordaConfig)):
+            if _is_named(getattr(self, name)):
+                setattr(self, name, cls(**getattr(self, name)))
+        if self.loftq_config and _is_named(self.loftq_config):
+            self.loftq_config = LoftQConfig(**self.loftq_config)
+        if self.runtime_config is None:
+            self.runtime_config = LoraRuntimeConfig()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):  # else refused below
+                setattr(self, name, set(value))
+        super().__post_init__()
+        self.rank_pattern = self.rank_pattern if self.rank_pattern is not None else self._no_pattern()
+        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+
+    def _no_pattern(self) -> dict | None:
+        return {}
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.lora_bias:
+            if self.init_lora_weights not in (True, False):
+                raise ValueError(
+                    "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
+                    f"init_lora_weights={self.init_lora_weights!r}"
+                )
+            if self.use_dora:
+                raise ValueError("The argument lora_bias=True is not supported together with use_dora=True")
+        self._validate_initialisation()
+
+    def _validate_initialisation(self) -> None:
+        init = self.init_lora_weights
+        if init == "loftq" and not self.loftq_config:
+            raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+        if init == "eva" and self.eva_config is None:
+            warnings.warn("`init_lora_weights` is 'eva' but `eva_config` is not specified. Using default EVA config.",
+                          stacklevel=5)  # fmt: skip
+            self.eva_config = EvaConfig()
+        if init == "corda" and self.corda_config is None:
+            raise ValueError("`corda_config` must be specified when `init_lora_weights` is 'corda'.")
+        for name in ("loftq", "eva", "corda"):
+            if getattr(self, f"{name}_config") and init != name:
+                warnings.warn(f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.",
+                              stacklevel=5)  # fmt: skip
+        patterns = self.rank_pattern or self.alpha_pattern
+        if self.use_rslora and patterns and isinstance(init, str) and init.startswith(("pissa", "olora", "corda")):
+            warnings.warn(
+                "Using rsLoRA with rank_pattern or alpha_pattern: the adapter cannot be converted back to a plain LoRA "
+                "with save_pretrained(path_initial_model_for_weight_conversion=...).",
+                stacklevel=5,
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields except those of this process only."""
+        data = super().to_dict()
+        data.pop("runtime_config")
+        return data
+

@@ -1,0 +1,177 @@
+"""Initialisations of a LoRA factor pair, as a table from `init_lora_weights` to a function."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.method import Adapter
+from peftfast.random_stream import draws_of_normal, draws_of_uniform, skip
+from peftfast.sites import Site
+
+#: Fill a [r, ...] and b [..., r] in place; may assign the site's weight. Runs under no_grad.
+Initialiser = Callable[[Site, Tensor, Tensor, Adapter], None]
+
+_TABLE: list[tuple[re.Pattern[str], Initialiser]] = []
+
+
+def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialiser]:
+    """Decorator: a seed gives the factors that it gives in PEFT, so that a script's losses stay what they were. PEFT
+    builds its layers on the CPU in fp32, initialises them there, and moves them through the dtype of the base weight.
+
+    Args:
+        after_building: the function comes after the draws that building a layer makes; False: it is those draws.
+    """
+
+    def decorate(fn: Initialiser) -> Initialiser:
+        @functools.wraps(fn)
+        def draw(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+            built = [f.device.type == "cpu" and f.dtype == torch.get_default_dtype() for f in (a, b)]
+            down, up = (f if same else torch.empty(f.shape) for f, same in zip((a, b), built, strict=True))
+            if after_building:
+                _build(down, up, adapter)
+            fn(site, down, up, adapter)
+            stored = getattr(site.module, "weight", None)
+            through = stored.dtype if isinstance(stored, Tensor) and stored.dtype.is_floating_point else down.dtype
+            for factor, made in ((a, down), (b, up)):
+                if factor is not made or through != made.dtype:
+                    factor.copy_(made.to(through))
+
+        return draw
+
+    return decorate
+
+
+def _build(down: Tensor, up: Tensor, adapter: Adapter) -> None:
+    """Move the generator on by what `nn.Linear`, `nn.Conv` or `torch.randn` draw for factors of these shapes."""
+    if not _is_lookup(adapter):
+        bias = up.shape[0] if getattr(adapter.cfg, "lora_bias", False) else 0
+        skip(draws_of_uniform(down.numel() + up.numel() + bias))
+        return
+    for factor in (down, up):
+        if factor.numel() < 16:
+            factor.normal_()
+        else:
+            skip(draws_of_normal(factor.numel()))
+
+
+def initialiser(pattern: str) -> Callable[[Initialiser], Initialiser]:
+    """Decorator: the function serves values of `init_lora_weights` that match `pattern`."""
+
+    def register(fn: Initialiser) -> Initialiser:
+        _TABLE.append((re.compile(pattern), fn))
+        return fn
+
+    return register
+
+
+def initialise(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+    """Fill the factors as the adapter's config asks."""
+    choice = str(adapter.cfg.init_lora_weights)
+    for pattern, fn in _TABLE:
+        if pattern.fullmatch(choice):
+            if _is_lookup(adapter) and choice != "False":
+                fn = _default  # a table of rows has no input whose statistics or spectrum could guide the factors
+            return fn(site, a, b, adapter)
+    raise ValueError(f"Unknown initialization init_lora_weights={adapter.cfg.init_lora_weights!r}")
+
+
+def _is_lookup(adapter: Adapter) -> bool:
+    return "lora_embedding_A" in adapter.slots
+
+
+@initialiser("True|eva")
+@_drawn_as_in_peft(after_building=True)
+def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+    """The adapter starts as the identity. The data-driven kinds start here too and are filled in a second call."""
+    if _is_lookup(adapter):
+        a.zero_()
+        b.normal_()
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        b.zero_()
+
+
+@initialiser("False")
+@_drawn_as_in_peft(after_building=False)
+def _random(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+    """Not the identity; for tests."""
+    if _is_lookup(adapter):
+        a.normal_()
+        b.normal_()
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+
+
+@initialiser("gaussian")
+@_drawn_as_in_peft(after_building=True)
+def _gaussian(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+    a.normal_(std=1 / adapter.setting("r"))
+    b.zero_()
+
+
+@initialiser("orthogonal")
+@_drawn_as_in_peft(after_building=True)
+def _orthogonal(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+    """A and B from disjoint halves of one random orthogonal basis each, so that B A = 0 though neither is zero."""
+    r = adapter.setting("r")
+    if r % 2:
+        raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
+    basis, _ = torch.linalg.qr(torch.randn(r, r))
+    odd, even = basis[0::2], basis[1::2]
+    out_features, in_features = b[:, :1].numel(), a[:1].numel()
+    a.copy_((torch.randn(in_features, r // 2).mm(odd).t() / 10.0).reshape(a.shape))
+    b.copy_((torch.randn(r // 2, out_features).t().mm(even) / 10.0).reshape(b.shape))
+
+
+def _wide_weight(site: Site, name: str) -> Tensor:
+    """W [N, K] in fp32, for decompositions."""
+    dtype = getattr(site.module.weight, "dtype", None)
+    quantised = site.weight.quantization is not None  # 4 bits may be stored as a float dtype
+    if name == "PiSSA" and (quantised or dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)):
+        raise TypeError(
+            f"Please initialize {name} under float32, float16, or bfloat16; the base weight of {type(site.module).__name__} "
+            f"is stored as {dtype}. Quantise after the initialisation."
+        )
+    return site.weight.dense(torch.float32)
+
+
+def _take_out(site: Site, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """W := W - s B A, so that the adapted module starts with the output it had."""
+    site.weight.assign(weight - scale * site.delta(a.float(), b.float()))
+
+
+@initialiser(r"pissa(_niter_\d+)?")
+def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+    """Principal singular vectors and values of W (Meng et al., arXiv 2404.02948); `_niter_n` takes a randomised SVD
+    with n power iterations."""
+    weight = _wide_weight(site, "PiSSA")
+    r, scale = adapter.setting("r"), adapter.setting("scaling")
+    choice = adapter.cfg.init_lora_weights
+    if choice == "pissa":
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        u, s, vh = u[:, :r], s[:r], vh[:r]
+    else:
+        u, s, v = torch.svd_lowrank(weight, r, niter=int(choice.rpartition("_")[2]))
+        vh = v.t()
+    root = (s / scale).sqrt()
+    a.copy_((root[:, None] * vh).reshape(a.shape))
+    b.copy_((u * root).reshape(b.shape))
+    _take_out(site, weight, a, b, scale)
+
+
+@initialiser("olora")
+def _olora(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+    """Orthonormal basis of W's columns (Büyükakyüz, arXiv 2406.01775)."""
+    weight = _wide_weight(site, "OLoRA")
+    r = adapter.setting("r")
+    q, upper = torch.linalg.qr(weight)
+    b.copy_(q[:, :r].reshape(b.shape))
+    a.copy_(upper[:r].reshape(a.shape))
+    _take_out(site, weight, a, b, adapter.setting("scaling"))

@@ -1,0 +1,170 @@
+"""The factors of several LoRAs as one tensor each, ranks padded with zeros: what a mixed batch multiplies by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftfast.method import Adapter
+from peftfast.routing import Rows
+from peftfast.sites import Site
+
+
+def factor_slots(adapter: Adapter) -> tuple[str, str]:
+    """Names of the down and the up factor's slots, whatever the site calls them."""
+    down, up = (slot for slot in adapter.slots if slot.endswith(("_A", "_B")))
+    return down, up
+
+
+def factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """The down and the up factor, whatever the site calls them."""
+    down, up = adapter.pair
+    return adapter[down], adapter[up]
+
+
+#: How many mixes a layer remembers between forwards; one more and the oldest is made again.
+REMEMBERED = 2
+
+
+class FactorStack(NamedTuple):
+    """Of G adapters whose largest rank is R."""
+
+    a: Tensor  # [G, R, ...]
+    b: Tensor  # [G, N, R, ...], in memory as [G, R, N, ...], which the batched product is fastest with
+    scale: Tensor  # [G]
+
+
+class Remembered:
+    """The stack of some adapters of one layer, and what must not have changed for it to be still right."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self.pairs = [factors(adapter) for adapter in adapters]
+        tensors = [t for pair in self.pairs for t in pair]
+        first, second = tensors[0], tensors[1]
+        #: Whether one batched product can do it: one dtype and device, no bias.
+        self.alike = all(
+            a.dtype == first.dtype and b.dtype == second.dtype and a.device == first.device for a, b in self.pairs
+        ) and not any(adapter.cfg.lora_bias for adapter in adapters)
+        self.dropping = [adapter for adapter in adapters if isinstance(adapter.setting("lora_dropout"), nn.Dropout)]
+        self.scaling = adapters[0].settings_of("scaling")
+        self.names = [adapter.name for adapter in adapters]
+        self.scales = [self.scaling[name] for name in self.names]
+        self.lasting = False
+        self.stack: FactorStack | None = None
+
+    def watch(self, adapters: Sequence[Adapter]) -> None:
+        """Note what the stack is made of, if changes of that can be seen at all."""
+        tensors = [t for pair in self.pairs for t in pair]
+        cells = [adapter.cell(slot) for adapter in adapters for slot in factor_slots(adapter)]
+        self.scale_states = [_state_of(scale) for scale in self.scales]
+        self.lasting = all(cell is not None for cell in cells) and not any(t.is_inference() for t in tensors)
+        if self.lasting:
+            # the aliases keep the storage alive, so that no other tensor can appear at its address
+            self.cells = [
+                (*cell, t, t.data_ptr(), t._version, t.detach()) for cell, t in zip(cells, tensors, strict=True)
+            ]
+
+    def is_current(self) -> bool:
+        for container, key, tensor, address, version, _ in self.cells:
+            if container.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
+        scaling = self.scaling
+        return [_state_of(scaling[name]) for name in self.names] == self.scale_states
+
+    def wants_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for pair in self.pairs for t in pair)
+
+    def build(self) -> FactorStack:
+        rank = max(a.shape[0] for a, _ in self.pairs)
+        like = self.pairs[0][0]
+        return FactorStack(
+            torch.stack([_padded(a, rank) for a, _ in self.pairs]),
+            torch.stack([_padded(b.transpose(0, 1), rank) for _, b in self.pairs]).transpose(1, 2),
+            _as_tensor(self.scales, like),
+        )
+
+
+def remembered(adapters: Sequence[Adapter], rows: Rows) -> Remembered:
+    """What is known about these adapters together, with their stack in it.
+
+    Where no gradient is wanted the stack is kept in the layer from forward to forward and made again when a factor was
+    written to, replaced or rescaled. Writing through `.data` leaves no trace to find: after that, call
+    `model.base_model.forget_stacks()`.
+    """
+    names = tuple([adapter.name for adapter in adapters])
+    if torch.compiler.is_compiling():
+        known = Remembered(adapters)
+        known.stack = known.build()
+        return known
+    entries: dict[tuple[str, ...], Remembered] = rows.store.get("stacks", {})
+    known = entries.get(names)
+    if known is not None and known.is_current() and not known.wants_grad():
+        return known
+    known = Remembered(adapters)
+    if known.wants_grad():
+        known.stack = known.build()
+    elif known.alike:
+        known.watch(adapters)
+        with torch.inference_mode(False), torch.no_grad():
+            known.stack = known.build()
+        if known.lasting:
+            others = [(n, e) for n, e in entries.items() if n != names][-(REMEMBERED - 1) :]
+            rows.store["stacks"] = {**dict(others), names: known}
+    return known
+
+
+def _state_of(scale: Any) -> Any:
+    """What changes when a scaling does: itself, or of a tensor, which is written in place, its identity and version."""
+    return (id(scale), scale._version) if isinstance(scale, Tensor) else scale
+
+
+def _padded(t: Tensor, rank: int) -> Tensor:
+    missing = rank - t.shape[0]
+    return t if missing == 0 else F.pad(t, [0, 0] * (t.dim() - 1) + [0, missing])
+
+
+def _as_tensor(values: Sequence[Any], like: Tensor) -> Tensor:
+    if any(isinstance(v, Tensor) for v in values):
+        return torch.stack([torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in values])
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
+def chosen(stack: FactorStack, rows: Rows) -> FactorStack:
+    """One triple of factors for every sample that has an adapter (or for every run of them).
+
+    With `rows.host` None, samples of the base model get some adapter's factors; a number that no adapter has gets a
+    scale of NaN.
+    """
+    if rows.host is None:
+        count = stack.scale.shape[0]
+        inside = rows.index.clamp(0, count - 1)
+        picked = _picked(stack, inside)
+        return picked._replace(scale=torch.where(rows.index < count, picked.scale, float("nan")))
+    if rows.run:
+        used = rows.used // rows.run
+        return stack if used == stack.scale.shape[0] else FactorStack(*(t[:used] for t in stack))
+    return _picked(stack, rows.positions)
+
+
+def _picked(stack: FactorStack, index: Tensor) -> FactorStack:
+    b = stack.b.transpose(1, 2).index_select(0, index).transpose(1, 2)  # keeps the layout
+    return FactorStack(stack.a.index_select(0, index), b, stack.scale.index_select(0, index))
+
+
+def apply_stack(site: Site, x: Tensor, y: Tensor, stack: FactorStack, rows: Rows) -> Tensor:
+    """The output `y` of the base with every sample's own factors added to it."""
+    mine = chosen(stack, rows)
+    if rows.host is None:
+        out = site.adapt_each(x, y, *mine)
+        return torch.where((rows.index < 0).view(-1, *(1,) * (y.dim() - 1)), y, out)
+    taken = rows.taken
+    if taken is None:
+        return site.adapt_each(x, y, *mine)
+    out = site.adapt_each(x[taken], y[taken], *mine)
+    if isinstance(taken, slice):
+        return torch.cat([y[: taken.start], out, y[taken.stop :]])
+    return y.index_copy(0, taken, out)

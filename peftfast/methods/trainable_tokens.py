@@ -1,0 +1,105 @@
+"""Trainable tokens: some rows of an embedding (and of a head tied to it) are trained and replace the base's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
+from peftfast.method import Adapter, register_method
+from peftfast.rules import boolean, either, integer, optional, sequence, text
+from peftfast.sites import Dense, Site, Slot
+
+
+@register_config(PeftType.TRAINABLE_TOKENS)
+@checked
+class TrainableTokensConfig(PeftConfig):
+    """Args:
+    token_indices: rows to train.
+    target_modules: the embedding(s); None: the model's input embedding.
+    init_weights: start from the base's rows; False: from random ones.
+    """
+
+    token_indices: list[int] = setting([], sequence(integer(0)))
+    target_modules: list[str] | str | None = setting(None, optional(either(text(), sequence(text()))))
+    init_weights: bool = setting(True, boolean())
+
+    def __post_init__(self) -> None:
+        self.peft_type = PeftType.TRAINABLE_TOKENS
+        super().__post_init__()
+
+
+@register_method
+class TrainableTokens:
+    """The trained rows are stored themselves, not their difference from the base's."""
+
+    peft_type: ClassVar[str] = PeftType.TRAINABLE_TOKENS
+    prefix: ClassVar[str] = "trainable_tokens_"
+    family: ClassVar[str] = "trainable_tokens"
+    default_targets: ClassVar[Mapping[str, Any]] = {}
+
+    def claims(self, cfg: PeftConfig) -> bool:
+        return isinstance(cfg, TrainableTokensConfig)
+
+    def settings(self, site: Site, cfg: TrainableTokensConfig, key: str) -> Mapping[str, Any]:
+        rows = site.weight.shape[0]
+        outside = [i for i in cfg.token_indices if not 0 <= i < rows]
+        if outside:
+            raise ValueError(
+                f"trainable_token_indices {outside} are outside the embedding, which has rows 0 to {rows - 1}"
+            )
+        if len(set(cfg.token_indices)) != len(cfg.token_indices):
+            raise ValueError(f"trainable_token_indices {cfg.token_indices} names a row twice")
+        return {"token_indices": list(cfg.token_indices), "token_source": None}
+
+    def slots(self, site: Site, cfg: TrainableTokensConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
+        return {"trainable_tokens_delta": Slot((len(settings["token_indices"]), site.weight.shape[1]))}
+
+    def init(self, site: Site, adapter: Adapter) -> None:
+        rows = adapter["trainable_tokens_delta"]
+        if adapter.cfg.init_weights:
+            rows.copy_(site.weight.dense()[adapter.setting("token_indices")])
+        else:
+            rows.normal_()
+
+    def changes_base(self, cfg: TrainableTokensConfig) -> bool:
+        return False
+
+    def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
+        check_disjoint(active)
+        weight = site.module.weight
+        for adapter in active:
+            weight = weight.index_copy(0, _index(adapter, weight), adapter["trainable_tokens_delta"].to(weight))
+        m = site.module
+        if isinstance(m, nn.Embedding):
+            y = F.embedding(x, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+            embed_scale = getattr(m, "embed_scale", None)
+            if embed_scale is None:
+                return y
+            return y * (embed_scale.to(y.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
+        return F.linear(x, weight, m.bias)
+
+    def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
+        rows = adapter["trainable_tokens_delta"].to(dense.weight)
+        return dense._replace(weight=dense.weight.index_copy(0, _index(adapter, dense.weight), rows))
+
+
+def _index(adapter: Adapter, like: Tensor) -> Tensor:
+    return torch.tensor(adapter.setting("token_indices"), device=like.device)
+
+
+def check_disjoint(adapters: Sequence[Adapter]) -> None:
+    """Two adapters that replace the same row have no meaning together."""
+    seen: set[int] = set()
+    for adapter in adapters:
+        rows = set(adapter.setting("token_indices"))
+        if rows & seen:
+            raise ValueError(
+                f"Token indices of adapter {adapter.name} are already defined and would result in undefined merging "
+                f"behavior: {sorted(rows & seen)}. Only disjunct token indices are currently supported."
+            )
+        seen |= rows

@@ -1,0 +1,295 @@
+"""Several low-rank linears as one autograd Function: those that read one input, and a gated MLP.
+
+Siblings, y_i = x W_iᵀ + bias_i + s_i drop_i(x) A_iᵀ B_iᵀ: x is saved once; without dropout all A_i see it in one read,
+so do their gradients, and dx is accumulated inside the products instead of being summed afterwards.
+
+Gated MLP, down(act(gate(x)) * up(x)): saved are x, gate and up; the activation and the product are computed again in
+the backward pass (as Unsloth's and Liger's do), which is 4 of 6 tensors of the intermediate size less than autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfast.ops.casts import compute_copy
+from peftfast.ops.first_order import first_order
+from peftfast.ops.lora import Plan, branch_dtype, draw_seed
+from peftfast_kernels.decode import Operand, weight_nk
+from peftfast_kernels.lora_down import lora_down
+from peftfast_kernels.lora_gemm import lora_gemm, lora_gemm_t
+from peftfast_kernels.lora_grad import lora_down_grad, lora_up_grad
+
+
+class Part(NamedTuple):
+    """One low-rank linear of a block at one call: arguments of `ops.lora.lora_linear`."""
+
+    w: Operand
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float
+
+    def plan(self, x: Tensor) -> Plan:
+        w = self.w
+        branch = branch_dtype(x, self.a)
+        return Plan(w.format, w.shape, w.dtype, branch, float(self.scale), self.dropout, w.block, w.nested_block)
+
+
+class Activation(NamedTuple):
+    """An element-wise function and its derivative times what arrives."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]  # (gradient of the result, input)
+
+
+_aten = torch.ops.aten
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": Activation(F.silu, _aten.silu_backward),
+    "gelu": Activation(F.gelu, _aten.gelu_backward),
+    "gelu_tanh": Activation(
+        lambda g: F.gelu(g, approximate="tanh"), lambda dy, g: _aten.gelu_backward(dy, g, approximate="tanh")
+    ),
+    "relu": Activation(F.relu, lambda dy, g: _aten.threshold_backward(dy, g, 0)),
+}
+
+
+class _Factors(NamedTuple):
+    """What the linears of a block multiply by, one entry each."""
+
+    plans: tuple[Plan, ...]
+    a: list[Tensor]  # in the branch's dtype
+    b: list[Tensor]
+    seeds: Sequence[Tensor | None]
+    weights: list[Operand]
+
+    @property
+    def drops(self) -> bool:
+        return any(plan.dropout > 0.0 for plan in self.plans)
+
+    def of(self, *which: int) -> _Factors:
+        return _Factors(*([column[i] for i in which] for column in self))  # type: ignore[arg-type]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _down(rows: Tensor, f: _Factors) -> list[Tensor]:
+    """t_i = drop_i(x) A_iᵀ; from one read of x where no masks differ."""
+    if f.drops or len(f.a) == 1:
+        return [
+            lora_down(rows, a, seed, plan.dropout) for a, seed, plan in zip(f.a, f.seeds, f.plans, strict=True)
+        ]  # fmt: skip
+    stacked = lora_down(rows, torch.cat(f.a), None, 0.0)
+    return list(stacked.split([a.shape[0] for a in f.a], dim=1))
+
+
+def _linear(rows: Tensor, i: int, t: Tensor, bias: Tensor | None, f: _Factors) -> Tensor:
+    plan = f.plans[i]
+    return lora_gemm(rows, f.weights[i], None if bias is None else bias.to(plan.dtype), t, f.b[i], plan.scale)
+
+
+def _input_gradient(dys: Sequence[Tensor], ps: Sequence[Tensor], f: _Factors) -> Tensor:
+    """Σ dy_i W_i + drop_i'(p_i A_i) [M, K]."""
+    if f.drops:
+        dx = None
+        for i, (dy, p) in enumerate(zip(dys, ps, strict=True)):
+            part = lora_gemm_t(dy, f.weights[i], p, f.a[i], f.seeds[i], f.plans[i].dropout)
+            dx = part if dx is None else dx.add_(part)
+        return dx
+    one = len(ps) == 1
+    p, a = (ps[0], f.a[0]) if one else (torch.cat(list(ps), dim=1), torch.cat(f.a))
+    dx = lora_gemm_t(dys[0], f.weights[0], p, a, None, 0.0)
+    for dy, w in zip(dys[1:], f.weights[1:], strict=True):
+        dx.addmm_(dy, weight_nk(w, dx.dtype))
+    return dx
+
+
+def _down_gradients(rows: Tensor, ps: Sequence[Tensor], dtype: torch.dtype, f: _Factors) -> list[Tensor]:
+    """dA_i = p_iᵀ drop_i(x)."""
+    if f.drops or len(ps) == 1:
+        return [
+            lora_down_grad(rows, p, seed, plan.dropout, dtype)
+            for p, seed, plan in zip(ps, f.seeds, f.plans, strict=True)
+        ]
+    stacked = lora_down_grad(rows, torch.cat(list(ps), dim=1), None, 0.0, dtype)
+    return list(stacked.split([p.shape[1] for p in ps]))
+
+
+class _Shared:
+    """What both Functions keep and read back: the flat arguments (a..., b..., bias..., seed..., stored...)."""
+
+    @staticmethod
+    def unpack(plans: tuple[Plan, ...], counts: tuple[int, ...], flat: Sequence[Any]) -> tuple:
+        n = len(plans)
+        a, b, bias, seeds = (flat[i * n : (i + 1) * n] for i in range(4))
+        stored, start = [], 4 * n
+        for plan, count in zip(plans, counts, strict=True):
+            stored.append(plan.weight(flat[start : start + count]))
+            start += count
+        return a, b, bias, seeds, stored
+
+    @staticmethod
+    def factors(plans: tuple[Plan, ...], counts: tuple[int, ...], flat: Sequence[Any]) -> tuple[_Factors, list]:
+        """The factors in the branch's dtype, and those copies that live longer than the call anyway."""
+        a, b, _, seeds, weights = _Shared.unpack(plans, counts, flat)
+        copies = [compute_copy(f, plan.branch) for fs in (a, b) for f, plan in zip(fs, plans, strict=True)]
+        n = len(plans)
+        made = [copy for copy, _ in copies]
+        return _Factors(plans, made[:n], made[n:], seeds, weights), [copy if keep else None for copy, keep in copies]
+
+    @staticmethod
+    def again(ctx: Any, flat: Sequence[Any]) -> _Factors:
+        """In the backward pass."""
+        a, b, _, seeds, weights = _Shared.unpack(ctx.plans, ctx.counts, flat)
+        n = len(ctx.plans)
+        branches = [plan.branch for plan in ctx.plans] * 2
+        made = [f.to(d) if c is None else c for f, c, d in zip((*a, *b), ctx.copies, branches, strict=True)]
+        return _Factors(ctx.plans, made[:n], made[n:], seeds, weights)
+
+
+def _siblings(x: Tensor, f: _Factors, bias: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """The outputs [..., N_i] and all t_i."""
+    rows = _rows(x).to(f.plans[0].dtype)
+    ts = _down(rows, f)
+    ys = (_linear(rows, i, t, one, f) for i, (t, one) in enumerate(zip(ts, bias, strict=True)))
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys), ts
+
+
+def _mlp(x: Tensor, act: Activation, f: _Factors, bias: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output [..., N], and gate, up, t_gate, t_up, t_down."""
+    rows = _rows(x).to(f.plans[0].dtype)
+    t_gate, t_up = _down(rows, f.of(0, 1))
+    gate = _linear(rows, 0, t_gate, bias[0], f)
+    up = _linear(rows, 1, t_up, bias[1], f)
+    hidden = act.forward(gate).mul_(up)
+    (t_down,) = _down(hidden, f.of(2))
+    y = _linear(hidden, 2, t_down, bias[2], f)
+    return y.view(*x.shape[:-1], y.shape[1]), (gate, up, t_gate, t_up, t_down)
+
+
+class _Siblings(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, plans: tuple[Plan, ...], counts: tuple[int, ...], *flat: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.plans, ctx.counts = plans, counts
+        f, ctx.copies = _Shared.factors(plans, counts, flat)
+        n = len(plans)
+        ys, ts = _siblings(x, f, flat[2 * n : 3 * n])
+        ctx.save_for_backward(x, *ts, *flat[: 2 * n], *(None,) * n, *flat[3 * n :])
+        return ys
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple:
+        plans, n = ctx.plans, len(ctx.plans)
+        x, *rest = ctx.saved_tensors
+        ts, flat = rest[:n], rest[n:]
+        f = _Shared.again(ctx, flat)
+        used = [i for i, dy in enumerate(dys) if dy is not None]
+        f = f.of(*used)
+        dys_rows = [_rows(dys[i]) for i in used]
+        ps, dbs = [], [None] * n
+        for position, i in enumerate(used):
+            p, dbs[i] = lora_up_grad(dys_rows[position], ts[i], f.b[position], plans[i].scale, flat[n + i].dtype)
+            ps.append(p)
+        needs = ctx.needs_input_grad
+        dx = das = None
+        if needs[0]:
+            dx = _input_gradient(dys_rows, ps, f).to(x.dtype).view(x.shape)
+        if any(needs[3 : 3 + n]):
+            found = _down_gradients(_rows(x).to(plans[0].dtype), ps, flat[0].dtype, f)
+            das = dict(zip(used, found, strict=True))
+        dbias = [dys_rows[used.index(i)].sum(0) if i in used and needs[3 + 2 * n + i] else None for i in range(n)]
+        return (
+            dx, None, None, *((das or {}).get(i) for i in range(n)), *dbs, *dbias, *(None for _ in flat[3 * n :]),
+        )  # fmt: skip
+
+
+class _GatedMlp(torch.autograd.Function):
+    """Order of the three linears everywhere: gate, up, down."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, act: Activation, plans: tuple[Plan, ...], counts: tuple[int, ...], *flat: Any
+    ) -> Tensor:
+        ctx.plans, ctx.counts, ctx.act = plans, counts, act
+        f, ctx.copies = _Shared.factors(plans, counts, flat)
+        y, kept = _mlp(x, act, f, flat[6:9])
+        ctx.save_for_backward(x, *kept, *flat[:6], *(None,) * 3, *flat[9:])
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        plans, needs = ctx.plans, ctx.needs_input_grad
+        x, gate, up, t_gate, t_up, t_down, *flat = ctx.saved_tensors
+        f = _Shared.again(ctx, flat)
+        dy = _rows(dy)
+        acted = ctx.act.forward(gate)
+        p, db_down = lora_up_grad(dy, t_down, f.b[2], plans[2].scale, flat[5].dtype)
+        da_down = _down_gradients(acted * up, [p], flat[2].dtype, f.of(2))[0] if needs[6] else None
+        dhidden = _input_gradient([dy], [p], f.of(2))
+        dbias = [None, None, dy.sum(0) if needs[12] else None]
+        d_up = acted.mul_(dhidden)
+        d_gate = ctx.act.backward(dhidden.mul_(up), gate)
+        pair = f.of(0, 1)
+        p_gate, db_gate = lora_up_grad(d_gate, t_gate, f.b[0], plans[0].scale, flat[3].dtype)
+        p_up, db_up = lora_up_grad(d_up, t_up, f.b[1], plans[1].scale, flat[4].dtype)
+        dx = da_gate = da_up = None
+        if needs[0]:
+            dx = _input_gradient([d_gate, d_up], [p_gate, p_up], pair).to(x.dtype).view(x.shape)
+        if needs[4] or needs[5]:
+            da_gate, da_up = _down_gradients(_rows(x).to(plans[0].dtype), [p_gate, p_up], flat[0].dtype, pair)
+        for i, d in ((0, d_gate), (1, d_up)):
+            dbias[i] = d.sum(0) if needs[10 + i] else None
+        return (
+            dx, None, None, None, da_gate, da_up, da_down, db_gate, db_up, db_down, *dbias, *(None for _ in flat[9:]),
+        )  # fmt: skip
+
+
+def _arguments(x: Tensor, parts: Sequence[Part]) -> tuple[tuple[Plan, ...], tuple[int, ...], list[Any]]:
+    plans = tuple(part.plan(x) for part in parts)
+    counts = tuple(len(part.w.tensors) for part in parts)
+    flat: list[Any] = [part.a for part in parts]
+    flat += [part.b for part in parts]
+    flat += [part.bias for part in parts]
+    flat += [draw_seed(x, part.dropout) for part in parts]
+    for part in parts:
+        flat += part.w.tensors
+    return plans, counts, flat
+
+
+def fit_together(parts: Sequence[Part]) -> bool:
+    """Whether one Function can compute these: one dtype of the products, one of the factors."""
+    first = parts[0]
+    return all(
+        p.w.dtype == first.w.dtype and p.a.dtype == first.a.dtype and p.b.dtype == first.b.dtype for p in parts[1:]
+    )
+
+
+def lora_siblings(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
+    """The outputs [..., N_i] of linears that share the input x [..., K]; `fit_together(parts)` must hold."""
+    plans, counts, flat = _arguments(x, parts)
+    if not torch.is_grad_enabled():
+        n = len(plans)
+        return _siblings(x, _Shared.factors(plans, counts, flat)[0], flat[2 * n : 3 * n])[0]
+    return _Siblings.apply(x, plans, counts, *flat)
+
+
+def gated_mlp(x: Tensor, gate: Part, up: Part, down: Part, activation: str) -> Tensor:
+    """down(act(gate(x)) * up(x)) for x [..., K], gate and up [K -> I], down [I -> N]; `activation` is one of
+    `ACTIVATIONS`; `fit_together` must hold for the three."""
+    plans, counts, flat = _arguments(x, (gate, up, down))
+    if not torch.is_grad_enabled():
+        return _mlp(x, ACTIVATIONS[activation], _Shared.factors(plans, counts, flat)[0], flat[6:9])[0]
+    return _GatedMlp.apply(x, ACTIVATIONS[activation], plans, counts, *flat)

@@ -1,0 +1,67 @@
+"""Compute-dtype copies of the fp32 factors: made for a whole model in one call per forward, instead of one per layer.
+
+The factors are the trained parameters and stay fp32; products under autocast want them in bf16 or fp16. The copies are
+refreshed from the parameters at the start of every forward of the model, so nobody's way of writing to a parameter can
+leave them stale; outside such a forward a layer casts for itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_current = threading.local()
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class CastStore:
+    """The copies of one model, reused from forward to forward."""
+
+    def __init__(self) -> None:
+        self._copies: dict[Tensor, Tensor] = {}
+
+    @contextmanager
+    def window(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> Iterator[None]:
+        """While this is open, `compute_copy` answers from copies in `dtype` that are fresh as of now."""
+        # sharded parameters (DTensor) are of another type; their products are composed by torch itself
+        parameters = [p for p in parameters if p.dtype != dtype and type(p) in _PLAIN and not p.is_meta]
+        copies = []
+        for p in parameters:
+            copy = self._copies.get(p)
+            if copy is None or copy.dtype != dtype or copy.shape != p.shape or copy.device != p.device:
+                copy = torch.empty_like(p, dtype=dtype, requires_grad=False)
+                copy.transposed = copy.t()  # the copy lives long: one view serves every forward
+            copies.append(copy)
+        if parameters:
+            with torch.no_grad():
+                torch._foreach_copy_(copies, parameters)
+        self._copies = dict(zip(parameters, copies, strict=True))
+        before = getattr(_current, "copies", None)
+        _current.copies = self._copies
+        try:
+            yield
+        finally:
+            _current.copies = before
+
+    def __deepcopy__(self, memo: dict) -> CastStore:
+        return CastStore()
+
+    def __getstate__(self) -> dict:
+        return {"_copies": {}}
+
+
+def compute_copy(parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """`parameter` in `dtype`, and whether the result outlives this call anyway (so that keeping it costs nothing)."""
+    if parameter.dtype == dtype:
+        return parameter, True
+    if not torch.compiler.is_compiling():
+        copies = getattr(_current, "copies", None)
+        if copies is not None:
+            copy = copies.get(parameter)
+            if copy is not None and copy.dtype == dtype:
+                return copy, True
+    return parameter.detach().to(dtype), False

@@ -1,0 +1,109 @@
+"""g (y - bias + s t Bᵀ) + bias with t = x Aᵀ: DoRA on top of a base product y (Liu et al., arXiv 2402.09353).
+
+g = m / ‖W + s B A‖ per output feature. The norm is a constant of the gradient (section 4.3 of the paper) and comes
+from a product of W with A, never from W + s B A. Saved for the backward pass: x, y, t [M, r] and the parameters.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfast.ops.casts import compute_copy
+from peftfast.ops.first_order import first_order
+from peftfast.ops.lora import Plan, branch_dtype
+from peftfast_kernels.decode import Operand
+from peftfast_kernels.dora_add import dora_add
+from peftfast_kernels.feature_scale import feature_scale_grad
+from peftfast_kernels.lora_down import lora_down
+from peftfast_kernels.lora_gemm import lora_dx
+from peftfast_kernels.lora_grad import lora_down_grad, lora_up_grad
+from peftfast_kernels.row_norm import row_norm
+
+
+def _exactly(device: torch.device) -> AbstractContextManager:
+    """No autocast: what follows chooses its dtypes itself."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+@torch.no_grad()
+def weight_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """‖W + scale · B A‖ of every row, [N], in fp32 or wider; W [N, K] in any storage, a [r, K], b [N, r]."""
+    if a.shape[0] and a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    with _exactly(a.device):
+        return row_norm(w, a, b, float(scale), None)
+
+
+class _DoraAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, plan: Plan
+    ) -> Tensor:
+        n, k = plan.shape
+        rows = x if x.dim() == 2 else x.reshape(-1, k)
+        a_copy, keep_a = compute_copy(a, plan.branch)
+        t = lora_down(rows.to(plan.dtype), a_copy, None, 0.0)
+        gb = _scaled_rows(b, g, plan.branch)
+        shift = None if bias is None else bias.to(g.dtype) * (1 - g)
+        with _exactly(y.device):
+            out = dora_add(y if y.dim() == 2 else y.reshape(-1, n), g, shift, t, gb, plan.scale)
+        ctx.plan, ctx.copy = plan, a_copy if keep_a else None
+        ctx.save_for_backward(y, x, t, a, b, g, bias)
+        return out if y.dim() == 2 else out.view(y.shape)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        with _exactly(dy.device):
+            return _DoraAdd._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple:
+        y, x, t, a, b, g, bias = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        n, k = plan.shape
+        a_copy = a.to(plan.branch) if ctx.copy is None else ctx.copy
+        need_x, need_a = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
+        y_grad, dg = feature_scale_grad(dy_rows, y if y.dim() == 2 else y.reshape(-1, n), g, g.dtype)
+        p, raw = lora_up_grad(dy_rows, t, _scaled_rows(b, g, plan.branch), plan.scale, g.dtype)
+        dg = dg + (raw * b.to(g.dtype)).sum(1)
+        dbias = None
+        if bias is not None:
+            total = dy_rows.sum(0, dtype=g.dtype)
+            dg = dg - bias.to(g.dtype) * total
+            dbias = ((1 - g) * total).to(bias.dtype) if ctx.needs_input_grad[5] else None
+        dx = da = None
+        if need_x:
+            dx = lora_dx(p, a_copy, None, 0.0, x.dtype)
+            dx = dx if x.dim() == 2 else dx.view(x.shape)
+        if need_a:
+            rows = x if x.dim() == 2 else x.reshape(-1, k)
+            da = lora_down_grad(rows.to(plan.dtype), p, None, 0.0, a.dtype)
+        db = (raw * g[:, None]).to(b.dtype)
+        return y_grad.view(y.shape), dx, da, db, dg, dbias, None
+
+
+def _scaled_rows(b: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """g · B [N, r] in the branch's dtype, rounded once."""
+    return (b.detach().to(g.dtype) * g.detach()[:, None]).to(dtype)
+
+
+def dora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """g (y - bias + scale · x Aᵀ Bᵀ) + bias in y's dtype.
+
+    Args:
+        y: [..., N], the base module's output, bias included.
+        x: [..., K]. a: [r, K]. b: [N, r]. g: [N] in fp32 or wider; all three receive gradients.
+        bias: [N] or None.
+    """
+    branch = branch_dtype(x, a)
+    dtype = branch if torch.is_autocast_enabled(x.device.type) else x.dtype
+    plan = Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), 0.0)
+    return _DoraAdd.apply(y, x, a, b, g, bias, plan)

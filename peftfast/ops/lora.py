@@ -1,0 +1,184 @@
+"""y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ with a frozen W, as autograd Functions (Hu et al., arXiv 2106.09685).
+
+Saved for the backward pass: the input itself (not a copy, whatever autocast does), t = drop(x) Aᵀ [M, r], and the
+parameters. Dropout masks are functions of a saved seed, never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftfast.ops.casts import compute_copy
+from peftfast.ops.first_order import first_order
+from peftfast_kernels.decode import Operand
+from peftfast_kernels.lora_down import lora_down
+from peftfast_kernels.lora_gemm import lora_add, lora_dx, lora_gemm, lora_gemm_t
+from peftfast_kernels.lora_grad import lora_down_grad, lora_up_grad
+
+
+class Plan(NamedTuple):
+    """What is fixed before the product: everything that is not a tensor."""
+
+    format: str
+    shape: tuple[int, int]
+    dtype: torch.dtype  # of the base product
+    branch: torch.dtype  # of the low-rank branch
+    scale: float
+    dropout: float
+    block: int = 64  # of a 4-bit weight, and of its nested scales
+    nested_block: int = 256
+
+    def weight(self, stored: Sequence[Tensor]) -> Operand:
+        """The base weight over the tensors that autograd kept."""
+        return Operand(self.format, list(stored), self.shape, self.dtype, self.block, self.nested_block)
+
+
+def branch_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
+    """The dtype of the low-rank branch: autocast's, else the wider of input and factors, so that fp32 factors on a
+    bf16 base are applied in fp32 as PEFT applies them."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype if x.dtype == factor.dtype else torch.promote_types(x.dtype, factor.dtype)
+
+
+def draw_seed(x: Tensor, dropout: float) -> Tensor | None:
+    """A seed from the device's default generator: recomputation under checkpointing draws the same one."""
+    if dropout == 0.0:
+        return None
+    return torch.randint(-(2**62), 2**62, (), dtype=torch.int64, device=x.device)
+
+
+def _product(
+    x: Tensor, w: Operand, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, scale: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """The output [..., N] and t, for factors in the branch's dtype."""
+    n, k = w.shape
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    if rows.dtype is not w.dtype:
+        rows = rows.to(w.dtype)
+    t = lora_down(rows, a, seed, dropout)
+    y = lora_gemm(rows, w, None if bias is None else bias.to(w.dtype), t, b, scale)
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], n)), t
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Base product and adapter together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        plan: Plan,
+        *stored: Tensor,
+    ) -> Tensor:
+        a_copy, keep_a = compute_copy(a, plan.branch)
+        b_copy, keep_b = compute_copy(b, plan.branch)
+        y, t = _product(x, plan.weight(stored), bias, a_copy, b_copy, seed, plan.scale, plan.dropout)
+        ctx.plan = plan
+        # the copies that live anyway are kept; others are a rank-sized cast away
+        ctx.copies = (a_copy if keep_a else None, b_copy if keep_b else None)
+        ctx.save_for_backward(x, t, a, b, seed, *stored)
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, t, a, b, seed, *stored = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        n, k = plan.shape
+        a_copy, b_copy = ctx.copies
+        a_copy = a.to(plan.branch) if a_copy is None else a_copy
+        b_copy = b.to(plan.branch) if b_copy is None else b_copy
+        dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
+        need_x, need_a, _, need_bias = ctx.needs_input_grad[:4]
+        p, db = lora_up_grad(dy_rows, t, b_copy, plan.scale, b.dtype)
+        dx = da = dbias = None
+        if need_x:
+            w = plan.weight(stored)
+            dx = lora_gemm_t(dy_rows, w, p, a_copy, seed, plan.dropout).to(x.dtype)
+            dx = dx if x.dim() == 2 else dx.view(x.shape)
+        if need_a:
+            rows = x if x.dim() == 2 else x.reshape(-1, k)
+            da = lora_down_grad(rows.to(plan.dtype), p, seed, plan.dropout, a.dtype)
+        if need_bias:
+            dbias = dy_rows.sum(0)
+        return (dx, da, db, dbias, None, None, *(None for _ in stored))
+
+
+class _LoraAdd(torch.autograd.Function):
+    """The adapter on top of an output that the base module has computed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, plan: Plan) -> Tensor:
+        n, k = plan.shape
+        rows = x if x.dim() == 2 else x.reshape(-1, k)
+        rows = rows.to(plan.dtype)
+        a_copy, keep_a = compute_copy(a, plan.branch)
+        b_copy, keep_b = compute_copy(b, plan.branch)
+        t = lora_down(rows, a_copy, seed, plan.dropout)
+        out = lora_add(y if y.dim() == 2 else y.reshape(-1, n), t, b_copy, plan.scale)
+        ctx.plan = plan
+        ctx.copies = (a_copy if keep_a else None, b_copy if keep_b else None)
+        ctx.save_for_backward(x, t, a, b, seed)
+        return out if y.dim() == 2 else out.view(y.shape)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, t, a, b, seed = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        n, k = plan.shape
+        a_copy, b_copy = ctx.copies
+        a_copy = a.to(plan.branch) if a_copy is None else a_copy
+        b_copy = b.to(plan.branch) if b_copy is None else b_copy
+        dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
+        p, db = lora_up_grad(dy_rows, t, b_copy, plan.scale, b.dtype)
+        dx = da = None
+        if ctx.needs_input_grad[1]:
+            dx = lora_dx(p, a_copy, seed, plan.dropout, x.dtype)
+            dx = dx if x.dim() == 2 else dx.view(x.shape)
+        if ctx.needs_input_grad[2]:
+            rows = x if x.dim() == 2 else x.reshape(-1, k)
+            da = lora_down_grad(rows.to(plan.dtype), p, seed, plan.dropout, a.dtype)
+        return dy, dx, da, db, None, None
+
+
+def lora_linear(
+    x: Tensor, w: Operand, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ.
+
+    Args:
+        x: [..., K].
+        w: the frozen weight [N, K], whose `dtype` is that of the product and of the result.
+        bias: [N] or None.
+        a: [r, K]. b: [N, r]. Gradients arrive in their dtypes.
+        scale: factor of the adapter. dropout: probability in [0, 1]; 0 outside training.
+
+    Returns:
+        [..., N] in `w.dtype`.
+    """
+    branch = branch_dtype(x, a)
+    if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
+        a, b = compute_copy(a, branch)[0], compute_copy(b, branch)[0]
+        return _product(x, w, bias, a, b, draw_seed(x, dropout), float(scale), dropout)[0]
+    plan = Plan(w.format, w.shape, w.dtype, branch, float(scale), dropout, w.block, w.nested_block)
+    return _LoraLinear.apply(x, a, b, bias, draw_seed(x, dropout), plan, *w.tensors)
+
+
+def lora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+    """y + scale · drop(x) Aᵀ Bᵀ for y [..., N] from the base module; shapes and meaning as in `lora_linear`."""
+    branch = branch_dtype(x, a)
+    # under autocast the input is used in the branch's dtype; otherwise as it is
+    dtype = branch if torch.is_autocast_enabled(x.device.type) else x.dtype
+    plan = Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), dropout)
+    return _LoraAdd.apply(y, x, a, b, draw_seed(x, dropout), plan)

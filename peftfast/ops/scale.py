@@ -1,0 +1,44 @@
+"""y · s per feature with the gradient of s summed in fp32: IA3's vectors (Liu et al., arXiv 2205.05638)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfast.ops.first_order import first_order
+from peftfast_kernels.feature_scale import feature_scale, feature_scale_grad
+
+
+class _ScaleFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(y, s)
+        return feature_scale(_rows(y), s).view(y.shape)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        y, s = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return feature_scale(_rows(dy), s).view(dy.shape), None
+        dx, ds = feature_scale_grad(_rows(dy), _rows(y), s, s.dtype)
+        return (dx.view(dy.shape) if ctx.needs_input_grad[0] else None), ds
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def scale_features(y: Tensor, s: Tensor) -> Tensor:
+    """y · s in y's dtype, multiplied in the wider of the two dtypes and rounded once.
+
+    Args:
+        y: [..., N]. s: [N], fp32 beside half-precision activations.
+    """
+    if type(y) not in (Tensor, torch.nn.Parameter) or y.numel() == 0:  # sharded tensors, which kernels cannot read
+        return (y * s).to(y.dtype)
+    if y.dtype == s.dtype and not feature_scale.runs_triton(y, s):  # torch's product keeps and moves no more than ours
+        return y * s
+    return _ScaleFeatures.apply(y, s)

@@ -1,0 +1,204 @@
+"""Optimizers that know the two factors apart, under PEFT's names: LoRA+ and LoRA-FA."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peftfast.layer import BaseTunerLayer
+from peftfast.model import PeftModel
+from peftfast.state import wrapped_modules
+
+__all__ = ["create_lorafa_optimizer", "create_loraplus_optimizer"]
+
+
+def create_loraplus_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+) -> Optimizer:
+    """An optimizer whose up factors learn faster than the down factors (LoRA+, Hayou et al., arXiv 2402.12354).
+
+    Args:
+        lr: of the down factors and of everything else that is a matrix.
+        loraplus_lr_ratio: the up factors, biases and other vectors learn at `lr * loraplus_lr_ratio`; at least 1.
+        kwargs: `loraplus_weight_decay` (0.0), `loraplus_lr_embedding` (1e-6, adapters of embeddings), and whatever
+            `optimizer_cls` takes.
+
+    Raises:
+        ValueError: no parameter of the model is trainable.
+    """
+    weight_decay = kwargs.pop("loraplus_weight_decay", 0.0)
+    embedding_lr = kwargs.pop("loraplus_lr_embedding", 1e-6)
+    no_decay = _undecayed(model)
+    groups: dict[str, list[Tensor]] = {"down": [], "embedding": [], "up": [], "up_undecayed": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if ".lora_embedding_" in name:
+            groups["embedding"].append(parameter)
+        elif "lora_B" in name or parameter.ndim == 1:
+            groups["up_undecayed" if name in no_decay else "up"].append(parameter)
+        else:
+            groups["down"].append(parameter)
+    if not any(groups.values()):
+        raise ValueError("The model has no trainable parameter; activate an adapter with set_adapter first")
+    optimizer = optimizer_cls(
+        [
+            {"params": groups["down"], "weight_decay": weight_decay, "lr": lr},
+            {"params": groups["embedding"], "weight_decay": weight_decay, "lr": embedding_lr},
+            {"params": groups["up"], "weight_decay": weight_decay, "lr": lr * loraplus_lr_ratio},
+            {"params": groups["up_undecayed"], "weight_decay": 0.0, "lr": lr * loraplus_lr_ratio},
+        ],
+        lr=lr,
+        **kwargs,
+    )
+    if optimizer_cls.__module__.startswith("bitsandbytes.") and optimizer_cls.__name__.endswith("8bit"):
+        import bitsandbytes
+
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):  # 8-bit state is too coarse for rarely updated rows
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    """Names of biases and of the parameters of normalisation layers."""
+    names = {name for name, _ in model.named_parameters() if "bias" in name}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            names.update(f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False))
+    return names
+
+
+class LoraFAOptimizer(Optimizer):
+    """AdamW that trains the up factors only, along the projection of the full gradient (LoRA-FA, Zhang et al.,
+    arXiv 2308.03303): g_B (A Aᵀ)⁻¹ / s², with A [r, K] frozen.
+
+    Args:
+        params: groups with "pairs" [(A, s) or None for every parameter in "params"]; None is plain AdamW.
+        correct_bias: Adam's bias correction.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+    ) -> None:
+        if lr < 0.0:
+            raise ValueError(f"Invalid learning rate: {lr} - should be >= 0.0")
+        for beta in betas:
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter: {beta} - should be in [0.0, 1.0)")
+        if eps < 0.0:
+            raise ValueError(f"Invalid epsilon value: {eps} - should be >= 0.0")
+        groups = [dict(group) for group in params]
+        # what the factors are is the model's business, not part of the optimizer's saved state
+        self._pairs: dict[Tensor, tuple[Tensor, Callable[[], float]]] = {}
+        for group in groups:
+            for parameter, pair in zip(group["params"], group.pop("pairs"), strict=True):
+                if pair is not None:
+                    self._pairs[parameter] = pair
+        super().__init__(
+            groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; parameters without a gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, self._direction(parameter), group)
+        return loss
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        pair = self._pairs.get(parameter)
+        if pair is None:
+            return parameter.grad
+        a, scale = pair[0].detach().to(torch.float32), pair[1]()
+        gram = a @ a.T
+        gram.diagonal().add_(1e-8)
+        return (parameter.grad.to(torch.float32) @ torch.linalg.pinv(gram) / scale**2).to(parameter.grad.dtype)
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        state["exp_avg"].mul_(beta1).add_(grad, alpha=1.0 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+        rate = group["lr"]
+        if group["correct_bias"]:
+            rate *= math.sqrt(1.0 - beta2 ** state["step"]) / (1.0 - beta1 ** state["step"])
+        parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-rate)
+        if group["weight_decay"] > 0.0:
+            parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+
+
+def create_lorafa_optimizer(
+    model: PeftModel,
+    r: int,
+    lora_alpha: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
+) -> Optimizer:
+    """A LoRA-FA optimizer for a model with LoRA adapters; freezes every down factor.
+
+    Args:
+        r, lora_alpha: as in the config. The scale of every layer is read from the layer, where patterns have their say.
+        use_rslora: deprecated; must agree with the configs if given.
+
+    Raises:
+        ValueError: `use_rslora` contradicts a config, or the model has no LoRA linear layer.
+    """
+    if use_rslora is not None:
+        differing = [
+            name
+            for name in model.active_adapters
+            if bool(getattr(model.peft_config[name], "use_rslora", False)) is not use_rslora
+        ]
+        if differing:
+            raise ValueError(
+                f"`use_rslora={use_rslora}` was passed to create_lorafa_optimizer, but the following active adapters "
+                f"have `use_rslora` set differently in the model config: {differing}."
+            )
+        warnings.warn(
+            "`use_rslora` in create_lorafa_optimizer is deprecated; configure rsLoRA via LoraConfig instead.",
+            FutureWarning,
+            stacklevel=2,
+        )
+    pairs: dict[Tensor, tuple[Tensor, Callable[[], float]]] = {}
+    for _, layer in wrapped_modules(model):
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        for adapter in layer.adapters.values():
+            if "lora_A" in adapter and "lora_B" in adapter:
+                adapter["lora_A"].requires_grad_(False)
+                if adapter["lora_A"].ndim == 2:
+                    pairs[adapter["lora_B"]] = (adapter["lora_A"], _scale_of(adapter))
+    if not pairs:
+        raise ValueError("create_lorafa_optimizer: the model has no LoRA adapter on a linear layer")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    group = {"params": parameters, "pairs": [pairs.get(p) for p in parameters], "lr": lr, "weight_decay": weight_decay}
+    return LoraFAOptimizer([group])
+
+
+def _scale_of(adapter: Any) -> Callable[[], float]:
+    return lambda: adapter.scale

@@ -1,0 +1,80 @@
+"""The weights of a model as they were before quantisation, found by the names of its modules."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftfast.base.dense import is_conv1d
+from peftfast.errors import close_matches
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Originals:
+    """Weights [N, K] by module name, read when asked for.
+
+    Args:
+        source: a folder with `model.safetensors`, whole or sharded, or that file; a mapping of tensors by parameter
+            name; or the unquantised model itself.
+        prefix: of the model's own inner module ("model" in a causal LM), which checkpoints may leave out or add.
+
+    Raises:
+        FileNotFoundError: no safetensors file there. TypeError: something else than the above.
+    """
+
+    def __init__(self, source: str | os.PathLike | Mapping[str, Tensor] | nn.Module, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._modules: dict[str, nn.Module] = {}
+        if isinstance(source, nn.Module):
+            self._modules = dict(source.named_modules())
+            self._names, self._read = set(source.state_dict()), source.state_dict().__getitem__
+        elif isinstance(source, Mapping):
+            self._names, self._read = set(source), source.__getitem__
+        elif isinstance(source, (str, os.PathLike)):
+            self._names, self._read = _open(Path(source))
+        else:
+            raise TypeError(
+                f"The original weights must be a folder, a mapping of tensors or a model, got {type(source).__name__}"
+            )
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of the module `name` as [N, K].
+
+        Raises:
+            KeyError: it is not there; names what is close.
+        """
+        key = f"{name}.weight"
+        short = key.removeprefix(f"{self._prefix}.")
+        for candidate in dict.fromkeys((key, short, f"{self._prefix}.{key}")):
+            if candidate in self._names:
+                weight = self._read(candidate)
+                module = self._modules.get(candidate.removesuffix(".weight"))
+                return weight.t() if module is not None and is_conv1d(module) else weight
+        raise KeyError(f"The original weights have no {key!r}.{close_matches(key, self._names)}")
+
+
+def _open(path: Path) -> tuple[set[str], Callable[[str], Tensor]]:
+    from safetensors import safe_open
+
+    folder = path if path.is_dir() else path.parent
+    single = folder / _SINGLE if path.is_dir() else path
+    index = folder / _INDEX
+    if single.is_file():
+        with safe_open(single, framework="pt") as f:
+            where = dict.fromkeys(f.keys(), single)
+    elif index.is_file():
+        where = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    else:
+        raise FileNotFoundError(f"No {_SINGLE} and no {_INDEX} in {folder}")
+
+    def read(name: str) -> Any:
+        with safe_open(where[name], framework="pt") as f:
+            return f.get_tensor(name)
+
+    return set(where), read

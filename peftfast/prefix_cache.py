@@ -1,0 +1,288 @@
+"""Virtual tokens in transformers' key/value caches: filling any cache class, and caches that gradient checkpointing can
+replay."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+States = Sequence[tuple[Tensor, Tensor]]  # (keys, values) of every layer, each [B, heads, tokens, head size]
+
+
+def holds_tokens(cache: Any) -> bool:
+    """Whether a cache is there and not empty."""
+    return cache is not None and bool(cache.get_seq_length())
+
+
+def grown(cache: Any, count: int, model: nn.Module) -> Any:
+    """An empty cache with room for `count` more tokens: a cache of fixed length is made anew, any other is itself."""
+    from transformers import EncoderDecoderCache
+
+    if isinstance(cache, EncoderDecoderCache):
+        return EncoderDecoderCache(grown(cache.self_attention_cache, count, model), cache.cross_attention_cache)
+    if not getattr(cache, "is_compileable", False):
+        return cache
+    length = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
+    return type(cache)(config=model.config, max_cache_len=length + count)
+
+
+def empty_cache(model: nn.Module) -> Any:
+    """What the model makes for itself when it has no cache yet."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    if getattr(model.config, "is_encoder_decoder", False):
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return DynamicCache(config=model.config)
+
+
+#: What is read off a model once, because it is needed in every forward and takes a while.
+_layer_shapes: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, int] | None]] = weakref.WeakKeyDictionary()
+_checkpointing: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
+
+
+def layer_shapes(model: nn.Module, count: int) -> list[tuple[int, int] | None]:
+    """(key/value heads, head size) of the first `count` layers where the config says that layers differ, else None."""
+    known = _layer_shapes.get(model)
+    if known is None or len(known) != count:
+        config = _decoder_config(model)
+        known = _layer_shapes[model] = [_layer_shape(config, i) for i in range(count)]
+    return known
+
+
+def _decoder_config(model: nn.Module) -> Any:
+    return model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+
+
+def _layer_shape(config: Any, layer: int) -> tuple[int, int] | None:
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or layer >= len(kinds):
+        return None
+    layers = getattr(config, "per_layer_config", None)
+    if layers is not None:
+        heads, size = getattr(layers[layer], "num_key_value_heads", None), getattr(layers[layer], "head_dim", None)
+        return (heads, size) if heads and size else None
+    size = getattr(config, "global_head_dim", None)
+    if size is None:
+        return None
+    if kinds[layer] == "sliding_attention":
+        return config.num_key_value_heads, config.head_dim
+    return getattr(config, "num_global_key_value_heads", None) or config.num_key_value_heads, size
+
+
+def fill(cache: Any, states: States, model: nn.Module) -> Any:
+    """Put the virtual tokens into an empty cache; returns it.
+
+    A layer with fewer or smaller heads than provided takes the first of them. Layers that keep no keys of their own
+    (recurrent ones, those that share another layer's) are passed over; so are, with a warning, layers that are larger.
+
+    Raises:
+        ValueError: no layer took them, or the model has more layers than there are states.
+    """
+    from transformers import EncoderDecoderCache
+    from transformers.cache_utils import CacheLayerMixin
+
+    target = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    config = _decoder_config(model)
+    shapes = layer_shapes(model, len(states))
+    own = len(target.layers)  # 0: layers are made as they are needed
+    if own > len(states) and any(isinstance(layer, CacheLayerMixin) for layer in target.layers[len(states) :]):
+        raise ValueError(f"The prefix has keys for {len(states)} layers, the model's cache {own}; check `num_layers`")
+    shared = getattr(config, "num_kv_shared_layers", 0) or 0
+    first_shared = getattr(config, "num_hidden_layers", len(states)) - shared
+    devices = layer_devices(model)
+    taken, wider = [], []
+    for i, (keys, values) in enumerate(states):
+        sharing = shared > 0 and i >= first_shared
+        if sharing or (own and (i >= own or not isinstance(target.layers[i], CacheLayerMixin))):
+            continue
+        if shapes[i] is not None:
+            heads, size = shapes[i]
+            if heads > keys.shape[1] or size > keys.shape[3]:
+                wider.append(i)
+                continue
+            keys, values = keys[:, :heads, :, :size], values[:, :heads, :, :size]
+        device = devices.get(i, keys.device)
+        target.update(keys.to(device), values.to(device), i)
+        taken.append(i)
+    heads, size = states[0][0].shape[1], states[0][0].shape[3]
+    if not taken:
+        raise ValueError(
+            "Prefix tuning skipped every layer because no layer's KV shape matched the provisioned prefix "
+            f"(num_attention_heads={heads}, head_dim={size}). Override `token_dim` and `num_attention_heads` in "
+            "`PrefixTuningConfig` to match a layer that should receive the prefix."
+        )
+    if wider:
+        warnings.warn(
+            f"Prefix tuning injected into layers {taken}; skipped {wider}, whose keys are larger than the prefix's "
+            f"(num_attention_heads={heads}, head_dim={size}).",
+            stacklevel=5,
+        )
+    return cache
+
+
+def layer_devices(model: nn.Module) -> dict[int, torch.device]:
+    """Layer number -> device, for a model spread over several."""
+    found = {}
+    for name, device in (getattr(model, "hf_device_map", None) or {}).items():
+        number = re.search(r"\.(\d+)(\.|$)", name)
+        if number is not None and device not in ("disk", "cpu"):
+            found.setdefault(int(number.group(1)), torch.device(device))
+    return found
+
+
+# ---- gradient checkpointing ------------------------------------------------------------------------------------------
+@functools.cache
+def _replayed_class() -> type:
+    from transformers import DynamicCache
+
+    class ReplayedCache(DynamicCache):
+        """Gives every forward of a layer the same prefix: what a layer adds is returned and not kept, so that a layer
+        that is computed a second time, in the backward pass, reads what it read the first time."""
+
+        reads = 0
+
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            self.reads += 1
+            while self.layer_class_to_replicate is not None and len(self.layers) <= layer_idx:
+                self.layers.append(self.layer_class_to_replicate())
+            layer = self.layers[layer_idx]
+            before = dict(layer.__dict__)
+            try:
+                return layer.update(key_states, value_states, *args, **kwargs)
+            finally:
+                layer.__dict__.clear()
+                layer.__dict__.update(before)
+
+    return ReplayedCache
+
+
+class _NeverSet(dict):
+    """`EncoderDecoderCache.is_updated` of a cache that keeps nothing."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+def replayed(cache: Any) -> Any:
+    """The same prefix in a cache that keeps nothing more."""
+    from transformers import EncoderDecoderCache
+
+    if isinstance(cache, EncoderDecoderCache):
+        both = EncoderDecoderCache(replayed(cache.self_attention_cache), replayed(cache.cross_attention_cache))
+        both.is_updated = _NeverSet()
+        return both
+    new = _replayed_class()()
+    new.layers, new.layer_class_to_replicate = cache.layers, cache.layer_class_to_replicate
+    return new
+
+
+class _Collect(torch.autograd.Function):
+    """Identity on the hidden states; its backward hands on the gradients that a replayed layer left at the leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, leaves: list[Tensor], *originals: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        collected = []
+        for leaf in ctx.leaves:
+            collected.append(leaf.grad)
+            leaf.grad = None
+        return grad, None, *collected
+
+
+def checkpointable_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers with a self-attention over the prefix, checkpointed or not: some models withhold the cache from all
+    of them when only every second one is."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    decoder = model.get_decoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    return [
+        m
+        for m in decoder.modules()
+        if isinstance(m, GradientCheckpointingLayer) and "past_key_values" in inspect.signature(m.forward).parameters
+    ]
+
+
+def under_checkpointing(model: nn.Module) -> bool:
+    """Whether a forward now would be checkpointed."""
+    known = _checkpointing.get(model)
+    if known is None:
+        able = [weakref.ref(m) for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        known = _checkpointing[model] = able
+    modules = (reference() for reference in known)
+    return any(m is not None and m.gradient_checkpointing and m.training for m in modules)
+
+
+@contextmanager
+def checkpoint_safe(model: nn.Module, cache: Any) -> Iterator[Any]:
+    """A version of `cache` that checkpointed layers can read, and the model set to hand it to them.
+
+    transformers takes caches away from checkpointed layers, because a layer that is computed again would append again.
+    This one does not change when it is read.
+
+    Raises:
+        ValueError: the model's layers are not transformers' checkpointing layers.
+    """
+    layers = checkpointable_layers(model)
+    if not layers or not hasattr(type(layers[0]), "_can_checkpoint_with_cache"):
+        raise ValueError(
+            f"PREFIX_TUNING does not work with gradient checkpointing of {type(model).__name__}: its layers take no "
+            "cache while they are checkpointed. Switch gradient checkpointing off, or use prompt tuning."
+        )
+    cache = replayed(cache)
+    kept = getattr(cache, "self_attention_cache", cache)
+    originals, leaves = _leaves(kept) if any(_reentrant(m) for m in layers) else ([], [])
+
+    def hand_over(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        position = list(inspect.signature(layer.forward).parameters).index("past_key_values")
+        args = list(args)
+        if position < len(args):
+            args[position] = cache
+        else:
+            kwargs["past_key_values"] = cache
+        if originals:
+            args[0] = _Collect.apply(args[0], leaves, *originals)
+        return tuple(args), kwargs
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.__dict__.pop, "_can_checkpoint_with_cache", None)
+            layer.__dict__["_can_checkpoint_with_cache"] = True
+            stack.callback(layer.register_forward_pre_hook(hand_over, with_kwargs=True).remove)
+        yield cache
+        if not kept.reads:
+            raise ValueError(f"{type(model).__name__} did not read the prefix under gradient checkpointing")
+
+
+def _reentrant(layer: nn.Module) -> bool:
+    if not layer.gradient_checkpointing:
+        return False
+    arguments = getattr(layer._gradient_checkpointing_func, "keywords", None) or {}
+    return arguments.get("use_reentrant", True)
+
+
+def _leaves(cache: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Cut the prefix from its graph: a re-entrant backward runs once for every layer and would free the part of the
+    graph that they share. Returns the tensors before and after the cut."""
+    originals, leaves = [], []
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            tensor = getattr(layer, name, None)
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                leaf = tensor.detach().requires_grad_()
+                setattr(layer, name, leaf)
+                originals.append(tensor)
+                leaves.append(leaf)
+    return originals, leaves

@@ -1,0 +1,302 @@
+"""What a prompt-learning method is: it owns a small encoder and says how virtual tokens enter the model's inputs."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PromptLearningConfig, TaskType
+from peftfast.errors import PeftWarning
+
+Inputs = dict[str, Any]  # the keyword arguments of the base model's forward
+
+
+class Prompts(Protocol):
+    """Where the virtual tokens of a batch come from: an encoder, or several encoders routed by row."""
+
+    def prompts(self, batch_size: int) -> Tensor:
+        """`[batch_size, rows, width]`."""
+        ...
+
+
+class PromptMethod(Protocol):
+    """Stateless. Registered with `method.register_method`, like the methods that adapt weights."""
+
+    peft_type: ClassVar[str]
+    prefix: ClassVar[str]  # PEFT's name prefix, which adapter names should not be contained in
+    in_encoder: ClassVar[bool]  # in an encoder-decoder model the virtual tokens are the encoder's
+
+    def claims(self, cfg: PromptLearningConfig) -> bool:
+        """Whether this method is what `cfg` asks for."""
+        ...
+
+    def changes_base(self, cfg: PromptLearningConfig) -> bool:
+        """False: the base model is not touched."""
+        ...
+
+    def fill_sizes(self, cfg: PromptLearningConfig, model: nn.Module) -> None:
+        """Fill what `cfg` leaves open from the model; ValueError if this kind of prompt does not fit the model."""
+        ...
+
+    def encoder(self, cfg: PromptLearningConfig, model: nn.Module) -> BasePromptEncoder:
+        """The trainable module, kept as `prompt_encoder.<adapter>`. The sizes in `cfg` are filled in."""
+        ...
+
+    def attach(
+        self, encoder: Prompts, cfg: PromptLearningConfig, inputs: Inputs, model: nn.Module, *, generating: bool = False
+    ) -> Inputs:
+        """Inputs with the virtual tokens in: embeddings prepended, or a filled key/value cache; masks, labels and
+        positions extended to match. Training, generation and every task go through this one function.
+
+        A cache that already holds tokens holds the virtual ones too: then only masks and positions are extended.
+
+        Args:
+            inputs: of the base model's forward; not changed.
+            generating: called for a step of `generate`, which makes position ids of its own.
+        """
+        ...
+
+    def around(self, model: nn.Module, inputs: Inputs) -> AbstractContextManager[Inputs]:
+        """What has to be in place while the model runs on attached inputs; gives the inputs to run it with."""
+        ...
+
+    def shown(self, prompt: Tensor, cfg: PromptLearningConfig, model: nn.Module) -> Any:
+        """What `get_prompt` answers, from a batch of encoder outputs."""
+        ...
+
+
+class BasePromptEncoder(nn.Module):
+    """Virtual tokens of one adapter: rows of `embedding`, or what a small network (`networks`) makes of them.
+
+    Attributes:
+        networks: names of the sub-modules that the rows go through, empty when the rows are the prompt.
+    """
+
+    networks: tuple[str, ...] = ()
+    embedding: nn.Embedding
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: tuple[tuple, Tensor] | None = None
+
+    @property
+    def has_network(self) -> bool:
+        return any(name in self._modules for name in self.networks)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """`[batch, rows]` indices to `[batch, rows, width]`."""
+        x = self.embedding(indices)
+        for name in self.networks:
+            if name in self._modules:
+                x = self._modules[name](x)
+                x = x[0] if isinstance(x, tuple) else x  # a recurrent network answers with its state as well
+        return x
+
+    @property
+    def prompt_embeddings(self) -> Tensor:
+        """`[rows, width]`: what the file holds."""
+        return self.virtual_tokens() if self.has_network else self.embedding.weight
+
+    def virtual_tokens(self) -> Tensor:
+        """`[rows, width]`: the virtual tokens. What a network makes is computed once and kept while no gradient is
+        wanted and no parameter changes; any forward with gradients forgets it."""
+        parameters = list(self.parameters())
+        wants_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if not self.has_network or wants_grad or self.training or torch.compiler.is_compiling():
+            self._kept = None
+            return self._compute()
+        key = tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
+        if self._kept is None or self._kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # a tensor that later forwards with gradients may use
+                self._kept = (key, self._compute())
+        return self._kept[1]
+
+    def _compute(self) -> Tensor:
+        # through the modules' own forward, where sharding engines gather their weights
+        rows = torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device)
+        return self(rows.unsqueeze(0))[0]
+
+    def prompts(self, batch_size: int) -> Tensor:
+        return self.virtual_tokens().unsqueeze(0).expand(batch_size, -1, -1)
+
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Make these rows the prompt. A network cannot be recovered from its output and is dropped, with a warning.
+
+        Raises:
+            ValueError: the shape is not that of this prompt.
+        """
+        if prompt_embeddings.dim() != 2 or prompt_embeddings.shape != self.prompt_embeddings.shape:
+            raise ValueError(
+                f"Invalid `prompt_embeddings` shape. Expected {tuple(self.prompt_embeddings.shape)}, got "
+                f"{tuple(prompt_embeddings.shape)}."
+            )
+        if self.has_network:
+            warnings.warn(
+                "The file holds what the prompt encoder's network computed, not the network itself. The adapter is now "
+                "this plain prompt; further training would train its rows directly.",
+                PeftWarning,
+                stacklevel=4,
+            )
+        self.replace_rows(prompt_embeddings)
+
+    @torch.no_grad()
+    def replace_rows(self, rows: Tensor) -> None:
+        """Make `rows` `[rows, width]` the prompt, without a network."""
+        for name in self.networks:
+            self._modules.pop(name, None)
+        self._kept = None
+        weight = self.embedding.weight
+        if rows.shape == weight.shape:
+            weight.copy_(rows)
+            return
+        new = rows.to(weight).clone().contiguous()
+        self.embedding.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
+        self.embedding.num_embeddings, self.embedding.embedding_dim = new.shape
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._kept = None
+        return super()._apply(*args, **kwargs)
+
+
+class PromptEncoders(nn.ModuleDict):
+    """Adapter name -> encoder; stands in a PeftModel as `prompt_encoder`."""
+
+
+class RoutedPrompts:
+    """Row by row another adapter's prompt.
+
+    Args:
+        encoders: the adapters that occur.
+        rows: index into `encoders` for every row of the user's batch; beams of a row follow one another.
+    """
+
+    def __init__(self, encoders: Sequence[BasePromptEncoder], rows: Sequence[int]) -> None:
+        self.encoders, self.rows = encoders, rows
+
+    def prompts(self, batch_size: int) -> Tensor:
+        if batch_size % len(self.rows):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.rows)} and {batch_size} respectively."
+            )
+        table = torch.stack([e.virtual_tokens() for e in self.encoders])
+        rows = torch.tensor(self.rows, device=table.device).repeat_interleave(batch_size // len(self.rows))
+        return table.index_select(0, rows)
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+def batch_size_of(inputs: Inputs) -> int:
+    """Rows of the batch; ValueError if no input says."""
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "attention_mask"):
+        if isinstance(inputs.get(name), Tensor):
+            return inputs[name].shape[0]
+    encoded = inputs.get("encoder_outputs")
+    if encoded is not None:
+        return encoded[0].shape[0]
+    raise ValueError("Prompt learning needs input_ids or inputs_embeds")
+
+
+def widen_mask(mask: Any, count: int) -> Any:
+    """An attention mask with `count` visible columns in front: `[B, T]`, or `[B, H, Q, K]` boolean or additive."""
+    if mask is None:
+        return None
+    if isinstance(mask, dict):
+        return {name: widen_mask(m, count) for name, m in mask.items()}
+    visible = 0 if mask.dim() == 4 and mask.is_floating_point() else 1
+    return torch.cat((mask.new_full((*mask.shape[:-1], count), visible), mask), dim=-1)
+
+
+#: Tasks whose PEFT class passes token types on; the others drop them.
+_WITH_TOKEN_TYPES = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+
+def drop_token_types(cfg: PromptLearningConfig, inputs: Inputs) -> None:
+    """Remove token types, with a warning, where PEFT does."""
+    if inputs.get("token_type_ids") is not None and cfg.task_type not in _WITH_TOKEN_TYPES:
+        warnings.warn(
+            "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids", stacklevel=5
+        )
+        del inputs["token_type_ids"]
+
+
+# ---- the base model --------------------------------------------------------------------------------------------------
+def text_config_of(config: Any) -> dict[str, Any]:
+    """A model's config as a dict; for a multimodal model, that of its language model."""
+    data = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    return data.get("text_config") or data
+
+
+def backbone_of(model: nn.Module) -> tuple[str | None, nn.Module]:
+    """Name and module of the transformer inside a model with a head; (None, the model) if it has none."""
+    from transformers import PreTrainedModel
+
+    for name, module in model.named_children():
+        if isinstance(module, PreTrainedModel):
+            return name, module
+    return None, model
+
+
+#: Base model -> name of its word embeddings in it; found once, because reading a model's config takes a while.
+_word_embeddings: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def word_embeddings_of(model: nn.Module) -> nn.Module:
+    """The module that turns token ids into embeddings, or what has taken its place since."""
+    name = _word_embeddings.get(model)
+    if name is None:
+        name = _word_embeddings[model] = _word_embeddings_name(model)
+    return model.get_submodule(name)
+
+
+def _word_embeddings_name(model: nn.Module) -> str:
+    known = "embeddings.word_embeddings"
+    if any(name == known for name, _ in model.named_modules()):
+        return known
+    vocabulary = text_config_of(getattr(model, "config", None)).get("vocab_size")
+    prefix, backbone = backbone_of(model)
+    for name, parameter in backbone.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in place
+        if len(shape) > 0 and shape[0] == vocabulary:
+            name = name.removesuffix(".weight").removesuffix(".original_module")
+            return name if prefix is None else f"{prefix}.{name}"
+    raise ValueError(
+        f"No word embeddings found in {type(model).__name__}: it has no `{known}` and no parameter with "
+        f"vocab_size={vocabulary} rows"
+    )
+
+
+def fill_sizes(cfg: PromptLearningConfig, config: Any) -> None:
+    """Fill the sizes that `cfg` leaves open from the base model's config, by PEFT's rules.
+
+    Raises:
+        ValueError: a size that the config does not say either.
+    """
+    data = text_config_of(config)
+
+    def first(field: str, *names: str) -> int:
+        for name in names:
+            if data.get(name) is not None:
+                return data[name]
+        raise ValueError(
+            f"Please specify `{field}` in `peft_config`: the config of the base model has none of {', '.join(names)}"
+        )
+
+    if cfg.num_layers is None:
+        layers = getattr(config, "num_hidden_layers", None)
+        cfg.num_layers = first("num_layers", "num_hidden_layers", "num_layers", "n_layer") if layers is None else layers
+    if cfg.token_dim is None:
+        cfg.token_dim = first("token_dim", "hidden_size", "n_embd", "d_model")
+    if cfg.num_attention_heads is None:
+        cfg.num_attention_heads = first(
+            "num_attention_heads", "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"
+        )
+    if cfg.num_transformer_submodules is None:
+        cfg.num_transformer_submodules = 2 if cfg.task_type == TaskType.SEQ_2_SEQ_LM else 1
+    if hasattr(cfg, "encoder_hidden_size") and cfg.encoder_hidden_size is None:
+        cfg.encoder_hidden_size = cfg.token_dim

@@ -1,0 +1,415 @@
+"""A base model with prompt-learning adapters, as PeftModel sees it: the counterpart of the tuner around weight
+adapters. The base model stays as it is; virtual tokens enter through its inputs."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig, PromptLearningConfig
+from peftfast.errors import PeftWarning, close_matches
+from peftfast.injection import Injection
+from peftfast.inventory import Inventory
+from peftfast.method import method_for
+from peftfast.prompt import (
+    BasePromptEncoder,
+    Inputs,
+    PromptEncoders,
+    PromptMethod,
+    Prompts,
+    RoutedPrompts,
+    backbone_of,
+    word_embeddings_of,
+)
+
+Source = tuple[PromptMethod, Prompts, PromptLearningConfig]  # who makes virtual tokens, from what, for which config
+
+
+class PromptInventory(Inventory):
+    """The prompt encoders of a model, and the modules trained beside them.
+
+    Attributes:
+        encoders: adapter name -> encoder; the PeftModel has it as `prompt_encoder`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.encoders = PromptEncoders()
+
+    def _inject(self, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> Injection:
+        # prompts are small: they are made where the model is, whatever low_cpu_mem_usage says
+        if cfg.num_virtual_tokens is None:
+            raise ValueError(f"{type(cfg).__name__} needs num_virtual_tokens, the length of the prompt")
+        method = method_for(cfg)
+        method.fill_sizes(cfg, self.model)
+        endings = tuple(cfg.modules_to_save or ())
+        encoder = method.encoder(cfg, self.model).to(word_embeddings_of(self.model).weight.device)
+        injection = Injection(self, name, cfg, method, targets=[], saved=[n for n in self.names if n.endswith(endings)])
+        injection.apply()
+        encoder.requires_grad_(False)
+        self.encoders[name] = encoder.train(self.model.training)
+        return injection
+
+    def set_adapter(self, names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or none."""
+        names = self.check_known(names)
+        if len(names) > 1:
+            raise ValueError(
+                f"Only one prompt can be active at a time, got {names}; rows of a batch can have different ones: "
+                "model(..., adapter_names=[...])"
+            )
+        super().set_adapter(names, inference_mode)
+        for name, encoder in self.encoders.items():
+            encoder.requires_grad_(name in names and not inference_mode)
+
+    def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
+        kind = next(iter(self.configs.values())).peft_type if self.configs else "these"
+        raise TypeError(
+            "Setting `requires_grad` is not supported for prompt learning methods like "
+            f"{getattr(kind, 'value', kind)}. set_adapter(name, inference_mode=...) freezes and unfreezes."
+        )
+
+    def delete(self, name: str) -> None:
+        # the parent switches to another adapter, so the encoder has to go first
+        encoder = self.encoders[name] if name in self.encoders else None
+        if encoder is not None:
+            del self.encoders[name]
+        try:
+            super().delete(name)
+        except BaseException:
+            if encoder is not None:
+                self.encoders[name] = encoder
+            raise
+
+    def unload(self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None,
+               progress: Callable[[Iterable], Iterable] = lambda items: items) -> nn.Module:  # fmt: skip
+        self.encoders.clear()
+        return super().unload(False, safe_merge, adapter_names, progress)
+
+
+class PromptTuner:
+    """What PeftModel asks of a tuner, for prompts. Not a module: `model` and `inventory.encoders` are the PeftModel's.
+
+    Args:
+        model: the base model; frozen, otherwise unchanged.
+        peft_config: of the first adapter, which becomes active.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PromptLearningConfig,
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        *,
+        strict: bool = False,
+        autocast_adapter_dtype: bool = True,
+        initialise: bool = True,
+    ) -> None:
+        self.model = model
+        self.inventory = PromptInventory(model)
+        self.inventory.add(adapter_name, peft_config, strict=strict)
+        self.inventory.set_adapter([adapter_name], inference_mode=peft_config.inference_mode)
+
+    def install(self, wrapper: nn.Module) -> None:
+        """Take one's place in a PeftModel: the base model stays itself, the encoders stand beside it."""
+        wrapper.base_model = self.model
+        wrapper.prompt_encoder = self.inventory.encoders
+        wrapper.__dict__["_prompts"] = self
+
+    # ---- as a tuner --------------------------------------------------------------------------------------------------
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.inventory.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.inventory.active)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self.inventory.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self.inventory.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.inventory.delete(adapter_name)
+
+    def unload(self) -> nn.Module:
+        return self.inventory.unload(False)
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+    def source(self, adapter_names: Sequence[str] | None = None) -> Source | None:
+        """Where the next batch's virtual tokens come from; None: there are none.
+
+        Args:
+            adapter_names: one for every row.
+        """
+        if not self.inventory.enabled:
+            return None
+        if adapter_names is None:
+            if not self.inventory.active:
+                return None
+            name = self.inventory.active[0]
+            cfg = self.peft_config[name]
+            return method_for(cfg), self.inventory.encoders[name], cfg
+        return self._routed(list(adapter_names))
+
+    def _routed(self, names: list[str]) -> Source | None:
+        unknown = sorted({n for n in names if n != "__base__" and n not in self.peft_config})
+        if unknown or not names:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}."
+                f"{close_matches(unknown[0], self.peft_config) if unknown else ''} Present: {sorted(self.peft_config)}"
+            )
+        distinct = list(dict.fromkeys(names))
+        if distinct == ["__base__"]:
+            return None
+        lengths = {n: 0 if n == "__base__" else self.peft_config[n].num_virtual_tokens for n in distinct}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"The rows of a batch need prompts of one length, got {lengths}. Put rows with prompts of different "
+                "lengths, or without one ('__base__'), into batches of their own, or see peftfast.resize_prompt."
+            )
+        if len(distinct) > 1 and self.inventory.extras:
+            raise ValueError(
+                f"Rows of one batch cannot have different adapters when adapters have modules_to_save "
+                f"({sorted(self.inventory.extras)})"
+            )
+        cfg = self.peft_config[distinct[0]]
+        encoders = [self.inventory.encoders[n] for n in distinct]
+        return method_for(cfg), RoutedPrompts(encoders, [distinct.index(n) for n in names]), cfg
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **inputs: Any) -> Any:
+        """The base model's forward on inputs with virtual tokens."""
+        source = self.source(adapter_names)
+        if source is None:
+            return self.model(*args, **inputs)
+        if args:
+            raise TypeError("A model with prompts takes its inputs by name: model(input_ids=..., attention_mask=...)")
+        method, encoder, cfg = source
+        _check_rows(encoder, inputs)
+        with method.around(self.model, method.attach(encoder, cfg, inputs, self.model)) as attached:
+            return self.model(**attached)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Inputs:
+        """The base model's, with the virtual tokens in."""
+        inputs = self.model.prepare_inputs_for_generation(*args, **kwargs)
+        source = self.source()
+        return inputs if source is None else self._prepared(source, inputs, kwargs.get("attention_mask"))
+
+    def _prepared(self, source: Source, inputs: Inputs, mask: Tensor | None) -> Inputs:
+        method, encoder, cfg = source
+        if isinstance(inputs.get("attention_mask"), dict) or getattr(inputs.get("attention_mask"), "ndim", 2) == 4:
+            # a mask made for a cache of fixed length, without the virtual tokens; the model makes its own from this
+            inputs = {**inputs, "attention_mask": mask}
+        if inputs.get("use_cache") is False:
+            # every step sees all tokens again; a cache that comes back is that of the step before
+            inputs = {k: v for k, v in inputs.items() if k != "past_key_values"}
+        return method.attach(encoder, cfg, inputs, self.model, generating=True)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate` with virtual tokens, in every decoding mode."""
+        source = self.source(adapter_names)
+        if source is None:
+            return self.model.generate(*args, **kwargs)
+        method, encoder, cfg = source
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
+                raise ValueError("input_ids must be provided for Peft model generation")
+            if method.in_encoder:
+                if kwargs.pop("encoder_outputs", None) is not None:
+                    warnings.warn(
+                        "`encoder_outputs` should not be passed to `generate` when using prompt tuning. Ignoring it.",
+                        stacklevel=3,
+                    )
+                kwargs = method.attach(encoder, cfg, kwargs, self.model)
+                return self.model.generate(*args, **kwargs)
+        with self._prepared_by(source):
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _prepared_by(self, source: Source) -> Iterator[None]:
+        """`generate` takes the inputs of every step from the model's `prepare_inputs_for_generation`; for as long as
+        it runs, that puts the virtual tokens in."""
+        own = self.model.__dict__
+        before = own.get("prepare_inputs_for_generation")
+        original = self.model.prepare_inputs_for_generation
+
+        @functools.wraps(original)  # generate reads the signature
+        def prepare(*args: Any, **kwargs: Any) -> Inputs:
+            return self._prepared(source, original(*args, **kwargs), kwargs.get("attention_mask"))
+
+        own["prepare_inputs_for_generation"] = prepare
+        try:
+            yield
+        finally:
+            if before is None:
+                del own["prepare_inputs_for_generation"]
+            else:
+                own["prepare_inputs_for_generation"] = before
+
+    # ---- what PeftModel answers for prompts --------------------------------------------------------------------------
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """The active adapter's virtual tokens: embeddings `[batch_size, rows, token_dim]`, or, for prefix tuning, a
+        cache that holds them."""
+        source = self.source()
+        if source is None:
+            raise ValueError("No prompt is active")
+        method, encoder, cfg = source
+        return method.shown(encoder.prompts(batch_size), cfg, self.model)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """`[rows, width]`, what the adapter's file holds."""
+        return self.encoder(adapter_name).prompt_embeddings.detach().cpu()
+
+    def encoder(self, adapter_name: str) -> BasePromptEncoder:
+        self.inventory.check_known(adapter_name)
+        return self.inventory.encoders[adapter_name]
+
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        return {
+            name: torch.arange(cfg.num_virtual_tokens * cfg.num_transformer_submodules)
+            for name, cfg in self.peft_config.items()
+        }
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        return word_embeddings_of(self.model)
+
+    @property
+    def transformer_backbone_name(self) -> str | None:
+        return backbone_of(self.model)[0]
+
+    def attribute(self, name: str) -> Any:
+        """What a PeftModel with prompts answers for a name it does not know itself."""
+        if name in _OWN:
+            return getattr(self, name)
+        if name in _OF_WEIGHTS and not hasattr(self.model, name):
+            kind = next((c.peft_type for c in self.peft_config.values()), "prompt")
+            raise AttributeError(
+                f"{name}: {getattr(kind, 'value', kind)} adapters are virtual tokens in the model's inputs, not "
+                "weights; there is nothing to merge, unmerge or combine. get_base_model() is the unchanged base model."
+            )
+        return getattr(self.model, name)
+
+
+_OWN = (
+    "get_prompt",
+    "get_prompt_embedding_to_save",
+    "prompt_tokens",
+    "transformer_backbone_name",
+    "word_embeddings",
+)
+_OF_WEIGHTS = (
+    "add_weighted_adapter",
+    "merge_adapter",
+    "merge_and_unload",
+    "unload",
+    "unmerge_adapter",
+)
+
+
+def _check_rows(encoder: Prompts, inputs: Inputs) -> None:
+    """In a forward, unlike in a beam search, every row has its own name."""
+    rows = getattr(encoder, "rows", None)
+    given = inputs.get("input_ids")
+    given = inputs.get("inputs_embeds") if given is None else given
+    if rows is not None and given is not None and len(rows) != given.shape[0]:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(rows)} and {given.shape[0]} respectively."
+        )
+
+
+# ---- functions for users ---------------------------------------------------------------------------------------------
+def _tuner_of(model: nn.Module) -> PromptTuner:
+    tuner = model.__dict__.get("_prompts")
+    if tuner is None:
+        raise TypeError(f"{type(model).__name__} has no prompt-learning adapters")
+    return tuner
+
+
+def _resized(rows: Tensor, old: int, new: int) -> Tensor:
+    """`[parts * old, width]` to `[parts * new, width]`: the first tokens of each part, or the part repeated."""
+    parts = rows.view(rows.shape[0] // old, old, rows.shape[1])
+    return parts[:, torch.arange(new, device=rows.device) % old].reshape(-1, rows.shape[1])
+
+
+def _check_length(num_virtual_tokens: int) -> None:
+    if not isinstance(num_virtual_tokens, int) or isinstance(num_virtual_tokens, bool) or num_virtual_tokens < 1:
+        raise ValueError(f"num_virtual_tokens must be an integer of at least 1, got {num_virtual_tokens!r}")
+
+
+def resize_saved_prompt(cfg: PeftConfig, tensors: Mapping[str, Tensor], num_virtual_tokens: int) -> dict[str, Tensor]:
+    """The tensors of a file with the prompt cut or extended as `resize_prompt` does; `cfg` follows."""
+    _check_length(num_virtual_tokens)
+    if not cfg.is_prompt_learning or "prompt_embeddings" not in tensors:
+        raise ValueError(f"num_virtual_tokens is the length of a prompt; this is a {cfg.peft_type} adapter")
+    rows = _resized(tensors["prompt_embeddings"], cfg.num_virtual_tokens, num_virtual_tokens)
+    cfg.num_virtual_tokens = num_virtual_tokens
+    return {**tensors, "prompt_embeddings": rows}
+
+
+def resize_prompt(model: nn.Module, num_virtual_tokens: int, adapter_name: str | None = None) -> None:
+    """Cut a prompt to its first tokens, or extend it by repeating it from the start.
+
+    A prompt that comes out of a network becomes a plain one, since the network makes a fixed number of tokens.
+
+    Args:
+        model: a PeftModel with prompt-learning adapters.
+        num_virtual_tokens: the new length.
+        adapter_name: None: the active one.
+
+    Raises:
+        TypeError: no prompt-learning model. ValueError: the length is not positive, no such adapter.
+    """
+    tuner = _tuner_of(model)
+    _check_length(num_virtual_tokens)
+    name = model.active_adapter if adapter_name is None else adapter_name
+    encoder, cfg = tuner.encoder(name), tuner.peft_config[name]
+    if encoder.has_network:
+        warnings.warn(
+            f"The prompt encoder of adapter {name!r} is replaced by its output, resized.", PeftWarning, stacklevel=2
+        )
+    rows = encoder.prompt_embeddings.detach()
+    encoder.replace_rows(_resized(rows, cfg.num_virtual_tokens, num_virtual_tokens))
+    cfg.num_virtual_tokens = num_virtual_tokens
+
+
+def nearest_tokens(
+    model: nn.Module, tokenizer: Any = None, adapter_name: str | None = None, k: int = 5
+) -> list[list[tuple[Any, float]]]:
+    """The vocabulary's tokens nearest to every virtual token, by cosine of their embeddings.
+
+    Args:
+        model: a PeftModel with a prompt- or P-tuning adapter; the keys of prefix tuning are no embeddings.
+        tokenizer: None: token ids instead of tokens.
+        adapter_name: None: the active one.
+        k: how many.
+
+    Returns:
+        For every virtual token, `(token, cosine)` from the nearest on.
+    """
+    tuner = _tuner_of(model)
+    name = model.active_adapter if adapter_name is None else adapter_name
+    rows = tuner.encoder(name).prompt_embeddings.detach()
+    table = tuner.word_embeddings
+    with torch.no_grad():
+        vocabulary = table(torch.arange(table.num_embeddings, device=table.weight.device)).float()
+        if vocabulary.shape[1] != rows.shape[1]:
+            raise ValueError(
+                f"Adapter {name!r} ({tuner.peft_config[name].peft_type}) is not made of input embeddings: it has width "
+                f"{rows.shape[1]}, the vocabulary {vocabulary.shape[1]}"
+            )
+        cosines = nn.functional.normalize(rows.float(), dim=-1) @ nn.functional.normalize(vocabulary, dim=-1).T
+        values, ids = cosines.topk(min(k, vocabulary.shape[0]))
+    shown = ids.tolist() if tokenizer is None else [tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
+    return [list(zip(tokens, row, strict=True)) for tokens, row in zip(shown, values.tolist(), strict=True)]

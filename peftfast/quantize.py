@@ -1,0 +1,354 @@
+"""Quantising a dense model in place, and what belongs to a quantised base: dense copies, errors, LoftQ."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.base.dense import is_conv1d
+from peftfast.base.weight import BaseWeight, Quantizer, base_weight, quantizer
+from peftfast.errors import close_matches, enumerate_some
+from peftfast.layer import BaseTunerLayer
+from peftfast.method import Adapter
+from peftfast.methods.loftq import best_factors, loftq_factors
+from peftfast.methods.lora import factors
+from peftfast.originals import Originals
+from peftfast.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.sites import make_site
+from peftfast.sites.site import is_untouched
+from peftfast.targets import SEQ_CLS_HEAD_NAMES
+from peftfast.tuner import BaseTuner
+
+
+class QuantizationReport(dict[str, float]):
+    """Module name -> relative error |stored - W| / |W| (Frobenius); prints as a table."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self), default=0)
+        lines = [f"{name:<{width}}  {error:8.4%}" for name, error in self.items()]
+        if self:
+            lines.append(f"{f'mean of {len(self)}':<{width}}  {sum(self.values()) / len(self):8.4%}")
+        return "\n".join(lines)
+
+
+# ---- dense to quantised ----------------------------------------------------------------------------------------------
+def quantize_model(
+    model: nn.Module, quantize: str = "nf4", *, skip: Iterable[str] | None = None, **options: Any
+) -> QuantizationReport:
+    """Replace the linear layers of a dense model by quantised ones, in place and on the device where they are.
+
+    The result is what transformers' `from_pretrained(quantization_config=BitsAndBytesConfig(...))` gives, and is saved
+    and reloaded by transformers as such.
+
+    Args:
+        model: a base model, or a model with adapters, whose base layers are then quantised.
+        quantize: "nf4", "fp4" or "int8".
+        skip: names or suffixes of names of modules to leave dense. None: the output head, classification heads, and
+            whatever shares its weight with another module.
+        options: of 4 bits: `compute_dtype` (None: the model's), `double_quant`, `blocksize`, `quant_storage`; of
+            int8: `threshold` for outlier columns.
+
+    Returns:
+        The relative error of every weight; also kept as `model.quantization_report`.
+
+    Raises:
+        ImportError: bitsandbytes is missing. ValueError: unknown format, nothing to quantise, a name in `skip` that
+            matches nothing, layers that hooks have taken over. TypeError: unknown options. Nothing was changed.
+    """
+    plan = plan_quantization(model, quantize, skip, options)
+    report = QuantizationReport()
+    for name, layer, module in plan.places:
+        weight = base_weight(module).dense()
+        new = plan.kind.module(weight, module.bias, **plan.options)
+        new.train(module.training)
+        report[name] = _relative_error(base_weight(new), weight)
+        _put(plan.base, name, layer, new)
+    _mark_quantised(plan.base, plan.kind.config(**plan.options), plan.skipped)
+    plan.base.quantization_report = report
+    return report
+
+
+class QuantizationPlan(NamedTuple):
+    """What `quantize_model` will do; made without changing anything."""
+
+    base: nn.Module
+    kind: Quantizer
+    options: dict[str, Any]
+    places: list[tuple[str, BaseTunerLayer | None, nn.Module]]
+    skipped: set[str]
+
+
+def plan_quantization(
+    model: nn.Module, quantize: str, skip: Iterable[str] | None, options: Mapping[str, Any]
+) -> QuantizationPlan:
+    """Check everything that `quantize_model` refuses; arguments and errors as there."""
+    kind, base = quantizer(quantize), _inner(model)
+    accepted = inspect.signature(kind.config).parameters
+    options = {name: value for name, value in options.items() if value is not None}
+    if "compute_dtype" in accepted and isinstance(getattr(base, "dtype", None), torch.dtype):
+        options.setdefault("compute_dtype", base.dtype)
+    try:
+        inspect.signature(kind.config).bind(**options)
+    except TypeError as e:
+        raise TypeError(f"quantize={quantize!r}: {e}; its options are {', '.join(accepted)}") from None
+    kind.module(torch.ones(2, 64), None, **options)  # values are refused here, not at the first layer
+    places = list(_dense_linears(base))
+    skipped = _skipped(base, places, skip)
+    places = [place for place in places if place[0] not in skipped]
+    if not places:
+        raise ValueError(
+            f"{type(base).__name__} has no dense linear layer left to quantise (skipped: {sorted(skipped)})"
+        )
+    busy = [name for name, _, module in places if not is_untouched(module)]
+    if busy:
+        raise ValueError(
+            f"These layers have hooks or are offloaded and cannot be replaced: {enumerate_some(busy)}. Quantise before "
+            "dispatching the model, or name them in `skip`."
+        )
+    merged = [name for name, layer, _ in places if isinstance(layer, BaseTunerLayer) and layer.merged]
+    if merged:
+        raise ValueError(f"Adapters are merged into {enumerate_some(merged)}; unmerge first")
+    return QuantizationPlan(base, kind, options, places, skipped)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The base model inside a PeftModel or a tuner; others as they are."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.model if isinstance(model, BaseTuner) else model
+
+
+def _relative_error(stored: BaseWeight, weight: Tensor) -> float:
+    exact = weight.float()
+    return float((stored.dense(torch.float32) - exact).norm() / exact.norm())
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer | None, nn.Module]]:
+    """(name without wrappers, the adapter layer around it or None, the module) of all modules of the base model."""
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = None
+        if isinstance(module, BaseTunerLayer):
+            inside = name + "."
+            yield name, module, module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            inside = name + "."  # modules trained in full stay dense
+        else:
+            yield name, None, module
+
+
+def _dense_linears(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer | None, nn.Module]]:
+    for name, layer, module in _base_modules(model):
+        if type(module) is nn.Linear or is_conv1d(module):
+            yield name, layer, module
+
+
+def _skipped(model: nn.Module, places: list[tuple[str, Any, nn.Module]], skip: Iterable[str] | None) -> set[str]:
+    names = {name for name, _, _ in places}
+    if skip is not None:
+        if isinstance(skip, str):
+            raise TypeError(f"skip must be a list of names, got the string {skip!r}")
+        chosen = set()
+        for wanted in skip:
+            found = {n for n in names if n == wanted or n.endswith(f".{wanted}")}
+            if not found:
+                known = names if "." in wanted else {n.rpartition(".")[2] for n in names}
+                raise ValueError(f"skip: no linear layer is named {wanted!r}.{close_matches(wanted, known)}")
+            chosen |= found
+        return chosen
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    owners: dict[int, int] = {}
+    for _, _, module in _base_modules(model):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            owners[id(weight)] = owners.get(id(weight), 0) + 1
+    return {
+        name
+        for name, _, module in places
+        if module is head or owners[id(module.weight)] > 1 or name in (*SEQ_CLS_HEAD_NAMES, "qa_outputs", "lm_head")
+    }
+
+
+def _put(model: nn.Module, name: str, layer: BaseTunerLayer | None, module: nn.Module) -> None:
+    if layer is None:
+        old = model.get_submodule(name)
+        for parent in model.modules():
+            for attribute, child in parent._modules.items():
+                if child is old:
+                    parent._modules[attribute] = module
+        return
+    layer.base_layer = module
+    layer.__dict__["site"] = make_site(module)
+    layer.site.weight.name = name
+    layer.__dict__["_plan"] = None
+
+
+def _mark_quantised(model: nn.Module, config: Mapping[str, Any], skipped: Iterable[str]) -> None:
+    """Tell transformers and the trainers what the model is now."""
+    if not any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__):
+        setattr(model, "is_loaded_in_4bit" if config.get("load_in_4bit") else "is_loaded_in_8bit", True)
+        return  # only the flag that others ask for
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    settings = BitsAndBytesConfig(**config, llm_int8_skip_modules=sorted(skipped) or None)
+    model.hf_quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, settings.quant_method
+    model.hf_quantizer.postprocess_model(model)
+
+
+# ---- quantised to dense ----------------------------------------------------------------------------------------------
+@torch.no_grad()
+def dequantize_model(
+    model: nn.Module,
+    originals: str | Path | Mapping[str, Tensor] | nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Replace the quantised linear layers of a model by dense ones, in place; adapters stay where they are.
+
+    Args:
+        originals: take weights from here (a folder with safetensors, tensors by name, or a model) instead of
+            dequantising; they are not what the adapters were trained against.
+        dtype: of the dense weights; None: the model's, else the one the layer computed in.
+
+    Returns:
+        Names of the replaced modules.
+
+    Raises:
+        ValueError: nothing is quantised, or adapters are merged. KeyError: a weight is missing in `originals`. Nothing
+            was changed.
+    """
+    base = _inner(model)
+    places = [(n, layer, m) for n, layer, m in _base_modules(base) if _is_quantised(m)]
+    if not places:
+        raise ValueError(f"{type(base).__name__} has no quantised linear layers")
+    merged = [name for name, layer, _ in places if layer is not None and layer.merged]
+    if merged:
+        raise ValueError(f"Adapters are merged into {enumerate_some(merged)}; unmerge first")
+    source = None if originals is None else Originals(originals, getattr(base, "base_model_prefix", ""))
+    if source is not None:
+        for name, _, module in places:
+            found, wanted = tuple(source.weight(name).shape), base_weight(module).shape
+            if found != wanted:
+                raise ValueError(f"{name}: the original weight has shape {list(found)}, the module {list(wanted)}")
+    for name, layer, module in places:
+        stored = base_weight(module)
+        kept = dtype or _dense_dtype(base, stored)
+        weight = stored.dense(kept) if source is None else source.weight(name).to(module.weight.device, kept)
+        new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        new.bias = module.bias
+        new.train(module.training)
+        _put(base, name, layer, new)
+    if not any(_is_quantised(module) for _, _, module in _base_modules(base)):
+        _unmark_quantised(base)
+    return [name for name, _, _ in places]
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and base_weight(module).quantization is not None
+
+
+def _dense_dtype(model: nn.Module, stored: BaseWeight) -> torch.dtype:
+    own = getattr(model, "dtype", None)
+    return own if isinstance(own, torch.dtype) and own.is_floating_point else stored.compute_dtype
+
+
+def _unmark_quantised(model: nn.Module) -> None:
+    marks = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+    for name in (*marks, "quantization_report"):
+        model.__dict__.pop(name, None)
+    config = getattr(model, "config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_is_quantized"):
+            module.config._is_quantized = False
+
+
+# ---- LoftQ -----------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def replace_lora_weights_loftq(
+    peft_model: nn.Module,
+    model_path: str | Path | Mapping[str, Tensor] | nn.Module | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    iterations: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Set the factors of a LoRA on a quantised base to the best approximation of what quantising lost (Li et al., arXiv
+    2310.08659), from the weights before quantisation.
+
+    Args:
+        peft_model: a model with LoRA layers on quantised weights.
+        model_path: the original weights: a folder with safetensors, tensors by name, or a model; None: the folder that
+            the model was loaded from.
+        callback: called after each module with (model, name); False puts the module's factors back.
+        iterations: also requantise the base, in turn with the factors, this many times; 0 leaves the base alone.
+
+    Returns:
+        By module name, the relative error |Q + s B A - W| / |W| before and after.
+
+    Raises:
+        ValueError: no such layers, or no path. FileNotFoundError, KeyError: original weights that are not there.
+    """
+    base = _inner(peft_model)
+    places = [
+        (name, layer)
+        for name, layer, module in _base_modules(base)
+        if layer is not None and adapter_name in layer.adapters and _is_quantised(module)
+    ]
+    if not places:
+        raise ValueError(f"No LoRA layer with adapter {adapter_name!r} on a quantised weight found on the model")
+    source = Originals(_folder(base) if model_path is None else model_path, getattr(base, "base_model_prefix", ""))
+    errors = {}
+    for name, layer in places:
+        adapter, stored = layer.adapters[adapter_name], layer.site.weight
+        weight = source.weight(name).to(stored.device, torch.float32)
+        a, b = factors(adapter)
+        snapshot = stored.snapshot() if iterations and callback else None
+        before = (_loss(layer, adapter, weight), a.clone(), b.clone())
+        rank = adapter.setting("r")
+        if iterations:
+
+            def store(target: Tensor, stored: BaseWeight = stored) -> Tensor:
+                stored.assign(target)
+                return stored.dense(torch.float32)
+
+            new_a, new_b = loftq_factors(weight, rank, adapter.scale, iterations, store)
+        else:
+            new_a, new_b = best_factors(weight - stored.dense(torch.float32), rank, adapter.scale)
+        a.copy_(new_a)
+        b.copy_(new_b)
+        errors[name] = (before[0], _loss(layer, adapter, weight))
+        if callback is not None and not callback(peft_model, name):
+            a.copy_(before[1])
+            b.copy_(before[2])
+            if snapshot is not None:
+                stored.restore(snapshot)
+            errors[name] = (before[0], before[0])
+    return errors
+
+
+def _loss(layer: BaseTunerLayer, adapter: Adapter, weight: Tensor) -> float:
+    a, b = (f.float() for f in factors(adapter))
+    held = layer.site.weight.dense(torch.float32) + adapter.scale * layer.site.delta(a, b)
+    return float((held - weight).norm() / weight.norm())
+
+
+def _folder(model: nn.Module) -> Path:
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not name:
+        raise ValueError("The model does not say where it was loaded from; pass model_path, the original weights")
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors", "*.json"]))

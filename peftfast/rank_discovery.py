@@ -1,0 +1,200 @@
+"""Ranks for a plain LoRA, chosen per module from a few batches under a total budget, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftType
+from peftfast.default_targets import LORA
+from peftfast.eva import components_of, distribute, forward_fn_dict, prepare_layer_inputs_fn_language_modeling
+from peftfast.eva import prepare_model_inputs_fn_language_modeling as token_indices
+from peftfast.layer import BaseTunerLayer
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.ranks import pattern_of
+from peftfast.targets import linear_modules, make_matcher, pattern_value, resolve_targets
+
+OVERSAMPLING = 8  # columns of the sketch beyond the largest rank
+
+
+def discover_ranks(
+    model: nn.Module,
+    config: LoraConfig,
+    batches: Iterable[Mapping[str, Any]],
+    budget: int | None = None,
+    *,
+    by: Literal["variance", "gradient"] = "variance",
+    minimum: int = 1,
+    maximum: int | None = None,
+    adjust_scaling: bool = True,
+    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Choose a rank for every linear target and write it to `config.rank_pattern`.
+
+    Args:
+        model: the base model, without adapters; left as it was.
+        config: its `r` (and `rank_pattern`) say what the budget is by default; its targets are resolved in place.
+        batches: calibration data, a list or anything that can be gone through again.
+        budget: sum of all ranks; None: that of the config as given.
+        by: "variance": how much of the variance of a module's inputs the r-th component explains (Paischer et al.,
+            arXiv 2410.07170); "gradient": the r-th singular value of the loss's gradient by the weight, squared,
+            which is what a step along it gains to first order. Gradients need `labels` in the batches, or `loss_fn`.
+        minimum: rank that every module gets. maximum: that none exceeds; None: twice the config's `r`.
+        adjust_scaling: write `alpha_pattern` as well, so that every module keeps its alpha / r.
+        forward_fn: (model, batch) -> output. loss_fn: output -> scalar; None: `output.loss`.
+        seed: of the random sketch of the gradients.
+
+    Returns:
+        module name -> rank, with the sum `budget` unless all modules reach `maximum`.
+
+    Raises:
+        ValueError: an adapted model, another kind of config, a budget below `minimum` for each, no linear targets, no
+            data, or data without a loss.
+    """
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"discover_ranks chooses ranks of a LoraConfig, got {type(config).__name__}")
+    if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise ValueError("discover_ranks looks at the base model; call it before adding adapters")
+    if by not in ("variance", "gradient"):
+        raise ValueError(f"by must be 'variance' or 'gradient', got {by!r}")
+    targets_before = config.target_modules
+    resolve_targets(config, model, LORA)
+    matcher = make_matcher(config)
+    modules = {n: m for n, m in linear_modules(model) if matcher(n)}
+    if not modules:
+        config.target_modules = targets_before
+        raise ValueError(f"target_modules={targets_before!r} match no linear layer of {type(model).__name__}")
+    given = {n: pattern_value(config.rank_pattern, n, config.r) for n in modules}
+    alphas = {n: pattern_value(config.alpha_pattern, n, config.lora_alpha) for n in modules}
+    total = sum(given.values()) if budget is None else budget
+    if minimum < 1 or total < minimum * len(modules):
+        raise ValueError(
+            f"A budget of {total} ranks cannot give {len(modules)} modules at least {minimum} each (minimum must be at "
+            "least 1)"
+        )
+    top = 2 * config.r if maximum is None else maximum
+    if top < minimum:
+        raise ValueError(f"maximum={top} is below minimum={minimum}")
+    limits = {n: min(top, *_shape(m)) for n, m in modules.items()}
+    training = model.training
+    model.eval()
+    try:
+        if by == "variance":
+            shares = _variances(model, modules, batches, limits, config, forward_fn)
+        else:
+            shares = _gradients(model, modules, batches, limits, forward_fn, loss_fn or _loss, seed)
+    except BaseException:
+        config.target_modules = targets_before
+        raise
+    finally:
+        model.train(training)
+    ranks = distribute({n: shares[n][: limits[n]] for n in modules}, total, minimum)
+    config.rank_pattern = pattern_of(ranks, config.r)
+    if adjust_scaling:
+        power = 0.5 if config.use_rslora else 1.0
+        config.alpha_pattern = pattern_of(
+            {n: alphas[n] if r == given[n] else alphas[n] * (r / given[n]) ** power for n, r in ranks.items()},
+            config.lora_alpha,
+        )
+    return ranks
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    from peftfast.base.weight import base_weight
+
+    return base_weight(module).shape
+
+
+def _loss(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ValueError("by='gradient' needs a loss: put `labels` into the batches or pass loss_fn")
+    return loss
+
+
+def _variances(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    limits: Mapping[str, int],
+    config: LoraConfig,
+    forward_fn: Callable[..., Any],
+) -> dict[str, Tensor]:
+    """Share of the inputs' variance that each component explains, module by module."""
+    first = next(iter(batches), None)
+    tokens = isinstance(first, Mapping) and "input_ids" in first
+    found = components_of(
+        model, modules, batches, limits, lambda found: limits, 0.0, forward_fn,
+        (lambda batch: token_indices(batch, config)) if tokens else None,
+        lambda name: prepare_layer_inputs_fn_language_modeling if tokens else _rows,
+    )  # fmt: skip
+    return {n: found[n].explained for n in modules}
+
+
+def _rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gradients(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    limits: Mapping[str, int],
+    forward_fn: Callable[..., Any],
+    loss_fn: Callable[[Any], Tensor],
+    seed: int,
+) -> dict[str, Tensor]:
+    """Squared singular values of the gradient by each weight, summed over the batches.
+
+    The gradient dYᵀ X [N, K] is never built: its product with a random matrix [K, q] keeps its leading singular values
+    (Halko et al., arXiv 0909.4061).
+    """  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    sketches: dict[str, Tensor] = {}
+    random: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        n, k = _shape(module)
+        q = min(limits[name] + OVERSAMPLING, n, k)
+        basis, _ = torch.linalg.qr(torch.randn(k, q, generator=generator))
+        random[name] = (basis * (k / q) ** 0.5).to(module.weight.device)
+        sketches[name] = torch.zeros(n, q, device=module.weight.device)
+
+    def watch(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            x = args[0].detach()
+            projected = x.reshape(-1, x.shape[-1]).float() @ random[name]
+            # frozen weights and token ids give no graph; from here on there is one
+            output = output if output.requires_grad else output.detach().requires_grad_()
+
+            def arrived(dy: Tensor) -> None:
+                sketches[name].addmm_(dy.reshape(-1, dy.shape[-1]).float().t(), projected)
+
+            output.register_hook(arrived)
+            return output
+
+        return hook
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    handles = [m.register_forward_hook(watch(n)) for n, m in modules.items()]
+    count = 0
+    try:
+        for p in trainable:  # no gradient by the weights themselves
+            p.requires_grad_(False)
+        for batch in batches:
+            with torch.enable_grad():
+                loss_fn(forward_fn(model, batch)).backward()
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p in trainable:
+            p.requires_grad_(True)
+    if not count:
+        raise ValueError("batches is empty")
+    return {n: torch.linalg.svdvals(s / count).square() for n, s in sketches.items()}

@@ -1,0 +1,54 @@
+"""Ranks of a LoRA that is already there, or not yet: patterns for a config, and factors of another size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from peftfast.inventory import Inventory
+from peftfast.layer import BaseTunerLayer
+
+
+def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """A `rank_pattern` or `alpha_pattern` that gives every module its value and leaves out those with the default.
+
+    Patterns match the ends of names as well, so a name that is the end of another one is anchored.
+    """
+    pattern = {}
+    for name, value in values.items():
+        ends_another = any(other.endswith("." + name) for other in values)
+        if value != default or any(name.endswith("." + other) for other in values):
+            pattern[f"^{name}" if ends_another else name] = value
+    return pattern
+
+
+def resize_adapter(inventory: Inventory, name: str, keys: list[str]) -> None:
+    """Make the factors of an adapter anew at these modules, as its config now says; trainability stays."""
+    for key in keys:
+        layer: BaseTunerLayer = inventory.layers[key]
+        old = layer.adapters[name]
+        first: nn.Parameter = next(layer.trainable(old))
+        method, cfg, dtype, device, trained = old.method, old.cfg, first.dtype, first.device, first.requires_grad
+        active, disabled = layer.active_adapters, layer._disable_adapters
+        layer.activate([n for n in active if n != name])
+        layer.delete_adapter(name)
+        device = layer.site.weight.device if device.type == "meta" else device
+        layer.add_adapter(name, method, cfg, key, dtype=dtype, device=device)
+        for module in layer.modules():
+            module.training = layer.training
+        layer.set_requires_grad(name, trained)
+        layer.activate(active)
+        layer._disable_adapters = disabled
+
+
+def drop_adapter(inventory: Inventory, name: str, keys: list[str]) -> None:
+    """Take an adapter off these modules; a module without any is itself again."""
+    for key in keys:
+        layer = inventory.layers[key]
+        layer.activate([n for n in layer.active_adapters if n != name])
+        layer.delete_adapter(name)
+        if not layer.adapters:
+            inventory.replace(key, layer.base_layer)
+            del inventory.layers[key]

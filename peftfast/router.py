@@ -1,0 +1,141 @@
+"""Choosing adapters from the inputs, and turning a choice of any kind into a `Routing`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.errors import close_matches
+from peftfast.routing import BASE, Routing, batch_of
+
+if TYPE_CHECKING:
+    from peftfast.inventory import Inventory
+
+#: What may be passed as `adapter_names`: a name for every sample, or a number for every sample.
+Choice = Sequence[str] | Tensor
+
+
+class Router:
+    """Chooses the adapters of a batch from its inputs.
+
+    Subclass it and write `choose`, or give it a function; then `model.set_router(router)`. It is asked once for every
+    `forward` and every `generate` that was not given `adapter_names`, on the thread that called it, so a router without
+    state of its own is safe under threads.
+
+    Args:
+        function: what `choose` answers with.
+    """
+
+    def __init__(self, function: Callable[[Mapping[str, Any]], Choice | None] | None = None) -> None:
+        self.function = function
+
+    def choose(self, inputs: Mapping[str, Any]) -> Choice | None:
+        """The adapters of a batch.
+
+        Args:
+            inputs: the model's arguments by name.
+
+        Returns:
+            A name for every sample ("__base__" for none), or a tensor of adapter numbers, or None: the active adapters.
+        """
+        if self.function is None:
+            raise NotImplementedError(f"{type(self).__name__} needs a `choose` method, or a function when it is made")
+        return self.function(inputs)
+
+
+def as_router(router: Router | Callable[[Mapping[str, Any]], Choice | None] | None) -> Router | None:
+    """The router itself, one around a function, or None."""
+    if router is None or isinstance(router, Router):
+        return router
+    if not callable(router):
+        raise TypeError(f"A router is a peftfast.Router or a function of the inputs, got {router!r}")
+    return Router(router)
+
+
+def named_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's arguments by the names of its `forward`."""
+    parameters = inspect.signature(model.forward).parameters if args else ()
+    return {**dict(zip(parameters, args, strict=False)), **kwargs}
+
+
+def resolve(
+    inventory: Inventory, choice: Choice, args: Sequence[Any], kwargs: Mapping[str, Any], copies: tuple[int, ...] = (1,)
+) -> Routing:
+    """The routing that `adapter_names=choice` means for this batch.
+
+    Args:
+        copies: how many neighbouring rows may belong to one sample: 1, and the number of beams.
+
+    Raises:
+        ValueError: an adapter that is not there, as many names as there are no samples, merged adapters, a number out
+            of range (looked at on the CPU only: elsewhere such samples come out as NaN).
+        TypeError: neither names nor a tensor of whole numbers.
+    """
+    if any(layer.merged_adapters for layer in inventory.layers.values()):
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    batch = batch_of(args, kwargs)
+    tokens = batch.shape[1] if batch is not None and batch.dim() > 1 else None
+    if isinstance(choice, Tensor):
+        return _by_number(inventory, choice, batch, copies=copies, tokens=tokens)
+    if isinstance(choice, str) or not isinstance(choice, Sequence) or not all(isinstance(n, str) for n in choice):
+        raise TypeError(
+            "`adapter_names` must be a list with one adapter name for each sample, or a tensor of adapter numbers; got "
+            f"{choice!r}"
+        )
+    _check_length(len(choice), batch)
+    unknown = sorted({n for n in choice if n != BASE and n not in inventory.configs})
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}."
+            f"{close_matches(unknown[0], inventory.configs)} Present: {', '.join(inventory.configs)}"
+        )
+    device = "cpu" if batch is None else batch.device
+    return Routing.by_name(choice, device, copies=copies, tokens=tokens)
+
+
+def _check_length(length: int, batch: Tensor | None) -> None:
+    if batch is not None and length != batch.shape[0]:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{length} and {batch.shape[0]} respectively."
+        )
+
+
+def _by_number(inventory: Inventory, numbers: Tensor, batch: Tensor | None, **shape: Any) -> Routing:
+    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise TypeError(
+            "`adapter_names` as a tensor holds one adapter number for each sample (int32 or int64 [B], -1 for the base "
+            f"model; see `adapter_numbers`), got {numbers.dtype} {list(numbers.shape)}"
+        )
+    _check_length(numbers.shape[0], batch)
+    names, table = inventory.number_table(numbers.device)
+    if numbers.device.type == "cpu" and not torch.compiler.is_compiling():
+        known = {-1, *inventory.numbers.values()}
+        wrong = sorted(set(numbers.tolist()) - known)
+        if wrong:
+            raise ValueError(
+                f"No adapter has the number {', '.join(map(str, wrong))}. Numbers are never used twice; present: "
+                f"{inventory.numbers}, -1 is the base model"
+            )
+    last = table.shape[0] - 1  # stands for every number that no adapter ever had
+    inside = torch.where((numbers < -1) | (numbers >= last - 1), last, numbers + 1)
+    return Routing(names, table[inside.long()], None, **shape)
+
+
+def copies_of_a_sample(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Into how many rows `generate` may expand a prompt: itself, its beams, its returned sequences. An encoder sees
+    the prompts before they are expanded."""
+    given = kwargs.get("generation_config") or next((a for a in args if hasattr(a, "num_beams")), None)
+    counts = {1}
+    for name in ("num_beams", "num_return_sequences"):
+        value = kwargs.get(name)
+        for config in (given, getattr(model, "generation_config", None)):
+            value = getattr(config, name, None) if value is None else value
+        counts.add(int(value or 1))
+    return tuple(sorted(counts))

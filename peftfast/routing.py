@@ -1,0 +1,269 @@
+"""Which adapter every sample of a batch gets: decided once per forward of the model, read by every layer.
+
+A `Routing` comes from names (a list of strings, one a sample) or from a tensor of adapter numbers. Names are known to
+the host, so the products of a layer can be arranged around them; a tensor never is, so that one compiled graph and one
+CUDA graph serve every mix.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: In place of an adapter's name: this sample gets the base model.
+BASE = "__base__"
+
+
+class Rows:
+    """The samples of one layer's input.
+
+    Attributes:
+        index: [B] int64, position in the layer's list of adapters; -1 for the base model; the length of the list for
+            a number that no adapter has (its samples come out as NaN, because looking at the number would stall a GPU).
+        host: the same as a tuple where the host knows it, else None.
+        store: a dict of the layer that outlives the forward, for whatever a method wants to keep.
+        memo: a dict that lives as long as the routing, shared by layers with the same `index`.
+    """
+
+    __slots__ = ("index", "host", "store", "memo")
+
+    def __init__(
+        self, index: Tensor, host: tuple[int, ...] | None, store: MutableMapping[Any, Any], memo: dict[Any, Any]
+    ) -> None:
+        self.index, self.host, self.store, self.memo = index, host, store, memo
+
+    def derived(self, name: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, once per routing."""
+        if name not in self.memo:
+            self.memo[name] = make()
+        return self.memo[name]
+
+    def of(self, position: int) -> Tensor:
+        """Indices [n] of the samples of one adapter; needs `host`."""
+        return self.derived(
+            f"of {position}", lambda: self._indices(i for i, g in enumerate(self.host) if g == position)
+        )
+
+    def only(self, positions: Sequence[int], count: int) -> Rows:
+        """The same for a method that has the adapters at `positions`, out of `count`; the rest is not its business."""
+        new = {p: i for i, p in enumerate(positions)}
+        if self.host is not None:
+            host = tuple(new.get(g, -1) for g in self.host)
+            index, memo = self.derived(("only", *positions), lambda: (self._indices(host), {}))
+            return Rows(index, host, self.store, memo)
+        table = [-1, *(new.get(p, -1) for p in range(count)), len(positions)]
+        return Rows(self._indices(table)[self.index + 1], None, self.store, {})
+
+    @property
+    def taken(self) -> slice | Tensor | None:
+        """Where samples with an adapter are; None: everywhere. A slice where they are neighbours. Needs `host`."""
+
+        def make() -> slice | Tensor | None:
+            where = [i for i, g in enumerate(self.host) if g >= 0]
+            if len(where) == len(self.host):
+                return None
+            if where and where[-1] - where[0] + 1 == len(where):
+                return slice(where[0], where[-1] + 1)
+            return self._indices(where)
+
+        return self.derived("taken", make)
+
+    @property
+    def used(self) -> int:
+        """How many samples have an adapter. Needs `host`."""
+        return self.derived("used", lambda: sum(g >= 0 for g in self.host))
+
+    @property
+    def run(self) -> int:
+        """n if the samples with an adapter are n of adapter 0, then n of adapter 1 and so on, which makes a batched
+        product over the stacked factors a mere view; 0 otherwise. Needs `host`."""
+
+        def make() -> int:
+            used = [g for g in self.host if g >= 0]
+            count = max(used) + 1
+            n = len(used) // count
+            return n if used == [g for g in range(count) for _ in range(n)] else 0
+
+        return self.derived("run", make)
+
+    @property
+    def positions(self) -> Tensor:
+        """`index` without the samples of the base model. Needs `host`."""
+        taken = self.taken
+        return self.derived("positions", lambda: self.index if taken is None else self.index[taken])
+
+    def _indices(self, values: Any) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self.index.device)
+
+
+class Routing:
+    """One batch's mix.
+
+    Attributes:
+        names: the adapters in question.
+        index: [B] int64, position in `names`; -1 for the base model.
+        host: the same as a tuple where the host knows it.
+        copies: how many neighbouring rows of an input may belong to one sample (beams).
+        slots: the pool whose slots are counted, instead of adapters of the model.
+        tokens: tokens per sample, for layers that see the batch flattened to [B · tokens, K].
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        index: Tensor,
+        host: tuple[int, ...] | None,
+        copies: tuple[int, ...] = (1,),
+        tokens: int | None = None,
+        slots: Any = None,
+    ) -> None:
+        self.slots = slots
+        self.names, self.index, self.host, self.copies, self.tokens = names, index, host, copies, tokens
+        self.uniform = host is not None and len(set(host)) == 1
+        self._memo: dict[Any, tuple[Tensor, tuple[int, ...] | None, dict]] = {}
+
+    @classmethod
+    def by_name(cls, names: Sequence[str], device: torch.device | str, **shape: Any) -> Routing:
+        """From one name a sample; `BASE` for none."""
+        used = tuple(dict.fromkeys(n for n in names if n != BASE))
+        position = {name: i for i, name in enumerate(used)} | {BASE: -1}
+        host = tuple(position[n] for n in names)
+        return cls(used, torch.tensor(host, dtype=torch.int64, device=device), host, **shape)
+
+    def rows(self, x: Tensor, present: tuple[bool, ...], store: MutableMapping[Any, Any], where: str) -> Rows:
+        """The samples of a layer's input.
+
+        Args:
+            x: the input, samples first.
+            present: for each of `names`, whether the layer has it; the others contribute nothing there.
+            where: the layer's name, for the message.
+
+        Raises:
+            ValueError: `x` holds another number of samples than this routing.
+        """
+        size, batch = x.shape[0], self.index.shape[0]
+        if self.host is None:
+            index = self.index if size == batch else self.index.repeat_interleave(self._repeats(x, where))
+            if not all(present):
+                index = self._position_here(present, store)[index + 1]
+            return Rows(index, None, store, {})
+        known = self._memo.get((size, present))
+        if known is None:
+            repeats = self._repeats(x, where)
+            host = self.host
+            if not all(present):
+                new = {-1: -1}
+                for old, here in enumerate(present):
+                    new[old] = sum(present[:old]) if here else -1
+                host = tuple(new[g] for g in host)
+            host = tuple(g for g in host for _ in range(repeats))
+            index = torch.tensor(host, dtype=torch.int64, device=x.device)
+            known = self._memo[size, present] = (index, host, {})
+        return Rows(known[0], known[1], store, known[2])
+
+    def _position_here(self, present: tuple[bool, ...], store: MutableMapping[Any, Any]) -> Tensor:
+        """[1 + len(names) + 1]: position in the layer's shorter list for -1, every position, and the unknown."""
+        key = ("position here", self.names, present)
+        table = store.get(key)
+        if table is None or table.device != self.index.device:
+            values = [-1, *(sum(present[:i]) if here else -1 for i, here in enumerate(present)), sum(present)]
+            table = torch.tensor(values, dtype=torch.int64, device=self.index.device)
+            if not torch.compiler.is_compiling():
+                store[key] = table
+        return table
+
+    def _repeats(self, x: Tensor, where: str) -> int:
+        size, batch = x.shape[0], self.index.shape[0]
+        repeats = size // batch if batch else 0
+        if repeats * batch == size and (
+            repeats in self.copies or (x.dim() == 2 and self.tokens is not None and repeats == self.tokens)
+        ):
+            return repeats
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{batch} and {size} respectively{f' at {where}' if where else ''}."
+        )
+
+
+class _ThisThread(threading.local):
+    def __init__(self) -> None:  # runs in every thread: an attribute that comes and goes would cost compilers a graph
+        self.routing: Routing | None = None
+
+
+class Control:
+    """The routing that is in force, shared by all layers of one model and separate for every thread."""
+
+    def __init__(self) -> None:
+        self._local = _ThisThread()
+        self._recomputing: dict[int, Routing | None] = {}
+        self._has_followed = False
+        self.active: Tensor | None = None  # number of the active adapter on the device, while adapters are stacked
+
+    @property
+    def routing(self) -> Routing | None:
+        routing = self._local.routing
+        if routing is None and self._recomputing:
+            # gradient checkpointing runs layers again, in the engine's own thread
+            routing = self._recomputing.get(torch._C._current_graph_task_id())
+        return routing
+
+    @contextmanager
+    def use(self, routing: Routing | None) -> Iterator[None]:
+        """While this is open, layers called from this thread follow `routing`."""
+        before = self._local.routing
+        self._local.routing = routing
+        try:
+            yield
+        finally:
+            self._local.routing = before
+
+    def follow(self, output: Any, routing: Routing | None) -> None:
+        """Let layers that are run again during the backward pass from `output` follow the same routing."""
+        if not torch.is_grad_enabled() or (routing is None and not self._has_followed):
+            return
+        self._has_followed = True
+
+        def arrived(grad: Tensor) -> None:
+            task = torch._C._current_graph_task_id()
+            if self._recomputing.setdefault(task, routing) is not routing:
+                raise RuntimeError(
+                    "One backward pass goes through two batches with different `adapter_names` (or one with and one "
+                    "without). With gradient checkpointing there is no telling which batch a layer is run again for; "
+                    "call backward for each batch."
+                )
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._recomputing.pop(task, None))
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(arrived)
+
+    def __deepcopy__(self, memo: dict) -> Control:
+        return Control()
+
+    def __reduce__(self) -> tuple:
+        return Control, ()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor among a model's inputs, whose first dimension counts the samples."""
+    names = ("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values")
+    for value in (*args, *(kwargs.get(n) for n in names), *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value
+    return None

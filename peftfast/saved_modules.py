@@ -1,0 +1,301 @@
+"""Modules trained in full beside the adapter (`modules_to_save`) and single token rows (`trainable_token_indices`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.counterpart import HasCounterpart
+from peftfast.layer import BaseTunerLayer
+from peftfast.routing import Control, Routing
+
+
+class AuxiliaryTrainingWrapper(HasCounterpart, nn.Module):
+    """Stands in for a module and gives way to an adapter's own version of it while that adapter is active.
+
+    Names are PEFT's: `original_module`, and below it whatever the subclass keeps per adapter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._adapters: set[str] = set()
+        self._active_adapter: str | list[str] = []
+        self._disable_adapters = False
+        self.__dict__["control"] = Control()
+
+    def share(self, control: Control) -> None:
+        """Follow `control`, as all layers of the model do."""
+        self.__dict__["control"] = control
+
+    # ---- which are active ----------------------------------------------------------------------------------------------
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [self._active_adapter] if isinstance(self._active_adapter, str) else list(self._active_adapter)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self._adapters)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> list[str]:
+        """Which of these adapters this module has. ValueError if that is more than it can have active."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        return [n for n in names if n in self._adapters]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate the adapter's version, trainable unless `inference_mode`; freeze all others."""
+        names = self.check_set_adapter(adapter_names)
+        for name in self._adapters:
+            self.set_requires_grad(name, name in names and not inference_mode)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self.adapter_parameters(name).values():
+                parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+
+    def enable_adapters(self, enabled: bool) -> None:
+        for name in self._adapters:
+            self.set_requires_grad(name, enabled and name in self.active_adapters)
+        self._disable_adapters = not enabled
+
+    def counterparts(self) -> tuple[str, ...]:
+        return (f"utils.other.{next(c.__name__ for c in type(self).__mro__ if c.__module__ == __name__)}",)
+
+    # ---- what subclasses answer ------------------------------------------------------------------------------------------
+    def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
+        raise NotImplementedError
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Key in the file -> key in this module, for all that belongs to an adapter."""
+        raise NotImplementedError
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module to put back in this one's place."""
+        raise NotImplementedError
+
+    def _standing_in(self) -> nn.Module:
+        """The module that answers now."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._standing_in()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_modules" not in self.__dict__ or not self._modules:
+                raise
+            return getattr(self._standing_in(), name)
+
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A copy of the whole module for every adapter, trained in full."""
+
+    adapter_layer_names: tuple[str, ...] = ("modules_to_save",)
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str | None = None) -> None:
+        if isinstance(module_to_save, (*_CONTAINERS, BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module_to_save)}")
+        super().__init__()
+        self.original_module = module_to_save
+        self.modules_to_save = nn.ModuleDict()
+        if adapter_name is not None:
+            self.update(adapter_name)
+
+    def update(self, adapter_name: str, tied: nn.Parameter | None = None) -> None:
+        """Make the adapter's copy, frozen and inactive; a `tied` weight is shared instead of copied."""
+        if adapter_name in self._adapters:
+            return
+        if tied is None:
+            self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+        else:
+            shared = copy.copy(self.original_module)
+            shared._parameters = {**self.original_module._parameters, "weight": tied}
+            self.modules_to_save[adapter_name] = shared
+        self._adapters.add(adapter_name)
+        self.original_module.requires_grad_(False)
+        self.modules_to_save[adapter_name].requires_grad_(False)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> list[str]:
+        names = super().check_set_adapter(adapter_name)
+        if len(names) > 1:
+            raise ValueError(f"Only one adapter can be set at a time for {self}, got {len(names)}")
+        return names
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        routing = self.control.routing
+        if routing is None or self._disable_adapters:
+            return self._standing_in()(*args, **kwargs)
+        if routing.slots is not None:
+            return self.original_module(*args, **kwargs)
+        return self._routed(routing, args, kwargs)
+
+    def _routed(self, routing: Routing, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Every sample by its own adapter's copy of the module, or by the module itself."""
+        name = type(self.original_module).__name__
+        if len(args) != 1 or not isinstance(args[0], Tensor) or any(isinstance(v, Tensor) for v in kwargs.values()):
+            raise TypeError(
+                f"Mixed batches are not supported for {name} in modules_to_save, which takes more than one tensor"
+            )
+        x = args[0]
+        names = [n for n in routing.names if n in self._adapters]
+        present = tuple(n in self._adapters for n in routing.names)
+        rows = routing.rows(x, present, {}, f"{name} in modules_to_save")
+        copies = [self.modules_to_save[n] for n in names]
+        out = None
+        if rows.host is None or -1 in rows.host:
+            out = _samples_first(self.original_module(x, **kwargs), x, name)
+        for position, copied in enumerate(copies):
+            if rows.host is None:
+                mask = (rows.index == position).view(-1, *(1,) * (out.dim() - 1))
+                out = torch.where(mask, copied(x, **kwargs), out)
+                continue
+            where = rows.of(position)
+            own = _samples_first(copied(x.index_select(0, where), **kwargs), where, name)
+            if out is None:
+                out = own.new_empty(x.shape[0], *own.shape[1:])
+            out = out.index_copy(0, where, own.to(out.dtype))
+        if rows.host is None:
+            unknown = (rows.index >= len(copies)).view(-1, *(1,) * (out.dim() - 1))
+            out = out.masked_fill(unknown, float("nan"))
+        return out
+
+    def _standing_in(self) -> nn.Module:
+        names = self.active_adapters
+        if self._disable_adapters or not names:
+            return self._modules["original_module"]
+        return self._modules["modules_to_save"][names[0]]
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        if adapter_name not in self._adapters:
+            return
+        self._adapters.discard(adapter_name)
+        del self.modules_to_save[adapter_name]
+        self.set_adapter([n for n in new_active_adapters or [] if n in self._adapters][:1])
+
+    def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
+        if adapter_name not in self._adapters:
+            return {}
+        return dict(self.modules_to_save[adapter_name].named_parameters())
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        if adapter_name not in self._adapters:
+            return {}
+        return {k: f"modules_to_save.{adapter_name}.{k}" for k in self.modules_to_save[adapter_name].state_dict()}
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        names = [n for n in (adapter_names or self.active_adapters) if n in self._adapters]
+        # unloading without merging gives the trained copy as well: there is no other place for what was trained
+        return self.modules_to_save[names[0]] if names else self.original_module
+
+
+def _samples_first(output: Any, like: Tensor, name: str) -> Tensor:
+    if not isinstance(output, Tensor) or output.dim() == 0 or output.shape[0] != like.shape[0]:
+        raise TypeError(
+            f"Mixed batches are not supported for {name} in modules_to_save, whose output is not one tensor with the "
+            "samples first"
+        )
+    return output
+
+
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+    """Rows of an embedding trained per adapter; `token_adapter` is an ordinary adapter layer around the module."""
+
+    adapter_layer_names: tuple[str, ...] = ("token_adapter",)
+
+    def __init__(self, module_to_save: nn.Module) -> None:
+        super().__init__()
+        self.token_adapter = BaseTunerLayer(module_to_save)
+
+    def share(self, control: Control) -> None:
+        super().share(control)
+        self.token_adapter.share(control)
+
+    @property
+    def original_module(self) -> nn.Module:
+        return self._modules["token_adapter"].base_layer
+
+    @property
+    def _disable_adapters(self) -> bool:
+        """One state with `token_adapter`, whoever sets it."""
+        return self._modules["token_adapter"]._disable_adapters
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, value: bool) -> None:
+        layer = self._modules.get("token_adapter")
+        if layer is not None:
+            layer._disable_adapters = value
+            layer._plan = None
+
+    def add(self, adapter_name: str, cfg: Any, method: Any, dtype: torch.dtype | None = None, **where: Any) -> None:
+        """Add an adapter's rows.
+
+        Args:
+            cfg: a TrainableTokensConfig. method: its method.
+        """
+        self.token_adapter.add_adapter(adapter_name, method, cfg, "", dtype=dtype, **where)
+        self._adapters.add(adapter_name)
+
+    def _standing_in(self) -> nn.Module:
+        return self._modules["token_adapter"]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(x, *args, **kwargs)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self.token_adapter.activate(self.active_adapters)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.token_adapter.enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        if adapter_name not in self._adapters:
+            return
+        self._adapters.discard(adapter_name)
+        self.token_adapter.activate([n for n in self.token_adapter.active_adapters if n != adapter_name])
+        self.token_adapter.delete_adapter(adapter_name)
+        self.set_adapter([n for n in new_active_adapters or [] if n in self._adapters])
+
+    def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
+        adapter = self.token_adapter.adapters.get(adapter_name)
+        if adapter is None:
+            return {}
+        own = self.token_adapter.trainable_tokens_delta
+        return {f"token_adapter.{k}": v for k, v in adapter.parameters().items() if adapter_name in own}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        if not self.adapter_parameters(adapter_name) or self.is_tied(adapter_name):
+            return {}
+        return {"token_adapter.trainable_tokens_delta": f"token_adapter.trainable_tokens_delta.{adapter_name}"}
+
+    def is_tied(self, adapter_name: str) -> bool:
+        """Whether the rows belong to another module (a tied head) and are saved there."""
+        return self.token_adapter.token_source.get(adapter_name) is not None
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        if merge:
+            self.token_adapter.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep=False)
+        return self.token_adapter.base_layer

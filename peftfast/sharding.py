@@ -1,0 +1,110 @@
+"""Sharded models (FSDP1, FSDP2, ZeRO-3): what to wrap, tensors put together from their shards and taken apart."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, whole: FSDP2's and tensor parallelism's DTensors and ZeRO-3's partitioned parameters are put
+    together from all processes, so all processes have to call this. Others are passed through.
+
+    Returns:
+        Plain tensors; gathered ones are copies.
+    """
+    distributed = _distributed_tensor_class()
+    partitioned = {k: t for k, t in tensors.items() if hasattr(t, "ds_id")}
+    whole = _from_zero3(partitioned) if partitioned else {}
+    for key, tensor in tensors.items():
+        if key not in whole:
+            whole[key] = tensor.full_tensor() if distributed and isinstance(tensor, distributed) else tensor
+    return {key: whole[key].detach() for key in tensors}
+
+
+def _from_zero3(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        return {key: parameter.detach().clone() for key, parameter in parameters.items()}
+
+
+def copy_whole(target: Tensor, source: Tensor) -> None:
+    """Write a whole tensor into one that may be sharded; every process has `source`."""
+    distributed = _distributed_tensor_class()
+    with torch.no_grad():
+        if distributed and isinstance(target, distributed):
+            from torch.distributed.tensor import distribute_tensor
+
+            source = source.to(device=target.device, dtype=target.dtype)
+            target.copy_(distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None))
+        elif hasattr(target, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+                target.copy_(source)
+        else:
+            target.copy_(source)
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Shape of a tensor put together; ZeRO-3 leaves an empty tensor in place of a partitioned one."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _distributed_tensor_class() -> Any:
+    """torch's DTensor, if anybody has imported it; without it there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable:
+    """Wrapping policy for FSDP1: every leaf with a trained weight alone, so that a flat parameter is either trained or
+    frozen as a whole, and every transformer block.
+
+    Args:
+        model: names its blocks in `_no_split_modules`; the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP (class
+            names joined by commas) overrides it.
+
+    Raises:
+        TypeError: the model has no module of a named class.
+    """
+    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    wanted = [n for n in named.split(",") if n] if named is not None else list(block_class_names(model))
+    found = {type(m).__name__: type(m) for m in model.modules()}
+    missing = [n for n in wanted if n not in found]
+    if missing:
+        raise TypeError(f"Could not find the transformer layer class to wrap in the model: {', '.join(missing)}")
+
+    def is_trained_leaf(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return next(module.children(), None) is None and weight is not None and weight.requires_grad
+
+    return functools.partial(
+        _or_policy,
+        policies=[
+            functools.partial(lambda_auto_wrap_policy, lambda_fn=is_trained_leaf),
+            functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={found[n] for n in wanted}),
+        ],
+    )
+
+
+def block_class_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classes that transformers models ask not to be split: their blocks."""
+    names: dict[str, None] = {}
+    for module in model.modules():
+        names.update(
+            dict.fromkeys(
+                module.__dict__.get("_no_split_modules") or getattr(type(module), "_no_split_modules", None) or ()
+            )
+        )
+    present = {type(m).__name__ for m in model.modules()}
+    return tuple(n for n in names if n in present)

@@ -1,0 +1,120 @@
+"""Convolutions of one to three dimensions: the down factor has the base's kernel, the up factor is 1x1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftfast.base.weight import base_weight
+from peftfast.sites.holders import conv_holder
+from peftfast.sites.site import Slot, composed_magnify, register_site
+from peftfast_kernels.decode import Operand
+
+_CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class ConvSite:
+    """y = W * x + bias with x [B, Cin, ...] and y [B, Cout, ...]; W is seen as [Cout, Cin · kernel]."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.weight = base_weight(module)
+        self._conv = next(f for cls, f in _CONV.items() if isinstance(module, cls))
+        self._ones = (1,) * len(module.kernel_size)
+        self.stacks = module.groups == 1
+
+    def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
+        m = self.module
+        if rank % m.groups:
+            raise ValueError(
+                f"Targeting a {type(m).__name__} with groups={m.groups} and rank {rank}. "
+                f"The rank must be divisible by the number of groups."
+            )
+        up = partial(
+            conv_holder, m, rank, m.out_channels, kernel_size=self._ones, stride=self._ones, dilation=self._ones,
+            padding=(0,) * len(self._ones), padding_mode="zeros", groups=m.groups,
+            _reversed_padding_repeated_twice=[0, 0] * len(self._ones),
+        )  # fmt: skip
+        return {
+            "lora_A": Slot((rank, m.in_channels, *m.kernel_size), holder=partial(conv_holder, m, m.in_channels, rank)),
+            "lora_B": Slot(
+                (m.out_channels, rank // m.groups, *self._ones), holder=up, bias=(m.out_channels,) if bias else None
+            ),
+        }
+
+    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module(x, *args, **kwargs)
+
+    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+        y = self.module(x) if y is None else y
+        return (y + self.up(self.down(self.drop(x.to(a.dtype), dropout), a), b) * scale).to(y.dtype)
+
+    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        runs = a.shape[0]
+        x, out = x.to(a.dtype).unflatten(0, (runs, -1)), y.unflatten(0, (runs, -1))
+        each = [self.up(self.down(x[i], a[i]), b[i]) * scale[i] for i in range(runs)]
+        return (out + torch.stack(each)).to(y.dtype).view(y.shape)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        m = self.module
+        a = a.reshape(len(a), -1, *m.kernel_size)  # also of factors that are kept as matrices
+        if m.padding_mode != "zeros":
+            x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
+            return self._conv(x, a, None, m.stride, 0, m.dilation)
+        return self._conv(x, a, None, m.stride, m.padding, m.dilation)
+
+    def up(self, t: Tensor, b: Tensor) -> Tensor:
+        return self._conv(t, b.reshape(*b.shape[:2], *self._ones), groups=self.module.groups)
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        return F.dropout(x, dropout) if dropout > 0.0 else x
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.module.groups > 1:
+            # every output channel sees all input channels through A, which a grouped weight has no place for
+            raise NotImplementedError("Merging is not supported for _ConvNd layers with groups > 1!")
+        return b.flatten(1) @ a.flatten(1)
+
+    def _per_channel(self, s: Tensor) -> Tensor:
+        return s.reshape(1, -1, *self._ones)
+
+    def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
+        return (x * self._per_channel(s)).to(x.dtype)
+
+    def scale_output(self, y: Tensor, s: Tensor) -> Tensor:
+        return (y * self._per_channel(s)).to(y.dtype)
+
+    def add_to_output(self, y: Tensor, v: Tensor) -> Tensor:
+        return y + self._per_channel(v.to(y.dtype))
+
+    def vector_shape(self, side: str) -> tuple[int, ...]:
+        return (1, self.module.in_channels if side == "input" else self.module.out_channels, *self._ones)
+
+    def scale_weight(self, weight: Tensor, s: Tensor, side: str) -> Tensor:
+        if side != "input":
+            return weight * s.reshape(-1, 1)
+        m = self.module
+        # every output channel sees the input channels of its own group
+        per_row = s.reshape(m.groups, 1, -1).expand(-1, m.out_channels // m.groups, -1).reshape(m.out_channels, -1)
+        return weight * per_row.repeat_interleave(weight.shape[1] // per_row.shape[1], dim=1)
+
+    def magnify(
+        self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        return composed_magnify(self, x, y, a, b, g, scale, dropout)
+
+    def by_output(self) -> Operand:
+        return self.weight.readable()
+
+    def output_norm(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight, dim=1)
+
+
+for _cls in _CONV:
+    register_site(f"torch.nn.{_cls.__name__}", lambda module, _cls=_cls: isinstance(module, _cls))(ConvSite)
+register_site("transformers.pytorch_utils.Conv1D", lambda module: False)  # listed for messages; LinearSite serves it

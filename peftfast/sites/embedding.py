@@ -1,0 +1,105 @@
+"""Embeddings: a row lookup is a product with one-hot rows, so the down factor is looked up instead of multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftfast.base.weight import base_weight
+from peftfast.ops.scale import scale_features
+from peftfast.sites.site import Slot, composed_magnify, register_site
+from peftfast_kernels.decode import Operand
+
+
+@register_site("torch.nn.Embedding", lambda module: isinstance(module, nn.Embedding))
+class EmbeddingSite:
+    """y = W[ids] with ids [...] and y [..., K]; W [N, K] is N tokens of K features."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.weight = base_weight(module)
+
+    def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
+        if bias:
+            raise ValueError("lora_bias=True is not supported for Embedding")
+        n, k = self.weight.shape
+        return {"lora_embedding_A": Slot((rank, n)), "lora_embedding_B": Slot((k, rank))}
+
+    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module(x, *args, **kwargs)
+
+    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+        y = self.module(x) if y is None else y
+        return (y + self.up(self.down(x, a), b) * scale).to(y.dtype)
+
+    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        m = self.module
+        runs, r, n = a.shape
+        ids = x.reshape(runs, -1)
+        if m.max_norm is not None or m.scale_grad_by_freq or m.sparse:
+            t = torch.stack([self.down(i, f) for i, f in zip(ids, a, strict=True)])
+        else:
+            # one table under the other
+            ids = ids + torch.arange(runs, device=ids.device).view(-1, 1) * n
+            t = F.embedding(ids, a.transpose(1, 2).reshape(runs * n, r))
+            if m.padding_idx is not None and t.requires_grad:
+                padding = (x.reshape(runs, -1) == m.padding_idx).unsqueeze(-1)
+                t = torch.where(padding, t.detach(), t)  # no gradient for padding, as in the module itself
+        t = t * scale.view(-1, 1, 1)
+        delta = self._scaled(torch.bmm(t, b.transpose(1, 2)))
+        return (y + delta.view(y.shape)).to(y.dtype)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        m = self.module
+        return F.embedding(x, a.t(), m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+
+    def up(self, t: Tensor, b: Tensor) -> Tensor:
+        return self._scaled(t @ b.t())
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        # Gemma scales its embeddings in forward; the low-rank part is a change of the table and is scaled with it
+        embed_scale = getattr(self.module, "embed_scale", None)
+        if embed_scale is None:
+            return y
+        return y * (embed_scale.to(y.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        return x  # token ids: nothing to drop, as in PEFT
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        return (b @ a).t()
+
+    def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
+        raise ValueError("An embedding has no input features to scale")
+
+    def scale_output(self, y: Tensor, s: Tensor) -> Tensor:
+        return scale_features(y, s.flatten())
+
+    def add_to_output(self, y: Tensor, v: Tensor) -> Tensor:
+        return y + v.to(y.dtype)
+
+    def vector_shape(self, side: str) -> tuple[int, ...]:
+        if side == "input":
+            raise ValueError("An embedding has no input features to scale; take it out of feedforward_modules")
+        return (self.weight.shape[1],)
+
+    def scale_weight(self, weight: Tensor, s: Tensor, side: str) -> Tensor:
+        return weight * s.reshape(1, -1)
+
+    def magnify(
+        self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        return composed_magnify(self, x, y, a, b, g, scale, 0.0)
+
+    def by_output(self) -> Operand:
+        n, k = self.weight.shape
+        w = self.weight.readable()
+        table = w.tensors[0] if w.format == "dense" else self.weight.dense()
+        return Operand("dense_t", [table], (k, n), table.dtype)
+
+    def output_norm(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight, dim=0)

@@ -1,0 +1,37 @@
+"""The modules that hold factors, built without allocating or initialising a weight twice."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def _empty(cls: type[nn.Module], **attributes: object) -> nn.Module:
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    module.register_parameter("weight", None)
+    module.register_parameter("bias", None)
+    return module
+
+
+def linear_holder(in_features: int, out_features: int) -> nn.Module:
+    """An `nn.Linear` whose weight and bias are still to be set."""
+    return _empty(nn.Linear, in_features=in_features, out_features=out_features)
+
+
+def conv_holder(base: nn.Module, in_channels: int, out_channels: int, **changes: object) -> nn.Module:
+    """A convolution like `base` (same kernel, stride, padding, dilation) with other channels and `changes`."""
+    cls = next(c for c in type(base).__mro__ if c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    same = (
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "padding_mode",
+        "_reversed_padding_repeated_twice",
+        "transposed",
+        "output_padding",
+    )
+    attributes = {name: getattr(base, name) for name in same} | {"groups": 1} | changes
+    return _empty(cls, in_channels=in_channels, out_channels=out_channels, **attributes)

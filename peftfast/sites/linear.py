@@ -1,0 +1,129 @@
+"""Linear layers: `nn.Linear`, transformers' `Conv1D`, and quantised ones whose storage format is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftfast.base.dense import is_conv1d
+from peftfast.base.weight import base_weight
+from peftfast.ops.dora import dora_linear_add
+from peftfast.ops.lora import lora_linear, lora_linear_add
+from peftfast.ops.scale import scale_features
+from peftfast.sites.holders import linear_holder
+from peftfast.sites.site import Slot, composed_magnify, is_plain, is_untouched, register_site
+from peftfast_kernels.decode import Operand
+
+
+def _claims(module: nn.Module) -> bool:
+    # subclasses count: quantised linears derive from nn.Linear
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+@register_site("torch.nn.Linear", _claims)
+class LinearSite:
+    """y = x Wᵀ + bias with x [..., K] and y [..., N]."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.weight = base_weight(module)
+        # a subclass may compute anything in its forward; only the classes themselves are known to be a plain product
+        self._known_forward = type(module) in (nn.Linear, *getattr(self.weight, "fusable_modules", ())) or (
+            type(module).__name__ == "Conv1D" and is_conv1d(module)
+        )
+
+    def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
+        n, k = self.weight.shape
+        return {
+            "lora_A": Slot((rank, k), holder=partial(linear_holder, k, rank)),
+            "lora_B": Slot((n, rank), holder=partial(linear_holder, rank, n), bias=(n,) if bias else None),
+        }
+
+    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module(x, *args, **kwargs)
+
+    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+        if isinstance(scale, Tensor):  # a scale that may change inside a compiled graph
+            b, scale = b * scale.to(b.dtype), 1.0
+        if not is_plain(x, a, b):
+            return self._composed(x, y, a, b, scale, dropout)
+        if y is None:
+            base = self.product(x)
+            if base is not None:
+                return lora_linear(x, *base, a, b, scale, dropout)
+            y = self.module(x)
+        return lora_linear_add(y, x, a, b, scale, dropout)
+
+    def product(self, x: Tensor) -> tuple[Operand, Tensor | None] | None:
+        """Weight and bias, if calling the module with x is x Wᵀ + bias and nothing else."""
+        bias = self.module.bias
+        if self._known_forward and is_untouched(self.module) and is_plain(x, bias):
+            dtype = self.weight.product_dtype(x)
+            w = None if dtype is None else self.weight.operand(dtype)
+            if w is not None and w.tensors[0].device == x.device and is_plain(*w.tensors):
+                return w, bias
+        return None
+
+    def _composed(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+        """The formula in differentiable torch, for tensors that kernels cannot read (DTensor)."""
+        y = self.module(x) if y is None else y
+        t = self.down(self.drop(x.to(a.dtype), dropout), a)
+        return (y + self.up(t, b) * scale).to(y.dtype)
+
+    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        runs, n = b.shape[0], b.shape[1]
+        rows = x.reshape(runs, -1, a.shape[2]).to(a.dtype)
+        t = torch.bmm(rows, a.transpose(1, 2)) * scale.view(-1, 1, 1)
+        out = y.reshape(runs, -1, n)
+        if out.dtype == t.dtype == b.dtype and not torch.is_autocast_enabled(x.device.type):
+            out = torch.baddbmm(out, t, b.transpose(1, 2))
+        else:
+            out = (out + torch.bmm(t, b.transpose(1, 2))).to(y.dtype)
+        return out.view(y.shape)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.linear(x, a)
+
+    def up(self, t: Tensor, b: Tensor) -> Tensor:
+        return F.linear(t, b)
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        return F.dropout(x, dropout) if dropout > 0.0 else x
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        return b @ a
+
+    def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
+        return scale_features(x, s.flatten())
+
+    def scale_output(self, y: Tensor, s: Tensor) -> Tensor:
+        return scale_features(y, s.flatten())
+
+    def add_to_output(self, y: Tensor, v: Tensor) -> Tensor:
+        return y + v.to(y.dtype)
+
+    def vector_shape(self, side: str) -> tuple[int, ...]:
+        n, k = self.weight.shape
+        return {"input": (1, k), "output": (n, 1), "magnitude": (n,)}[side]
+
+    def scale_weight(self, weight: Tensor, s: Tensor, side: str) -> Tensor:
+        return weight * (s.reshape(1, -1) if side == "input" else s.reshape(-1, 1))
+
+    def magnify(
+        self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        bias = self.module.bias
+        if dropout > 0.0 or not is_plain(x, a, b, bias):
+            return composed_magnify(self, x, y, a, b, g, scale, dropout)
+        return dora_linear_add(self.module(x) if y is None else y, x, a, b, g, bias, scale)
+
+    def by_output(self) -> Operand:
+        return self.weight.readable()
+
+    def output_norm(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight, dim=1)

@@ -1,0 +1,220 @@
+"""Where an adapter acts: the geometry of one kind of module, separated from storage and from method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from peftfast.base.weight import BaseWeight
+from peftfast_kernels.decode import Operand
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One adapter tensor, or a small module of them, and by it every key under which it is known.
+
+    In the model it is `<layer>.<slot>.<adapter>` (a bare Parameter) or `<layer>.<slot>.<adapter>.<leaf>` (a module
+    that holds it). In the file the adapter's name is left out.
+
+    Attributes:
+        shape: of the Parameter, or of the holder's `weight`.
+        holder: builds the holding module without allocating or initialising anything; None for a bare Parameter.
+        bias: shape of the holder's `bias`, if it has one.
+        bare_in_file: the file key drops `.weight` as well (DoRA's magnitude).
+        trainable: False for bookkeeping that is never trained and never saved.
+        fill: its value, where no file and no initialisation gives one.
+    """
+
+    shape: tuple[int, ...]
+    holder: Callable[[], nn.Module] | None = None
+    bias: tuple[int, ...] | None = None
+    bare_in_file: bool = False
+    trainable: bool = True
+    fill: float | None = None
+
+
+class Dense(NamedTuple):
+    """What merging reads and writes: W [N, K] and the bias [N], in fp32 or wider."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Site(Protocol):
+    """One adaptable module.
+
+    Attributes:
+        stacks: optional, False where factor pairs stacked on the rank are not the sum of the pairs (grouped
+            convolutions, whose groups each take a run of ranks).
+    """
+
+    module: nn.Module
+    weight: BaseWeight
+
+    def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
+        """Names and shapes of a factor pair here: the down factor first, then the up factor."""
+        ...
+
+    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The untouched module's output, through the module itself (hooks, offloading, quantised kernels)."""
+        ...
+
+    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+        """y + scale · up(down(drop(x))). y=None: the base product has not been computed and may be fused."""
+        ...
+
+    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """y + scale[s] · up(down(x, a[s]), b[s]) for S equal runs of neighbouring samples, each with its own factors:
+        a [S, r, ...], b [S, N, r, ...], scale [S], x and y with a multiple of S samples."""
+        ...
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """x -> A x, the rank on the feature axis."""
+        ...
+
+    def up(self, t: Tensor, b: Tensor) -> Tensor:
+        """t -> B t, shaped as the module's output."""
+        ...
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        """B A as a change of W [N, K]; what merging adds.
+
+        Raises:
+            NotImplementedError: the product is no weight of this module (grouped convolutions).
+        """
+        ...
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        """Dropout of the adapter's input, where this kind of module has any."""
+        ...
+
+    def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
+        """x with input feature k multiplied by s[k]."""
+        ...
+
+    def scale_output(self, y: Tensor, s: Tensor) -> Tensor:
+        """y with output feature n multiplied by s[n]."""
+        ...
+
+    def add_to_output(self, y: Tensor, v: Tensor) -> Tensor:
+        """y with v[n] added to output feature n, in y's dtype."""
+        ...
+
+    def vector_shape(self, side: str) -> tuple[int, ...]:
+        """Shape in which a per-feature vector is kept for the "input" or the "output" side, or a "magnitude"."""
+        ...
+
+    def scale_weight(self, weight: Tensor, s: Tensor, side: str) -> Tensor:
+        """W [N, K] with the features of one side multiplied by s: what scaling the input or the output amounts to."""
+        ...
+
+    def magnify(
+        self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        """g · (y - bias + scale · up(down(x))) + bias with g [features]; with dropout, y + (g - 1) W xd + g · scale ·
+        up(down(xd)) for xd = drop(x). y=None: the base product has not been computed."""
+        ...
+
+    def by_output(self) -> Operand:
+        """The weight for reading, one row per output feature."""
+        ...
+
+    def output_norm(self, weight: Tensor) -> Tensor:
+        """The Euclidean norm of all weights of an output feature, [features], for W [N, K]."""
+        ...
+
+
+S = TypeVar("S", bound=type)
+
+_SITES: list[tuple[Callable[[nn.Module], bool], type]] = []
+_SUPPORTED: list[str] = []
+
+
+def register_site(name: str, claims: Callable[[nn.Module], bool]) -> Callable[[S], S]:
+    """Class decorator: modules that `claims` accepts get this site; `name` is what error messages call them."""
+
+    def register(cls: S) -> S:
+        _SITES.insert(0, (claims, cls))
+        _SUPPORTED.append(name)
+        return cls
+
+    return register
+
+
+def supported_modules() -> list[str]:
+    """Names of the kinds of module that can carry an adapter."""
+    return list(_SUPPORTED)
+
+
+def has_site(module: nn.Module) -> bool:
+    """Whether `module` is of a kind that can carry an adapter."""
+    return any(claims(module) for claims, _ in _SITES)
+
+
+def make_site(module: nn.Module) -> Site:
+    """The site of a module.
+
+    Raises:
+        ValueError: the kind of module is not supported; lists the supported ones.
+    """
+    for claims, cls in _SITES:
+        if claims(module):
+            return cls(module)
+    raise ValueError(
+        f"Target module {module} is not supported. Currently, only the following modules are supported: "
+        f"{', '.join(f'`{name}`' for name in _SUPPORTED)}."
+    )
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's `forward` and nothing else: no hooks on it (accelerate's offloading
+    replaces `forward` on the instance) and none for all modules."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether all tensors are ordinary ones: no DTensor, no fake or functional wrapper that kernels cannot read."""
+    if torch.compiler.is_compiling():
+        return True
+    for t in tensors:  # every call of every layer comes by here
+        if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
+            return False
+    return True
+
+
+def composed_magnify(
+    site: Site, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """`Site.magnify` in differentiable torch, for any kind of module."""
+    y = site.module(x) if y is None else y
+    wide = torch.promote_types(y.dtype, g.dtype)
+    bias = getattr(site.module, "bias", None)
+    base, inputs = y, x
+    if dropout > 0.0:
+        inputs = site.drop(x, dropout)
+        base = site.module(inputs)
+    base = base.to(wide)
+    if bias is not None:
+        base = site.add_to_output(base, -bias)
+    branch = site.up(site.down(inputs.to(a.dtype) if inputs.is_floating_point() else inputs, a), b)
+    out = site.scale_output(base + scale * branch, g)
+    if dropout > 0.0:
+        out = y.to(wide) + (out - base)
+    elif bias is not None:
+        out = site.add_to_output(out, bias)
+    return out.to(y.dtype)

@@ -1,0 +1,208 @@
+"""What belongs to an adapter, by the names of the live model and by the names of the file, in both directions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.errors import AdapterLoadError, close_matches, enumerate_some
+from peftfast.layer import BaseTunerLayer
+from peftfast.method import method_for
+from peftfast.prompt import PromptEncoders
+from peftfast.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peftfast.sharding import gathered
+
+_WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module(?=\.base_model))\.")
+
+
+class Entry(NamedTuple):
+    """One tensor of an adapter."""
+
+    file: str  # its key in the file
+    live: str  # its name in the model
+    owner: nn.Module  # the module that has it
+    attribute: str  # under this name
+    store: Callable[[Tensor], None] | None = None  # how it is loaded, where copying does not do
+    layer: BaseTunerLayer | None = None  # that it belongs to
+
+
+def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Adapter layers and wrappers of saved modules, by their names in `model`, without what is inside them."""
+    listed = _listed(model)
+    if listed is not None:
+        yield from listed
+        return
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = None
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, PromptEncoders)):
+            inside = name + "."
+            yield strip_wrappers(name), module
+
+
+def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
+    """The same from the inventory, which costs nothing per adapter; None where there is none or where something else
+    (a sharding engine's wrapper) stands in a listed place by now."""
+    tuner = model._modules.get("base_model")
+    for holder, attribute, prefix in (
+        (tuner, "inventory", "base_model.model."),
+        (model, "inventory", "model."),
+        (model, "_peftfast_inventory", ""),
+    ):
+        inventory = None if holder is None else holder.__dict__.get(attribute)
+        if inventory is not None:
+            break
+    else:
+        return None
+    if any(isinstance(child, PromptEncoders) for child in model._modules.values()):
+        return None
+    pairs = list(inventory.wrappers())
+    if any(inventory.module(key) is not wrapper for key, wrapper in pairs):
+        return None
+    return [(prefix + key, wrapper) for key, wrapper in pairs]
+
+
+def strip_wrappers(name: str) -> str:
+    """A parameter's name without what FSDP and torch.compile put into it."""
+    while True:
+        shorter = _WRAPPERS.sub(r"\1", name)
+        if shorter == name:
+            return name
+        name = shorter
+
+
+def adapter_entries(model: nn.Module, adapter_name: str) -> list[Entry]:
+    """Every tensor of an adapter in `model`: factors, modules saved beside it, trained token rows."""
+    entries = []
+    for key, module in wrapped_modules(model):
+        if isinstance(module, BaseTunerLayer):
+            entries.extend(_layer_entries(key, module, adapter_name))
+        elif isinstance(module, PromptEncoders):
+            entries.extend(_prompt_entries(key, module, adapter_name))
+        else:
+            entries.extend(_wrapper_entries(key, module, adapter_name))
+    return entries
+
+
+def _layer_entries(key: str, layer: BaseTunerLayer, adapter_name: str) -> Iterator[Entry]:
+    adapter = layer.adapters.get(adapter_name)
+    if adapter is None:
+        return
+    for slot_name, slot in adapter.slots.items():
+        if not slot.trainable:
+            continue
+        container = getattr(layer, slot_name)
+        if slot.holder is None:
+            live = f"{key}.{slot_name}.{adapter_name}"
+            yield Entry(f"{key}.{slot_name}", live, container, adapter_name, layer=layer)
+            continue
+        holder = container[adapter_name]
+        for leaf in ("weight", "bias") if slot.bias is not None else ("weight",):
+            file = f"{key}.{slot_name}" if slot.bare_in_file else f"{key}.{slot_name}.{leaf}"
+            yield Entry(file, f"{key}.{slot_name}.{adapter_name}.{leaf}", holder, leaf, layer=layer)
+
+
+def _wrapper_entries(key: str, wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> Iterator[Entry]:
+    for file, live in wrapper.adapter_state_dict_load_map(adapter_name).items():
+        path, _, attribute = live.rpartition(".")
+        layer = getattr(wrapper, "token_adapter", None)
+        yield Entry(f"{key}.{file}", f"{key}.{live}", wrapper.get_submodule(path), attribute, layer=layer)
+
+
+def _prompt_entries(key: str, encoders: PromptEncoders, adapter_name: str) -> Iterator[Entry]:
+    """One tensor without the model's prefix: the prompt, or what the encoder's network makes of its parameters."""
+    if adapter_name in encoders:
+        encoder = encoders[adapter_name]
+        leaf = "prompt_embeddings" if encoder.has_network else "embedding.weight"
+        live = f"{key}.{adapter_name}.{leaf}"
+        yield Entry("prompt_embeddings", live, encoder, "prompt_embeddings", encoder.load_prompt_embeddings)
+
+
+# ---- out of the model -----------------------------------------------------------------------------------
+def adapter_state_dict(
+    model: nn.Module,
+    cfg: PeftConfig,
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool = False,
+) -> dict[str, Tensor]:
+    """The adapter's tensors under the names of the file.
+
+    Args:
+        state_dict: take the tensors from here (gathered from a sharded model) instead of from the model.
+        save_embedding_layers: with the base's embedding and head weights.
+    """
+    given = None if state_dict is None else {strip_wrappers(k): v for k, v in state_dict.items()}
+
+    def value(entry: Entry) -> Tensor:
+        if given is None:
+            return getattr(entry.owner, entry.attribute)
+        if entry.live in given:
+            return given[entry.live]
+        tensor = getattr(entry.owner, entry.attribute)
+        if isinstance(tensor, nn.Parameter):
+            raise AdapterLoadError(
+                f"The given state_dict has no {entry.live!r}, which adapter {adapter_name!r} needs."
+                f"{close_matches(entry.live, given)}"
+            )
+        return tensor  # a view of another layer's factor, which no state dict holds
+
+    result = {entry.file: value(entry) for entry in adapter_entries(model, adapter_name)}
+    source = given if given is not None else {strip_wrappers(k): v for k, v in model.state_dict(keep_vars=True).items()}
+    bias = getattr(cfg, "bias", "none")
+    if bias != "none":
+        adapted = {key for key, module in wrapped_modules(model) if isinstance(module, BaseTunerLayer)}
+        for key, tensor in source.items():
+            if not key.endswith("bias") or ".modules_to_save." in key or ".lora_" in key or ".original_module." in key:
+                continue
+            if bias == "all" or key.removesuffix(".base_layer.bias") in adapted:
+                result[key] = tensor
+    if save_embedding_layers:
+        own = embedding_modules(model)
+        # an adapted embedding travels with its adapter; where none is adapted they have been resized, and both do
+        own = {key: module for key, module in own.items() if isinstance(module, BaseTunerLayer)} or own
+        for name, module in own.items():
+            inside = f"{name}.{_BASE_INSIDE.get(type(module), '')}"
+            result.update({k: v for k, v in source.items() if k.startswith(inside)})
+    result = gathered(result)  # also detaches
+    method = method_for(cfg) if not cfg.is_prompt_learning else None
+    return method.to_file(cfg, result) if hasattr(type(method), "to_file") else result
+
+
+#: Where the base module's tensors are inside what replaced it.
+_BASE_INSIDE: dict[type, str] = {
+    BaseTunerLayer: "base_layer.",
+    TrainableTokensWrapper: "token_adapter.base_layer.",
+    ModulesToSaveWrapper: "original_module.",
+}
+
+
+def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Input and output embedding of a transformers model, as they stand in `model` now, by name."""
+    found: dict[str, nn.Module] = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        name = None if module is None else next((n for n, m in model.named_modules() if m is module), None)
+        if name:
+            found[strip_wrappers(name)] = module
+    return found
+
+
+def check_whole(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save what a sharded engine has taken apart: an empty factor is a lost adapter."""
+    # a rank of zero has two dimensions; what an engine leaves behind has one
+    empty = [k for k, t in tensors.items() if t.numel() == 0 and t.dim() < 2]
+    if empty:
+        raise AdapterLoadError(
+            f"These tensors are empty: {enumerate_some(empty)}. The model's parameters are sharded and were not "
+            "gathered; pass the gathered tensors as state_dict="
+        )

@@ -1,0 +1,148 @@
+"""What is in a model: trainable parameters, the state of every adapter layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from peftfast.layer import BaseTunerLayer
+from peftfast.saved_modules import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) numbers of weights; packed 4-bit storage counts as the weights in it, sharded parameters as the
+    whole."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if count == 0 and hasattr(parameter, "ds_numel"):
+            count = parameter.ds_numel
+        if type(parameter).__name__ == "Params4bit":
+            storage = getattr(parameter, "quant_storage", None)
+            count = count * 2 * (storage.itemsize if storage is not None else parameter.element_size())
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+@dataclass
+class TunerLayerStatus:
+    """One adapted module; fields as in PEFT."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Literal["irregular"]]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    """All adapted modules together; "irregular" where they disagree."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Literal["irregular"]
+    active_adapters: list[str] | Literal["irregular"]
+    merged_adapters: list[str] | Literal["irregular"]
+    requires_grad: dict[str, bool | Literal["irregular"]]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+def _agreed(values: list[Any]) -> Any:
+    first = values[0]
+    return first if all(v == first for v in values) else "irregular"
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    base = getattr(model, "base_model", None)
+    return base.model if base is not None and hasattr(base, "inventory") else model
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The state of every adapted module.
+
+    Raises:
+        TypeError: a prompt-learning model, which has none. ValueError: no adapters at all.
+    """
+    if getattr(model, "_is_prompt_learning", False):
+        raise TypeError("get_layer_status() is not supported for prompt learning methods, which adapt no layer")
+    result = []
+    base = getattr(model, "base_model", None)
+    tuner = base if hasattr(base, "inventory") else model  # names are relative to the tuner, as in PEFT
+    for name, module in tuner.named_modules():
+        if isinstance(module, TrainableTokensWrapper):
+            continue  # what counts is the adapter layer inside it
+        if isinstance(module, BaseTunerLayer):
+            parameters = {n: list(a.parameters().values()) for n, a in module.adapters.items()}
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            parameters = {n: list(module.adapter_parameters(n).values()) for n in module._adapters}
+        else:
+            continue
+        result.append(
+            TunerLayerStatus(
+                name=name,
+                module_type=repr(module).partition("(")[0],
+                enabled=not module.disable_adapters,
+                active_adapters=module.active_adapters,
+                merged_adapters=list(getattr(module, "merged_adapters", [])),
+                requires_grad={n: _agreed([p.requires_grad for p in ps] or [False]) for n, ps in parameters.items()},
+                available_adapters=sorted(parameters),
+                devices={n: sorted({str(p.device.type) for p in ps}) for n, ps in parameters.items()},
+                quantization_backend=getattr(module, "quantization_backend", None),
+            )
+        )
+    if not result:
+        raise ValueError(
+            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
+            "injected in the model."
+        )
+    return result
+
+
+def _merged(layers: list[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
+    """Adapters that are merged wherever they are."""
+    merged = {n for layer in layers for n in layer.merged_adapters}
+    if any(merged & set(layer.available_adapters) - set(layer.merged_adapters) for layer in layers):
+        return "irregular"
+    return sorted(merged)
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The state of all adapted modules together; errors as in `get_layer_status`."""
+    layers = get_layer_status(model)
+    names = sorted({n for layer in layers for n in layer.available_adapters})
+    base = getattr(model, "base_model", None)
+    configs = getattr(model, "peft_config", {})
+    trainable, total = count_parameters(model)
+    wrapped = hasattr(base, "inventory")
+    known = wrapped or any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
+    return TunerModelStatus(
+        base_model_type=type(_wrapped(model)).__name__ if known else "other",
+        adapter_model_type=type(base).__name__ if wrapped else "None",
+        peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()} if wrapped else {},
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_agreed([layer.enabled for layer in layers]),
+        active_adapters=_agreed([layer.active_adapters for layer in layers]),
+        merged_adapters=_merged(layers),
+        requires_grad={
+            n: _agreed([layer.requires_grad[n] for layer in layers if n in layer.requires_grad]) for n in names
+        },
+        available_adapters=names,
+        devices={n: sorted({d for layer in layers for d in layer.devices.get(n, [])}) for n in names},
+        quantization_backend=_agreed([layer.quantization_backend for layer in layers]),
+    )

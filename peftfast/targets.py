@@ -1,0 +1,313 @@
+"""Which modules a config means: PEFT's matching rules, its table of default targets, and the module graph itself for
+architectures that the table does not know."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from peftfast.base.dense import is_conv1d
+from peftfast.config import PeftConfig
+from peftfast.errors import (
+    AdapterMismatchWarning,
+    NoMatchingPeftModuleError,
+    PeftWarning,
+    close_matches,
+    enumerate_some,
+)
+
+ALL_LINEAR = "all-linear"
+SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
+#: A resolved target list longer than this is stored as the shortest suffixes that mean the same.
+MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
+
+_MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_MAMBA_MODULES = {"out_proj", "conv1d"}
+
+
+def pattern_value(pattern: Mapping[str, Any] | None, key: str, default: Any) -> Any:
+    """The value of the first entry of a `rank_pattern` or `alpha_pattern` whose key matches the module name `key`."""
+    for name, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({name})$", key):
+            return value
+    return default
+
+
+def compiled(pattern: str, field: str, around: str = "{}") -> re.Pattern[str]:
+    """The pattern of a config field, put into `around`; ValueError that names the field if it is no regex."""
+    try:
+        re.compile(pattern)
+        return re.compile(around.format(pattern))
+    except re.error as e:
+        raise ValueError(f"{field}: {pattern!r} is not a valid regular expression: {e}") from e
+
+
+@dataclass
+class Matcher:
+    """The targets of one config, compiled once and asked once per module."""
+
+    targets: str | Sequence[str] | None
+    exclude: str | Sequence[str] | None = None
+    layers: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    never: Sequence[str] = ()  # modules_to_save: trained in full, so never adapted
+    excluded: list[str] = field(default_factory=list)  # what `exclude` kept out
+    kept: list[str] = field(default_factory=list)  # what `never` kept out
+    hits: Counter = field(default_factory=Counter)  # how many modules each target matched
+
+    def __post_init__(self) -> None:
+        self._exact = set() if self.targets is None or isinstance(self.targets, str) else set(self.targets)
+        self._suffixes = tuple("." + t for t in self._exact)
+        self._regex = compiled(self.targets, "target_modules") if isinstance(self.targets, str) else None
+        self._exclude_regex = compiled(self.exclude, "exclude_modules") if isinstance(self.exclude, str) else None
+        exclude = [] if self.exclude is None or isinstance(self.exclude, str) else list(self.exclude)
+        self._exclude_exact, self._exclude_suffixes = set(exclude), tuple("." + e for e in exclude)
+        self._never = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in self.never]
+        self._layers = {self.layers} if isinstance(self.layers, int) else set(self.layers or ())
+        patterns = self.layers_pattern or ()
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        self._layer_index = (
+            [compiled(p, "layers_pattern", r"(?:^|.*?\.){}\.(\d+)\.") for p in patterns]
+            if patterns
+            else [re.compile(r".*?\.[^.]*\.(\d+)\.")]
+        )
+
+    def __call__(self, key: str) -> bool:
+        if self._is_excluded(key):
+            if self._matches(key):
+                self.excluded.append(key)
+            return False
+        if any(p.match(key) for p in self._never):
+            if self._matches(key):
+                self.kept.append(key)
+            return False
+        return self._matches(key, count=True)
+
+    def _is_excluded(self, key: str) -> bool:
+        if self._exclude_regex is not None:
+            return self._exclude_regex.fullmatch(key) is not None
+        return key in self._exclude_exact or (bool(self._exclude_suffixes) and key.endswith(self._exclude_suffixes))
+
+    def _matches(self, key: str, count: bool = False) -> bool:
+        if self._regex is not None:
+            return self._regex.fullmatch(key) is not None
+        if key in self._exact:
+            self.hits[key] += count
+            return True
+        if not self._suffixes or not key.endswith(self._suffixes):
+            return False
+        if self._layers and not self._in_layers(key):
+            return False
+        if count:
+            for target in self._exact:
+                if key.endswith("." + target):
+                    self.hits[target] += 1
+        return True
+
+    def _in_layers(self, key: str) -> bool:
+        for pattern in self._layer_index:
+            found = pattern.match(key)
+            if found:
+                return int(found.group(1)) in self._layers
+        return False
+
+    def unmatched(self) -> list[str]:
+        """Targets of a list that matched nothing."""
+        return sorted(t for t in self._exact if not self.hits[t])
+
+
+def model_type(model: nn.Module) -> str | None:
+    """`config.model_type` of a transformers model, None of any other."""
+    config = getattr(model, "config", None)
+    value = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return value if isinstance(value, str) else None
+
+
+def resolve_targets(cfg: PeftConfig, model: nn.Module, table: Mapping[str, Any]) -> None:
+    """Turn `target_modules` None and "all-linear" into names, in the config itself.
+
+    Args:
+        table: default targets by model type.
+
+    Raises:
+        ValueError: None was given, the table has no row for this model, and the module graph suggests nothing.
+    """
+    targets = cfg.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        cfg.target_modules = set(all_linear(model, cfg))
+    elif targets is None:
+        row = table.get(model_type(model))
+        if row is not None:
+            cfg.target_modules = row if isinstance(row, str) else set(row)
+            return
+        found = discover_targets(model)
+        if not found:
+            linear = sorted({name.rpartition(".")[2] for name, _ in linear_modules(model)})
+            raise ValueError(
+                "Please specify `target_modules` in `peft_config`: there is no default for model type "
+                f"{model_type(model)!r} and its module graph has no repeated block of linear layers to choose from. "
+                f"Linear layers it has: {enumerate_some(linear)}"
+            )
+        cfg.target_modules = set(found)
+        warnings.warn(
+            f"No default target modules are known for model type {model_type(model)!r}; chose {sorted(found)} from its "
+            "module graph. Pass `target_modules` to choose yourself.",
+            PeftWarning,
+            stacklevel=4,
+        )
+
+
+def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear layer, without those inside adapters or kept copies."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+            # an adapted layer counts as the linear layer it was
+            inside.append(name + ".")
+            base = getattr(module, "base_layer", None)
+            if isinstance(base, nn.Linear) or (base is not None and is_conv1d(base)):
+                yield name, base
+        elif isinstance(module, nn.Linear) or is_conv1d(module):
+            yield name, module
+
+
+def all_linear(model: nn.Module, cfg: PeftConfig) -> list[str]:
+    """Full names of all linear layers except the output head."""
+    names = [name for name, _ in linear_modules(model)]
+    get_output = getattr(model, "get_output_embeddings", None)
+    head = get_output() if get_output is not None else None
+    if head is not None:
+        last = next((n.rpartition(".")[2] for n, m in model.named_modules() if m is head), None)
+        return [n for n in names if n.rpartition(".")[2] != last]
+    if getattr(cfg, "task_type", None) == "SEQ_CLS":
+        head_name = next((h for h in SEQ_CLS_HEAD_NAMES if hasattr(model, h)), None)
+        return [n for n in names if n.rpartition(".")[2] != head_name]
+    return names
+
+
+_QUERY_OR_VALUE = re.compile(r"(^|_)(q|v|query|value|qv)(_|$|proj|lin)|qkv|query_key_value|Wqkv|in_proj|c_attn", re.I)
+
+
+def discover_targets(model: nn.Module) -> list[str]:
+    """Targets from the graph alone: among the linear layers of the repeated blocks, the query and value projections of
+    attention where names tell them, else all of them."""
+    blocks = [name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    repeated: Counter = Counter()
+    for name, _ in linear_modules(model):
+        block = next((b for b in sorted(blocks, key=len, reverse=True) if name.startswith(b + ".")), None)
+        if block is not None:
+            tail = name[len(block) + 1 :].partition(".")[2]
+            if tail:
+                repeated[tail] += 1
+    often = [tail for tail, count in repeated.items() if count > 1] or list(repeated)
+    suffixes = {tail.rpartition(".")[2] for tail in often}
+    # names like "0" or "dense" say too little on their own; keep the parent in front
+    attention = {t for t in often if _QUERY_OR_VALUE.search(t.rpartition(".")[2])}
+    if attention:
+        return sorted({t.rpartition(".")[2] for t in attention})
+    return sorted(often if any(s.isdigit() or s == "dense" for s in suffixes) else suffixes)
+
+
+def make_matcher(cfg: PeftConfig) -> Matcher:
+    """The matcher of a config whose targets are resolved."""
+    return Matcher(
+        cfg.target_modules,
+        getattr(cfg, "exclude_modules", None),
+        getattr(cfg, "layers_to_transform", None),
+        getattr(cfg, "layers_pattern", None),
+        tuple(getattr(cfg, "modules_to_save", None) or ()),
+    )
+
+
+def report_matches(
+    cfg: PeftConfig, matcher: Matcher, matched: Sequence[str], names: Iterable[str], strict: bool
+) -> None:
+    """Refuse a config that matched nothing; say what part of one matched nothing.
+
+    Raises:
+        NoMatchingPeftModuleError: nothing matched. ValueError: with `strict`, also for what would be a warning.
+    """
+    names = list(names)
+    targets = cfg.target_modules
+    if not matched:
+        if matcher.excluded:
+            raise NoMatchingPeftModuleError(
+                "All modules were excluded. This is likely unintended. Check your `target_modules` "
+                f"({targets!r}), `exclude_modules` ({cfg.exclude_modules!r}) and `modules_to_save` configuration."
+            )
+        if matcher.kept:
+            raise NoMatchingPeftModuleError(
+                f"No modules were targeted for adaptation: all that `target_modules` ({targets!r}) matches is inside "
+                f"`modules_to_save` ({list(matcher.never)}), which is trained in full. Please check both."
+            )
+        message = (
+            f"Target modules {targets} not found in the base model. Please check the target modules and try again."
+        )
+        if getattr(cfg, "layers_to_transform", None) is not None:
+            message += f" Note: You specified 'layers_to_transform': {cfg.layers_to_transform}."
+        if getattr(cfg, "layers_pattern", None) is not None:
+            message += f" You also specified 'layers_pattern': {cfg.layers_pattern}."
+        if not isinstance(targets, str):
+            known = {n.rpartition(".")[2] for n in names}
+            message += "".join(close_matches(t, known) for t in sorted(targets or ()))
+        raise NoMatchingPeftModuleError(message)
+    complaints = []
+    for target in matcher.unmatched():
+        known = {n.rpartition(".")[2] for n in names} if "." not in target else set(names)
+        complaints.append(f"target_modules: {target!r} matched no module.{close_matches(target, known)}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = {k: compiled(k, name, r"(.*\.)?({})$") for k in getattr(cfg, name, None) or {}}
+        unused = [k for k, p in patterns.items() if not any(p.match(m) for m in matched)]
+        if unused and name == "rank_pattern" and isinstance(next(iter(cfg.rank_pattern.values())), (list, tuple)):
+            continue  # AdaLoRA keeps masks under parameter names here
+        if unused:
+            message = f"The following {name} keys did not match any targeted module and were ignored: {unused}"
+            if strict:
+                raise ValueError(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
+    if getattr(cfg, "exclude_modules", None) and not matcher.excluded:
+        complaints.append(
+            f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. "
+            "Please check that exclude_modules was set correctly."
+        )
+    if complaints:
+        if strict:
+            raise ValueError("The config does not fit the model (strict=True):\n  " + "\n  ".join(complaints))
+        warnings.warn("\n".join(complaints), AdapterMismatchWarning, stacklevel=5)
+
+
+def refuse_mamba(model: nn.Module, cfg: PeftConfig, matched: Iterable[str]) -> None:
+    """Mamba's fused kernels read some weights directly and would bypass an adapter on them."""
+    kind = model_type(model)
+    if kind in _MAMBA_TYPES:
+        for name in matched:
+            if name.rpartition(".")[2] in _MAMBA_MODULES:
+                raise ValueError(
+                    f"[PEFT:{getattr(cfg.peft_type, 'value', cfg.peft_type)}] Module '{name.rpartition('.')[2]}' is "
+                    f"incompatible with Mamba-based models (model_type='{kind}'). Incompatible module found: '{name}'."
+                )
+
+
+def shortest_suffixes(wanted: Sequence[str], others: Sequence[str]) -> set[str]:
+    """A smallest-first set of suffixes that match all `wanted` names and none of `others`; keeps long "all-linear"
+    lists readable in the config file."""
+    result: set[str] = set()
+    for name in sorted(wanted, key=lambda n: (n.count("."), n)):
+        if name in result or any(name.endswith("." + s) for s in result):
+            continue
+        parts = name.split(".")
+        for i in range(len(parts) - 1, -1, -1):
+            suffix = ".".join(parts[i:])
+            if not any(o == suffix or o.endswith("." + suffix) for o in others):
+                result.add(suffix)
+                break
+    return result

@@ -1,0 +1,367 @@
+"""The module around a base model that carries weight adapters: PEFT's `LoraModel` and its kin, all one class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
+from peftfast.config import PeftConfig
+from peftfast.inventory import Inventory
+from peftfast.layer import BaseTunerLayer
+from peftfast.merging import add_weighted_adapter, subtract
+from peftfast.method import TrainingHooks, method_for
+from peftfast.methods.combination import Combination
+from peftfast.ops.casts import CastStore
+from peftfast.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
+from peftfast.routing import BASE
+
+
+class BaseTuner(nn.Module):
+    """A base model with adapters in it; behaves as the base model in everything it does not define.
+
+    Args:
+        model: changed in place.
+        peft_config: a config, or configs by adapter name.
+        adapter_name: of the first adapter, which becomes active.
+        low_cpu_mem_usage: create its tensors on the meta device, to be loaded.
+        state_dict: adapt exactly the modules that these weights are for.
+    """
+
+    prefix: str = ""
+    uses_shared_state: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+        *,
+        strict: bool = False,
+        autocast_adapter_dtype: bool = True,
+        initialise: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.inventory = Inventory(model, self.peft_config)
+        self.inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict,
+            config=config, strict=strict, initialise=initialise,
+        )  # fmt: skip
+        model.peft_config = self.peft_config
+        self.__dict__["_checkpointing"] = checkpointing_switches(model)
+        self.prefix = method_for(config).prefix
+        self._casts = CastStore()
+        self.router: Router | None = None
+
+    def install(self, wrapper: nn.Module) -> None:
+        """Take one's place in a PeftModel."""
+        wrapper.base_model = self
+
+    # ---- adding ----------------------------------------------------------------------------------------------------------
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+        *,
+        config: PeftConfig | None = None,
+        strict: bool = False,
+        initialise: bool = True,
+    ) -> None:
+        """Add an adapter. The first one becomes active and trainable, unless its config is for inference."""
+        cfg = config if config is not None else self.peft_config.pop(adapter_name)
+        first = not self.inventory.configs
+        keys = None if state_dict is None else adapted_modules(state_dict, method_for(cfg).prefix)
+        self.inventory.add(
+            adapter_name, cfg, strict=strict, keys=keys, initialise=initialise,
+            device="meta" if low_cpu_mem_usage else None, autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
+        if first:
+            self.inventory.set_adapter([adapter_name], inference_mode=cfg.inference_mode)
+        if not cfg.inference_mode:
+            self.inventory.train_biases(cfg)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Names of the adapted modules."""
+        return list(self.inventory.layers)
+
+    # ---- which are active --------------------------------------------------------------------------------------------------
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.inventory.active
+        return active[0] if len(active) == 1 else list(active)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.inventory.active)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several; several sum."""
+        self.inventory.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        self.inventory.set_requires_grad(adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        self.inventory.enable(True)
+
+    def disable_adapter_layers(self) -> None:
+        self.inventory.enable(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.inventory.delete(adapter_name)
+
+    # ---- combining ---------------------------------------------------------------------------------------------------
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter, frozen and inactive, that is a weighted combination of others.
+
+        Args:
+            weights: one for each; negative ones subtract.
+            combination_type: "cat" and "svd" act on the change of the weights itself, "cat" exactly and with the sum of
+                the ranks, "svd" with the best approximation of `svd_rank` (None: the largest of the ranks). "linear"
+                adds the factors, which is cheap and rough. "ties", "dare_linear", "dare_ties" and "magnitude_prune"
+                prune first, on the factors; with "_svd" behind, on the products. Vectors (IA3) add up.
+            svd_clamp: a quantile at which the factors are clamped.
+            density: share of the values that pruning keeps.
+            majority_sign_method: "total" or "frequency".
+
+        Raises:
+            ValueError, TypeError: before anything is changed; see `peftfast.merging.add_weighted_adapter`.
+        """
+        how = Combination(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        add_weighted_adapter(self.inventory, adapters, weights, adapter_name, how)
+
+    def subtract_adapter(self, minuend: str, subtrahend: str, adapter_name: str) -> None:
+        """Add the adapter whose change of the weights is that of `minuend` less that of `subtrahend`, exactly."""
+        subtract(self.inventory, minuend, subtrahend, adapter_name)
+
+    # ---- merging -------------------------------------------------------------------------------------------------------------
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: bool | str = True
+    ) -> dict[str, float]:
+        """Put adapters (None: the active ones) inside the weights; `unmerge_adapter` takes them out bit for bit.
+
+        Args:
+            safe_merge: refuse results with NaN or infinite values before anything is written.
+            keep: where the weights' bytes wait for unmerging: True: beside the weights; "host": in host memory; False:
+                nowhere, there will be no unmerging.
+
+        Returns:
+            By module name, the relative error with which quantised storage holds the merged weight; empty for a dense
+            base.
+        """
+        self.inventory.merge(adapter_names, safe_merge, keep=keep)
+        return self.inventory.merge_errors()
+
+    def unmerge_adapter(self) -> None:
+        self.inventory.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        dequantize: bool = False,
+        originals: Any = None,
+    ) -> nn.Module:
+        """The base model, changed in place: adapters inside the weights, wrappers gone.
+
+        Args:
+            dequantize: turn a quantised base into a dense one first, so that merging rounds nothing to 4 or 8 bits.
+            originals: with it, take the weights of the model before quantisation from here instead; a folder, a state
+                dict or a model, as `peftfast.dequantize_model` takes them. The default is what the adapter was trained
+                against.
+        """
+        if originals is not None and not dequantize:
+            raise ValueError("originals are the dense weights to merge into: pass dequantize=True with them")
+        if dequantize:
+            from peftfast.quantize import dequantize_model
+
+            dequantize_model(self, originals)
+        return self._unload(True, progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model without the adapters (modules_to_save stay as trained)."""
+        return self._unload(False, False, False, None)
+
+    def _unload(self, merge: bool, progressbar: bool, safe_merge: bool, names: list[str] | None) -> nn.Module:
+        from tqdm.auto import tqdm
+
+        def progress(items: Iterable) -> Iterable:
+            return tqdm(items, disable=not progressbar, desc="Unloading and merging model")
+
+        model = self.inventory.unload(merge, safe_merge, names, progress)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        return model
+
+    # ---- forward -------------------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, adapter_names: Choice | None = None, **kwargs: Any) -> Any:
+        """The base model's output with the active adapters.
+
+        Args:
+            adapter_names: instead of the active ones, an adapter for every sample: its name or "__base__", or its
+                number or -1 in a tensor. Allowed in training as well: each adapter gets the gradient of its samples.
+        """
+        if self.training and is_checkpointing(self._checkpointing):
+            require_input_gradients(self.model)
+        with self.routed(adapter_names, args, kwargs), self.compute_copies():
+            output = self.model(*args, **kwargs)
+            self.inventory.control.follow(output, self.inventory.control.routing)
+            return self._with_loss_terms(output)
+
+    def generate(self, *args: Any, adapter_names: Choice | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the active adapters or, by `adapter_names`, with one for each prompt."""
+        with self.routed(adapter_names, args, kwargs, copies_of_a_sample(self.model, args, kwargs)):
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def routed(
+        self,
+        adapter_names: Choice | None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+        copies: tuple[int, ...] = (1,),
+    ) -> Iterator[None]:
+        """A context in which calls from this thread follow `adapter_names`, or what the router chooses for these
+        inputs. With neither, nothing changes."""
+        if adapter_names is None and self.router is not None and self.inventory.control.routing is None:
+            adapter_names = self.router.choose(named_inputs(self.model, args, kwargs))
+        if adapter_names is None:
+            yield
+            return
+        with self.inventory.control.use(resolve(self.inventory, adapter_names, args, kwargs, copies)):
+            yield
+
+    def set_router(self, router: Router | Callable[[Mapping[str, Any]], Choice | None] | None) -> None:
+        """Let `router` choose the adapters of every batch that comes without `adapter_names`; None: none any more."""
+        self.router = as_router(router)
+
+    def adapter_numbers(self, names: Sequence[str], device: torch.device | str | None = None) -> Tensor:
+        """[len(names)] int64: the numbers of these adapters, for `adapter_names=` as a tensor; -1 for "__base__"."""
+        self.inventory.check_known([n for n in names if n != BASE])
+        numbers = [-1 if n == BASE else self.inventory.numbers[n] for n in names]
+        return torch.tensor(numbers, dtype=torch.int64, device=device or self._device())
+
+    def forget_stacks(self) -> None:
+        """Make the stacked factors of mixed batches anew: needed after factors were written through `.data`."""
+        for layer in self.inventory.layers.values():
+            layer.store.pop("stacks", None)
+
+    def compute_copies(self) -> Any:
+        """A context in which the active factors are cast to autocast's dtype once for all layers."""
+        if torch.compiler.is_compiling() or self.inventory.control.routing is not None:
+            return nullcontext()
+        device = self._device().type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return nullcontext()
+        active = set(self.inventory.active)
+        factors = [
+            p
+            for layer in self.inventory.layers.values()
+            for name in active & layer.adapters.keys()
+            for p in layer.adapters[name].parameters().values()
+            if p.dim() == 2
+        ]
+        return self._casts.window(factors, torch.get_autocast_dtype(device))
+
+    def _device(self) -> torch.device:
+        layer = next(iter(self.inventory.layers.values()), None)
+        return torch.device("cpu") if layer is None else layer.site.weight.device
+
+    def _with_loss_terms(self, output: Any) -> Any:
+        """Methods may add to the loss (AdaLoRA's orthogonality)."""
+        if not isinstance(getattr(output, "loss", None), Tensor):
+            return output
+        routing = self.inventory.control.routing
+        for name in self.inventory.active if routing is None else routing.names:
+            method = method_for(self.peft_config[name])
+            if isinstance(method, TrainingHooks):
+                adapters = [layer.adapters[name] for layer in self.inventory.layers.values() if name in layer.adapters]
+                term = method.loss_term(adapters)
+                if term is not None:
+                    output.loss = output.loss + term.to(output.loss.dtype)
+        return output
+
+    # ---- files: what a kind of adapter does besides its tensors ------------------------------------------------------
+    def before_load(self, adapter_name: str, tensors: Mapping[str, Tensor]) -> Callable[[], None] | None:
+        """Called with the tensors of a file before they are compared with the model's; returns how to undo what it did,
+        should they be refused."""
+
+    def after_load(self, adapter_name: str, folder: Any) -> None:
+        """Called when an adapter has been loaded for training from a local folder."""
+
+    def save_beside(self, adapter_name: str, folder: Any) -> None:
+        """Called when an adapter has been written to a folder."""
+
+    # ---- the wrapped model, as others see it -------------------------------------------------------------------------------
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's config as a dict; `{"model_type": "custom"}` for models without one."""
+        config = getattr(model, "config", None)
+        if config is None:
+            return {"model_type": "custom"}
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def adapted_modules(state_dict: Iterable[str], prefix: str) -> list[str]:
+    """Names of the modules that the keys of an adapter's state dict belong to."""
+    names = []
+    for key in state_dict:
+        head, found, _ = key.removeprefix("base_model.model.").partition(f".{prefix}")
+        if found:
+            names.append(head)
+    return list(dict.fromkeys(names))
+
+
+class LoraModel(BaseTuner):
+    """A model with LoRA, QLoRA or DoRA adapters."""
+
+    prefix = "lora_"
+
+
+class TrainableTokensModel(BaseTuner):
+    """A model some of whose token rows are trained."""
+
+    prefix = "trainable_tokens_"
+
+
+def layers_of(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """All adapter layers below `model`, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}

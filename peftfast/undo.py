@@ -1,0 +1,46 @@
+"""Putting a model back as it was when something is refused half-way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def unchanged_if_refused(model: nn.Module) -> Iterator[None]:
+    """If the block raises, the model has its modules, parameters, hooks, attributes, modes and `requires_grad` back.
+    Values of tensors are not copied; the block must not have written any."""
+    modules = list(model.modules())
+    states = [_state(module) for module in modules]
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    config = getattr(model, "config", None)
+    fields = dict(config.__dict__) if hasattr(config, "__dict__") else None
+    try:
+        yield
+    except BaseException:
+        for module, state in zip(modules, states, strict=True):
+            _restore(module, state)
+        for parameter, requires_grad in grads:
+            parameter.requires_grad_(requires_grad)
+        if fields is not None:
+            config.__dict__.clear()
+            config.__dict__.update(fields)
+        raise
+
+
+def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Every attribute; of dicts (parameters, children, hooks) what is in them as well."""
+    return {k: (v, dict(v) if isinstance(v, dict) else None) for k, v in module.__dict__.items()}
+
+
+def _restore(module: nn.Module, state: dict[str, tuple[Any, Any]]) -> None:
+    for name in [k for k in module.__dict__ if k not in state]:
+        del module.__dict__[name]
+    for name, (value, items) in state.items():
+        module.__dict__[name] = value
+        if items is not None:
+            value.clear()
+            value.update(items)

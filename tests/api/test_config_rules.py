@@ -1,0 +1,170 @@
+"""Every field of every config class with values of the wrong type and out of range, drawn from the field's own rule."""
+
+import dataclasses
+import json
+
+import pytest
+
+import peftfast
+from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, config_class
+from peftfast.methods.lora_config import CordaConfig, EvaConfig, LoftQConfig
+
+config_class("LORA")  # registers every method
+
+#: What each class needs besides the field under test.
+NEEDED = {"AdaLoraConfig": {"total_step": 100}}
+CLASSES = [*dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING.values()), LoftQConfig, EvaConfig, CordaConfig]
+
+ANYTHING = [
+    None, True, False, -1, 0, 1, 3, -0.5, 0.5, 1.5, float("nan"), float("inf"), "", "text", "lora_onyl", b"bytes",
+    object(), [], [1], [-1], ["a"], [None], [["a"]], {}, {"a": 1}, {"a": -1}, {"a": "b"}, {"a": [1]}, {1: 2},
+    {"a": None}, (1, "a"), 3 + 4j,
+]  # fmt: skip
+
+
+def fields():
+    for cls in CLASSES:
+        for field in dataclasses.fields(cls):
+            rule = field.metadata.get("rule")
+            if rule is not None and field.init:
+                yield pytest.param(cls, field.name, rule, id=f"{cls.__name__}.{field.name}")
+
+
+def build(cls, **values):
+    return cls(**{**NEEDED.get(cls.__name__, {}), **values})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cls, name, rule", fields())
+def test_wrong_values(cls, name, rule):
+    """What the rule refuses is refused by name and value; what it accepts never fails on it."""
+    refused = 0
+    for value in ANYTHING:
+        try:
+            rule.enforce(value, "x")
+        except (TypeError, ValueError):
+            if name == "peft_type" or (name.endswith("_config") and isinstance(value, dict)):
+                continue  # set by the class itself; a sub-config, whose own fields are checked
+            refused += 1
+            with pytest.raises((TypeError, ValueError)) as error:
+                build(cls, **{name: value})
+            text = str(error.value)
+            assert f"{name} must be" in text and (repr(value) in text or isinstance(value, (list, tuple))), text
+        else:
+            try:
+                build(cls, **{name: value})
+            except (TypeError, ValueError) as error:  # combinations may be refused, but not this field's own value
+                assert f"{cls.__name__}.{name} must be" not in str(error)
+    assert refused or name == "peft_type", "no value was refused, so the rule says nothing"
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_has_a_rule(cls):
+    without = {f.name for f in dataclasses.fields(cls) if f.init and f.metadata.get("rule") is None}
+    assert without <= {"task_type"}  # checked on its own, with PEFT's words
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_unknown_field(cls):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'.*Known fields"):
+        build(cls, nonsense=1)
+
+
+def test_close_field_names():
+    for wrong, right in (
+        ("lora_alhpa", "lora_alpha"),
+        ("target_module", "target_modules"),
+        ("dropout", "lora_dropout"),
+    ):
+        with pytest.raises(TypeError, match=f"Did you mean .*'{right}'"):
+            peftfast.LoraConfig(**{wrong: 1})
+
+
+def test_values_written_later_are_checked_before_anything_changes():
+    import oracle
+
+    config = peftfast.LoraConfig(target_modules=["q_proj"])
+    config.r = "8"
+    model = oracle.llama()
+    with pytest.raises(TypeError, match="LoraConfig.r must be"):
+        peftfast.get_peft_model(model, config)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target_modules": "x", "layers_to_transform": [1]}, "layers_to_transform.*str"),
+        ({"target_modules": "x", "layers_pattern": "h"}, "layers_pattern.*str"),
+        ({"layers_pattern": "h"}, "layers_to_transform"),
+        ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias"),
+        ({"lora_bias": True, "use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "loftq"}, "loftq_config"),
+        ({"init_lora_weights": "pisa"}, "Did you mean 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights"),
+        ({"bias": "lora"}, "Did you mean 'lora_only'"),
+        ({"task_type": "CAUSAL"}, "Invalid task type: 'CAUSAL'.*CAUSAL_LM"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens.*does not implement"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication.*does not implement"),
+        ({"target_parameters": ["w"]}, "target_parameters.*does not implement"),
+    ],
+)
+def test_combinations(options, message):
+    with pytest.raises(ValueError, match=message):
+        peftfast.LoraConfig(**options)
+
+
+def test_the_same_config_as_peft():
+    """Fields, order-free, defaults and the written file."""
+    import peft
+
+    for name in ("LoraConfig", "LoftQConfig", "EvaConfig", "CordaConfig", "TrainableTokensConfig"):
+        ours, theirs = getattr(peftfast, name), getattr(peft, name, None) or peft.tuners.lora.config.CordaConfig
+        mine, other = ({f.name for f in dataclasses.fields(cls)} for cls in (ours, theirs))
+        assert other <= mine, name
+    mine, other = peftfast.LoraConfig(), peft.LoraConfig()
+    assert mine.to_dict() == {**other.to_dict(), "peft_version": mine.peft_version}
+
+
+def test_config_files_both_ways(tmp_path):
+    import peft
+
+    options = {
+        "r": 5, "lora_alpha": 7, "target_modules": ["b", "a"], "rank_pattern": {"z": 3, "a": 4}, "bias": "lora_only",
+        "layers_to_transform": [1, 2], "modules_to_save": ["h"], "trainable_token_indices": {"e": [1]},
+        "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    peftfast.LoraConfig(**options).save_pretrained(tmp_path / "ours")
+    peft.LoraConfig(**options).save_pretrained(tmp_path / "theirs")
+    texts = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    for text in texts:
+        text["target_modules"] = sorted(text["target_modules"])
+    assert texts[0] == texts[1]
+    assert list(texts[0]["rank_pattern"]) == ["z", "a"]  # the first match wins, so the order is kept in the file
+    there = peft.PeftConfig.from_pretrained(tmp_path / "ours")
+    here = peftfast.PeftConfig.from_pretrained(tmp_path / "theirs")
+    assert isinstance(there, peft.LoraConfig) and isinstance(here, peftfast.LoraConfig)
+    assert here.to_dict() == peftfast.LoraConfig(**options).to_dict()
+    assert there.to_dict() == peft.LoraConfig(**options).to_dict()
+
+
+def test_the_file_chooses_the_class(tmp_path):
+    peftfast.LoraConfig().save_pretrained(tmp_path)
+    assert type(peftfast.TrainableTokensConfig.from_pretrained(tmp_path)) is peftfast.LoraConfig
+    assert peftfast.get_peft_config({"peft_type": "LORA", "r": 3}).r == 3
+    assert peftfast.PeftConfig._get_peft_type(tmp_path) == "LORA"
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')  # all other keys may be absent
+    assert peftfast.PeftConfig.from_pretrained(tmp_path).r == 8
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    with pytest.raises(TypeError, match="no 'peft_type'"):
+        peftfast.PeftConfig.from_pretrained(tmp_path)
+
+
+def test_saving_is_deterministic(tmp_path):
+    texts = set()
+    for names in (["c", "a", "b"], ["b", "c", "a"]):
+        peftfast.LoraConfig(target_modules=names).save_pretrained(tmp_path)
+        texts.add((tmp_path / "adapter_config.json").read_bytes())
+    assert len(texts) == 1
+    with pytest.raises(AssertionError, match="should be a directory, not a file"):
+        peftfast.LoraConfig().save_pretrained(tmp_path / "adapter_config.json")

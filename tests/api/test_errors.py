@@ -1,0 +1,291 @@
+"""Bad input: a clear error that names the thing, and a model that is as it was before."""
+
+import json
+import shutil
+import warnings
+
+import oracle
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import peftfast
+from peftfast import AdapterLoadError, AdapterMismatchWarning, LoraConfig, NoMatchingPeftModuleError
+
+QV = ["q_proj", "v_proj"]
+
+
+def picture(model):
+    """Everything about a model that a refused call could have changed."""
+    return (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [(n, type(m), m.training) for n, m in model.named_modules(remove_duplicate=False)],
+        {n: p.requires_grad for n, p in model.named_parameters()},
+        {n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in model.named_modules()},
+        sorted(getattr(model, "peft_config", None) or {}),
+    )
+
+
+def same_picture(model, before):
+    now = picture(model)
+    assert now[0].keys() == before[0].keys() and all(torch.equal(now[0][k], v) for k, v in before[0].items())
+    assert now[1:] == before[1:]
+
+
+# ---- targets ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"target_modules": ["q_prj"]}, NoMatchingPeftModuleError, r"q_prj.*not found.*Did you mean .*q_proj"),
+        ({"target_modules": r".*\.nothing"}, NoMatchingPeftModuleError, "nothing"),
+        ({"target_modules": []}, NoMatchingPeftModuleError, "arget"),
+        ({"target_modules": QV, "exclude_modules": QV}, NoMatchingPeftModuleError, "excluded"),
+        ({"target_modules": QV, "layers_to_transform": [9]}, NoMatchingPeftModuleError, "layers_to_transform.*9"),
+        ({"target_modules": ["self_attn"]}, ValueError, "self_attn.*not supported.*torch.nn.Linear"),
+        ({"target_modules": ["q_proj", "norm"]}, ValueError, "norm.*not supported"),
+        ({"target_modules": "(q_proj"}, ValueError, "target_modules"),
+        ({"target_modules": QV, "rank_pattern": {"(": 3}}, ValueError, "rank_pattern"),
+        ({"target_modules": QV, "trainable_token_indices": [1000]}, ValueError, "1000.*63"),
+        (
+            {"target_modules": QV, "trainable_token_indices": {"embed_token": [1]}},
+            ValueError,
+            "Did you mean.*embed_tokens",
+        ),
+        ({"target_modules": QV, "modules_to_save": ["layers"]}, NoMatchingPeftModuleError, "inside `modules_to_save`"),
+        ({"target_modules": ["lm_head"], "modules_to_save": ["layers"]}, TypeError, "ModuleList"),
+        ({"target_modules": ["q_proj"], "r": 3, "init_lora_weights": "orthogonal"}, ValueError, "even.*3"),
+        ({"target_modules": ["embed_tokens"], "lora_bias": True}, ValueError, "lora_bias.*Embedding"),
+    ],
+)
+def test_config_that_does_not_fit(options, error, message):
+    model = oracle.llama()
+    before = picture(model)
+    with pytest.raises(error, match=r"(?s)" + message):
+        config = LoraConfig(**options)
+        fields = dict(config.__dict__)
+        try:
+            oracle.quietly(peftfast.get_peft_model, model, config)
+        finally:
+            assert config.__dict__ == fields
+    same_picture(model, before)
+    peftfast.get_peft_model(model, LoraConfig(target_modules=QV))  # and it can still be adapted
+
+
+def test_no_target_matched_in_a_second_adapter():
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    before = picture(model)
+    with pytest.raises(NoMatchingPeftModuleError, match="nothing"):
+        model.add_adapter("other", LoraConfig(target_modules=["nothing"]))
+    same_picture(model, before)
+    assert list(model.peft_config) == ["default"] == list(model.base_model.model.peft_config)
+
+
+@pytest.mark.parametrize(
+    "options, offender",
+    [
+        ({"target_modules": ["q_proj", "w_proj"]}, "w_proj"),
+        ({"target_modules": QV, "modules_to_save": ["lm_hed"]}, "lm_hed.*Did you mean 'lm_head'"),
+        ({"target_modules": QV, "exclude_modules": ["k_prj"]}, "k_prj"),
+    ],
+)
+def test_what_peft_lets_pass_in_silence(options, offender):
+    with pytest.warns(AdapterMismatchWarning, match=offender) as caught:
+        peftfast.get_peft_model(oracle.llama(), LoraConfig(**options))
+    assert len([w for w in caught if w.category is AdapterMismatchWarning]) == 1
+    model = oracle.llama()
+    before = picture(model)
+    with pytest.raises(ValueError, match=offender):
+        peftfast.get_peft_model(model, LoraConfig(**options), strict=True)
+    same_picture(model, before)
+
+
+# ---- adapter names ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["a.b", "", "a/b", "keys", "items", "training", 3, None])
+def test_adapter_names_that_cannot_be(name):
+    model = oracle.llama()
+    before = picture(model)
+    with pytest.raises((ValueError, TypeError), match="adapter name"):
+        peftfast.get_peft_model(model, LoraConfig(target_modules=QV), name)
+    same_picture(model, before)
+
+
+def test_unknown_and_duplicate_names():
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    model.add_adapter("other", LoraConfig(target_modules=["k_proj"]))
+    before = picture(model)
+    for call, message in (
+        (lambda: model.add_adapter("other", LoraConfig(target_modules=QV)), "'other' already exists"),
+        (lambda: model.set_adapter("othr"), "othr not found.*other"),
+        (lambda: model.base_model.set_adapter(["default", "x"]), "x not found"),
+        (lambda: model.delete_adapter("x"), "x does not exist"),
+        (lambda: model.set_requires_grad("x"), "x not found"),
+        (lambda: model.save_pretrained("nowhere", selected_adapters=["x"]), "invalid `selected_adapters`.*other"),
+        (lambda: peftfast.get_peft_model_state_dict(model, adapter_name="othr"), "Did you mean 'other'"),
+        (lambda: peftfast.set_peft_model_state_dict(model, {}, adapter_name="x"), "'x' not found"),
+        (lambda: model.merge_and_unload(adapter_names=["x"]), "x not found"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+        same_picture(model, before)
+    for call in (lambda: model.merge_adapter("default"), lambda: model.set_adapter(["default"])):
+        with pytest.raises(TypeError):
+            call()
+        same_picture(model, before)
+
+
+def test_not_a_model_or_not_a_config():
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        peftfast.get_peft_model("model", LoraConfig())
+    with pytest.raises(TypeError, match="PeftConfig.*dict"):
+        peftfast.get_peft_model(oracle.llama(), {"r": 8})
+    with pytest.raises(TypeError, match="LoraConfig"):
+        peftfast.patch(oracle.llama())
+
+
+def test_second_adapter_with_bias():
+    model = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(target_modules=QV))
+    before = picture(model)
+    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+        model.add_adapter("other", LoraConfig(target_modules=QV, bias="all"))
+    same_picture(model, before)
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    config = LoraConfig(target_modules=QV, init_lora_weights=False)
+    peftfast.get_peft_model(oracle.llama(), config).save_pretrained(folder)
+    return folder
+
+
+WEIGHTS = "adapter_model.safetensors"
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def rewrite(change):
+    def apply(folder):
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return apply
+
+
+def truncate(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def edit_config(**changes):
+    def apply(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return apply
+
+
+def put(key, value):
+    return lambda tensors: tensors.__setitem__(key, value(tensors))
+
+
+BROKEN = {
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), ValueError, "Can't find weights"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), ValueError, "Can't find 'adapter_config.json'"),
+    "truncated": (truncate, AdapterLoadError, "damaged"),
+    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), AdapterLoadError, "damaged"),
+    "not json": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "not a JSON"),
+    "json list": (lambda f: (f / "adapter_config.json").write_text("[]"), ValueError, "JSON object"),
+    "unknown type": (edit_config(peft_type="LORRA"), ValueError, "LORRA.*Did you mean 'LORA'"),
+    "wrong field": (edit_config(r="eight"), TypeError, r"LoraConfig.r must be .*'eight'"),
+    "shape": (rewrite(put(KEY, lambda t: torch.zeros(8, 31))), AdapterLoadError, "size mismatch.*q_proj.*31.*32"),
+    "other rank": (edit_config(r=4), AdapterLoadError, "size mismatch"),
+    "nan": (rewrite(put(KEY, lambda t: t[KEY] * float("nan"))), AdapterLoadError, "NaN or infinite.*q_proj"),
+    "inf": (rewrite(put(KEY, lambda t: t[KEY] + float("inf"))), AdapterLoadError, "NaN or infinite.*q_proj"),
+    "deeper base": (
+        rewrite(put(KEY.replace("layers.0", "layers.7"), lambda t: torch.ones(8, 32))), AdapterLoadError, "layers.7",
+    ),
+    "pickle": (
+        lambda f: ((f / WEIGHTS).unlink(), torch.save({"a": print}, f / "adapter_model.bin")),
+        AdapterLoadError,
+        "tensors",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_files_that_cannot_be_right(case, low_cpu_mem_usage, saved, tmp_path):
+    spoil, error, message = BROKEN[case]
+    shutil.copytree(saved, tmp_path / "adapter")
+    spoil(tmp_path / "adapter")
+    model = oracle.llama()
+    before = picture(model)
+    with pytest.raises(error, match=r"(?s)" + message):
+        peftfast.PeftModel.from_pretrained(model, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert picture(model)[1] == before[1]
+    assert not any("lora" in n for n, _ in model.named_parameters())
+    assert not getattr(model, "peft_config", None)
+    # beside another adapter, which stays as it is
+    wrapped = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    before = picture(wrapped)
+    with pytest.raises(error, match=r"(?s)" + message):
+        wrapped.load_adapter(tmp_path / "adapter", "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    same_picture(wrapped, before)
+
+
+@pytest.mark.parametrize(
+    "change, offender",
+    [
+        (lambda t: t.pop(KEY), "missing.*layers.0.self_attn.q_proj.lora_A"),
+        (put("rubbish", lambda t: torch.ones(1)), "unexpected.*rubbish"),
+    ],
+)
+def test_keys_that_peft_lets_pass(change, offender, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "adapter")
+    rewrite(change)(tmp_path / "adapter")
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        with pytest.warns(AdapterMismatchWarning, match=offender) as caught:
+            model = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "adapter", **options)
+        assert len([w for w in caught if w.category is AdapterMismatchWarning]) == 1
+        assert not any(p.is_meta for p in model.parameters())
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    with pytest.raises(AdapterLoadError, match=offender):
+        peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "adapter", strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdapterMismatchWarning)
+        peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "adapter", strict="off")
+
+
+def test_ignore_mismatched_sizes(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "adapter")
+    rewrite(put(KEY, lambda t: torch.zeros(8, 31)))(tmp_path / "adapter")
+    with pytest.warns(AdapterMismatchWarning, match="q_proj.lora_A"):
+        model = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "adapter", ignore_mismatched_sizes=True)
+    assert not model.get_parameter(KEY.replace("lora_A", "lora_A.default")).isnan().any()
+
+
+def test_unknown_keys_in_the_config_are_let_pass(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "adapter")
+    edit_config(of_tomorrow=1)(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="of_tomorrow"):
+        peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("content", ["base.txt", "folder"])
+def test_saving_where_a_file_is(content, tmp_path):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    (tmp_path / content).write_text("mine")
+    with pytest.raises(ValueError, match="should be a directory, not a file"):
+        model.save_pretrained(tmp_path / content)
+    assert (tmp_path / content).read_text() == "mine"
+
+
+def test_set_state_dict_refuses_before_it_changes(saved):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    tensors = load_file(saved / WEIGHTS)
+    before = picture(model)
+    for bad in (torch.zeros(3, 3), tensors[KEY] * float("nan")):
+        with pytest.raises(AdapterLoadError, match="q_proj.lora_A"):
+            peftfast.set_peft_model_state_dict(model, {**tensors, KEY: bad})
+        same_picture(model, before)

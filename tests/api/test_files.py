@@ -1,0 +1,349 @@
+"""Folders, state dicts and the calls around them, both ways with PEFT."""
+
+import importlib
+import json
+
+import oracle
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import peftfast
+from peftfast import LoraConfig
+
+peft = importlib.import_module("peft")
+
+OPTIONS = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+
+
+def logits(model):
+    with torch.no_grad():
+        return oracle.logits(model.eval())
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    oracle.llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def from_folder(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_sub_folders_of_several_adapters(tmp_path):
+    twins = oracle.Twins(oracle.llama, OPTIONS)
+    for model, library in ((twins.ours, peftfast), (twins.theirs, peft)):
+        model.add_adapter("other", library.LoraConfig(**{**OPTIONS, "r": 2}))
+    oracle.copy_parameters(twins.theirs, twins.ours)
+    for model, name in ((twins.ours, "ours"), (twins.theirs, "theirs")):
+        model.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / f"{name}-one", selected_adapters=["other"])
+        model.save_pretrained(tmp_path / f"{name}-none", is_main_process=False)
+        model.save_pretrained(tmp_path / f"{name}-bin", safe_serialization=False)
+    for suffix in ("", "-one", "-bin"):
+        oracle.same_files(tmp_path / f"ours{suffix}", tmp_path / f"theirs{suffix}")
+    assert not (tmp_path / "ours-none").exists() or not files(tmp_path / "ours-none")
+    assert files(tmp_path / "ours-one") == ["README.md", "other/adapter_config.json", "other/adapter_model.safetensors"]
+    with safe_open(tmp_path / "ours/adapter_model.safetensors", "pt") as f:
+        assert f.metadata()["format"] == "pt"
+    for library in (peftfast, peft):
+        for suffix in ("", "-bin"):
+            model = library.PeftModel.from_pretrained(oracle.llama(), tmp_path / f"ours{suffix}")
+            result = model.load_adapter(tmp_path / f"ours{suffix}/other", "second")
+            assert not result.unexpected_keys
+            for name, theirs in (("default", "default"), ("second", "other")):
+                model.set_adapter(name)
+                twins.theirs.set_adapter(theirs)
+                torch.testing.assert_close(logits(model), logits(twins.theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["proj", "self", "lora", "q_proj", "q", "default2", "layers", "0", "model", "weight"])
+def test_adapters_named_like_parts_of_the_model(name, tmp_path):
+    """Names are matched by structure, never by text."""
+    torch.manual_seed(0)
+    model = oracle.quietly(peftfast.get_peft_model, oracle.llama(), LoraConfig(**OPTIONS), name)
+    oracle.quietly(model.add_adapter, "default", LoraConfig(**{**OPTIONS, "r": 3}))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    oracle.quietly(model.add_adapter, f"x{name}y", LoraConfig(**OPTIONS))
+    state = peftfast.get_peft_model_state_dict(model, adapter_name=name)
+    assert len(state) == 8 and all(v.shape[0] != 3 for v in state.values())
+    loaded = oracle.quietly(peftfast.PeftModel.from_pretrained, oracle.llama(), tmp_path / name, adapter_name=name)
+    torch.testing.assert_close(logits(loaded), expected)
+    model.delete_adapter(f"x{name}y")
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_modules_named_like_adapters(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.xdefaulty = torch.nn.Linear(4, 4)
+            self.default = torch.nn.ModuleDict({"default": torch.nn.Linear(4, 4)})
+
+        def forward(self, x):
+            return self.default["default"](self.xdefaulty(x))
+
+    options = {"target_modules": ["xdefaulty", "default.default"], "init_lora_weights": False}
+    x = torch.randn(2, 4)
+    torch.manual_seed(0)
+    ours = peftfast.get_peft_model(Net(), LoraConfig(**options))
+    ours.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    base = Net()
+    for library in (peftfast, peft):
+        torch.manual_seed(0)
+        loaded = library.PeftModel.from_pretrained(Net(), tmp_path)
+        torch.testing.assert_close(loaded(x), ours(x))
+    assert not torch.allclose(base(x), ours(x))
+
+
+def test_state_dicts_as_functions():
+    twins = oracle.Twins(oracle.llama, OPTIONS)
+    mine, other = (lib.get_peft_model_state_dict(m) for lib, m in ((peftfast, twins.ours), (peft, twins.theirs)))
+    assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in other.items()}
+    assert all(torch.equal(mine[k], other[k]) for k in other)
+    gathered = {k: v * 2 for k, v in twins.ours.state_dict().items()}
+    doubled = peftfast.get_peft_model_state_dict(twins.ours, state_dict=gathered)
+    assert all(torch.equal(doubled[k], 2 * mine[k]) for k in mine)
+    fsdp = {k.replace("model.layers", "model._fsdp_wrapped_module.layers"): v for k, v in gathered.items()}
+    assert peftfast.get_peft_model_state_dict(twins.ours, state_dict=fsdp).keys() == mine.keys()
+    with pytest.raises(peftfast.AdapterLoadError, match="q_proj.lora_A.default.weight"):
+        peftfast.get_peft_model_state_dict(twins.ours, state_dict={"other": torch.ones(1)})
+    target = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    without = {k.removeprefix("base_model.model."): v for k, v in mine.items()}
+    for form in (mine, without):
+        with torch.no_grad():
+            for name, parameter in target.named_parameters():
+                if "lora_" in name:
+                    parameter.zero_()
+        result = peftfast.set_peft_model_state_dict(target, form)
+        assert result.missing_keys == [] and result.unexpected_keys == []
+        torch.testing.assert_close(logits(target), logits(twins.theirs))
+    result = peftfast.set_peft_model_state_dict(target, {**dict(list(mine.items())[1:]), "rubbish": torch.ones(1)})
+    assert result.missing_keys == [next(iter(mine))] and "rubbish" in result.unexpected_keys[0]
+
+
+def test_injection_without_a_wrapper(tmp_path):
+    models = []
+    for library in (peftfast, peft):
+        torch.manual_seed(0)
+        config = library.LoraConfig(**OPTIONS)
+        models.append(library.inject_adapter_in_model(config, oracle.llama(), "mine"))
+    ours, theirs = models
+    oracle.same_live_state(ours, theirs)
+    oracle.copy_parameters(theirs, ours)
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    mine = {k: v.clone() for k, v in peftfast.get_peft_model_state_dict(ours, adapter_name="mine").items()}
+    other = peft.get_peft_model_state_dict(theirs, adapter_name="mine")
+    assert mine.keys() == other.keys() and not any(k.startswith("base_model") for k in mine)
+    for state in (mine, {f"base_model.model.{k}": v for k, v in mine.items()}):
+        result = peftfast.set_peft_model_state_dict(ours, {k: v * 2 for k, v in state.items()}, adapter_name="mine")
+        assert not result.unexpected_keys
+    torch.testing.assert_close(
+        ours.model.layers[0].self_attn.q_proj.lora_A["mine"].weight, 2 * next(iter(other.values()))
+    )
+    # the weights decide what is adapted
+    fewer = {k: v for k, v in mine.items() if "layers.1" in k}
+    with pytest.warns(RuntimeWarning, match="inconsistency.*layers.0.self_attn.q_proj"):
+        partly = peftfast.inject_adapter_in_model(LoraConfig(**OPTIONS), oracle.llama(), "mine", state_dict=fewer)
+    assert sorted(n for n, m in partly.named_modules() if isinstance(m, peftfast.layer.BaseTunerLayer)) == [
+        "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
+    ]  # fmt: skip
+    empty = peftfast.inject_adapter_in_model(LoraConfig(**OPTIONS), oracle.llama(), "mine", low_cpu_mem_usage=True)
+    assert all(p.is_meta for n, p in empty.named_parameters() if "lora_" in n)
+    peftfast.set_peft_model_state_dict(empty, mine, adapter_name="mine", low_cpu_mem_usage=True)
+    assert not any(p.is_meta for p in empty.parameters())
+
+
+def test_base_state_dicts():
+    twins = oracle.Twins(oracle.llama, {**OPTIONS, "modules_to_save": ["lm_head"]})
+    mine, other = (lib.get_base_model_state_dict(m) for lib, m in ((peftfast, twins.ours), (peft, twins.theirs)))
+    assert mine.keys() == other.keys() == oracle.llama().state_dict().keys()
+    peftfast.set_base_model_state_dict(twins.ours, {k: v * 0.5 for k, v in mine.items()})
+    assert torch.equal(peftfast.get_base_model_state_dict(twins.ours)["lm_head.weight"], other["lm_head.weight"] * 0.5)
+    with pytest.raises(RuntimeError, match="rubbish"):
+        peftfast.set_base_model_state_dict(twins.ours, {**mine, "rubbish": torch.ones(1)})
+
+
+@pytest.mark.parametrize("asked", [True, False, "auto"])
+@pytest.mark.parametrize("make", [oracle.llama, oracle.gpt2], ids=["llama", "gpt2"])
+def test_saving_embeddings(asked, make, tmp_path):
+    options = {
+        "target_modules": ["q_proj"] if make is oracle.llama else ["c_attn"],
+        "fan_in_fan_out": make is oracle.gpt2,
+    }
+    twins = oracle.Twins(make, options)
+    for model, name in ((twins.ours, "ours"), (twins.theirs, "theirs")):
+        model.save_pretrained(tmp_path / name, save_embedding_layers=asked)
+    oracle.same_files(tmp_path / "ours", tmp_path / "theirs")
+    saved = load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert any("wte" in k or "embed_tokens" in k for k in saved) is (asked is True)
+    peftfast.PeftModel.from_pretrained(make(), tmp_path / "theirs", strict=True)
+
+
+def test_resized_vocabulary_is_saved(base_folder, tmp_path):
+    models = []
+    for library in (peftfast, peft):
+        base = from_folder(base_folder)
+        base.resize_token_embeddings(oracle.VOCABULARY + 8)
+        torch.manual_seed(0)
+        models.append(library.get_peft_model(base, library.LoraConfig(**OPTIONS)))
+    oracle.copy_parameters(models[1], models[0])
+    for model, name in zip(models, ("ours", "theirs"), strict=True):
+        oracle.quietly(model.save_pretrained, tmp_path / name)
+    oracle.same_files(tmp_path / "ours", tmp_path / "theirs")
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "ours/adapter_model.safetensors")
+
+
+def test_auto_classes(base_folder, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = peftfast.get_peft_model(from_folder(base_folder), LoraConfig(**OPTIONS))
+    model.save_pretrained(tmp_path / "causal")
+    config = json.loads((tmp_path / "causal/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base_folder) and config["auto_mapping"] is None
+    for library in (peftfast, peft):
+        loaded = library.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "causal")
+        assert type(loaded) is library.PeftModelForCausalLM
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    trainable = peftfast.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "causal", is_trainable=True)
+    assert any(p.requires_grad for p in trainable.parameters())
+    for call, message in (
+        (peftfast.AutoPeftModelForSeq2SeqLM.from_pretrained, "Expected target PEFT class: PeftModelForSeq2SeqLM"),
+        (peftfast.AutoPeftModel.from_pretrained, "AutoPeftModelFor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(tmp_path / "causal")
+    with pytest.raises(EnvironmentError, match="from_pretrained"):
+        peftfast.AutoPeftModelForCausalLM()
+    # without a task type the class of the base is in the file
+    plain = peftfast.get_peft_model(from_folder(base_folder), LoraConfig(**{**OPTIONS, "task_type": None}))
+    plain.save_pretrained(tmp_path / "plain")
+    for library in (peftfast, peft):
+        loaded = library.AutoPeftModel.from_pretrained(tmp_path / "plain")
+        assert type(loaded) is library.PeftModel and type(loaded.get_base_model()) is LlamaForCausalLM
+        torch.testing.assert_close(logits(loaded), logits(plain), rtol=1e-4, atol=1e-4)
+    path = tmp_path / "plain/adapter_config.json"
+    config = json.loads(path.read_text())
+    config["auto_mapping"] = {"base_model_class": "system", "parent_library": "os"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'os', which is not in the import allowlist"):
+        peftfast.AutoPeftModel.from_pretrained(tmp_path / "plain")
+
+
+def test_model_card(base_folder, tmp_path):
+    from huggingface_hub import ModelCard
+
+    twins = oracle.Twins(lambda: from_folder(base_folder), OPTIONS)
+    cards = []
+    for model, name in ((twins.ours, "ours"), (twins.theirs, "theirs")):
+        model.save_pretrained(tmp_path / name)
+        cards.append(ModelCard.load(tmp_path / name / "README.md"))
+    assert cards[0].data.to_dict() == cards[1].data.to_dict()
+    assert cards[0].text.rstrip().endswith(cards[1].text.rstrip().splitlines()[-1])
+    path = tmp_path / "ours/README.md"
+    path.write_text(path.read_text() + "\nWhat a person wrote.\n")
+    twins.ours.save_pretrained(tmp_path / "ours")
+    assert "What a person wrote." in path.read_text() and path.read_text().count("### Framework versions") == 1
+
+
+def test_reloading_weights_into_a_present_adapter(tmp_path):
+    """What resuming a training does."""
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(1)
+    trainable = [p.requires_grad for p in model.parameters()]
+    result = model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    torch.testing.assert_close(logits(model), expected)
+    assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_a_second_adapter(is_trainable, tmp_path):
+    twins = oracle.Twins(oracle.llama, OPTIONS)
+    twins.ours.save_pretrained(tmp_path)
+    for model in (twins.ours, twins.theirs):
+        model.train()
+        model.load_adapter(tmp_path, "second", is_trainable=is_trainable)
+    oracle.same_live_state(twins.ours, twins.theirs)
+    assert twins.ours.training == twins.theirs.training == is_trainable
+    assert list(twins.ours.active_adapters) == list(twins.theirs.active_adapters) == ["default"]
+
+
+def test_key_mapping(tmp_path):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    model.save_pretrained(tmp_path)
+    from safetensors.torch import save_file
+
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k.replace("model.model.layers", "model.old.layers"): v for k, v in load_file(path).items()}, path)
+    for library in (peftfast, peft):
+        loaded = library.PeftModel.from_pretrained(oracle.llama(), tmp_path, key_mapping={"^old": "model"})
+        torch.testing.assert_close(logits(loaded), logits(model))
+
+
+def test_a_config_that_is_given_is_used(tmp_path):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    model.save_pretrained(tmp_path)
+    config = peftfast.PeftConfig.from_pretrained(tmp_path)
+    config.lora_alpha = 16
+    loaded = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, config=config)
+    assert loaded.base_model.model.model.layers[0].self_attn.q_proj.scaling == {"default": 2.0}
+    with pytest.raises(ValueError, match="PeftConfig"):
+        peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, config={"r": 8})
+
+
+def test_crash_while_saving_keeps_the_old_files(tmp_path, monkeypatch):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    model.save_pretrained(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_" in n).add_(1)
+
+    def crash(tensors, path, **kwargs):
+        with open(path, "wb") as f:
+            f.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", crash)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+def test_sharded_base(tmp_path):
+    """A base whose checkpoint is in several files, loaded and adapted as any other."""
+    oracle.llama().save_pretrained(tmp_path / "base", max_shard_size="5KB")
+    assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 1
+    model = peftfast.get_peft_model(from_folder(tmp_path / "base"), LoraConfig(**OPTIONS))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(from_folder(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_device_mapped_base(base_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "lm_head": "cpu",
+                  "model.layers.1": "disk", "model.norm": "cpu"}  # fmt: skip
+    plain = peftfast.get_peft_model(from_folder(base_folder), LoraConfig(**OPTIONS))
+    plain.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(base_folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert any(p.is_meta for p in base.parameters())
+    loaded = peftfast.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert not any(p.is_meta for n, p in loaded.named_parameters() if "lora_" in n)
+    torch.testing.assert_close(logits(loaded), logits(plain), rtol=1e-4, atol=1e-4)

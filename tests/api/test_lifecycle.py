@@ -1,0 +1,343 @@
+"""Adding, activating, freezing, disabling, merging and deleting adapters, in step with PEFT: after every call the same
+parameters are trainable, the same adapters active and merged, and the outputs equal."""
+
+import copy
+import dataclasses
+import importlib
+import io
+import pickle
+import warnings
+
+import oracle
+import pytest
+import torch
+
+import peftfast
+from peftfast.layer import BaseTunerLayer
+
+peft = importlib.import_module("peft")
+
+FIRST = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+SECOND = {"target_modules": ["q_proj", "k_proj"], "init_lora_weights": False, "r": 3}
+SAVED = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
+TOKENS = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4], "init_lora_weights": False}
+
+
+def mine_did_something(call):
+    return {"merge_and_unload", "unmerge_adapter"} & set(call.__code__.co_names)
+
+
+class Pair:
+    """One model here and one in PEFT; whatever is called on one is called on the other."""
+
+    def __init__(self, options=FIRST, make=oracle.llama, name="default", **wrap):
+        twins = oracle.Twins(make, options, adapter_name=name, **wrap)
+        self.ours, self.theirs = twins.ours, twins.theirs
+
+    def both(self, call):
+        """Call on both; the same warnings by their first words, or the same error by its type and first words."""
+        outcomes = []
+        for model, library in ((self.ours, peftfast), (self.theirs, peft)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    outcome = call(model, library)
+                except Exception as e:
+                    outcome = e
+            texts = [str(w.message) for w in caught if w.category is UserWarning]
+            outcomes.append((outcome, texts))
+        (mine, my_texts), (other, other_texts) = outcomes
+        if isinstance(other, Exception):
+            assert isinstance(mine, type(other)), (mine, other)
+            assert str(mine)[:25] == str(other)[:25], (mine, other)
+        else:
+            assert not isinstance(mine, Exception), mine
+        # PEFT warns layer by layer, also where a layer simply lacks the adapter that is merged or unmerged elsewhere
+        needless = ("All adapters are already merged", "Already unmerged")
+        expected = {t[:50] for t in other_texts if not (mine_did_something(call) and t.startswith(needless))}
+        assert expected <= {t[:50] for t in my_texts}, (my_texts, other_texts)
+        return mine, other
+
+    def add(self, name, options=SECOND):
+        self.both(lambda model, library: model.add_adapter(name, oracle.config_of(library, options)))
+        oracle.copy_parameters(self.theirs, self.ours)
+
+    def check(self, outputs=True):
+        # what unmerging needs is kept by PEFT in a buffer, here beside the parameters
+        oracle.same_live_state(self.ours, self.theirs, without="trainable_tokens_original")
+        assert list(self.ours.active_adapters) == list(self.theirs.active_adapters)
+        assert self.ours.active_adapter == self.theirs.active_adapter
+        assert sorted(self.ours.peft_config) == sorted(self.theirs.peft_config)
+        assert self.ours.get_nb_trainable_parameters() == self.theirs.get_nb_trainable_parameters()
+        mine, other = self.ours.get_model_status(), self.theirs.get_model_status()
+        assert dataclasses.asdict(mine) == dataclasses.asdict(other)
+        layers = [
+            {s.name: dataclasses.asdict(s) for s in model.get_layer_status()} for model in (self.ours, self.theirs)
+        ]
+        for layer in (status for model in layers for status in model.values()):
+            if not layer["available_adapters"] or layer["name"].endswith("token_adapter"):
+                layer.pop(
+                    "module_type"
+                )  # a layer without adapters names no method; PEFT's token layer has its own class
+        assert layers[0] == layers[1]
+        if outputs:
+            with torch.no_grad():
+                mine, other = oracle.logits(self.ours), oracle.logits(self.theirs)
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [FIRST, SAVED, TOKENS], ids=["lora", "modules_to_save", "tokens"])
+def test_requires_grad(options):
+    pair = Pair(options)
+    pair.check()
+    pair.add("other", {**SECOND, **{k: v for k, v in options.items() if k == "modules_to_save"}})
+    pair.check()  # frozen, inactive, and the first one as it was
+    pair.both(lambda m, _: m.set_adapter("other"))
+    pair.check()
+    pair.both(lambda m, _: m.set_adapter("default"))
+    pair.check()
+    pair.both(lambda m, _: m.set_requires_grad("other"))
+    pair.check()
+    pair.both(lambda m, _: m.set_requires_grad(["default", "other"], False))
+    pair.check()
+    pair.both(lambda m, _: m.set_adapter("other", inference_mode=True))
+    pair.check()
+    pair.both(lambda m, _: m.set_adapter("missing"))
+    pair.check()
+    pair.both(lambda m, _: m.base_model.disable_adapter_layers())
+    pair.check()
+    pair.both(lambda m, _: m.base_model.enable_adapter_layers())
+    pair.check()
+
+
+def test_several_active():
+    pair = Pair()
+    pair.add("other")
+    pair.both(lambda m, _: m.base_model.set_adapter(["default", "other"]))
+    # PEFT leaves PeftModel.active_adapter, one name, where it was
+    assert list(pair.ours.active_adapters) == list(pair.theirs.active_adapters) == ["default", "other"]
+    pair.check()
+    pair.both(lambda m, _: m.base_model.set_adapter(["other"]))
+    assert pair.ours.active_adapters == ["other"]
+
+
+def test_two_kept_modules_cannot_be_active_at_once():
+    pair = Pair(SAVED)
+    pair.add("other", SAVED)
+    before = [p.requires_grad for p in pair.ours.parameters()]
+    pair.both(lambda m, _: m.base_model.set_adapter(["default", "other"]))
+    assert [p.requires_grad for p in pair.ours.parameters()] == before
+    assert pair.ours.active_adapters == ["default"]
+
+
+def test_delete():
+    pair = Pair()
+    pair.add("a")
+    pair.add("b")
+    pair.both(lambda m, _: m.delete_adapter("nobody"))
+    pair.both(lambda m, _: m.delete_adapter("b"))
+    pair.check()
+    pair.both(lambda m, _: m.set_adapter("a"))
+    pair.check()
+    pair.both(lambda m, _: m.delete_adapter("default"))
+    pair.check()
+    assert not any("default" in n for n, _ in pair.ours.named_parameters())
+
+
+def test_delete_the_active_one():
+    pair = Pair()
+    pair.add("other", {**FIRST, "r": 2})
+    pair.both(lambda m, _: m.delete_adapter("default"))
+    pair.check()
+    assert pair.ours.active_adapters == ["other"]
+
+
+def test_deleting_the_last_adapter_leaves_the_base():
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
+    expected = oracle.logits(oracle.llama())
+    model.delete_adapter("default")
+    torch.testing.assert_close(oracle.logits(model), expected)
+    assert model.active_adapters == [] and not model.peft_config
+
+
+@pytest.mark.parametrize("options", [FIRST, SAVED, TOKENS], ids=["lora", "modules_to_save", "tokens"])
+def test_disable(options):
+    pair = Pair(options)
+    base = oracle.logits(oracle.llama())
+    for model in (pair.ours, pair.theirs):
+        before = {n: p.requires_grad for n, p in model.named_parameters()}
+        with model.disable_adapter():
+            torch.testing.assert_close(oracle.logits(model), base, rtol=1e-5, atol=1e-5)
+            with model.disable_adapter():
+                torch.testing.assert_close(oracle.logits(model), base, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(oracle.logits(model), base, rtol=1e-5, atol=1e-5)
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+        with pytest.raises(KeyError), model.disable_adapter():
+            raise KeyError
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    pair.check()
+
+
+def test_disable_with_trained_biases_warns():
+    pair = Pair({**FIRST, "bias": "all"}, lambda: oracle.llama(bias=True))
+
+    def call(model, _):
+        with model.disable_adapter():
+            pass
+
+    pair.both(call)
+    pair.check()
+
+
+@pytest.mark.parametrize("options", [FIRST, TOKENS], ids=["lora", "tokens"])
+def test_merge_and_unmerge(options):
+    pair = Pair(options)
+    pair.add("other")
+    stored = {n: p.clone() for n, p in pair.ours.named_parameters()}
+    if options is TOKENS:
+        lists = (None, ["default"])  # in PEFT token layers without the adapter raise KeyError
+    else:
+        lists = (None, ["other"], ["default", "other"], ["default", "nobody"])
+    for names in lists:
+        pair.both(lambda m, _, names=names: m.merge_adapter(names))
+        # with an inactive adapter merged, PEFT drops the active one from the layers that have both; here it stays on
+        pair.check(outputs=names != ["other"])
+        if names is None:
+            pair.both(lambda m, _: m.merge_adapter())  # nothing to do, and it says so
+        pair.both(lambda m, _: m.unmerge_adapter())
+        pair.check()
+        assert all(torch.equal(p, stored[n]) for n, p in pair.ours.named_parameters())  # in every bit
+        oracle.copy_parameters(pair.ours, pair.theirs)  # PEFT's are a rounding off
+    with pytest.warns(UserWarning, match="Already unmerged. Nothing to do."):
+        pair.ours.unmerge_adapter()
+    if options is TOKENS:
+        return
+    pair.both(lambda m, _: m.merge_adapter(["default"]))
+    pair.both(lambda m, _: m.merge_adapter(["other"]))  # on top
+    pair.check()
+    pair.both(lambda m, _: m.delete_adapter("other"))  # refused while merged
+    pair.check()
+    pair.both(lambda m, _: m.set_adapter("other"))  # unmerges, and says so
+    pair.check()
+    assert all(torch.equal(p, stored[n]) for n, p in pair.ours.named_parameters())
+
+
+def test_safe_merge_refuses_and_leaves_everything():
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
+    with torch.no_grad():
+        model.base_model.model.model.layers[1].self_attn.v_proj.lora_A["default"].weight[0, 0] = float("nan")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    for call in (lambda: model.merge_adapter(safe_merge=True), lambda: model.merge_and_unload(safe_merge=True)):
+        with pytest.raises(
+            ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"
+        ):
+            call()
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[n].nan_to_num(), p.nan_to_num()) for n, p in before.items())
+        assert model.get_model_status().merged_adapters == []
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+@pytest.mark.parametrize("names", [None, ["other"], ["default", "other"]])
+def test_merge_and_unload(merged_before, names):
+    pair = Pair()
+    pair.add("other")
+    if merged_before:
+        pair.both(lambda m, _: m.merge_adapter(["default"]))
+    merged = pair.both(lambda m, _: m.merge_and_unload(adapter_names=names))
+    with torch.no_grad():
+        torch.testing.assert_close(*map(oracle.logits, merged), rtol=1e-4, atol=1e-4)
+    assert merged[0] is pair.ours.base_model.model
+    assert not any(isinstance(m, BaseTunerLayer) for m in merged[0].modules())
+
+
+def test_unload_gives_the_base_back():
+    base = oracle.llama()
+    expected = {n: p.clone() for n, p in base.named_parameters()}
+    model = peftfast.get_peft_model(base, peftfast.LoraConfig(**FIRST))
+    model.merge_adapter()
+    assert model.unload() is base
+    assert {n for n, _ in base.named_parameters()} == expected.keys()
+    assert all(torch.equal(p, expected[n]) for n, p in base.named_parameters())
+
+
+def test_disabled_forward_of_a_merged_model_unmerges():
+    pair = Pair()
+    pair.both(lambda m, _: m.merge_adapter())
+
+    def call(model, _):
+        with model.disable_adapter():
+            return oracle.logits(model)
+
+    mine, other = pair.both(call)
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    pair.check()
+
+
+def test_printed_line(capsys):
+    pair = Pair()
+    for model in (pair.ours, pair.theirs):
+        model.print_trainable_parameters()
+    mine, other = capsys.readouterr().out.splitlines()
+    assert mine == other
+
+
+def test_first_words_of_layers():
+    """Tools recognise adapted layers by their repr."""
+    pair = Pair()
+    for mine, other in zip(pair.ours.get_layer_status(), pair.theirs.get_layer_status(), strict=True):
+        assert mine.module_type == other.module_type == "lora.Linear"
+    with pytest.raises(ValueError, match="No adapter layers found in the model"):
+        peftfast.get_layer_status(oracle.llama())
+
+
+def copies(model):
+    yield "deepcopy", copy.deepcopy(model)
+    yield "pickle", pickle.loads(pickle.dumps(model))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    yield "torch.save", torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("options", [FIRST, SAVED, TOKENS], ids=["lora", "modules_to_save", "tokens"])
+def test_copies_are_whole_and_independent(options):
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**options))
+    model.add_adapter("other", peftfast.LoraConfig(**SECOND))
+    model.eval()
+    oracle.logits(model).sum().backward()
+    expected = oracle.logits(model).detach()
+    for kind, twin in copies(model):
+        assert torch.equal(oracle.logits(twin), expected), kind
+        oracle.same_live_state(twin, model)
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(3)
+        assert not torch.equal(oracle.logits(twin), expected), kind
+        assert torch.equal(oracle.logits(model), expected), kind
+        twin.set_adapter("other")
+        twin.merge_adapter()
+        twin.delete_adapter("default")
+        assert list(twin.peft_config) == ["other"] and sorted(model.peft_config) == ["default", "other"]
+        assert torch.equal(oracle.logits(model), expected), kind
+        twin.merge_and_unload()
+
+
+def test_training_goes_on_alike():
+    """The same losses step for step, and the same factors at the end."""
+    pair = Pair({**FIRST, "init_lora_weights": True})
+    losses = []
+    for model in (pair.ours, pair.theirs):
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for _ in range(8):
+            loss = model(**oracle.inputs(model), labels=oracle.inputs(model)["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0] - 0.1

@@ -1,0 +1,31 @@
+"""One thread and a fixed seed for every test, so that figures repeat."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # before anything imports triton: tests/kernels runs kernels in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def users_masks(request, monkeypatch):
+    """Outside tests/kernels, dropout masks come from where a user's would, although the interpreter is switched on."""
+    import peftfast_kernels  # noqa: F401
+
+    if request.path.parent.name != "kernels":
+        monkeypatch.setattr(sys.modules["peftfast_kernels.keep_mask"], "_hashes_on_cpu", lambda: False)

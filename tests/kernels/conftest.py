@@ -1,0 +1,41 @@
+"""Kernel tests run on the GPU where there is one, and in Triton's interpreter, on the CPU, everywhere else."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError(
+            "triton was imported before tests/kernels/conftest.py could choose the interpreter; set TRITON_INTERPRET=1"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Fills every torch.empty with NaN (or a large integer): a kernel that leaves an element unwritten is caught."""
+    genuine = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = genuine(*args, **kwargs)
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor if tensor.dtype == torch.bool else tensor.fill_(111)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def backend_restored():
+    from peftfast_kernels import op
+
+    yield
+    op.set_backend(None)

@@ -1,0 +1,74 @@
+"""tools/aot.py finds nothing wrong with the kernels, and does find what it is there to find."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "aot.py"
+
+
+def run_tool(*arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def aot():
+    before = os.environ.get("TRITON_INTERPRET")  # the module clears it for its own process
+    spec = importlib.util.spec_from_file_location("aot_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if before is not None:
+        os.environ["TRITON_INTERPRET"] = before
+    return module
+
+
+@pytest.mark.slow
+def test_quick_subset_compiles_within_the_limits():
+    done = run_tool("--quick", "--chips", "sm_80,sm_90,gfx942")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if " sm_90 " in line and "lora_gemm" in line]
+    assert len(lines) >= 2 and all("HGMMA" in line for line in lines)
+
+
+def test_unknown_chip_is_refused():
+    done = run_tool("--chips", "sm_42")
+    assert done.returncode == 2 and "sm_42" in done.stderr
+
+
+def test_spills_in_loops_are_found(aot, monkeypatch):
+    sass = "\n".join(
+        [".L_x_0:"]
+        + [f"  /*{16 * i:04x}*/  {text} ;" for i, text in enumerate(["LDL R1, [R2]", "FADD R1, R1, R3"])]
+        + ["  /*0020*/  @P0 BRA `(.L_x_0) ;", ".L_x_1:", "  /*0030*/  BRA `(.L_x_1);"]
+    )
+    instructions, loops = aot.parse_sass(sass)
+    assert len(instructions) == 4 and loops == [(0, 2)]  # the padding branch is no loop
+    assert aot.main_loop(instructions, loops) == instructions[:3]
+
+    class Compiled:
+        asm = {"cubin": b""}
+
+    class Variant:
+        weights, warps = 0, 4
+
+    monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:8 SHARED:0 LOCAL:0"))
+    registers, spills, *_, problems = aot.inspect_nvidia(Compiled, Variant, "sm_90")
+    assert (registers, spills) == (40, 1) and "1 of them in a loop" in problems[0]
+
+
+def test_tiles_fall_back_to_the_nearest_older_chip():
+    from peftfast_kernels.configs import SHARED_MEMORY, TILES, tile
+
+    assert tile("lora_gemm", "sm_89") == TILES["lora_gemm"]["sm_86"]
+    assert tile("lora_gemm", "sm_75") == TILES["lora_gemm"]["sm_80"]
+    assert tile("lora_gemm", "gfx950") == TILES["lora_gemm"]["gfx942"]
+    for op in TILES:
+        for chip in SHARED_MEMORY:
+            assert tile(op, chip).BM >= 16

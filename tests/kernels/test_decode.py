@@ -1,0 +1,80 @@
+"""Decoding equals bitsandbytes' own result bit for bit, on torch and in Triton."""
+
+import pytest
+import torch
+
+from peftfast_kernels import Operand, dequantize, lora_gemm, use_backend
+from peftfast_kernels.decode import DECODERS, random_operand
+
+bnb = pytest.importorskip("bitsandbytes")
+functional = bnb.functional
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+SHAPES = [(1, 1), (3, 5), (7, 33), (64, 64), (40, 96), (31, 130), (5, 1024)]
+BLOCKS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+
+def quantised(format, n, k, block, nested, dtype, device):
+    """A random weight quantised by bitsandbytes, as an operand, and bitsandbytes' own decoding of it."""
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k)).to(dtype).to(device)
+    packed, state = functional.quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type=format)
+    tensors = [packed, state.absmax]
+    if nested:
+        tensors += [state.state2.code, state.state2.absmax, state.offset]
+    operand = Operand(format, tensors, (n, k), dtype, block, state.state2.blocksize if nested else 256)
+    return operand, functional.dequantize_4bit(packed, state)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_4bit_equals_bitsandbytes(format, block, nested, backend, device):
+    for n, k in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            operand, expected = quantised(format, n, k, block, nested, dtype, device)
+            with use_backend(backend):
+                assert torch.equal(dequantize(operand, dtype), expected), (n, k, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
+def test_4bit_in_a_sharded_storage_dtype(storage, backend, device):
+    """FSDP stores the packed bytes as the model's dtype."""
+    operand, expected = quantised("nf4", 16, 64, 64, True, torch.float32, device)
+    packed = operand.tensors[0].reshape(-1).view(storage)
+    with use_backend(backend):
+        assert torch.equal(
+            dequantize(operand._replace(tensors=[packed, *operand.tensors[1:]]), torch.float32), expected
+        )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_equals_bitsandbytes(dtype, backend, device):
+    for n, k in SHAPES:
+        rows = torch.randint(-127, 128, (n, k), generator=torch.Generator().manual_seed(n), dtype=torch.int8).to(device)
+        scale = torch.rand(n, generator=torch.Generator().manual_seed(k)).to(device)
+        expected = functional.int8_vectorwise_dequant(rows, scale).to(dtype)
+        with use_backend(backend):
+            assert torch.equal(dequantize(Operand("int8", [rows, scale], (n, k), dtype), dtype), expected)
+
+
+@pytest.mark.parametrize("format", DECODERS)
+def test_dequantize_is_a_fresh_tensor(format, device):
+    w = random_operand(format, 6, 8, torch.float32, device)
+    stored = w.tensors[0].clone()
+    dequantize(w, torch.float32).zero_()
+    assert torch.equal(w.tensors[0], stored)
+
+
+def test_main_loop_decodes_what_dequantize_decodes(device):
+    """The product with a packed weight equals, bit for bit, the same kernel's product with the decoded weight."""
+    x = torch.randn(20, 96, generator=torch.Generator().manual_seed(0)).to(device)
+    t, b = torch.zeros(20, 4, device=device), torch.zeros(33, 4, device=device)
+    for format in ("nf4", "fp4", "int8"):
+        w = random_operand(format, 33, 96, torch.float32, device, nested=format != "int8")
+        decoded = Operand("dense", [dequantize(w, torch.float32)], w.shape, torch.float32)
+        with use_backend("triton"):
+            assert torch.equal(lora_gemm(x, w, None, t, b, 1.0), lora_gemm(x, decoded, None, t, b, 1.0))

@@ -1,0 +1,165 @@
+"""Who runs: environment variable, device, compiler; and that nothing needs Triton until a kernel is launched."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import peftfast_kernels
+from peftfast_kernels import OPS, get_backend, lora_down, lora_gemm_t, set_backend, use_backend
+from peftfast_kernels.decode import dense
+
+
+def run_python(code, **environment):
+    import os
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env.pop("TRITON_INTERPRET", None)
+    env.update(environment)
+    root = os.path.dirname(os.path.dirname(peftfast_kernels.__file__))
+    env["PYTHONPATH"] = root
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True)
+
+
+def test_import_loads_no_triton():
+    done = run_python("import sys, peftfast_kernels; assert 'triton' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_everything_runs_with_triton_blocked():
+    done = run_python(
+        """
+        import sys
+        sys.modules["triton"] = None
+        import torch
+        from peftfast_kernels import OPS, set_backend
+        count = 0
+        for name, op in OPS.items():
+            for case in op.cases():
+                kwargs = case.make("cpu")
+                out = op(**kwargs)
+                ref = op.reference(**kwargs)
+                out, ref = (value if isinstance(value, tuple) else (value,) for value in (out, ref))
+                for one, two in zip(out, ref, strict=True):
+                    torch.testing.assert_close(one.double(), two.double(), rtol=0.05, atol=0.05)
+                    count += 1
+        try:
+            OPS["lora_down"].launch
+        except RuntimeError as error:
+            assert "not installed" in str(error)
+        else:
+            raise AssertionError("a launcher without triton")
+        print(count)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 200
+
+
+def test_unknown_backend_names_the_alternatives():
+    with pytest.raises(ValueError, match="'cuda'.*'auto', 'torch', 'triton'"):
+        set_backend("cuda")
+    done = run_python("import peftfast_kernels as k; k.get_backend()", PEFTFAST_BACKEND="cudnn")
+    assert done.returncode != 0 and "PEFTFAST_BACKEND: unknown backend 'cudnn'" in done.stderr
+
+
+def test_forced_triton_on_the_cpu_needs_the_interpreter():
+    done = run_python(
+        "import torch, peftfast_kernels as k; k.lora_down(torch.ones(2, 4), torch.ones(1, 4), None, 0.0)",
+        PEFTFAST_BACKEND="triton",
+    )
+    assert done.returncode != 0 and "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_environment_variable_and_context():
+    assert run_python("import peftfast_kernels as k; print(k.get_backend())").stdout.strip() == "auto"
+    done = run_python("import peftfast_kernels as k; print(k.get_backend())", PEFTFAST_BACKEND="torch")
+    assert done.stdout.strip() == "torch"
+    set_backend("torch")
+    with use_backend("triton"):
+        assert get_backend() == "triton"
+    assert get_backend() == "torch"
+
+
+def test_backend_decides_which_face_runs(monkeypatch, device):
+    x, a = torch.ones(4, 8, device=device), torch.ones(2, 8, device=device)
+    called = []
+    monkeypatch.setitem(lora_down._cache, "launch", lambda *args: called.append("triton"))
+    with use_backend("triton"):
+        lora_down(x, a, None, 0.0)
+    with use_backend("torch"):
+        lora_down(x, a, None, 0.0)
+    assert called == ["triton"]
+    with use_backend("auto"):
+        lora_down(x, a, None, 0.0)
+    assert len(called) == (2 if device == "cuda" else 1)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, device):
+    """Schema, fake and aliasing of the opaque operators, with the smallest and the first odd case."""
+    from torch.library import opcheck
+
+    from peftfast_kernels.op import _flatten
+
+    op = OPS[name]
+    for case in list(op.cases())[1:4]:
+        args = _flatten(op.parameters, tuple(case.make(device).values()))
+        opcheck(getattr(torch.ops.peftfast, name).default, tuple(args), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_eager_paths_are_traced_through(device):
+    """Under torch.compile on the CPU the graph holds plain aten operations and no break."""
+    if device != "cpu":
+        pytest.skip("the GPU path is opaque")
+    x, a = torch.randn(12, 16), torch.randn(3, 16)
+    w, p = dense(torch.randn(10, 16)), torch.randn(12, 3)
+    dy, seed = torch.randn(12, 10), torch.tensor(5)
+
+    def step(x, a, dy, weight, p, seed):
+        return lora_down(x, a, seed, 0.25), lora_gemm_t(dy, dense(weight), p, a, seed, 0.25)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    args = (x, a, dy, w.tensors[0], p, seed)
+    for out, expected in zip(compiled(*args), step(*args), strict=True):
+        torch.testing.assert_close(out, expected)
+
+
+def test_triton_paths_are_opaque_to_the_compiler(device):
+    graphs = []
+
+    def collect(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    x, a = torch.randn(12, 16, device=device), torch.randn(3, 16, device=device)
+    with use_backend("triton"):
+        out = torch.compile(lambda x, a: lora_down(x, a, None, 0.0), fullgraph=True, backend=collect)(x, a)
+    torch.testing.assert_close(out, x @ a.t())
+    assert any("peftfast.lora_down" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def test_eager_dispatches_few_operations():
+    """The host cost of the plain path is its number of dispatched operations; views count as well."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.total = getattr(self, "total", 0) + 1
+            return func(*args, **(kwargs or {}))
+
+    x, a, b = torch.randn(12, 16), torch.randn(3, 16), torch.randn(10, 3)
+    w, dy, t = dense(torch.randn(10, 16)), torch.randn(12, 10), torch.randn(12, 3)
+    for call, most in (
+        (lambda: lora_down(x, a, None, 0.0), 2),
+        (lambda: OPS["lora_gemm"](x, w, None, t, b, 0.5), 4),
+        (lambda: OPS["lora_up_grad"](dy, t, b, 0.5, torch.float32), 3),
+        (lambda: OPS["lora_down_grad"](x, t, None, 0.0, torch.float32), 2),
+        (lambda: lora_gemm_t(dy, w, t, a, None, 0.0), 2),
+    ):
+        call()  # the cached zero is made once
+        with Count() as count:
+            call()
+        assert count.total <= most

@@ -1,0 +1,172 @@
+"""Every registered op at every one of its cases: plain torch and Triton against the fp64 oracle."""
+
+import pytest
+import torch
+
+from peftfast_kernels import OPS, lora_down, lora_down_grad, lora_gemm, lora_gemm_t, lora_up_grad, use_backend
+from peftfast_kernels.decode import Operand, dense
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+CASES = [(name, case) for name, op in OPS.items() for case in op.cases()]
+EXACT = {"dequantize", "keep_mask"}  # no arithmetic to lose precision in: equal bit for bit
+
+
+def outputs(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def upcast(kwargs):
+    """The same arguments in fp64; operands stay, because rounding to their dtype is part of what they mean."""
+    return {
+        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in kwargs.items()
+    }
+
+
+def plain_dtype(kwargs, out):
+    """What torch's own product of these arguments loses: on the CPU half precision is rounded before it is widened."""
+    floats = {v.dtype for v in kwargs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return max({out.dtype, floats.pop() if len(floats) == 1 else out.dtype}, key=lambda d: torch.finfo(d).eps)
+
+
+def assert_no_worse(out, native, oracle, dtype):
+    """out is as close to the oracle as the fp32 result rounded once to dtype, times 2, plus two ulp; max and RMS.
+
+    The two ulp are for small outputs, where the plain result may be exact by luck.
+    """
+    assert out.shape == oracle.shape
+    if out.numel() == 0:
+        return
+    eps = 2 * torch.finfo(dtype).eps
+    error, plain = out.double() - oracle, native.to(dtype).double() - oracle
+    assert error.abs().max() <= 2 * plain.abs().max() + eps * oracle.abs().max()
+    assert error.square().mean().sqrt() <= 2 * plain.square().mean().sqrt() + eps * oracle.square().mean().sqrt()
+
+
+def check(name, case, device, path):
+    op = OPS[name]
+    kwargs = case.make(device)
+    before = {key: value.clone() for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+    with use_backend("triton" if path == "launch" else "torch"):
+        results = outputs(getattr(op, path)(**kwargs))
+    natives = outputs(op.reference(**kwargs))
+    oracles = outputs(op.reference(**upcast(kwargs)))
+    for out, native, oracle, fake in zip(results, natives, oracles, outputs(op.fake(**kwargs)), strict=True):
+        assert (out.shape, out.dtype, out.stride()) == (fake.shape, fake.dtype, fake.stride())
+        if name in EXACT:
+            assert torch.equal(out, native)
+        else:
+            assert_no_worse(out, native, oracle, out.dtype if path == "launch" else plain_dtype(kwargs, out))
+    for key, value in before.items():
+        assert torch.equal(kwargs[key], value), f"{name} wrote into its argument {key}"
+
+
+@pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}-{case.id}" for name, case in CASES])
+def test_eager_matches_oracle(name, case, device):
+    check(name, case, device, "eager")
+
+
+@pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}-{case.id}" for name, case in CASES])
+def test_triton_matches_oracle(name, case, device):
+    check(name, case, device, "launch")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_cost_counts_work(name, device):
+    for case in OPS[name].cases():
+        kwargs = case.make(device)
+        cost = OPS[name].cost(**kwargs)
+        assert cost.flops >= 0 and cost.bytes >= 0
+        if all(size > 0 for value in kwargs.values() if isinstance(value, torch.Tensor) for size in value.shape):
+            assert cost.bytes > 0 or kwargs.get("rows") == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_broadcast_and_transposed_inputs(backend, device):
+    """Gradients of a sum arrive with zero strides, activations of attention arrive transposed."""
+    m, n, r = 37, 50, 5
+    g = torch.Generator().manual_seed(0)
+    t, b = torch.randn(m, r, generator=g).to(device), torch.randn(n, r, generator=g).to(device)
+    dy = torch.full((1, 1), 0.5, device=device).expand(m, n)
+    x = torch.randn(n, m, generator=g).to(device).t()
+    assert x.stride(0) == 1
+    seed = torch.tensor(3, device=device)
+    with use_backend(backend):
+        p, db = lora_up_grad(dy, t, b, 2.0, torch.float32)
+        torch.testing.assert_close(p, dy @ b * 2)
+        torch.testing.assert_close(db, dy.t() @ t * 2)
+        for call, args in ((lora_down, (x, b.t(), seed, 0.4)), (lora_down_grad, (x, t, seed, 0.4, torch.float32))):
+            torch.testing.assert_close(call(*args), call.reference(*args))
+        weight = torch.randn(n, n + 1, generator=g).to(device)[:, 1:]  # rows that are not 16-byte aligned
+        args = (x, dense(weight), None, t, b, 0.3)
+        torch.testing.assert_close(lora_gemm(*args), lora_gemm.reference(*args))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_split_reductions_are_deterministic(backend, device):
+    g = torch.Generator().manual_seed(0)
+    x, t, b = (torch.randn(shape, generator=g).to(device) for shape in ((700, 40), (700, 9), (40, 9)))
+    with use_backend(backend):
+        first = (*lora_up_grad(x, t, b, 0.7, torch.float32), lora_down_grad(x, t, None, 0.0, torch.float32))
+        second = (*lora_up_grad(x, t, b, 0.7, torch.float32), lora_down_grad(x, t, None, 0.0, torch.float32))
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_infinite_gradients_reach_the_scaler(backend, device):
+    """GradScaler finds an overflow by its inf: nothing on the way may clamp or hide it."""
+    dy = torch.zeros(40, 48, dtype=torch.float16, device=device)
+    dy[3, 5] = float("inf")
+    t = torch.ones(40, 4, dtype=torch.float16, device=device)
+    b = torch.ones(48, 4, dtype=torch.float16, device=device)
+    with use_backend(backend):
+        p, db = lora_up_grad(dy, t, b, 1.0, torch.float32)
+    assert p[3].isinf().all() and db[5].isinf().all()
+    assert not p[2].isinf().any() and not db[4].isinf().any()
+
+
+def test_dropped_elements_do_not_leak_nan(device):
+    """A dropped element contributes nothing, whatever it holds; a kept one does."""
+    seed = torch.tensor(11, device=device)
+    x = torch.ones(33, 40, device=device)
+    keep = OPS["keep_mask"].eager(seed, 0.5, 33, 40, torch.device(device))
+    x[~keep] = float("nan")
+    a = torch.ones(3, 40, device=device)
+    for backend in ("torch", "triton"):
+        with use_backend(backend):
+            assert lora_down(x, a, seed, 0.5).isfinite().all()
+            assert lora_down_grad(x, torch.ones(33, 2, device=device), seed, 0.5, torch.float32).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_missing_seed_is_refused(backend, device):
+    x, a = torch.ones(4, 8, device=device), torch.ones(2, 8, device=device)
+    weight = dense(torch.ones(6, 8, device=device))
+    dy, p = torch.ones(4, 6, device=device), torch.ones(4, 2, device=device)
+    with use_backend(backend):
+        for call in (
+            lambda: lora_down(x, a, None, 0.1),
+            lambda: lora_down_grad(x, p, None, 0.1, torch.float32),
+            lambda: lora_gemm_t(dy, weight, p, a, None, 0.1),
+        ):
+            with pytest.raises(ValueError, match="seed"):
+                call()
+
+
+def test_unknown_format_is_refused(device):
+    bad = Operand("int3", [torch.ones(2, 2, device=device)], (2, 2), torch.float32)
+    with pytest.raises(ValueError, match="int3.*dense"):
+        OPS["dequantize"](bad, torch.float32)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: 4 GiB activations")
+def test_more_than_2_to_the_31_elements():
+    rows, cols, r = (1 << 21) + 8, 1024, 8
+    x = torch.zeros(rows, cols, dtype=torch.float16, device="cuda")
+    x[-3:] = 1
+    a = torch.ones(r, cols, dtype=torch.float16, device="cuda")
+    t = lora_down(x, a, None, 0.0)
+    assert t[:-3].eq(0).all() and t[-3:].eq(cols).all()
+    assert lora_down_grad(x, t, None, 0.0, torch.float32).eq(3 * cols).all()

@@ -1,0 +1,289 @@
+"""The base layer is called as the module it is, wherever calling it means more than one product."""
+
+import importlib
+
+import oracle
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrizations, parametrize
+
+import peftfast
+from peftfast.layer import BaseTunerLayer
+
+peft = importlib.import_module("peft")
+
+
+class Net(nn.Module):
+    def __init__(self, linear=nn.Linear):
+        super().__init__()
+        self.first, self.second = linear(16, 24), linear(24, 8)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def config(library=peftfast, **changes):
+    return library.LoraConfig(r=4, target_modules=["first", "second"], init_lora_weights=False, **changes)
+
+
+def pair(base):
+    """The same adapters over the same base, here and in PEFT; the bases are made by calling `base`."""
+    models = []
+    for library in (peftfast, peft):
+        torch.manual_seed(0)
+        models.append(oracle.quietly(library.get_peft_model, base(), config(library)))
+    ours, theirs = models
+    values = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(values[name])
+    return ours, theirs
+
+
+def agree(ours, theirs, x):
+    x = x.clone().requires_grad_()
+    results = []
+    for model in (ours, theirs):
+        x.grad = None
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, x.grad] + [p.grad for n, p in model.named_parameters() if "lora_" in n])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+
+
+def double_input(module, args):
+    return (args[0] * 2,)
+
+
+def negate_output(module, args, output):
+    return -output
+
+
+def halve_gradient(module, grad_input, grad_output):
+    return tuple(None if g is None else g / 2 for g in grad_input)
+
+
+def halve_arriving_gradient(module, grad_output):
+    return tuple(g / 2 for g in grad_output)
+
+
+@pytest.mark.parametrize(
+    "register, hook",
+    [
+        ("register_forward_pre_hook", double_input),
+        ("register_forward_hook", negate_output),
+        ("register_full_backward_hook", halve_gradient),
+        ("register_full_backward_pre_hook", halve_arriving_gradient),
+    ],
+)
+@pytest.mark.parametrize("when", ["before wrapping", "after wrapping", "after a forward", "on the adapter layer"])
+def test_hooks(register, hook, when):
+    def base():
+        net = Net()
+        if when == "before wrapping":
+            getattr(net.first, register)(hook)
+        return net
+
+    ours, theirs = pair(base)
+    for model in (ours, theirs):
+        layer = model.base_model.model.first
+        if when == "after a forward":
+            model(X)
+        if when in ("after wrapping", "after a forward"):
+            getattr(layer.base_layer, register)(hook)
+        if when == "on the adapter layer":
+            getattr(layer, register)(hook)
+    agree(ours, theirs, X)
+
+
+@pytest.mark.parametrize("name", ["register_module_forward_pre_hook", "register_module_forward_hook"])
+def test_hooks_for_all_modules(name):
+    model = peftfast.get_peft_model(Net(), config())
+    seen = []
+    handle = getattr(torch_module, name)(lambda module, *rest: seen.append(type(module)) and None)
+    try:
+        model(X)
+    finally:
+        handle.remove()
+    assert seen.count(nn.Linear) >= 2
+
+
+def test_replaced_forward_of_an_instance():
+    ours, theirs = pair(Net)
+    for model in (ours, theirs):
+        linear = model.base_model.model.first.base_layer
+        linear.forward = lambda x, linear=linear: nn.functional.linear(x, linear.weight) * 3
+    agree(ours, theirs, X)
+
+
+class Shifted(nn.Linear):
+    """An unknown subclass with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def test_unknown_subclass():
+    ours, theirs = pair(lambda: Net(Shifted))
+    agree(ours, theirs, X)
+    with torch.no_grad():
+        expected = ours(X)
+        torch.testing.assert_close(ours.merge_and_unload()(X), expected, rtol=1e-4, atol=1e-4)
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return w * 2
+
+
+def test_parametrized_weight():
+    def base():
+        net = Net()
+        parametrize.register_parametrization(net.first, "weight", Doubled())
+        return net
+
+    ours, theirs = pair(base)
+    agree(ours, theirs, X)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    with pytest.raises(ValueError, match="parametri"):
+        ours.merge_adapter()
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+    assert not any(m.merged for m in ours.modules() if isinstance(m, BaseTunerLayer))
+
+
+def test_weight_norm():
+    def base():
+        net = Net()
+        parametrizations.weight_norm(net.second)
+        return net
+
+    agree(*pair(base), X)
+
+
+def test_trained_base_weight_gets_its_gradient():
+    ours, theirs = pair(Net)
+    for model in (ours, theirs):
+        model.base_model.model.first.base_layer.weight.requires_grad_(True)
+        model.base_model.model.second.base_layer.bias.requires_grad_(True)
+    agree(ours, theirs, X)
+    for name in ("first.base_layer.weight", "second.base_layer.bias"):
+        grads = [model.base_model.model.get_parameter(name).grad for model in (ours, theirs)]
+        torch.testing.assert_close(*grads)
+
+
+def test_wrapped_twice():
+    """A LoRA around a LoRA, as `get_peft_model` on a PeftModel makes it: one more adapter on the same layers."""
+    models = []
+    for library in (peftfast, peft):
+        torch.manual_seed(0)
+        once = oracle.quietly(library.get_peft_model, Net(), config(library), "inner")
+        with pytest.warns(UserWarning, match="second time"):
+            models.append(library.get_peft_model(once.base_model.model, config(library), "outer"))
+    ours, theirs = models
+    assert {n for n, _ in ours.named_parameters()} == {n for n, _ in theirs.named_parameters()}
+    oracle.copy_parameters(theirs, ours)
+    agree(ours, theirs, X)
+
+
+def test_module_used_in_two_places():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.again = nn.ModuleList([self.first])
+
+        def forward(self, x):
+            return self.again[0](self.first(x))
+
+    model = peftfast.get_peft_model(Twice(), peftfast.LoraConfig(target_modules=["first"], init_lora_weights=False))
+    inner = model.base_model.model
+    assert inner.first is inner.again[0]
+    before = model(X)
+    merged = model.merge_and_unload()
+    assert merged.first is merged.again[0] and type(merged.first) is nn.Linear
+    torch.testing.assert_close(merged(X), before, rtol=1e-4, atol=1e-5)
+
+
+# ---- accelerate ------------------------------------------------------------------------------------------
+accelerate = pytest.importorskip("accelerate")
+
+
+def offloaded(kind, folder):
+    net = Net()
+    if kind == "cpu":
+        accelerate.cpu_offload(net, execution_device=torch.device("cpu"))
+    elif kind == "disk":
+        accelerate.disk_offload(net, str(folder), execution_device=torch.device("cpu"))
+    else:
+        device_map = {"first": "cpu", "second": "disk"}
+        net = accelerate.dispatch_model(net, device_map, offload_dir=str(folder), force_hooks=True, main_device="cpu")
+    return net
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk", "map"])
+def test_offloaded_base(kind, tmp_path):
+    torch.manual_seed(3)
+    plain = Net()
+    torch.manual_seed(3)
+    net = offloaded(kind, tmp_path)
+    assert any(p.is_meta for p in net.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(net(X), plain(X))
+    torch.manual_seed(5)
+    ours = peftfast.get_peft_model(net, config())
+    torch.manual_seed(5)
+    theirs = peft.get_peft_model(plain, config(peft))
+    factors = {n: p for n, p in ours.named_parameters() if "lora_" in n}
+    assert not any(p.is_meta for p in factors.values())
+    values = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for name, parameter in factors.items():
+            parameter.copy_(values[name])
+    x = X.clone().requires_grad_()
+    ours(x).sum().backward()
+    grad, x.grad = x.grad, None
+    theirs(x).sum().backward()
+    torch.testing.assert_close(grad, x.grad, rtol=1e-4, atol=1e-5)
+    ours.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(Net(), tmp_path / "adapter")
+    saved = {n: p for n, p in loaded.named_parameters() if "lora_" in n}
+    for name, parameter in factors.items():
+        assert torch.equal(saved[name], parameter)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk", "map"])
+def test_merging_into_an_offloaded_base(kind, tmp_path):
+    """Either the weights change or it is refused; never a merge that is lost."""
+    torch.manual_seed(3)
+    net = offloaded(kind, tmp_path)
+    torch.manual_seed(5)
+    model = peftfast.get_peft_model(net, config())
+    with torch.no_grad():
+        expected = model(X)
+        try:
+            merged = model.merge_and_unload()
+        except (ValueError, RuntimeError, NotImplementedError) as e:
+            assert "offload" in str(e) or "meta" in str(e)
+            torch.testing.assert_close(model(X), expected)
+        else:
+            torch.testing.assert_close(merged(X), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_loading_onto_an_offloaded_base(tmp_path):
+    torch.manual_seed(5)
+    source = peft.get_peft_model(Net(), config(peft))
+    source.save_pretrained(tmp_path / "adapter")
+    loaded = peftfast.PeftModel.from_pretrained(offloaded("cpu", tmp_path), tmp_path / "adapter")
+    values = {n: p for n, p in source.named_parameters() if "lora_" in n}
+    found = {n: p for n, p in loaded.named_parameters() if "lora_" in n}
+    assert found.keys() == values.keys()
+    assert all(torch.equal(found[n], p) for n, p in values.items())
+    loaded(X)

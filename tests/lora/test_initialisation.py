@@ -1,0 +1,250 @@
+"""Initialisations: what the factors and the base are right after, that the model still computes the same, and the way
+through files, PEFT's and ours, with and without conversion to a plain LoRA."""
+
+import importlib
+import math
+
+import oracle
+import pytest
+import torch
+
+import peftfast
+from peftfast import LoraConfig
+
+peft = importlib.import_module("peft")
+
+TARGETS = ["q_proj", "down_proj"]
+CHANGING = ["pissa", "pissa_niter_4", "olora"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return oracle.logits(model)
+
+
+def wrap(library, init, make=oracle.llama, seed=1, **options):
+    torch.manual_seed(seed)
+    config = library.LoraConfig(**{"r": 4, "target_modules": TARGETS, "init_lora_weights": init, **options})
+    return oracle.quietly(library.get_peft_model, make(), config).eval()
+
+
+def layers(model):
+    return {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and len(m.lora_A)}
+
+
+def factors(layer):
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", *CHANGING])
+@pytest.mark.parametrize("make", [oracle.llama, oracle.gpt2], ids=["linear", "conv1d"])
+def test_the_model_starts_as_the_base(init, make):
+    targets = TARGETS if make is oracle.llama else ["c_attn", "c_fc"]
+    model = wrap(peftfast, init, make, target_modules=targets, lora_alpha=6, use_rslora=True)
+    torch.testing.assert_close(logits(model), logits(make()), rtol=1e-3, atol=2e-4)
+    changed = [
+        not torch.equal(layer.base_layer.weight, make().get_submodule(name.removeprefix("base_model.model.")).weight)
+        for name, layer in layers(model).items()
+    ]
+    assert all(changed) if init in CHANGING else not any(changed)
+
+
+def test_distributions():
+    """The same distributions as PEFT's, seen through their moments and bounds."""
+    big = {"make": lambda: oracle.llama(hidden=128), "r": 16}
+    for init in (True, False, "gaussian", "orthogonal"):
+        mine, other = (
+            [
+                torch.cat([factors(layer)[i].flatten() for layer in layers(wrap(lib, init, **big)).values()])
+                for i in (0, 1)
+            ]
+            for lib in (peftfast, peft)
+        )
+        for ours, theirs in zip(mine, other, strict=True):
+            assert ours.shape == theirs.shape
+            assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05, abs=1e-9), init
+            assert abs(ours.mean().item()) <= 4 * ours.std().item() / math.sqrt(ours.numel()) + 1e-9
+            assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.35, abs=1e-9)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decompositions_are_pefts(init, dtype):
+    """Up to the signs of singular vectors, so compared by product and by what is left in the base."""
+    ours, theirs = (wrap(lib, init, lambda: oracle.llama().to(dtype), lora_alpha=6) for lib in (peftfast, peft))
+    for mine, other in zip(layers(ours).values(), layers(theirs).values(), strict=True):
+        (a, b), (c, d) = factors(mine), factors(other)
+        assert a.dtype == c.dtype and mine.base_layer.weight.dtype == dtype
+        torch.testing.assert_close(b @ a, d @ c, rtol=1e-3, atol=1e-4 if dtype == torch.float32 else 2e-2)
+        torch.testing.assert_close(
+            mine.base_layer.weight.float(), other.base_layer.weight.float(), rtol=1e-2,
+            atol=1e-4 if dtype == torch.float32 else 2e-2,
+        )  # fmt: skip
+
+
+def test_fast_pissa_comes_near_the_exact_one():
+    exact, fast = wrap(peftfast, "pissa"), wrap(peftfast, "pissa_niter_16")
+    for best, near in zip(layers(exact).values(), layers(fast).values(), strict=True):
+        left, best_left = near.base_layer.weight.norm(), best.base_layer.weight.norm()
+        assert best_left * 0.999 < left < 1.03 * best_left
+
+
+def test_pissa_takes_the_largest_singular_values():
+    model = wrap(peftfast, "pissa")
+    for name, layer in layers(model).items():
+        weight = oracle.llama().get_submodule(name.removeprefix("base_model.model.")).weight
+        left = torch.linalg.svdvals(layer.base_layer.weight)
+        torch.testing.assert_close(left[0], torch.linalg.svdvals(weight)[4], rtol=1e-3, atol=1e-4)
+
+
+def trained(model):
+    """The factors after some steps."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_saved_and_loaded_both_ways(init, low_cpu_mem_usage, tmp_path):
+    """Loading repeats the initialisation, because the base changed with it."""
+    for source in (peftfast, peft):
+        model = trained(wrap(source, init))
+        model.save_pretrained(tmp_path / source.__name__)
+        expected = logits(model)
+        for target in (peftfast, peft):
+            if target is peft and low_cpu_mem_usage:
+                continue  # PEFT cannot repeat it on the meta device
+            loaded = target.PeftModel.from_pretrained(
+                oracle.llama(), tmp_path / source.__name__, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+            torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("init", CHANGING)
+@pytest.mark.parametrize(
+    "extra", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3}}]
+)
+def test_conversion_to_a_plain_lora(init, extra, tmp_path):
+    make = oracle.llama
+    for library in (peftfast, peft):
+        torch.manual_seed(4)
+        model = wrap(library, init, **extra)
+        initial = tmp_path / library.__name__ / "initial"
+        model.peft_config["default"].init_lora_weights = True  # the folder is read as it is, not initialised again
+        model.save_pretrained(initial)
+        model.peft_config["default"].init_lora_weights = init
+        expected = logits(trained(model))
+        target = tmp_path / library.__name__ / "plain"
+        model.save_pretrained(target, path_initial_model_for_weight_conversion=str(initial))
+        config = oracle.saved_config(target)
+        assert config["init_lora_weights"] is True and config["r"] == 8
+        for reader in (peftfast, peft):
+            loaded = reader.PeftModel.from_pretrained(make(), target)
+            torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(logits(model), expected)  # the live model is as it was
+        assert model.peft_config["default"].r == 4
+    ours, theirs = (oracle.saved_config(tmp_path / name / "plain") for name in ("peftfast", "peft"))
+    assert ours == theirs
+
+
+def test_conversions_that_make_no_sense(tmp_path):
+    plain = wrap(peftfast, True)
+    plain.save_pretrained(tmp_path / "initial")
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion.*True"):
+        plain.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    both = wrap(peftfast, "pissa", use_rslora=True, rank_pattern={"down_proj": 2})
+    with pytest.raises(ValueError, match="rsLoRA"):
+        both.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_base_dtypes_that_cannot_be_decomposed():
+    with pytest.raises(ValueError, match="rank to be even, got 3"):
+        wrap(peftfast, "orthogonal", r=3)
+    model = wrap(peftfast, "pissa", lambda: oracle.llama().to(torch.float16))
+    assert next(iter(layers(model).values())).base_layer.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("base, autocast", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)])
+def test_autocast_adapter_dtype(base, autocast, tmp_path):
+    """The factors' dtype, live, saved and loaded, is PEFT's."""
+    make = lambda: oracle.llama().to(base)  # noqa: E731
+    models = []
+    for library in (peftfast, peft):
+        config = library.LoraConfig(target_modules=TARGETS)
+        models.append(library.get_peft_model(make(), config, autocast_adapter_dtype=autocast))
+        models[-1].add_adapter("other", library.LoraConfig(target_modules=["k_proj"]), autocast_adapter_dtype=autocast)
+        models[-1].save_pretrained(tmp_path / library.__name__)
+    oracle.same_live_state(*models)
+    for folder in ("peftfast", "peft"):
+        loaded = [
+            library.PeftModel.from_pretrained(
+                make(), tmp_path / folder, autocast_adapter_dtype=autocast, low_cpu_mem_usage=low
+            )
+            for library in (peftfast, peft)
+            for low in (False, True)
+        ]
+        for other in loaded[1:]:
+            oracle.same_live_state(loaded[0], other)
+
+
+# ---- targets found without a table -----------------------------------------------------------------------
+class Unknown(torch.nn.Module):
+    """An architecture that no table knows."""
+
+    def __init__(self, names=("query", "key", "value", "out")):
+        super().__init__()
+        self.stem = torch.nn.Linear(8, 8)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in names}) for _ in range(3)
+        )
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            for layer in block.values():
+                x = torch.relu(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "names, chosen",
+    [
+        (("query", "key", "value", "out"), {"query", "value"}),
+        (("qkv", "proj"), {"qkv"}),
+        (("q_proj", "k_proj", "v_proj"), {"q_proj", "v_proj"}),
+        (("up", "down"), {"up", "down"}),
+    ],
+)
+def test_targets_of_an_unknown_architecture(names, chosen, tmp_path):
+    with pytest.warns(peftfast.PeftWarning, match="No default target modules.*chose") as caught:
+        model = peftfast.get_peft_model(Unknown(names), LoraConfig())
+    assert all(name in str(caught[0].message) for name in chosen)
+    adapted = set(model.base_model.targeted_module_names)
+    assert adapted == {f"blocks.{i}.{name}" for i in range(3) for name in chosen}
+    model.save_pretrained(tmp_path)  # the choice is in the file, so PEFT reads it
+    loaded = peft.PeftModel.from_pretrained(Unknown(names), tmp_path)
+    assert set(loaded.base_model.targeted_module_names) == adapted
+
+
+def test_nothing_to_choose_from():
+    with pytest.raises(ValueError, match="Please specify `target_modules`.*'0', '2'"):
+        peftfast.get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2)), LoraConfig()
+        )
+
+
+def test_transformers_architectures_without_a_row():
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+    )
+    with pytest.warns(peftfast.PeftWarning, match="vit"):
+        model = peftfast.get_peft_model(ViTModel(config), LoraConfig())
+    names = {n.rpartition(".")[2] for n in model.base_model.targeted_module_names}
+    assert len(model.base_model.targeted_module_names) >= 4 and len(names) == 2, names

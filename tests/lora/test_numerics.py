@@ -1,0 +1,308 @@
+"""Outputs and gradients of every kind of module in every precision, against an fp64 oracle: no further than PEFT's.
+
+The oracle is PEFT's own formula on the same (rounded) tensors in fp64. What is compared is everything a training step
+sees: the output, the gradient of the input, and the gradients of both factors.
+"""
+
+import copy
+import importlib
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import peftfast
+from peftfast_kernels.keep_mask import keep_mask, keep_scale
+
+peft = importlib.import_module("peft")
+
+RANK = 8
+TOKENS = 96
+
+
+class Holder(nn.Module):
+    """A model that is one module."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target = target
+
+    def forward(self, x):
+        return self.target(x)
+
+
+def conv1d_of_transformers(out_features, in_features):
+    from transformers.pytorch_utils import Conv1D
+
+    module = Conv1D(out_features, in_features)
+    nn.init.normal_(module.weight, std=in_features**-0.5)
+    nn.init.normal_(module.bias, std=0.1)
+    return module
+
+
+#: id -> (module, shape of its input; None: token ids)
+SITES = {
+    "linear": (lambda: nn.Linear(256, 112), (2, TOKENS, 256)),
+    "linear-no-bias": (lambda: nn.Linear(256, 112, bias=False), (2 * TOKENS, 256)),
+    "conv1d-hf": (lambda: conv1d_of_transformers(112, 256), (2, TOKENS, 256)),
+    "embedding": (lambda: nn.Embedding(oracle.VOCABULARY, 80), None),
+    "conv1d": (lambda: nn.Conv1d(48, 40, 3, padding=1), (4, 48, 50)),
+    "conv2d": (lambda: nn.Conv2d(12, 40, 3, stride=2, padding=1), (4, 12, 20, 20)),
+    "conv3d": (lambda: nn.Conv3d(6, 24, (1, 3, 3), bias=False), (3, 6, 4, 10, 10)),
+}
+
+#: id -> (dtype of the base, dtype of the input, autocast dtype, fp32 factors)
+PRECISIONS = {
+    "fp32": (torch.float32, torch.float32, None, True),
+    "bf16": (torch.bfloat16, torch.bfloat16, None, True),
+    "bf16-pure": (torch.bfloat16, torch.bfloat16, None, False),
+    "fp16": (torch.float16, torch.float16, None, True),
+    "fp16-pure": (torch.float16, torch.float16, None, False),
+    "autocast-fp32-base": (torch.float32, torch.float32, torch.bfloat16, True),
+    "autocast-bf16-base": (torch.bfloat16, torch.bfloat16, torch.bfloat16, True),
+    "autocast-fp16-base": (torch.float16, torch.float16, torch.float16, True),
+    "autocast-bf16-input": (torch.float32, torch.bfloat16, torch.bfloat16, True),
+}
+
+
+def adapted(library, make, dtype, wide, adapters=1, rank_step=1, **options):
+    torch.manual_seed(0)
+    model = Holder(make()).to(dtype)
+    wrapped = None
+    for i in range(adapters):
+        config = library.LoraConfig(r=RANK + i * rank_step, lora_alpha=12, target_modules=["target"], **options)
+        name = f"a{i}"
+        if wrapped is None:
+            wrapped = oracle.quietly(library.get_peft_model, model, config, name, autocast_adapter_dtype=wide)
+        else:
+            wrapped.add_adapter(name, config, autocast_adapter_dtype=wide)
+    wrapped.base_model.set_adapter([f"a{i}" for i in range(adapters)])
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in sorted(wrapped.named_parameters()):
+            if "lora_" in name:
+                fan = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan**-0.5)
+    return wrapped
+
+
+def input_of(shape, dtype):
+    generator = torch.Generator().manual_seed(11)
+    if shape is None:
+        return torch.randint(0, oracle.VOCABULARY, (4, TOKENS), generator=generator)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def step(model, x, autocast=None, upstream=None):
+    """Output and all gradients of one training step; the incoming gradient is rounded to `upstream` (None: as y)."""
+    model.zero_grad()
+    if x.is_floating_point():
+        x = x.clone().requires_grad_()
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        y = model(x)
+    generator = torch.Generator().manual_seed(13)
+    y.backward(torch.randn(y.shape, generator=generator).to(upstream or y.dtype).to(y.dtype))
+    result = {"output": y.detach()}
+    if x.is_floating_point():
+        result["dx"] = x.grad
+    return result | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def in_fp64(model, x, upstream):
+    """The oracle: the same tensors in fp64, PEFT's formula, and the incoming gradient that the others got."""
+    model = copy.deepcopy(model).double()
+    return step(model, x.double() if x.is_floating_point() else x, upstream=upstream)
+
+
+def compare(ours, theirs, x, autocast, truth=None):
+    mine, other = step(ours, x, autocast), step(theirs, x, autocast)
+    assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in other.items()}
+    truth = in_fp64(theirs, x, other["output"].dtype) if truth is None else truth
+    return oracle.assert_no_further(mine, other, truth)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("site", SITES)
+def test_no_further_than_peft(site, precision):
+    make, shape = SITES[site]
+    dtype, input_dtype, autocast, wide = PRECISIONS[precision]
+    x = input_of(shape, input_dtype)
+    ratios = compare(adapted(peftfast, make, dtype, wide), adapted(peft, make, dtype, wide), x, autocast)
+    print(site, precision, {k.rpartition("lora_")[2]: round(v, 3) for k, v in ratios.items()})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure", "autocast-fp32-base"])
+@pytest.mark.parametrize("site", SITES)
+def test_several_active_adapters(site, precision):
+    """Of different ranks; PEFT adds them one by one."""
+    make, shape = SITES[site]
+    dtype, input_dtype, autocast, wide = PRECISIONS[precision]
+    ours, theirs = (adapted(library, make, dtype, wide, adapters=3) for library in (peftfast, peft))
+    compare(ours, theirs, input_of(shape, input_dtype), autocast)
+
+
+@pytest.mark.parametrize("cls, shape", [(nn.Conv1d, (2, 12, 20)), (nn.Conv2d, (2, 12, 9, 9))])
+def test_grouped_convolutions(cls, shape):
+    def make():
+        return cls(12, 24, 3, groups=4)
+
+    for adapters in (1, 2):
+        ours, theirs = (
+            adapted(library, make, torch.float32, True, adapters=adapters, rank_step=4) for library in (peftfast, peft)
+        )
+        compare(ours, theirs, input_of(shape, torch.float32), None)
+
+
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"padding": 1, "padding_mode": "reflect"}, {"padding": "same"}])
+@pytest.mark.parametrize("cls, shape", [(nn.Conv1d, (2, 12, 20)), (nn.Conv2d, (2, 12, 9, 9))])
+def test_dilated_and_padded_convolutions_agree_with_their_merged_form(cls, shape, options):
+    """PEFT forgets dilation and padding mode in the down factor; merging is the meaning."""
+    model = adapted(peftfast, lambda: cls(12, 24, 3, **options), torch.float64, True)
+    x = input_of(shape, torch.float64)
+    with torch.no_grad():
+        before = model(x)
+        torch.testing.assert_close(model.merge_and_unload()(x), before, rtol=1e-6, atol=1e-6)
+
+
+class FixedDropout(nn.Module):
+    """What `nn.Dropout` does, with a given mask."""
+
+    def __init__(self, keep, prob):
+        super().__init__()
+        self.keep, self.prob = keep, prob
+
+    def forward(self, x):
+        return x * (self.keep.view(x.shape).to(x.dtype) * keep_scale(self.prob))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("site", ["linear", "conv1d-hf"])
+def test_dropout_against_the_exported_mask(site, precision, adapters, monkeypatch):
+    make, shape = SITES[site]
+    dtype, input_dtype, autocast, wide = PRECISIONS[precision]
+    x, prob, seeds = input_of(shape, input_dtype), 0.3, []
+    module = importlib.import_module("peftfast.ops.lora")
+    draw = module.draw_seed
+    monkeypatch.setattr(module, "draw_seed", lambda *a: seeds.append(draw(*a)) or seeds[-1])
+    ours = adapted(peftfast, make, dtype, wide, adapters, lora_dropout=prob).train()
+    theirs = adapted(peft, make, dtype, wide, adapters, lora_dropout=prob).train()
+    mine = step(ours, x, autocast)
+    assert len(seeds) == adapters and len({int(s) for s in seeds}) == adapters
+    rows = x.shape.numel() // x.shape[-1]
+    for i, seed in enumerate(seeds):
+        keep = keep_mask(seed, prob, rows, x.shape[-1], x.device)
+        assert abs(keep.double().mean().item() - (1 - prob)) < 0.02
+        theirs.base_model.model.target.lora_dropout[f"a{i}"] = FixedDropout(keep, prob)
+    other = step(theirs, x, autocast)
+    oracle.assert_no_further(mine, other, in_fp64(theirs, x, other["output"].dtype))
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_dropout_rests_in_eval_mode_and_differs_from_call_to_call(site):
+    make, shape = SITES[site]
+    x = input_of(shape, torch.float32)
+    ours, theirs = (adapted(library, make, torch.float32, True, lora_dropout=0.5) for library in (peftfast, peft))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+        quiet = ours(x)
+        first, second = ours.train()(x), ours(x)
+    if site == "embedding":  # token ids have nothing to drop
+        assert torch.equal(first, quiet)
+    else:
+        assert not torch.equal(first, second)
+        torch.manual_seed(3)
+        third = ours(x)
+        torch.manual_seed(3)
+        assert torch.equal(ours(x), third)
+
+
+@pytest.mark.parametrize("site", ["conv1d", "conv2d", "conv3d"])
+def test_dropout_of_convolutions_is_torch_dropout(site):
+    make, shape = SITES[site]
+    x = input_of(shape, torch.float32)
+    results = []
+    for library in (peftfast, peft):
+        model = adapted(library, make, torch.float32, True, lora_dropout=0.4).train()
+        torch.manual_seed(9)
+        results.append(step(model, x))
+    for key, value in results[1].items():
+        torch.testing.assert_close(results[0][key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_unbiased():
+    """Averaged over many masks the adapter gives what it gives without dropout."""
+    model = adapted(peftfast, lambda: nn.Linear(64, 8), torch.float32, True, lora_dropout=0.25)
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        plain = model.eval()(x)
+        model.train()
+        mean = model(x.repeat(8000, 1)).view(8000, 4, 8).mean(0)
+    assert (mean - plain).abs().max() < 0.06
+
+
+def test_scale_changes():
+    """Written through methods or directly, with the same effect as in PEFT."""
+    x = torch.randn(5, 80)
+    ours, theirs = (
+        adapted(library, lambda: nn.Linear(80, 112), torch.float32, True, adapters=2) for library in (peftfast, peft)
+    )
+
+    def both(change):
+        for model in (ours, theirs):
+            change(model.base_model.model.target)
+        scalings = [{k: float(v) for k, v in m.base_model.model.target.scaling.items()} for m in (ours, theirs)]
+        assert scalings[0] == pytest.approx(scalings[1])
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+    both(lambda layer: layer.set_scale("a0", 3.0))
+    both(lambda layer: layer.scale_layer(0.5))
+    both(lambda layer: layer.unscale_layer(2.0))
+    both(lambda layer: layer.unscale_layer())
+    both(lambda layer: layer.set_scale("nobody", 2.0))
+    both(lambda layer: layer.scaling.__setitem__("a1", 0.125))
+    both(lambda layer: layer.scaling.__setitem__("a0", torch.tensor(0.75)))
+    both(lambda layer: layer.unscale_layer())
+
+
+def test_parameters_replaced_or_written_under_the_layers_feet():
+    """Other libraries assign new Parameters, write through .data, or load state dicts."""
+    x = torch.randn(5, 80, dtype=torch.bfloat16)
+    model = adapted(peftfast, lambda: nn.Linear(80, 112), torch.bfloat16, True)
+    theirs = adapted(peft, lambda: nn.Linear(80, 112), torch.bfloat16, True)
+
+    def outputs(model):
+        with torch.autocast("cpu", torch.bfloat16):  # a context each: autocast itself keeps casts while it lasts
+            return model(x).float()
+
+    with torch.no_grad():
+        for change in (
+            lambda layer: layer.lora_B["a0"].weight.data.mul_(2),
+            lambda layer: setattr(layer.lora_A["a0"], "weight", nn.Parameter(layer.lora_A["a0"].weight * -3)),
+            lambda layer: setattr(layer.lora_B["a0"].weight, "data", layer.lora_B["a0"].weight.data.flip(0)),
+            lambda layer: setattr(layer.base_layer.weight, "data", layer.base_layer.weight.data.flip(1)),
+            lambda layer: layer.lora_B["a0"].to(torch.float64).to(torch.float32),
+        ):
+            before = outputs(model)
+            for m in (model, theirs):
+                change(m.base_model.model.target)
+            torch.testing.assert_close(outputs(model), outputs(theirs), rtol=2e-2, atol=5e-2)
+            assert change.__code__.co_names[-1] == "float32" or not torch.equal(outputs(model), before)
+
+
+def test_input_gradient_only_and_factors_only():
+    """Frozen factors with a training input, and training factors with a frozen input."""
+    make = SITES["linear"][0]
+    x = input_of(SITES["linear"][1], torch.float32)
+    ours, theirs = (adapted(library, make, torch.float32, True) for library in (peftfast, peft))
+    for model in (ours, theirs):
+        model.set_requires_grad("a0", False)
+    compare(ours, theirs, x, None)
+    for model in (ours, theirs):
+        model.set_requires_grad("a0", True)
+        model(x).sum().backward()
+    for (name, mine), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        if "lora_" in name:
+            torch.testing.assert_close(mine.grad, other.grad)

@@ -1,0 +1,153 @@
+"""What one adapted linear layer keeps for the backward pass and dispatches, next to PEFT, at a real layer's size."""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peftfast
+
+peft = importlib.import_module("peft")
+
+WIDTH, TOKENS, RANK = 4096, 2048, 16
+MIB = 2**20
+
+
+class OneLinear(nn.Module):
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Dispatched(TorchDispatchMode):
+    """Records every operation, views included. Matrix products at full size are not computed, only allocated: what is
+    counted and kept does not depend on the numbers."""
+
+    def __init__(self, compute=True):
+        super().__init__()
+        self.names, self.compute = [], compute
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        if not self.compute:
+            name = func.overloadpacket.__name__
+            if name == "mm" and "out" not in (kwargs or {}):
+                return args[0].new_empty(args[0].shape[0], args[1].shape[1])
+            if name == "addmm" and "out" not in (kwargs or {}):
+                return args[1].new_empty(args[1].shape[0], args[2].shape[1])
+            if name == "addmm_":
+                return args[0]
+            if name in ("mm", "addmm"):
+                return kwargs["out"]
+        return func(*args, **(kwargs or {}))
+
+
+def wrapped(library, prob, width=WIDTH):
+    torch.manual_seed(0)
+    config = library.LoraConfig(r=RANK, target_modules=["linear"], lora_dropout=prob, init_lora_weights=False)
+    return library.get_peft_model(OneLinear(width), config).train()
+
+
+def kept_bytes(model, x):
+    """Bytes that the graph of one call keeps alive beyond its input, its output and what lives as long as the model."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), Dispatched(compute=False):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+    node = y.grad_fn
+    for value in vars(node).values() if hasattr(node, "__dict__") else ():  # what a Function keeps as attributes
+        kept.extend(t for t in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(t, torch.Tensor))
+    lasting = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
+    base_model = getattr(model, "base_model", None)
+    copies = getattr(
+        getattr(base_model, "_casts", None), "_copies", {}
+    )  # one set per model, whatever the number of calls
+    lasting |= {t.untyped_storage().data_ptr() for t in copies.values()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    lasting_bytes = sum(t.nbytes for t in copies.values())
+    return sum(n for p, n in storages.items() if p not in lasting), lasting_bytes
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(TOKENS, WIDTH), (2, TOKENS // 2, WIDTH)])
+def test_kept_for_backward(prob, shape):
+    x = torch.randn(shape, dtype=torch.bfloat16).requires_grad_()
+    mine, copies = kept_bytes(wrapped(peftfast, prob), x)
+    other, _ = kept_bytes(wrapped(peft, prob), x)
+    print(
+        f"p={prob} {shape}: {mine / MIB:.3f} MiB (PEFT {other / MIB:.1f}); per model {copies / MIB:.2f} MiB of copies"
+    )
+    assert mine <= 0.2 * MIB
+    assert other >= 16 * MIB  # so that the measurement sees what there is to see
+    assert copies <= 2 * RANK * WIDTH * 2
+
+
+def dispatched(model, shape):
+    """Operations of a forward and of a backward pass, second step (the first allocates what lasts)."""
+    x = torch.randn(shape, dtype=torch.bfloat16)
+    for _ in range(2):
+        x = x.detach().requires_grad_()
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), Dispatched() as forward:
+            y = model(x)
+        dy = torch.randn_like(y)
+        with Dispatched() as backward:
+            y.backward(dy)
+    return forward.names, backward.names
+
+
+SHAPES = [(48, 64), (2, 24, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dispatched_operations(shape):
+    """Without a GPU. With dropout the mask is made by numpy chunk by chunk; handing it over is dispatched work too."""
+    for prob, share in ((0.0, 0.5), (0.1, 1.0)):
+        mine, other = dispatched(wrapped(peftfast, prob, 64), shape), dispatched(wrapped(peft, prob, 64), shape)
+        counts = [tuple(map(len, passes)) for passes in (mine, other)]
+        print(f"p={prob} {shape}: forward + backward {counts[0]}, PEFT {counts[1]}")
+        assert sum(counts[0]) <= share * sum(counts[1]), mine
+
+
+_HOST_SIDE = """
+import sys
+sys.path[:0] = {path!r}
+import importlib.util
+from triton.runtime.interpreter import InterpretedFunction
+InterpretedFunction.__getitem__ = lambda self, grid: lambda *args, **kwargs: None
+spec = importlib.util.spec_from_file_location("structure", {file!r})
+structure = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(structure)
+for prob in (0.0, 0.1):
+    for shape in structure.SHAPES:
+        counts = []
+        for library in (structure.peftfast, structure.peft):
+            passes = structure.dispatched(structure.wrapped(library, prob, 64), shape)
+            counts.append([len(names) for names in passes])
+        print(prob, shape, "forward + backward", *counts, sep="; ")
+        assert 2 * sum(counts[0]) <= sum(counts[1]), passes
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="counts the launches of Triton kernels")
+def test_dispatched_operations_around_triton_kernels():
+    """What a GPU's host side dispatches: the launchers run, the kernels themselves are left out."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PEFTFAST_BACKEND": "triton"}
+    script = _HOST_SIDE.format(path=sys.path, file=__file__)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,120 @@
+"""What importing and wrapping cost."""
+
+import importlib
+import os
+import subprocess
+import sys
+import time
+
+import oracle
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peftfast
+
+peft = importlib.import_module("peft")
+
+LARGE = {"layers": 32, "hidden": 64}  # 224 linear layers
+OPTIONS = {"r": 8, "target_modules": "all-linear"}
+
+
+def seconds(library, base):
+    start = time.process_time()
+    model = library.get_peft_model(base, library.LoraConfig(**OPTIONS))
+    spent = time.process_time() - start
+    assert len(model.base_model.targeted_module_names) == 224
+    return spent
+
+
+def test_wrapping_time():
+    """Processor time, the best of five, the libraries in turn."""
+    times = {peft: [], peftfast: []}
+    for _ in range(5):
+        for library, spent in times.items():
+            spent.append(seconds(library, oracle.llama(**LARGE)))
+    print({library.__name__: f"{min(spent):.3f} s" for library, spent in times.items()})
+    assert min(times[peftfast]) <= min(times[peft])
+
+
+class Allocations(TorchDispatchMode):
+    MAKERS = ("empty", "empty_like", "zeros", "new_empty", "rand", "randn", "ones", "empty_strided")
+    FILLERS = ("uniform_", "normal_", "zero_", "fill_", "kaiming_uniform_")
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.filled, self.elements = 0, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in self.MAKERS or name == "_to_copy" or name == "clone":
+            self.bytes += result.nbytes
+        if name in self.FILLERS:
+            self.filled += args[0].numel()
+        return result
+
+
+def test_no_weight_is_allocated_or_initialised_twice():
+    base = oracle.llama()
+    with Allocations() as seen:
+        model = peftfast.get_peft_model(base, peftfast.LoraConfig(**OPTIONS))
+    factors = [p for n, p in model.named_parameters() if "lora_" in n]
+    assert seen.filled == sum(p.numel() for p in factors)
+    assert seen.bytes == sum(p.nbytes for p in factors)
+
+
+def test_loading_initialises_nothing(tmp_path):
+    peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**OPTIONS)).save_pretrained(tmp_path)
+    base = oracle.llama()
+    with Allocations() as seen:
+        peftfast.PeftModel.from_pretrained(base, tmp_path)
+    assert seen.filled == 0
+
+
+def test_wrapping_moves_nothing_of_the_base():
+    base = oracle.llama()
+    before = {n: (p.data_ptr(), p.clone()) for n, p in base.named_parameters()}
+    model = peftfast.get_peft_model(base, peftfast.LoraConfig(**OPTIONS))
+    after = {n.replace(".base_layer", ""): p for n, p in model.get_base_model().named_parameters() if "lora_" not in n}
+    assert after.keys() == before.keys()
+    for name, (pointer, value) in before.items():
+        assert after[name].data_ptr() == pointer and torch.equal(after[name], value)
+
+
+IMPORT = """
+import sys, time
+import torch
+start = time.process_time()
+from peftfast import LoraConfig, PeftModel, TaskType, get_peft_model
+spent = time.process_time() - start
+heavy = {"transformers", "triton", "bitsandbytes", "peft", "accelerate"} & set(sys.modules)
+print(spent, sorted(heavy))
+"""
+
+USE = """
+import sys
+import torch, peftfast
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+model = peftfast.patch(model, peftfast.LoraConfig(target_modules=["0"]))
+model(torch.randn(2, 4)).sum().backward()
+print(0, sorted({"transformers", "triton", "bitsandbytes", "peft", "accelerate"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("script, limit", [(IMPORT, 0.3), (USE, 1.0)], ids=["import", "use"])
+def test_import_is_cheap_and_imports_nothing_large(script, limit, tmp_path):
+    """With compiled bytecode in place, as after an installation (the first of the three runs writes it), in processor
+    time, so that neighbours on the machine do not count."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
+    spent = []
+    for _ in range(3):
+        command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{script}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        took, heavy = done.stdout.split(maxsplit=1)
+        assert heavy.strip() == "[]"
+        spent.append(float(took))
+    print(f"{min(spent):.3f} s")
+    assert min(spent) <= limit

@@ -1,0 +1,281 @@
+"""Combinations of adapters, next to PEFT's."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import peftfast
+from peftfast import AdaLoraConfig, IA3Config, LoraConfig
+from peftfast.methods.combination import KINDS
+
+NAMES, WEIGHTS = ["default", "two", "three"], [0.7, -0.4, 1.5]
+CONV = ["embed", "conv1", "conv2", "conv3", "linear", "head"]
+
+
+@pytest.fixture
+def same_masks(monkeypatch):
+    """Random pruning draws the same masks in both libraries, whatever else either has drawn before."""
+
+    def restart():
+        generator = torch.Generator().manual_seed(5)
+
+        def bernoulli(p):
+            return (torch.rand(p.shape, generator=generator, dtype=torch.float64) < p.flatten()[0]).to(p.dtype)
+
+        monkeypatch.setattr(torch, "bernoulli", bernoulli)
+
+    return restart
+
+
+def three(make=oracle.llama, targets=("q_proj", "v_proj", "down_proj"), ranks=(4, 4, 4), **more) -> oracle.Twins:
+    options = {"r": ranks[0], "lora_alpha": 8, "target_modules": list(targets), **more}
+    twins = oracle.Twins(make, options)
+    for model, library in ((twins.ours, peftfast), (twins.theirs, twins.peft)):
+        model.add_adapter("two", library.LoraConfig(**{**options, "r": ranks[1], "lora_alpha": 3, "use_rslora": True}))
+        model.add_adapter(
+            "three", library.LoraConfig(**{**options, "r": ranks[2], "target_modules": list(targets)[:-1] + ["o_proj"]})
+            if make is oracle.llama else library.LoraConfig(**{**options, "r": ranks[2]}),
+        )  # fmt: skip
+    twins.copy()
+    return twins
+
+
+def products(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """scaling · B A of every layer, from the live parameters."""
+    result = {}
+    for key, module in model.named_modules():
+        if not isinstance(getattr(module, "scaling", None), dict) or name not in module.scaling:
+            continue
+        if name in getattr(module, "lora_A", ()):
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        else:
+            a, b = module.lora_embedding_A[name], module.lora_embedding_B[name]
+        result[key] = module.scaling[name] * (b.detach().flatten(1).double() @ a.detach().flatten(1).double())
+    return result
+
+
+def arguments(kind: str) -> dict:
+    pruning = kind not in ("svd", "cat", "linear")
+    return {"combination_type": kind, **({"density": 0.6} if pruning else {})}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_pefts_on_linear_layers(kind, same_masks):
+    twins = three()
+    for model in (twins.ours, twins.theirs):
+        same_masks()
+        model.base_model.add_weighted_adapter(NAMES, WEIGHTS, "mix", **arguments(kind))
+    ours, theirs = products(twins.ours, "mix"), products(twins.theirs, "mix")
+    assert ours.keys() == theirs.keys() and len(ours) == 8
+    for key in theirs:
+        scale = theirs[key].abs().max().item()
+        torch.testing.assert_close(
+            ours[key], theirs[key], rtol=1e-4, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
+        )
+    mine, other = twins.ours.peft_config["mix"], twins.theirs.peft_config["mix"]
+    assert (mine.r, mine.lora_alpha, mine.target_modules) == (other.r, other.lora_alpha, other.target_modules)
+    assert not any(p.requires_grad for n, p in twins.ours.named_parameters() if ".mix." in n)
+    twins.ours.set_adapter("mix")
+    twins.theirs.set_adapter("mix")
+    with torch.no_grad():
+        torch.testing.assert_close(oracle.logits(twins.ours), oracle.logits(twins.theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear", "ties", "dare_linear", "ties_svd", "magnitude_prune_svd"])
+def test_equals_pefts_on_tables_and_transposed_weights(kind, same_masks):
+    targets = ["c_attn", "wte"]
+    twins = three(oracle.gpt2, targets, fan_in_fan_out=True)
+    for model in (twins.ours, twins.theirs):
+        same_masks()
+        oracle.quietly(model.base_model.add_weighted_adapter, NAMES, WEIGHTS, "mix", **arguments(kind))
+    ours, theirs = products(twins.ours, "mix"), products(twins.theirs, "mix")
+    assert ours.keys() == theirs.keys() and len(ours) == 3
+    for key in theirs:
+        scale = theirs[key].abs().max().item()
+        torch.testing.assert_close(
+            ours[key], theirs[key], rtol=1e-4, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_module(kind):
+    """cat and full-rank svd are the weighted sum itself; everything else must at least be a finite adapter."""
+    model = peftfast.get_peft_model(oracle.net(), LoraConfig(r=4, target_modules=CONV, init_lora_weights=False))
+    model.add_adapter("two", LoraConfig(r=4, lora_alpha=2, target_modules=CONV[1:], init_lora_weights=False))
+    model.eval()
+    parts = [products(model, n) for n in ("default", "two")]
+    more = {"svd_rank": 8} if kind == "svd" else {}
+    model.base_model.add_weighted_adapter(["default", "two"], [2.0, -0.5], "mix", **arguments(kind), **more)
+    mix = products(model, "mix")
+    assert mix.keys() == parts[0].keys()
+    for key, value in mix.items():
+        assert torch.isfinite(value).all()
+        if kind in ("cat", "svd"):
+            expected = 2.0 * parts[0][key] - 0.5 * parts[1].get(key, torch.zeros(()))
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_works_where_peft_refuses():
+    twins = three(ranks=(2, 8, 4), modules_to_save=["lm_head"])
+    base = twins.ours.base_model
+    with pytest.raises(ValueError):
+        twins.theirs.base_model.add_weighted_adapter(NAMES, WEIGHTS, "mix", combination_type="linear")
+    with torch.no_grad():
+        for name, parameter in twins.ours.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(torch.randn_like(parameter))
+    base.add_weighted_adapter(NAMES, WEIGHTS, "mix", combination_type="linear")
+    assert twins.ours.peft_config["mix"].r == 8
+    head = base.model.lm_head
+    own = head.original_module.weight
+    expected = own + sum(w * (head.modules_to_save[n].weight - own) for n, w in zip(NAMES, WEIGHTS, strict=True))
+    torch.testing.assert_close(head.modules_to_save["mix"].weight, expected)
+    # a pattern in one adapter and a list in another
+    twins.ours.add_adapter("four", LoraConfig(r=2, target_modules=r".*\.gate_proj"))
+    base.add_weighted_adapter(["default", "four"], [1.0, 1.0], "five", combination_type="cat")
+    layers = base.inventory.layers
+    assert {k for k, v in layers.items() if "five" in v.adapters} == {
+        k for k, v in layers.items() if {"default", "four"} & set(v.adapters)
+    }
+
+
+def test_biases_are_combined_too():
+    options = {"r": 2, "target_modules": ["q_proj"], "lora_bias": True}
+    model = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**options))
+    model.add_adapter("two", LoraConfig(**options, lora_alpha=16))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.eval().base_model.add_weighted_adapter(["default", "two"], [0.5, 2.0], "mix", combination_type="cat")
+    with torch.no_grad():
+        outputs = {}
+        for name in ("default", "two", "mix"):
+            model.set_adapter(name)
+            layer = model.base_model.model.model.layers[0].self_attn.q_proj
+            x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+            outputs[name] = layer(x) - layer.base_layer(x)
+    torch.testing.assert_close(outputs["mix"], 0.5 * outputs["default"] + 2.0 * outputs["two"], rtol=1e-4, atol=1e-4)
+
+
+def test_subtracting_gives_the_difference_exactly():
+    twins = three()
+    model = twins.ours.double()
+    model.base_model.subtract_adapter("two", "three", "difference")
+    parts = [products(model, n) for n in ("two", "three", "difference")]
+    for key, value in parts[2].items():
+        torch.testing.assert_close(value, parts[0].get(key, 0 * value) - parts[1].get(key, 0 * value))
+
+
+def test_a_clamp_and_a_driverless_full_decomposition_equal_pefts():
+    twins = three()
+    for model in (twins.ours, twins.theirs):
+        model.base_model.add_weighted_adapter(
+            NAMES, WEIGHTS, "mix", combination_type="svd", svd_clamp=0.9, svd_rank=3, svd_full_matrices=False
+        )
+    for key, theirs in products(twins.theirs, "mix").items():
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(products(twins.ours, "mix")[key], theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_ia3_vectors_add_up_as_in_peft():
+    peft = importlib.import_module("peft")
+    options = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    models = []
+    for library in (peftfast, peft):
+        model = library.get_peft_model(oracle.llama(), library.IA3Config(**options, init_ia3_weights=False))
+        model.add_adapter("two", library.IA3Config(**{**options, "target_modules": ["v_proj", "down_proj"]}))
+        models.append(model.eval())
+    oracle.copy_parameters(models[1], models[0])
+    for model in models:
+        model.base_model.add_weighted_adapter(["default", "two"], [0.3, 1.1], "mix")
+    expected = {n: p for n, p in models[1].named_parameters() if ".mix" in n}
+    got = {n: p for n, p in models[0].named_parameters() if ".mix" in n}
+    assert got.keys() == expected.keys() and len(got) == 6
+    for name, value in expected.items():
+        assert torch.equal(got[name], value)
+
+
+def test_refusals_change_nothing():
+    model = three(ranks=(2, 4, 4)).ours
+    before = copy.deepcopy(dict(model.named_parameters()))
+    base = model.base_model
+
+    def refused(error, match, *args, **kwargs):
+        with pytest.raises(error, match=match):
+            base.add_weighted_adapter(*args, **kwargs)
+        assert list(model.peft_config) == NAMES
+        assert dict(model.named_parameters()).keys() == before.keys()
+
+    refused(ValueError, "Adapter nine does not exist", ["default", "nine"], [1.0, 1.0], "mix")
+    refused(ValueError, "Invalid combination_type: foo", NAMES, WEIGHTS, "mix", combination_type="foo")
+    refused(ValueError, "Did you mean 'dare_ties'", NAMES, WEIGHTS, "mix", combination_type="dareties")
+    refused(TypeError, "needs a density", NAMES, WEIGHTS, "mix", combination_type="ties")
+    refused(ValueError, "Density should be >= 0", NAMES, WEIGHTS, "mix", combination_type="ties", density=-1.0)
+    refused(ValueError, "Each adapter needs one weight", NAMES, [1.0], "mix")
+    refused(ValueError, "majority_sign_method", NAMES, WEIGHTS, "mix", majority_sign_method="loud")
+    refused(ValueError, "Found no adapter", [], [], "mix")
+    refused(ValueError, "'.'", NAMES, WEIGHTS, "a.b", combination_type="cat")
+    with pytest.warns(UserWarning, match="exists already"):
+        base.add_weighted_adapter(NAMES, WEIGHTS, "two")
+    with pytest.warns(UserWarning, match="no pruning will be performed"):
+        base.add_weighted_adapter(["two", "three"], [1.0, 1.0], "all", combination_type="ties", density=1.0)
+
+
+def test_methods_without_a_combination_say_so():
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
+    model = peftfast.get_peft_model(oracle.llama(), config)
+    with pytest.raises(TypeError, match="does not support add_weighted_adapter"):
+        model.base_model.add_weighted_adapter(["default"], [1.0], "mix")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_an_init_that_changes_the_base_does_not_run_again():
+    model = peftfast.get_peft_model(
+        oracle.llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    before = weight.clone()
+    model.base_model.add_weighted_adapter(["default"], [2.0], "mix")
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_bases(kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = oracle.llama(hidden=64)
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            old = getattr(layer.self_attn, name)
+            if kind == "nf4":
+                new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
+                new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+            else:
+                new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=False, has_fp16_weights=False)
+                new.weight = bnb.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
+            setattr(layer.self_attn, name, new.to("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peftfast.get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        )
+        model.add_adapter("two", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    for method in ("cat", "ties_svd"):
+        model.base_model.add_weighted_adapter(["default", "two"], [1.0, 2.0], method, **arguments(method))
+    parts = [products(model, n) for n in ("default", "two", "cat")]
+    for key, value in parts[2].items():
+        torch.testing.assert_close(value, parts[0][key] + 2.0 * parts[1].get(key, 0 * value), rtol=1e-4, atol=1e-5)
+
+
+def test_ia3_and_lora_do_not_combine():
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.base_model.inventory.add("ia3", IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="default is lora, ia3 is ia3"):
+        model.base_model.add_weighted_adapter(["default", "ia3"], [1.0, 1.0], "mix")

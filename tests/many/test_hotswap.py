@@ -1,0 +1,157 @@
+"""Swapping an adapter's weights in place, next to PEFT."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import oracle
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import peftfast
+from peftfast import LoraConfig, hotswap
+from peftfast.api import inject_adapter_in_model
+
+
+def saved(tmp_path, name: str, make=oracle.llama, **options):
+    """A saved adapter, written by PEFT, and its logits there."""
+    peft = importlib.import_module("peft")
+    torch.manual_seed(hash(name) % 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], **options, "init_lora_weights": False})
+        model = peft.get_peft_model(make(), config).eval()
+    model.save_pretrained(tmp_path / name)
+    with torch.no_grad():
+        return str(tmp_path / name), oracle.logits(model)
+
+
+def test_swapping_gives_the_other_adapter_whatever_its_rank(tmp_path):
+    first, expected = saved(tmp_path, "first", r=4)
+    others = [
+        saved(tmp_path, "same rank", r=4, lora_alpha=20),
+        saved(tmp_path, "smaller", r=2, lora_alpha=3),
+        saved(tmp_path, "larger", r=16),
+        saved(tmp_path, "small again", r=1),
+        saved(tmp_path, "fewer modules", r=4, target_modules=["q_proj"]),
+        (first, expected),
+    ]
+    model = peftfast.PeftModel.from_pretrained(oracle.llama(), first)
+    with torch.no_grad():
+        torch.testing.assert_close(oracle.logits(model), expected, rtol=1e-4, atol=1e-5)
+        for i, (path, logits) in enumerate(others):
+            hotswap.hotswap_adapter(model, path, "default")
+            torch.testing.assert_close(oracle.logits(model), logits, rtol=1e-4, atol=1e-5)
+            # what is saved now is the adapter that was swapped in
+            model.save_pretrained(tmp_path / f"again{i}")
+            again = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / f"again{i}")
+            torch.testing.assert_close(oracle.logits(again), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_ranks_and_scalings_of_their_own(tmp_path):
+    first, _ = saved(tmp_path, "first", r=8)
+    pattern = {"r": 4, "rank_pattern": {"layers.1.self_attn.q_proj": 2}, "use_rslora": False}
+    path, logits = saved(tmp_path, "pattern", **pattern)
+    model = peftfast.PeftModel.from_pretrained(oracle.llama(), first)
+    hotswap.hotswap_adapter(model, path, "default")
+    with torch.no_grad():
+        torch.testing.assert_close(oracle.logits(model), logits, rtol=1e-4, atol=1e-5)
+        model.save_pretrained(tmp_path / "again")
+        again = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "again")
+        torch.testing.assert_close(oracle.logits(again), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target_rank", [None, 8])
+def test_compiled_models_keep_their_graph(tmp_path, target_rank):
+    ranks = (4, 4, 4) if target_rank is None else (4, 8, 2)
+    files = [saved(tmp_path, f"a{i}", r=r, lora_alpha=5 * i + 1) for i, r in enumerate(ranks)]
+    model = peftfast.PeftModel.from_pretrained(oracle.llama(), files[0][0])
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=target_rank, config=model.peft_config)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    batch = {**oracle.inputs(model), "use_cache": False}
+    with torch.no_grad():
+        for path, logits in (*files, files[0]):
+            if path != files[0][0] or counter.frame_count:
+                hotswap.hotswap_adapter(compiled, path, "default")
+            torch.testing.assert_close(compiled(**batch).logits, logits, rtol=1e-4, atol=1e-5)
+        base = model.get_base_model()
+        for scale in (0.5, 2.0):
+            for layer in model.base_model.inventory.layers.values():
+                layer.set_scale("default", scale)
+            torch.testing.assert_close(compiled(**batch).logits, base(**batch).logits)
+    assert counter.frame_count == 1
+
+
+def test_from_a_state_dict_and_into_an_injected_model(tmp_path):
+    first, _ = saved(tmp_path, "first", r=4)
+    path, logits = saved(tmp_path, "second", r=2)
+    model = oracle.llama()
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), model, "mine")
+    config = peftfast.PeftConfig.from_pretrained(path)
+    tensors = {
+        k.removeprefix("base_model.model.").replace(".weight", ".mine.weight"): v
+        for k, v in peftfast.load_peft_weights(path).items()
+    }
+    hotswap.hotswap_adapter_from_state_dict(model, tensors, "mine", config)
+    with torch.no_grad():
+        torch.testing.assert_close(oracle.logits(model), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_and_groups(tmp_path, groups):
+    def net():
+        torch.manual_seed(3)
+        return torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=groups), torch.nn.ReLU()).eval()
+
+    peft = importlib.import_module("peft")
+    x = torch.randn(2, 4, 6, 6)
+    outputs = []
+    for name, r in (("big", 8), ("small", 2)):
+        torch.manual_seed(r)
+        model = peft.get_peft_model(net(), peft.LoraConfig(r=r, target_modules=["0"], init_lora_weights=False)).eval()
+        model.save_pretrained(tmp_path / name)
+        outputs.append(model(x))
+    model = peftfast.PeftModel.from_pretrained(net(), tmp_path / "big")
+    hotswap.hotswap_adapter(model, str(tmp_path / "small"), "default")
+    torch.testing.assert_close(model(x), outputs[1], rtol=1e-4, atol=1e-5)
+    hotswap.hotswap_adapter(model, str(tmp_path / "big"), "default")
+    torch.testing.assert_close(model(x), outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_refusals_change_nothing(tmp_path):
+    first, expected = saved(tmp_path, "first", r=4)
+    model = peftfast.PeftModel.from_pretrained(oracle.llama(), first)
+    wide, _ = saved(tmp_path, "wide", r=4, target_modules=["q_proj", "k_proj"])
+    dropout, _ = saved(tmp_path, "dropout", r=4, lora_dropout=0.1)
+    second, logits = saved(tmp_path, "second", r=4)
+    peft = importlib.import_module("peft")
+    ia3 = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    peft.get_peft_model(oracle.llama(), ia3).save_pretrained(tmp_path / "ia3")
+
+    def refused(error, match, *args):
+        with pytest.raises(error, match=match):
+            hotswap.hotswap_adapter(model, *args)
+        with torch.no_grad():
+            torch.testing.assert_close(oracle.logits(model), expected, rtol=1e-4, atol=1e-5)
+
+    refused(RuntimeError, "unexpected keys found:.*k_proj", wide, "default")
+    refused(ValueError, "for lora_dropout, 0.0 != 0.1", dropout, "default")
+    refused(ValueError, "Adapter other not found", second, "other")
+    refused(ValueError, "Incompatible PEFT types found: LORA and IA3", str(tmp_path / "ia3"), "default")
+    model.base_model.merge_adapter()
+    refused(ValueError, "currently merged into the base weights", second, "default")
+    model.base_model.unmerge_adapter()
+    with pytest.raises(ValueError, match="original rank is larger"):
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=2)
+    with pytest.raises(ValueError, match="check_compiles should be one of"):
+        hotswap.prepare_model_for_compiled_hotswap(model, check_compiled="maybe")
+    with pytest.raises(ValueError, match="No adapter layers found"):
+        hotswap.prepare_model_for_compiled_hotswap(oracle.llama())
+    with pytest.raises(ValueError, match=r"\*before\* compiling"):
+        hotswap.prepare_model_for_compiled_hotswap(torch.compile(model, backend="eager"))
+    with pytest.warns(UserWarning, match="already compiled"):
+        hotswap.prepare_model_for_compiled_hotswap(torch.compile(model, backend="eager"), check_compiled="warn")

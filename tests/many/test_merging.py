@@ -1,0 +1,338 @@
+"""Merging: rounded once, taken out again bit for bit, and never half done."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import peftfast
+from peftfast import LoraConfig
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+class One(nn.Module):
+    def __init__(self, lin: nn.Module) -> None:
+        super().__init__()
+        self.lin = lin
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def quantised(kind: str, n: int = 64, k: int = 128) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(n, k) * 0.05
+    if kind == "nf4":
+        lin = bnb.nn.Linear4bit(k, n, bias=True, quant_type="nf4", compute_dtype=torch.float32)
+        lin.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    else:
+        lin = bnb.nn.Linear8bitLt(k, n, bias=True, has_fp16_weights=False)
+        lin.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    return lin.to("cpu")
+
+
+def every_byte(module: nn.Module) -> list[torch.Tensor]:
+    """All a base layer stores, quantisation state included."""
+    found = [t.detach().clone() for t in module.state_dict().values() if isinstance(t, torch.Tensor)]
+    state = getattr(module.weight, "quant_state", None)
+    while state is not None:
+        found += [t.clone() for t in vars(state).values() if isinstance(t, torch.Tensor)]
+        state = getattr(state, "state2", None)
+    for name in ("CB", "SCB"):
+        value = getattr(module.weight, name, None)
+        if isinstance(value, torch.Tensor):
+            found.append(value.clone())
+    return found
+
+
+def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def random_adapters(model: nn.Module, scale: float = 0.1) -> nn.Module:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model.eval()
+
+
+def wrapped(base: nn.Module, adapters: int = 3) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peftfast.get_peft_model(One(base), LoraConfig(r=4, lora_alpha=8, target_modules=["lin"]), "n0")
+        for i in range(1, adapters):
+            model.add_adapter(f"n{i}", LoraConfig(r=2 * i, lora_alpha=i, target_modules=["lin"]))
+    return random_adapters(model)
+
+
+@pytest.mark.parametrize("keep", [True, "host"])
+@pytest.mark.parametrize("kind", [*FLOATS, "nf4", "int8"], ids=str)
+def test_a_thousand_cycles_leave_every_bit(kind, keep):
+    base = quantised(kind) if isinstance(kind, str) else nn.Linear(128, 64).to(kind)
+    if not isinstance(kind, str):
+        with torch.no_grad():
+            base.weight[0, :4] = torch.tensor([0.0, -0.0, 1e-7, -1e-7])  # signed zeros and denormals come back too
+    model = wrapped(base)
+    before = every_byte(base)
+    names = list(model.peft_config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i in range(1000 if keep is True else 50):
+            chosen = names[: i % 3 + 1] if i % 2 else [names[i % 3]]
+            model.base_model.merge_adapter(chosen, keep=keep)
+            if i == 0:
+                assert not same_bits(every_byte(base), before)
+            if i % 7 == 3:  # another one on top
+                model.base_model.merge_adapter(names)
+            model.base_model.unmerge_adapter()
+    assert same_bits(every_byte(base), before)
+
+
+def half_ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Half the distance between the neighbours of `exact` (fp64) in `dtype`."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(exact.abs().clamp_min(info.tiny)))
+    return torch.exp2(exponent) * info.eps / 2
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_merged_weight_is_within_half_an_ulp_of_the_fp64_merge(dtype, scale):
+    base = nn.Linear(512, 384).to(dtype)
+    model = random_adapters(wrapped(base), scale)
+    names = list(model.peft_config)
+    layer = model.base_model.model.lin
+    exact = base.weight.detach().double()
+    for name in names:
+        a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+        exact = exact + layer.scaling[name] * (b @ a)
+    model.base_model.merge_adapter(names)  # three at once, rounded once
+    error = (base.weight.detach().double() - exact).abs()
+    worst = (error / half_ulp(exact, dtype)).max().item()
+    assert worst <= 1 + 1e-9, f"{worst} half ulps"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrowing_rounds_once(dtype):
+    from peftfast.base.dense import for_narrowing
+
+    near = torch.randn(20000, dtype=torch.float64).to(dtype)
+    up = torch.nextafter(near.float(), torch.tensor(torch.inf)).to(dtype)
+    step = torch.finfo(dtype).eps * near.abs().double()
+    middle = near.double() + step / 2
+    values = torch.cat([middle * (1 + s) for s in (0.0, 1e-10, -1e-10, 1e-14, -1e-14)] + [near.double(), up.double()])
+    values = torch.cat(
+        [values, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-9, 1e300, 6e4], dtype=torch.float64)]
+    )
+    got = torch.empty_like(values, dtype=dtype).copy_(for_narrowing(values, dtype))
+    # the oracle: of the two neighbours, the nearer; where they are equally near, the even one
+    finite = values.abs() < torch.finfo(dtype).max
+    bits = got.view(torch.int16)
+    error = (got.double() - values).abs()
+    for step_bits in (-1, 1):
+        other = (bits + step_bits).view(dtype)
+        worse = (other.double() - values).abs()
+        assert ((error <= worse) | ~finite | other.isnan()).all()
+        tie = (error == worse) & finite & (error > 0)
+        assert (bits[tie] % 2 == 0).all()
+    assert torch.equal(got[~finite], values[~finite].to(dtype))
+
+
+def test_outputs_do_not_change_and_pefts_error_is_no_smaller():
+    twins = oracle.Twins(lambda: oracle.llama(hidden=64).bfloat16(), {"r": 8, "target_modules": "all-linear"})
+    with torch.no_grad():
+        truth = copy.deepcopy(twins.theirs).double()
+        for model in (twins.ours, twins.theirs):
+            model.base_model.merge_adapter()
+        oracle.assert_no_further(
+            {"logits": oracle.logits(twins.ours)}, {"logits": oracle.logits(twins.theirs)},
+            {"logits": oracle.logits(truth)}, slack=1.1,
+        )  # fmt: skip
+
+
+def two() -> nn.Module:
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["v_proj", "down_proj"]))
+    return random_adapters(model)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_nothing_is_half_done_when_a_later_layer_cannot_be_merged():
+    model = two()
+    before = weights(model)
+    broken = model.base_model.model.model.layers[1].mlp.down_proj.lora_B["two"].weight
+    kept = broken.detach().clone()
+    for prepare in (lambda: None, lambda: model.base_model.merge_adapter(["default"])):
+        prepare()
+        state = weights(model)
+        with torch.no_grad():
+            broken[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter two"):
+            model.base_model.merge_adapter(["two"], safe_merge=True)
+        with torch.no_grad():
+            broken.copy_(kept)
+        now = weights(model)
+        assert all(torch.equal(now[k], state[k]) for k in state)
+        merged = {n for layer in model.base_model.inventory.layers.values() for n in layer.merged_adapters}
+        assert "two" not in merged
+    model.base_model.unmerge_adapter()
+    assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+
+
+def test_merging_for_good_is_checked_before_anything_is_written():
+    model = two()
+    before = weights(model)
+    broken = model.base_model.model.model.layers[1].mlp.down_proj.lora_B["two"].weight
+    kept = broken.detach().clone()
+    with torch.no_grad():
+        broken[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True, adapter_names=["default", "two"])
+    with torch.no_grad():
+        broken.copy_(kept)
+    assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+    # a kind of adapter that has no merged form, in a late layer
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peftfast.get_peft_model(base, LoraConfig(r=2, target_modules=["0", "1"], lora_bias=True))
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="the base layer has no bias"):
+        model.merge_and_unload()
+    assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+
+
+def test_what_changes_an_adapter_while_it_is_merged_is_refused_or_handled(tmp_path):
+    model = two()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = oracle.logits(model)
+        base = model.base_model
+        base.merge_adapter(["default"])
+        merged = weights(model)
+
+        def refused(match, call, error=ValueError):
+            with pytest.raises(error, match=match):
+                call()
+            assert all(torch.equal(v, merged[k]) for k, v in weights(model).items())
+
+        refused("while they are merged", lambda: model.delete_adapter("default"))
+        refused("Cannot load weights into adapter default while it is merged",
+                lambda: model.load_adapter(tmp_path, "default"))  # fmt: skip
+        pissa = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+        refused("unmerge first", lambda: model.add_adapter("three", pissa))
+        dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+        refused("unmerge first", lambda: model.add_adapter("three", dora))
+        refused("there are merged adapters", lambda: oracle.logits(model, adapter_names=["two"] * 2))
+        layer = base.model.model.layers[0].self_attn.q_proj
+        with pytest.warns(UserWarning, match="no effect until it is unmerged"):
+            layer.set_scale("default", 2.0)
+        layer.set_scale("two", 2.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layer.set_scale("default", 1.0)
+        with pytest.warns(UserWarning, match="already merged, nothing to do"):
+            base.merge_adapter(["default"])
+        with pytest.raises(TypeError, match="list of strings"):
+            base.merge_adapter("default")
+        model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))  # does not read the base
+        with pytest.warns(UserWarning, match="Unmerging the model first"):
+            model.set_adapter("default")
+        assert torch.equal(oracle.logits(model), expected)
+        with pytest.warns(UserWarning, match="Already unmerged"):
+            base.unmerge_adapter()
+
+
+def test_disabled_while_merged_and_merged_for_good():
+    model = two()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with model.disable_adapter():
+            base = oracle.logits(model)
+        model.base_model.merge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(oracle.logits(model), base)
+        model.base_model.merge_adapter(keep=False)
+    with pytest.raises(RuntimeError, match="without keeping the original weight"):
+        model.base_model.unmerge_adapter()
+    with pytest.raises(ValueError, match="keep must be"):
+        model.base_model.model.model.layers[0].self_attn.q_proj.merge(keep="disk")
+
+
+# ---- weights that several modules use ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"], ["q_proj", "embed_tokens"]]
+)
+def test_a_tied_weight_is_the_layers_own_while_merged(targets, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peftfast.get_peft_model(oracle.llama(tied=True), LoraConfig(r=4, target_modules=targets))
+    random_adapters(model)
+    inner = model.base_model.model
+    with torch.no_grad():
+        expected = oracle.logits(model)
+        tied = inner.get_input_embeddings().weight
+        before = tied.clone()
+        with pytest.warns(UserWarning, match="tied to other modules"):
+            model.base_model.merge_adapter()
+        torch.testing.assert_close(oracle.logits(model), expected, rtol=1e-4, atol=1e-4)
+        model.base_model.unmerge_adapter()
+        assert inner.get_input_embeddings().weight is tied and inner.get_output_embeddings().weight is tied
+        assert torch.equal(tied, before)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merged = model.merge_and_unload()
+        torch.testing.assert_close(oracle.logits(merged), expected, rtol=1e-4, atol=1e-4)
+        assert not merged.config.tie_word_embeddings
+        merged.save_pretrained(tmp_path)
+        plain = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(oracle.logits(plain), oracle.logits(merged))
+
+
+def test_tied_on_purpose_stays_tied():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peftfast.get_peft_model(
+            oracle.llama(tied=True), LoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+        )
+    random_adapters(model)
+    inner = model.base_model.model
+    with torch.no_grad():
+        expected = oracle.logits(model)
+        tied = inner.get_input_embeddings().weight
+        before = tied.clone()
+        model.base_model.merge_adapter()
+        torch.testing.assert_close(oracle.logits(model), expected, rtol=1e-4, atol=1e-4)
+        assert inner.get_output_embeddings().weight is tied
+        model.base_model.unmerge_adapter()
+        assert torch.equal(tied, before)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_merged_models_are_plain_checkpoints(dtype, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    base = oracle.llama().to(dtype)
+    names = set(base.state_dict())
+    model = random_adapters(peftfast.get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")))
+    merged = model.merge_and_unload()
+    assert set(merged.state_dict()) == names and not hasattr(merged, "peft_config")
+    merged.save_pretrained(tmp_path)
+    plain = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    assert all(torch.equal(plain[k], v) for k, v in merged.state_dict().items()) and set(plain) == names

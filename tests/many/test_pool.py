@@ -1,0 +1,325 @@
+"""The pool: many adapters behind few slots, right under threads, with flat memory and no slot lost."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import time
+import warnings
+
+import oracle
+import pytest
+import torch
+from many.adapters import BASE, TARGETS, adapter, expected, ids_of
+
+import peftfast
+from peftfast import AdapterPool, LoraConfig
+from peftfast.io import save_adapter
+
+
+def make_pool(count: int = 20, **options) -> AdapterPool:
+    options = {"slots": 8, "target_modules": TARGETS, "max_rank": 8, **options}
+    pool = AdapterPool(oracle.llama(), **options)
+    for i in range(count):
+        pool.register(f"a{i}", adapter(i))
+    return pool
+
+
+def test_samples_get_their_adapter_whatever_was_in_the_slot_before():
+    pool = make_pool(slots=3)
+    mixes = [["a0", "a1", BASE], ["a2", "a1", "a2"], ["a3", "a4", "a5"], ["a0", BASE, "a7"], [BASE, BASE, BASE]]
+    for mix in mixes:
+        ids = ids_of(len(mix))
+        with torch.no_grad():
+            got = pool(input_ids=ids, adapter_names=mix).logits
+        torch.testing.assert_close(got, expected(mix, ids), rtol=1e-4, atol=1e-5)
+    assert pool.statistics.evictions > 0 and pool.pinned == 0
+    assert pool.statistics.loads == len(set(sum(mixes, [])) - {BASE}) + 1  # a0 was pushed out and came back
+    with torch.no_grad():
+        assert torch.equal(pool(input_ids=ids, adapter_names=[BASE] * 3).logits, oracle.llama()(input_ids=ids).logits)
+
+
+def test_least_recently_used_goes_first_and_hits_read_nothing():
+    pool = make_pool(slots=2, host_capacity=2)
+    for name in ("a0", "a1", "a0", "a2"):  # a1 is the older one when a2 comes
+        with pool.use([name]):
+            pass
+    assert pool.in_slots == ["a0", "a2"] and pool.statistics.reads == 3
+    with pool.use(["a1"]):  # host memory still has it
+        pass
+    assert pool.statistics.reads == 3
+    for name in ("a3", "a4", "a0"):  # by now it has not
+        with pool.use([name]):
+            pass
+    assert pool.statistics.reads == 6 and len(pool._host) == 2
+
+
+def test_generation_through_the_pool():
+    pool = make_pool(slots=3)
+    names = ["a2", BASE, "a5"]
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
+    got = pool.generate(input_ids=ids_of(3), adapter_names=names, **how)
+    for i, name in enumerate(names):
+        model = oracle.llama()
+        if name != BASE:
+            cfg, tensors = adapter(int(name[1:]))
+            model = peftfast.get_peft_model(model, cfg).eval()
+            peftfast.set_peft_model_state_dict(model, tensors)
+        assert torch.equal(got[i : i + 1], model.generate(input_ids=ids_of(3)[i : i + 1], **how))
+
+
+def test_eight_threads_share_eight_slots(tmp_path):
+    """More adapters than slots, batches that need several slots at once, loads that take their time."""
+    pool = make_pool(0, slots=8, host_capacity=6)
+    for i in range(24):
+        cfg, tensors = adapter(i)
+        save_adapter(tmp_path / f"a{i}", cfg, tensors, auto_mapping=None, safe=True)
+        pool.register(f"a{i}", tmp_path / f"a{i}")
+    truth = {name: expected([name] * 2, ids_of(2)) for name in [*(f"a{i}" for i in range(24)), BASE]}
+    wrong: list[str] = []
+
+    def serve(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(12):
+            names = [draw.choice([*(f"a{i}" for i in range(24)), BASE]) for _ in range(draw.randint(1, 8))]
+            ids = ids_of(2)[:1].repeat(len(names), 1)
+            try:
+                with torch.no_grad():
+                    got = pool(input_ids=ids, adapter_names=names).logits
+                for row, name in zip(got, names, strict=True):
+                    torch.testing.assert_close(row, truth[name][0], rtol=1e-4, atol=1e-5)
+            except Exception as e:
+                wrong.append(f"{seed}: {type(e).__name__}: {e}")
+                return
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    assert not wrong, wrong[:3]
+    assert pool.pinned == 0 and len(pool.in_slots) == 8
+
+
+def test_a_thousand_adapters_through_eight_slots_in_flat_memory():
+    import resource
+
+    pool = make_pool(1000, host_capacity=16)
+    ids = ids_of(4)
+    held = []
+    for step in range(250):
+        names = [f"a{(4 * step + j) % 1000}" for j in range(4)]
+        with torch.no_grad():
+            got = pool(input_ids=ids, adapter_names=names).logits
+        if step % 83 == 0:
+            torch.testing.assert_close(got, expected(names, ids), rtol=1e-4, atol=1e-5)
+            gc.collect()
+            alive = sum(type(o) is torch.Tensor for o in gc.get_objects())
+            held.append((alive, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    assert pool.statistics.loads == 1000 and pool.statistics.reads == 1000
+    assert held[-1][0] <= held[1][0] + 20, held  # tensors alive
+    assert held[-1][1] <= held[1][1] + 20_000, held  # KiB
+    assert len(pool._host) == 16 and len(pool._slots) == 8
+
+
+class Slow(dict):
+    """Tensors that take a while to come."""
+
+    def __init__(self, tensors, seconds, started=None, error=None):
+        super().__init__(tensors)
+        self.seconds, self.started, self.error = seconds, started, error
+
+    def items(self):
+        if self.started is not None:
+            self.started.set()
+        time.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        return super().items()
+
+
+def test_a_request_waits_for_its_own_loads_only():
+    pool = make_pool(4)
+    started = threading.Event()
+    cfg, tensors = adapter(9)
+    pool.register("slow", (cfg, Slow(tensors, 1.5, started)))
+    with pool.use(["a0"]):
+        pass
+    thread = threading.Thread(target=lambda: pool(input_ids=ids_of(1), adapter_names=["slow"]))
+    thread.start()
+    assert started.wait(5)
+    start = time.perf_counter()
+    with torch.no_grad():
+        pool(input_ids=ids_of(2), adapter_names=["a0", "a1"])  # one that is there, one to load
+    assert time.perf_counter() - start < 1.0 and thread.is_alive()
+    thread.join()
+    # two that want the same one read it once
+    pool.register("twice", (cfg, Slow(tensors, 0.3)))
+    reads = pool.statistics.reads
+    threads = [threading.Thread(target=lambda: pool(input_ids=ids_of(1), adapter_names=["twice"])) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert pool.statistics.reads == reads + 1 and pool.pinned == 0
+
+
+def test_errors_lose_no_slot():
+    pool = make_pool(20, slots=2)
+    cfg, tensors = adapter(3)
+    key = next(iter(tensors))
+    bad = {
+        "broken": ((cfg, {**tensors, key: tensors[key] * float("nan")}), ValueError, "NaN or infinite"),
+        "too wide": (adapter(3, ranks=(16,)), ValueError, "rank 16 .* up to 8"),
+        "elsewhere": (
+            (cfg, {**tensors, "model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(2, 32)}),
+            ValueError,
+            "no slot takes.*up_proj",
+        ),  # fmt: skip
+        "half": ((cfg, {key: tensors[key]}), ValueError, "a pair of factors"),
+        "wrong shape": ((cfg, {**tensors, key: torch.zeros(8, 31)}), ValueError, "do not fit"),
+        "missing": ("/nonexistent/adapter", Exception, ""),
+        "raises": ((cfg, Slow(tensors, 0.0, error=OSError("disk is gone"))), OSError, "disk is gone"),
+        "ia3": ((peftfast.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), {}), ValueError, "ia3"),
+        "dora": ((LoraConfig(use_dora=True, target_modules=["q_proj"]), tensors), ValueError, "pair of factors"),
+    }
+    for name, (source, _, _) in bad.items():
+        pool.register(name, source)
+    good = expected(["a0", "a1"], ids_of(2))
+    for name, (_, error, match) in bad.items():
+        with pytest.raises(error, match=match):
+            pool(input_ids=ids_of(2), adapter_names=["a5", name])
+        assert pool.pinned == 0, name
+        with torch.no_grad():
+            got = pool(input_ids=ids_of(2), adapter_names=["a0", "a1"]).logits
+        torch.testing.assert_close(got, good, rtol=1e-4, atol=1e-5)
+    assert pool.statistics.failures >= len(bad)
+    with pytest.raises(RuntimeError):  # an error inside the block lets go as well
+        with pool.use(["a0", "a1"]):
+            assert pool.pinned == 2
+            raise RuntimeError
+    assert pool.pinned == 0
+
+
+def test_waiters_for_a_load_that_fails_are_told():
+    pool = make_pool(2, slots=1)
+    started = threading.Event()
+    cfg, tensors = adapter(3)
+    pool.register("bad", (cfg, Slow(tensors, 0.5, started, OSError("disk is gone"))))
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            with pool.use(["bad"]):
+                pass
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads[0].start()
+    assert started.wait(5)
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(errors) == 3 and all("disk is gone" in str(e) for e in errors)
+    with pool.use(["a0"]):
+        assert pool.pinned == 1
+
+
+def test_refusals():
+    pool = make_pool(4, slots=2)
+    ids = ids_of(3)
+    with pytest.raises(ValueError, match="a9 is not registered in the pool"):
+        pool(input_ids=ids, adapter_names=["a0", "a9", "a1"])
+    with pytest.raises(ValueError, match="3 different adapters needs as many slots, the pool has 2"):
+        pool(input_ids=ids, adapter_names=["a0", "a1", "a2"])
+    with pytest.raises(ValueError, match="got 2 and 3 respectively"):
+        pool(input_ids=ids, adapter_names=["a0", "a1"])
+    with pool.use(["a0", "a1"]):
+        with pytest.raises(TimeoutError, match="No slot became free"), pool.use(["a2"], timeout=0.05):
+            pass
+        with pytest.raises(ValueError, match="a0 is in use"):
+            pool.unregister("a0")
+        with pytest.raises(ValueError, match="a0 is in use"):
+            pool.register("a0", adapter(7))
+    pool.unregister("a0")
+    with pytest.raises(ValueError, match="a0 is not registered"):
+        pool(input_ids=ids, adapter_names=["a0"] * 3)
+    with pytest.raises(ValueError, match="cannot be an adapter's name"):
+        pool.register(BASE, adapter(0))
+    need = pool.device_bytes
+    with pytest.raises(ValueError, match="1 slots would fit"):
+        make_pool(0, slots=2, max_device_bytes=need - 1)
+    assert make_pool(0, slots=2, max_device_bytes=need).device_bytes == need
+    with pytest.raises(ValueError, match="match no module"):
+        make_pool(0, target_modules=["nothing"])
+
+
+def test_a_source_registered_anew_is_read_anew():
+    pool = make_pool(3)
+    ids = ids_of(1)
+    with torch.no_grad():
+        before = pool(input_ids=ids, adapter_names=["a1"]).logits
+        pool.register("a1", adapter(2))
+        assert not torch.equal(pool(input_ids=ids, adapter_names=["a1"]).logits, before)
+        got = pool(input_ids=ids, adapter_names=["a1"]).logits
+    torch.testing.assert_close(got, expected(["a2"], ids), rtol=1e-4, atol=1e-5)
+
+
+def test_prefetching_loads_in_the_background():
+    pool = make_pool(10, slots=2)
+    pool.prefetch(["a3", "a4"])
+    deadline = time.time() + 10
+    while time.time() < deadline and set(pool.in_slots) != {"a3", "a4"}:
+        time.sleep(0.01)
+    reads = pool.statistics.reads
+    with pool.use(["a3", "a4"]):
+        pool.prefetch(["a5"])  # no slot is free: host memory it is
+        while time.time() < deadline and "a5" not in pool._host:
+            time.sleep(0.01)
+    assert "a5" in pool._host and pool.statistics.reads == reads + 1 and pool.statistics.hits >= 2
+    pool.close()
+    assert not any(hasattr(m, "base_layer") for m in pool.model.modules())
+
+
+def test_beside_ordinary_adapters_and_on_a_quantised_base():
+    bnb = pytest.importorskip("bitsandbytes")
+    base = oracle.llama(hidden=64)
+    for layer in base.model.layers:
+        old = layer.self_attn.q_proj
+        new = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+        new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+        layer.self_attn.q_proj = new.to("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peftfast.get_peft_model(
+            base, LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False), "own"
+        )
+    model.eval()
+    pool = AdapterPool(model, slots=2, target_modules=["q_proj", "v_proj"], max_rank=4)
+    generator = torch.Generator().manual_seed(1)
+    cfg = LoraConfig(r=2, target_modules=["q_proj"])
+    tensors = {}
+    for i in range(2):
+        key = f"base_model.model.model.layers.{i}.self_attn.q_proj"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(2, 64, generator=generator)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(64, 2, generator=generator)
+    pool.register("pooled", (cfg, tensors))
+    ids = ids_of(2)
+    with torch.no_grad():
+        own = model(input_ids=ids).logits
+        with model.disable_adapter():
+            base_logits = model(input_ids=ids).logits
+        got = pool(input_ids=ids, adapter_names=["pooled", BASE]).logits
+        assert torch.equal(got[1], base_logits[1]) and not torch.equal(got[0], base_logits[0])
+        assert torch.equal(model(input_ids=ids).logits, own)
+        model.add_adapter("same", cfg)
+        peftfast.set_peft_model_state_dict(model, tensors, "same")
+        model.set_adapter("same")
+        torch.testing.assert_close(got[0], model(input_ids=ids).logits[0], rtol=1e-3, atol=1e-4)
+    model.delete_adapter("own")
+    model.delete_adapter("same")
+    pool.close()

@@ -1,0 +1,458 @@
+"""AdaLoRA's schedule against PEFT's step by step, its automatic form, resuming, cutting, and what it costs."""
+
+import warnings
+
+import oracle
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peftfast
+
+SCHEDULE = {"init_r": 5, "target_r": 2, "tinit": 3, "tfinal": 4, "total_step": 16, "lora_alpha": 8}
+OPTIONS = {**SCHEDULE, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def pair(**changes):
+    """The same adapted model in PEFT and here, with the same factors."""
+    options = {**OPTIONS, **changes}
+    theirs = peft.get_peft_model(oracle.llama(), peft.AdaLoraConfig(**options))
+    ours = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**options))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def batch(step, model):
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(1, oracle.VOCABULARY, (2, 8), generator=generator)
+    return {"input_ids": ids, "labels": ids}
+
+
+def predicted(model):
+    # with labels, PEFT's AdaLoRA cannot be run for inference: it looks for an adapter in training
+    return model(input_ids=batch(50, model)["input_ids"]).logits
+
+
+def train(model, steps, manual=False, first=1, optimizer=None, after=lambda step: None):
+    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=5e-2)
+    losses = []
+    for step in range(first, first + steps):
+        loss = model(**batch(step, model)).loss
+        loss.backward()
+        optimizer.step()
+        if manual:
+            model.base_model.update_and_allocate(step)
+        after(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, optimizer
+
+
+def masks(model):
+    return {n: (p != 0).view(-1).tolist() for n, p in model.named_parameters() if "lora_E" in n}
+
+
+@pytest.mark.parametrize("manual", [True, False])
+@pytest.mark.parametrize("delta", [1, 3])
+def test_budgets_masks_and_scores_are_pefts_at_every_step(manual, delta):
+    theirs, ours = pair(deltaT=delta)
+    ours.base_model.shrink_after_final = False  # PEFT never cuts
+    record = {"theirs": [], "ours": []}
+
+    def note(name, allocator):
+        def at(step):
+            # the scores are cleared at the final allocation
+            averages = (allocator().exp_avg_ipt, allocator().exp_avg_unc) if name == "theirs" else None
+            if averages is None and allocator().sensitivity is not None:
+                a = allocator()
+                keys = [f"{x}.{s}" for s in ("lora_A", "lora_B", "lora_E") for x in (v.key for v in a.adapters)]
+                averages = tuple(dict(zip(keys, t, strict=True)) for t in (a.sensitivity, a.uncertainty))
+            model = theirs if name == "theirs" else ours
+            clones = [{k.removesuffix(".default"): v.clone() for k, v in d.items()} for d in averages or ({}, {})]
+            record[name].append((allocator().budget_schedule(step), masks(model), clones))
+
+        return at
+
+    their_losses, _ = train(theirs, 16, True, after=note("theirs", lambda: theirs.base_model.rankallocator))
+    our_losses, _ = train(ours, 16, manual, after=note("ours", lambda: ours.base_model.rankallocator))
+    torch.testing.assert_close(our_losses, their_losses, rtol=2e-4, atol=2e-4)
+    for step, (their, our) in enumerate(zip(record["theirs"], record["ours"], strict=True), 1):
+        assert our[0] == their[0], f"budget at step {step}"
+        assert our[1] == their[1], f"masks at step {step}"
+        for our_average, their_average in zip(our[2], their[2], strict=True):
+            assert our_average.keys() == their_average.keys()
+            for key in our_average:
+                torch.testing.assert_close(our_average[key], their_average[key], rtol=2e-2, atol=1e-6)
+    kept = {n.removesuffix(".default"): k for n, k in masks(ours).items()}
+    assert sum(map(sum, kept.values())) == 2 * len(kept) < 5 * len(kept)
+    assert (
+        theirs.peft_config["default"].rank_pattern.values()
+        and {k.removesuffix(".default"): v for k, v in theirs.peft_config["default"].rank_pattern.items()}
+        == ours.peft_config["default"].rank_pattern
+    )
+
+
+def test_scores_are_pefts_when_the_factors_are():
+    """One update on identical numbers: no drift from earlier steps."""
+    theirs, ours = pair()
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        for (name, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+            if "lora_" in name:
+                p.grad = torch.randn(p.shape, generator=generator)
+                p.data.copy_(torch.randn(p.shape, generator=generator))
+                q.grad, q.data = p.grad.clone(), p.data.clone()
+        theirs.base_model.update_and_allocate(1)
+        ours.base_model.update_and_allocate(1)
+    allocator, other = ours.base_model.rankallocator, theirs.base_model.rankallocator
+    for slot, tensors in zip(("lora_A", "lora_B", "lora_E"), (0, 1, 2), strict=True):
+        n = len(allocator.adapters)
+        for i, adapter in enumerate(allocator.adapters):
+            key = f"{adapter.key}.{slot}.default"
+            torch.testing.assert_close(
+                allocator.sensitivity[tensors * n + i], other.exp_avg_ipt[key], rtol=1e-6, atol=0
+            )
+            torch.testing.assert_close(
+                allocator.uncertainty[tensors * n + i], other.exp_avg_unc[key], rtol=1e-5, atol=1e-9
+            )
+
+
+def test_loss_term_and_its_gradients_are_no_further_from_the_oracle_than_pefts():
+    theirs, ours = pair(orth_reg_weight=0.7)
+    for model in (theirs, ours):
+        for n, p in model.named_parameters():
+            if "lora_" in n:
+                with torch.no_grad():
+                    generator = torch.Generator().manual_seed(len(n))
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    oracle_model = peft.get_peft_model(oracle.llama(), peft.AdaLoraConfig(**OPTIONS, orth_reg_weight=0.7)).double()
+    oracle_model.load_state_dict({k: v.double() for k, v in theirs.state_dict().items()})
+    losses = []
+    for model in (theirs, ours, oracle_model):
+        loss = model(**batch(1, model)).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert abs(losses[1] - losses[2]) <= 2 * abs(losses[0] - losses[2]) + 1e-6 * abs(losses[2])
+    grads = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (theirs, ours, oracle_model)]
+    assert grads[0].keys() == grads[1].keys()
+    errors = []
+    for own in (grads[1], grads[0]):
+        errors.append(sum(((own[n].double() - g).norm() / g.norm()) ** 2 for n, g in grads[2].items()) ** 0.5)
+    assert errors[0] <= 1.5 * errors[1] + 1e-7, errors
+
+
+def test_a_manual_call_after_the_first_automatic_one_does_not_count_twice():
+    """Numbered from 0, as PEFT's documentation does, while the automatic schedule counts from 1."""
+    theirs, ours = pair(tinit=0, deltaT=1)
+    ours.base_model.shrink_after_final = False
+    train(theirs, 8, True, first=0)
+    train(ours, 8, True, first=0)
+    assert masks(ours) == masks(theirs)
+    assert ours.base_model.automatic is False
+    assert ours.base_model.rankallocator.step == 7
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_gradient_accumulation_counts_updates_not_backward_passes():
+    _, ours = pair()
+    optimizer = torch.optim.SGD(trainable(ours), lr=0.1)
+    for step in range(1, 5):
+        for micro in range(3):
+            ours(**batch(3 * step + micro, ours)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ours.base_model.rankallocator.step == 4
+
+
+def test_an_optimizer_without_our_factors_is_left_alone():
+    _, ours = pair()
+    other = torch.nn.Linear(2, 2)
+    ours(**batch(1, ours)).loss.backward()
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert ours.base_model.rankallocator.step == 0
+    # and an evaluation in between is no step either
+    ours.eval()
+    ours(**batch(1, ours))
+    assert ours.base_model.rankallocator.step == 0
+
+
+def test_ranks_really_shrink_and_training_goes_on():
+    _, ours = pair()
+    optimizer = torch.optim.AdamW(trainable(ours), lr=5e-2)
+    before = {id(p) for p in trainable(ours)}
+    seen = {}
+
+    def note(step):
+        if step == 12:  # total_step - tfinal
+            seen["output"] = ours(**batch(99, ours)).logits.detach()
+            seen["trained"] = ours.get_nb_trainable_parameters()[0]
+
+    held = None
+    for step in range(1, 17):
+        loss = ours(**batch(step, ours)).loss
+        loss.backward()
+        optimizer.step()
+        note(step)
+        held = loss  # a loss that is still alive keeps autograd's bookkeeping of the old shapes
+        if step != 12:
+            optimizer.zero_grad()  # at 12 the gradients of the cut factors are accumulated into
+    assert held is not None
+    layers = ours.base_model.inventory.layers.values()
+    ranks = [len(layer.lora_E["default"]) for layer in layers]
+    assert sum(ranks) == 2 * len(ranks)
+    for layer, rank in zip(layers, ranks, strict=True):
+        assert layer.lora_A["default"].shape[0] == rank == layer.lora_B["default"].shape[1] == layer.r["default"]
+        assert float(layer.ranknum["default"]) == 5.0 and not layer.ranknum["default"].requires_grad
+        for p in (layer.lora_A["default"], layer.lora_B["default"], layer.lora_E["default"]):
+            if p.numel():
+                assert optimizer.state[p]["exp_avg"].shape == p.shape
+    assert {id(p) for p in trainable(ours)} == before
+    sizes = {tuple(p.shape) for p in trainable(ours)}
+    assert seen["trained"] == sum(p.numel() for p in trainable(ours)), sizes
+
+
+def test_cutting_does_not_change_the_output():
+    _, ours = pair()
+    ours.base_model.shrink_after_final = False
+    train(ours, 12)
+    masked = ours(**batch(50, ours)).logits
+    assert ours.base_model.shrink_ranks()
+    torch.testing.assert_close(ours(**batch(50, ours)).logits, masked, rtol=1e-5, atol=1e-5)
+    assert ours.base_model.shrink_ranks()  # again: nothing left to do
+
+
+def test_optimizer_state_that_cannot_be_cut_leaves_the_ranks_masked():
+    class Factored(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["row"] = torch.zeros(p.shape[0])
+            super().step(closure)
+
+    _, ours = pair()
+    with pytest.warns(peftfast.PeftWarning, match="stay masked"):
+        train(ours, 13, optimizer=Factored(trainable(ours), lr=0.1))
+    shapes = {len(layer.lora_E["default"]) for layer in ours.base_model.inventory.layers.values()}
+    assert shapes == {5}
+    assert sum(map(sum, masks(ours).values())) == 2 * 6
+
+
+@pytest.mark.parametrize("shrink", [True, False])
+def test_files_go_both_ways_after_training(tmp_path, shrink):
+    theirs, ours = pair()
+    ours.base_model.shrink_after_final = shrink
+    train(ours, 14)
+    ours.save_pretrained(tmp_path / "ours")
+    assert not (tmp_path / "ours" / "adalora_state.safetensors").exists()
+    expected = ours.eval()(**batch(50, ours)).logits
+    ranks = [len(v) for k, v in load_file(tmp_path / "ours" / "adapter_model.safetensors").items() if "lora_E" in k]
+    assert sum(ranks) == 2 * 6
+    for library, model in ((peft, oracle.llama()), (peftfast, oracle.llama())):
+        loaded = library.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
+        torch.testing.assert_close(predicted(loaded), expected, rtol=1e-5, atol=1e-5)
+    train(theirs, 14, True)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs.eval()(**batch(50, theirs)).logits
+    loaded = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "theirs").eval()
+    torch.testing.assert_close(loaded(**batch(50, loaded)).logits, expected, rtol=1e-5, atol=1e-5)
+    config, peer = (peftfast.PeftConfig.from_pretrained(tmp_path / n) for n in ("ours", "theirs"))
+    assert config.rank_pattern.keys() == peer.rank_pattern.keys()
+
+
+@pytest.mark.parametrize("stop", [6, 14])
+@pytest.mark.parametrize("existing", [True, False])
+def test_resuming_gives_the_run_that_was_not_interrupted(tmp_path, stop, existing):
+    """In mid-schedule and after the cut, into a new model or into an adapter that is already there (Trainer's way)."""
+    torch.manual_seed(5)
+    whole = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**OPTIONS))
+    torch.manual_seed(5)
+    first = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**OPTIONS))
+    expected, _ = train(whole, 16)
+    begun, optimizer = train(first, stop)
+    first.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    assert (tmp_path / "adalora_state.safetensors").exists() == (stop < 12)
+    if existing:
+        second = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**OPTIONS))
+        second.load_adapter(tmp_path, "default", is_trainable=True)
+    else:
+        second = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, is_trainable=True)
+    optimizer = torch.optim.AdamW(trainable(second), lr=5e-2)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    resumed, _ = train(second, 16 - stop, first=stop + 1, optimizer=optimizer)
+    assert begun + resumed == expected
+    final, other = (m.get_nb_trainable_parameters() for m in (whole, second))
+    assert final == other
+
+
+def test_a_checkpoint_in_mid_schedule_loads_in_peft(tmp_path):
+    _, ours = pair()
+    train(ours, 8)
+    ours.save_pretrained(tmp_path)
+    expected = ours.eval()(**batch(50, ours)).logits
+    loaded = peft.PeftModel.from_pretrained(oracle.llama(), tmp_path).eval()
+    torch.testing.assert_close(predicted(loaded), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_under_trainer_nothing_has_to_be_called(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    _, ours = pair(total_step=6, tinit=1, tfinal=2)
+    data = [{k: v[0] for k, v in batch(i, ours).items()} for i in range(24)]
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to=[],
+        learning_rate=5e-2, save_steps=3, logging_steps=100, use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model=ours, args=arguments, train_dataset=data)
+    trainer.train()
+    assert ours.base_model.rankallocator.step == 6
+    ranks = [len(layer.lora_E["default"]) for layer in ours.base_model.inventory.layers.values()]
+    assert sum(ranks) == 2 * len(ranks)
+    assert [entry.budget for entry in ours.base_model.history][-1] == 12
+    # and again from the checkpoint in mid-schedule
+    fresh = peftfast.get_peft_model(
+        oracle.llama(), peftfast.AdaLoraConfig(**{**OPTIONS, "total_step": 6, "tinit": 1, "tfinal": 2})
+    )
+    Trainer(model=fresh, args=arguments, train_dataset=data).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+    )
+    for p, q in zip(trainable(fresh), trainable(ours), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_under_accelerate_updates_are_counted(tmp_path):
+    from accelerate import Accelerator
+
+    _, ours = pair(total_step=6, tinit=1, tfinal=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(ours, torch.optim.AdamW(trainable(ours), lr=5e-2))
+    for step in range(12):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch(step, ours)).loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert ours.base_model.rankallocator.step == 6
+    ranks = [len(layer.lora_E["default"]) for layer in ours.base_model.inventory.layers.values()]
+    assert sum(ranks) == 2 * len(ranks)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    _, plain = pair()
+    _, other = pair()
+    other.load_state_dict(plain.state_dict())
+    other.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    other.enable_input_require_grads()
+    expected, losses = (train(m.train(), 14)[0] for m in (plain, other))
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_several_adapters_may_be_trained_one_after_the_other():
+    """PEFT refuses a second trainable one."""
+    _, ours = pair()
+    train(ours, 5)
+    ours.add_adapter("second", peftfast.AdaLoraConfig(**OPTIONS))
+    ours.set_adapter("second")
+    train(ours, 3)
+    steps = {name: ours.base_model._allocator(name).step for name in ("default", "second")}
+    assert steps == {"default": 5, "second": 3}
+
+
+def test_a_copied_model_goes_on_by_itself():
+    import copy
+
+    _, ours = pair()
+    train(ours, 5)
+    other = copy.deepcopy(ours)
+    assert train(other, 3, first=6)[0] != []
+    assert (ours.base_model.rankallocator.step, other.base_model.rankallocator.step) == (5, 8)
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = 0
+        self.synced = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops += 1
+        if "_local_scalar_dense" in str(func) or "nonzero" in str(func):
+            self.synced.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_bookkeeping_does_not_grow_with_the_number_of_layers(step):
+    counts = []
+    for layers in (1, 4):
+        model = peftfast.get_peft_model(oracle.llama(layers=layers), peftfast.AdaLoraConfig(**OPTIONS))
+        model(**batch(1, model)).loss.backward()
+        model.base_model.update_and_allocate(1)
+        with Count() as count:
+            model.base_model.update_and_allocate(step)
+        counts.append(count.ops)
+        if step == 2:  # no allocation: the host waits for nothing
+            assert not count.synced
+        adapters = model.base_model._adapters("default")
+        with Count() as count:
+            adapters[0].method.loss_term(adapters)
+        counts.append(count.ops)
+    # the layers' gradients are still added one by one, by autograd itself
+    print(
+        f"step {step}: update {counts[0]} and {counts[2]} operations for 1 and 4 layers, loss {counts[1]}, {counts[3]}"
+    )
+    assert counts[0] == counts[2] <= 45
+    assert counts[1] == counts[3] <= 70
+
+
+def test_history_and_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    _, ours = pair()
+    with pytest.raises(ValueError, match="No ranks"):
+        ours.base_model.plot_ranks()
+    train(ours, 13)
+    history = ours.base_model.history
+    assert [entry.step for entry in history] == list(range(4, 13))
+    assert all(a.budget >= b.budget for a, b in zip(history, history[1:], strict=False))
+    assert sum(history[-1].ranks.values()) == 12 and len(history[-1].scores) == 6
+    ours.base_model.plot_ranks(tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"total_step": None}, "does not work when `total_step` is None"),
+        ({"total_step": 0}, "supply a value > 0"),
+        ({"tinit": 12}, "budgeting phase"),
+        ({"use_dora": True}, "does not support DoRA"),
+        ({"init_r": 0}, "at least 1"),
+        ({"target_r": 0}, "at least 1"),
+        ({"orth_reg_weight": -1.0}, "orth_reg_weight"),
+    ],
+)
+def test_wrong_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        peftfast.AdaLoraConfig(**{**SCHEDULE, **changes})
+
+
+def test_unused_settings_are_named():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peftfast.AdaLoraConfig(**SCHEDULE, r=4, use_rslora=True)
+    text = " ".join(str(w.message) for w in caught)
+    assert "`r` is not used" in text and "use_rslora" in text
+
+
+def test_combining_is_refused_as_in_peft():
+    _, ours = pair()
+    with pytest.raises(TypeError, match="does not support add_weighted_adapter"):
+        ours.base_model.add_weighted_adapter(["default"], [1.0], "new")

@@ -1,0 +1,194 @@
+"""EVA and CorDA against PEFT, and ranks chosen for a plain LoRA."""
+
+import copy
+import dataclasses
+import importlib.util
+import sys
+import types
+import warnings
+
+import oracle
+import peft
+import pytest
+import torch
+
+import peftfast
+
+
+def peft_preprocess_corda(*args, **kwargs):
+    # PEFT imports a package that it does not depend on, for a decorator
+    if "attr" not in sys.modules and importlib.util.find_spec("attr") is None:
+        sys.modules["attr"] = types.ModuleType("attr")
+        sys.modules["attr"].dataclass = dataclasses.dataclass
+    from peft.tuners.lora.corda import preprocess_corda
+
+    return preprocess_corda(*args, **kwargs)
+
+
+def batches(count=3, size=8, length=16):
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(1, oracle.VOCABULARY, (size, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, length // 2 :] = 0
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+def config(library, **changes):
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"]}
+    settings = {"rho": changes.pop("rho", 2.0), "whiten": changes.pop("whiten", False)}
+    return library.LoraConfig(**options, **changes, init_lora_weights="eva", eva_config=library.EvaConfig(**settings))
+
+
+def initialised(library, **changes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = library.get_peft_model(oracle.llama(), config(library, **changes))
+        library.initialize_lora_eva_weights(model, batches(), show_progress_bar=False)
+    return model
+
+
+@pytest.mark.parametrize("changes", [{}, {"rho": 1.0}, {"whiten": True}, {"rank_pattern": {"o_proj": 6}}])
+def test_eva_is_pefts(changes):
+    theirs, ours = initialised(peft, **changes), initialised(peftfast, **changes)
+    own = {n: p for n, p in ours.named_parameters() if "lora_" in n}
+    peer = {n: p for n, p in theirs.named_parameters() if "lora_" in n}
+    assert own.keys() == peer.keys()
+    total = sum(p.shape[0] for n, p in own.items() if "lora_A" in n)
+    assert total == sum(p.shape[0] for n, p in peer.items() if "lora_A" in n)
+    for name, p in own.items():
+        if "lora_B" in name:
+            assert not p.any()
+            continue
+        # q and k have the same input: which of the two gets the odd rank is arbitrary
+        rank = min(len(p), len(peer[name]))
+        assert abs(len(p) - len(peer[name])) <= (1 if ".q_proj" in name or ".k_proj" in name else 0)
+        rows = torch.nn.functional.normalize(p[:rank]) @ torch.nn.functional.normalize(peer[name][:rank]).t()
+        assert rows.diagonal().abs().min() > 0.99
+        if changes.get("whiten") and (".q_proj" in name or ".k_proj" in name):
+            continue  # PEFT divides components that layers share once for each of them
+        torch.testing.assert_close(p[:rank].norm(dim=1), peer[name][:rank].norm(dim=1), rtol=1e-2, atol=1e-4)
+
+
+def test_eva_adapter_survives_its_file_in_both_libraries(tmp_path):
+    model = initialised(peftfast)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    ranks = {k: layer.r["default"] for k, layer in model.base_model.inventory.layers.items()}
+    assert len(set(ranks.values())) > 1
+    scalings = {layer.scaling["default"] for layer in model.base_model.inventory.layers.values()}
+    assert max(scalings) - min(scalings) < 1e-9  # alpha follows the rank
+    expected = oracle.logits(model.eval())
+    model.save_pretrained(tmp_path)
+    for library in (peft, peftfast):
+        loaded = library.PeftModel.from_pretrained(oracle.llama(), tmp_path).eval()
+        torch.testing.assert_close(oracle.logits(loaded), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_eva_layers_without_a_rank_are_left_as_they_were():
+    model = peftfast.get_peft_model(oracle.llama(), config(peftfast))
+    state = peftfast.get_eva_state_dict(model, batches(), show_progress_bar=False)
+    gone = next(iter(state))
+    state[gone] = state[gone][:0]
+    peftfast.initialize_lora_eva_weights(model, eva_state_dict=state)
+    key = gone.removeprefix("base_model.model.")
+    assert key not in model.base_model.inventory.layers and key not in model.peft_config["default"].target_modules
+    assert type(model.get_submodule(gone)) is torch.nn.Linear
+    model(**batches()[0])
+
+
+def test_eva_without_an_adapter_and_with_components_that_are_exact():
+    """On data of a known spectrum the components are those of a full decomposition."""
+    from peftfast.eva import RunningComponents
+
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(600, 24, generator=generator) * torch.logspace(0, -2, 24) + 3.0
+    running = RunningComponents(4)
+    for part in x.split(100):
+        assert running.update(part, 0.99)
+    centred = (x - x.mean(0)).double()
+    _, s, vh = torch.linalg.svd(centred, full_matrices=False)
+    assert (running.components.double() @ vh[:4].t()).abs().diagonal().min() > 0.999
+    share = s[:4] ** 2 / centred.square().sum()
+    torch.testing.assert_close(running.explained, share, rtol=2e-2, atol=1e-4)
+    assert not running.update(x[:3], 0.99)  # fewer rows than components
+    plain = peftfast.get_eva_state_dict(oracle.llama(), batches(), config(peftfast), show_progress_bar=False)
+    assert all(not k.startswith("base_model") for k in plain)
+
+
+def test_eva_says_what_is_wrong():
+    plain = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="init_lora_weights='eva'"):
+        peftfast.initialize_lora_eva_weights(plain, batches())
+    model = peftfast.get_peft_model(oracle.llama(), config(peftfast))
+    with pytest.raises(ValueError, match="dataloader is required"):
+        peftfast.initialize_lora_eva_weights(model)
+    with pytest.raises(ValueError, match="dataloader is empty"):
+        peftfast.initialize_lora_eva_weights(model, [])
+    with pytest.raises(ValueError, match="use larger batches"):
+        peftfast.initialize_lora_eva_weights(model, batches(1, 1, 2), show_progress_bar=False)
+    with pytest.raises(ValueError, match="must be a PeftModel"):
+        peftfast.initialize_lora_eva_weights(oracle.llama(), batches())
+    with pytest.raises(ValueError, match="not found in the model"):
+        peftfast.get_eva_state_dict(model, batches(), prepare_layer_inputs_fn={"nowhere": len})
+
+
+# ---- CorDA -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+@pytest.mark.parametrize("model", [oracle.llama, oracle.gpt2])
+def test_corda_is_pefts(method, model, tmp_path):
+    target = ["q_proj", "down_proj"] if model is oracle.llama else ["c_attn"]
+    results = []
+    for library, preprocess in ((peft, peft_preprocess_corda), (peftfast, peftfast.preprocess_corda)):
+        settings = library.CordaConfig(corda_method=method) if library is peftfast else None
+        if settings is None:
+            from peft.tuners.lora.config import CordaConfig
+
+            settings = CordaConfig(corda_method=method)
+        cfg = library.LoraConfig(
+            r=4, lora_alpha=4, target_modules=target, init_lora_weights="corda", corda_config=settings
+        )
+        base = model()
+        untouched = oracle.logits(base)
+
+        def run(base=base):
+            for batch in batches(2, 1):
+                base(batch["input_ids"])
+
+        preprocess(base, cfg, run_model=run)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = library.get_peft_model(base, cfg)
+        assert not any(hasattr(m, "eigens") for m in base.modules())
+        torch.testing.assert_close(oracle.logits(adapted), untouched, rtol=1e-3, atol=1e-3)
+        results.append(adapted)
+    theirs, ours = results
+    for (name, layer), other in zip(
+        ours.base_model.inventory.layers.items(),
+        (m for m in theirs.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")),
+        strict=True,
+    ):
+        delta, peer = (m.lora_B["default"].weight @ m.lora_A["default"].weight for m in (layer, other))
+        # directions of nearly equal singular values may mix
+        assert (delta - peer).norm() <= 0.05 * peer.norm(), name
+
+
+def test_corda_caches_and_errors(tmp_path):
+    settings = peftfast.CordaConfig(
+        cache_file=str(tmp_path / "a" / "cache.pt"), covariance_file=str(tmp_path / "cov.pt")
+    )
+    cfg = peftfast.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="corda", corda_config=settings)
+    base = oracle.llama()
+    with pytest.raises(ValueError, match="run preprocess_corda|run `preprocess_corda`"):
+        peftfast.get_peft_model(oracle.llama(), copy.deepcopy(cfg))
+    with pytest.raises(ValueError, match="run_model must be specified"):
+        peftfast.preprocess_corda(base, cfg)
+    peftfast.preprocess_corda(base, cfg, run_model=lambda: base(batches(1, 1)[0]["input_ids"]))
+    again = oracle.llama()
+    peftfast.preprocess_corda(again, cfg)  # from the cache
+    one, two = (peftfast.get_peft_model(m, copy.deepcopy(cfg)) for m in (base, again))
+    torch.testing.assert_close(oracle.logits(one), oracle.logits(two), rtol=0, atol=0)

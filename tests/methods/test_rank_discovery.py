@@ -1,0 +1,128 @@
+"""Ranks for a plain LoRA from calibration data: the budget holds, the right modules get them, files keep them."""
+
+import oracle
+import peft
+import pytest
+import torch
+from torch import nn
+
+import peftfast
+
+
+class Chain(nn.Module):
+    """Three layers; the input of `narrow` varies in two directions only, and `dead` does not reach the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow, self.dead = nn.Linear(32, 2), nn.Linear(2 + 30, 16), nn.Linear(32, 16)
+
+    def forward(self, x):
+        low = self.wide(x)
+        y = self.narrow(torch.cat([low, low.new_zeros(len(x), 30)], 1))
+        return {"loss": (y.square().mean() + 0.0 * self.dead(x).sum()), "y": y}
+
+
+def rows(count=4):
+    generator = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(64, 32, generator=generator)} for _ in range(count)]
+
+
+def config(**changes):
+    return peftfast.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["wide", "narrow", "dead"], **changes})
+
+
+def test_variance_goes_where_the_inputs_vary():
+    torch.manual_seed(0)
+    cfg, model = config(), Chain()
+    ranks = peftfast.discover_ranks(model, cfg, rows(), maximum=8)
+    assert sum(ranks.values()) == 12 and ranks["narrow"] <= ranks["dead"]
+    assert ranks["wide"] <= 2  # a weight [2, 32] has two directions
+    assert all(m.training for m in model.modules())
+
+
+def test_gradients_go_where_the_loss_is():
+    torch.manual_seed(0)
+    cfg = config()
+    ranks = peftfast.discover_ranks(Chain(), cfg, rows(), budget=5, by="gradient")
+    assert ranks == {"wide": 2, "narrow": 2, "dead": 1}
+    assert cfg.rank_pattern == {"wide": 2, "narrow": 2, "dead": 1}
+    assert cfg.alpha_pattern == {"wide": 4, "narrow": 4, "dead": 2}
+
+
+def test_the_sketch_has_the_gradients_singular_values():
+    from peftfast.rank_discovery import _gradients
+
+    torch.manual_seed(0)
+    model = Chain()
+    data = rows(2)
+    modules = {"narrow": model.narrow, "wide": model.wide}
+    found = _gradients(model, modules, data, {"narrow": 4, "wide": 2}, lambda m, b: m(**b), lambda o: o["loss"], 0)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    for batch in data:
+        model(**batch)["loss"].backward()
+    for name, module in modules.items():
+        exact = torch.linalg.svdvals(module.weight.grad / 2).square()
+        torch.testing.assert_close(found[name].sum(), exact.sum(), rtol=0.6, atol=0)
+        assert (found[name][2:] <= 1e-6 * found[name][0]).all()  # of rank two, and seen as such
+
+
+@pytest.mark.parametrize("by", ["variance", "gradient"])
+@pytest.mark.parametrize("rslora", [True, False])
+def test_one_call_and_the_adapter_has_these_ranks(by, rslora, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, oracle.VOCABULARY, (4, 16), generator=generator)
+    batches = [{"input_ids": ids, "labels": ids}]
+    cfg = peftfast.LoraConfig(r=4, target_modules="all-linear", use_rslora=rslora)
+    base = oracle.llama()
+    ranks = peftfast.discover_ranks(base, cfg, batches, budget=40, by=by)
+    assert sum(ranks.values()) == 40 and len(ranks) == 14 and len(set(ranks.values())) > 1
+    model = peftfast.get_peft_model(base, cfg)
+    layers = model.base_model.inventory.layers
+    assert {k: layer.r["default"] for k, layer in layers.items()} == ranks
+    scalings = [layer.scaling["default"] for layer in layers.values()]
+    assert max(scalings) - min(scalings) < 1e-9
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(oracle.llama(), tmp_path)
+    shapes = {n: p.shape for n, p in loaded.named_parameters() if "lora_" in n}
+    assert shapes == {n: p.shape for n, p in model.named_parameters() if "lora_" in n}
+
+
+def test_names_that_end_like_others_keep_their_own_rank(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(16, 16)
+            self.z = nn.ModuleDict({"lin": nn.Linear(16, 16)})
+
+        def forward(self, x):
+            return self.z["lin"](self.lin(x))
+
+    from peftfast.ranks import pattern_of
+    from peftfast.targets import pattern_value
+
+    for values in ({"lin": 3, "z.lin": 5}, {"lin": 4, "z.lin": 5}, {"lin": 5, "z.lin": 4}):
+        pattern = dict(sorted(pattern_of(values, 4).items()))  # as files sort it
+        assert {n: pattern_value(pattern, n, 4) for n in values} == values
+        cfg = peft.LoraConfig(r=4, target_modules=["lin"], rank_pattern=pattern)
+        model = peft.get_peft_model(Nested(), cfg).base_model.model
+        assert (model.lin.r["default"], model.z["lin"].r["default"]) == tuple(values.values())
+
+
+def test_what_cannot_be_is_refused_and_the_config_is_untouched():
+    cfg = config()
+    for changes, message in (
+        ({"budget": 2}, "at least 1 each"),
+        ({"by": "magic"}, "'variance' or 'gradient'"),
+        ({"maximum": 1, "minimum": 2}, "below minimum"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            peftfast.discover_ranks(Chain(), cfg, rows(), **changes)
+    with pytest.raises(ValueError, match="match no linear layer"):
+        peftfast.discover_ranks(Chain(), config(target_modules=["nowhere"]), rows())
+    with pytest.raises(ValueError, match="empty"):
+        peftfast.discover_ranks(Chain(), cfg, [], by="gradient")
+    with pytest.raises(ValueError, match="needs a loss"):
+        peftfast.discover_ranks(Chain(), cfg, rows(), by="gradient", forward_fn=lambda m, b: m(**b)["y"])
+    with pytest.raises(ValueError, match="before adding adapters"):
+        peftfast.discover_ranks(peftfast.get_peft_model(Chain(), config()), cfg, rows())
+    assert cfg.rank_pattern == {} and cfg.alpha_pattern == {}

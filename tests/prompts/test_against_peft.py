@@ -1,0 +1,97 @@
+"""The same parameters give the same logits, gradients and generated tokens as in PEFT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from prompts.tiny import CAUSAL, METHODS, assert_same, batch, gradients, loss, pair, result
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def compare(family: str, method: str, padding: str = "left", **changes) -> None:
+    mine, other = pair(family, method, **changes)
+    inputs = batch(family, padding)
+    a, b = mine(**inputs), other(**inputs)
+    assert_same(result(a), result(b))
+    assert_same(loss(a), loss(b))
+    got, expected = gradients(mine, inputs), gradients(other, inputs)
+    assert got.keys() == expected.keys() and got
+    assert expected["prompt_encoder.default.embedding.weight"].abs().max() > 0
+    for name in got:
+        assert_same(got[name], expected[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", CAUSAL)
+def test_causal(family: str, method: str):
+    compare(family, method)
+
+
+@pytest.mark.parametrize("padding", ["right", "none"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_padding(family: str, method: str, padding: str):
+    compare(family, method, padding)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_encoder_decoder(method: str):
+    compare("t5", method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["bert-seq", "bert-qa", "bert", "llama-seq"])
+def test_heads(family: str, method: str):
+    if family == "llama-seq" and method in ("prompt", "mlp", "lstm"):
+        compare(family, method, "left")  # the pooled token is the last one, padded or not, as in PEFT
+    else:
+        compare(family, method, "right")
+
+
+@pytest.mark.parametrize("method", ["prefix", "projected"])
+def test_token_classification(method: str):
+    compare("bert-token", method, "right")
+
+
+def test_token_classification_prompt_labels():
+    """PEFT fails here, with logits for the virtual tokens and no labels: they are ignored, as in causal modelling."""
+    mine, _ = pair("bert-token", "prompt")
+    inputs = batch("bert-token", "right")
+    output = mine(**inputs)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, 3:].reshape(-1, 3), inputs["labels"].reshape(-1))
+    assert_same(output.loss, expected)
+
+
+@pytest.mark.parametrize("settings", [
+    {"do_sample": False}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "top_k": 20},
+], ids=["greedy", "beam", "sample"])  # fmt: skip
+@pytest.mark.parametrize("method", ["prompt", "projected"])
+@pytest.mark.parametrize("family", [*CAUSAL, "t5"])
+def test_generation(family: str, method: str, settings: dict):
+    mine, other = pair(family, method)
+    inputs = {k: v for k, v in batch(family).items() if k != "labels"}
+    out = []
+    for model in (mine, other):
+        model.eval()
+        torch.manual_seed(5)
+        out.append(model.generate(**inputs, max_new_tokens=8, eos_token_id=None, **settings))
+    assert torch.equal(*out)
+    assert len(set(out[0][:, -8:].flatten().tolist())) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "bert-seq"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_positions_and_token_types(family: str, method: str):
+    mine, other = pair(family, method)
+    inputs = batch(family, "right")
+    ids = inputs["input_ids"]
+    inputs["token_type_ids"] = torch.zeros_like(ids)
+    if family == "bert-seq":
+        inputs["token_type_ids"][:, 4:] = 1
+    else:
+        inputs["position_ids"] = torch.arange(ids.shape[1]).expand_as(ids)
+    assert_same(result(mine(**inputs)), result(other(**inputs)))
+    embedded = {k: v for k, v in inputs.items() if k != "input_ids"}
+    embedded["inputs_embeds"] = mine.word_embeddings(ids).detach()
+    assert_same(result(mine(**embedded)), result(other(**embedded)))

@@ -1,0 +1,230 @@
+"""What a prompt does must not depend on how the model is run: at once or step by step, with any cache, with gradient
+checkpointing, in a mixed batch."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from prompts.tiny import CAUSAL, METHODS, assert_same, base, batch, config, gradients, ours, result
+
+import peftfast
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def double(family: str, method: str, **changes):
+    return ours(family, method, **changes).double()
+
+
+# ---- step by step ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_step_by_step_is_teacher_forced(family: str, method: str):
+    model = double(family, method).eval()
+    # Gemma 2's own attention takes its softmax in fp32, where fp64's mask of padding is minus infinity
+    inputs = batch(family, "none" if family == "gemma2" else "left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        whole = result(model(input_ids=ids, attention_mask=mask))[:, -ids.shape[1] :]
+        first = model(input_ids=ids[:, :4], attention_mask=mask[:, :4], use_cache=True)
+        cache, parts = first.past_key_values, [first.logits[:, -4:]]
+        for step in range(4, ids.shape[1]):
+            out = model(input_ids=ids[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=cache)
+            parts.append(out.logits)
+    visible = mask.bool()
+    assert_same(torch.cat(parts, 1)[visible], whole[visible], 1e-6 if family == "gemma2" else 1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", [*CAUSAL, "t5"])
+def test_generated_tokens_are_the_likeliest(family: str, method: str):
+    """Greedy tokens are what a teacher-forced forward over prompt, input and continuation prefers."""
+    model = double(family, method).eval()
+    inputs = {k: v for k, v in batch(family, "none").items() if k != "labels"}
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        if family == "t5":
+            logits = result(model(**inputs, decoder_input_ids=out))
+            chosen, preferred = out[:, 1:], logits[:, :-1].argmax(-1)
+        else:
+            logits = result(model(input_ids=out, attention_mask=torch.ones_like(out)))[:, -out.shape[1] :]
+            chosen, preferred = out[:, -6:], logits[:, -7:-1].argmax(-1)
+    # a tie, or a token that generate never gives, would show as a difference
+    assert torch.equal(chosen, preferred)
+
+
+@pytest.mark.parametrize("cache", [
+    {"use_cache": False}, {"cache_implementation": "static"}, {"cache_implementation": "offloaded"},
+    {"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 2},
+], ids=lambda c: "-".join(str(v) for v in next(iter(c.items()))))  # fmt: skip
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_cache_classes(family: str, method: str, cache: dict):
+    if "offloaded" in cache.values() and not torch.cuda.is_available():
+        pytest.skip("transformers offloads from an accelerator only")
+    model = double(family, method).eval()
+    inputs = {k: v for k, v in batch(family).items() if k != "labels"}
+    if "prompt_lookup_num_tokens" in cache:
+        inputs = {k: v[2:] for k, v in inputs.items()}
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**inputs, **settings, **cache), model.generate(**inputs, **settings))
+
+
+def test_own_cache_is_filled_in_place():
+    from transformers import DynamicCache
+
+    model = double("llama", "prefix").eval()
+    inputs = batch("llama", "none")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        out = model(input_ids=inputs["input_ids"], past_key_values=cache)
+    assert out.past_key_values is cache and cache.get_seq_length() == 3 + 7
+
+
+def test_generate_leaves_nothing_behind():
+    model = ours("llama", "prompt").eval()
+    inputs = batch("llama")
+    before = dict(model.get_base_model().__dict__)
+
+    def stop(*_):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        model.generate(input_ids=inputs["input_ids"], max_new_tokens=2, logits_processor=[stop])
+    assert model.get_base_model().__dict__.keys() == before.keys()
+
+
+def test_model_is_freed():
+    model = ours("llama", "prefix").eval()
+    model.generate(input_ids=batch("llama")["input_ids"], max_new_tokens=2)
+    gone = weakref.ref(model.get_base_model())
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+# ---- computed once ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["mlp", "lstm", "projected"])
+def test_network_runs_once_at_inference(method: str):
+    model = double("llama", method).eval()
+    inputs = {k: v for k, v in batch("llama").items() if k != "labels"}
+    encoder = model.prompt_encoder["default"]
+    calls = [0]
+    next(iter(getattr(encoder, encoder.networks[-1]))).register_forward_hook(
+        lambda *_: calls.__setitem__(0, calls[0] + 1)
+    )
+    with torch.no_grad():
+        first = result(model(**inputs))
+        for _ in range(3):
+            assert torch.equal(result(model(**inputs)), first)
+        model.generate(**inputs, max_new_tokens=4)
+    assert calls[0] == 1
+    # a step of training, a load, a move: the kept prompt goes
+    with torch.no_grad():
+        encoder.embedding.weight.mul_(2)
+        assert not torch.equal(result(model(**inputs)), first)
+    assert calls[0] == 2
+    gradients(model, batch("llama"))
+    assert calls[0] == 3
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=1.0)
+    optimizer.step()
+    with torch.no_grad():
+        changed = result(model(**inputs))
+        encoder._kept = None
+        assert torch.equal(changed, result(model(**inputs)))
+
+
+def test_kept_prompt_from_inference_mode_can_be_trained_through():
+    model = double("llama", "projected").eval()
+    model.set_adapter("default", inference_mode=True)
+    inputs = batch("llama")
+    with torch.inference_mode():
+        model(**inputs)
+    embeds = model.word_embeddings(inputs["input_ids"]).detach().requires_grad_()
+    model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], labels=inputs["labels"]).loss.backward()
+    assert embeds.grad.abs().max() > 0
+
+
+# ---- half precision --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_base_keeps_fp32_prompts(method: str):
+    exact = double("llama", method).eval()
+    model = ours("llama", method, model=base("llama").to(torch.bfloat16)).eval()
+    assert {p.dtype for p in model.prompt_encoder.parameters()} == {torch.float32}
+    inputs = batch("llama")
+    assert result(model(**inputs)).dtype == torch.bfloat16
+    assert_same(result(model(**inputs)).double(), result(exact(**inputs)), 0.05)
+    grads = gradients(model, inputs)
+    assert {g.dtype for g in grads.values()} == {torch.float32}
+
+
+# ---- several adapters ------------------------------------------------------------------------------------------------
+def with_three(family: str, method: str):
+    model = ours(family, method)
+    for name, seed in (("second", 11), ("third", 12)):
+        torch.manual_seed(seed)
+        model.add_adapter(name, config(peftfast, method, family))
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "gemma4", "t5", "bert"])
+def test_rows_have_their_own_prompts(family: str, method: str):
+    model = with_three(family, method)
+    inputs = {k: v for k, v in batch(family, "right").items() if k != "labels"}
+    if family == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    names = ["second", "default", "third"]
+    with torch.no_grad():
+        mixed = result(model(**inputs, adapter_names=names))
+        for row, name in enumerate(names):
+            model.set_adapter(name)
+            assert_same(mixed[row], result(model(**inputs))[row])
+    assert not torch.allclose(mixed[1], result(model(**inputs))[1])
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("method", ["prompt", "projected"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_rows_generate_with_their_own_prompts(family: str, method: str, beams: int):
+    model = with_three(family, method)
+    inputs = {k: v for k, v in batch(family, "none").items() if k != "labels"}
+    settings = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "eos_token_id": None}
+    names = ["third", "default", "second"]
+    mixed = model.generate(**inputs, **settings, adapter_names=names)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        assert torch.equal(model.generate(**inputs, **settings)[row], mixed[row])
+
+
+def test_rows_train_their_own_prompts():
+    model = with_three("llama", "prefix")
+    for encoder in model.prompt_encoder.values():
+        encoder.requires_grad_(True)
+    inputs = batch("llama")
+    model(**inputs, adapter_names=["second", "second", "default"]).loss.backward()
+    grads = {n: e.embedding.weight.grad for n, e in model.prompt_encoder.items()}
+    assert grads["third"] is None and grads["second"].abs().max() > 0 and grads["default"].abs().max() > 0
+
+
+def test_what_rows_cannot_have():
+    model = with_three("llama", "prompt")
+    model.add_adapter("long", config(peftfast, "prompt", "llama", num_virtual_tokens=5))
+    ids = batch("llama")["input_ids"]
+    with pytest.raises(ValueError, match="prompts of one length.*'long': 5"):
+        model(input_ids=ids, adapter_names=["default", "long", "default"])
+    with pytest.raises(ValueError, match="__base__"):
+        model(input_ids=ids, adapter_names=["default", "__base__", "default"])
+    with pytest.raises(ValueError, match="non-existing adapter.*secnd.*Did you mean 'second'"):
+        model(input_ids=ids, adapter_names=["default", "secnd", "default"])
+    with pytest.raises(ValueError, match="got 2 and 3"):
+        model(input_ids=ids, adapter_names=["default", "second"])
+    plain = result(base("llama").double()(input_ids=ids))
+    assert torch.equal(result(model(input_ids=ids, adapter_names=["__base__"] * 3)), plain)
+    assert torch.equal(
+        result(model(input_ids=ids, adapter_names=["long"] * 3)),
+        [model.set_adapter("long"), result(model(input_ids=ids))][1],
+    )

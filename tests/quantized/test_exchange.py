@@ -1,0 +1,199 @@
+"""Models that transformers loads in 4 and 8 bits: training, files and counts against PEFT, on the same base."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from oracle import llama, quietly, same_files, same_live_state
+from safetensors.torch import load_file
+from torch import nn
+
+bnb = pytest.importorskip("bitsandbytes")
+peft = pytest.importorskip("peft")
+
+import peftfast  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+BASES = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-nested": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+IDS = torch.arange(1, 33).reshape(2, 16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    llama(hidden=64).save_pretrained(path)
+    return path
+
+
+def load(folder, base: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = dict(BASES[base])
+    if "load_in_4bit" in options:
+        options["bnb_4bit_compute_dtype"] = dtype
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options), dtype=dtype)
+
+
+def config(library, **changes):
+    return library.LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": list(TARGETS), "task_type": "CAUSAL_LM", **changes}
+    )
+
+
+def train(model: nn.Module, steps: int = 8, lr: float = 1e-2) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def assert_identical(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Up to the order of fp32 additions: PEFT adds the low-rank part to a finished product, here they are one sum."""
+    assert (a - b).abs().max() <= 64 * torch.finfo(torch.float32).eps * b.abs().max()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_adapters_trained_with_peft_work_here(base, folder, tmp_path):
+    theirs = peft.get_peft_model(load(folder, base), config(peft))
+    losses = train(theirs)
+    assert losses[-1] < losses[0] - 0.1
+    theirs.save_pretrained(tmp_path)
+    ours = peftfast.PeftModel.from_pretrained(load(folder, base), tmp_path)
+    # 8-bit products quantise their input, where the last bit of a layer's output may decide about a whole step
+    if base != "int8":
+        assert_identical(logits(ours), logits(theirs))
+    assert (logits(ours) - logits(theirs)).norm() <= 1e-3 * logits(theirs).norm()
+    ours.save_pretrained(tmp_path / "again")
+    for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "again" / "adapter_model.safetensors")[name], tensor)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_adapters_trained_here_work_with_peft(base, folder, tmp_path):
+    ours = peftfast.get_peft_model(load(folder, base), config(peftfast))
+    losses = train(ours)
+    assert losses[-1] < losses[0] - 0.1
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(load(folder, base), tmp_path)
+    if base != "int8":
+        assert_identical(logits(ours), logits(theirs))
+    assert (logits(ours) - logits(theirs)).norm() <= 1e-3 * logits(theirs).norm()
+    reloaded = peftfast.PeftModel.from_pretrained(load(folder, base), tmp_path)
+    assert torch.equal(logits(reloaded), logits(ours))
+    theirs.save_pretrained(tmp_path / "theirs")
+    quietly(reloaded.save_pretrained, tmp_path / "ours")
+    same_files(tmp_path / "ours", tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_losses_follow_pefts(base, folder):
+    """From equal factors, step by step; in fp32, so that only the order of additions differs."""
+    models = [lib.get_peft_model(load(folder, base), config(lib)) for lib in (peftfast, peft)]
+    values = {n: p for n, p in models[1].named_parameters() if "lora_" in n}
+    with torch.no_grad():
+        for name, parameter in models[0].named_parameters():
+            if name in values:
+                parameter.copy_(values[name])
+    ours, theirs = (train(m, steps=6, lr=1e-3) for m in models)
+    assert ours == pytest.approx(theirs, rel=1e-4 if base == "int8" else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", BASES)
+def test_names_counts_and_flags_are_pefts(base, dtype, folder, capsys):
+    ours, theirs = (lib.get_peft_model(load(folder, base, dtype), config(lib)) for lib in (peftfast, peft))
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    ours.print_trainable_parameters()
+    theirs.print_trainable_parameters()
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first == second
+    same_live_state(ours, theirs)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method"):
+        assert getattr(ours, flag, None) == getattr(theirs, flag, None), flag
+    mine, other = ours.get_model_status(), theirs.get_model_status()
+    assert (mine.trainable_params, mine.total_params, mine.num_adapter_layers, mine.quantization_backend) == (
+        other.trainable_params, other.total_params, other.num_adapter_layers, other.quantization_backend,
+    )  # fmt: skip
+
+
+def test_storage_dtype_of_a_sharded_model_counts_right(folder):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)
+    ours, theirs = (
+        lib.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.bfloat16),
+            config(lib),
+        )
+        for lib in (peftfast, peft)
+    )
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    assert torch.isfinite(logits(ours)).all()
+
+
+def test_merged_4bit_model_is_saved_and_reloaded_by_transformers(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = peftfast.get_peft_model(load(folder, "nf4-nested"), config(peftfast))
+    train(model)
+    merged = model.merge_and_unload()
+    assert merged.is_loaded_in_4bit and type(merged.model.layers[0].mlp.up_proj) is bnb.nn.Linear4bit
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
+
+
+def test_dense_merge_is_saved_and_reloaded_by_transformers(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = peftfast.get_peft_model(load(folder, "nf4-nested"), config(peftfast))
+    train(model)
+    expected = logits(model)
+    merged = model.merge_and_unload(dequantize=True)
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(type(m) is not bnb.nn.Linear4bit for m in again.modules())
+    assert_identical(logits(again), expected)
+
+
+def test_trainer_trains_a_4bit_model_on_cpu(folder, tmp_path):
+    """Trainer refuses quantised models unless they are PEFT models; with gradient checkpointing, prepared as usual."""
+    from transformers import Trainer, TrainingArguments
+
+    model = peftfast.prepare_model_for_kbit_training(load(folder, "nf4", torch.bfloat16))
+    assert model.is_gradient_checkpointing
+    model = peftfast.get_peft_model(model, config(peftfast))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=3, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=True,
+        save_strategy="no", logging_steps=1, learning_rate=1e-2, disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(before[name], parameter) is ("lora_" not in name), name

@@ -1,0 +1,221 @@
+"""Outputs and gradients of LoRA on quantised layers: no further from the fp64 oracle on the dequantised weight than
+PEFT with bitsandbytes; and what is kept between forward and backward."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+bnb = pytest.importorskip("bitsandbytes")
+peft = pytest.importorskip("peft")
+
+from quantized.support import (  # noqa: E402
+    BASES,
+    FOUR_BIT,
+    Holder,
+    Result,
+    assert_no_further,
+    clone,
+    exact_result,
+    quantised_linear,
+)
+
+import peftfast  # noqa: E402
+from peftfast_kernels import keep_mask, keep_scale  # noqa: E402
+
+RANK, ROWS, SCALE = 8, 24, 2.0
+
+#: id -> (dtype of the input, compute_dtype of the layer, dtype of autocast)
+PRECISIONS = {
+    "fp32": (torch.float32, torch.float32, None),
+    "bf16": (torch.bfloat16, torch.bfloat16, None),
+    "fp16": (torch.float16, torch.float16, None),
+    "bf16-autocast": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "fp16-autocast": (torch.float16, torch.float16, torch.float16),
+    "fp32-input-bf16-autocast": (torch.float32, torch.bfloat16, torch.bfloat16),
+    "fp32-input-bf16-compute": (torch.float32, torch.bfloat16, None),
+    "bf16-input-fp32-compute": (torch.bfloat16, torch.float32, None),
+    "fp32-compute-bf16-autocast": (torch.float32, torch.float32, torch.bfloat16),
+}
+
+
+class FixedMask(nn.Module):
+    """A dropout whose mask is given, for the library whose own cannot be known."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask.to(x.dtype)
+
+
+def adapted(library, base: nn.Module, dropout: float = 0.0, autocast_adapter_dtype: bool = True) -> nn.Module:
+    config = library.LoraConfig(
+        r=RANK, lora_alpha=int(SCALE * RANK), target_modules=["q"], lora_dropout=dropout, init_lora_weights=False
+    )
+    model = library.get_peft_model(Holder(clone(base)), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    g = torch.Generator().manual_seed(3)
+    layer = model.base_model.model.q
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(torch.randn(RANK, 64, generator=g) / 8)
+        layer.lora_B["default"].weight.copy_(torch.randn(48, RANK, generator=g) / RANK**0.5)
+    return model
+
+
+def run(model: nn.Module, x: Tensor, dy: Tensor, autocast: torch.dtype | None, seed: int = 0) -> Result:
+    x = x.clone().requires_grad_(True)
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", autocast) if autocast else nullcontext(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y = model(x)
+    y.backward(dy.to(y.dtype))
+    layer = model.base_model.model.q
+    return Result(y.detach(), x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad)
+
+
+def mask_of(seed: int, dropout: float) -> Tensor:
+    """The mask that a layer draws first after `manual_seed(seed)`, scaled as it is applied."""
+    torch.manual_seed(seed)
+    drawn = torch.randint(-(2**62), 2**62, (), dtype=torch.int64)
+    return keep_mask(drawn, dropout, ROWS, 64, torch.device("cpu")) * keep_scale(dropout)
+
+
+def both(base: str, precision: str, dropout: float, autocast_adapter_dtype: bool = True):
+    x_dtype, compute, autocast = PRECISIONS[precision]
+    layer = quantised_linear(base, dtype=compute)
+    if hasattr(layer, "set_compute_type"):
+        layer.compute_dtype, layer.compute_type_is_set = compute, True
+    g = torch.Generator().manual_seed(1)
+    x, dy = torch.randn(ROWS, 64, generator=g).to(x_dtype), torch.randn(ROWS, 48, generator=g).to(x_dtype)
+    ours, theirs = (adapted(lib, layer, dropout, autocast_adapter_dtype).train() for lib in (peftfast, peft))
+    mask = mask_of(7, dropout) if dropout else None
+    if mask is not None:
+        theirs.base_model.model.q.lora_dropout["default"] = FixedMask(mask)
+    found, expected = run(ours, x, dy, autocast, seed=7), run(theirs, x, dy, autocast)
+    factors = [theirs.base_model.model.q.lora_A["default"].weight, theirs.base_model.model.q.lora_B["default"].weight]
+    exact = exact_result(layer, x, *factors, SCALE, dy, mask)
+    return found, expected, exact
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("base", BASES)
+def test_no_further_from_the_oracle_than_peft(base, precision, dropout):
+    found, expected, exact = both(base, precision, dropout)
+    for o, t in zip(found, expected, strict=True):
+        assert o.dtype == t.dtype and o.shape == t.shape
+    assert_no_further(found, expected, exact)
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp4-nested-128", "int8"])
+def test_factors_in_the_compute_dtype(base):
+    """autocast_adapter_dtype=False: PEFT keeps factors in the layer's compute dtype (int8: in fp32)."""
+    found, expected, exact = both(base, "bf16", 0.0, autocast_adapter_dtype=False)
+    assert found.da.dtype == expected.da.dtype == (torch.float32 if base == "int8" else torch.bfloat16)
+    assert_no_further(found, expected, exact)
+
+
+def test_base_without_adapter_is_bitsandbytes_own():
+    """Adapters off: bit for bit the module's output, whatever the input's dtype."""
+    for base in BASES:
+        layer = quantised_linear(base)
+        model = peftfast.get_peft_model(Holder(clone(layer)), peftfast.LoraConfig(target_modules=["q"])).train()
+        x = torch.randn(ROWS, 64)
+        with model.disable_adapter():
+            assert torch.equal(model(x), layer.train()(x)), base
+
+
+def test_undecided_compute_dtype_follows_the_first_input():
+    """As Linear4bit itself decides; and the first forward already takes the path of all later ones, as recomputation
+    under checkpointing needs."""
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = quantised_linear("nf4", dtype=dtype)
+        layer.compute_dtype, layer.compute_type_is_set = None, False
+        model = peftfast.get_peft_model(Holder(layer), peftfast.LoraConfig(target_modules=["q"])).train()
+        x = torch.randn(ROWS, 64, dtype=dtype, requires_grad=True)
+        counts = []
+        for _ in range(2):
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+                model(x)
+            counts.append(len(kept))
+        assert layer.compute_dtype == dtype and counts[0] == counts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["nf4-nested", "fp4", "int8"])
+def test_compiles_as_one_graph(base):
+    """Traced without a break, forward and backward, with the results of eager execution."""
+    model = adapted(peftfast, quantised_linear(base)).train()
+    x, dy = torch.randn(ROWS, 64), torch.randn(ROWS, 48)
+    expected = run(model, x, dy, None)
+    model.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = x.clone().requires_grad_(True)
+    compiled(x).backward(dy)
+    assert torch.equal(x.grad, expected.dx)
+    assert torch.equal(model.q.lora_B["default"].weight.grad, expected.db)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+def kept_bytes(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> int:
+    """Bytes saved for the backward pass, without what lives anyway: the input, parameters, the packed weight."""
+    alive = {x.untyped_storage().data_ptr()}
+    for module in model.modules():
+        tensors = [*module._parameters.values(), getattr(module, "state", None) and module.state.SCB]
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            tensors += [getattr(part, name, None) for name in ("absmax", "code", "offset")]
+        alive |= {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, Tensor)}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in alive:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autocast("cpu", autocast) if autocast else nullcontext():
+            y = model(x)
+    y.sum().backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("base", BASES)
+def test_saved_for_backward_is_the_input_and_m_times_r(base, dropout):
+    layer = quantised_linear(base, 96, 64, torch.bfloat16)
+    rows = 512
+    x = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True)
+    config = {"r": RANK, "target_modules": ["q"], "init_lora_weights": False, "lora_dropout": dropout}
+    ours = peftfast.get_peft_model(Holder(clone(layer)), peftfast.LoraConfig(**config)).train()
+    theirs = peft.get_peft_model(Holder(clone(layer)), peft.LoraConfig(**config)).train()
+    ours(x), theirs(x)
+    bound = rows * RANK * 4 + 8  # t in fp32, and dropout's seed
+    assert 0 < kept_bytes(ours, x) <= bound < kept_bytes(theirs, x)
+    assert 0 < kept_bytes(ours, x, torch.bfloat16) <= rows * RANK * 2 + 8 + (RANK * 64 + 96 * RANK) * 2
+
+
+@pytest.mark.parametrize("base", FOUR_BIT)
+def test_packed_weight_is_decoded_once_per_pass(base, monkeypatch):
+    from peftfast_kernels import decode
+
+    module_of = {"nf4": "nf4", "fp4": "fp4"}[BASES[base][0]]
+    calls = []
+    decoder = decode.DECODERS[module_of]
+    counted = decoder._replace(stored=lambda w: calls.append(1) or decoder.stored(w))
+    monkeypatch.setitem(decode.DECODERS, module_of, counted)
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *a, **k: pytest.fail("decoded by the module"))
+    model = adapted(peftfast, quantised_linear(base)).train()
+    y = model(torch.randn(ROWS, 64, requires_grad=True))
+    assert len(calls) == 1
+    y.sum().backward()
+    assert len(calls) == 2

@@ -1,0 +1,346 @@
+"""Blocks: outputs and all gradients against fp64, next to PEFT; what they keep; when they stay out of the way."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from oracle import Twins, assert_no_further, inputs, llama
+from torch import nn
+
+import peftfast
+from peftfast.blocks import GatedMlp, Siblings
+from peftfast.ops.blocks import ACTIVATIONS
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def run(model, autocast=False):
+    """Logits and the gradients of everything trained, and of the embeddings."""
+    model.zero_grad()
+    ids = inputs(model)["input_ids"]
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(inputs_embeds=embeds).logits
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    (out * weights).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {"logits": out.detach(), "input": embeds.grad, **grads}
+
+
+def kinds(blocks):
+    return [(type(g).__name__, len(g.names), g.state) for g in blocks.groups]
+
+
+def as_near(ours, theirs, truth):
+    """Through a whole model a tensor's error is one sample of amplified rounding noise, so single ratios scatter; their
+    middle does not. What single blocks do is compared strictly below."""
+    ratios = sorted(assert_no_further(ours, theirs, truth, slack=4).values())
+    assert ratios[len(ratios) // 2] <= 1.25, ratios
+
+
+FUSED = [("GatedMlp", 1, "on"), ("GatedMlp", 1, "on"), ("Siblings", 3, "on"), ("Siblings", 3, "on")]
+
+
+def attached(model):
+    """The blocks of a model after the passes that find and check them."""
+    blocks = peftfast.fuse_blocks(model)
+    with torch.no_grad():
+        for _ in range(3):
+            model(**inputs(model))
+    return blocks
+
+
+@pytest.mark.parametrize("dtype, autocast", [("fp32", False), ("fp32", True), ("bf16", True), ("bf16", False)], ids=str)
+@pytest.mark.parametrize("bias, act", [(False, "silu"), (True, "gelu_pytorch_tanh")])
+def test_outputs_and_gradients(dtype, autocast, bias, act):
+    base = torch.bfloat16 if dtype == "bf16" else torch.float32
+    twins = Twins(lambda: llama(bias=bias, hidden_act=act).to(base), {"r": 4, "lora_alpha": 8, "target_modules": ALL})
+    blocks = attached(twins.ours)
+    assert kinds(blocks) == FUSED, blocks.report()
+    truth = run(copy.deepcopy(twins.theirs).double())
+    ours, theirs = run(twins.ours.train(), autocast), run(twins.theirs.train(), autocast)
+    assert kinds(blocks) == FUSED
+    assert set(ours) == set(theirs) and len(ours) == 2 + 2 * 2 * 7
+    as_near(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("dtype, autocast", [("fp32", False), ("bf16", True), ("bf16", False)], ids=str)
+@pytest.mark.parametrize("which", ["mlp", "qkv"])
+def test_one_block_is_no_further_than_peft(which, dtype, autocast):
+    """Many rows through one block: outputs and every gradient, strictly."""
+    base = torch.bfloat16 if dtype == "bf16" else torch.float32
+    twins = Twins(lambda: llama(hidden=64).to(base), {"r": 8, "lora_alpha": 8, "target_modules": ALL})
+    attached(twins.ours)
+    start = torch.randn(1, 700, 64, generator=torch.Generator().manual_seed(2)).to(base)
+
+    def results(model, cast):
+        layer = model.get_base_model().model.layers[0]
+        x = start.to(next(layer.parameters()).dtype if cast is None else base).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(cast)):
+            if which == "mlp":
+                outs = [layer.mlp(x)]
+            else:
+                attention = layer.self_attn
+                outs = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+        weights = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        loss = sum((out.double() * weights[..., : out.shape[-1]].to(base)).sum() for out in outs)
+        loss.backward()
+        grads = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+        return {**{f"y{i}": out.detach() for i, out in enumerate(outs)}, "x": x.grad, **grads}
+
+    truth = results(copy.deepcopy(twins.theirs).double(), None)
+    ours, theirs = results(twins.ours, autocast), results(twins.theirs, autocast)
+    assert set(ours) == set(theirs) == set(truth) and len(ours) == (8 if which == "mlp" else 10)
+    print({n: round(r, 2) for n, r in assert_no_further(ours, theirs, truth, slack=1.1).items()})
+
+
+def test_different_ranks_scales_and_frozen_factors():
+    options = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ALL,
+        "rank_pattern": {"k_proj": 7, "up_proj": 3},
+        "use_rslora": True,
+    }
+    twins = Twins(llama, options)
+    blocks = attached(twins.ours)
+    assert kinds(blocks) == FUSED
+    for model in (twins.ours, twins.theirs):
+        for name, parameter in model.named_parameters():
+            if "v_proj.lora_A" in name or "gate_proj.lora_B" in name:
+                parameter.requires_grad_(False)
+    truth = run(copy.deepcopy(twins.theirs).double())
+    as_near(run(twins.ours), run(twins.theirs), truth)
+
+
+def test_dropout_has_masks_of_its_own_per_layer():
+    """With the same seeds as the layers would draw, the block's result is theirs."""
+    twins = Twins(llama, {"r": 4, "lora_alpha": 8, "target_modules": ALL, "lora_dropout": 0.3}, same=True)
+    blocks = attached(twins.ours)
+    assert kinds(blocks) == FUSED
+    plain = copy.deepcopy(twins.ours)
+    peftfast_blocks_off(plain)
+    results = []
+    for model in (twins.ours.train(), plain.train()):
+        torch.manual_seed(11)
+        results.append(run(model))
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    seeds = []
+    import peftfast.ops.blocks as ops
+
+    draw = ops.draw_seed
+    try:
+        ops.draw_seed = lambda x, p: seeds.append(draw(x, p)) or seeds[-1]
+        twins.ours(**inputs(twins.ours))
+    finally:
+        ops.draw_seed = draw
+    drawn = [s.item() for s in seeds]
+    assert len(drawn) == 2 * 6 and len(set(drawn)) == len(drawn)
+
+
+def peftfast_blocks_off(model):
+    """What a copy carries is removed with the copy's own blocks."""
+    for module in model.modules():
+        block = module.__dict__.get("block")
+        if isinstance(block, Siblings):
+            block.detach()
+        mine = module.__dict__.get("forward")
+        if isinstance(getattr(mine, "__self__", None), GatedMlp):
+            mine.__self__.detach()
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def kept(model, x):
+    """Bytes kept for the backward pass, beyond the input and what lives with the model, as fractions of [M, I] bf16."""
+    seen = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: seen.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+    lasting = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
+    return sum(t.untyped_storage().nbytes() for p, t in seen.items() if p not in lasting)
+
+
+def test_gated_mlp_keeps_input_gate_and_up():
+    twins = Twins(lambda: llama(hidden=64).to(torch.bfloat16), {"r": 2, "target_modules": ALL})
+    attached(twins.ours)
+    rows, wide = 200, 128
+    x = torch.randn(1, rows, 64, dtype=torch.bfloat16, requires_grad=True)
+    mine = kept(twins.ours.get_base_model().model.layers[0].mlp, x)
+    theirs = kept(twins.theirs.get_base_model().model.layers[0].mlp, x)
+    unit = rows * wide * 2
+    copies = 2 * 3 * (64 + 128) * 4  # the factors' copies outside a forward of the whole model, at most
+    print(f"kept by an MLP of {rows} rows in units of [M, I]: {mine / unit:.2f}, PEFT {theirs / unit:.2f}")
+    assert mine <= 2 * unit + rows * 3 * 2 * 2 + copies
+    assert theirs >= 4 * unit
+
+
+def test_removing_leaves_no_trace():
+    model = Twins(llama, {"r": 4, "target_modules": ALL}).ours
+    names = list(model.state_dict())
+    before = run(model)
+    dicts = {n: set(m.__dict__) for n, m in model.named_modules()}
+    blocks = attached(model)
+    assert list(model.state_dict()) == names
+    blocks.remove()
+    assert {n: set(m.__dict__) - {"block"} for n, m in model.named_modules()} == dicts
+    assert all(m.__dict__.get("block") is None for m in model.modules())
+    after = run(model)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+
+
+def calls_of_blocks(model, monkeypatch):
+    """How many blocks ran in one pass."""
+    import peftfast.blocks as module
+
+    count = []
+    for name in ("lora_siblings", "gated_mlp"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: count.append(name) or real(*a))
+    with torch.no_grad():
+        out = model(**inputs(model)).logits
+    monkeypatch.undo()
+    return len(count), out  # (how many, logits)
+
+
+@pytest.mark.parametrize("what", ["hook", "merged", "disabled", "two", "mixed", "dora", "compile", "replaced"])
+def test_off_where_something_does_not_fit(what, monkeypatch):
+    twins = Twins(llama, {"r": 4, "target_modules": ALL})
+    model = twins.ours
+    plain = copy.deepcopy(model)
+    attached(model)
+    assert calls_of_blocks(model, monkeypatch)[0] == 4
+    seen = []
+    for m in (model, plain):
+        layer = m.get_base_model().model.layers[0]
+        if what == "hook":
+            layer.mlp.gate_proj.register_forward_hook(lambda module, args, out: seen.append(1) or out * 2)
+            layer.self_attn.k_proj.base_layer.register_forward_hook(lambda module, args, out: seen.append(1) or out * 2)
+        elif what == "merged":
+            m.merge_adapter()
+        elif what in ("two", "mixed", "dora"):
+            torch.manual_seed(5)
+            config = peftfast.LoraConfig(r=2, target_modules=ALL, init_lora_weights=False, use_dora=what == "dora")
+            m.add_adapter("other", config)
+            if what == "two":
+                m.base_model.set_adapter(["default", "other"])
+            elif what == "dora":
+                m.set_adapter("other")
+        elif what == "replaced":
+            for each in m.get_base_model().model.layers:
+                each.mlp.act_fn = nn.Tanh()
+    if what == "disabled":
+        with model.disable_adapter(), plain.disable_adapter():
+            count, ours = calls_of_blocks(model, monkeypatch)
+            theirs = calls_of_blocks(plain, monkeypatch)[1]
+    elif what == "mixed":
+        names = ["default", "other"]
+        with torch.no_grad():
+            ours, theirs = (m(**inputs(m), adapter_names=names).logits for m in (model, plain))
+        count = 0
+    elif what == "compile":
+        with torch.no_grad():
+            ours = torch.compile(model, backend="eager")(**inputs(model)).logits
+            theirs = plain(**inputs(plain)).logits
+        count = 0
+    else:
+        count, ours = calls_of_blocks(model, monkeypatch)
+        theirs = calls_of_blocks(plain, monkeypatch)[1]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    # a hook on one layer's modules costs the two blocks of that layer and no other
+    assert count == {"hook": 2, "replaced": 2}.get(what, 0)
+    assert not seen or len(seen) == 4
+
+
+class Odd(nn.Module):
+    """Looks like a gated MLP and reads like siblings, but is neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        y = self.a(x)
+        x.mul_(2)  # in place between the two: not the same input any more
+        return self.c(self.act(y) + self.b(x))
+
+
+def test_only_what_agrees_is_fused():
+    torch.manual_seed(0)
+    model = peftfast.get_peft_model(
+        Odd(), peftfast.LoraConfig(r=2, target_modules=["a", "b", "c"], init_lora_weights=False)
+    )
+    plain = copy.deepcopy(model)
+    blocks = peftfast.fuse_blocks(model)
+    for step in range(4):
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x.clone()), plain(x.clone()), rtol=0, atol=0)
+    assert [g.state for g in blocks.groups] == ["off: it computes something else"]
+
+
+def test_checkpointing_copies_files_and_generation(tmp_path):
+    twins = Twins(llama, {"r": 4, "target_modules": ALL, "task_type": "CAUSAL_LM"})
+    model = twins.ours
+    plain = copy.deepcopy(model)
+    blocks = peftfast.fuse_blocks(model)  # found while checkpointing is on
+    for m in (model, plain):
+        m.gradient_checkpointing_enable({"use_reentrant": False})
+        m.train()
+    for _ in range(3):
+        ours, theirs = run(model), run(plain)
+    assert kinds(blocks) == FUSED
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = peftfast.PeftModel.from_pretrained(llama(), tmp_path)
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    for m in (model, plain):
+        m.eval()
+        m.gradient_checkpointing_disable()
+    ids = inputs(model)["input_ids"]
+    tokens = [
+        m.generate(input_ids=ids, max_new_tokens=5, do_sample=False) for m in (model, plain, copy.deepcopy(model))
+    ]
+    assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2])
+
+
+def test_pickled_with_its_blocks():
+    model = Twins(llama, {"r": 4, "target_modules": ALL}).ours
+    attached(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs(loaded)).logits, model(**inputs(model)).logits)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="no adapted layers"):
+        peftfast.fuse_blocks(llama())
+    model = Twins(llama, {"r": 2, "target_modules": ALL}).ours
+    peftfast.fuse_blocks(model)
+    with pytest.raises(ValueError, match="part of a block already"):
+        peftfast.fuse_blocks(model)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_derivatives_of_activations(name):
+    act = ACTIVATIONS[name]
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64, requires_grad=True)
+    y = act.forward(x)
+    (expected,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(act.backward(torch.ones_like(x), x.detach()), expected)
+
+
+def test_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attached(Twins(llama, {"r": 2, "target_modules": ALL}).ours)

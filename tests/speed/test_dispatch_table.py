@@ -1,0 +1,164 @@
+"""Measured tables: what is read from one, which entry a call takes, and that without one nothing changes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftfast_kernels import dispatch, lora_down, lora_gemm, lora_gemm_t
+from peftfast_kernels.decode import dense, random_operand
+from peftfast_kernels.dispatch import Point, Table, point_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import tune
+
+BF16 = torch.bfloat16
+
+
+def row(op, sizes, choice, format="dense", dtype="bfloat16", drop=False):
+    return {"op": op, "format": format, "dtype": dtype, "drop": drop, "sizes": list(sizes), "choice": choice}
+
+
+def gemm_sizes(m, n, k, r):
+    return (m, k, n, k, m, r, n, r)
+
+
+#: As a chip could answer: NF4 fused for few rows, dense never but at one small shape, a down-projection that loses.
+RECORDED = [
+    row("lora_gemm", gemm_sizes(16, 4096, 4096, 16), "triton", "nf4"),
+    row("lora_gemm", gemm_sizes(256, 4096, 4096, 16), "triton", "nf4"),
+    row("lora_gemm", gemm_sizes(1024, 4096, 4096, 16), "torch", "nf4"),
+    row("lora_gemm", gemm_sizes(1024, 14336, 4096, 16), "triton", "nf4"),
+    row("lora_gemm", gemm_sizes(2048, 4096, 4096, 16), "torch"),
+    row("lora_gemm_t", (2048, 4096, 4096, 4096, 2048, 16, 16, 4096), "split", drop=True),
+    row("lora_gemm_t", (16, 4096, 4096, 4096, 16, 16, 16, 4096), "triton", drop=True),
+    row("lora_down", (2048, 4096, 16, 4096), "triton"),
+    row("lora_down", (1, 4096, 16, 4096), "torch"),
+]
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """A folder of tables in which sm_90 was measured."""
+    (tmp_path / "sm_90.json").write_text(json.dumps({"chip": "sm_90", "entries": RECORDED}))
+    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
+    dispatch.table_of.cache_clear()
+    yield tmp_path
+    dispatch.table_of.cache_clear()
+
+
+class OnAGpu(Tensor):
+    """A CPU tensor that says it is on a GPU, for the decision alone."""
+
+    is_cuda = True
+    device = torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tensors of the CPU take part in the decisions of an sm_90."""
+    from peftfast_kernels import op
+
+    monkeypatch.setattr(dispatch, "chip_of", lambda device: "sm_90")
+    monkeypatch.setattr(op, "has_triton_gpu", lambda device: True)
+    monkeypatch.setattr(op, "get_backend", lambda: "auto")
+    monkeypatch.setattr(dispatch, "get_backend", lambda: "auto")
+    return lambda *shape: torch.empty(shape, dtype=BF16).as_subclass(OnAGpu)
+
+
+def nf4(n, k):
+    return random_operand("nf4", n, k, BF16, "cpu")
+
+
+def test_a_call_takes_the_nearest_point(tables):
+    table = dispatch.table_of("sm_90")
+
+    def choice(m, n=4096, k=4096, r=16, format="nf4", dtype="bfloat16"):
+        return table.choice("lora_gemm", Point(format, dtype, False, gemm_sizes(m, n, k, r)))
+
+    assert [choice(m) for m in (1, 16, 100, 300, 900, 8192)] == ["triton"] * 4 + ["torch"] * 2
+    assert choice(1024, n=12288) == "triton"  # nearest by ratio, not by difference
+    assert choice(16, dtype="float16") == "triton"  # the other half precision costs the same
+    assert choice(16, dtype="float32") is None and choice(16, format="int8") is None
+    assert choice(1, format="dense") == "torch"
+
+
+def test_relatives_share_a_table(tables):
+    assert dispatch.table_of("sm_100").chip == "sm_90"
+    assert dispatch.table_of("sm_86").chip == "sm_90"
+    assert dispatch.table_of("gfx942") is None
+    assert dispatch.table_of("interpreter") is None
+
+
+def test_nothing_is_shipped_that_was_not_measured():
+    dispatch.table_of.cache_clear()
+    for path in dispatch.TABLES.glob("*.json"):
+        data = json.loads(path.read_text())
+        assert data["device"] and data["versions"] and all(e["times_us"] for e in data["entries"]), path
+        Table.read(path)
+
+
+def test_unknown_choices_are_refused(tmp_path):
+    path = tmp_path / "sm_90.json"
+    path.write_text(json.dumps({"chip": "sm_90", "entries": [row("lora_down", (1, 1, 1, 1), "cutlass")]}))
+    with pytest.raises(ValueError, match="'cutlass'.*'triton', 'torch', 'split'"):
+        Table.read(path)
+
+
+def test_what_decides(tables):
+    x, a = torch.empty(8, 64, dtype=BF16), torch.empty(4, 64)
+    assert point_of((x, a, None, 0.0)) == Point("dense", "bfloat16+wide", False, (8, 64, 4, 64))
+    assert point_of((x, a.to(BF16), torch.tensor(3), 0.1)) == Point("dense", "bfloat16", True, (8, 64, 4, 64))
+    w = nf4(32, 64)
+    assert point_of((x, w, None, x[:, :4], x[:, :4], 0.5)).format == "nf4"
+    assert point_of((w, torch.float32)).sizes == (32, 64)
+
+
+def test_calls_follow_the_table(tables, gpu):
+    small, large = nf4(4096, 4096), dense(torch.empty(4096, 4096, dtype=BF16))
+    for rows, w, runs in ((16, small, True), (1024, small, False), (16, large, False)):
+        call = (gpu(rows, 4096), w, None, gpu(rows, 16), gpu(4096, 16), 1.0)
+        assert lora_gemm.runs_triton(*call) is runs, (rows, w.format)
+    a = gpu(16, 4096)
+    assert lora_down.runs_triton(gpu(2048, 4096), a, None, 0.0)
+    assert not lora_down.runs_triton(gpu(1, 4096), a, None, 0.0)
+    # with dropout the launcher runs in any case and asks for itself whether to fuse
+    seed = torch.tensor(1)
+    for rows, fused in ((2048, False), (16, True)):
+        call = (gpu(rows, 4096), large, gpu(rows, 16), a, seed, 0.1)
+        assert lora_gemm_t.runs_triton(*call) and dispatch.fuses("lora_gemm_t", *call) is fused
+
+
+def test_without_a_table_the_rules_hold(tmp_path, monkeypatch, gpu):
+    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
+    dispatch.table_of.cache_clear()
+    w = nf4(256, 64)
+    call = (gpu(16, 64), w, None, gpu(16, 4), gpu(256, 4), 1.0)
+    assert not lora_gemm.runs_triton(*call)
+    monkeypatch.setitem(dispatch.FUSED_ROWS["lora_gemm"], "nf4", 16)
+    assert lora_gemm.runs_triton(*call)
+    assert lora_down.runs_triton(gpu(1, 64), gpu(4, 64), None, 0.0)
+    dispatch.table_of.cache_clear()
+
+
+def test_tune_writes_what_dispatch_reads(tmp_path, capsys):
+    """The whole tool on the CPU: tiny shapes, the plain-torch path against itself, nothing installed."""
+    out = tmp_path / "table.json"
+    assert tune.main(["--dry-run", "--out", str(out)]) == 0
+    data = json.loads(out.read_text())
+    table = Table.read(out)
+    assert data["dry_run"] and data["device"] and data["versions"]["torch"]
+    assert set(table.entries) == set(tune.TUNED), capsys.readouterr().out
+    for entry in data["entries"]:
+        assert set(entry["times_us"]) >= {"torch"} and entry["error"]["torch"] < 0.1
+        point = Point(entry["format"], entry["dtype"], entry["drop"], tuple(entry["sizes"]))
+        assert table.choice(entry["op"], point) == entry["choice"]
+
+
+def test_a_red_path_is_never_chosen():
+    assert tune.decide({"triton": 1.0, "torch": 9.0}, {"triton": 0.5, "torch": 1e-3}) == "torch"
+    assert tune.decide({"triton": 8.8, "torch": 9.0}, {"triton": 1e-3, "torch": 1e-3}) == "torch"  # within the noise
+    assert tune.decide({"triton": 5.0, "torch": 9.0}, {"triton": 1e-3, "torch": 1e-3}) == "triton"

@@ -1,0 +1,126 @@
+"""The GPU benchmark end to end at tiny sizes on the CPU, its gate, and the page it draws."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from bench import gpu, measure, report  # noqa: E402
+from bench.contestants import LIMIT, OURS, PEER, Contestant  # noqa: E402
+from bench.operands import BUILDERS, MODELS, Maker, Size, arguments  # noqa: E402
+from peftfast_kernels import OPS  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """One dry run in a process of its own: (output, rows, page)."""
+    folder = tmp_path_factory.mktemp("results")
+    suites = list(gpu.SHARES)
+    command = [sys.executable, str(ROOT / "bench/gpu.py"), "--dry-run", "--seconds", "400", "--out", str(folder)]
+    done = subprocess.run(
+        [*command, "--only", *suites], capture_output=True, text=True, timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.csv")
+    return done.stdout, report.read(path), path.with_suffix(".html").read_text()
+
+
+def test_every_suite_runs(dry):
+    output, rows, _ = dry
+    suites = {row["suite"] for row in rows}
+    assert suites == set(gpu.SHARES), output
+    assert {row["op"] for row in rows if row["suite"] == "ops"} == set(OPS)
+    assert {row["format"] for row in rows if row["suite"] == "linear"} == {"dense", "nf4"}
+    assert "RED" not in output and "skipped" not in output
+    for row in rows:
+        assert row["us"] > 0 and row["rounds"] >= 2 and row["device"] and '"torch"' in row["versions"]
+
+
+def test_rows_carry_the_limit_and_the_gate(dry):
+    _, rows, _ = dry
+    for row in rows:
+        if row["suite"] in ("linear", "layer", "step", "decode"):
+            assert row["ratio_to_limit"] > 0
+        if row["role"] == OURS and row["suite"] != "ops":
+            assert row["gate"] == "green" and row["speedup"] > 0 and row["error"] < 0.05
+    contestants = {row["contestant"] for row in rows}
+    assert {"frozen", "peft", "peft, no autocast", "peftfast", "peftfast + blocks"} <= contestants
+
+
+def test_the_page(dry):
+    _, rows, page = dry
+    assert page.count("<img") == 6 and "data:image/png;base64," in page
+    assert "A dry run on a CPU" in page and "not measured" in page
+    assert page.count("<tr>") > len([r for r in rows if r["suite"] not in ("ops", "questions")])
+    assert "http" not in page  # nothing from elsewhere
+
+
+def test_a_red_gate_reports_no_ratio():
+    bench = gpu.Bench("cpu", 10, quick=True, dry=True)
+    x = torch.ones(8)
+    entrants = [
+        Contestant(n, role, x.sum, dict) for n, role in (("frozen", LIMIT), ("a", OURS), ("b", OURS), ("p", PEER))
+    ]
+    bench.compare("linear", "case", entrants, {"a": (0.5, False), "b": (1e-3, True)}, Size(8, 8, 8))
+    rows = {row["contestant"]: row for row in bench.rows}
+    assert rows["a"]["gate"] == "red" and rows["a"]["speedup"] is None and rows["a"]["ratio_to_limit"] is None
+    assert rows["b"]["gate"] == "green" and rows["b"]["speedup"] > 0
+    assert len(bench.red) == 1
+    sides = [{**row, "us": float(row["us"])} for row in bench.rows]
+    fast = {**rows["a"], "us": 1e-9}
+    assert report.speedup([fast, *(s for s in sides if s["contestant"] == "p")], "p") is None
+
+
+def test_claims_are_judged_by_their_worst_row(tmp_path):
+    def row(contestant, role, us, gate="green", n=4096):
+        base = dict.fromkeys(gpu.FIELDS, "")
+        shape = {"m": 2048, "n": n, "k": 4096, "r": 16, "dropout": 0.0, "format": "dense", "dtype": "bfloat16"}
+        about = {"device": "GPU", "versions": "{}", "suite": "linear", "case": "q", "contestant": contestant}
+        figures = {"us": us, "role": role, "gate": gate, "ratio_to_limit": us / 100 if role != PEER else ""}
+        return {**base, **shape, **about, **figures}
+
+    path = tmp_path / "x.csv"
+    rows = [row("frozen", LIMIT, 100), row("peftfast", OURS, 110), row("peft", PEER, 160)]
+    rows += [row("peftfast", OURS, 60, "red", 1024), row("peft", PEER, 160, n=1024)]
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, gpu.FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    states = {text: state for text, _, state in report.verdicts(report.read(path))}
+    assert states["bf16, M >= 2048, r = 16, 4096 -> 4096, against PEFT"] == "met"
+    assert states["bf16, M >= 2048, r = 16, 4096 -> 1024, against PEFT"] == "not measured"  # its gate is red
+    assert states["over the frozen base, 4096 -> 4096"] == "met"
+    assert states["the same against Unsloth's function"] == "not measured"
+
+
+def test_operands_are_legal_at_every_size():
+    assert set(BUILDERS) == set(OPS)
+    for format in ("dense", "dense_t", "nf4", "int8"):
+        w = Maker(Size(3, 20, 72, format=format), "cpu").operand()
+        kwargs = arguments("lora_gemm", Size(3, 20, 72, 2, format=format), "cpu")
+        out, truth = OPS["lora_gemm"](**kwargs), OPS["lora_gemm"].reference(**kwargs)
+        assert w.shape == (20, 72) and measure.relative_error(out, truth) < 0.02, format
+
+
+def test_what_is_measured_covers_what_is_claimed():
+    cases = list(gpu.linear_cases(quick=False, dry=False))
+    sizes = [size for _, _, size, _ in cases]
+    assert {s.m for s in sizes} >= {1, 16, 128, 512, 2048, 8192, 16384}
+    assert {s.r for s in sizes} >= {8, 16, 64, 256} and {s.format for s in sizes} >= {"dense", "nf4", "int8"}
+    assert {s.dropout for s in sizes} == {0.0, 0.1} and {m.name for m in MODELS} == {name for name, *_ in cases}
+    assert len(list(gpu.linear_cases(quick=True, dry=False))) <= 6
+
+
+def test_quartiles_and_gate():
+    sample = measure._sample([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert sample.median == 3.0 and sample.q1 < 3.0 < sample.q3 and sample.rounds == 5
+    assert measure.no_worse(1.0e-3, 1e-3, torch.float32) and not measure.no_worse(1.2e-3, 1e-3, torch.float32)
+    assert measure.no_worse(1e-3, 0.0, torch.bfloat16)  # below a quarter ulp
+    assert measure.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")

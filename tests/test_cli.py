@@ -1,0 +1,479 @@
+"""The command: what it prints, what it writes, what it refuses, how it stops and continues."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftfast.cli import INTERRUPTED, USAGE_ERROR, _checks, _data, _loop, _settings, main
+from peftfast.cli._data import IGNORED, Corpus, Document, Row
+
+BASE = _settings.EMBEDDED_BASE
+#: Small enough for a second or two; sampling is most of it.
+QUICK = ["--steps", "2", "--batch-size", "2", "--seq-len", "32"]
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def small_and_offline(monkeypatch):
+    monkeypatch.setattr(_checks, "SAMPLE_TOKENS", 4)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A folder with a very small model whose tokenizer has a chat template."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def train(folder, *options) -> int:
+    return main(["train", "--output", str(folder), *map(str, options)])
+
+
+def lines(path: Path, values) -> str:
+    path.write_text("\n".join(json.dumps(v) for v in values), encoding="utf-8")
+    return str(path)
+
+
+# ---- the embedded model ----------------------------------------------------------------------------------------------
+def test_embedded_model_fits_in_5_mb_and_has_learned(tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    assert sum(f.stat().st_size for f in BASE.iterdir()) <= 5_000_000
+    text = 'def f(self, x):\n    """Return the sum."""\n    return self.x + 1\né€'
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    # The adapter's text, which neither tokenizer nor model has seen: a model without context scores above 6 nats.
+    rows = _data.tokenize(_data.topics(), tokenizer, 256, None).held_out[:8]
+    assert _loop.evaluate(model, rows, 0, 8, "cpu") < 4.5
+
+
+def test_topics_hold_out_whole_paragraphs():
+    corpus = _data.topics()
+    train_text, held = (
+        {" ".join(p.split()) for d in docs for p in _data.paragraphs(d.text)}
+        for docs in (corpus.train, corpus.held_out)
+    )
+    assert len(train_text) > 500 and len(held) > 50
+    assert not train_text & held
+
+
+# ---- the main job ----------------------------------------------------------------------------------------------------
+def test_train_says_what_happened(tmp_path, capsys):
+    assert train(tmp_path / "a", *QUICK) == 0
+    out = capsys.readouterr().out
+    parts = ["LlamaForCausalLM", "trainable", "nats/token", "tokens/s", "kB", "without the adapter", "with the adapter"]
+    parts += ["adapter_model.safetensors", "trained and reloaded", "trained and merged", "reloaded yes; merged yes"]
+    for part in parts:
+        assert part in out, part
+    assert out.isascii()
+    assert "EXCEEDS" not in out
+
+
+def test_adapter_loads_in_peft_with_equal_logits(tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    import peftfast
+
+    assert train(tmp_path / "a", *QUICK, "--r", 4, "--target", "q_proj,v_proj", "--target", "up_proj") == 0
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["r"], sorted(config["target_modules"])) == (4, ["q_proj", "up_proj", "v_proj"])
+    ids = torch.arange(24)[None]
+
+    def logits(api):
+        base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        return api.PeftModel.from_pretrained(base, tmp_path / "a").eval()(input_ids=ids).logits
+
+    with torch.no_grad():
+        theirs, ours = logits(peft), logits(peftfast)
+    assert (theirs - ours).abs().max() <= 64 * torch.finfo(torch.float32).eps * theirs.abs().max()
+
+
+def test_training_lowers_the_loss(tmp_path, capsys):
+    assert train(tmp_path / "a", "--steps", 12, "--batch-size", 4, "--seq-len", 64) == 0
+    change = capsys.readouterr().out.split("on held-out text (")[1].split(")")[0]
+    assert float(change) < 0
+
+
+def test_command_in_a_process_of_its_own(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "peftfast", "train", *QUICK],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Summary" in done.stdout
+    assert (tmp_path / "peftfast-adapter" / "adapter_model.safetensors").is_file()
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).resolve().parent.parent
+    paths = os.pathsep.join([str(root), str(root / "kernels")])
+    # One thread: tests run side by side, and threads that wait for a core spin.
+    return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def test_settings_reach_config_and_model(tmp_path, capsys):
+    options = ["--alpha", 6, "--dropout", 0.25, "--set", "use_rslora=true", "--set", "init_lora_weights=gaussian"]
+    assert train(tmp_path / "a", *QUICK, *options, "--dtype", "bf16", "--gradient-checkpointing", "--seed", 3) == 0
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    found = {k: config[k] for k in ("lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights")}
+    assert found == {"lora_alpha": 6, "lora_dropout": 0.25, "use_rslora": True, "init_lora_weights": "gaussian"}
+    out = capsys.readouterr().out
+    assert "bf16" in out and "seed 3" in out
+    assert {t.dtype for t in load_file(tmp_path / "a" / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path):
+    train(tmp_path / "a", *QUICK)
+    train(tmp_path / "b", *QUICK, "--gradient-checkpointing")
+    a, b = (load_file(tmp_path / f / "adapter_model.safetensors") for f in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_logits_that_differ_fail_the_command(tmp_path, capsys, monkeypatch):
+    real = _checks.logits
+    calls = []
+
+    def wrong(model, batch):  # the fourth is the merged model's
+        calls.append(model)
+        return real(model, batch) + (0.1 if len(calls) == 4 else 0.0)
+
+    monkeypatch.setattr(_checks, "logits", wrong)
+    assert train(tmp_path / "a", *QUICK) == 1
+    out = capsys.readouterr().out
+    assert "EXCEEDS" in out and "reloaded yes; merged NO" in out
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert "peftfast" in out and torch.__version__ in out and out.isascii()
+
+
+@pytest.mark.parametrize("options", [["--help"], ["--version"], ["train", "--help"]])
+def test_help_does_not_import_torch(options):
+    code = "import sys\nfrom peftfast.cli import main\n"
+    code += f"try:\n    main({options})\nexcept SystemExit as e:\n    assert not e.code\n"
+    code += "assert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "peftfast" in done.stdout
+
+
+def test_no_command_prints_help(capsys):
+    assert main([]) == USAGE_ERROR
+    assert "COMMAND" in capsys.readouterr().out
+
+
+def test_quantized_merging_is_not_called_equal(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    assert train(tmp_path / "a", *QUICK, "--quantize", "nf4") == 0
+    out = capsys.readouterr().out
+    assert "stored as nf4" in out and "reloaded yes; merged no, rounded to nf4 again" in out
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+def test_text_file(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("The cat sat on the mat.\n" * 200)
+    assert train(tmp_path / "a", *QUICK, "--data", tmp_path / "t.txt") == 0
+    assert "t.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_jsonl_with_prompt_and_completion(tmp_path, capsys, form):
+    values = [{"prompt": f"{i} plus one is", "completion": f" {i + 1}"} for i in range(20)]
+    path = lines(tmp_path / "d.jsonl", values)
+    if form == "list":
+        path = str(tmp_path / "d.json")
+        Path(path).write_text(json.dumps(values))
+    assert train(tmp_path / "a", *QUICK, "--data", path) == 0
+    out = capsys.readouterr().out
+    assert "18 documents" in out and "2 documents" in out
+
+
+def test_jsonl_with_messages(tmp_path, chat_model):
+    values = [
+        {"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "ho"}]} for i in range(6)
+    ]
+    assert train(tmp_path / "a", *QUICK, "--data", lines(tmp_path / "d.jsonl", values), "--model", chat_model) == 0
+
+
+def test_loss_is_on_the_completion_only(tokenizer):
+    doc = Document("d", prompt="Question:", completion=" answer")
+    row = _data.masked_row(_data.pieces(doc, tokenizer))
+    prompt = tokenizer("Question:")["input_ids"]
+    answer = [*tokenizer(" answer", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert row.ids == prompt + answer
+    assert row.labels == [IGNORED] * len(prompt) + answer
+
+
+def test_loss_is_on_every_answer_of_a_conversation(chat_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    roles = ["user", "assistant", "user", "assistant", "user"]
+    doc = Document("d", messages=[{"role": r, "content": f"{r} {i}"} for i, r in enumerate(roles)])
+    row = _data.masked_row(_data.pieces(doc, tokenizer))
+    assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(doc.messages, tokenize=False)
+    learned = tokenizer.decode([i for i, label in zip(row.ids, row.labels, strict=True) if label != IGNORED])
+    assert learned == "assistant 1\nassistant 3\n"
+
+
+def test_evaluation_weighs_tokens_not_batches(tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    ids = tokenizer("import os, sys, re, json")["input_ids"]
+    rows = [Row(ids, list(ids)), Row(ids, [IGNORED] * (len(ids) - 2) + ids[-2:]), Row(ids[:3], ids[:3])]
+    together = _loop.evaluate(model, rows, 0, 3, "cpu")
+    apart = _loop.evaluate(model, rows, 0, 1, "cpu")
+    assert math.isclose(together, apart, rel_tol=1e-5)
+
+
+def test_long_and_empty_examples_are_reported(tokenizer):
+    docs = [Document("d", prompt="x " * 40, completion="y"), Document("d", prompt="a", completion="b " * 40)]
+    rows = _data.tokenize(Corpus("d", docs, docs[1:]), tokenizer, 16, None)
+    assert len(rows.train) == 1 and len(rows.train[0].ids) == 16
+    assert any("were cut" in n for n in rows.notes) and any("left out" in n for n in rows.notes)
+
+
+def test_batches_are_passes_over_the_data():
+    rows = [Row([i], [i]) for i in range(7)]
+    seen = [r.ids[0] for step in range(7) for r in _data.batch_of_step(rows, step, 3, seed=5)]
+    assert all(sorted(seen[i : i + 7]) == list(range(7)) for i in (0, 7, 14))
+    assert seen[:7] != seen[7:14]
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--r", "0"], ["--r", "'0'", "at least 1"]),
+        (["--r", "many"], ["--r", "'many'"]),
+        (["--steps", "-3"], ["--steps", "'-3'"]),
+        (["--dropout", "1"], ["--dropout", "'1'", "from 0"]),
+        (["--alpha", "0"], ["--alpha", "'0'"]),
+        (["--lr", "nan"], ["--lr", "'nan'"]),
+        (["--dtype", "fp8"], ["fp8", "fp32", "bf16", "fp16"]),
+        (["--quantize", "int3"], ["int3", "nf4", "int8"]),
+        (["--method", "lroa"], ["'lroa'", "'lora'"]),
+        (["--device", "tpu"], ["'tpu'", "cpu"]),
+        (["--model", "./nowhere"], ["'./nowhere'", "Hub id"]),
+        (["--data", "nowhere.txt"], ["'nowhere.txt'", "no such file"]),
+        (["--target", ","], ["--target", "all-linear"]),
+        (["--target", "all-linear,q_proj"], ["--target", "stands alone"]),
+        (["--target", "q_prj"], ["q_prj"]),
+        (["--set", "use_rslora"], ["FIELD=VALUE", "'use_rslora'"]),
+        (["--set", "use_rslor=true"], ["use_rslor", "use_rslora"]),
+        (["--set", "use_rslora=maybe"], ["use_rslora", "maybe"]),
+        (["--set", "r=4"], ["--r"]),
+        (["--seq-len", "100000"], ["100000", "512"]),
+        (["--prompt", ""], ["--prompt", "empty"]),
+        (["--resume"], ["--resume", "training_state.pt"]),
+        (["--bogus"], ["--bogus"]),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(tmp_path, capsys, options, parts):
+    assert train(tmp_path / "a", *QUICK, *options) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("peftfast"), err
+    for part in parts:
+        assert part in err, err
+    assert not (tmp_path / "a").exists()
+
+
+def test_unknown_command_names_the_others(capsys):
+    assert main(["trian"]) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert "trian" in err and "train" in err and "env" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("", ["is empty"]),
+        ('{"text": "a"}\n{"text": ', ["line 2", "not JSON"]),
+        ('{"text": "a"}\n\n{"body": "b"}', ["line 3", "'body'", "completion"]),
+        ('{"text": "a"}\n{"text": 5}', ["line 2", "string", "5"]),
+        ('{"text": "a"}\n7', ["line 2", "int"]),
+        ('{"prompt": "a", "completion": "b"}', ["at least 2"]),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n{"text": "a"}', ["line 1", "assistant"]),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n' * 2, ["chat template"]),
+        ("[1, 2", ["not JSON"]),
+    ],
+)
+def test_wrong_data_names_the_line(tmp_path, capsys, content, parts):
+    (tmp_path / "d.jsonl").write_text(content)
+    assert train(tmp_path / "a", *QUICK, "--data", tmp_path / "d.jsonl") == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err, err
+    assert not (tmp_path / "a").exists()
+
+
+def test_data_that_is_no_text(tmp_path, capsys):
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe\x00")
+    assert train(tmp_path / "a", "--data", tmp_path / "d.txt") == USAGE_ERROR
+    assert train(tmp_path / "a", "--data", tmp_path) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert "UTF-8" in err and "is a folder" in err
+
+
+def test_hub_data_without_the_package(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_data.importlib.util, "find_spec", lambda name: None)
+    assert train(tmp_path / "a", "--data", "owner/name") == USAGE_ERROR
+    assert "datasets" in capsys.readouterr().err
+
+
+def test_quantize_without_the_package(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_settings.importlib.util, "find_spec", lambda name: None)
+    assert train(tmp_path / "a", "--quantize", "nf4") == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert "'nf4'" in err and "bitsandbytes" in err
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert train(tmp_path, *QUICK) == USAGE_ERROR
+    assert train(tmp_path / "thesis.txt", *QUICK) == USAGE_ERROR
+    assert train(tmp_path / "thesis.txt" / "a", *QUICK) == USAGE_ERROR
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+    assert "nothing there is overwritten" in capsys.readouterr().err
+
+
+def test_an_adapter_is_replaced_and_is_no_base_model(tmp_path, capsys):
+    assert train(tmp_path / "a", *QUICK) == 0
+    assert train(tmp_path / "a", *QUICK, "--r", 2) == 0
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["r"] == 2
+    assert train(tmp_path / "b", "--model", tmp_path / "a") == USAGE_ERROR
+    assert "name its base model" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_saves_nothing(tmp_path, capsys, monkeypatch):
+    rows = _data.Rows([Row([1, 2], [IGNORED, IGNORED])] * 4, [Row([1, 2], [1, 2])], [1])  # a mean over nothing: nan
+    monkeypatch.setattr(_data, "tokenize", lambda *args: rows)
+    assert train(tmp_path / "a", *QUICK) == 1
+    assert "loss became nan at step 1" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+# ---- stopping and continuing -----------------------------------------------------------------------------------------
+def stop_after(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
+    real = _loop.Run.one_step
+
+    def one_step(self):
+        if self.step == step - 1:
+            os.kill(os.getpid(), number)
+        return real(self)
+
+    monkeypatch.setattr(_loop.Run, "one_step", one_step)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys, monkeypatch, dtype):
+    options = ["--steps", 5, "--batch-size", 2, "--seq-len", 32, "--dropout", 0.2, "--dtype", dtype]
+    assert train(tmp_path / "whole", *options) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert train(tmp_path / "parts", *options) == INTERRUPTED
+    out = capsys.readouterr().out
+    assert "stopped by Ctrl-C after step 3 of 5" in out and "--resume" in out
+    torch.manual_seed(123)  # the continuation must not depend on the state it starts in
+    assert train(tmp_path / "parts", "--resume") == 0
+    whole, parts = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_sigterm_stops_like_ctrl_c(tmp_path, capsys, monkeypatch):
+    stop_after(monkeypatch, 1, signal.SIGTERM)
+    assert train(tmp_path / "a", *QUICK) == INTERRUPTED
+    assert "SIGTERM" in capsys.readouterr().out
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
+
+
+def test_resume_refuses_another_run(tmp_path, capsys):
+    data = tmp_path / "t.txt"
+    data.write_text("The cat sat on the mat.\n" * 200)
+    assert train(tmp_path / "a", *QUICK, "--data", data) == 0
+    assert train(tmp_path / "a", "--resume") == USAGE_ERROR
+    assert "complete, 2 of 2 steps" in capsys.readouterr().err
+    assert train(tmp_path / "a", "--resume", "--steps", 3, "--r", 4) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert "--r 4" in err and "8" in err
+    assert train(tmp_path / "a", "--resume", "--steps", 3) == 0
+    data.write_text("The dog sat on the mat.\n" * 200)
+    assert train(tmp_path / "a", "--resume", "--steps", 4) == USAGE_ERROR
+    assert "no longer holds" in capsys.readouterr().err
+    (tmp_path / "a" / "training_state.pt").write_bytes(b"broken")
+    assert train(tmp_path / "a", "--resume") == USAGE_ERROR
+    assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal to a process")
+def test_ctrl_c_on_a_process(tmp_path):
+    folder = tmp_path / "a"
+    options = ["--steps", "5000", "--batch-size", "2", "--seq-len", "32", "--save-every", "1", "--output", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peftfast", "train", *options],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background of a shell inherits "ignore".
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 180
+        while not (folder / "training_state.pt").is_file():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == INTERRUPTED, err
+    assert "stopped by Ctrl-C after step" in out and "Traceback" not in err
+    assert load_file(folder / "adapter_model.safetensors")
+    assert not list(folder.glob("*.tmp"))

@@ -1,0 +1,141 @@
+"""Two and four processes on one machine: the single process's gradients, traffic of the adapter's size, whole files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import workers
+from training.tiny import batch
+
+import peftfast
+
+ROOT = Path(__file__).parents[2]
+FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16", "plain+mixed", "plain+mixed+peft"]
+
+
+def launch(processes: int, folder: Path, *runs: str) -> list[dict]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, workers.__file__, str(folder), *runs], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ddp(processes, tmp_path):
+    runs = ["ddp:plain", "ddp:nf4", "ddp:saved"] if processes == 2 else ["ddp:plain"]
+    for result in launch(processes, tmp_path, *runs):
+        for run, found in result.items():
+            assert found["error"] < 1e-5, run
+            assert found["bytes"] == found["trained"], run
+    for run in runs:
+        saved = load_file(tmp_path / run.replace(":", "-") / "adapter_model.safetensors")
+        alone = workers.model_of(run.partition(":")[2])
+        for key, tensor in peftfast.get_peft_model_state_dict(alone).items():
+            assert torch.equal(saved[key], tensor)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_fsdp2(processes, tmp_path):
+    kinds = FSDP2 if processes == 2 else ["plain+checkpointing"]
+    results = launch(processes, tmp_path, *(f"fsdp2:{kind}" for kind in kinds))
+    for rank in results:
+        for kind in kinds:
+            found = rank[f"fsdp2:{kind}"]
+            if "+mixed" not in kind:
+                assert found["error"] < 2e-5, kind
+            assert found["logits"] == results[0][f"fsdp2:{kind}"]["logits"]
+            assert found.get("reloaded", found["logits"]) == found["logits"], kind
+    if "plain+mixed" in kinds:
+        ours, theirs = (results[0][f"fsdp2:plain+mixed{end}"]["error"] for end in ("", "+peft"))
+        assert ours <= 1.25 * theirs
+
+
+def test_a_sharded_models_file_loads_anywhere(tmp_path):
+    (result, _) = launch(2, tmp_path, "fsdp2:plain", "fsdp2:nf4")
+    for kind in ("plain", "nf4"):
+        folder = tmp_path / f"fsdp2-{kind}"
+        saved = load_file(folder / "adapter_model.safetensors")
+        assert all(t.numel() and torch.isfinite(t).all() for t in saved.values())
+        expected = torch.tensor(result[f"fsdp2:{kind}"]["logits"])
+        for library in (peftfast, peft):
+            model = library.PeftModel.from_pretrained(workers.base(kind), folder).eval()
+            with torch.no_grad():
+                torch.testing.assert_close(model(**batch(2)).logits.float()[0, -1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_empty_tensors_are_refused(tmp_path):
+    """What a ZeRO-3 or FSDP1 shard leaves behind must never become a file."""
+    model = workers.model_of("plain")
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.lora_A["default"].weight.data = torch.empty(0)
+    with pytest.raises(peftfast.AdapterLoadError, match="q_proj.lora_A.weight"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Partitioned:
+    """As much of `deepspeed` as gathering uses: parameters are empty outside `GatheredParameters`."""
+
+    def __init__(self) -> None:
+        self.whole: dict[int, torch.Tensor] = {}
+        self.open = 0
+
+    def partition(self, parameter: torch.nn.Parameter) -> None:
+        self.whole[id(parameter)] = parameter.data
+        parameter.ds_id, parameter.ds_shape = id(parameter), parameter.shape
+        parameter.data = torch.empty(0)
+
+    def GatheredParameters(self, parameters, modifier_rank=None):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def gather():
+            for p in parameters:
+                p.data = self.whole[p.ds_id]
+            yield
+            for p in parameters:
+                if modifier_rank is not None:
+                    self.whole[p.ds_id] = p.data.clone()
+                p.data = torch.empty(0)
+
+        return gather()
+
+
+def test_zero3_partitions_are_gathered_and_written(tmp_path, monkeypatch):
+    import types
+
+    zero = Partitioned()
+    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
+    model = workers.model_of("plain")
+    expected = {k: v.clone() for k, v in peftfast.get_peft_model_state_dict(model).items()}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            zero.partition(parameter)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[k], expected[k]) for k in saved)
+    assert all(p.numel() == 0 for p in model.parameters() if p.requires_grad)
+
+    for key in zero.whole:
+        zero.whole[key] = torch.zeros_like(zero.whole[key])
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert any(t.abs().sum() > 0 for t in zero.whole.values())
+    again = peftfast.get_peft_model_state_dict(model)
+    assert all(torch.equal(again[k], expected[k]) for k in again)

@@ -1,0 +1,211 @@
+"""Scripts written for `peft`, run unchanged with peft and with peftfast under its name: same losses, same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from training.tiny import files, largest_difference
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+def run(arguments: list, folder: Path) -> str:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def both(script: str, folder: Path, *arguments: str) -> tuple[dict, dict]:
+    """What the script writes to result.json under peft and under peftfast."""
+    found = []
+    for name, launcher in (("peft", []), ("peftfast", ["-m", "peftfast", "run"])):
+        where = folder / name
+        where.mkdir()
+        run([*launcher, SCRIPTS / script, *arguments], where)
+        found.append(json.loads((where / "result.json").read_text()))
+    assert found[0].pop("library") == "peft.peft_model"
+    assert found[1].pop("library").startswith("peftfast.")
+    return found[0], found[1]
+
+
+def same_adapters(folder: Path, tolerance: float = 1e-3) -> None:
+    theirs, ours = (folder / name for name in ("peft", "peftfast"))
+    saved = {f for f in files(theirs) if f.endswith("adapter_model.safetensors")}
+    assert saved
+    assert saved == {f for f in files(ours) if f.endswith("adapter_model.safetensors")}
+    assert not [f for f in files(ours) if f.rpartition("/")[2] == "model.safetensors"] or files(ours) == files(theirs)
+    for name in saved:
+        assert largest_difference(load_file(ours / name), load_file(theirs / name)) < tolerance
+        configs = [json.loads((place / name).with_name("adapter_config.json").read_text()) for place in (theirs, ours)]
+        for config in configs:
+            config["target_modules"] = sorted(config["target_modules"])
+            config.pop("base_model_name_or_path")  # a folder of this test
+        assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py", "add_adapter.py"])
+def test_script_gives_the_same_numbers_and_files(script, tmp_path):
+    theirs, ours = both(script, tmp_path)
+    assert set(theirs) == set(ours)
+    for key, value in theirs.items():
+        numbers = isinstance(value, list) and all(isinstance(v, float) for v in value)
+        assert ours[key] == (pytest.approx(value, rel=1e-4, abs=1e-5) if numbers else value), key
+    same_adapters(tmp_path)
+
+
+def test_without_peft_installed(tmp_path):
+    """With the real package hidden, everything still finds `peft`."""
+    code = f"""
+import sys, importlib.abc, importlib.metadata as md
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "peft":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+hide = Hide()
+real = md.MetadataPathFinder.find_distributions
+sys.path_hooks  # the distribution is hidden below
+md.MetadataPathFinder.find_distributions = classmethod(
+    lambda cls, *a, **k: (d for d in real(*a, **k) if (d.metadata["Name"] or "") != "peft"))
+try:
+    md.version("peft"); raise SystemExit("not hidden")
+except md.PackageNotFoundError:
+    pass
+import peftfast.as_peft
+sys.meta_path.insert(1, hide)
+import peft, peftfast
+assert peft.PeftModel is peftfast.PeftModel and md.version("peft") == peft.__version__
+sys.argv = ["sft.py"]
+import runpy
+runpy.run_path({str(SCRIPTS / "sft.py")!r}, run_name="__main__")
+"""
+    run(["-c", code], tmp_path)
+    assert "peftfast" in json.loads((tmp_path / "result.json").read_text())["library"]
+
+
+def test_too_late_is_refused(tmp_path):
+    code = """
+import peft
+try:
+    import peftfast.as_peft
+except ImportError as e:
+    assert "peft has been imported already" in str(e), e
+else:
+    raise SystemExit("not refused")
+assert peft.__name__ == "peft" and not hasattr(peft, "_served_by_peftfast")
+"""
+    run(["-c", code], tmp_path)
+
+
+def test_names_that_other_libraries_import(tmp_path):
+    """Every name that transformers, accelerate, TRL and diffusers take from peft exists under the alias."""
+    wanted = {
+        "peft": "PeftModel PeftMixedModel PeftConfig PeftType LoraConfig PrefixTuningConfig PromptLearningConfig "
+        "LoKrConfig get_peft_model get_peft_model_state_dict set_peft_model_state_dict prepare_model_for_kbit_training "
+        "inject_adapter_in_model __version__",
+        "peft.functional": "delete_adapter set_adapter set_requires_grad cast_adapter_dtype inject_adapter_in_model "
+        "get_peft_model_state_dict set_peft_model_state_dict",
+        "peft.tuners.lora": "LoraLayer",
+        "peft.tuners.tuners_utils": "BaseTunerLayer",
+        "peft.tuners.loha": "LoHaLayer",
+        "peft.tuners.lokr": "LoKrLayer",
+        "peft.tuners.lokr.layer": "factorization",
+        "peft.utils": "ModulesToSaveWrapper _get_submodules",
+        "peft.utils.other": "AuxiliaryTrainingWrapper fsdp_auto_wrap_policy",
+        "peft.utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter_from_state_dict hotswap_adapter "
+        "prepare_model_for_compiled_hotswap",
+        "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping",
+        "peft.helpers": "disable_input_dtype_casting rescale_adapter_scale check_if_peft_model",
+        "peft.optimizers": "create_loraplus_optimizer create_lorafa_optimizer",
+    }
+    lines = [f"from {module} import {', '.join(names.split())}" for module, names in wanted.items()]
+    run(["-c", "import peftfast.as_peft\n" + "\n".join(lines)], tmp_path)
+
+
+def test_attributes_of_other_libraries_stay(tmp_path):
+    """`import peftfast` and `patch` change nothing in torch, transformers, peft and accelerate, and import no peft."""
+    code = """
+import sys, torch
+import peftfast
+assert not {"peft", "transformers", "accelerate", "triton", "bitsandbytes"} & set(sys.modules), "imported too much"
+model = peftfast.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)), peftfast.LoraConfig(target_modules=["0"]))
+model(torch.ones(1, 4)).sum().backward()
+assert "peft" not in sys.modules
+import torch, transformers, peft, accelerate, accelerate.utils, transformers.trainer, transformers.integrations.peft
+import peft.tuners.tuners_utils, peft.tuners.lora.layer
+def picture():
+    roots = ("torch", "transformers", "peft", "accelerate")
+    modules = {n: m for n, m in list(sys.modules.items()) if m is not None and n.partition(".")[0] in roots}
+    pictures = {}
+    for n, m in modules.items():
+        for k, v in list(vars(m).items()):
+            pictures[n, k] = id(v)
+            if isinstance(v, type) and v.__module__.partition(".")[0] in roots and not n.startswith("torch._dynamo"):
+                for a, w in list(vars(v).items()):
+                    if not a.startswith("_abc_"):
+                        pictures[n, k, a] = id(w)
+    return pictures
+def use():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2)
+    model = LlamaForCausalLM(config)
+    model = peftfast.patch(model, peftfast.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert isinstance(model, peft.PeftModel)
+    assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj, peft.tuners.tuners_utils.BaseTunerLayer)
+    model(input_ids=torch.ones(1, 3, dtype=torch.long), labels=torch.ones(1, 3, dtype=torch.long)).loss.backward()
+    del model
+use()  # lazily imported modules of the others are not our doing
+before = picture()
+use()
+after = picture()
+changed = sorted(k for k in before if after.get(k) != before[k])
+added = sorted(k for k in set(after) - set(before) if k[0] in {b[0] for b in before})
+counters = [k for k in changed + added if "cache" not in k[-1].lower()]
+assert not counters, counters[:20]
+"""
+    run(["-c", code], tmp_path)
+
+
+def test_a_served_module_says_what_it_lacks(tmp_path):
+    code = """
+import peftfast.as_peft
+try:
+    from peft import LoraConfg
+except ImportError:
+    pass
+import peft
+try:
+    peft.LoraConfg
+except AttributeError as e:
+    assert "LoraConfig" in str(e), e
+from peft import BOFTConfig
+try:
+    BOFTConfig(r=2)
+except NotImplementedError as e:
+    assert "BOFTConfig" in str(e)
+"""
+    run(["-c", code], tmp_path)
+
+
+def test_run_refuses_a_missing_script(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    done = subprocess.run([sys.executable, "-m", "peftfast", "run", "nowhere.py"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2
+    assert "nowhere.py" in done.stderr

@@ -1,0 +1,140 @@
+"""What the processes of the distributed tests run: `torchrun --nproc-per-node N workers.py <folder> <what>:<kind> ...`.
+
+A kind is a base (plain, bf16, nf4, saved) and options joined by "+": mixed, offload, checkpointing, peft.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from training.nf4 import quantise
+from training.tiny import batch, fill, lora
+
+import peftfast
+
+
+def base(kind: str) -> torch.nn.Module:
+    from training.tiny import llama
+
+    if kind == "nf4":
+        return quantise(llama(hidden_size=64, intermediate_size=128), storage=torch.float32)
+    return llama(hidden_size=64, intermediate_size=128, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+
+
+def model_of(kind: str) -> torch.nn.Module:
+    what, *flags = kind.split("+")
+    library = importlib.import_module("peft" if "peft" in flags else "peftfast")
+    options = {"modules_to_save": ["lm_head"]} if what == "saved" else {}
+    model = library.get_peft_model(base(what), lora(library, **options))
+    fill(model)
+    return model.train()
+
+
+def share(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """This process's part of the batch of eight."""
+    return {k: v.chunk(world)[rank] for k, v in batch(8).items()}
+
+
+def single(kind: str) -> dict[str, torch.Tensor]:
+    """Gradients of the whole batch in one process."""
+    model = model_of(kind)
+    model(**batch(8)).loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+class Traffic:
+    """Counts the bytes that DDP reduces, in its own hook."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def reduce(self, state, bucket):
+        tensor = bucket.buffer()
+        self.bytes += tensor.nbytes
+        return (
+            dist.all_reduce(tensor.div_(dist.get_world_size()), async_op=True)
+            .get_future()
+            .then(lambda future: future.value()[0])
+        )
+
+
+def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert set(found) == set(expected), set(found) ^ set(expected)
+    return max(
+        ((found[k].double() - e.double()).abs().max() / e.double().abs().max().clamp_min(1e-12)).item()
+        for k, e in expected.items()
+    )
+
+
+def ddp(kind: str, folder: Path) -> dict:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = model_of(kind)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    traffic = Traffic()
+    wrapped.register_comm_hook(None, traffic.reduce)
+    wrapped(**share(rank, world)).loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    if "+peft" not in kind:
+        model.save_pretrained(folder, is_main_process=rank == 0)
+    return {"error": error(found, single(kind)), "bytes": traffic.bytes, "trained": trained}
+
+
+def fsdp2(kind: str, folder: Path) -> dict:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    model = model_of(kind)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if "+mixed" in kind else MixedPrecisionPolicy()
+    offload = CPUOffloadPolicy(pin_memory=False) if "+offload" in kind else OffloadPolicy()
+    if "+checkpointing" in kind:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    assert "+peft" in kind or isinstance(model, peftfast.PeftModel)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(isinstance(p, DTensor) for p in trained)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    loss = model(**share(rank, world)).loss
+    loss.backward()
+    found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    result = {"error": error(found, single(kind)), "loss": loss.item()}
+    optimizer.step()
+    if "+peft" not in kind:
+        model.save_pretrained(folder, is_main_process=rank == 0)
+    model.eval()
+    with torch.no_grad():
+        result["logits"] = model(**batch(2)).logits.float()[0, -1].tolist()
+        if "+peft" not in kind:  # a saved adapter goes back into a sharded model
+            dist.barrier()
+            for parameter in trained:
+                parameter.zero_()
+            model.load_adapter(folder, "default", is_trainable=True)
+            result["reloaded"] = model(**batch(2)).logits.float()[0, -1].tolist()
+    return result
+
+
+def main() -> None:
+    folder, *runs = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {}
+    for run in runs:
+        what, _, kind = run.partition(":")
+        results[run] = {"ddp": ddp, "fsdp2": fsdp2}[what](kind, Path(folder) / run.replace(":", "-"))
+    Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Measures every path of every op on the chip present and writes the dispatch table that a user's calls follow.
+
+    python tools/tune.py [--seconds 240] [--out proposed.json]     on a GPU; --install puts it beside the shipped ones
+    python tools/tune.py --dry-run --out table.json                tiny shapes on the CPU, to test the tool itself
+
+A path whose error is worse than plain torch's is never chosen, whatever its time; nor is a path chosen that is faster
+by less than the noise: torch keeps the point.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+for path in (ROOT, ROOT / "kernels"):
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+
+import torch  # noqa: E402
+
+from bench.measure import Clock, Deadline, device_name, no_worse, relative_error, versions  # noqa: E402
+from bench.operands import MODELS, TINY, Size, arguments  # noqa: E402
+from peftfast_kernels import OPS, Op, dispatch, use_backend  # noqa: E402
+from peftfast_kernels.configs import chip_of  # noqa: E402
+from peftfast_kernels.dispatch import point_of  # noqa: E402
+
+#: op -> whether it reads a stored weight (and so is measured per format), and whether dropout changes it
+TUNED = {
+    "lora_gemm": (True, False),
+    "lora_gemm_t": (True, True),
+    "lora_down": (False, True),
+    "lora_up_grad": (False, False),
+    "lora_down_grad": (False, True),
+    "lora_add": (False, False),
+    "lora_dx": (False, True),
+    "dora_add": (False, False),
+    "feature_scale": (False, False),
+    "feature_scale_grad": (False, False),
+    "merged_weight": (True, False),
+    "dequantize": (True, False),
+}
+MARGIN = 0.97  # a path must take less than this share of torch's time to be chosen
+
+
+def decide(times: Mapping[str, float], errors: Mapping[str, float]) -> str:
+    """The fastest path whose error is no worse than torch's; torch where nothing is clearly faster."""
+    green = {n: t for n, t in times.items() if n == "torch" or no_worse(errors[n], errors["torch"], torch.bfloat16)}
+    best = min(green, key=green.__getitem__)
+    return best if green[best] < MARGIN * green["torch"] else "torch"
+
+
+@contextmanager
+def _never_fused() -> Iterator[None]:
+    kept = dispatch.fuses
+    dispatch.fuses = lambda *args: False
+    try:
+        yield
+    finally:
+        dispatch.fuses = kept
+
+
+def paths(op: Op, kwargs: Mapping, on_gpu: bool) -> dict:
+    """Path name -> a call without arguments. On a CPU only torch's, which stands in for the others in a dry run."""
+    calls = {"torch": lambda: op.eager(**kwargs)}
+    if not on_gpu:
+        return calls
+
+    def triton():
+        with use_backend("triton"):
+            return op.launch(**kwargs)
+
+    def split():
+        with _never_fused():
+            return op.launch(**kwargs)
+
+    calls["triton"] = triton
+    if op.name == "lora_gemm_t" and kwargs["seed"] is not None:
+        calls["split"] = split
+    return calls
+
+
+def sizes(dry: bool) -> Iterator[Size]:
+    """The points, the most telling first, so that a budget that ends early leaves a usable table."""
+    if dry:
+        yield from (Size(m, n, k, 4) for m in (1, 24) for n, k in TINY.linears().values())
+        return
+    seen = set()
+    for rows in ((16, 128, 2048), (1, 64, 512, 8192), (4, 32, 256, 1024, 4096, 16384)):
+        for rank in (16, 64, 8, 256):
+            for model in MODELS[:1] if rank != 16 else (MODELS[0], MODELS[1], MODELS[3]):
+                for n, k in model.linears().values():
+                    for m in rows:
+                        if (m, n, k, rank) not in seen:
+                            seen.add((m, n, k, rank))
+                            yield Size(m, n, k, rank)
+
+
+def tune(device: str, seconds: float, dry: bool) -> list[dict]:
+    """Entries of a table, measured until the budget is spent."""
+    deadline, entries, known = Deadline(seconds), [], set()
+    clock = Clock(device, seconds=0.02 if dry else 0.06, least=2 if dry else 5, most=3 if dry else 9)
+    clock.warm_up()
+    for size in sizes(dry):
+        for name, (stored, drops) in TUNED.items():
+            for format in ("dense", "nf4", "int8") if stored else ("dense",):
+                for dropout in (0.0, 0.1) if drops else (0.0,):
+                    if deadline.over():
+                        return entries
+                    point = size._replace(format=format, dropout=dropout)
+                    kwargs = arguments(name, point, device)
+                    key = (name, point_of(tuple(kwargs.values())))
+                    if key not in known:  # skinny ops do not see every size
+                        known.add(key)
+                        entries.append(_measure(OPS[name], kwargs, key[1], clock))
+    return entries
+
+
+def _measure(op: Op, kwargs: dict, point: dispatch.Point, clock: Clock) -> dict:
+    calls = paths(op, kwargs, clock.on_gpu)
+    truth = _tuple(op.reference(**kwargs))
+    errors, working = {}, {}
+    for name, call in calls.items():
+        try:
+            out = _tuple(call())
+        except Exception as error:  # a tile that this chip refuses loses, and the table says why
+            print(f"  {op.name} {point} {name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+            continue
+        errors[name] = max(relative_error(o, t) for o, t in zip(out, truth, strict=True))
+        working[name] = call
+    times = {name: sample.median for name, sample in clock.interleaved(working).items()}
+    return {
+        "op": op.name, "format": point.format, "dtype": point.dtype, "drop": point.drop, "sizes": list(point.sizes),
+        "choice": decide(times, errors), "times_us": {n: round(t, 2) for n, t in times.items()}, "error": errors,
+    }  # fmt: skip
+
+
+def _tuple(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def write(entries: list[dict], path: Path, device: str, dry: bool) -> None:
+    """The file that `dispatch.Table.read` reads, one entry a line."""
+    head = {
+        "chip": chip_of(torch.device(device)), "device": device_name(device), "dry_run": dry,
+        "measured": datetime.date.today().isoformat(), "versions": versions(),
+    }  # fmt: skip
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "entries": [\n{lines}\n]}}\n')
+    dispatch.Table.read(path)
+
+
+def summary(entries: list[dict]) -> str:
+    """How often each path won, per op and format."""
+    counts: dict[tuple, dict[str, int]] = {}
+    for entry in entries:
+        row = counts.setdefault((entry["op"], entry["format"], "dropout" if entry["drop"] else ""), {})
+        row[entry["choice"]] = row.get(entry["choice"], 0) + 1
+    lines = (f"  {' '.join(filter(None, key)):<32} {wins}" for key, wins in sorted(counts.items()))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--out", type=Path, help="default: bench/results/<chip>.json")
+    parser.add_argument("--install", action="store_true", help="write to the folder that peftfast reads")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny shapes, never installed")
+    args = parser.parse_args(argv)
+    if args.install and args.dry_run:
+        parser.error("--install: a dry run has nothing to install")
+    if not args.dry_run and not torch.cuda.is_available():
+        parser.error("no GPU here; --dry-run tests the tool on the CPU")
+    device = "cpu" if args.dry_run else "cuda"
+    entries = tune(device, args.seconds, args.dry_run)
+    name = f"{chip_of(torch.device(device))}.json"
+    out = args.out or (dispatch.TABLES if args.install else ROOT / "bench" / "results") / name
+    write(entries, out, device, args.dry_run)
+    print(f"{len(entries)} points on {device_name(device)} -> {out}\n{summary(entries)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
