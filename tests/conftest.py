@@ -29,3 +29,14 @@ def users_masks(request, monkeypatch):
 
     if request.path.parent.name != "kernels":
         monkeypatch.setattr(sys.modules["peftfast_kernels.keep_mask"], "_hashes_on_cpu", lambda: False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exact_bitsandbytes():
+    """On AVX512-BF16 CPUs bitsandbytes evaluates 4-bit layers in bf16 with rounded scales, in whatever dtype they are:
+    no reference for anything. `test_storage.py` covers that packing by itself."""
+    try:
+        from bitsandbytes.nn import modules
+    except ImportError:
+        return
+    modules.has_avx512bf16 = lambda: False

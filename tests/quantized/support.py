@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import bitsandbytes as bnb
 import torch
+from portable_bitsandbytes import dequantize_4bit
 from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight, quantizer
@@ -16,7 +17,8 @@ BASES = {
     "nf4": ("nf4", {}),
     "nf4-nested": ("nf4", {"double_quant": True}),
     "fp4": ("fp4", {}),
-    "fp4-nested-128": ("fp4", {"double_quant": True, "blocksize": 128}),
+    # Not 128: a block may straddle rows, which bitsandbytes' CPU kernel gets wrong (see tests/portable_bitsandbytes.py).
+    "fp4-nested-32": ("fp4", {"double_quant": True, "blocksize": 32}),
     "nf4-stored-as-bf16": ("nf4", {"quant_storage": torch.bfloat16}),
     "int8": ("int8", {}),
     "int8-no-outliers": ("int8", {"threshold": 0.0}),
@@ -74,7 +76,7 @@ def bnb_weight(module: nn.Module) -> Tensor:
     if isinstance(module, bnb.nn.Linear8bitLt):
         scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
         return bnb.functional.int8_vectorwise_dequant(module.weight.data, scales)
-    return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return dequantize_4bit(module.weight.data, module.weight.quant_state)
 
 
 class Result(NamedTuple):

@@ -28,6 +28,7 @@ import peftfast  # noqa: E402
 from peftfast_kernels import keep_mask, keep_scale  # noqa: E402
 
 RANK, ROWS, SCALE = 8, 24, 2.0
+DRAWS = 8
 
 #: id -> (dtype of the input, compute_dtype of the layer, dtype of autocast)
 PRECISIONS = {
@@ -86,20 +87,25 @@ def mask_of(seed: int, dropout: float) -> Tensor:
 
 
 def both(base: str, precision: str, dropout: float, autocast_adapter_dtype: bool = True):
-    x_dtype, compute, autocast = PRECISIONS[precision]
-    layer = quantised_linear(base, dtype=compute)
+    """Ours, theirs and the oracle's, each over several draws: one draw says little about the size of an error."""
+    layer = quantised_linear(base, dtype=PRECISIONS[precision][1])
     if hasattr(layer, "set_compute_type"):
-        layer.compute_dtype, layer.compute_type_is_set = compute, True
-    g = torch.Generator().manual_seed(1)
+        layer.compute_dtype, layer.compute_type_is_set = PRECISIONS[precision][1], True
+    draws = [once(layer, precision, dropout, autocast_adapter_dtype, seed) for seed in range(DRAWS)]
+    return tuple(Result(*(torch.stack(parts) for parts in zip(*side, strict=True))) for side in zip(*draws, strict=True))
+
+
+def once(layer: nn.Module, precision: str, dropout: float, autocast_adapter_dtype: bool, seed: int):
+    x_dtype, _, autocast = PRECISIONS[precision]
+    g = torch.Generator().manual_seed(1 + seed)
     x, dy = torch.randn(ROWS, 64, generator=g).to(x_dtype), torch.randn(ROWS, 48, generator=g).to(x_dtype)
     ours, theirs = (adapted(lib, layer, dropout, autocast_adapter_dtype).train() for lib in (peftfast, peft))
-    mask = mask_of(7, dropout) if dropout else None
+    mask = mask_of(seed, dropout) if dropout else None
     if mask is not None:
         theirs.base_model.model.q.lora_dropout["default"] = FixedMask(mask)
-    found, expected = run(ours, x, dy, autocast, seed=7), run(theirs, x, dy, autocast)
+    found, expected = run(ours, x, dy, autocast, seed), run(theirs, x, dy, autocast)
     factors = [theirs.base_model.model.q.lora_A["default"].weight, theirs.base_model.model.q.lora_B["default"].weight]
-    exact = exact_result(layer, x, *factors, SCALE, dy, mask)
-    return found, expected, exact
+    return found, expected, exact_result(layer, x, *factors, SCALE, dy, mask)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -113,7 +119,7 @@ def test_no_further_from_the_oracle_than_peft(base, precision, dropout):
     assert_no_further(found, expected, exact)
 
 
-@pytest.mark.parametrize("base", ["nf4", "fp4-nested-128", "int8"])
+@pytest.mark.parametrize("base", ["nf4", "fp4-nested-32", "int8"])
 def test_factors_in_the_compute_dtype(base):
     """autocast_adapter_dtype=False: PEFT keeps factors in the layer's compute dtype (int8: in fp32)."""
     found, expected, exact = both(base, "bf16", 0.0, autocast_adapter_dtype=False)
