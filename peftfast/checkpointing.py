@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _SWITCH = "gradient_checkpointing"
+_DONE = "_peftfast_inputs_require_gradients"
 
 
 def require_input_gradients(model: nn.Module) -> bool:
@@ -17,7 +18,7 @@ def require_input_gradients(model: nn.Module) -> bool:
 
     Frozen weights stay frozen: nothing but the graph begins earlier.
     """
-    if model.__dict__.get("_peftfast_input_hook") is not None:
+    if model.__dict__.get(_DONE):
         return True
     get_inputs = getattr(model, "get_input_embeddings", None)
     try:
@@ -26,7 +27,8 @@ def require_input_gradients(model: nn.Module) -> bool:
         embedding = None
     if not isinstance(embedding, nn.Module):
         return False
-    model.__dict__["_peftfast_input_hook"] = embedding.register_forward_hook(_require_gradient)
+    embedding.register_forward_hook(_require_gradient)
+    model.__dict__[_DONE] = True  # not the hook's handle: a compiler can read a flag
     return True
 
 

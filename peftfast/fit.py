@@ -251,7 +251,7 @@ def judge(fit: Fit, cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str
     bias = getattr(cfg, "bias", "none")
     if bias != "none" and not fit.base and any(_has_bias(entry.layer) for entry, _ in fit.found):
         fit.doubts.append(
-            f"The config says bias={bias!r}, but the file has no biases; the base model's are used. (PEFT 0.8 to 0.20 did "
+            f"The config says bias={bias!r}, but the file has no biases; the base model's are used. (PEFT 0.7 to 0.20 did "
             "not save them with bias='lora_only'.)"
         )
     task = getattr(cfg.task_type, "value", cfg.task_type)

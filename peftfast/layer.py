@@ -234,7 +234,8 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         routing = self.control.routing
         if routing is not None and not self._disable_adapters:
             return self._routed(routing, x, args, kwargs)
-        plan = self._plan
+        # a compiler that read the plan would guard on whether an eager call has made it yet
+        plan = None if torch.compiler.is_compiling() else self._plan
         if plan is None:
             plan = self._make_plan()
         if not plan:

@@ -1,12 +1,11 @@
 """One thread and a fixed seed for every test, so that figures repeat."""
 
 import os
+from contextlib import nullcontext
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import sys
 
 import pytest
 import torch
@@ -23,12 +22,12 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def users_masks(request, monkeypatch):
+def users_masks(request):
     """Outside tests/kernels, dropout masks come from where a user's would, although the interpreter is switched on."""
-    import peftfast_kernels  # noqa: F401
+    from peftfast_kernels import device_masks
 
-    if request.path.parent.name != "kernels":
-        monkeypatch.setattr(sys.modules["peftfast_kernels.keep_mask"], "_hashes_on_cpu", lambda: False)
+    with nullcontext() if request.path.parent.name == "kernels" else device_masks(False):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

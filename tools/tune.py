@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from bench.measure import Clock, Deadline, device_name, no_worse, relative_error, versions  # noqa: E402
 from bench.operands import MODELS, TINY, Size, arguments  # noqa: E402
-from peftfast_kernels import OPS, Op, dispatch, use_backend  # noqa: E402
+from peftfast_kernels import OPS, Op, device_masks, dispatch, use_backend  # noqa: E402
 from peftfast_kernels.configs import chip_of  # noqa: E402
 from peftfast_kernels.dispatch import point_of  # noqa: E402
 
@@ -125,7 +125,8 @@ def _measure(op: Op, kwargs: dict, point: dispatch.Point, clock: Clock) -> dict:
     errors, working = {}, {}
     for name, call in calls.items():
         try:
-            out = _tuple(call())
+            with device_masks():  # the reference's masks, in a dry run too
+                out = _tuple(call())
         except Exception as error:  # a tile that this chip refuses loses, and the table says why
             print(f"  {op.name} {point} {name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
             continue

@@ -16,6 +16,8 @@ Kept elements are scaled by ``1 / (1 - p)`` with ``p = round(prob * 2**24) / 2**
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -168,9 +170,25 @@ def _generated_masked_rows(rows: int, cols: int, seed: int, limit: int, row_offs
     _thread.key, _thread.masks = (key, masks) if masks else (None, [])
 
 
+_forced: bool | None = None
+
+
+@contextmanager
+def device_masks(on: bool = True) -> Iterator[None]:
+    """While this is open, CPU tensors get the masks that kernels and compiled code make (``on``), or never do.
+
+    Without it they do where Triton's interpreter runs kernels on CPU tensors.
+    """
+    global _forced
+    before, _forced = _forced, on
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def _hashes_on_cpu() -> bool:
-    """Whether CPU masks must be those of the kernels: where Triton's interpreter runs kernels on CPU tensors."""
-    return is_interpreting()
+    return is_interpreting() if _forced is None else _forced
 
 
 def chunk_elements(device: torch.device) -> int:

@@ -298,8 +298,10 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def row_chunks(rows: int, cols: int, elements: int) -> Iterator[slice]:
     """Slices of rows that hold at most ``elements`` elements each (at least one row); one slice under a compiler."""
-    # A traced program would unroll the loop; inductor fuses the element-wise chain instead of needing chunks.
-    step = max(rows, 1) if torch.compiler.is_compiling() else max(1, elements // max(cols, 1))
+    # A traced program would unroll the loop, and hold for one number of rows; inductor fuses the element-wise chain.
+    if torch.compiler.is_compiling():
+        return iter((slice(0, rows),))
+    step = max(1, elements // max(cols, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from peftfast_kernels import drop, keep_mask, keep_scale, lora_down
+from peftfast_kernels import device_masks, drop, keep_mask, keep_scale, lora_down
 from peftfast_kernels.keep_mask import threshold
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -37,10 +37,10 @@ def test_mean_and_variance(seed):
 
 
 @pytest.fixture(autouse=True, params=["hashed", "generated"])
-def source(request, monkeypatch):
+def source(request):
     """Both sources of CPU masks: the kernels' hash, used beside the interpreter, and the generator, used otherwise."""
-    monkeypatch.setattr(sys.modules["peftfast_kernels.keep_mask"], "_hashes_on_cpu", lambda: request.param == "hashed")
-    return request.param
+    with device_masks(request.param == "hashed"):
+        yield request.param
 
 
 def test_chi_square_of_bit_patterns():

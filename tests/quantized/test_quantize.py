@@ -114,13 +114,13 @@ def test_what_stays_dense():
 
 def test_transposed_linears():
     """transformers' Conv1D is quantised as the linear layer that it is."""
-    dense, model = gpt2(), gpt2()
+    dense, model = gpt2(64), gpt2(64)
     report = peftfast.quantize_model(model, "nf4")
     name = "transformer.h.0.attn.c_attn"
     assert name in report and type(model.get_submodule(name)) is bnb.nn.Linear4bit
     assert distance(bnb_weight(model.get_submodule(name)).t(), dense.get_submodule(name).weight) < 0.12
     assert distance(logits(model), logits(dense)) < 0.5
-    patched = peftfast.patch(gpt2(), peftfast.LoraConfig(target_modules=["c_attn"]), quantize="nf4")
+    patched = peftfast.patch(gpt2(64), peftfast.LoraConfig(target_modules=["c_attn"]), quantize="nf4")
     assert torch.equal(logits(patched), logits(model))
     merged = patched.merge_and_unload(dequantize=True, originals=dense)
     assert distance(logits(merged), logits(dense)) < 1e-6

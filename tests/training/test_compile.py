@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -11,18 +9,16 @@ from training.nf4 import quantise
 from training.tiny import batch, fill, gradients, largest_difference, llama, lora, wrapped
 
 import peftfast
-
-keep_mask = importlib.import_module("peftfast_kernels.keep_mask")
+from peftfast_kernels import device_masks
 
 KINDS = ["plain", "dropout", "dora", "nf4", "autocast", "two adapters", "bf16 base", "lora_bias", "embedding"]
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    # on the CPU eager draws its masks from another generator than compiled code; here both hash
-    monkeypatch.setattr(keep_mask, "_hashes_on_cpu", lambda: True)
+def fresh():
     torch._dynamo.reset()
-    yield
+    with device_masks():  # compiled code has no others, and eager is to agree with it
+        yield
     torch._dynamo.reset()
 
 

@@ -41,7 +41,7 @@ def test_every_minor_release_is_there():
 @pytest.mark.parametrize("release, case", CASES, ids=lambda v: v)
 def test_old_adapter_gives_its_logits(release, case, tmp_path):
     folder = unpack(release, case, tmp_path)
-    if case == "lora_bias_only" and RELEASES.index("0.8.2") <= RELEASES.index(release) <= RELEASES.index("0.20.0"):
+    if case == "lora_bias_only" and RELEASES.index("0.7.1") <= RELEASES.index(release) <= RELEASES.index("0.20.0"):
         with pytest.warns(peftfast.AdapterMismatchWarning, match="the file has no biases"):
             peftfast.PeftModel.from_pretrained(base.Tiny(), folder)
         return  # those releases lost the biases when they saved, so nobody can give their logits
