@@ -100,7 +100,7 @@ def measure(library: str, args: argparse.Namespace) -> dict[str, float]:
             calls = {"base": lambda ids=ids: base(ids), "mixed": lambda ids=ids: model(ids, adapter_names=names)}
             if library == "peftfast":
                 numbers = model.base_model.adapter_numbers(names)
-                calls["numbers"] = lambda ids=ids: model(ids, adapter_names=numbers)
+                calls["numbers"] = lambda ids=ids, numbers=numbers: model(ids, adapter_names=numbers)
             times = alternating(calls, args.runs)
             for kind in [k for k in times if k != "base"]:
                 what = f"{kind} batch, 16 adapters, 16 x {tokens} tokens, times the base alone"

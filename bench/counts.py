@@ -300,7 +300,7 @@ def _attach_blocks(model: nn.Module) -> None:
     """With the kernels left out nothing can be compared, so blocks are believed here; tests/speed/test_blocks.py
     compares them."""
     import peftfast
-    import peftfast.blocks as module
+    import peftfast.training.blocks as module
 
     kept, module._agree = module._agree, lambda ours, theirs: True
     blocks = peftfast.fuse_blocks(model)

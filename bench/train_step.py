@@ -46,7 +46,7 @@ def twins(base: nn.Module, r: int, dropout: float, target: str | list[str]) -> d
 
     import peftfast
 
-    options = dict(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=target, task_type="CAUSAL_LM")
+    options = {"r": r, "lora_alpha": 2 * r, "lora_dropout": dropout, "target_modules": target, "task_type": "CAUSAL_LM"}
     models = {
         "peft": peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options)),
         "peftfast": peftfast.get_peft_model(copy.deepcopy(base), peftfast.LoraConfig(**options)),
@@ -124,8 +124,21 @@ def main() -> int:
     import peft
 
     versions = f"torch {torch.__version__}, peft {peft.__version__}, python {platform.python_version()}"
-    print(f"{versions}, {args.threads} thread(s), {args.rounds} interleaved rounds, r={args.r}, all-linear, {args.layers} layers")
-    header = ["hidden", "tokens", "dtype", "dropout", "peft_ms", "peftfast_ms", "frozen_ms", "peftfast/peft", "peftfast/frozen"]
+    print(
+        f"{versions}, {args.threads} thread(s), {args.rounds} interleaved rounds, r={args.r}, all-linear, "
+        f"{args.layers} layers"
+    )
+    header = [
+        "hidden",
+        "tokens",
+        "dtype",
+        "dropout",
+        "peft_ms",
+        "peftfast_ms",
+        "frozen_ms",
+        "peftfast/peft",
+        "peftfast/frozen",
+    ]
     print("".join(f"{h:>16}" for h in header))
     rows = []
     for hidden in args.hidden:

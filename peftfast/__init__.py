@@ -16,7 +16,7 @@ from peftfast.version import __version__ as __version__
 
 #: module -> the public names in it
 _PUBLIC: dict[str, tuple[str, ...]] = {
-    "adalora": ("AdaLoraModel",),
+    "tuners.adalora": ("AdaLoraModel",),
     "api": (
         "cast_mixed_precision_params",
         "get_base_model_state_dict",
@@ -36,7 +36,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
-    "blocks": ("fuse_blocks",),
+    "training.blocks": ("fuse_blocks",),
     "config": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PeftConfig",
@@ -45,7 +45,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "TaskType",
         "get_peft_config",
     ),
-    "corda": ("preprocess_corda",),
+    "calibration.corda": ("preprocess_corda",),
     "errors": (
         "AdapterLoadError",
         "AdapterMismatchWarning",
@@ -53,16 +53,16 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "PeftError",
         "PeftWarning",
     ),
-    "eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
-    "ia3": ("IA3Model",),
-    "hotswap": (
+    "calibration.eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
+    "tuners.ia3": ("IA3Model",),
+    "many.hotswap": (
         "check_hotswap_configs_compatible",
         "hotswap_adapter",
         "hotswap_adapter_from_state_dict",
         "prepare_model_for_compiled_hotswap",
     ),
-    "io": ("load_peft_weights",),
-    "kbit": ("prepare_model_for_kbit_training",),
+    "files.io": ("load_peft_weights",),
+    "quantization.kbit": ("prepare_model_for_kbit_training",),
     "methods.adalora": ("AdaLoraConfig",),
     "methods.ia3": ("IA3Config",),
     "methods.lora_config": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraConfig", "LoraRuntimeConfig"),
@@ -71,13 +71,13 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "methods.trainable_tokens": ("TrainableTokensConfig",),
     "model": ("PEFT_TYPE_TO_TUNER_MAPPING", "PeftModel"),
-    "quantize": ("QuantizationReport", "dequantize_model", "quantize_model", "replace_lora_weights_loftq"),
-    "prompt_model": ("nearest_tokens", "resize_prompt"),
-    "pool": ("AdapterPool",),
-    "router": ("Router",),
-    "rank_discovery": ("discover_ranks",),
+    "quantization.quantize": ("QuantizationReport", "dequantize_model", "quantize_model", "replace_lora_weights_loftq"),
+    "prompts.prompt_model": ("nearest_tokens", "resize_prompt"),
+    "many.pool": ("AdapterPool",),
+    "many.router": ("Router",),
+    "calibration.rank_discovery": ("discover_ranks",),
     "status": ("get_layer_status", "get_model_status"),
-    "takeover": ("patch_report", "unpatch"),
+    "interop.takeover": ("patch_report", "unpatch"),
     "tasks": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
         "PeftModelForCausalLM",
@@ -87,12 +87,12 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
     ),
-    "tuner": ("LoraModel", "TrainableTokensModel"),
+    "tuners.tuner": ("LoraModel", "TrainableTokensModel"),
 }
 
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = sorted(_WHERE)
+__all__ = list(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

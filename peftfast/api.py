@@ -1,4 +1,4 @@
-"""The calls that start everything: `get_peft_model`, `patch`, `inject_adapter_in_model`, and state dicts as functions."""
+"""Where everything starts: `get_peft_model`, `patch`, `inject_adapter_in_model`, and state dicts as functions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
 from peftfast.config import PeftConfig
 from peftfast.errors import close_matches
-from peftfast.fit import fit_state_dict
-from peftfast.injection import plan_injection
-from peftfast.inventory import Inventory
-from peftfast.io import needs_embedding_layers
+from peftfast.files.fit import fit_state_dict
+from peftfast.files.io import needs_embedding_layers
+from peftfast.files.state import adapter_state_dict
+from peftfast.interop.takeover import is_wrapped_by_peft, take_over
 from peftfast.method import method_for
 from peftfast.model import PeftModel
-from peftfast.state import adapter_state_dict
-from peftfast.takeover import is_wrapped_by_peft, take_over
 from peftfast.tasks import model_class
-from peftfast.tuner import adapted_modules
+from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
+from peftfast.tuners.tuner import adapted_modules
+from peftfast.wrapping.injection import plan_injection
+from peftfast.wrapping.inventory import Inventory
 
 
 def get_peft_model(
@@ -117,7 +117,7 @@ def patch(
         if quantize_options:
             raise ValueError(f"quantize_options={dict(quantize_options)} need a format as well: quantize='nf4'")
         return get_peft_model(model, config, **options)
-    from peftfast.quantize import plan_quantization, quantize_model
+    from peftfast.quantization.quantize import plan_quantization, quantize_model
 
     settings = dict(quantize_options or {})
     skip = settings.pop("skip", None)
@@ -254,7 +254,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
     unexpected = [k for k in state_dict if k not in mine]
     wrong = [k for k in mine if k in state_dict and mine[k].shape != state_dict[k].shape]
     if wrong or (strict and (missing or unexpected)):
-        raise RuntimeError(f"Error(s) in loading base weights: missing {missing}, unexpected {unexpected}, sizes {wrong}")
+        raise RuntimeError(
+            f"Error(s) in loading base weights: missing {missing}, unexpected {unexpected}, sizes {wrong}"
+        )
     with torch.no_grad():
         for key, tensor in mine.items():
             if key in state_dict:

@@ -6,7 +6,7 @@ import os
 from typing import Any, ClassVar
 
 from peftfast.config import PeftConfig, TaskType
-from peftfast.files import find_file
+from peftfast.files.atomic import find_file
 from peftfast.model import PeftModel
 from peftfast.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -19,7 +19,7 @@ class _AutoPeftModel:
     task_type: ClassVar[str | None] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise EnvironmentError(
+        raise OSError(
             f"{type(self).__name__} is designed to be instantiated using the "
             f"`{type(self).__name__}.from_pretrained(pretrained_model_name_or_path)` method."
         )
@@ -52,10 +52,13 @@ class _AutoPeftModel:
             if cfg.task_type is not None and cfg.task_type != cls.task_type:
                 raise ValueError(
                     f"Expected target PEFT class: {MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task_type].__name__}, but you "
-                    f"have asked for: {MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cfg.task_type].__name__} make sure that you are "
-                    "loading the correct model for your task type."
+                    f"have asked for: {MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cfg.task_type].__name__} make sure that you "
+                    "are loading the correct model for your task type."
                 )
-            base_class, peft_class = getattr(transformers, cls.auto_class), MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task_type]
+            base_class, peft_class = (
+                getattr(transformers, cls.auto_class),
+                MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task_type],
+            )
         else:
             base_class, peft_class = cls._from_auto_mapping(cfg, import_allowlist), PeftModel
         base = base_class.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision, **model_kwargs, **hub)
@@ -71,10 +74,14 @@ class _AutoPeftModel:
 
         if cfg.task_type is not None:
             raise ValueError(
-                f"Use AutoPeftModelFor... for an adapter with a task type; this one has {getattr(cfg.task_type, 'value', cfg.task_type)}"
+                "Use AutoPeftModelFor... for an adapter with a task type; this one has "
+                f"{getattr(cfg.task_type, 'value', cfg.task_type)}"
             )
         if cfg.auto_mapping is None:
-            raise ValueError("Cannot infer the auto class from the config, please make sure that you are loading the correct model for your task type.")  # noqa: E501
+            raise ValueError(
+                "Cannot infer the auto class from the config, please make sure that you are loading the correct model "
+                "for your task type."
+            )
         library, name = cfg.auto_mapping["parent_library"], cfg.auto_mapping["base_model_class"]
         allowed = (*IMPORT_ALLOWLIST, *(import_allowlist or ()))
         if library.partition(".")[0] not in allowed:

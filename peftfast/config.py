@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peftfast.errors import AdapterMismatchWarning, close_matches
-from peftfast.migrate import migrate_config
+from peftfast.files.migrate import migrate_config
 from peftfast.rules import Rule, boolean, integer, optional, sequence, table, text
 from peftfast.version import COMPATIBLE_PEFT_VERSION
 
@@ -149,7 +149,7 @@ class PeftConfigMixin:
             save_directory: created if missing.
             auto_mapping_dict: stored as `auto_mapping`.
         """
-        from peftfast.files import locked, write_atomically
+        from peftfast.files.atomic import locked, write_atomically
 
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -309,7 +309,7 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 
 def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:
     """Path of the `adapter_config.json` of a folder or Hub repository; ValueError if there is none."""
-    from peftfast.files import find_file
+    from peftfast.files.atomic import find_file
 
     path = find_file(model_id, CONFIG_NAME, subfolder=subfolder, **hub)
     if path is None:

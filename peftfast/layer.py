@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from peftfast.base.dense import for_narrowing
 from peftfast.base.weight import kept_copy
 from peftfast.config import PeftConfig
-from peftfast.counterpart import HasCounterpart
+from peftfast.interop.counterpart import HasCounterpart
+from peftfast.many.routing import Control, Routing
 from peftfast.method import Adapter, AdapterMethod, sample_by_sample
-from peftfast.routing import Control, Routing
 from peftfast.sites import Dense, make_site
 from peftfast.sites.site import Slot
-
 
 #: A Parameter by the dict it is in and its key there, behind the dict, key and value its owner was found by.
 Place = tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]
@@ -165,7 +164,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             self._container(own, nn.ModuleDict)[name] = TransposedView(source, theirs, name)
         self.__dict__["_tied_source"] = source
 
-    # ---- which are active ----------------------------------------------------------------------------------------------
+    # ---- which are active --------------------------------------------------------------------------------------------
     @property
     def active_adapter(self) -> str | list[str]:
         return self._active_adapter
@@ -228,7 +227,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         self._disable_adapters = not enabled
         self._plan = None
 
-    # ---- forward -------------------------------------------------------------------------------------------------------
+    # ---- forward -----------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base module's output with the active adapters; extra arguments go to the base module."""
         routing = self.control.routing
@@ -300,7 +299,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             self._plan = plan
         return plan
 
-    # ---- merging -------------------------------------------------------------------------------------------------------
+    # ---- merging -----------------------------------------------------------------------------------------------------
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
@@ -460,7 +459,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             else change.reshape(stored.shape if stored.numel() == change.numel() else change.shape)
         )
 
-    # ---- scaling -------------------------------------------------------------------------------------------------------
+    # ---- scaling -----------------------------------------------------------------------------------------------------
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scaling to `scale` times its initial value."""
         if adapter in self._initial_scaling:
@@ -490,7 +489,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             if name in self._initial_scaling:
                 self._write_scale(name, self._initial_scaling[name] if scale is None else self.scaling[name] / scale)
 
-    # ---- the wrapped module, as others see it ----------------------------------------------------------------------------
+    # ---- the wrapped module, as others see it ------------------------------------------------------------------------
     def counterparts(self) -> tuple[str, ...]:
         methods = {a.method for a in self.__dict__.get("adapters", {}).values()}
         named = dict.fromkeys(m.peft_layer for m in methods if hasattr(m, "peft_layer"))

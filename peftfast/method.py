@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.routing import Rows
+from peftfast.many.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 
 if TYPE_CHECKING:
@@ -30,7 +30,13 @@ class Adapter:
     __slots__ = ("name", "cfg", "key", "slots", "method", "_layer", "_where", "pair", "_dropouts")
 
     def __init__(
-        self, name: str, cfg: PeftConfig, key: str, method: AdapterMethod, slots: Mapping[str, Slot], layer: BaseTunerLayer
+        self,
+        name: str,
+        cfg: PeftConfig,
+        key: str,
+        method: AdapterMethod,
+        slots: Mapping[str, Slot],
+        layer: BaseTunerLayer,
     ) -> None:
         self.name, self.cfg, self.key, self.method, self.slots, self._layer = name, cfg, key, method, slots, layer
         self._where: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
@@ -101,7 +107,12 @@ class Adapter:
         import copy
 
         return Adapter(
-            self.name, copy.deepcopy(self.cfg, memo), self.key, self.method, self.slots, copy.deepcopy(self._layer, memo)
+            self.name,
+            copy.deepcopy(self.cfg, memo),
+            self.key,
+            self.method,
+            self.slots,
+            copy.deepcopy(self._layer, memo),
         )
 
 
@@ -216,5 +227,3 @@ def method_for(cfg: PeftConfig) -> AdapterMethod:
         f"No adapter method handles {type(cfg).__name__} with peft_type {cfg.peft_type!r}. "
         f"Known methods: {', '.join(sorted({str(m.peft_type) for m in METHODS}))}"
     )
-
-

@@ -9,18 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftfast import status
-from peftfast.adalora import AdaLoraModel
-from peftfast.checkpointing import require_input_gradients
 from peftfast.config import PeftConfig, PeftType
-from peftfast.convert_init import as_plain_lora
-from peftfast.counterpart import HasCounterpart
-from peftfast.fingerprint import fingerprint
-from peftfast.fit import Fit, fit_state_dict, judge
-from peftfast.ia3 import IA3Model
-from peftfast.io import (
+from peftfast.files.convert_init import as_plain_lora
+from peftfast.files.fingerprint import fingerprint
+from peftfast.files.fit import Fit, fit_state_dict, judge
+from peftfast.files.io import (
     Stored,
     adapter_folder,
     auto_mapping_of,
@@ -30,12 +26,16 @@ from peftfast.io import (
     save_adapter,
     write_card,
 )
+from peftfast.files.state import adapter_state_dict
+from peftfast.interop.counterpart import HasCounterpart
+from peftfast.many.router import Choice
 from peftfast.method import method_for
-from peftfast.prompt_model import PromptTuner, resize_saved_prompt
-from peftfast.router import Choice
-from peftfast.state import adapter_state_dict
-from peftfast.tuner import BaseTuner, LoraModel, TrainableTokensModel
-from peftfast.undo import unchanged_if_refused
+from peftfast.prompts.prompt_model import PromptTuner, resize_saved_prompt
+from peftfast.training.checkpointing import require_input_gradients
+from peftfast.tuners.adalora import AdaLoraModel
+from peftfast.tuners.ia3 import IA3Model
+from peftfast.tuners.tuner import BaseTuner, LoraModel, TrainableTokensModel
+from peftfast.wrapping.undo import unchanged_if_refused
 
 #: Tuner classes by peft_type; a method without a class of its own gets the common one.
 PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[BaseTuner]] = {
@@ -105,7 +105,7 @@ class PeftModel(HasCounterpart, nn.Module):
         require_input_gradients(model)
         return model
 
-    # ---- configs and names ---------------------------------------------------------------------------------------------
+    # ---- configs and names -------------------------------------------------------------------------------------------
     @property
     def _tuner(self) -> BaseTuner | PromptTuner:
         """What manages the adapters: the base model's wrapper, or for prompts an object beside the bare base model."""
@@ -151,7 +151,7 @@ class PeftModel(HasCounterpart, nn.Module):
         """The base model itself, adapters inside it."""
         return self._tuner.model
 
-    # ---- lifecycle -----------------------------------------------------------------------------------------------------
+    # ---- lifecycle ---------------------------------------------------------------------------------------------------
     def add_adapter(
         self,
         adapter_name: str,
@@ -171,7 +171,8 @@ class PeftModel(HasCounterpart, nn.Module):
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         if self.peft_config and peft_config.peft_type != self.peft_type:
             raise ValueError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {peft_config.peft_type}."
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
+                f"{peft_config.peft_type}."
             )
         self._tuner.inventory.add(
             adapter_name, peft_config, strict=strict, initialise=initialise,
@@ -208,7 +209,7 @@ class PeftModel(HasCounterpart, nn.Module):
         with self._tuner.inventory.disabled():
             yield
 
-    # ---- forward -------------------------------------------------------------------------------------------------------
+    # ---- forward -----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._tuner(*args, **kwargs)
 
@@ -216,7 +217,7 @@ class PeftModel(HasCounterpart, nn.Module):
         """The base model's `generate`, with the active adapters or, by `adapter_names`, with one for each prompt."""
         return self._tuner.generate(*args, adapter_names=adapter_names, **kwargs)
 
-    # ---- numbers -------------------------------------------------------------------------------------------------------
+    # ---- numbers -----------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all); a 4-bit weight counts as the weights it stands for."""
         return status.count_parameters(self)
@@ -236,7 +237,7 @@ class PeftModel(HasCounterpart, nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
-    # ---- saving --------------------------------------------------------------------------------------------------------
+    # ---- saving ------------------------------------------------------------------------------------------------------
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -311,7 +312,7 @@ class PeftModel(HasCounterpart, nn.Module):
             api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message, **upload)
         return str(url)
 
-    # ---- loading -------------------------------------------------------------------------------------------------------
+    # ---- loading -----------------------------------------------------------------------------------------------------
     @classmethod
     def from_pretrained(
         cls,
@@ -450,7 +451,7 @@ class PeftModel(HasCounterpart, nn.Module):
         fit.apply(self)
         return fit
 
-    # ---- the wrapped model, as others see it -------------------------------------------------------------------------------
+    # ---- the wrapped model, as others see it -------------------------------------------------------------------------
     def counterparts(self) -> tuple[str, ...]:
         # a user's subclass passes for what it was derived from
         own = (c.__name__ for c in type(self).__mro__ if c.__module__.startswith("peftfast."))
@@ -466,7 +467,7 @@ class PeftModel(HasCounterpart, nn.Module):
             return getattr(self.base_model, name) if prompts is None else prompts.attribute(name)
 
 
-def _read(model_id: Any, base: nn.Module, key_mapping: dict[str, str] | None, strict: bool | str, kwargs: dict[str, Any],
+def _read(model_id: Any, base: nn.Module, key_mapping: dict[str, str] | None, strict: bool | str, kwargs: dict,
           config: PeftConfig | None, device: str | None = None) -> Stored:  # fmt: skip
     if key_mapping is None:
         key_mapping = getattr(base, "_checkpoint_conversion_mapping", None) or None

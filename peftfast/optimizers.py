@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peftfast.files.state import wrapped_modules
 from peftfast.layer import BaseTunerLayer
 from peftfast.model import PeftModel
-from peftfast.state import wrapped_modules
 
 __all__ = ["create_lorafa_optimizer", "create_loraplus_optimizer"]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from peftfast.layer import BaseTunerLayer
-from peftfast.saved_modules import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -39,7 +39,9 @@ class PeftModelForCausalLM(PeftModel):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         return self._tuner.prepare_inputs_for_generation(*args, **kwargs)
 
 
@@ -80,7 +82,9 @@ class PeftModelForSeq2SeqLM(PeftModel):
     def generate(self, **kwargs: Any) -> Any:
         return super().generate(**kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         return self._tuner.prepare_inputs_for_generation(*args, **kwargs)
 
 

@@ -64,8 +64,8 @@ def gpt2(hidden: int = 32) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=hidden, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, attn_pdrop=0.0,
-        embd_pdrop=0.0, resid_pdrop=0.0,
+        vocab_size=VOCABULARY, n_embd=hidden, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 

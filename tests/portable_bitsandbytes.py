@@ -24,5 +24,10 @@ def dequantize_4bit(packed: Tensor, state: functional.QuantState) -> Tensor:
         absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
     codes = packed.reshape(-1).view(torch.uint8)
     return _compute(
-        codes, absmax.float(), _get_4bit_code(state.quant_type, packed.device), state.blocksize, state.shape, state.dtype
+        codes,
+        absmax.float(),
+        _get_4bit_code(state.quant_type, packed.device),
+        state.blocksize,
+        state.shape,
+        state.dtype,
     )

@@ -60,7 +60,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.prompt_tuning": {},
     "peft.tuners.trainable_tokens": {},
     "peft.tuners.tuners_utils": {
-        "BaseTuner": "peftfast.tuner:BaseTuner",
+        "BaseTuner": "peftfast.tuners.tuner:BaseTuner",
         "BaseTunerLayer": "peftfast.layer:BaseTunerLayer",
         **{
             name: f"peftfast.functional:{name}"
@@ -68,26 +68,26 @@ MODULES: dict[str, dict[str, str]] = {
         },
     },
     "peft.utils": {
-        "AuxiliaryTrainingWrapper": "peftfast.saved_modules:AuxiliaryTrainingWrapper",
+        "AuxiliaryTrainingWrapper": "peftfast.wrapping.saved_modules:AuxiliaryTrainingWrapper",
         "CONFIG_NAME": "peftfast.config:CONFIG_NAME",
-        "ModulesToSaveWrapper": "peftfast.saved_modules:ModulesToSaveWrapper",
-        "SAFETENSORS_WEIGHTS_NAME": "peftfast.io:SAFETENSORS_WEIGHTS_NAME",
-        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": "peftfast.default_targets:LORA",
-        "TrainableTokensWrapper": "peftfast.saved_modules:TrainableTokensWrapper",
-        "WEIGHTS_NAME": "peftfast.io:WEIGHTS_NAME",
+        "ModulesToSaveWrapper": "peftfast.wrapping.saved_modules:ModulesToSaveWrapper",
+        "SAFETENSORS_WEIGHTS_NAME": "peftfast.files.io:SAFETENSORS_WEIGHTS_NAME",
+        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": "peftfast.wrapping.default_targets:LORA",
+        "TrainableTokensWrapper": "peftfast.wrapping.saved_modules:TrainableTokensWrapper",
+        "WEIGHTS_NAME": "peftfast.files.io:WEIGHTS_NAME",
         "_get_submodules": "peftfast.interop.submodules:get_submodules",
-        "fsdp_auto_wrap_policy": "peftfast.sharding:fsdp_auto_wrap_policy",
+        "fsdp_auto_wrap_policy": "peftfast.training.sharding:fsdp_auto_wrap_policy",
         "infer_device": "peftfast.interop.submodules:infer_device",
     },
     "peft.utils.constants": {
-        "EMBEDDING_LAYER_NAMES": "peftfast.targets:EMBEDDING_LAYER_NAMES",
-        "INCLUDE_LINEAR_LAYERS_SHORTHAND": "peftfast.targets:ALL_LINEAR",
-        "MIN_TARGET_MODULES_FOR_OPTIMIZATION": "peftfast.targets:MIN_TARGET_MODULES_FOR_OPTIMIZATION",
-        "SEQ_CLS_HEAD_NAMES": "peftfast.targets:SEQ_CLS_HEAD_NAMES",
+        "EMBEDDING_LAYER_NAMES": "peftfast.wrapping.targets:EMBEDDING_LAYER_NAMES",
+        "INCLUDE_LINEAR_LAYERS_SHORTHAND": "peftfast.wrapping.targets:ALL_LINEAR",
+        "MIN_TARGET_MODULES_FOR_OPTIMIZATION": "peftfast.wrapping.targets:MIN_TARGET_MODULES_FOR_OPTIMIZATION",
+        "SEQ_CLS_HEAD_NAMES": "peftfast.wrapping.targets:SEQ_CLS_HEAD_NAMES",
     },
     "peft.utils.error": {},
     "peft.utils.hotswap": {
-        name: f"peftfast.hotswap:{name}"
+        name: f"peftfast.many.hotswap:{name}"
         for name in (
             "check_hotswap_configs_compatible",
             "hotswap_adapter",

@@ -11,16 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftfast import default_targets
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.errors import PeftWarning
+from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.lora import factors
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.ops.orthogonality import orthogonality
-from peftfast.routing import Rows
 from peftfast.rules import integer, number, optional, table
 from peftfast.sites import Dense, Site, Slot
+from peftfast.wrapping import default_targets
 
 VALUES = "lora_E"
 

@@ -1,5 +1,5 @@
 """CorDA: factors from the singular directions of W C, C being the covariance of the layer's inputs (Yang et al., arXiv
-2406.05223). `peftfast.corda.preprocess_corda` leaves what this needs on the module, under PEFT's name `eigens`."""
+2406.05223). `calibration.corda.preprocess_corda` leaves what this needs on the module, under PEFT's name `eigens`."""
 
 from __future__ import annotations
 

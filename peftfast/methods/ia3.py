@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftfast import default_targets
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.errors import PeftWarning
+from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method
 from peftfast.methods.combination import Combination
-from peftfast.routing import Rows
 from peftfast.rules import boolean, either, optional, sequence, text
 from peftfast.sites import Dense, Site, Slot
-from peftfast.targets import model_type
+from peftfast.wrapping import default_targets
+from peftfast.wrapping.targets import model_type
 
 _NAMES = optional(either(text(), sequence(text())))
 VECTOR = "ia3_l"

@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftfast import default_targets
 from peftfast.config import PeftConfig, PeftType
+from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import combined, combined_fields
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise
 from peftfast.methods.lora_stack import apply_stack, factors, remembered
-from peftfast.routing import Rows
 from peftfast.sites import Dense, Site, Slot
-from peftfast.targets import pattern_value
+from peftfast.wrapping import default_targets
+from peftfast.wrapping.targets import pattern_value
 
 
 @register_method
@@ -58,7 +58,9 @@ class Lora:
             adapter[_bias_slot(adapter)].zero_()
 
     def changes_base(self, cfg: LoraConfig) -> bool:
-        return isinstance(cfg.init_lora_weights, str) and cfg.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq"))
+        return isinstance(cfg.init_lora_weights, str) and cfg.init_lora_weights.startswith(
+            ("pissa", "olora", "corda", "loftq")
+        )
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         if len(active) == 1:

@@ -196,8 +196,10 @@ class LoraConfig(PeftConfig):
             raise ValueError("`corda_config` must be specified when `init_lora_weights` is 'corda'.")
         for name in ("loftq", "eva", "corda"):
             if getattr(self, f"{name}_config") and init != name:
-                warnings.warn(f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.",
-                              stacklevel=5)  # fmt: skip
+                warnings.warn(
+                    f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.",
+                    stacklevel=5,
+                )
         patterns = self.rank_pattern or self.alpha_pattern
         if self.use_rslora and patterns and isinstance(init, str) and init.startswith(("pissa", "olora", "corda")):
             warnings.warn(
@@ -211,4 +213,3 @@ class LoraConfig(PeftConfig):
         data = super().to_dict()
         data.pop("runtime_config")
         return data
-

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.method import Adapter
-from peftfast.random_stream import draws_of_normal, draws_of_uniform, skip
 from peftfast.sites import Site
+from peftfast.wrapping.random_stream import draws_of_normal, draws_of_uniform, skip
 
 #: Fill a [r, ...] and b [..., r] in place; may assign the site's weight. Runs under no_grad.
 Initialiser = Callable[[Site, Tensor, Tensor, Adapter], None]
@@ -136,8 +136,8 @@ def _wide_weight(site: Site, name: str) -> Tensor:
     quantised = site.weight.quantization is not None  # 4 bits may be stored as a float dtype
     if name == "PiSSA" and (quantised or dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)):
         raise TypeError(
-            f"Please initialize {name} under float32, float16, or bfloat16; the base weight of {type(site.module).__name__} "
-            f"is stored as {dtype}. Quantise after the initialisation."
+            f"Please initialize {name} under float32, float16, or bfloat16; the base weight of "
+            f"{type(site.module).__name__} is stored as {dtype}. Quantise after the initialisation."
         )
     return site.weight.dense(torch.float32)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfast.many.routing import Rows
 from peftfast.method import Adapter
-from peftfast.routing import Rows
 from peftfast.sites import Site
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from peftfast.config import PeftType, PromptLearningConfig, checked, register_config, setting
 from peftfast.method import register_method
 from peftfast.methods.prompt_tuning import PromptTuning, as_choice
-from peftfast.prompt import BasePromptEncoder
+from peftfast.prompts.prompt import BasePromptEncoder
 from peftfast.rules import integer, number, one_of, optional
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftType, PromptLearningConfig, checked, register_config, setting
 from peftfast.method import register_method
-from peftfast.prefix_cache import (
+from peftfast.prompts.prefix_cache import (
     States,
     checkpoint_safe,
     empty_cache,
@@ -20,7 +20,7 @@ from peftfast.prefix_cache import (
     holds_tokens,
     under_checkpointing,
 )
-from peftfast.prompt import (
+from peftfast.prompts.prompt import (
     BasePromptEncoder,
     Inputs,
     Prompts,

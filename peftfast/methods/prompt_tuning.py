@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from peftfast.config import PeftType, PromptLearningConfig, TaskType, checked, register_config, setting
 from peftfast.errors import close_matches
 from peftfast.method import register_method
-from peftfast.prefix_cache import grown, holds_tokens
-from peftfast.prompt import (
+from peftfast.prompts.prefix_cache import grown, holds_tokens
+from peftfast.prompts.prompt import (
     BasePromptEncoder,
     Inputs,
     Prompts,

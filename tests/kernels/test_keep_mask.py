@@ -1,7 +1,6 @@
 """The dropout mask: a good random bit per element, and the same one wherever and however it is computed."""
 
 import math
-import sys
 
 import pytest
 import torch

@@ -11,8 +11,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import peftfast
-from peftfast import LoraConfig, hotswap
+from peftfast import LoraConfig
 from peftfast.api import inject_adapter_in_model
+from peftfast.many import hotswap
 
 
 def saved(tmp_path, name: str, make=oracle.llama, **options):

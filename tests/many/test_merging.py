@@ -273,7 +273,7 @@ def test_disabled_while_merged_and_merged_for_good():
         model.base_model.model.model.layers[0].self_attn.q_proj.merge(keep="disk")
 
 
-# ---- weights that several modules use ------------------------------------------------------------------------------------
+# ---- weights that several modules use --------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"], ["q_proj", "embed_tokens"]]
 )

@@ -15,7 +15,7 @@ from many.adapters import BASE, TARGETS, adapter, expected, ids_of
 
 import peftfast
 from peftfast import AdapterPool, LoraConfig
-from peftfast.io import save_adapter
+from peftfast.files.io import save_adapter
 
 
 def make_pool(count: int = 20, **options) -> AdapterPool:

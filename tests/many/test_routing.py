@@ -379,7 +379,7 @@ def test_copies_and_pickles_route_on_their_own():
             assert len({id(layer.control) for layer in other.base_model.inventory.layers.values()}) == 1
 
 
-# ---- routers ------------------------------------------------------------------------------------------------------------
+# ---- routers ---------------------------------------------------------------------------------------------------------
 class ByFirstToken(peftfast.Router):
     def choose(self, inputs):
         return [("one", "two", "three", BASE)[int(t) % 4] for t in inputs["input_ids"][:, 0]]

@@ -103,7 +103,7 @@ def test_eva_layers_without_a_rank_are_left_as_they_were():
 
 def test_eva_without_an_adapter_and_with_components_that_are_exact():
     """On data of a known spectrum the components are those of a full decomposition."""
-    from peftfast.eva import RunningComponents
+    from peftfast.calibration.eva import RunningComponents
 
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(600, 24, generator=generator) * torch.logspace(0, -2, 24) + 3.0

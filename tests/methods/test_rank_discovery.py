@@ -50,7 +50,7 @@ def test_gradients_go_where_the_loss_is():
 
 
 def test_the_sketch_has_the_gradients_singular_values():
-    from peftfast.rank_discovery import _gradients
+    from peftfast.calibration.rank_discovery import _gradients
 
     torch.manual_seed(0)
     model = Chain()
@@ -97,8 +97,8 @@ def test_names_that_end_like_others_keep_their_own_rank(tmp_path):
         def forward(self, x):
             return self.z["lin"](self.lin(x))
 
-    from peftfast.ranks import pattern_of
-    from peftfast.targets import pattern_value
+    from peftfast.calibration.ranks import pattern_of
+    from peftfast.wrapping.targets import pattern_value
 
     for values in ({"lin": 3, "z.lin": 5}, {"lin": 4, "z.lin": 5}, {"lin": 5, "z.lin": 4}):
         pattern = dict(sorted(pattern_of(values, 4).items()))  # as files sort it

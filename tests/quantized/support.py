@@ -17,7 +17,7 @@ BASES = {
     "nf4": ("nf4", {}),
     "nf4-nested": ("nf4", {"double_quant": True}),
     "fp4": ("fp4", {}),
-    # Not 128: a block may straddle rows, which bitsandbytes' CPU kernel gets wrong (see tests/portable_bitsandbytes.py).
+    # Not 128: blocks would straddle rows, which bitsandbytes' CPU kernel gets wrong (portable_bitsandbytes.py).
     "fp4-nested-32": ("fp4", {"double_quant": True, "blocksize": 32}),
     "nf4-stored-as-bf16": ("nf4", {"quant_storage": torch.bfloat16}),
     "int8": ("int8", {}),

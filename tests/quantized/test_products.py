@@ -92,7 +92,9 @@ def both(base: str, precision: str, dropout: float, autocast_adapter_dtype: bool
     if hasattr(layer, "set_compute_type"):
         layer.compute_dtype, layer.compute_type_is_set = PRECISIONS[precision][1], True
     draws = [once(layer, precision, dropout, autocast_adapter_dtype, seed) for seed in range(DRAWS)]
-    return tuple(Result(*(torch.stack(parts) for parts in zip(*side, strict=True))) for side in zip(*draws, strict=True))
+    return tuple(
+        Result(*(torch.stack(parts) for parts in zip(*side, strict=True))) for side in zip(*draws, strict=True)
+    )
 
 
 def once(layer: nn.Module, precision: str, dropout: float, autocast_adapter_dtype: bool, seed: int):

@@ -10,8 +10,8 @@ from oracle import Twins, assert_no_further, inputs, llama
 from torch import nn
 
 import peftfast
-from peftfast.blocks import GatedMlp, Siblings
 from peftfast.ops.blocks import ACTIVATIONS
+from peftfast.training.blocks import GatedMlp, Siblings
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -196,7 +196,7 @@ def test_removing_leaves_no_trace():
 
 def calls_of_blocks(model, monkeypatch):
     """How many blocks ran in one pass."""
-    import peftfast.blocks as module
+    import peftfast.training.blocks as module
 
     count = []
     for name in ("lora_siblings", "gated_mlp"):

@@ -9,7 +9,7 @@ import torch
 from training.tiny import batch, gradients, largest_difference, llama, lora, wrapped
 
 import peftfast
-from peftfast.checkpointing import require_input_gradients
+from peftfast.training.checkpointing import require_input_gradients
 
 
 def step(model: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[float, dict[str, torch.Tensor]]:

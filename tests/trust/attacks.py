@@ -1,4 +1,4 @@
-"""Attacks on loading and saving, each a function of a count and a seed. `campaign.py` runs them in full, the tests a few.
+"""Attacks on loading and saving, each a function of a count and a seed. `campaign.py` runs all, the tests a few.
 
 An attack returns (cases, failures). A failure is a load that was silently wrong, or raised what nobody can act on, or
 left another model behind.
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import peftfast
-from peftfast.io import read_adapter, save_adapter
+from peftfast.files.io import read_adapter, save_adapter
 
 _spec = importlib.util.spec_from_file_location("golden_model", Path(__file__).parent / "golden" / "model.py")
 base = importlib.util.module_from_spec(_spec)
@@ -185,10 +185,10 @@ def hostile_headers(count: int, seed: int) -> tuple[int, list[str]]:
 
 @attack("hostile configs")
 def hostile_configs(count: int, seed: int) -> tuple[int, list[str]]:
-    values = (None, True, False, 0, -1, 1, 3, 10**9, 10**30, 0.5, -1.0, 1e308, float("nan"), float("inf"), "", "x", "q_proj",
-              "(", ".*", "all-linear", "__import__('os').system('true')", "../..", [], [1], ["q_proj"], [None], [[]], {},
-              {"a": 1}, {"q_proj": 10**9}, {"(": 3}, {"": {}}, "LORA", "IA3", "ADALORA", "PROMPT_TUNING", "CAUSAL_LM",
-              "pissa", "olora", "gaussian", "eva", "loftq", "corda")  # fmt: skip
+    values = (None, True, False, 0, -1, 1, 3, 10**9, 10**30, 0.5, -1.0, 1e308, float("nan"), float("inf"), "", "x",
+              "q_proj", "(", ".*", "all-linear", "__import__('os').system('true')", "../..", [], [1], ["q_proj"],
+              [None], [[]], {}, {"a": 1}, {"q_proj": 10**9}, {"(": 3}, {"": {}}, "LORA", "IA3", "ADALORA",
+              "PROMPT_TUNING", "CAUSAL_LM", "pissa", "olora", "gaussian", "eva", "loftq", "corda")  # fmt: skip
 
     def damage(chance: random.Random, folder: Path) -> object:
         data = json.loads((folder / CONFIG).read_text())

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 
 import peftfast
-from peftfast.migrate import expert_layout, migrate_config, migrate_keys
+from peftfast.files.migrate import expert_layout, migrate_config, migrate_keys
 
 GOLDEN = Path(__file__).parent / "golden"
 _spec = importlib.util.spec_from_file_location("golden_model", GOLDEN / "model.py")
@@ -81,8 +81,10 @@ def test_configs_of_0_2_are_refused_by_name():
     assert migrate_config({"peft_type": "LORA", "merge_weights": False, "enable_lora": None}) == {"peft_type": "LORA"}
 
 
-@pytest.mark.parametrize("version, transposed, expected", [("0.18.1", False, "first"), ("0.19.0", False, "second"),
-                                                           ("0.19.0", True, "first"), ("0.18.0.rc0", True, "first")])  # fmt: skip
+@pytest.mark.parametrize(
+    "version, transposed, expected",
+    [("0.18.1", False, "first"), ("0.19.0", False, "second"), ("0.19.0", True, "first"), ("0.18.0.rc0", True, "first")],
+)
 def test_square_experts_by_version(version, transposed, expected):
     assert expert_layout(version, (4, 8), (8, 4), (2, 8, 8), transposed) == expected
 

@@ -15,11 +15,11 @@ from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some
 from peftfast.method import Adapter, method_for
 from peftfast.methods.combination import Combination
-from peftfast.saved_modules import ModulesToSaveWrapper
 from peftfast.sites import Site
+from peftfast.wrapping.saved_modules import ModulesToSaveWrapper
 
 if TYPE_CHECKING:
-    from peftfast.inventory import Inventory
+    from peftfast.wrapping.inventory import Inventory
 
 
 @runtime_checkable

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from peftfast.config import CONFIG_NAME, PeftConfig
 from peftfast.errors import AdapterLoadError, PeftWarning
-from peftfast.files import find_file, locked, write_atomically, write_pair
-from peftfast.metadata import check_sizes, config_changes, describe, verify
-from peftfast.migrate import migrate_keys
-from peftfast.state import check_whole
-from peftfast.targets import EMBEDDING_LAYER_NAMES
+from peftfast.files.atomic import find_file, locked, write_atomically, write_pair
+from peftfast.files.metadata import check_sizes, config_changes, describe, verify
+from peftfast.files.migrate import migrate_keys
+from peftfast.files.state import check_whole
 from peftfast.version import COMPATIBLE_PEFT_VERSION
+from peftfast.wrapping.targets import EMBEDDING_LAYER_NAMES
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
@@ -89,7 +89,9 @@ def _safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     separate = {}
     for key, tensor in tensors.items():
         pointer = tensor.untyped_storage().data_ptr()
-        separate[key] = tensor.clone() if pointer in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        separate[key] = (
+            tensor.clone() if pointer in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        )
         seen.add(pointer)
 
     def write(target: str) -> None:
@@ -248,7 +250,7 @@ def _read_with_metadata(
         # the header is checked against the file's size before anything is allocated; tensors are mapped, not copied
         with safe_open(path, framework="pt") as f:
             metadata = dict(f.metadata() or {})
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
     except (SafetensorError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as e:
         raise AdapterLoadError(f"{path} is damaged or not a safetensors file: {e}") from e
     verify(path, tensors, metadata)

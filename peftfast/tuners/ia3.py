@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftfast.tuner import BaseTuner
+from peftfast.tuners.tuner import BaseTuner
 
 
 class IA3Model(BaseTuner):

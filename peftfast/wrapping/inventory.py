@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some
-from peftfast.injection import Injection, plan_injection
 from peftfast.layer import BaseTunerLayer, Place, check_adapter_name
+from peftfast.many.routing import Control
 from peftfast.method import method_for
-from peftfast.routing import Control
-from peftfast.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.wrapping.injection import Injection, plan_injection
+from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 from peftfast_kernels.op import get_backend
 
 Wrapper = BaseTunerLayer | AuxiliaryTrainingWrapper
@@ -109,7 +109,7 @@ class Inventory:
         yield from self.layers.items()
         yield from self.extras.items()
 
-    # ---- adding --------------------------------------------------------------------------------------------------------
+    # ---- adding ------------------------------------------------------------------------------------------------------
     def add(self, name: str, cfg: PeftConfig, *, strict: bool = False, **options: Any) -> Injection:
         """Add an adapter, frozen and inactive. Nothing is changed if anything about it is wrong.
 
@@ -237,7 +237,7 @@ class Inventory:
                 self.replace(key, wrapper.original_module)
                 del self.extras[key]
 
-    # ---- which are active ------------------------------------------------------------------------------------------------
+    # ---- which are active --------------------------------------------------------------------------------------------
     def check_known(self, names: str | Iterable[str]) -> list[str]:
         """The names as a list; ValueError for one that no adapter has."""
         names = [names] if isinstance(names, str) else list(names)
@@ -309,7 +309,7 @@ class Inventory:
                 parameter.requires_grad_(requires_grad)
             self.enabled = enabled
 
-    # ---- deleting ------------------------------------------------------------------------------------------------------
+    # ---- deleting ----------------------------------------------------------------------------------------------------
     def delete(self, name: str) -> None:
         """Delete an adapter everywhere. Nothing is changed if it cannot be."""
         if name not in self.configs:
@@ -339,7 +339,7 @@ class Inventory:
             self.active = []
             self.set_adapter(remaining)
 
-    # ---- merging -------------------------------------------------------------------------------------------------------
+    # ---- merging -----------------------------------------------------------------------------------------------------
     def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: bool | str = True,
               progress: Callable[[Iterable], Iterable] = lambda items: items) -> None:  # fmt: skip
         """Merge in every layer, or, if one refuses, in none. Arguments as in `BaseTunerLayer.merge`.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.methods.corda import CordaEigens, oriented_eigens
 from peftfast.methods.lora_config import LoraConfig
-from peftfast.targets import linear_modules, make_matcher, pattern_value
+from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_value
 
 
 def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:

@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftfast.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
 from peftfast.config import PeftConfig
-from peftfast.inventory import Inventory
 from peftfast.layer import BaseTunerLayer
-from peftfast.merging import add_weighted_adapter, subtract
+from peftfast.many.merging import add_weighted_adapter, subtract
+from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
+from peftfast.many.routing import BASE
 from peftfast.method import TrainingHooks, method_for
 from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
-from peftfast.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
-from peftfast.routing import BASE
+from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
+from peftfast.wrapping.inventory import Inventory
 
 
 class BaseTuner(nn.Module):
@@ -67,7 +67,7 @@ class BaseTuner(nn.Module):
         """Take one's place in a PeftModel."""
         wrapper.base_model = self
 
-    # ---- adding ----------------------------------------------------------------------------------------------------------
+    # ---- adding ------------------------------------------------------------------------------------------------------
     def inject_adapter(
         self,
         model: nn.Module,
@@ -98,7 +98,7 @@ class BaseTuner(nn.Module):
         """Names of the adapted modules."""
         return list(self.inventory.layers)
 
-    # ---- which are active --------------------------------------------------------------------------------------------------
+    # ---- which are active --------------------------------------------------------------------------------------------
     @property
     def active_adapter(self) -> str | list[str]:
         active = self.inventory.active
@@ -151,7 +151,7 @@ class BaseTuner(nn.Module):
             majority_sign_method: "total" or "frequency".
 
         Raises:
-            ValueError, TypeError: before anything is changed; see `peftfast.merging.add_weighted_adapter`.
+            ValueError, TypeError: before anything is changed; see `peftfast.many.merging.add_weighted_adapter`.
         """
         how = Combination(
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
@@ -162,7 +162,7 @@ class BaseTuner(nn.Module):
         """Add the adapter whose change of the weights is that of `minuend` less that of `subtrahend`, exactly."""
         subtract(self.inventory, minuend, subtrahend, adapter_name)
 
-    # ---- merging -------------------------------------------------------------------------------------------------------------
+    # ---- merging -----------------------------------------------------------------------------------------------------
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: bool | str = True
     ) -> dict[str, float]:
@@ -203,7 +203,7 @@ class BaseTuner(nn.Module):
         if originals is not None and not dequantize:
             raise ValueError("originals are the dense weights to merge into: pass dequantize=True with them")
         if dequantize:
-            from peftfast.quantize import dequantize_model
+            from peftfast.quantization.quantize import dequantize_model
 
             dequantize_model(self, originals)
         return self._unload(True, progressbar, safe_merge, adapter_names)
@@ -223,7 +223,7 @@ class BaseTuner(nn.Module):
             del model.peft_config
         return model
 
-    # ---- forward -------------------------------------------------------------------------------------------------------------
+    # ---- forward -----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, adapter_names: Choice | None = None, **kwargs: Any) -> Any:
         """The base model's output with the active adapters.
 
@@ -269,7 +269,9 @@ class BaseTuner(nn.Module):
         """[len(names)] int64: the numbers of these adapters, for `adapter_names=` as a tensor; -1 for "__base__"."""
         self.inventory.check_known([n for n in names if n != BASE])
         numbers = [-1 if n == BASE else self.inventory.numbers[n] for n in names]
-        return torch.tensor(numbers, dtype=torch.int64, device=device or self._device())
+        made = torch.tensor(numbers, dtype=torch.int64, device=device or self._device())
+        self.inventory.number_table(made.device)  # now, not in a graph that would guard on its absence
+        return made
 
     def forget_stacks(self) -> None:
         """Make the stacked factors of mixed batches anew: needed after factors were written through `.data`."""
@@ -322,7 +324,7 @@ class BaseTuner(nn.Module):
     def save_beside(self, adapter_name: str, folder: Any) -> None:
         """Called when an adapter has been written to a folder."""
 
-    # ---- the wrapped model, as others see it -------------------------------------------------------------------------------
+    # ---- the wrapped model, as others see it -------------------------------------------------------------------------
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The model's config as a dict; `{"model_type": "custom"}` for models without one."""

@@ -12,9 +12,9 @@ from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import method_for
-from peftfast.prompt import PromptEncoders
-from peftfast.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from peftfast.sharding import gathered
+from peftfast.prompts.prompt import PromptEncoders
+from peftfast.training.sharding import gathered
+from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 
 _WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module(?=\.base_model))\.")
 
@@ -50,7 +50,7 @@ def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
     """The same from the inventory, which costs nothing per adapter; None where there is none or where something else
     (a sharding engine's wrapper) stands in a listed place by now."""
     tuner = model._modules.get("base_model")
-    for holder, attribute, prefix in (
+    for holder, attribute, prefix in (  # noqa: B007 (the one found is used below)
         (tuner, "inventory", "base_model.model."),
         (model, "inventory", "model."),
         (model, "_peftfast_inventory", ""),

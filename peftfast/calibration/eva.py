@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peftfast.calibration.ranks import drop_adapter, pattern_of, resize_adapter
 from peftfast.errors import PeftWarning
 from peftfast.layer import BaseTunerLayer
 from peftfast.methods.lora_config import EvaConfig, LoraConfig
-from peftfast.ranks import drop_adapter, pattern_of, resize_adapter
 from peftfast.sites.linear import LinearSite
-from peftfast.targets import linear_modules, make_matcher, pattern_value
+from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_value
 
 MAX_PASSES = 100  # over the data, before components that still turn are taken as they are
 

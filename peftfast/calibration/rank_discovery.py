@@ -8,14 +8,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peftfast.calibration.eva import (
+    components_of,
+    distribute,
+    forward_fn_dict,
+    prepare_layer_inputs_fn_language_modeling,
+)
+from peftfast.calibration.eva import prepare_model_inputs_fn_language_modeling as token_indices
+from peftfast.calibration.ranks import pattern_of
 from peftfast.config import PeftType
-from peftfast.default_targets import LORA
-from peftfast.eva import components_of, distribute, forward_fn_dict, prepare_layer_inputs_fn_language_modeling
-from peftfast.eva import prepare_model_inputs_fn_language_modeling as token_indices
 from peftfast.layer import BaseTunerLayer
 from peftfast.methods.lora_config import LoraConfig
-from peftfast.ranks import pattern_of
-from peftfast.targets import linear_modules, make_matcher, pattern_value, resolve_targets
+from peftfast.wrapping.default_targets import LORA
+from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_value, resolve_targets
 
 OVERSAMPLING = 8  # columns of the sketch beyond the largest rank
 

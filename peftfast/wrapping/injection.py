@@ -16,9 +16,9 @@ from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import AdapterMethod, method_for
-from peftfast.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.sites import make_site
-from peftfast.targets import (
+from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peftfast.wrapping.targets import (
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
     make_matcher,
     refuse_mamba,
@@ -28,7 +28,7 @@ from peftfast.targets import (
 )
 
 if TYPE_CHECKING:
-    from peftfast.inventory import Inventory
+    from peftfast.wrapping.inventory import Inventory
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -248,7 +248,8 @@ def _settle_orientation(cfg: PeftConfig, transposed: list[bool]) -> None:
         return
     if cfg.fan_in_fan_out and not any(transposed):
         warnings.warn(
-            "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False.",
+            "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to "
+            "False.",
             stacklevel=6,
         )
         cfg.fan_in_fan_out = False
@@ -294,9 +295,9 @@ def tied_module_names(inventory: Inventory) -> list[str]:
 
 
 _TIED_WARNING = (
-    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not set "
-    "to True. This can lead to complications, for example when merging the adapter or converting your model to formats "
-    "other than safetensors."
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not "
+    "set to True. This can lead to complications, for example when merging the adapter or converting your model to "
+    "formats other than safetensors."
 )
 
 

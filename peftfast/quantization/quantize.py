@@ -17,12 +17,12 @@ from peftfast.layer import BaseTunerLayer
 from peftfast.method import Adapter
 from peftfast.methods.loftq import best_factors, loftq_factors
 from peftfast.methods.lora import factors
-from peftfast.originals import Originals
-from peftfast.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.quantization.originals import Originals
 from peftfast.sites import make_site
 from peftfast.sites.site import is_untouched
-from peftfast.targets import SEQ_CLS_HEAD_NAMES
-from peftfast.tuner import BaseTuner
+from peftfast.tuners.tuner import BaseTuner
+from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.wrapping.targets import SEQ_CLS_HEAD_NAMES
 
 
 class QuantizationReport(dict[str, float]):

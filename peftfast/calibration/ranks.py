@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from peftfast.inventory import Inventory
 from peftfast.layer import BaseTunerLayer
+from peftfast.wrapping.inventory import Inventory
 
 
 def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

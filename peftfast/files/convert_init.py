@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftfast.config import PeftConfig
-from peftfast.io import load_peft_weights
+from peftfast.files.io import load_peft_weights
 
 
 def as_plain_lora(
@@ -39,8 +39,8 @@ def as_plain_lora(
         )
     if cfg.use_rslora and (cfg.rank_pattern or cfg.alpha_pattern):
         raise ValueError(
-            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when using rsLoRA "
-            "with `rank_pattern` or `alpha_pattern`."
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when using "
+            "rsLoRA with `rank_pattern` or `alpha_pattern`."
         )
     start = load_peft_weights(initial)
     result = {}

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import close_matches, enumerate_some
-from peftfast.inventory import Inventory
-from peftfast.io import load_peft_weights
+from peftfast.files.io import load_peft_weights
 from peftfast.layer import BaseTunerLayer
+from peftfast.many.routing import BASE, Routing, batch_of
 from peftfast.method import method_for
 from peftfast.methods.lora_stack import FactorStack, apply_stack
-from peftfast.routing import BASE, Routing, batch_of
 from peftfast.sites import make_site
+from peftfast.wrapping.inventory import Inventory
 
 #: Where an adapter comes from: a folder or Hub repository, or its config and tensors by file key.
 Source = str | Path | tuple[PeftConfig, Mapping[str, Tensor]]
@@ -484,7 +484,7 @@ def _inventory_of(model: nn.Module) -> Inventory:
 
 
 def _matching(inventory: Inventory, targets: Iterable[str] | None) -> list[str]:
-    from peftfast.targets import all_linear
+    from peftfast.wrapping.targets import all_linear
 
     if targets is None:
         wanted = set(all_linear(inventory.model, PeftConfig()))

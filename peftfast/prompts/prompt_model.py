@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PromptLearningConfig
 from peftfast.errors import PeftWarning, close_matches
-from peftfast.injection import Injection
-from peftfast.inventory import Inventory
 from peftfast.method import method_for
-from peftfast.prompt import (
+from peftfast.prompts.prompt import (
     BasePromptEncoder,
     Inputs,
     PromptEncoders,
@@ -27,6 +25,8 @@ from peftfast.prompt import (
     backbone_of,
     word_embeddings_of,
 )
+from peftfast.wrapping.injection import Injection
+from peftfast.wrapping.inventory import Inventory
 
 Source = tuple[PromptMethod, Prompts, PromptLearningConfig]  # who makes virtual tokens, from what, for which config
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.layer import BaseTunerLayer
-from peftfast.prompt import PromptEncoders
-from peftfast.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.prompts.prompt import PromptEncoders
+from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 
 #: Key of the metadata.
 METADATA_KEY = "peftfast.base"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, enumerate_some, every_name
-from peftfast.fingerprint import METADATA_KEY as BASE_KEY
+from peftfast.files.fingerprint import METADATA_KEY as BASE_KEY
 from peftfast.version import __version__
 
 CRC_KEY, CONFIG_KEY, VERSION_KEY = "peftfast.crc32", "peftfast.config", "peftfast.version"
@@ -58,8 +58,8 @@ def verify(path: object, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
     changed = [key for key, crc in zip(keys, now, strict=True) if crc not in known]
     what = every_name(changed) if changed else f"{len(keys)} tensors, where {len(then)} were saved"
     raise AdapterLoadError(
-        f"{path} is damaged: its checksums do not agree with {what}. If a tool changed the file on purpose and kept its "
-        f"metadata, remove {CRC_KEY!r} from them"
+        f"{path} is damaged: its checksums do not agree with {what}. If a tool changed the file on purpose and kept "
+        f"its metadata, remove {CRC_KEY!r} from them"
     )
 
 

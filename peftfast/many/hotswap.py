@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PeftType
-from peftfast.io import load_peft_weights
+from peftfast.files.io import load_peft_weights
+from peftfast.files.state import Entry, adapter_entries, strip_wrappers
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import Adapter, method_for
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_stack import factor_slots
-from peftfast.state import Entry, adapter_entries, strip_wrappers
 
 #: Fields that change the output and are not in the weights.
 _MUST_AGREE = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")

@@ -24,7 +24,7 @@ from peftfast.method import Adapter
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
 from peftfast.methods.rank_allocator import Allocation, RankAllocator, replace
-from peftfast.tuner import BaseTuner
+from peftfast.tuners.tuner import BaseTuner
 
 STATE_FILE = "adalora_state.safetensors"
 
@@ -237,7 +237,7 @@ class AdaLoraModel(BaseTuner):
         """Go on with the schedule that was saved beside the adapter, if it was saved in mid-schedule."""
         path = Path(folder) / STATE_FILE
         if path.is_file():
-            from peftfast.io import read_safetensors
+            from peftfast.files.io import read_safetensors
 
             self._allocator(adapter_name).load_state_dict(read_safetensors(path))
             self.__dict__.pop("_counted", None)
@@ -246,7 +246,7 @@ class AdaLoraModel(BaseTuner):
         """Save the schedule beside the adapter, as long as it runs; afterwards the ranks say everything."""
         allocator, path = self._allocators.get(adapter_name), Path(folder) / STATE_FILE
         if allocator is not None and allocator.step and not allocator.finished:
-            from peftfast.io import write_safetensors
+            from peftfast.files.io import write_safetensors
 
             write_safetensors(path, {k: v.cpu().contiguous() for k, v in allocator.state_dict().items()})
         elif path.is_file():

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, every_name
-from peftfast.fingerprint import METADATA_KEY as BASE_KEY
-from peftfast.fingerprint import differences
-from peftfast.layer import BaseTunerLayer
-from peftfast.sharding import copy_whole, whole_shape
-from peftfast.state import (
+from peftfast.files.fingerprint import METADATA_KEY as BASE_KEY
+from peftfast.files.fingerprint import differences
+from peftfast.files.state import (
     Entry,
     _layer_entries,
     adapter_entries,
@@ -26,6 +24,8 @@ from peftfast.state import (
     strip_wrappers,
     wrapped_modules,
 )
+from peftfast.layer import BaseTunerLayer
+from peftfast.training.sharding import copy_whole, whole_shape
 
 
 @dataclass
@@ -251,8 +251,8 @@ def judge(fit: Fit, cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str
     bias = getattr(cfg, "bias", "none")
     if bias != "none" and not fit.base and any(_has_bias(entry.layer) for entry, _ in fit.found):
         fit.doubts.append(
-            f"The config says bias={bias!r}, but the file has no biases; the base model's are used. (PEFT 0.7 to 0.20 did "
-            "not save them with bias='lora_only'.)"
+            f"The config says bias={bias!r}, but the file has no biases; the base model's are used. (PEFT 0.7 to 0.20 "
+            "did not save them with bias='lora_only'.)"
         )
     task = getattr(cfg.task_type, "value", cfg.task_type)
     head = next((t for suffix, t in _HEADS.items() if type(base).__name__.endswith(suffix)), None)

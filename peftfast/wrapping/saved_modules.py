@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.counterpart import HasCounterpart
+from peftfast.interop.counterpart import HasCounterpart
 from peftfast.layer import BaseTunerLayer
-from peftfast.routing import Control, Routing
+from peftfast.many.routing import Control, Routing
 
 
 class AuxiliaryTrainingWrapper(HasCounterpart, nn.Module):
@@ -31,7 +31,7 @@ class AuxiliaryTrainingWrapper(HasCounterpart, nn.Module):
         """Follow `control`, as all layers of the model do."""
         self.__dict__["control"] = control
 
-    # ---- which are active ----------------------------------------------------------------------------------------------
+    # ---- which are active --------------------------------------------------------------------------------------------
     @property
     def active_adapter(self) -> str | list[str]:
         return self._active_adapter
@@ -72,7 +72,7 @@ class AuxiliaryTrainingWrapper(HasCounterpart, nn.Module):
     def counterparts(self) -> tuple[str, ...]:
         return (f"utils.other.{next(c.__name__ for c in type(self).__mro__ if c.__module__ == __name__)}",)
 
-    # ---- what subclasses answer ------------------------------------------------------------------------------------------
+    # ---- what subclasses answer --------------------------------------------------------------------------------------
     def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
         raise NotImplementedError
 

@@ -81,8 +81,9 @@ def expert_layout(
     found = re.match(r"(\d+)\.(\d+)", version or "")
     if found is None:
         raise AdapterLoadError(
-            f"The expert parameter {tuple(parameter)} is square, so the shapes do not tell whether its adapter was written "
-            "by PEFT up to 0.18 or from 0.19 on, and the config has no peft_version. Add the version that wrote it"
+            f"The expert parameter {tuple(parameter)} is square, so the shapes do not tell whether its adapter was "
+            "written by PEFT up to 0.18 or from 0.19 on, and the config has no peft_version. Add "
+            "the version that wrote it"
         )
     newer = (int(found[1]), int(found[2])) >= (0, 19)
     return "second" if newer and not is_transposed else "first"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import close_matches
-from peftfast.routing import BASE, Routing, batch_of
+from peftfast.many.routing import BASE, Routing, batch_of
 
 if TYPE_CHECKING:
-    from peftfast.inventory import Inventory
+    from peftfast.wrapping.inventory import Inventory
 
 #: What may be passed as `adapter_names`: a name for every sample, or a number for every sample.
 Choice = Sequence[str] | Tensor

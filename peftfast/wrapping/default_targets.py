@@ -1,17 +1,17 @@
-"""Default target modules by `config.model_type`, as PEFT 0.21.2 has them; `targets.discover_targets` serves the rest."""
+"""Default target modules by `config.model_type`, PEFT 0.21.2's; `targets.discover_targets` serves the rest."""
 
 from __future__ import annotations
 
 _QV = ["q_proj", "v_proj"]
 
 LORA: dict[str, list[str] | str] = {
-    **{
-        kind: _QV
-        for kind in (
+    **dict.fromkeys(
+        (
             "llama", "llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "mistral", "mixtral", "stablelm",
             "opt", "gptj", "gpt_neo", "bart",
-        )
-    },
+        ),  # fmt: skip
+        _QV,
+    ),
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
     "phi": ["q_proj", "v_proj", "fc1", "fc2"],
     "gpt_neox": ["query_key_value"],

@@ -1,0 +1,1 @@
+"""Ranks and first factors chosen from a few batches of data."""

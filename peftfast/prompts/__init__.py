@@ -1,0 +1,1 @@
+"""Prompt, P- and prefix tuning: the model that prepends, and the cache that holds a prefix."""

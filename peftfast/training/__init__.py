@@ -1,0 +1,1 @@
+"""What training needs from a model with adapters: checkpointed blocks, shards, shared reads of an input."""
