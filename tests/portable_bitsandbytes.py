@@ -9,7 +9,15 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.backends.utils import _get_4bit_code
+from bitsandbytes.nn import modules
 from torch import Tensor
+
+
+def evaluate_exactly() -> None:
+    """On AVX512-BF16 CPUs bitsandbytes evaluates 4-bit layers in bf16 with rounded scales, whatever dtype they are in:
+    no reference for anything. This makes it take the path of all other CPUs."""
+    modules.has_avx512bf16 = lambda: False
+
 
 # without the compiler it is wrapped in, which would compile once per shape
 _compute = getattr(_dequantize_4bit_compute, "_torchdynamo_orig_callable", _dequantize_4bit_compute)

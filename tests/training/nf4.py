@@ -11,7 +11,9 @@ def quantise(
 ) -> nn.Module:
     """Every linear layer but the head as bitsandbytes' Linear4bit, on the CPU."""
     from bitsandbytes.nn import Linear4bit
+    from portable_bitsandbytes import evaluate_exactly
 
+    evaluate_exactly()  # here, because worker processes come this way too
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             packed = Linear4bit(

@@ -71,6 +71,12 @@ def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     )
 
 
+def spread(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The error of all tensors together: for comparing precisions, where the largest single error is chance."""
+    squares = [(found[k].double() - e.double()).square().sum() / e.double().square().sum() for k, e in expected.items()]
+    return torch.stack(squares).mean().sqrt().item()
+
+
 def ddp(kind: str, folder: Path) -> dict:
     rank, world = dist.get_rank(), dist.get_world_size()
     model = model_of(kind)
@@ -107,7 +113,8 @@ def fsdp2(kind: str, folder: Path) -> dict:
     loss = model(**share(rank, world)).loss
     loss.backward()
     found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
-    result = {"error": error(found, single(kind)), "loss": loss.item()}
+    expected = single(kind)
+    result = {"error": error(found, expected), "spread": spread(found, expected), "loss": loss.item()}
     optimizer.step()
     if "+peft" not in kind:
         model.save_pretrained(folder, is_main_process=rank == 0)
