@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.base.dense import for_narrowing
-from peftfast.base.weight import kept_copy
 from peftfast.config import PeftConfig
 from peftfast.interop.counterpart import HasCounterpart
 from peftfast.many.routing import Control, Routing
 from peftfast.method import Adapter, AdapterMethod, sample_by_sample
-from peftfast.sites import Dense, make_site
-from peftfast.sites.site import Slot
+from peftfast.sites import make_site
+from peftfast.wrapping.merger import Merger
+from peftfast.wrapping.slots import TransposedView, make_slot
 
 #: A Parameter by the dict it is in and its key there, behind the dict, key and value its owner was found by.
 Place = tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]
@@ -52,8 +51,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
-        self._kept: dict[str, Any] | None = None  # bytes of the base while adapters are merged
-        self.merge_error: Tensor | None = None  # relative error of a merge into quantised storage
+        self.merger = Merger(self)
         self._initial_scaling: dict[str, float] = {}
         # not submodules: views and helpers that hold no parameter of their own
         self.__dict__["site"] = make_site(base_layer)
@@ -100,7 +98,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             if name not in container:  # a tied layer finds its tensors in place
                 # what no file carries must not be left on the meta device
                 where = device if slot.fill is None else self.site.weight.device
-                made = _make_slot(slot, where, dtype)
+                made = make_slot(slot, where, dtype)
                 container[name] = made.train(self.training) if isinstance(made, nn.Module) else made
         self.adapter_layer_names = tuple(dict.fromkeys((*self.adapter_layer_names, *slots)))
         self.other_param_names = tuple(dict.fromkeys((*self.other_param_names, *settings)))
@@ -162,7 +160,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         that the two stay one. The shared weight is merged once, by `source`."""
         for own, theirs in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
             self._container(own, nn.ModuleDict)[name] = TransposedView(source, theirs, name)
-        self.__dict__["_tied_source"] = source
+        self.merger.source = source
 
     # ---- which are active --------------------------------------------------------------------------------------------
     @property
@@ -286,7 +284,9 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             names = self.active_adapters
             active = [self.adapters[n] for n in names if n in self.adapters and n not in self.merged_adapters]
         for adapter in active:
-            adapter.locate()
+            # a compiler cannot follow this into a checkpointed block, and where a tensor hangs is known by then
+            if not (adapter._where and torch.compiler.is_compiling()):
+                adapter.locate()
         # methods that change the input must see it before anybody has multiplied it
         active.sort(key=lambda adapter: getattr(adapter.method, "order", 0))
         plan: list[tuple[AdapterMethod, list[Adapter]]] = []
@@ -303,6 +303,11 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
+
+    @property
+    def merge_error(self) -> Tensor | None:
+        """Relative error of a merge into quantised storage; None where nothing is merged or nothing was rounded so."""
+        return self.merger.error
 
     def merge(
         self,
@@ -321,143 +326,15 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
                 there will be no unmerge.
             untie: other modules use the weight as well and are to keep it as it is, so this one gets its own.
         """
-        if keep not in (True, False, "host"):
-            raise ValueError(f"keep must be True, False or 'host', got {keep!r}")
-        names = self._names_to_merge(adapter_names)
-        if not names:
-            return
-        if self._shares_merged_weight():
-            self.merged_adapters = [*self.merged_adapters, *names]
-            self._plan = None
-            return
-        if self._kept is None and self.merged_adapters:
-            raise RuntimeError(
-                f"Adapters {self.merged_adapters} were merged for good; nothing can be merged on top of them"
-            )
-        first = self._kept is None
-        kept = self._snapshot(keep, untie) if first else self._kept
-        if not first:
-            self._restore(kept)
-        try:
-            dense = self._dense_with([*self.merged_adapters, *names], check=safe_merge)
-        except BaseException:
-            if not first:
-                self._store(self._dense_with(self.merged_adapters, check=False))
-            raise
-        if first and untie:
-            self.base_layer.weight = nn.Parameter(torch.empty_like(self.base_layer.weight), requires_grad=False)
-        self._store(dense)
-        self._kept = kept if keep or not first else None
-        self.merged_adapters = [*self.merged_adapters, *names]
-        self._plan = None
-
-    def _snapshot(self, keep: bool | str, untie: bool) -> dict[str, Any]:
-        """What `_restore` needs; of a tied weight the Parameter itself, which nobody writes to."""
-        host = keep == "host"
-        bias = getattr(self.base_layer, "bias", None)
-        return {
-            "parameter": self.base_layer.weight if untie else None,
-            "weight": self.site.weight.snapshot(host) if keep and not untie else None,
-            "bias": kept_copy(bias, host) if keep and bias is not None else None,
-        }
-
-    def check_mergeable(self, names: Sequence[str]) -> None:
-        """Raise what merging these adapters would raise for their kind, without computing anything."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            bias = getattr(self.base_layer, "bias", None)
-            weight = torch.empty(self.site.weight.shape)
-            base = dense = Dense(weight, None if bias is None else torch.empty(bias.shape))
-            for name in names:
-                try:
-                    dense = self.adapters[name].method.merged(self.site, dense, self.adapters[name], base)
-                except RuntimeError as e:
-                    if type(e) in (RuntimeError, NotImplementedError):  # others say that values would be needed
-                        raise
-
-    def _shares_merged_weight(self) -> bool:
-        source = self.__dict__.get("_tied_source")
-        return source is not None and source.base_layer.weight is self.base_layer.weight
-
-    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        names = self.active_adapters if adapter_names is None else adapter_names
-        names = [n for n in dict.fromkeys(names) if n in self.adapters]
-        if self.merged:
-            names = [n for n in names if n not in self.merged_adapters]
-            if names:
-                warnings.warn(
-                    f"Already following adapters were merged {','.join(self.merged_adapters)}. "
-                    f"You are now additionally merging {','.join(names)}.",
-                    stacklevel=3,
-                )
-            else:
-                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-        return names
-
-    @torch.no_grad()
-    def _dense_with(self, names: Sequence[str], check: bool) -> Dense:
-        wide = getattr(self.site.weight, "merge_dtype", torch.float32)
-        bias = getattr(self.base_layer, "bias", None)
-        base = Dense(self.site.weight.dense(wide), None if bias is None else bias.detach().to(wide))
-        dense = base
-        for name in names:
-            adapter = self.adapters[name]
-            dense = adapter.method.merged(self.site, dense, adapter, base)
-            if check and not all(t is None or torch.isfinite(t).all() for t in dense):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        return dense
-
-    @torch.no_grad()
-    def _store(self, dense: Dense) -> None:
-        self.merge_error = self.site.weight.assign(dense.weight)
-        if dense.bias is not None:
-            self.base_layer.bias.copy_(for_narrowing(dense.bias, self.base_layer.bias.dtype))
-
-    @torch.no_grad()
-    def _restore(self, kept: dict[str, Any]) -> None:
-        if kept["parameter"] is not None:
-            self.base_layer.weight = kept["parameter"]
-        else:
-            self.site.weight.restore(kept["weight"])
-        if kept["bias"] is not None:
-            self.base_layer.bias.copy_(kept["bias"])
+        self.merger.merge(safe_merge, adapter_names, keep=keep, untie=untie)
 
     def unmerge(self) -> None:
         """Take all merged adapters out again; every bit of the base is as before."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._shares_merged_weight():
-            self.merged_adapters = []
-            self._plan = None
-            return
-        if self._kept is None:
-            raise RuntimeError(
-                f"Adapters {self.merged_adapters} were merged without keeping the original weight, so they cannot be "
-                "taken out again. Merge with keep=True to be able to unmerge."
-            )
-        self._restore(self._kept)
-        self._kept = self.merge_error = None
-        self.merged_adapters = []
-        self._plan = None
+        self.merger.unmerge()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change that merging `adapter` alone would make, in the layout of the stored weight, in fp32."""
-        if adapter not in self.adapters:
-            raise ValueError(f"Adapter {adapter} not found. Present here: {sorted(self.adapters)}")
-        view = self.adapters[adapter]
-        with torch.no_grad():
-            base = Dense(self.site.weight.dense(torch.float32), None)
-            change = view.method.merged(self.site, base, view, base).weight - base.weight
-        stored = self.base_layer.weight
-        return (
-            change.t()
-            if getattr(self.site.weight, "transposed", False)
-            else change.reshape(stored.shape if stored.numel() == change.numel() else change.shape)
-        )
+        return self.merger.change(adapter)
 
     # ---- scaling -----------------------------------------------------------------------------------------------------
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -546,33 +423,3 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         super().__setstate__(state)
         for adapter in self.adapters.values():
             adapter.locate()
-
-
-class TransposedView(nn.Module):
-    """Holds no tensor: its `weight` is another layer's factor, transposed."""
-
-    bias = None
-
-    def __init__(self, source: BaseTunerLayer, slot: str, adapter: str) -> None:
-        super().__init__()
-        self.__dict__["_source"] = (source, slot, adapter)
-
-    @property
-    def weight(self) -> Tensor:
-        source, slot, adapter = self.__dict__["_source"]
-        return source.adapters[adapter][slot].t()
-
-
-def _make_slot(slot: Slot, device: torch.device, dtype: torch.dtype) -> nn.Module | nn.Parameter:
-    def parameter(shape: tuple[int, ...]) -> nn.Parameter:
-        if slot.fill is not None:
-            return nn.Parameter(torch.full(shape, slot.fill, device=device, dtype=torch.float32), requires_grad=False)
-        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
-
-    if slot.holder is None:
-        return parameter(slot.shape)
-    holder = slot.holder()
-    holder.weight = parameter(slot.shape)
-    if slot.bias is not None:
-        holder.bias = parameter(slot.bias)
-    return holder

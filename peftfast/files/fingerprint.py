@@ -174,7 +174,7 @@ def _sample(place: Place) -> Sample | None:
         return None
     stored = weight.detach()
     if layer is not None and layer.merged:
-        stored = (layer._kept or {}).get("weight")
+        stored = (layer.merger.kept or {}).get("weight")
         if not isinstance(stored, Tensor) or stored.shape != weight.shape:
             return None
     if stored.is_floating_point():

@@ -134,7 +134,7 @@ class Fit:
                 continue
             entries = list(_layer_entries(key, layer, self.adapter_name))
             complete = all((id(entry.owner), entry.attribute) in loaded for entry in entries)
-            if complete and not (everywhere and layer.__dict__.get("_tied_source") is None):
+            if complete and not (everywhere and layer.merger.source is None):
                 continue
             device = layer.site.weight.device
             if device.type == "meta":

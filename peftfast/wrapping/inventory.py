@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning, enumerate_some
 from peftfast.layer import BaseTunerLayer, Place, check_adapter_name
 from peftfast.many.routing import Control
 from peftfast.method import method_for
 from peftfast.wrapping.injection import Injection, plan_injection
+from peftfast.wrapping.model_merger import ModelMerger
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 from peftfast_kernels.op import get_backend
 
@@ -45,6 +45,7 @@ class Inventory:
         self.enabled = True
         self.numbers: dict[str, int] = {}
         self.control = Control()
+        self.merger = ModelMerger(self)
         self._next_number = 0
         self._places: dict[str, list[Place]] = {}
         self._number_tables: dict[torch.device, tuple[tuple[str, ...], Tensor]] = {}
@@ -133,6 +134,7 @@ class Inventory:
             )
         first = not self.configs and not any(layer.adapters for layer in self.layers.values())
         fields_before = dict(cfg.__dict__)
+        present = {wrapper for _, wrapper in self.wrappers()}
         try:
             injection = self._inject(name, cfg, strict, options)
         except BaseException:
@@ -144,6 +146,8 @@ class Inventory:
         self._give_number(name)
         for _, wrapper in self.wrappers():
             wrapper.share(self.control)
+            if not self.enabled and wrapper not in present:
+                wrapper._disable_adapters = True  # off is off, also where the first adapter comes while it is
         if first:
             self._freeze_base()
         return injection
@@ -308,6 +312,8 @@ class Inventory:
             for parameter, requires_grad in grads:
                 parameter.requires_grad_(requires_grad)
             self.enabled = enabled
+            for wrapper in {w for _, w in self.wrappers()} - {w for w, _ in before}:
+                wrapper._disable_adapters = not enabled  # made inside the block
 
     # ---- deleting ----------------------------------------------------------------------------------------------------
     def delete(self, name: str) -> None:
@@ -346,109 +352,19 @@ class Inventory:
 
         A layer whose weight other modules use as well gets a weight of its own while it is merged.
         """
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        names = self.active if adapter_names is None else adapter_names
-        layers = self._mergeable()
-        present = [n for n in names if n in self.configs]
-        merged = {n for layer in layers for n in layer.merged_adapters}
-        if merged and present and set(present) <= merged:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-            return
-        if merged and present:
-            new = [n for n in present if n not in merged]
-            warnings.warn(
-                f"Already following adapters were merged {','.join(sorted(merged))}. "
-                f"You are now additionally merging {','.join(new)}.",
-                stacklevel=3,
-            )
-        work = []
-        for layer in layers:
-            wanted = [n for n in present if n in layer.adapters and n not in layer.merged_adapters]
-            if wanted:
-                work.append((layer, wanted))
-        if not keep:  # there is no way back, so nothing may fail half-way
-            for layer, wanted in work:
-                layer.check_mergeable(wanted)
-                if safe_merge:
-                    layer._dense_with([*layer.merged_adapters, *wanted], check=True)
-        shared = self._weights_of_others([layer for layer, _ in work])
-        before: list[tuple[BaseTunerLayer, list[str]]] = []
-        try:
-            for layer, wanted in progress(work):
-                before.append((layer, layer.merged_adapters))
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="Already following adapters were merged")
-                    layer.merge(safe_merge and bool(keep), wanted, keep=keep, untie=layer in shared)
-        except BaseException:
-            for layer, names_before in reversed(before):
-                if keep and layer.merged_adapters != names_before:
-                    layer.unmerge()
-                    if names_before:
-                        layer.merge(adapter_names=names_before, keep=keep, untie=layer in shared)
-            raise
-        self._say_merge_errors()
-
-    def check_not_merged(self, name: str, what: str) -> None:
-        """ValueError if the adapter is inside the weights, where a change of it would not arrive."""
-        if any(name in layer.merged_adapters for layer in self._mergeable()):
-            raise ValueError(f"Cannot {what} adapter {name} while it is merged. Please unmerge it first.")
-
-    def _mergeable(self) -> list[BaseTunerLayer]:
-        rows = [w.token_adapter for w in self.extras.values() if hasattr(type(w), "is_tied")]
-        return [*self.layers.values(), *rows]
-
-    def _weights_of_others(self, layers: list[BaseTunerLayer]) -> set[BaseTunerLayer]:
-        """Which of these layers have a weight that another module uses as its own and is to keep."""
-        users: dict[int, set[nn.Module]] = {}
-        for module in self.model.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    users.setdefault(id(parameter), set()).add(module)
-        found: set[BaseTunerLayer] = set()
-        for layer in layers:
-            if layer.__dict__.get("_tied_source") is not None or layer not in self.layers.values():
-                continue  # tied on purpose: one change for all of them
-            own = layer.base_layer._parameters.get("weight")
-            others = users.get(id(own), set()) - {layer.base_layer}
-            others -= {o.base_layer for o in self.layers.values() if o.__dict__.get("_tied_source") is layer}
-            if others and getattr(layer.site.weight, "quantization", None) is None:
-                found.add(layer)
-        if found:
-            keys = [key for key, layer in self.layers.items() if layer in found]
-            warnings.warn(
-                f"The weights of {enumerate_some(keys)} are tied to other modules, which the adapters do not change; "
-                "while merged, they are weights of their own.",
-                PeftWarning,
-                stacklevel=4,
-            )
-        return found
-
-    def merge_errors(self) -> dict[str, float]:
-        """Relative error |stored - exact| / |exact| of every merged weight whose storage is quantised."""
-        errors = {k: layer.merge_error for k, layer in self.layers.items() if layer.merge_error is not None}
-        return {key: float(error) for key, error in errors.items()}
-
-    def _say_merge_errors(self) -> None:
-        errors = self.merge_errors()
-        if errors:
-            worst = max(errors, key=errors.__getitem__)
-            warnings.warn(
-                f"{len(errors)} weights with adapters inside were rounded to their quantised storage: relative error "
-                f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} in {worst}. "
-                "merge_and_unload(dequantize=True) merges without that rounding, into dense weights.",
-                PeftWarning,
-                stacklevel=4,
-            )
+        self.merger.merge(adapter_names, safe_merge, keep=keep, progress=progress)
 
     def unmerge(self) -> None:
         """Take everything merged out again; bitwise the base as before."""
-        layers = self._mergeable()
-        merged = [layer for layer in layers if layer.merged]
-        if not merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-        for layer in reversed(merged):  # the reverse order matters where layers share one weight
-            layer.unmerge()
+        self.merger.unmerge()
+
+    def check_not_merged(self, name: str, what: str) -> None:
+        """ValueError if the adapter is inside the weights, where a change of it would not arrive."""
+        self.merger.check_not_merged(name, what)
+
+    def merge_errors(self) -> dict[str, float]:
+        """Relative error |stored - exact| / |exact| of every merged weight whose storage is quantised."""
+        return self.merger.errors()
 
     def unload(self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None,
                progress: Callable[[Iterable], Iterable] = lambda items: items) -> nn.Module:  # fmt: skip
@@ -459,7 +375,7 @@ class Inventory:
             names = self.active if adapter_names is None else adapter_names
             merged = {n for layer in self.layers.values() for n in layer.merged_adapters}
             if not merged:
-                self._untie_one_sided(names)
+                self.merger.untie_one_sided(names)
             if not set(names) <= merged:
                 # a check that may refuse half-way needs the bytes to go back to
                 self.merge(names, safe_merge, keep=bool(merged) or safe_merge, progress=progress)
@@ -470,44 +386,11 @@ class Inventory:
         for key, wrapper in self.extras.items():
             module = wrapper.unload_and_optionally_merge_module(False, safe_merge, adapter_names)
             self.replace(key, module)
-        self._say_if_untied()
+        self.merger.say_if_untied()
         self.layers, self.extras = {}, {}
         self.configs.clear()
         self.numbers, self._number_tables, self._places = {}, {}, {}
         return self.model
-
-    def _untie_one_sided(self, names: Iterable[str]) -> None:
-        """Where an adapter is about to change one of two modules that share a weight, the other gets its own copy;
-        merging would otherwise change what nobody adapted."""
-        owners: dict[int, list[nn.Module]] = {}
-        for module in self.model.modules():
-            weight = module._parameters.get("weight")
-            if weight is not None:
-                owners.setdefault(id(weight), []).append(module)
-        inside_extras = {id(m) for wrapper in self.extras.values() for m in wrapper.modules()}
-        followers = {id(layer.base_layer) for layer in self.layers.values() if layer._shares_merged_weight()}
-        for layer in self.layers.values():
-            weight = layer.base_layer._parameters.get("weight")
-            if weight is None or id(layer.base_layer) in followers or not set(names) & layer.adapters.keys():
-                continue
-            for other in owners.get(id(weight), ()):
-                if other is not layer.base_layer and id(other) not in inside_extras | followers:
-                    other.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-
-    def _say_if_untied(self) -> None:
-        config = getattr(self.model, "config", None)
-        if not getattr(config, "tie_word_embeddings", False):
-            return
-        inputs, outputs = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        if outputs is not None and inputs is not None and outputs.weight is not inputs.weight:
-            if outputs.weight.shape != inputs.weight.shape or not torch.equal(outputs.weight, inputs.weight):
-                config.tie_word_embeddings = False
-                warnings.warn(
-                    "Input and output embeddings are no longer tied after merging. Setting "
-                    "`config.tie_word_embeddings = False`, so that the saved model keeps both.",
-                    PeftWarning,
-                    stacklevel=4,
-                )
 
     def __deepcopy__(self, memo: dict) -> Inventory:
         new = Inventory.__new__(Inventory)

@@ -1,0 +1,191 @@
+"""Adapters inside the weight of one layer: summed wider than the weight, rounded once, taken out bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.base.dense import for_narrowing
+from peftfast.base.weight import kept_copy
+from peftfast.sites import Dense
+
+if TYPE_CHECKING:
+    from peftfast.layer import BaseTunerLayer
+
+
+class Merger:
+    """Merges into one layer's base weight and restores it. Which adapters are inside is `layer.merged_adapters`.
+
+    Attributes:
+        kept: bytes of the base while adapters are merged; None while nothing is, or where it was merged for good.
+        error: relative error of a merge into quantised storage.
+        source: the layer whose factors this one shares, and which merges a weight that both have; None: no such layer.
+    """
+
+    def __init__(self, layer: BaseTunerLayer) -> None:
+        self.layer = layer
+        self.kept: dict[str, Any] | None = None
+        self.error: Tensor | None = None
+        self.source: BaseTunerLayer | None = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether the weight is also that of the `source`, which merges for both."""
+        return self.source is not None and self.source.base_layer.weight is self.layer.base_layer.weight
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        keep: bool | str = True,
+        untie: bool = False,
+    ) -> None:
+        """See `BaseTunerLayer.merge`."""
+        layer = self.layer
+        if keep not in (True, False, "host"):
+            raise ValueError(f"keep must be True, False or 'host', got {keep!r}")
+        names = self._names_to_merge(adapter_names)
+        if not names:
+            return
+        if self.follows:
+            layer.merged_adapters = [*layer.merged_adapters, *names]
+            layer._plan = None
+            return
+        if self.kept is None and layer.merged_adapters:
+            raise RuntimeError(
+                f"Adapters {layer.merged_adapters} were merged for good; nothing can be merged on top of them"
+            )
+        first = self.kept is None
+        kept = self._snapshot(keep, untie) if first else self.kept
+        if not first:
+            self._restore(kept)
+        try:
+            dense = self.merged([*layer.merged_adapters, *names], check=safe_merge)
+        except BaseException:
+            if not first:
+                self._store(self.merged(layer.merged_adapters, check=False))
+            raise
+        if first and untie:
+            layer.base_layer.weight = nn.Parameter(torch.empty_like(layer.base_layer.weight), requires_grad=False)
+        self._store(dense)
+        self.kept = kept if keep or not first else None
+        layer.merged_adapters = [*layer.merged_adapters, *names]
+        layer._plan = None
+
+    def _snapshot(self, keep: bool | str, untie: bool) -> dict[str, Any]:
+        """What `_restore` needs; of a tied weight the Parameter itself, which nobody writes to."""
+        layer = self.layer
+        host = keep == "host"
+        bias = getattr(layer.base_layer, "bias", None)
+        return {
+            "parameter": layer.base_layer.weight if untie else None,
+            "weight": layer.site.weight.snapshot(host) if keep and not untie else None,
+            "bias": kept_copy(bias, host) if keep and bias is not None else None,
+        }
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise what merging these adapters would raise for their kind, without computing anything."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        layer = self.layer
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            bias = getattr(layer.base_layer, "bias", None)
+            weight = torch.empty(layer.site.weight.shape)
+            base = dense = Dense(weight, None if bias is None else torch.empty(bias.shape))
+            for name in names:
+                try:
+                    dense = layer.adapters[name].method.merged(layer.site, dense, layer.adapters[name], base)
+                except RuntimeError as e:
+                    if type(e) in (RuntimeError, NotImplementedError):  # others say that values would be needed
+                        raise
+
+    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        layer = self.layer
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        names = layer.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in dict.fromkeys(names) if n in layer.adapters]
+        if layer.merged:
+            names = [n for n in names if n not in layer.merged_adapters]
+            if names:
+                warnings.warn(
+                    f"Already following adapters were merged {','.join(layer.merged_adapters)}. "
+                    f"You are now additionally merging {','.join(names)}.",
+                    stacklevel=4,
+                )
+            else:
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+        return names
+
+    @torch.no_grad()
+    def merged(self, names: Sequence[str], check: bool) -> Dense:
+        """The base with these adapters, wide; ValueError, if `check`, for one that makes a value not finite."""
+        layer = self.layer
+        wide = getattr(layer.site.weight, "merge_dtype", torch.float32)
+        bias = getattr(layer.base_layer, "bias", None)
+        base = Dense(layer.site.weight.dense(wide), None if bias is None else bias.detach().to(wide))
+        dense = base
+        for name in names:
+            adapter = layer.adapters[name]
+            dense = adapter.method.merged(layer.site, dense, adapter, base)
+            if check and not all(t is None or torch.isfinite(t).all() for t in dense):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        return dense
+
+    @torch.no_grad()
+    def _store(self, dense: Dense) -> None:
+        layer = self.layer
+        self.error = layer.site.weight.assign(dense.weight)
+        if dense.bias is not None:
+            layer.base_layer.bias.copy_(for_narrowing(dense.bias, layer.base_layer.bias.dtype))
+
+    @torch.no_grad()
+    def _restore(self, kept: dict[str, Any]) -> None:
+        layer = self.layer
+        if kept["parameter"] is not None:
+            layer.base_layer.weight = kept["parameter"]
+        else:
+            layer.site.weight.restore(kept["weight"])
+        if kept["bias"] is not None:
+            layer.base_layer.bias.copy_(kept["bias"])
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out again; every bit of the base is as before."""
+        layer = self.layer
+        if not layer.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+            return
+        if self.follows:
+            layer.merged_adapters = []
+            layer._plan = None
+            return
+        if self.kept is None:
+            raise RuntimeError(
+                f"Adapters {layer.merged_adapters} were merged without keeping the original weight, so they cannot be "
+                "taken out again. Merge with keep=True to be able to unmerge."
+            )
+        self._restore(self.kept)
+        self.kept = self.error = None
+        layer.merged_adapters = []
+        layer._plan = None
+
+    def change(self, adapter: str) -> Tensor:
+        """See `BaseTunerLayer.get_delta_weight`."""
+        layer = self.layer
+        if adapter not in layer.adapters:
+            raise ValueError(f"Adapter {adapter} not found. Present here: {sorted(layer.adapters)}")
+        view = layer.adapters[adapter]
+        with torch.no_grad():
+            base = Dense(layer.site.weight.dense(torch.float32), None)
+            change = view.method.merged(layer.site, base, view, base).weight - base.weight
+        stored = layer.base_layer.weight
+        return (
+            change.t()
+            if getattr(layer.site.weight, "transposed", False)
+            else change.reshape(stored.shape if stored.numel() == change.numel() else change.shape)
+        )

@@ -1,0 +1,164 @@
+"""Adapters inside the weights of a whole model: in every layer or in none, and what becomes of weights that modules
+share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.layer import BaseTunerLayer
+
+if TYPE_CHECKING:
+    from peftfast.wrapping.inventory import Inventory
+
+
+class ModelMerger:
+    """Merges in all layers of an inventory together; each layer's `Merger` does the arithmetic."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self.inventory = inventory
+
+    def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: bool | str = True,
+              progress: Callable[[Iterable], Iterable] = lambda items: items) -> None:  # fmt: skip
+        """See `Inventory.merge`."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        names = self.inventory.active if adapter_names is None else adapter_names
+        layers = self.layers()
+        present = [n for n in names if n in self.inventory.configs]
+        merged = {n for layer in layers for n in layer.merged_adapters}
+        if merged and present and set(present) <= merged:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+            return
+        if merged and present:
+            new = [n for n in present if n not in merged]
+            warnings.warn(
+                f"Already following adapters were merged {','.join(sorted(merged))}. "
+                f"You are now additionally merging {','.join(new)}.",
+                stacklevel=4,
+            )
+        work = []
+        for layer in layers:
+            wanted = [n for n in present if n in layer.adapters and n not in layer.merged_adapters]
+            if wanted:
+                work.append((layer, wanted))
+        if not keep:  # there is no way back, so nothing may fail half-way
+            for layer, wanted in work:
+                layer.merger.check(wanted)
+                if safe_merge:
+                    layer.merger.merged([*layer.merged_adapters, *wanted], check=True)
+        shared = self._weights_of_others([layer for layer, _ in work])
+        before: list[tuple[BaseTunerLayer, list[str]]] = []
+        try:
+            for layer, wanted in progress(work):
+                before.append((layer, layer.merged_adapters))
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Already following adapters were merged")
+                    layer.merge(safe_merge and bool(keep), wanted, keep=keep, untie=layer in shared)
+        except BaseException:
+            for layer, names_before in reversed(before):
+                if keep and layer.merged_adapters != names_before:
+                    layer.unmerge()
+                    if names_before:
+                        layer.merge(adapter_names=names_before, keep=keep, untie=layer in shared)
+            raise
+        self._say_merge_errors()
+
+    def check_not_merged(self, name: str, what: str) -> None:
+        """ValueError if the adapter is inside the weights, where a change of it would not arrive."""
+        if any(name in layer.merged_adapters for layer in self.layers()):
+            raise ValueError(f"Cannot {what} adapter {name} while it is merged. Please unmerge it first.")
+
+    def layers(self) -> list[BaseTunerLayer]:
+        rows = [w.token_adapter for w in self.inventory.extras.values() if hasattr(type(w), "is_tied")]
+        return [*self.inventory.layers.values(), *rows]
+
+    def _weights_of_others(self, layers: list[BaseTunerLayer]) -> set[BaseTunerLayer]:
+        """Which of these layers have a weight that another module uses as its own and is to keep."""
+        users: dict[int, set[nn.Module]] = {}
+        for module in self.inventory.model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    users.setdefault(id(parameter), set()).add(module)
+        found: set[BaseTunerLayer] = set()
+        for layer in layers:
+            if layer.merger.source is not None or layer not in self.inventory.layers.values():
+                continue  # tied on purpose: one change for all of them
+            own = layer.base_layer._parameters.get("weight")
+            others = users.get(id(own), set()) - {layer.base_layer}
+            others -= {o.base_layer for o in self.inventory.layers.values() if o.merger.source is layer}
+            if others and getattr(layer.site.weight, "quantization", None) is None:
+                found.add(layer)
+        if found:
+            keys = [key for key, layer in self.inventory.layers.items() if layer in found]
+            warnings.warn(
+                f"The weights of {enumerate_some(keys)} are tied to other modules, which the adapters do not change; "
+                "while merged, they are weights of their own.",
+                PeftWarning,
+                stacklevel=5,
+            )
+        return found
+
+    def errors(self) -> dict[str, float]:
+        """Relative error |stored - exact| / |exact| of every merged weight whose storage is quantised."""
+        errors = {k: layer.merge_error for k, layer in self.inventory.layers.items() if layer.merge_error is not None}
+        return {key: float(error) for key, error in errors.items()}
+
+    def _say_merge_errors(self) -> None:
+        errors = self.errors()
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            warnings.warn(
+                f"{len(errors)} weights with adapters inside were rounded to their quantised storage: relative error "
+                f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} in {worst}. "
+                "merge_and_unload(dequantize=True) merges without that rounding, into dense weights.",
+                PeftWarning,
+                stacklevel=5,
+            )
+
+    def unmerge(self) -> None:
+        """Take everything merged out again; bitwise the base as before."""
+        layers = self.layers()
+        merged = [layer for layer in layers if layer.merged]
+        if not merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
+        for layer in reversed(merged):  # the reverse order matters where layers share one weight
+            layer.unmerge()
+
+    def untie_one_sided(self, names: Iterable[str]) -> None:
+        """Where an adapter is about to change one of two modules that share a weight, the other gets its own copy;
+        merging would otherwise change what nobody adapted."""
+        owners: dict[int, list[nn.Module]] = {}
+        for module in self.inventory.model.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                owners.setdefault(id(weight), []).append(module)
+        inside_extras = {id(m) for wrapper in self.inventory.extras.values() for m in wrapper.modules()}
+        followers = {id(layer.base_layer) for layer in self.inventory.layers.values() if layer.merger.follows}
+        for layer in self.inventory.layers.values():
+            weight = layer.base_layer._parameters.get("weight")
+            if weight is None or id(layer.base_layer) in followers or not set(names) & layer.adapters.keys():
+                continue
+            for other in owners.get(id(weight), ()):
+                if other is not layer.base_layer and id(other) not in inside_extras | followers:
+                    other.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+    def say_if_untied(self) -> None:
+        config = getattr(self.inventory.model, "config", None)
+        if not getattr(config, "tie_word_embeddings", False):
+            return
+        inputs, outputs = self.inventory.model.get_input_embeddings(), self.inventory.model.get_output_embeddings()
+        if outputs is not None and inputs is not None and outputs.weight is not inputs.weight:
+            if outputs.weight.shape != inputs.weight.shape or not torch.equal(outputs.weight, inputs.weight):
+                config.tie_word_embeddings = False
+                warnings.warn(
+                    "Input and output embeddings are no longer tied after merging. Setting "
+                    "`config.tie_word_embeddings = False`, so that the saved model keeps both.",
+                    PeftWarning,
+                    stacklevel=5,
+                )
