@@ -103,9 +103,15 @@ def test_eight_threads_share_eight_slots(tmp_path):
     assert pool.pinned == 0 and len(pool.in_slots) == 8
 
 
-def test_a_thousand_adapters_through_eight_slots_in_flat_memory():
-    import resource
+def living_tensors() -> tuple[int, int]:
+    """Count and storage bytes of all tensors of the process, once garbage is gone."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    return len(tensors), sum(storages.values())
 
+
+def test_a_thousand_adapters_through_eight_slots_in_flat_memory():
     pool = make_pool(1000, host_capacity=16)
     ids = ids_of(4)
     held = []
@@ -113,14 +119,15 @@ def test_a_thousand_adapters_through_eight_slots_in_flat_memory():
         names = [f"a{(4 * step + j) % 1000}" for j in range(4)]
         with torch.no_grad():
             got = pool(input_ids=ids, adapter_names=names).logits
-        if step % 83 == 0:
+        if step in (0, 49, 249):
             torch.testing.assert_close(got, expected(names, ids), rtol=1e-4, atol=1e-5)
-            gc.collect()
-            alive = sum(type(o) is torch.Tensor for o in gc.get_objects())
-            held.append((alive, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+            del got
+            held.append(living_tensors())
     assert pool.statistics.loads == 1000 and pool.statistics.reads == 1000
-    assert held[-1][0] <= held[1][0] + 20, held  # tensors alive
-    assert held[-1][1] <= held[1][1] + 20_000, held  # KiB
+    # A tensor left behind by every request would be 200 more, one by every load 800. What else lives in the process
+    # (other tests' leftovers, lazily made tables) moves the count by a few, so the bound is half of the smaller.
+    tensors, size = (after - before for before, after in zip(held[1], held[2], strict=True))
+    assert tensors < 100 and size < 100 * 1024, held  # the smallest adapter is 512 bytes, 800 of it 400 KiB
     assert len(pool._host) == 16 and len(pool._slots) == 8
 
 
