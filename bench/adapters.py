@@ -2,37 +2,28 @@
 
     python bench/adapters.py [--adapters 100] [--layers 32] [--hidden 32]
 
-Prints one line per figure: what, peftfast, PEFT. Each library runs in a process of its own. Figures are medians of CPU
-time, so that other processes on the machine do not count; the mixed batch runs at a hidden size of --mix-hidden, where
-a base product is worth something.
+Prints one row per figure: what, peftfast, PEFT, their ratio (below 1: PEFT is the faster). Both libraries run in one
+process and take turns. Figures are medians of CPU time, so that other processes on the machine do not count; the mixed
+batch runs at a hidden size of --mix-hidden, where a base product is worth something.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
+import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 
-
-def median(call: Callable[[], Any], runs: int) -> float:
-    """Milliseconds of CPU time."""
-    call()
-    times = []
-    for _ in range(runs):
-        start = time.process_time_ns()
-        call()
-        times.append((time.process_time_ns() - start) / 1e6)
-    return statistics.median(times)
+CONFIG = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False}
+Row = tuple[str, dict[str, float]]
 
 
 def alternating(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
@@ -58,54 +49,78 @@ def llama(layers: int, hidden: int) -> torch.nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def measure(library: str, args: argparse.Namespace) -> dict[str, float]:
-    lib = importlib.import_module(library)
-    config = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False}
-    figures: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        model = lib.get_peft_model(llama(args.layers, args.hidden), lib.LoraConfig(**config), "first")
-        model.save_pretrained(folder)
-        figures["adapted layers"] = sum(hasattr(m, "lora_A") for m in model.modules())
-        loading = []
+def layers_of(lib: ModuleType, args: argparse.Namespace, folder: str) -> Any:
+    model = lib.get_peft_model(llama(args.layers, args.hidden), lib.LoraConfig(**CONFIG), "first")
+    model.save_pretrained(folder)
+    return model
 
-        def load(name: str) -> None:
-            start = time.process_time_ns()
-            model.load_adapter(f"{folder}/first", adapter_name=name)
-            loading.append((time.process_time_ns() - start) / 1e6)
 
+def lifecycle(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Iterator[Row]:
+    """Switching and loading, the libraries taking turns after every load."""
+    with tempfile.TemporaryDirectory() as root:
+        models = {name: layers_of(lib, args, f"{root}/{name}") for name, lib in libraries.items()}
+        loading: dict[str, list[float]] = {name: [] for name in models}
+
+        def load(adapter: str) -> None:
+            for name, model in models.items():
+                start = time.process_time_ns()
+                model.load_adapter(f"{root}/{name}/first", adapter_name=adapter)
+                loading[name].append((time.process_time_ns() - start) / 1e6)
+
+        def switch(model: Any) -> Callable[[], None]:
+            def both() -> None:
+                model.set_adapter("first")
+                model.set_adapter("n0")
+
+            return both
+
+        def switching() -> dict[str, float]:
+            times = alternating({name: switch(model) for name, model in models.items()}, args.runs)
+            return {name: t / 2 for name, t in times.items()}
+
+        yield "adapted layers", {n: sum(hasattr(m, "lora_A") for m in model.modules()) for n, model in models.items()}
         load("warm-up")
-        model.delete_adapter("warm-up")
-        loading.clear()
+        for model in models.values():
+            model.delete_adapter("warm-up")
+        for times in loading.values():
+            times.clear()
         load("n0")
-
-        def switch() -> None:
-            model.set_adapter("first")
-            model.set_adapter("n0")
-
-        figures["set_adapter, 2 present"] = median(switch, args.runs) / 2
+        few = switching()
+        yield "set_adapter, 2 present, ms", few
         for i in range(1, args.adapters - 1):
             load(f"n{i}")
-        figures["set_adapter, all present"] = median(switch, args.runs) / 2
-        figures["load_adapter, first three"] = statistics.median(loading[:3])
-        figures["load_adapter, last three"] = statistics.median(loading[-3:])
+        many = switching()
+        yield f"set_adapter, {args.adapters} present, ms", many
+        yield "set_adapter, the latter over the former", {n: many[n] / few[n] for n in many}
+        ends = {n: (statistics.median(t[:5]), statistics.median(t[-5:])) for n, t in loading.items()}
+        yield "load_adapter, median of the first five, ms", {n: first for n, (first, _) in ends.items()}
+        yield "load_adapter, median of the last five, ms", {n: last for n, (_, last) in ends.items()}
+        yield "load_adapter, the latter over the former", {n: last / first for n, (first, last) in ends.items()}
+
+
+def mixing(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Iterator[Row]:
+    """A batch of 16 samples over 16 adapters, as a multiple of the base alone."""
     base = llama(2, args.mix_hidden)
-    model = lib.get_peft_model(llama(2, args.mix_hidden), lib.LoraConfig(**config), "n0")
-    for i in range(1, 16):
-        model.add_adapter(f"n{i}", lib.LoraConfig(**config))
-    model.eval()
     names = [f"n{i}" for i in range(16)]
+    models = {}
+    for name, lib in libraries.items():
+        model = lib.get_peft_model(llama(2, args.mix_hidden), lib.LoraConfig(**CONFIG), names[0])
+        for other in names[1:]:
+            model.add_adapter(other, lib.LoraConfig(**CONFIG))
+        models[name] = model.eval()
     with torch.no_grad():
         for tokens in args.mix_tokens:
             ids = torch.randint(0, 256, (16, tokens))
-            calls = {"base": lambda ids=ids: base(ids), "mixed": lambda ids=ids: model(ids, adapter_names=names)}
-            if library == "peftfast":
-                numbers = model.base_model.adapter_numbers(names)
-                calls["numbers"] = lambda ids=ids, numbers=numbers: model(ids, adapter_names=numbers)
+            calls: dict[str, Callable[[], Any]] = {"base": lambda ids=ids: base(ids)}
+            for name, model in models.items():
+                calls[name] = lambda ids=ids, model=model: model(ids, adapter_names=names)
+            ours = models["peftfast"]
+            numbers = ours.base_model.adapter_numbers(names)
+            calls["numbers"] = lambda ids=ids, ours=ours, numbers=numbers: ours(ids, adapter_names=numbers)
             times = alternating(calls, args.runs)
-            for kind in [k for k in times if k != "base"]:
-                what = f"{kind} batch, 16 adapters, 16 x {tokens} tokens, times the base alone"
-                figures[what] = times[kind] / times["base"]
-    return figures
+            what = f"16 adapters, 16 x {tokens} tokens, times the base alone"
+            yield f"names: {what}", {name: times[name] / times["base"] for name in models}
+            yield f"tensor of numbers: {what}", {"peftfast": times["numbers"] / times["base"]}
 
 
 def main() -> None:
@@ -116,21 +131,23 @@ def main() -> None:
     parser.add_argument("--mix-hidden", type=int, default=512)
     parser.add_argument("--mix-tokens", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--library", choices=("peftfast", "peft"), help="measure this one alone and print JSON")
+    parser.add_argument("--only", choices=("lifecycle", "mixing"), help="measure this part alone")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if args.library:
-        print(json.dumps(measure(args.library, args)))
-        return
-    results = {}
-    for library in ("peftfast", "peft"):
-        output = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--library", library], check=True, stdout=-1)
-        results[library] = json.loads(output.stdout.decode().splitlines()[-1])
-    print(f"{'':70} {'peftfast':>10} {'PEFT':>10}")
-    for what, ours in results["peftfast"].items():
-        theirs = results["peft"].get(what)
-        print(f"{what:70} {ours:10.3f} {'' if theirs is None else f'{theirs:10.3f}'}")
+    libraries = {name: importlib.import_module(name) for name in ("peftfast", "peft")}
+    versions = ", ".join(f"{name} {lib.__version__}" for name, lib in libraries.items())
+    options = ", ".join(f"{k}={v}" for k, v in vars(args).items())
+    print(
+        f"{versions}, torch {torch.__version__}, Python {platform.python_version()}, one thread, CPU time; {options}\n"
+    )
+    print("| what | peftfast | PEFT | PEFT / peftfast |\n|---|---:|---:|---:|")
+    for part in (lifecycle, mixing):
+        if args.only in (None, part.__name__):
+            for what, figures in part(libraries, args):
+                ours, theirs = figures["peftfast"], figures.get("peft")
+                rest = "| |" if theirs is None else f"{theirs:.3f} | {theirs / ours:.2f} |"
+                print(f"| {what} | {ours:.3f} | {rest}", flush=True)
 
 
 if __name__ == "__main__":
