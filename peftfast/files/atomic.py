@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ class _FolderLock:
 
 _locks: dict[str, _FolderLock] = {}
 
+#: Of two forms of a first file, the one that readers prefer; removing it is what makes the other one valid.
+_READ_BEFORE = {"adapter_model.bin": "adapter_model.safetensors"}
+
 
 def write_atomically(path: Path, content: Content) -> None:
     """Write a file so that whoever looks sees the old content or the new one, whole, also after a crash.
@@ -39,8 +43,7 @@ def write_atomically(path: Path, content: Content) -> None:
     Raises:
         OSError: disk full, read-only folder; the old file is untouched and no temporary file is left.
     """
-    temporary = _write_beside(path, content)
-    _replace(temporary, path)
+    _place(_write_beside(path, content), path)
     _sync_folder(path.parent)
 
 
@@ -63,17 +66,21 @@ def write_pair(
     with locked(folder, exclusive=True):
         for name in (first[0], *obsolete, second[0], f".{second[0]}"):
             _remove(folder.glob(f".{name}.*.tmp"))  # of writers that were killed; nobody else writes now
+        unfinished = _unfinished(folder, second[0])
+        if unfinished is not None:  # two unfinished pairs at once could not be told apart
+            os.replace(unfinished, folder / second[0])
+        _remove(folder.glob(f".{second[0]}.*.next"))
         temporary = _write_beside(folder / first[0], first[1])
         next_second = folder / f".{second[0]}.{first[0]}.{_digest(temporary)}.next"
         try:
             write_atomically(next_second, second[1])
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            _remove([temporary.parent])
             raise
-        _replace(temporary, folder / first[0])
+        _place(temporary, folder / first[0])
         _sync_folder(folder)
         _remove(folder / name for name in obsolete)
-        _replace(next_second, folder / second[0])
+        os.replace(next_second, folder / second[0])
         _sync_folder(folder)
         _remove(folder.glob(f".{second[0]}.*.next"))
 
@@ -141,6 +148,8 @@ def _unfinished(folder: Path, name: str) -> str | None:
     """The second file of a pair whose writer was stopped after it had replaced the first."""
     for path in folder.glob(f".{name}.*.next"):
         first, _, digest = path.name.removeprefix(f".{name}.").removesuffix(".next").rpartition(".")
+        if first in _READ_BEFORE and (folder / _READ_BEFORE[first]).exists():
+            continue  # the new first file is not the one that is read, so the old pair is still the valid one
         with suppress(OSError):
             written_since = (folder / name).is_file() and (folder / name).stat().st_mtime_ns > path.stat().st_mtime_ns
             if not written_since and _digest(folder / first) == digest:
@@ -148,21 +157,22 @@ def _unfinished(folder: Path, name: str) -> str | None:
     return None
 
 
-def _write_beside(path: Path, content: Content) -> str:
-    """Write to a temporary file in the same folder, down to the disk; returns its path."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+def _write_beside(path: Path, content: Content) -> Path:
+    """Write to a temporary file, down to the disk; returns its path. It is alone in a folder beside `path`, because
+    safetensors writes temporary files of its own next to it, under names that nobody could tell from a user's."""
+    room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    temporary = room / path.name
     try:
         if callable(content):
-            content(temporary)
+            content(str(temporary))
         else:
-            Path(temporary).write_bytes(content)
+            temporary.write_bytes(content)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        # mkstemp makes private files; a checkpoint is as readable as any other file of this user
+        # a checkpoint is as readable as any other file of this user
         os.chmod(temporary, 0o666 & ~_UMASK)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        _remove([room])
         raise
     return temporary
 
@@ -176,12 +186,12 @@ def _read_umask() -> int:
 _UMASK = _read_umask()  # asking for it changes it for a moment, which no other thread may see: asked once
 
 
-def _replace(temporary: str | Path, path: Path) -> None:
+def _place(temporary: Path, path: Path) -> None:
+    """Move what `_write_beside` wrote to where it belongs."""
     try:
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        _remove([temporary.parent])
 
 
 def _sync_folder(folder: Path) -> None:
@@ -196,7 +206,10 @@ def _sync_folder(folder: Path) -> None:
 
 def _remove(paths: Any) -> None:
     for path in paths:
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _digest(path: str | os.PathLike) -> str:
