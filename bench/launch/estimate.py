@@ -111,7 +111,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     model = Model(**{name: getattr(args, name) for name in sizes})
-    print(f"PREDICTED, not measured: r={args.r}, {args.tokens} tokens a GPU and step, trained {model.trained(args.r):,}")
+    print(
+        f"PREDICTED, not measured: r={args.r}, {args.tokens} tokens a GPU and step, trained {model.trained(args.r):,}"
+    )
     print(f"{'launch':<34}{'GPUs':>5}" + "".join(f"{c:>13}" for c in ("adapter GB", "base GB", "memory GB", "of base")))
     print(f"{'':<39}{'sent a step':>13}{'sent a step':>13}{'a GPU':>13}{'':>13}")
     for name, strategy, stored, gpus in LAUNCHES:

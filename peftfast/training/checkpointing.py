@@ -18,7 +18,8 @@ def require_input_gradients(model: nn.Module) -> bool:
 
     Frozen weights stay frozen: nothing but the graph begins earlier.
     """
-    if model.__dict__.get(_DONE):
+    # a compiler takes neither a flag set on an intermediate nor the reentrant way, and the other way needs no flag
+    if model.__dict__.get(_DONE) or torch.compiler.is_compiling():
         return True
     get_inputs = getattr(model, "get_input_embeddings", None)
     try:
@@ -33,6 +34,8 @@ def require_input_gradients(model: nn.Module) -> bool:
 
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     # only where a graph is recorded: under no_grad the flag would mark a leaf for nothing
     if isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled() and output.is_leaf:
         output.requires_grad_(True)

@@ -18,7 +18,9 @@ from training.tiny import batch
 import peftfast
 
 ROOT = Path(__file__).parents[2]
-FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16", "plain+mixed", "plain+mixed+peft"]
+FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16"]
+DRAWS = range(3)
+MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
 
 
 def launch(processes: int, folder: Path, *runs: str) -> list[dict]:
@@ -36,45 +38,70 @@ def launch(processes: int, folder: Path, *runs: str) -> list[dict]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ddp(processes, tmp_path):
-    runs = ["ddp:plain", "ddp:nf4", "ddp:saved"] if processes == 2 else ["ddp:plain"]
-    for result in launch(processes, tmp_path, *runs):
-        for run, found in result.items():
-            assert found["error"] < 1e-5, run
-            assert found["bytes"] == found["trained"], run
+DDP = ["plain", "nf4", "saved"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """All runs of two processes, from one start of them."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, launch(2, folder, *(f"ddp:{kind}" for kind in DDP), *(f"fsdp2:{kind}" for kind in FSDP2 + MIXED))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("four")
+    runs = ("ddp:plain", "ddp:nf4", "fsdp2:plain+checkpointing", "fsdp2:nf4")
+    return folder, launch(4, folder, *runs)
+
+
+BOTH = pytest.mark.parametrize("processes", ["two", pytest.param("four", marks=pytest.mark.slow)])
+
+
+@BOTH
+def test_ddp(processes, request):
+    folder, ranks = request.getfixturevalue(processes)
+    runs = [run for run in ranks[0] if run.startswith("ddp:")]
+    for result in ranks:
+        for run in runs:
+            assert result[run]["error"] < 1e-5, run
+            assert result[run]["bytes"] == result[run]["trained"] > 0, run
     for run in runs:
-        saved = load_file(tmp_path / run.replace(":", "-") / "adapter_model.safetensors")
+        saved = load_file(folder / run.replace(":", "-") / "adapter_model.safetensors")
         alone = workers.model_of(run.partition(":")[2])
         for key, tensor in peftfast.get_peft_model_state_dict(alone).items():
             assert torch.equal(saved[key], tensor)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_fsdp2(processes, tmp_path):
-    kinds = FSDP2 if processes == 2 else ["plain+checkpointing"]
-    results = launch(processes, tmp_path, *(f"fsdp2:{kind}" for kind in kinds))
-    for rank in results:
-        for kind in kinds:
-            found = rank[f"fsdp2:{kind}"]
-            if "+mixed" not in kind:
-                assert found["error"] < 2e-5, kind
-            assert found["logits"] == results[0][f"fsdp2:{kind}"]["logits"]
-            assert found.get("reloaded", found["logits"]) == found["logits"], kind
-    if "plain+mixed" in kinds:
-        ours, theirs = (results[0][f"fsdp2:plain+mixed{end}"]["error"] for end in ("", "+peft"))
-        assert ours <= 1.25 * theirs
+@BOTH
+def test_fsdp2(processes, request):
+    _, ranks = request.getfixturevalue(processes)
+    for result in ranks:
+        for run, found in result.items():
+            if not run.startswith("fsdp2:"):
+                continue
+            if "+mixed" not in run:
+                assert found["error"] < 2e-5, run
+            assert found["logits"] == ranks[0][run]["logits"]
+            assert found.get("reloaded", found["logits"]) == found["logits"], run
 
 
-def test_a_sharded_models_file_loads_anywhere(tmp_path):
-    (result, _) = launch(2, tmp_path, "fsdp2:plain", "fsdp2:nf4")
+def test_fsdp2_in_bf16_is_as_exact_as_peft(two):
+    """Over several draws: in a single one either library may be a tenth ahead."""
+    _, (result, _) = two
+    ours, theirs = (sum(result[f"fsdp2:plain+mixed{end}+{i}"]["spread"] for i in DRAWS) for end in ("", "+peft"))
+    assert ours <= 1.1 * theirs, (ours, theirs)
+
+
+def test_a_sharded_models_file_loads_anywhere(two):
+    folder, (result, _) = two
     for kind in ("plain", "nf4"):
-        folder = tmp_path / f"fsdp2-{kind}"
-        saved = load_file(folder / "adapter_model.safetensors")
+        where = folder / f"fsdp2-{kind}"
+        saved = load_file(where / "adapter_model.safetensors")
         assert all(t.numel() and torch.isfinite(t).all() for t in saved.values())
         expected = torch.tensor(result[f"fsdp2:{kind}"]["logits"])
         for library in (peftfast, peft):
-            model = library.PeftModel.from_pretrained(workers.base(kind), folder).eval()
+            model = library.PeftModel.from_pretrained(workers.base(kind), where).eval()
             with torch.no_grad():
                 torch.testing.assert_close(model(**batch(2)).logits.float()[0, -1], expected, rtol=1e-4, atol=1e-4)
 

@@ -1,6 +1,7 @@
 """What the processes of the distributed tests run: `torchrun --nproc-per-node N workers.py <folder> <what>:<kind> ...`.
 
-A kind is a base (plain, bf16, nf4, saved) and options joined by "+": mixed, offload, checkpointing, peft.
+A kind is a base (plain, bf16, nf4, saved) and options joined by "+": mixed, offload, checkpointing, peft,
+and a digit that draws other factors and another batch.
 """
 
 from __future__ import annotations
@@ -31,19 +32,23 @@ def model_of(kind: str) -> torch.nn.Module:
     library = importlib.import_module("peft" if "peft" in flags else "peftfast")
     options = {"modules_to_save": ["lm_head"]} if what == "saved" else {}
     model = library.get_peft_model(base(what), lora(library, **options))
-    fill(model)
+    fill(model, 3 + draw(kind))
     return model.train()
 
 
-def share(rank: int, world: int) -> dict[str, torch.Tensor]:
+def draw(kind: str) -> int:
+    return sum(int(flag) for flag in kind.split("+") if flag.isdigit())
+
+
+def share(kind: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     """This process's part of the batch of eight."""
-    return {k: v.chunk(world)[rank] for k, v in batch(8).items()}
+    return {k: v.chunk(world)[rank] for k, v in batch(8, 2 + draw(kind)).items()}
 
 
 def single(kind: str) -> dict[str, torch.Tensor]:
     """Gradients of the whole batch in one process."""
     model = model_of(kind)
-    model(**batch(8)).loss.backward()
+    model(**batch(8, 2 + draw(kind))).loss.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -83,7 +88,7 @@ def ddp(kind: str, folder: Path) -> dict:
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     traffic = Traffic()
     wrapped.register_comm_hook(None, traffic.reduce)
-    wrapped(**share(rank, world)).loss.backward()
+    wrapped(**share(kind, rank, world)).loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     if "+peft" not in kind:
@@ -110,7 +115,7 @@ def fsdp2(kind: str, folder: Path) -> dict:
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(isinstance(p, DTensor) for p in trained)
     optimizer = torch.optim.SGD(trained, lr=0.1)
-    loss = model(**share(rank, world)).loss
+    loss = model(**share(kind, rank, world)).loss
     loss.backward()
     found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
     expected = single(kind)
