@@ -37,6 +37,9 @@ _CHUNK_GPU = 1 << 24
 # Masks of up to this many elements (bytes) outlive the call that made them, until the next one.
 _REMEMBERED = 1 << 24
 
+# Bytes of small masks, as numbers, that a thread keeps from the forward pass for the backward pass.
+_SMALL = 1 << 22
+
 
 def threshold(prob: float) -> int:
     """``round(prob * 2**24)``: of 2**24 equally likely draws, how many drop. Raises ``ValueError`` outside [0, 1]."""
@@ -185,6 +188,29 @@ def device_masks(on: bool = True) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def small_keep(rows: int, cols: int, seed: Tensor | None, prob: float, dtype: torch.dtype) -> Tensor | None:
+    """[rows, cols] in ``dtype``: 1 where kept, 0 where dropped. None where the mask is for `masked_rows`: on devices,
+    under a compiler, beside the interpreter, and wherever it is worth more than one chunk.
+
+    At such sizes the host decides: one multiplication costs a fraction of a fill by a mask, and of making it anew.
+    """
+    if not 0 < rows * cols <= _CHUNK or type(seed) is not Tensor or not seed.is_cpu:
+        return None
+    if torch.compiler.is_compiling() or _hashes_on_cpu():
+        return None
+    key = (seed.item(), rows, cols, prob, dtype)
+    masks = _thread.__dict__.setdefault("small", {})
+    keep = masks.get(key)
+    if keep is None:
+        keep = torch.from_numpy(~_generated_rows(cols, rows, key[0], threshold(prob), 0)).to(dtype)
+        masks[key] = keep
+        total = _thread.__dict__.get("small bytes", 0) + keep.nbytes
+        while total > _SMALL:
+            total -= masks.pop(next(iter(masks))).nbytes
+        _thread.__dict__["small bytes"] = total
+    return keep
 
 
 def _hashes_on_cpu() -> bool:

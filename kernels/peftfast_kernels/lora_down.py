@@ -8,7 +8,7 @@ upcast x; x is never copied to fp32 as a whole.
 import torch
 from torch import Tensor
 
-from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, threshold
+from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, small_keep, threshold
 from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks, transposed, zero_like
 
 WIDE_CHUNK = 1 << 19  # elements of half-precision activations held in fp32 at a time: 2 MiB
@@ -87,6 +87,9 @@ def lora_down(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
             return torch.mm(x, transposed(a))
         return _wide(x, a)
     (m, k), r = x.shape, a.shape[0]
+    keep = small_keep(m, k, seed, prob, a.dtype) if x.dtype == a.dtype else None
+    if keep is not None:
+        return torch.addmm(zero_like(a), x * keep, transposed(a), beta=0, alpha=keep_scale(prob))
     t = torch.empty(m, r, dtype=a.dtype, device=a.device)
     at, scale, zero = transposed(a), keep_scale(prob), zero_like(a)
     for rows, dropped in masked_rows(m, k, seed, prob):

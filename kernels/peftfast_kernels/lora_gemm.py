@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftfast_kernels import dispatch
 from peftfast_kernels.decode import Operand, decoder_of, random_operand, weight_kn, weight_nk
-from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, threshold
+from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, small_keep, threshold
 from peftfast_kernels.lora_down import lora_cases, make_inputs, make_seed
 from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks, transposed, zero_like
 
@@ -34,6 +34,9 @@ def _update_(y: Tensor, t: Tensor, bt: Tensor, scale: float) -> Tensor:
 def _masked_update_(y: Tensor, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     """y += keep_mask * (p a) / (1 - prob), in place; p [M, R], a [R, K]."""
     scale, zero = keep_scale(prob), zero_like(p)
+    keep = small_keep(*y.shape, seed, prob, p.dtype) if y.dtype == p.dtype else None
+    if keep is not None:
+        return y.addcmul_(torch.mm(p, a), keep, value=scale)
     for rows, dropped in masked_rows(y.shape[0], y.shape[1], seed, prob):
         y[rows].add_(torch.addmm(zero, p[rows], a, beta=0, alpha=scale).masked_fill_(dropped, 0))
     return y

@@ -8,7 +8,7 @@ are split in fixed parts that are added in order: results do not change from run
 import torch
 from torch import Tensor
 
-from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, threshold
+from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, small_keep, threshold
 from peftfast_kernels.lora_down import WIDE_CHUNK, lora_cases, make_inputs, make_seed
 from peftfast_kernels.op import Cost, accumulate_dtype, op, row_chunks, zero_like
 
@@ -110,6 +110,9 @@ def lora_down_grad(x: Tensor, p: Tensor, seed: Tensor | None, prob: float, grad_
     if threshold(prob) == 0 and x.dtype == p.dtype:
         return _mm(p.t(), x, 1.0, grad_dtype)
     dtype = torch.promote_types(p.dtype, torch.float32)
+    keep = small_keep(*x.shape, seed, prob, dtype) if x.dtype == p.dtype == dtype and threshold(prob) else None
+    if keep is not None:
+        return torch.addmm(zero_like(p), p.t(), x * keep, beta=0, alpha=keep_scale(prob)).to(grad_dtype)
     da = torch.zeros(p.shape[1], x.shape[1], dtype=dtype, device=x.device)
     if threshold(prob) == 0:
         for rows in row_chunks(x.shape[0], x.shape[1], WIDE_CHUNK):

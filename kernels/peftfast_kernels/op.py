@@ -8,6 +8,7 @@ Triton is imported when a launcher is first needed: launchers live in the siblin
 string in ``@op``. So ``import peftfast_kernels`` needs neither a GPU nor Triton and does not pay for their import.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -80,8 +81,9 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def is_interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, the only way they run on CPU tensors."""
+    """Whether Triton kernels run in its interpreter, the only way they run on CPU tensors. Read once, as Triton does."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
