@@ -132,10 +132,11 @@ def main() -> None:
     parser.add_argument("--mix-tokens", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--only", choices=("lifecycle", "mixing"), help="measure this part alone")
+    parser.add_argument("--alone", action="store_true", help="without PEFT, whose loads take minutes at full size")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    libraries = {name: importlib.import_module(name) for name in ("peftfast", "peft")}
+    libraries = {name: importlib.import_module(name) for name in ("peftfast", "peft")[: 1 if args.alone else 2]}
     versions = ", ".join(f"{name} {lib.__version__}" for name, lib in libraries.items())
     options = ", ".join(f"{k}={v}" for k, v in vars(args).items())
     print(
