@@ -10,6 +10,7 @@ over --processes processes that alternate between the libraries. Losses are comp
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import re
 import statistics
@@ -49,6 +50,7 @@ def rise(args: argparse.Namespace, mode: str, library: str) -> int:
     gc.collect()
     step()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else the step runs in pages that the first one left resident
     Path("/proc/self/clear_refs").write_text("5")
     start = resident("VmRSS")
     step()

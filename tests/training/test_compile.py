@@ -101,7 +101,7 @@ def test_with_gradient_checkpointing(eager_first):
         model = make("dropout").train()
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False  # else transformers warns from inside the graph
-        # nor does torch 2.13 compile what transformers hangs on the embedding, with any library; only reentrant needs it
+        # nor does torch 2.13 compile what transformers hangs on the embedding, for anybody; only reentrant needs it
         model.get_base_model().disable_input_require_grads()
         return model
 

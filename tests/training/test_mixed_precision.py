@@ -1,4 +1,4 @@
-"""fp16 with loss scaling and bf16: factors and their gradients stay fp32, overflow is found, nothing refuses to unscale.
+"""fp16 with loss scaling and bf16: factors and gradients stay fp32, overflow is found, nothing refuses to unscale.
 
 GradScaler works on the CPU too; that is the code path of CUDA without its kernels.
 """
