@@ -83,7 +83,7 @@ def has_triton() -> bool:
 
 @functools.cache
 def is_interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, the only way they run on CPU tensors. Read once, as Triton does."""
+    """Whether Triton kernels run in its interpreter, their only way on CPU tensors. Read once, as Triton does."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
