@@ -104,11 +104,13 @@ class _LoraLinear(torch.autograd.Function):
         dx = da = dbias = None
         if need_x:
             w = plan.weight(stored)
-            dx = lora_gemm_t(dy_rows, w, p, a_copy, seed, plan.dropout).to(x.dtype)
+            dx = lora_gemm_t(dy_rows, w, p, a_copy, seed, plan.dropout)
+            dx = dx if dx.dtype is x.dtype else dx.to(x.dtype)  # even a cast to the same dtype takes the host a while
             dx = dx if x.dim() == 2 else dx.view(x.shape)
         if need_a:
             rows = x if x.dim() == 2 else x.reshape(-1, k)
-            da = lora_down_grad(rows.to(plan.dtype), p, seed, plan.dropout, a.dtype)
+            rows = rows if rows.dtype is plan.dtype else rows.to(plan.dtype)
+            da = lora_down_grad(rows, p, seed, plan.dropout, a.dtype)
         if need_bias:
             dbias = dy_rows.sum(0)
         return (dx, da, db, dbias, None, None, *(None for _ in stored))
