@@ -86,6 +86,24 @@ def test_fsdp2(processes, request):
             assert found.get("reloaded", found["logits"]) == found["logits"], run
 
 
+@BOTH
+def test_fsdp2_traffic(processes, request):
+    """Of gradients only the adapters' travel; weights travel as they are stored, blocks twice, the root once."""
+    _, ranks = request.getfixturevalue(processes)
+    for result in ranks:
+        for run, found in result.items():
+            if not run.startswith("fsdp2:"):
+                continue
+            assert found["unknown"] == [], run
+            assert found["reduced"] == found["trained"] > 0, run
+            assert found["gathered"] == 2 * found["blocks"] + found["rest"], run
+            if "saved" not in run and "mixed" not in run:  # 97 rows are padded; mixed reduces in bf16
+                assert found["reduced"] == found["adapter"], run
+        for base, most in (("bf16", 0.6), ("nf4", 0.25)):
+            if f"fsdp2:{base}" in result and "fsdp2:plain" in result:
+                assert result[f"fsdp2:{base}"]["blocks"] < most * result["fsdp2:plain"]["blocks"]
+
+
 def test_fsdp2_in_bf16_is_as_exact_as_peft(two):
     """Over several draws: in a single one either library may be a tenth ahead."""
     _, (result, _) = two

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from training.nf4 import quantise
 from training.tiny import batch, fill, lora
 
@@ -68,6 +69,33 @@ class Traffic:
         )
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the bytes that enter reductions and leave gathers, of every collective operator that is dispatched.
+
+    Operators that it does not know are kept by name, so that no traffic goes uncounted.
+    """
+
+    #: operator -> (what it counts as, which argument holds the whole tensor)
+    WHOLE = {"_allgather_base_": ("gathered", 0), "_reduce_scatter_base_": ("reduced", 1)}
+    #: waits and the like, which carry nothing
+    EMPTY = ("barrier", "monitored_barrier_")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = {"gathered": 0, "reduced": 0}
+        self.unknown: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, name = func.name().partition(".")[0].split("::")
+        if space in ("c10d", "_c10d_functional"):
+            if name in self.WHOLE:
+                kind, position = self.WHOLE[name]
+                self.bytes[kind] += args[position].nbytes
+            elif name not in self.EMPTY:
+                self.unknown.add(name)
+        return func(*args, **(kwargs or {}))
+
+
 def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     assert set(found) == set(expected), set(found) ^ set(expected)
     return max(
@@ -115,11 +143,19 @@ def fsdp2(kind: str, folder: Path) -> dict:
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(isinstance(p, DTensor) for p in trained)
     optimizer = torch.optim.SGD(trained, lr=0.1)
-    loss = model(**share(kind, rank, world)).loss
-    loss.backward()
+    sizes = {"adapter": sum(p.numel() * p.element_size() for p in trained), "trained": 0, "blocks": 0, "rest": 0}
+    for name, p in model.named_parameters():
+        rows = -(-p.shape[0] // world) * world  # shards are equal, so rows are padded
+        size = rows * p.shape[1:].numel() * (2 if "+mixed" in kind and p.is_floating_point() else p.element_size())
+        sizes["blocks" if ".layers." in name else "rest"] += size
+        sizes["trained"] += size * p.requires_grad
+    with Collectives() as traffic:
+        loss = model(**share(kind, rank, world)).loss
+        loss.backward()
     found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
     expected = single(kind)
     result = {"error": error(found, expected), "spread": spread(found, expected), "loss": loss.item()}
+    result |= {**sizes, **traffic.bytes, "unknown": sorted(traffic.unknown)}
     optimizer.step()
     if "+peft" not in kind:
         model.save_pretrained(folder, is_main_process=rank == 0)
