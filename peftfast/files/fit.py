@@ -3,6 +3,8 @@ changed; then the loading itself."""
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
 import re
 import warnings
@@ -16,6 +18,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, every_name
 from peftfast.files.fingerprint import METADATA_KEY as BASE_KEY
 from peftfast.files.fingerprint import differences
+from peftfast.files.metadata import CONFIG_KEY
 from peftfast.files.state import (
     Entry,
     _layer_entries,
@@ -254,16 +257,43 @@ def judge(fit: Fit, cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str
             f"The config says bias={bias!r}, but the file has no biases; the base model's are used. (PEFT 0.7 to 0.20 "
             "did not save them with bias='lora_only'.)"
         )
-    task = getattr(cfg.task_type, "value", cfg.task_type)
-    head = next((t for suffix, t in _HEADS.items() if type(base).__name__.endswith(suffix)), None)
-    if head is not None and task in _HEADS.values() and task != head:
-        fit.doubts.append(f"The adapter is for task {task}, the model {type(base).__name__} is for {head}.")
+    fit.doubts.extend(_task_doubts(cfg, base, metadata))
     if fit.remarks:
         logging.getLogger("peftfast").info("adapter %r, not checked: %s", fit.adapter_name, "; ".join(fit.remarks))
 
 
 def _has_bias(layer: BaseTunerLayer | None) -> bool:
     return layer is not None and getattr(layer.base_layer, "bias", None) is not None
+
+
+def _task_doubts(cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str]) -> list[str]:
+    """Whether the base model's class or the arguments of its forward say that it cannot serve the config's task."""
+    task = getattr(cfg.task_type, "value", cfg.task_type)
+    if task is None:
+        return []
+    kind = type(base).__name__
+    head = next((t for suffix, t in _HEADS.items() if kind.endswith(suffix)), None)
+    if head is not None:
+        known = task in _HEADS.values() or task == "SEQ_2_SEQ_LM"
+        return [f"The adapter is for task {task}, the model {kind} is for {head}."] if known and task != head else []
+    try:
+        taken = inspect.signature(base.forward).parameters
+    except (TypeError, ValueError):
+        return []
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        return []
+    # every task's forward hands its first argument on by one of these names; images and audio have their own
+    if taken.keys() & {"input_ids", "inputs_embeds", getattr(base, "main_input_name", "input_ids")}:
+        return []
+    try:
+        before = json.loads(metadata[CONFIG_KEY]).get("task_type")
+    except (KeyError, ValueError, AttributeError):
+        before = task
+    was = "" if before == task else f" (it was {before} when the weights were saved)"
+    return [
+        f"The adapter is for task {task}{was}, but the model {kind} is for none (task_type=None): its forward takes "
+        f"({', '.join(taken)}), and {task} needs input_ids."
+    ]
 
 
 #: End of a transformers class name -> the task its head is for, where that is certain.

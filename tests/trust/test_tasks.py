@@ -1,0 +1,72 @@
+"""An adapter for another task than the base model serves is reported, and refused under strict=True."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from trust.attacks import CONFIG, base, state, trained
+
+import peftfast
+
+
+class TakesIds(base.Tiny):
+    def forward(self, input_ids):
+        return super().forward(input_ids)
+
+
+class TakesAnything(base.Tiny):
+    def forward(self, *args, **kwargs):
+        return super().forward(kwargs.get("input_ids", *args))
+
+
+class TinyForSequenceClassification(TakesIds):
+    pass
+
+
+class Images(base.Tiny):
+    main_input_name = "ids"
+
+
+def folder_for(task, path):
+    trained().save_pretrained(path)
+    config = json.loads((path / CONFIG).read_text())
+    (path / CONFIG).write_text(json.dumps({**config, "task_type": task}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "words"),
+    [
+        (base.Tiny, "CAUSAL_LM", r"for task CAUSAL_LM \(it was None when.*Tiny is for none.*takes \(ids\)"),
+        (base.Tiny, "FEATURE_EXTRACTION", "for task FEATURE_EXTRACTION"),
+        (TinyForSequenceClassification, "CAUSAL_LM", "for task CAUSAL_LM, .* is for SEQ_CLS"),
+        (TinyForSequenceClassification, "SEQ_2_SEQ_LM", "for task SEQ_2_SEQ_LM, .* is for SEQ_CLS"),
+    ],
+)
+def test_another_task(tmp_path, model, task, words):
+    folder = folder_for(task, tmp_path)
+    fresh = model()
+    before = state(fresh)
+    with pytest.raises(peftfast.AdapterLoadError, match=words):
+        peftfast.PeftModel.from_pretrained(fresh, folder, strict=True)
+    assert state(fresh) == before
+    with pytest.warns(peftfast.AdapterMismatchWarning, match=words):
+        peftfast.PeftModel.from_pretrained(fresh, folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [(base.Tiny, None), (TakesIds, "CAUSAL_LM"), (TakesAnything, "CAUSAL_LM"), (Images, "FEATURE_EXTRACTION")],
+)
+def test_a_task_that_fits_loads_without_a_word(tmp_path, model, task):
+    folder = folder_for(task, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.PeftWarning)
+        loaded = peftfast.PeftModel.from_pretrained(model(), folder)
+    ids = base.inputs()
+    with torch.no_grad():
+        found = loaded(ids=ids) if model is Images else loaded(ids)
+        assert torch.equal(found, trained()(ids))
