@@ -9,17 +9,19 @@ from typing import Any
 #: In any module under the name `peft`.
 NAMES = frozenset(
     """
-    AdaLoraConfig AdaLoraLayer AdaLoraModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig BdLoraConfig BOFTConfig
-    BOFTModel C3AConfig C3AModel CPTConfig CPTEmbedding CordaConfig DeloraConfig DeloraModel EvaConfig FourierFTConfig
-    FourierFTModel GraloraConfig GraloraModel HRAConfig HRAModel IA3Config IA3Layer IA3Model KasaConfig LNTuningConfig
-    LNTuningModel LoHaConfig LoHaLayer LoHaModel LoKrConfig LoKrLayer LoKrModel LoraGAConfig MissConfig MissModel
-    MontecloraConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel OSFConfig OSFModel
-    PolyConfig PolyModel PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig
-    PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit PsoftConfig PsoftModel RandLoraConfig
-    RandLoraModel RoadConfig RoadModel ShiraConfig ShiraModel VBLoRAConfig VBLoRAModel VeloraConfig VeraConfig VeraModel
-    WaveFTConfig WaveFTModel XLoraConfig XLoraModel convert_to_lora create_arrow_model create_riemannian_optimizer
-    factorization get_eva_state_dict initialize_lora_eva_weights prepare_model_for_kbit_training preprocess_loraga
-    replace_lora_weights_loftq save_as_lora shift_tokens_right
+    AdaLoraLayer AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig BOFTConfig BOFTModel
+    BdLoraConfig BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder
+    DeftConfig DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig
+    GloraModel GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel IA3Layer KasaConfig LNTuningConfig
+    LNTuningModel LilyConfig LilyModel LoHaConfig LoHaLayer LoHaModel LoKrConfig LoKrLayer LoKrModel LoraGAConfig
+    MissConfig MissModel MontecloraConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel
+    OSFConfig OSFModel PeanutConfig PeanutModel PolyConfig PolyModel PsoftConfig PsoftModel PveraConfig PveraModel
+    RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig
+    SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel VeloraConfig
+    VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel bloom_model_postprocess_past_key_value
+    compose_cartridge_adapters convert_to_lora create_arrow_model create_riemannian_optimizer factorization
+    find_kappa_target_modules initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text preprocess_loraga
+    prompt_embeddings_from_past_key_values save_as_lora shift_tokens_right
     """.split()
 )
 

@@ -53,6 +53,11 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.lokr.layer": {},
     "peft.tuners.lora": {"LoraLayer": "peftfast.layer:BaseTunerLayer"},
     "peft.tuners.lora.config": {},
+    "peft.tuners.lora.corda": {
+        "CordaEigens": "peftfast.methods.corda:CordaEigens",
+        "preprocess_corda": "peftfast.calibration.corda:preprocess_corda",
+    },
+    "peft.tuners.lora.eva": {},
     "peft.tuners.lora.layer": {"LoraLayer": "peftfast.layer:BaseTunerLayer"},
     "peft.tuners.lora.model": {},
     "peft.tuners.p_tuning": {},
@@ -86,6 +91,7 @@ MODULES: dict[str, dict[str, str]] = {
         "SEQ_CLS_HEAD_NAMES": "peftfast.wrapping.targets:SEQ_CLS_HEAD_NAMES",
     },
     "peft.utils.error": {},
+    "peft.utils.loftq_utils": {},
     "peft.utils.hotswap": {
         name: f"peftfast.many.hotswap:{name}"
         for name in (
@@ -101,6 +107,11 @@ MODULES: dict[str, dict[str, str]] = {
         "build_peft_weight_mapping": "peftfast.interop.weight_mapping:build_peft_weight_mapping"
     },
     "peft.utils.warning": {},
+}
+MODULES |= {
+    f"peft.tuners.{method}.{part}": {}
+    for method in ("adalora", "ia3", "p_tuning", "prefix_tuning", "prompt_tuning", "trainable_tokens")
+    for part in ("config", "model")
 }
 MODULES["peft.utils.other"] = {**MODULES["peft.utils"], **MODULES["peft.utils.constants"]}
 MODULES["peft.utils"] |= MODULES["peft.utils.constants"]

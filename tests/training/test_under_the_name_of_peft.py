@@ -137,6 +137,55 @@ def test_names_that_other_libraries_import(tmp_path):
     run(["-c", "import peftfast.as_peft\n" + "\n".join(lines)], tmp_path)
 
 
+def test_every_method_of_ours_is_the_real_one(tmp_path):
+    """A name that peftfast has is never a placeholder, wherever in `peft` it is taken from; every other one is there."""
+    import peft
+
+    places = {
+        "peft": "AdaLoraConfig AdaLoraModel CordaConfig EvaConfig IA3Config IA3Model PrefixEncoder PrefixTuningConfig "
+        "PromptEmbedding PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig "
+        "PromptTuningInit get_eva_state_dict initialize_lora_eva_weights prepare_model_for_kbit_training "
+        "replace_lora_weights_loftq",
+        "peft.tuners.adalora": "AdaLoraConfig AdaLoraModel",
+        "peft.tuners.ia3.config": "IA3Config",
+        "peft.tuners.ia3.model": "IA3Model",
+        "peft.tuners.lora.config": "CordaConfig EvaConfig LoftQConfig",
+        "peft.tuners.lora.corda": "preprocess_corda CordaEigens",
+        "peft.tuners.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
+        "peft.tuners.p_tuning.model": "PromptEncoder",
+        "peft.tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
+        "peft.tuners.prompt_tuning.config": "PromptTuningInit",
+        "peft.utils.loftq_utils": "replace_lora_weights_loftq",
+    }
+    code = f"""
+import importlib, torch
+import peftfast.as_peft, peft, peftfast
+from peftfast.interop import absent
+from training.tiny import batch, llama
+assert not absent.NAMES & set(peftfast.__all__)
+for place, names in {places!r}.items():
+    module = importlib.import_module(place)
+    for name in names.split():
+        found = getattr(module, name)
+        assert found.__module__.startswith("peftfast.") and found.__module__ != absent.__name__, (place, name)
+        assert found is getattr(peftfast, name, found), (place, name)
+missing = [n for n in {sorted(peft.__all__)!r} if not hasattr(peft, n)]
+assert all(n.endswith("_MAPPING") for n in missing), missing
+settings = {{"task_type": "CAUSAL_LM"}}
+for config in (
+    peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, **settings),
+    peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **settings),
+    peft.PromptTuningConfig(num_virtual_tokens=3, **settings),
+    peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **settings),
+    peft.PrefixTuningConfig(num_virtual_tokens=3, **settings),
+):
+    model = peft.get_peft_model(llama(), config)
+    model(**batch()).loss.backward()
+    assert any(p.grad is not None for p in model.parameters()), config
+"""
+    run(["-c", code], tmp_path)
+
+
 def test_attributes_of_other_libraries_stay(tmp_path):
     """`import peftfast` and `patch` change nothing in torch, transformers, peft and accelerate, and import no peft."""
     code = """
