@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftfast.config import CONFIG_NAME, PeftConfig
 from peftfast.errors import AdapterLoadError, PeftWarning
 from peftfast.files.atomic import find_file, locked, write_atomically, write_pair
-from peftfast.files.metadata import check_sizes, config_changes, describe, verify
+from peftfast.files.metadata import check_sizes, config_changes, describe, lost_checksums, verify
 from peftfast.files.migrate import migrate_keys
 from peftfast.files.state import check_whole
 from peftfast.version import COMPATIBLE_PEFT_VERSION
@@ -195,7 +195,7 @@ def read_adapter(
         tensors, metadata = _read_weights(model_id, device, hub, pickles=strict is not True)
     check_sizes(config, tensors)
     tensors = migrate_keys(tensors)
-    changes = [] if given else config_changes(config, metadata)
+    changes = lost_checksums(metadata) + ([] if given else config_changes(config, metadata))
     return Stored(config, _mapped(tensors, key_mapping), metadata, changes)
 
 

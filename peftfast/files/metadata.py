@@ -59,8 +59,15 @@ def verify(path: object, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
     what = every_name(changed) if changed else f"{len(keys)} tensors, where {len(then)} were saved"
     raise AdapterLoadError(
         f"{path} is damaged: its checksums do not agree with {what}. If a tool changed the file on purpose and kept "
-        f"its metadata, remove {CRC_KEY!r} from them"
+        "its metadata, remove all that start with 'peftfast.' from them"
     )
+
+
+def lost_checksums(metadata: Mapping[str, str]) -> list[str]:
+    """Says that a file of ours has no checksums: two flipped bits do this, one in their name and one in a weight."""
+    if CRC_KEY in metadata or not any(key.startswith("peftfast") for key in metadata):
+        return []
+    return [f"The file is one of peftfast's, but has no {CRC_KEY!r}: its weights cannot be checked for damage."]
 
 
 def config_changes(cfg: PeftConfig, metadata: Mapping[str, str]) -> list[str]:
