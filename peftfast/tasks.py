@@ -2,90 +2,70 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftfast.config import PeftConfig, TaskType
 from peftfast.errors import MissingTaskTypeError
 from peftfast.model import PeftModel
 
+_INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
+_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 
-class PeftModelForCausalLM(PeftModel):
-    """Causal language modelling."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._tuner(
-            **given(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=return_dict,
-            ),
-            **kwargs,
-        )
+def _forward(*names: str) -> Callable[..., Any]:
+    """A `forward` that takes these arguments by position or by name, and any others by name.
 
-    def prepare_inputs_for_generation(
-        self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    Trainers read the names to decide which columns of a data set to keep. What is None is not passed on: base models
+    differ in which arguments they take.
+    """
+    known = frozenset(names)
+
+    def forward(self: PeftModel, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        if len(args) > len(names):
+            raise TypeError(f"forward takes at most {len(names)} arguments by position ({', '.join(names)})")
+        for name, value in zip(names, args, strict=False):
+            if name in kwargs:
+                raise TypeError(f"forward got {name!r} by position and by name")
+            kwargs[name] = value
+        return self._tuner(**{k: v for k, v in kwargs.items() if v is not None or k not in known})
+
+    kind = inspect.Parameter
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            kind("self", kind.POSITIONAL_OR_KEYWORD),
+            *(kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in (*names, "task_ids")),
+            kind("kwargs", kind.VAR_KEYWORD),
+        ]
+    )
+    return forward
+
+
+class _Generating(PeftModel):
+    """What generates step by step."""
+
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> dict[str, Any]:
         return self._tuner.prepare_inputs_for_generation(*args, **kwargs)
 
 
-class PeftModelForSeq2SeqLM(PeftModel):
+class PeftModelForCausalLM(_Generating):
+    """Causal language modelling."""
+
+    forward = _forward(*_INPUTS, "labels", *_OUTPUTS)
+
+
+class PeftModelForSeq2SeqLM(_Generating):
     """Encoder-decoder language modelling."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._tuner(
-            **given(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                decoder_input_ids=decoder_input_ids,
-                decoder_attention_mask=decoder_attention_mask,
-                decoder_inputs_embeds=decoder_inputs_embeds,
-                labels=labels,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=return_dict,
-            ),
-            **kwargs,
-        )
+    forward = _forward(
+        *_INPUTS, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels", *_OUTPUTS
+    )
 
     def generate(self, **kwargs: Any) -> Any:
         return super().generate(**kwargs)
-
-    def prepare_inputs_for_generation(
-        self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        return self._tuner.prepare_inputs_for_generation(*args, **kwargs)
 
 
 class _WithHead(PeftModel):
@@ -106,30 +86,7 @@ class _WithHead(PeftModel):
         self._keep_head(self.get_base_model(), peft_config)
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._tuner(
-            **given(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=return_dict,
-            ),
-            **kwargs,
-        )
+    forward = _forward(*_INPUTS, "labels", *_OUTPUTS)
 
 
 class PeftModelForSequenceClassification(_WithHead):
@@ -148,69 +105,16 @@ class PeftModelForQuestionAnswering(_WithHead):
     """Extractive question answering."""
 
     head_names = ("qa_outputs",)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._tuner(
-            **given(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                start_positions=start_positions,
-                end_positions=end_positions,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=return_dict,
-            ),
-            **kwargs,
-        )
+    forward = _forward(
+        "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "start_positions",
+        "end_positions", *_OUTPUTS,
+    )  # fmt: skip
 
 
 class PeftModelForFeatureExtraction(PeftModel):
     """Embeddings from the hidden states."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._tuner(
-            **given(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=return_dict,
-            ),
-            **kwargs,
-        )
-
-
-def given(**arguments: Any) -> dict[str, Any]:
-    """The arguments that were passed: base models differ in which they take."""
-    return {k: v for k, v in arguments.items() if v is not None}
+    forward = _forward(*_INPUTS, *_OUTPUTS)
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
