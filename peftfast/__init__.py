@@ -88,6 +88,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "PeftModelForTokenClassification",
     ),
     "tuners.tuner": ("LoraModel", "TrainableTokensModel"),
+    "wrapping.plan": ("AdapterPlan", "plan_adapter"),
 }
 
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -77,10 +77,11 @@ class _WithHead(PeftModel):
         self._keep_head(model, peft_config)
         super().__init__(model, peft_config, *args, **kwargs)
 
-    def _keep_head(self, model: nn.Module, cfg: PeftConfig) -> None:
+    @classmethod
+    def _keep_head(cls, model: nn.Module, cfg: PeftConfig) -> None:
         if hasattr(cfg, "modules_to_save"):
             names = list(cfg.modules_to_save or ())
-            cfg.modules_to_save = [*names, *(n for n in self.head_names if n not in names)]
+            cfg.modules_to_save = [*names, *(n for n in cls.head_names if n not in names)]
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         self._keep_head(self.get_base_model(), peft_config)

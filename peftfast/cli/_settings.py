@@ -73,6 +73,9 @@ def real(expects: str, valid: Callable[[float], bool]) -> Callable[[str], float]
     return parse
 
 
+POSITIVE = real("a number above 0", lambda v: 0 < v < math.inf)
+
+
 def field_value(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
@@ -83,32 +86,20 @@ def field_value(text: str) -> tuple[str, Any]:
         return name, value  # a bare word: init_lora_weights=pissa
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # Every default is None, so that a continued run can tell what was given from what was not.
-    positive = real("a number above 0", lambda v: 0 < v < math.inf)
-    group = parser.add_argument_group("model and data")
+def add_model(group: argparse._ActionsContainer) -> None:
     group.add_argument("--model", metavar="PATH_OR_HUB_ID", help="causal language model (default: the embedded one)")
-    group.add_argument(
-        "--data",
-        metavar="FILE_OR_DATASET",
-        help="a text file; a JSONL file whose lines hold text, prompt and "
-        "completion, or messages; or a Hub dataset with such columns (default: pydoc's topics)",
-    )
-    group.add_argument("--seq-len", type=whole(2), metavar="N", help=f"tokens per sequence ({DEFAULTS['seq_len']})")
     group.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
         help="of the base model; the adapter stays in fp32 (fp32 on a CPU, else bf16 where the device has it)",
     )
-    group.add_argument(
-        "--quantize", choices=("none", "nf4", "fp4", "int8"), help="store the base model so, with bitsandbytes (none)"
-    )
-    group.add_argument("--device", help="for example cpu, cuda, cuda:1, mps (the fastest there is)")
 
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("adapter")
     group.add_argument("--method", help="kind of adapter, as adapter_config.json names it, in lower case (lora)")
     group.add_argument("--r", type=whole(1), metavar="N", help=f"rank ({DEFAULTS['r']})")
-    group.add_argument("--alpha", type=positive, help=f"scale of the update is alpha / r ({DEFAULTS['alpha']:g})")
+    group.add_argument("--alpha", type=POSITIVE, help=f"scale of the update is alpha / r ({DEFAULTS['alpha']:g})")
     group.add_argument(
         "--dropout",
         type=real("a number from 0 up to, not including, 1", lambda v: 0 <= v < 1),
@@ -128,13 +119,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="any other field of the method's config, value as JSON or a bare word; repeatable",
     )
 
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # Every default is None, so that a continued run can tell what was given from what was not.
+    group = parser.add_argument_group("model and data")
+    add_model(group)
+    group.add_argument(
+        "--data",
+        metavar="FILE_OR_DATASET",
+        help="a text file; a JSONL file whose lines hold text, prompt and "
+        "completion, or messages; or a Hub dataset with such columns (default: pydoc's topics)",
+    )
+    group.add_argument("--seq-len", type=whole(2), metavar="N", help=f"tokens per sequence ({DEFAULTS['seq_len']})")
+    group.add_argument(
+        "--quantize", choices=("none", "nf4", "fp4", "int8"), help="store the base model so, with bitsandbytes (none)"
+    )
+    group.add_argument("--device", help="for example cpu, cuda, cuda:1, mps (the fastest there is)")
+
+    add_adapter(parser)
+
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=whole(1), metavar="N", help=f"optimizer steps ({DEFAULTS['steps']})")
     group.add_argument(
         "--batch-size", type=whole(1), metavar="N", help=f"sequences per step ({DEFAULTS['batch_size']})"
     )
     group.add_argument(
-        "--lr", type=positive, help=f"highest learning rate ({OTHER_LR:g}; {EMBEDDED_LR:g} for the embedded model)"
+        "--lr", type=POSITIVE, help=f"highest learning rate ({OTHER_LR:g}; {EMBEDDED_LR:g} for the embedded model)"
     )
     group.add_argument("--seed", type=whole(0), metavar="N", help="of initialisation, order, dropout and sampling (0)")
     group.add_argument(

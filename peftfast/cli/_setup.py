@@ -110,6 +110,19 @@ def load_base(source: str, settings: dict[str, Any]) -> PreTrainedModel:
     return model if kind != "none" else model.to(settings["device"])
 
 
+def load_empty(source: str, name: str, dtype: str | None) -> PreTrainedModel:
+    """The model's modules without its weights, on the meta device: for what looks at shapes only."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with one_line(f"--model {name!r} could not be loaded"):
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES[dtype or "fp32"]))
+    model.tie_weights()
+    return model
+
+
 @contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
     """Turn what a library refuses into one line that says which option it was about."""

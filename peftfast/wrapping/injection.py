@@ -16,7 +16,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import AdapterMethod, method_for
-from peftfast.sites import make_site
+from peftfast.sites import Site, make_site
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.wrapping.targets import (
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
@@ -56,9 +56,9 @@ class Injection:
     initialise: bool = True
     autocast_adapter_dtype: bool = True
 
-    def dtype(self, module: nn.Module) -> torch.dtype:
+    def dtype(self, site: Site) -> torch.dtype:
         """fp32 for the factors on a half-precision base, unless that is switched off."""
-        own = module.site.weight.compute_dtype
+        own = site.weight.compute_dtype
         return torch.float32 if self.autocast_adapter_dtype and own in _HALF else own
 
     def apply(self) -> None:
@@ -70,7 +70,7 @@ class Injection:
                 self._tie_factors(layer)
             layer.add_adapter(
                 self.name, self.method, self.cfg, key,
-                dtype=self.dtype(layer), device=self.device, initialise=self.initialise and key not in self.tied,
+                dtype=self.dtype(layer.site), device=self.device, initialise=self.initialise and key not in self.tied,
             )  # fmt: skip
         self._add_saved()
         self._add_tokens()

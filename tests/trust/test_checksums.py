@@ -1,4 +1,4 @@
-"""A file of ours that has lost its checksums is reported: one flipped bit in their name would hide another in a weight."""
+"""A file of ours that has lost its checksums is reported: a flipped bit in their name hides one in a weight."""
 
 from __future__ import annotations
 

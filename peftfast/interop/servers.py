@@ -1,0 +1,138 @@
+"""What other programs do with a saved adapter: their rules as data, each read from the file named beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftfast.config import PeftConfig
+
+REFUSES, WRONG, UNKNOWN = "refuses", "loads, wrong output", "not known"
+CONVERT, LOADS = "needs conversion", "loads"
+#: From the worst to the best: what a server does is the worst of what its rules say.
+ORDER = (REFUSES, WRONG, UNKNOWN, CONVERT, LOADS)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules look at.
+
+    Attributes:
+        cfg: the config. ranks, alphas: of every adapted layer. max_rank: vLLM's max_lora_rank.
+        saved: modules saved whole. tokens: whether single rows of an embedding are trained.
+    """
+
+    cfg: PeftConfig
+    ranks: Sequence[int]
+    alphas: Sequence[float]
+    max_rank: int
+    saved: Sequence[str] = ()
+    tokens: bool = False
+
+    def field(self, name: str) -> Any:
+        return getattr(self.cfg, name, None)
+
+    @property
+    def kind(self) -> str:
+        return str(getattr(self.cfg.peft_type, "value", self.cfg.peft_type))
+
+    @property
+    def uneven_rank(self) -> bool:
+        return any(r != self.field("r") for r in self.ranks)
+
+    @property
+    def uneven_scale(self) -> bool:
+        return self.uneven_rank or any(a != self.field("lora_alpha") for a in self.alphas)
+
+    @property
+    def biased(self) -> bool:
+        return self.field("bias") not in (None, "none") or bool(self.field("lora_bias"))
+
+    @property
+    def saved_not_norms(self) -> list[str]:
+        return [name for name in self.saved if "_layernorm" not in name and ".norm" not in f".{name}"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`verdict` where `applies`; `reason` is a format string over the facts, as `f`."""
+
+    verdict: str
+    applies: Callable[[Facts], Any]
+    reason: str
+
+
+_NO_LORA = Rule(REFUSES, lambda f: f.kind != "LORA", "knows LORA only, this is {f.kind}")
+
+SERVERS: dict[str, tuple[Rule, ...]] = {
+    # vllm-project/vllm, vllm/lora/peft_helper.py, e745bafffc44744aa601169f8c6f325e47ca7cd5: validate_legal and
+    # __post_init__; fields that the class does not declare (the patterns) are dropped in from_dict
+    "vLLM": (
+        _NO_LORA,
+        Rule(REFUSES, lambda f: f.saved, "supports no modules_to_save, this has {f.saved}"),
+        Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
+        Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "supports no bias={f.cfg.bias!r} by default"),
+        Rule(REFUSES, lambda f: (f.field("r") or 0) > f.max_rank, "r={f.cfg.r} is above max_lora_rank={f.max_rank}"),
+        Rule(
+            UNKNOWN, lambda f: f.tokens or f.field("lora_bias"), "single tokens and biases of factors: not in that file"
+        ),
+        Rule(WRONG, lambda f: f.uneven_scale, "scales every layer by the config's r and lora_alpha, not by patterns"),
+    ),
+    # sgl-project/sglang, python/sglang/srt/lora/lora_config.py, 0ceb81fe4868b3364267a661da67b5d88aa45fc3: __init__
+    # reads target_modules, r, lora_alpha and the patterns, which its tests say are rejected where they change a value;
+    # python/sglang/srt/lora/lora.py, 002c60aa61549a08b2d4662d0f876f1fc6aa6863: asserts peft_type, scales by alpha / r
+    "SGLang": (
+        _NO_LORA,
+        Rule(REFUSES, lambda f: f.uneven_scale, "takes no rank_pattern or alpha_pattern that changes a value"),
+        Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / r, rsLoRA by its root"),
+        Rule(
+            UNKNOWN,
+            lambda f: f.saved or f.tokens or f.biased or f.field("use_dora"),
+            "what it does with more than two factors a layer is not in these files",
+        ),
+    ),
+    # ggml-org/llama.cpp, convert_lora_to_gguf.py, 0b03adaa632b76c7651dd1f6fa3b7a0b5eda479c: get_tensors exits at every
+    # tensor that is no factor (or norm); one lora_alpha is written, and divided by the rank that the tensor has
+    "llama.cpp": (
+        _NO_LORA,
+        Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved}"),
+        Rule(REFUSES, lambda f: f.tokens, "its converter takes factors only, this trains single tokens"),
+        Rule(REFUSES, lambda f: f.field("use_dora"), "its converter takes factors only, DoRA has magnitudes"),
+        Rule(REFUSES, lambda f: f.field("lora_bias"), "its converter takes factors only, this has lora_bias"),
+        Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "its converter takes no bias={f.cfg.bias!r}"),
+        Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / rank, rsLoRA by its root"),
+        Rule(
+            WRONG,
+            lambda f: any(a != f.field("lora_alpha") for a in f.alphas),
+            "knows one lora_alpha, not alpha_pattern",
+        ),
+        Rule(CONVERT, lambda f: True, "a GGUF file has to be made with convert_lora_to_gguf.py"),
+    ),
+    # ml-explore/mlx-lm, mlx_lm/tuner/utils.py, 036728670ef951c1d583689ad2255020702dcfa3: load_adapters reads
+    # num_layers and lora_parameters (one rank and scale) from the config and the weights from adapters.safetensors
+    "MLX": (
+        _NO_LORA,
+        Rule(REFUSES, lambda f: f.uneven_scale, "knows one rank and one scale, whatever the file is converted to"),
+        Rule(CONVERT, lambda f: True, "reads its own adapters.safetensors and config, not a PEFT folder"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a server does with the adapter; every reason that applies, the worst first."""
+
+    server: str
+    verdict: str
+    reasons: tuple[str, ...]
+
+
+def judge_servers(facts: Facts) -> list[Verdict]:
+    """One verdict per server."""
+    found = []
+    for server, rules in SERVERS.items():
+        hits = sorted((r for r in rules if r.applies(facts)), key=lambda r: ORDER.index(r.verdict))
+        worst = hits[0].verdict if hits else LOADS
+        found.append(Verdict(server, worst, tuple(r.reason.format(f=facts) for r in hits)))
+    return found

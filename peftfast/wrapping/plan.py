@@ -1,0 +1,313 @@
+"""A dry run: what `patch` would do to a model, as an object that prints as a table. Nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.errors import close_matches, every_name
+from peftfast.interop.servers import Facts, Verdict, judge_servers
+from peftfast.layer import BaseTunerLayer
+from peftfast.method import method_for
+from peftfast.model import PeftModel
+from peftfast.sites import make_site
+from peftfast.tasks import model_class
+from peftfast.wrapping.injection import Injection, plan_injection
+from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.targets import linear_modules
+
+
+@dataclass(frozen=True)
+class PlannedTarget:
+    """One entry of `target_modules`.
+
+    Attributes:
+        name: as in the config. adapted: module names. passed_over: modules of that name that stay as they are.
+        near: "Did you mean ...?", where nothing matched.
+    """
+
+    name: str
+    adapted: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
+    near: str = ""
+
+    @property
+    def status(self) -> str:
+        if not self.adapted:
+            return "unmatched"
+        return "partly matched" if self.passed_over else "matched"
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """What becomes trainable at one module: its factors, a copy of it, rows of it, or its bias.
+
+    Attributes:
+        rank: None where there is none. parameters: their number. size: their bytes. tensors: how many hold them.
+    """
+
+    module: str
+    kind: str
+    rank: int | None
+    parameters: int
+    size: int
+    tensors: int
+    alpha: float | None = None
+
+
+@dataclass
+class AdapterPlan:
+    """What `patch(model, config)` would do.
+
+    Attributes:
+        refusal: why it would refuse; None if it would not. targets, parts: what is matched, what is trained.
+        notes: what it would warn of. servers: what else would load the saved adapter.
+        total_parameters: of the base model.
+    """
+
+    targets: list[PlannedTarget] = field(default_factory=list)
+    parts: list[PlannedPart] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    servers: list[Verdict] = field(default_factory=list)
+    total_parameters: int = 0
+    refusal: str | None = None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module name -> rank."""
+        return {p.module: p.rank for p in self.parts if p.rank is not None}
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(p.parameters for p in self.parts)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the trainable weights, of their gradients, and of what torch's AdamW keeps: two moments, and a step
+        count of 4 bytes a tensor. Activations and the base model are not in it."""
+        size = sum(p.size for p in self.parts)
+        adamw = 2 * size + 4 * sum(p.tensors for p in self.parts)
+        return {"weights": size, "gradients": size, "AdamW state": adamw, "together": 2 * size + adamw}
+
+    def __str__(self) -> str:
+        rows = [
+            (t.name, t.status, f"{len(t.adapted)} of {len(t.adapted) + len(t.passed_over)}{t.near and f'.{t.near}'}")
+            for t in self.targets
+        ]
+        lines = [*_table(("target", "status", "modules"), rows)]
+        lines += [
+            f"  not adapted by {t.name}: {every_name(t.passed_over)}"
+            for t in self.targets
+            if t.adapted and t.passed_over
+        ]
+        if self.refusal is not None:
+            return "\n".join([*lines, f"patch would refuse: {self.refusal}", *_notes(self.notes)])
+        groups: dict[tuple, list[PlannedPart]] = {}
+        for part in self.parts:
+            alike = re.sub(r"(?<=\.)\d+(?=\.)", "*", part.module)
+            groups.setdefault((alike, part.kind, part.rank, part.parameters), []).append(part)
+        rows = [
+            (_together(p), kind, "-" if rank is None else str(rank), f"{len(p)}", f"{sum(x.parameters for x in p):,}")
+            for (_, kind, rank, _), p in groups.items()
+        ]
+        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        lines += ["", *_table(("module", "trained", "rank", "count", "parameters"), rows), ""]
+        lines.append(f"trainable parameters: {self.trainable_parameters:,} ({share:.3f}% of {self.total_parameters:,})")
+        lines.append("bytes: " + ", ".join(f"{name} {size:,}" for name, size in self.memory.items()))
+        rows = [(v.server, v.verdict, "; ".join(v.reasons)) for v in self.servers]
+        lines += ["", *_table(("saved adapter in", "verdict", "reason"), rows)]
+        return "\n".join([*lines, *_notes(self.notes)])
+
+
+def plan_adapter(
+    model: nn.Module,
+    config: PeftConfig,
+    *,
+    strict: bool = False,
+    autocast_adapter_dtype: bool = True,
+    max_lora_rank: int = 16,
+) -> AdapterPlan:
+    """What `patch(model, config)` would do; neither model nor config is changed.
+
+    Args:
+        model: a base model, or one with adapters, to which this one would be added.
+        strict, autocast_adapter_dtype: as for `patch`.
+        max_lora_rank: that vLLM is started with; 16 is its default.
+
+    Raises:
+        TypeError: no model, no config. ValueError: a prompt method, which adapts no modules.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+    if not isinstance(config, PeftConfig):
+        raise TypeError(f"config must be a PeftConfig such as LoraConfig, got {config!r} of {type(config).__name__}")
+    if config.is_prompt_learning:
+        raise ValueError(f"{type(config).__name__} adapts no modules, there is nothing to plan")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    cfg = copy.deepcopy(config)
+    keep_head = getattr(model_class(cfg), "_keep_head", None)
+    if keep_head is not None:
+        keep_head(base, cfg)
+    inventory = Inventory(base, {})
+    plan = AdapterPlan(total_parameters=_count_base(inventory))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            cfg.validate()
+            injection = plan_injection(
+                inventory, "planned", cfg, method_for(cfg), strict=strict,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )  # fmt: skip
+        except ValueError as e:
+            plan.refusal, injection = str(e), None
+    plan.notes = list(dict.fromkeys(str(w.message) for w in caught))
+    plan.targets = _targets(config, cfg, inventory, injection.targets if injection is not None else ())
+    if injection is None:
+        return plan
+    plan.parts = [*_factors(injection), *_others(injection)]
+    adapted = [p for p in plan.parts if p.rank is not None]
+    plan.servers = judge_servers(
+        Facts(
+            cfg,
+            ranks=[p.rank for p in adapted],
+            alphas=[p.alpha for p in adapted if p.alpha is not None],
+            max_rank=max_lora_rank,
+            saved=[*injection.saved, *injection.saved_tied],
+            tokens=bool(injection.tokens),
+        )
+    )
+    return plan
+
+
+def _count_base(inventory: Inventory) -> int:
+    """Parameters of the base model, packed weights by the shape they stand for."""
+    own: dict[int, int] = {id(p): p.numel() for p in inventory.model.parameters()}
+    for _, module in linear_modules(inventory.model):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and id(weight) in own and hasattr(module, "in_features"):
+            own[id(weight)] = module.in_features * module.out_features
+    for _, wrapper in inventory.wrappers():
+        for key, p in wrapper.named_parameters():
+            if not key.startswith(("base_layer.", "original_module.")):
+                own.pop(id(p), None)
+    return sum(own.values())
+
+
+def _targets(
+    config: PeftConfig, resolved: PeftConfig, inventory: Inventory, adapted: Iterable[str]
+) -> list[PlannedTarget]:
+    asked, names, adapted = config.target_modules, list(inventory.names), list(adapted)
+    if asked is None or (isinstance(asked, str) and asked.lower() == "all-linear"):
+        name = "default" if asked is None else asked
+        if asked is None and isinstance(resolved.target_modules, (set, list)):
+            name = f"default: {', '.join(sorted(resolved.target_modules))}"
+        return [PlannedTarget(name, tuple(adapted))]
+    if isinstance(asked, str):
+        try:
+            meant = [n for n in names if re.fullmatch(asked, n)]
+        except re.error:
+            meant = []
+        return [PlannedTarget(asked, tuple(adapted), tuple(n for n in meant if n not in set(adapted)))]
+    rows, taken = [], set(adapted)
+    for target in sorted(asked):
+        meant = [n for n in names if n == target or n.endswith("." + target)]
+        known = {n.rpartition(".")[2] for n in names} if "." not in target else set(names)
+        rows.append(
+            PlannedTarget(
+                target,
+                tuple(n for n in meant if n in taken),
+                tuple(n for n in meant if n not in taken),
+                "" if meant else close_matches(target, known),
+            )
+        )
+    return rows
+
+
+def _factors(injection: Injection) -> list[PlannedPart]:
+    """What the method keeps at every target."""
+    parts = []
+    for key in injection.targets:
+        module = injection.inventory.module(key)
+        site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
+        settings = injection.method.settings(site, injection.cfg, key)
+        slots = injection.method.slots(site, injection.cfg, settings)
+        shapes = [
+            shape
+            for name, slot in slots.items()
+            # the factors of a tied head are the embedding's
+            if slot.trainable and not (key in injection.tied and name in ("lora_A", "lora_B"))
+            for shape in (slot.shape, slot.bias)
+            if shape is not None
+        ]
+        rank = settings.get("r")
+        kind = getattr(injection.method, "family", injection.method.peft_type)
+        parts.append(_part(key, kind, shapes, injection.dtype(site), rank, settings.get("lora_alpha")))
+    return parts
+
+
+def _others(injection: Injection) -> list[PlannedPart]:
+    """Copies of modules, rows of embeddings, biases of the base."""
+    inventory, parts = injection.inventory, []
+    for key in (*injection.saved, *injection.saved_tied):
+        module = inventory.module(key)
+        module = getattr(module, "original_module", module)
+        own = [(n, p) for n, p in module.named_parameters() if p.is_floating_point()]
+        own = [p for n, p in own if not (key in injection.saved_tied and n == "weight")]
+        parts.append(_sum(key, "copy", own))
+    for key, rows in injection.tokens.items():
+        module = inventory.module(key)
+        weight = getattr(module, "original_module", module).weight
+        parts.append(_part(key, "rows", [(len(rows), weight.shape[1])], weight.dtype))
+    kind = getattr(injection.cfg, "bias", "none")
+    targets = {id(_bias(inventory.module(key))): key for key in injection.targets}
+    kept = tuple(f"{key}." for key in (*injection.saved, *injection.saved_tied))
+    for name, parameter in inventory.model.named_parameters() if kind != "none" else ():
+        if kind == "all" and "bias" in name and not name.startswith(kept):
+            parts.append(_sum(name, "bias", [parameter]))
+        elif kind.endswith("_only") and id(parameter) in targets:
+            parts.append(_sum(name, "bias", [parameter]))
+    return parts
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return getattr(getattr(module, "base_layer", module), "bias", None)
+
+
+def _part(
+    module: str,
+    kind: str,
+    shapes: Iterable[tuple[int, ...]],
+    dtype: torch.dtype,
+    rank: int | None = None,
+    alpha: float | None = None,
+) -> PlannedPart:
+    counts = [torch.Size(shape).numel() for shape in shapes]
+    return PlannedPart(module, kind, rank, sum(counts), sum(counts) * dtype.itemsize, len(counts), alpha)
+
+
+def _sum(module: str, kind: str, tensors: Iterable[Tensor]) -> PlannedPart:
+    tensors = list(tensors)
+    count, size = sum(t.numel() for t in tensors), sum(t.numel() * t.itemsize for t in tensors)
+    return PlannedPart(module, kind, None, count, size, len(tensors))
+
+
+def _together(parts: Iterable[PlannedPart]) -> str:
+    """One name for modules that differ in numbers only: `layers.{0-4}.q_proj`."""
+    return every_name([p.module for p in parts], limit=1).partition(" (")[0].strip("'")
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = [head, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _notes(notes: Iterable[str]) -> list[str]:
+    return [f"patch would warn: {' '.join(note.split())}" for note in notes]

@@ -1,0 +1,154 @@
+"""The dry run: it changes nothing, and what it says is what patch then does."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from trust.attacks import base, state
+
+import peftfast
+from peftfast import IA3Config, LoraConfig, TrainableTokensConfig, plan_adapter
+from peftfast.cli import main
+from peftfast.interop.servers import SERVERS
+from peftfast.layer import BaseTunerLayer
+
+TARGETS = ["q_proj", "v_proj"]
+CONFIGS = {
+    "plain": LoraConfig(r=3, target_modules=TARGETS),
+    "all-linear": LoraConfig(r=2, target_modules="all-linear"),
+    "regex": LoraConfig(r=2, target_modules=r".*layers\.1\.[qv]_proj"),
+    "patterns": LoraConfig(r=2, target_modules=TARGETS, rank_pattern={"0.q_proj": 5}, alpha_pattern={"v_proj": 7}),
+    "some layers": LoraConfig(r=2, target_modules=TARGETS, layers_to_transform=[1], layers_pattern="layers"),
+    "dora": LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
+    "biases": LoraConfig(r=2, target_modules=TARGETS, bias="lora_only", lora_bias=True),
+    "all biases": LoraConfig(r=2, target_modules=TARGETS, bias="all", modules_to_save=["head"]),
+    "rows": LoraConfig(r=2, target_modules=TARGETS, trainable_token_indices=[1, 5]),
+    "embedding": LoraConfig(r=2, target_modules=["embed_tokens", "head"]),
+    "head of a task": LoraConfig(r=2, target_modules=TARGETS, task_type="SEQ_CLS", modules_to_save=["head"]),
+    "ia3": IA3Config(target_modules=[*TARGETS, "down_proj"], feedforward_modules=["down_proj"]),
+    "tokens": TrainableTokensConfig(token_indices=[0, 3], target_modules=["embed_tokens"]),
+}
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_it_says_is_what_patch_does(name, half):
+    cfg = copy.deepcopy(CONFIGS[name])
+    model = base.Tiny().to(torch.bfloat16) if half else base.Tiny()
+    before, fields = _bits(model), copy.deepcopy(cfg.__dict__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = plan_adapter(model, cfg)
+        assert _bits(model) == before
+        assert cfg.__dict__ == fields
+        assert plan.refusal is None, plan.refusal
+        patched = peftfast.patch(model, cfg)
+    trained = [p for p in patched.parameters() if p.requires_grad]
+    assert plan.trainable_parameters == sum(p.numel() for p in trained) > 0
+    assert plan.total_parameters == sum(p.numel() for p in base.Tiny().parameters())
+    optimizer = torch.optim.AdamW(trained)
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = sum(v.numel() * v.itemsize for s in optimizer.state.values() for v in s.values())
+    weights = sum(p.numel() * p.itemsize for p in trained)
+    gradients = sum(p.grad.numel() * p.grad.itemsize for p in trained)
+    assert plan.memory == {
+        "weights": weights, "gradients": gradients, "AdamW state": kept, "together": weights + gradients + kept,
+    }  # fmt: skip
+    layers = {n.removeprefix("base_model.model."): m for n, m in patched.named_modules() if isinstance(m, BaseTunerLayer)}
+    # an embedding's trained rows are in a layer of their own, inside its wrapper
+    adapted = {n for n in layers if not n.endswith(".token_adapter")}
+    assert {p.module for p in plan.parts if p.kind not in ("copy", "rows", "bias")} == adapted
+    for module, rank in plan.ranks.items():
+        assert layers[module].r["default"] == rank
+
+
+def _bits(model):
+    return [
+        (n, p.requires_grad, p.detach().view(torch.uint8).numpy().tobytes()) for n, p in model.named_parameters()
+    ] + [(n, type(m).__name__, m.training, sorted(m.__dict__)) for n, m in model.named_modules()]
+
+
+def test_targets_matched_partly_and_not_at_all():
+    cfg = LoraConfig(target_modules=["q_proj", "v_proj", "down_prj"], exclude_modules=r".*layers\.0\.v_proj")
+    plan = plan_adapter(base.Tiny(), cfg)
+    assert [(t.name, t.status) for t in plan.targets] == [
+        ("down_prj", "unmatched"), ("q_proj", "matched"), ("v_proj", "partly matched"),
+    ]  # fmt: skip
+    text = str(plan)
+    assert "Did you mean 'down_proj'" in text
+    assert "not adapted by v_proj: 'body.layers.0.v_proj'" in text
+    assert "body.layers.{0-1}.q_proj" in text
+
+
+@pytest.mark.parametrize(
+    ("cfg", "words"),
+    [
+        (LoraConfig(target_modules=["qproj"]), "qproj.*not found.*Did you mean 'q_proj'"),
+        (LoraConfig(target_modules=["body"]), "body: "),
+        (LoraConfig(target_modules=TARGETS, trainable_token_indices=[99]), r"\[99\] are outside"),
+    ],
+)
+def test_what_patch_refuses_is_said(cfg, words):
+    model = base.Tiny()
+    before = state(model)
+    plan = plan_adapter(model, cfg)
+    assert state(model) == before
+    assert plan.refusal is not None and "patch would refuse" in str(plan)
+    with pytest.raises(ValueError, match=words) as refused:
+        peftfast.patch(model, copy.deepcopy(cfg))
+    assert plan.refusal == str(refused.value)
+
+
+def test_on_a_model_with_adapters():
+    model = peftfast.get_peft_model(base.Tiny(), LoraConfig(r=2, target_modules=TARGETS))
+    before = state(model)
+    plan = plan_adapter(model, LoraConfig(r=3, target_modules=["q_proj"]))
+    assert state(model) == before
+    assert plan.trainable_parameters == 2 * 3 * (8 + 8)
+    assert plan.total_parameters == sum(p.numel() for p in base.Tiny().parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("loads", "loads", "needs conversion", "needs conversion")),
+        ({"use_rslora": True}, ("loads", "loads, wrong output", "loads, wrong output", "needs conversion")),
+        ({"use_dora": True}, ("refuses", "not known", "refuses", "needs conversion")),
+        ({"r": 64}, ("refuses", "loads", "needs conversion", "needs conversion")),
+        ({"modules_to_save": ["head"]}, ("refuses", "not known", "refuses", "needs conversion")),
+        ({"bias": "lora_only"}, ("refuses", "not known", "refuses", "needs conversion")),
+        ({"rank_pattern": {"q_proj": 2}}, ("loads, wrong output", "refuses", "needs conversion", "refuses")),
+        ({"rank_pattern": {"q_proj": 8}}, ("loads", "loads", "needs conversion", "needs conversion")),
+        ({"alpha_pattern": {"q_proj": 2}}, ("loads, wrong output", "refuses", "loads, wrong output", "refuses")),
+    ],
+)
+def test_servers(changes, expected):
+    plan = plan_adapter(base.Tiny(), LoraConfig(**{"r": 8, "target_modules": TARGETS, **changes}))
+    assert tuple(v.verdict for v in plan.servers) == expected
+    assert [v.server for v in plan.servers] == list(SERVERS)
+    assert all(v.reasons or v.verdict == "loads" for v in plan.servers)
+    if changes == {"r": 64}:
+        assert plan.servers[0].reasons == ("r=64 is above max_lora_rank=16",)
+
+
+def test_other_methods_load_nowhere():
+    plan = plan_adapter(base.Tiny(), CONFIGS["ia3"])
+    assert {v.verdict for v in plan.servers} == {"refuses"}
+    with pytest.raises(ValueError, match="PromptTuningConfig adapts no modules"):
+        plan_adapter(base.Tiny(), peftfast.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(TypeError, match="config must be a PeftConfig"):
+        plan_adapter(base.Tiny(), {"r": 8})
+
+
+def test_the_command(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["inspect"]) == 0
+    out = capsys.readouterr().out
+    assert "trainable parameters: 124,160" in out and "vLLM" in out
+    assert main(["inspect", "--target", "q_prj", "--r", "4"]) == 1
+    assert "Did you mean 'q_proj'" in capsys.readouterr().out
