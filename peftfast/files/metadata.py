@@ -3,13 +3,13 @@ base model. PEFT and everybody else read such a file as before."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peftfast.config import PeftConfig
@@ -110,7 +110,9 @@ def _crc(key: str, tensor: Tensor) -> str:
     """Of name, dtype, shape and bytes, so that nothing of it can change unseen."""
     start = zlib.crc32(f"{key}|{tensor.dtype}|{list(tensor.shape)}".encode())
     if math.prod(tensor.shape):
-        start = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), start)
+        data = tensor.detach().cpu().contiguous()
+        # not .numpy(): that makes a storage unresizable for good, and FSDP1 resizes the storages of its parameters
+        start = zlib.crc32((ctypes.c_ubyte * data.nbytes).from_address(data.data_ptr()), start)
     return f"{start:08x}"
 
 

@@ -65,8 +65,10 @@ def _distributed_tensor_class() -> Any:
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable:
-    """Wrapping policy for FSDP1: every leaf with a trained weight alone, so that a flat parameter is either trained or
-    frozen as a whole, and every transformer block.
+    """Wrapping policy for FSDP1, which needs `use_orig_params=True`: every transformer block, and every leaf with a
+    trained weight that is called as a module. The factors of adapted layers are not: fused kernels read their tensors
+    from outside, where FSDP1 would leave a flat shard, so they are gathered with their block. FSDP1 then also reduces
+    zeros for the block's frozen weights; FSDP2 does not.
 
     Args:
         model: names its blocks in `_no_split_modules`; the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP (class
@@ -84,9 +86,15 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable:
     if missing:
         raise TypeError(f"Could not find the transformer layer class to wrap in the model: {', '.join(missing)}")
 
+    read_from_outside = {
+        m for layer in model.modules() if hasattr(layer, "adapter_layer_names") for m in layer.modules()
+    }
+
     def is_trained_leaf(module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
-        return next(module.children(), None) is None and weight is not None and weight.requires_grad
+        if module in read_from_outside or next(module.children(), None) is not None:
+            return False
+        return weight is not None and weight.requires_grad
 
     return functools.partial(
         _or_policy,

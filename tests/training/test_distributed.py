@@ -18,6 +18,7 @@ from training.tiny import batch
 import peftfast
 
 ROOT = Path(__file__).parents[2]
+FSDP1 = ["plain", "nf4"]
 FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16"]
 DRAWS = range(3)
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
@@ -45,7 +46,8 @@ DDP = ["plain", "nf4", "saved"]
 def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
-    return folder, launch(2, folder, *(f"ddp:{kind}" for kind in DDP), *(f"fsdp2:{kind}" for kind in FSDP2 + MIXED))
+    kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED}
+    return folder, launch(2, folder, *(f"{what}:{kind}" for what, those in kinds.items() for kind in those))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,17 @@ def test_fsdp2(processes, request):
                 assert found["error"] < 2e-5, run
             assert found["logits"] == ranks[0][run]["logits"]
             assert found.get("reloaded", found["logits"]) == found["logits"], run
+
+
+def test_fsdp1(two):
+    """Gradients of the single process, and a whole file from within `summon_full_params`."""
+    folder, ranks = two
+    for kind in FSDP1:
+        assert all(result[f"fsdp1:{kind}"]["error"] < 2e-5 for result in ranks), kind
+        saved = load_file(folder / f"fsdp1-{kind}" / "adapter_model.safetensors")
+        alone = peftfast.get_peft_model_state_dict(workers.model_of(kind))
+        assert saved.keys() == alone.keys()
+        assert all(torch.equal(saved[key], tensor) for key, tensor in alone.items())
 
 
 @BOTH

@@ -171,6 +171,26 @@ def fsdp2(kind: str, folder: Path) -> dict:
     return result
 
 
+def fsdp1(kind: str, folder: Path) -> dict:
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    from peftfast.training.sharding import fsdp_auto_wrap_policy
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = model_of(kind)
+    expected = single(kind)
+    wrapped = FSDP(
+        model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    loss = wrapped(**share(kind, rank, world)).loss
+    loss.backward()
+    with FSDP.summon_full_params(wrapped, with_grads=True, writeback=False):
+        names = {n.replace("_fsdp_wrapped_module.", ""): p for n, p in wrapped.named_parameters()}
+        found = {n: p.grad.clone() for n, p in names.items() if p.requires_grad}
+        model.save_pretrained(folder, is_main_process=rank == 0)
+    return {"error": error(found, expected), "loss": loss.item()}
+
+
 def main() -> None:
     folder, *runs = sys.argv[1:]
     torch.set_num_threads(1)
@@ -178,7 +198,7 @@ def main() -> None:
     results = {}
     for run in runs:
         what, _, kind = run.partition(":")
-        results[run] = {"ddp": ddp, "fsdp2": fsdp2}[what](kind, Path(folder) / run.replace(":", "-"))
+        results[run] = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2}[what](kind, Path(folder) / run.replace(":", "-"))
     Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
