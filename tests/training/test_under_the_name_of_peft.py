@@ -59,7 +59,9 @@ def same_adapters(folder: Path, tolerance: float = 1e-3) -> None:
         assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("script", ["sft.py", "dpo.py", "add_adapter.py"])
+@pytest.mark.parametrize(
+    "script", ["sft.py", "dpo.py", "add_adapter.py", pytest.param("grpo.py", marks=pytest.mark.slow)]
+)
 def test_script_gives_the_same_numbers_and_files(script, tmp_path):
     theirs, ours = both(script, tmp_path)
     assert set(theirs) == set(ours)
@@ -138,7 +140,7 @@ def test_names_that_other_libraries_import(tmp_path):
 
 
 def test_every_method_of_ours_is_the_real_one(tmp_path):
-    """A name that peftfast has is never a placeholder, wherever in `peft` it is taken from; every other one is there."""
+    """A name that peftfast has is never a placeholder, wherever in `peft` it is taken from; every other is there."""
     import peft
 
     places = {
