@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -41,7 +42,7 @@ def write_atomically(path: Path, content: Content) -> None:
         path: the target; its folder must exist.
 
     Raises:
-        OSError: disk full, read-only folder; the old file is untouched and no temporary file is left.
+        OSError: disk full, read-only folder, naming the file; the old file is untouched and no temporary is left.
     """
     _place(_write_beside(path, content), path)
     _sync_folder(path.parent)
@@ -61,7 +62,7 @@ def write_pair(
         first, second: (name, content). obsolete: names that would be read instead of `first`; removed.
 
     Raises:
-        OSError: disk full, read-only folder; both old files are untouched.
+        OSError: disk full, read-only folder, naming the file; both old files are untouched and no temporary is left.
     """
     with locked(folder, exclusive=True):
         for name in (first[0], *obsolete, second[0], f".{second[0]}"):
@@ -77,7 +78,11 @@ def write_pair(
         except BaseException:
             _remove([temporary.parent])
             raise
-        _place(temporary, folder / first[0])
+        try:
+            _place(temporary, folder / first[0])
+        except OSError:
+            _remove([next_second])
+            raise
         _sync_folder(folder)
         _remove(folder / name for name in obsolete)
         os.replace(next_second, folder / second[0])
@@ -160,9 +165,10 @@ def _unfinished(folder: Path, name: str) -> str | None:
 def _write_beside(path: Path, content: Content) -> Path:
     """Write to a temporary file, down to the disk; returns its path. It is alone in a folder beside `path`, because
     safetensors writes temporary files of its own next to it, under names that nobody could tell from a user's."""
-    room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    temporary = room / path.name
+    room = None
     try:
+        room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        temporary = room / path.name
         if callable(content):
             content(str(temporary))
         else:
@@ -171,10 +177,24 @@ def _write_beside(path: Path, content: Content) -> Path:
             os.fsync(f.fileno())
         # a checkpoint is as readable as any other file of this user
         os.chmod(temporary, 0o666 & ~_UMASK)
-    except BaseException:
-        _remove([room])
+    except BaseException as e:
+        if room is not None:
+            _remove([room])
+        if isinstance(e, (OSError, RuntimeError)):  # a full disk is a RuntimeError to torch.save
+            raise _unwritten(path, e) from e
         raise
     return temporary
+
+
+def _unwritten(path: Path, error: Exception) -> OSError:
+    """The error of the same class and number, with the name that the caller knows; many have none, or a temporary's."""
+    number = getattr(error, "errno", None)
+    reason = error.strerror if number is not None else str(error)
+    return OSError(
+        errno.EIO if number is None else number,
+        f"could not be written, what was there is untouched: {reason}",
+        str(path),
+    )
 
 
 def _read_umask() -> int:
@@ -190,6 +210,8 @@ def _place(temporary: Path, path: Path) -> None:
     """Move what `_write_beside` wrote to where it belongs."""
     try:
         os.replace(temporary, path)
+    except OSError as e:
+        raise _unwritten(path, e) from e
     finally:
         _remove([temporary.parent])
 

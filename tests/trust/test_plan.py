@@ -59,7 +59,9 @@ def test_what_it_says_is_what_patch_does(name, half):
     assert plan.memory == {
         "weights": weights, "gradients": gradients, "AdamW state": kept, "together": weights + gradients + kept,
     }  # fmt: skip
-    layers = {n.removeprefix("base_model.model."): m for n, m in patched.named_modules() if isinstance(m, BaseTunerLayer)}
+    layers = {
+        n.removeprefix("base_model.model."): m for n, m in patched.named_modules() if isinstance(m, BaseTunerLayer)
+    }
     # an embedding's trained rows are in a layer of their own, inside its wrapper
     adapted = {n for n in layers if not n.endswith(".token_adapter")}
     assert {p.module for p in plan.parts if p.kind not in ("copy", "rows", "bias")} == adapted

@@ -1,0 +1,131 @@
+"""A full disk and a folder that cannot be written: the error names the file, the old adapter is whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import pytest
+from trust.attacks import CONFIG, WEIGHTS, trained, versions, whole
+
+from peftfast.files.io import save_adapter, write_safetensors
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and resource limits")
+PICKLE = "adapter_model.bin"
+
+
+@pytest.fixture
+def folder():
+    """An adapter in a folder that other users can enter, unlike pytest's."""
+    root = Path(tempfile.mkdtemp())
+    root.chmod(0o755)
+    save_adapter(root / "adapter", *versions()[0], auto_mapping=None)
+    yield root / "adapter"
+    (root / "adapter").chmod(0o755)
+    shutil.rmtree(root)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()} | {
+        str(p.relative_to(folder)): b"folder" for p in folder.rglob("*") if p.is_dir()
+    }
+
+
+def in_a_process(act) -> None:
+    """Limits and users are the process's, so each test gets one of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.9])
+def test_no_room_for_the_weights(folder, safe, part):
+    import resource
+
+    before = contents(folder)
+    cfg, tensors = versions()[1]
+    name = WEIGHTS if safe else PICKLE
+    save_adapter(folder.parent / "size", cfg, tensors, auto_mapping=None, safe=safe)
+    limit = int(part * (folder.parent / "size" / name).stat().st_size)
+
+    def act():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match="could not be written, what was there is untouched") as error:
+            save_adapter(folder, cfg, tensors, auto_mapping=None, safe=safe)
+        assert error.value.filename == str(folder / name)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert contents(folder) == before
+        assert whole(folder) is None
+        save_adapter(folder, cfg, tensors, auto_mapping=None, safe=safe)  # once there is room again
+
+    in_a_process(act)
+    assert whole(folder) is None
+    assert contents(folder) != before
+    assert not [n for n in contents(folder) if n.startswith(".")]
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
+@pytest.mark.parametrize("when", ["config", "fsync of weights", "fsync of config", "replace of weights"])
+def test_no_room_later(folder, monkeypatch, safe, when):
+    """The disk can be full after the weights were written, or only say so when they are to reach it."""
+    before, calls = contents(folder), []
+    cfg, tensors = versions()[1]
+
+    def full(original, at):
+        def act(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*args, **kwargs)
+
+        return act
+
+    if when == "config":
+        monkeypatch.setattr(Path, "write_bytes", full(Path.write_bytes, 1))
+    elif when == "replace of weights":
+        monkeypatch.setattr(os, "replace", full(os.replace, 2))  # the first one is the config's, under its passing name
+    else:
+        monkeypatch.setattr(os, "fsync", full(os.fsync, 1 if "weights" in when else 2))
+    with pytest.raises(OSError, match="No space left") as error:
+        save_adapter(folder, cfg, tensors, auto_mapping=None, safe=safe)
+    monkeypatch.undo()
+    assert error.value.errno == errno.ENOSPC
+    name = CONFIG if "config" in when else WEIGHTS if safe else PICKLE
+    assert name in str(error.value) and str(folder) in str(error.value)
+    assert contents(folder) == before
+    assert whole(folder) is None
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
+def test_a_folder_that_cannot_be_written(folder, safe):
+    before = contents(folder)
+    cfg, tensors = versions()[1]
+
+    def act():
+        folder.chmod(0o555)
+        if os.getuid() == 0:  # root may write anywhere
+            os.setuid(65534)
+        with pytest.raises(PermissionError) as error:
+            save_adapter(folder, cfg, tensors, auto_mapping=None, safe=safe)
+        assert error.value.filename == str(folder / (WEIGHTS if safe else PICKLE))
+        with pytest.raises(PermissionError) as error:
+            write_safetensors(folder / "x.safetensors", tensors)
+        assert error.value.filename == str(folder / "x.safetensors")
+        with pytest.raises(PermissionError, match=str(folder / "new")):
+            trained().save_pretrained(folder / "new")
+
+    in_a_process(act)
+    assert contents(folder) == before
+    assert whole(folder) is None
