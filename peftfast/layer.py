@@ -252,8 +252,9 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         """Every sample with its own adapter; which ones are active does not matter."""
         if routing.slots is not None:
             return routing.slots.layer_forward(self, routing, x, args, kwargs)
-        present = tuple(name in self.adapters for name in routing.names)
-        adapters = [self.adapters[name] for name in routing.names if name in self.adapters]
+        found = [self.adapters.get(name) for name in routing.names]
+        present = tuple([adapter is not None for adapter in found])
+        adapters = [adapter for adapter in found if adapter is not None]
         y = self.base_layer(x, *args, **kwargs) if args or kwargs or not adapters else None
         if not adapters:
             return y
@@ -264,8 +265,11 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             return adapters[0].method.forward(self.site, x, y, adapters)
         rows = routing.rows(x, present, self.store, adapters[0].key)
         groups: dict[int, list[int]] = {}
-        for position, adapter in enumerate(adapters):
-            groups.setdefault(id(adapter.method), []).append(position)
+        if len({id(adapter.method) for adapter in adapters}) == 1:
+            groups[0] = list(range(len(adapters)))
+        else:
+            for position, adapter in enumerate(adapters):
+                groups.setdefault(id(adapter.method), []).append(position)
         for positions in sorted(groups.values(), key=lambda p: getattr(adapters[p[0]].method, "order", 0)):
             method = adapters[positions[0]].method
             own = [adapters[p] for p in positions]

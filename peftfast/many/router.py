@@ -96,7 +96,7 @@ def resolve(
             f"{close_matches(unknown[0], inventory.configs)} Present: {', '.join(inventory.configs)}"
         )
     device = "cpu" if batch is None else batch.device
-    return Routing.by_name(choice, device, copies=copies, tokens=tokens)
+    return Routing.by_name(choice, inventory.numbers, device, copies=copies, tokens=tokens)
 
 
 def _check_length(length: int, batch: Tensor | None) -> None:
@@ -116,13 +116,16 @@ def _by_number(inventory: Inventory, numbers: Tensor, batch: Tensor | None, **sh
     _check_length(numbers.shape[0], batch)
     names, table = inventory.number_table(numbers.device)
     if numbers.device.type == "cpu" and not torch.compiler.is_compiling():
-        known = {-1, *inventory.numbers.values()}
-        wrong = sorted(set(numbers.tolist()) - known)
+        known = {-1: BASE, **{number: name for name, number in inventory.numbers.items()}}
+        given = numbers.tolist()
+        wrong = sorted(set(given) - known.keys())
         if wrong:
             raise ValueError(
                 f"No adapter has the number {', '.join(map(str, wrong))}. Numbers are never used twice; present: "
                 f"{inventory.numbers}, -1 is the base model"
             )
+        device = "cpu" if batch is None else batch.device
+        shape["seen"] = Routing.by_name([known[n] for n in given], inventory.numbers, device, **shape)
     last = table.shape[0] - 1  # stands for every number that no adapter ever had
     inside = torch.where((numbers < -1) | (numbers >= last - 1), last, numbers + 1)
     return Routing(names, table[inside.long()], None, **shape)

@@ -61,10 +61,15 @@ class Rows:
 
     @property
     def taken(self) -> slice | Tensor | None:
-        """Where samples with an adapter are; None: everywhere. A slice where they are neighbours. Needs `host`."""
+        """Where samples with an adapter are, those of one adapter after those of another where that makes a `run`;
+        None: everywhere, in order. A slice where they are neighbours in order. Needs `host`."""
 
         def make() -> slice | Tensor | None:
             where = [i for i, g in enumerate(self.host) if g >= 0]
+            if self.run:
+                ordered = sorted(where, key=self.host.__getitem__)
+                if ordered != where:
+                    return self._indices(ordered)
             if len(where) == len(self.host):
                 return None
             if where and where[-1] - where[0] + 1 == len(where):
@@ -80,11 +85,11 @@ class Rows:
 
     @property
     def run(self) -> int:
-        """n if the samples with an adapter are n of adapter 0, then n of adapter 1 and so on, which makes a batched
-        product over the stacked factors a mere view; 0 otherwise. Needs `host`."""
+        """n if there are n samples of adapter 0, n of adapter 1 and so on, which makes a batched product over the
+        stacked factors a mere view, samples being smaller to move than factors; 0 otherwise. Needs `host`."""
 
         def make() -> int:
-            used = [g for g in self.host if g >= 0]
+            used = sorted(g for g in self.host if g >= 0)
             count = max(used) + 1
             n = len(used) // count
             return n if used == [g for g in range(count) for _ in range(n)] else 0
@@ -110,6 +115,7 @@ class Routing:
         host: the same as a tuple where the host knows it.
         copies: how many neighbouring rows of an input may belong to one sample (beams).
         slots: the pool whose slots are counted, instead of adapters of the model.
+        seen: the same for eager calls, where the host knows numbers that no graph may depend on.
         tokens: tokens per sample, for layers that see the batch flattened to [B · tokens, K].
     """
 
@@ -121,16 +127,20 @@ class Routing:
         copies: tuple[int, ...] = (1,),
         tokens: int | None = None,
         slots: Any = None,
+        seen: Routing | None = None,
     ) -> None:
-        self.slots = slots
+        self.slots, self.seen = slots, seen
         self.names, self.index, self.host, self.copies, self.tokens = names, index, host, copies, tokens
         self.uniform = host is not None and len(set(host)) == 1
         self._memo: dict[Any, tuple[Tensor, tuple[int, ...] | None, dict]] = {}
 
     @classmethod
-    def by_name(cls, names: Sequence[str], device: torch.device | str, **shape: Any) -> Routing:
-        """From one name a sample; `BASE` for none."""
-        used = tuple(dict.fromkeys(n for n in names if n != BASE))
+    def by_name(
+        cls, names: Sequence[str], order: Mapping[str, int], device: torch.device | str, **shape: Any
+    ) -> Routing:
+        """From one name a sample; `BASE` for none. Sorted by `order`, so that layers make and keep one stack of
+        factors for all mixes of the same adapters."""
+        used = tuple(sorted({n for n in names if n != BASE}, key=order.__getitem__))
         position = {name: i for i, name in enumerate(used)} | {BASE: -1}
         host = tuple(position[n] for n in names)
         return cls(used, torch.tensor(host, dtype=torch.int64, device=device), host, **shape)
@@ -210,7 +220,10 @@ class Control:
         if routing is None and self._recomputing:
             # gradient checkpointing runs layers again, in the engine's own thread
             routing = self._recomputing.get(torch._C._current_graph_task_id())
-        return routing
+        # compiled layers of a model that is not compiled itself must not see what the host knows
+        if routing is None or torch.compiler.is_compiling() or routing.seen is None:
+            return routing
+        return routing.seen
 
     @contextmanager
     def use(self, routing: Routing | None) -> Iterator[None]:
@@ -222,8 +235,9 @@ class Control:
         finally:
             self._local.routing = before
 
-    def follow(self, output: Any, routing: Routing | None) -> None:
-        """Let layers that are run again during the backward pass from `output` follow the same routing."""
+    def follow(self, output: Any) -> None:
+        """Let layers that are run again during the backward pass from `output` follow the routing in force now."""
+        routing = self._local.routing
         if not torch.is_grad_enabled() or (routing is None and not self._has_followed):
             return
         self._has_followed = True

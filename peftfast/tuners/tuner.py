@@ -235,7 +235,7 @@ class BaseTuner(nn.Module):
             require_input_gradients(self.model)
         with self.routed(adapter_names, args, kwargs), self.compute_copies():
             output = self.model(*args, **kwargs)
-            self.inventory.control.follow(output, self.inventory.control.routing)
+            self.inventory.control.follow(output)
             return self._with_loss_terms(output)
 
     def generate(self, *args: Any, adapter_names: Choice | None = None, **kwargs: Any) -> Any:

@@ -75,3 +75,19 @@ def test_going_back_to_an_adapter_compiles_nothing():
                 model.base_model.set_adapter(name, inference_mode=True)
                 torch.testing.assert_close(call(**batch).logits, model(**batch).logits)
     assert counter.frame_count <= 3
+
+
+def test_compiled_layers_of_an_eager_model_do_not_depend_on_the_numbers():
+    """The host reads numbers that lie on the CPU; what is compiled inside must not."""
+    model = three()
+    counter = CompileCounterWithBackend("eager")
+    batch = {**oracle.inputs(model, batch=3), "use_cache": False}
+    mixes = [["one", "two", BASE], ["three"] * 3, ["two", BASE, "two"], [BASE] * 3]
+    with torch.no_grad():
+        expected = [model(**batch, adapter_names=mix).logits for mix in mixes]
+        for layer in model.base_model.model.model.layers:
+            layer.compile(backend=counter, fullgraph=True)
+        for mix, logits in zip(mixes, expected, strict=True):
+            numbers = model.base_model.adapter_numbers(mix)
+            torch.testing.assert_close(model(**batch, adapter_names=numbers).logits, logits)
+    assert counter.frame_count == 1
