@@ -75,6 +75,29 @@ def _bits(model):
     ] + [(n, type(m).__name__, m.training, sorted(m.__dict__)) for n, m in model.named_modules()]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True},
+        {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [1, 2]},
+        {"trainable_token_indices": [1, 2], "ensure_weight_tying": True},
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tied_weights_count_once(changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+    cfg = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **changes})
+    total = sum(p.numel() for p in model.parameters())
+    plan = plan_adapter(model, cfg)
+    patched = peftfast.patch(model, cfg)
+    assert plan.trainable_parameters == sum(p.numel() for p in patched.parameters() if p.requires_grad)
+    assert plan.total_parameters == total
+
+
 def test_targets_matched_partly_and_not_at_all():
     cfg = LoraConfig(target_modules=["q_proj", "v_proj", "down_prj"], exclude_modules=r".*layers\.0\.v_proj")
     plan = plan_adapter(base.Tiny(), cfg)
