@@ -399,6 +399,14 @@ def test_a_loss_that_is_not_finite_saves_nothing(tmp_path, capsys, monkeypatch):
 
 
 # ---- stopping and continuing -----------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A test run in a shell's background inherits an ignored SIGINT, which the command respects."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stop_after(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
     real = _loop.Run.one_step
 
