@@ -79,15 +79,21 @@ class Injection:
         source = self.inventory.layers[_embedding_name(self.inventory)]
         layer.tie_to(source, self.name)
 
+    def _wrapped(self, key: str, kind: type[AuxiliaryTrainingWrapper]) -> Any:
+        """The wrapper of a module that trains beside the adapters, made where there is none yet."""
+        inventory = self.inventory
+        wrapper = inventory.extras.get(key)
+        if wrapper is None:
+            wrapper = kind(inventory.module(key))
+            wrapper.train(wrapper.original_module.training)
+            inventory.extras[key] = wrapper
+            inventory.replace(key, wrapper)
+        return wrapper
+
     def _add_saved(self) -> None:
         inventory = self.inventory
         for key in (*self.saved, *self.saved_tied):
-            wrapper = inventory.extras.get(key)
-            if wrapper is None:
-                wrapper = ModulesToSaveWrapper(inventory.module(key))
-                wrapper.train(wrapper.original_module.training)
-                inventory.extras[key] = wrapper
-                inventory.replace(key, wrapper)
+            wrapper = self._wrapped(key, ModulesToSaveWrapper)
             tied = None
             if key in self.saved_tied:
                 tied = inventory.extras[_embedding_name(inventory)].modules_to_save[self.name].weight
@@ -98,12 +104,7 @@ class Injection:
 
         inventory = self.inventory
         for key in (*self.tokens, *self.tokens_tied):
-            wrapper = inventory.extras.get(key)
-            if wrapper is None:
-                wrapper = TrainableTokensWrapper(inventory.module(key))
-                wrapper.train(wrapper.original_module.training)
-                inventory.extras[key] = wrapper
-                inventory.replace(key, wrapper)
+            wrapper = self._wrapped(key, TrainableTokensWrapper)
             source = None
             if key in self.tokens_tied:
                 source = inventory.extras[next(iter(self.tokens))].token_adapter
