@@ -1,11 +1,15 @@
-"""Triton: per-row adapters. Tiles of rows in adapter order, each walking only the adapters it holds."""
+"""Triton: per-row adapters. Many rows: tiles of rows in adapter order, each walking only the adapters it holds.
+
+Few rows (decoding): a program a row, which reads its own adapter once. A tile of rows would hold as many adapters as
+rows there, and walking them one after another would leave the other multiprocessors idle.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import Tile, chip_of, dot_precision, rank_tile, tile
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow, operand
 from peftfast_kernels.variants import ANY_MATRIX, Variant
@@ -99,6 +103,71 @@ def routed_expand_kernel(
 
 
 @triton.jit
+def row_shrink_kernel(
+    x_ptr, rows_ptr, f_ptr, scales_ptr, t_ptr,
+    C, R, stride_xm, stride_xc, stride_fg, stride_fr, stride_fc,
+    SCALED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (m, j) computes BR ranks of t_m = scale_g f_g x_m; zero without an adapter.
+
+    f_ptr: [G, R, C]; t_ptr: [M, R] contiguous.
+    """
+    m = tl.program_id(0).to(tl.int64)
+    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
+    own = tl.load(rows_ptr + m)
+    g = tl.maximum(own, 0)
+    last = tl.where(own >= 0, C, 0)
+    base = f_ptr + tl.cast(g, tl.int64) * stride_fg
+    acc = tl.zeros((BR, BC), tl.float32)
+    for c in range(0, last, BC):
+        cols = c + tl.arange(0, BC)
+        wide = cols.to(tl.int64)
+        inside = cols < last
+        x = tl.load(x_ptr + m * stride_xm + wide * stride_xc, mask=inside, other=0.0)
+        f = tl.load(
+            base + ranks[:, None].to(tl.int64) * stride_fr + wide[None, :] * stride_fc,
+            mask=(ranks[:, None] < R) & inside[None, :],
+            other=0.0,
+        )
+        acc += operand(f, INTERP).to(tl.float32) * operand(x, INTERP).to(tl.float32)[None, :]
+    t = tl.sum(acc, axis=1)
+    if SCALED:
+        t = t * tl.load(scales_ptr + g)
+    tl.store(t_ptr + m * R + ranks, narrow(t, t_ptr.dtype.element_ty, INTERP), mask=ranks < R)
+
+
+@triton.jit
+def row_expand_kernel(
+    y_ptr, t_ptr, rows_ptr, b_ptr, scales_ptr, out_ptr,
+    N, R, stride_ym, stride_yn, stride_tm, stride_tr, stride_bg, stride_bn, stride_br,
+    BN: tl.constexpr, BR: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (m, j) computes BN columns of y_m + scale_g b_g t_m, of y_m without an adapter. b_ptr: [G, N, R]."""
+    m = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    wide_cols = cols.to(tl.int64)
+    own = tl.load(rows_ptr + m)
+    g = tl.maximum(own, 0)
+    last = tl.where(own >= 0, R, 0)
+    base = b_ptr + tl.cast(g, tl.int64) * stride_bg
+    total = tl.zeros((BN,), tl.float32)
+    for r in range(0, last, BR):
+        ranks = r + tl.arange(0, BR)
+        inside = ranks < last
+        t = tl.load(t_ptr + m * stride_tm + ranks * stride_tr, mask=inside, other=0.0)
+        b = tl.load(
+            base + wide_cols[:, None] * stride_bn + ranks[None, :].to(tl.int64) * stride_br,
+            mask=(cols[:, None] < N) & inside[None, :],
+            other=0.0,
+        )
+        total += tl.sum(operand(b, INTERP).to(tl.float32) * operand(t, INTERP).to(tl.float32)[None, :], axis=1)
+    y = tl.load(y_ptr + m * stride_ym + wide_cols * stride_yn, mask=cols < N, other=0.0).to(tl.float32)
+    scale = tl.where(own >= 0, tl.load(scales_ptr + g), 0.0)  # another adapter's may be infinite
+    total = total * scale
+    tl.store(out_ptr + m * N + wide_cols, narrow(y + total, out_ptr.dtype.element_ty, INTERP), mask=cols < N)
+
+
+@triton.jit
 def routed_outer_kernel(
     x_ptr, p_ptr, order_ptr, starts_ptr, scales_ptr, out_ptr,
     C, R, stride_xm, stride_xc, stride_pm, stride_pr, stride_og, stride_or, stride_oc,
@@ -138,6 +207,20 @@ def routed_outer_kernel(
     tl.store(out_ptr + offsets, narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
 
 
+#: Up to so many rows a program a row: predicted from bytes read out of L2 (M adapters' factors instead of G), to be
+#: measured. The interpreter's test shapes have rows on both sides of its own.
+ROW_BY_ROW, ROW_BY_ROW_INTERPRETED = 512, 48
+
+
+def _row_by_row(rows: int) -> bool:
+    return rows <= (ROW_BY_ROW_INTERPRETED if is_interpreting() else ROW_BY_ROW)
+
+
+def row_columns(config: Tile, ranks: int) -> int:
+    """Columns a program of one row holds at a time, of so many ranks each: registers for 64 sums a thread."""
+    return max(config.BN, config.warps * 32 * 64 // ranks)
+
+
 def _shrink(x: Tensor, rows: Tensor, order: Tensor, factors: Tensor, scales: Tensor | None, dtype) -> Tensor:
     """factors is [G, R, C] through any strides."""
     (m, c), rank = x.shape, factors.shape[1]
@@ -147,6 +230,27 @@ def _shrink(x: Tensor, rows: Tensor, order: Tensor, factors: Tensor, scales: Ten
     chip = chip_of(x.device)
     config = tile("routed", chip)
     br = rank_tile(rank, 64)
+    if _row_by_row(m):
+        row_shrink_kernel[(m, triton.cdiv(rank, br))](
+            x_ptr=x,
+            rows_ptr=rows,
+            f_ptr=factors,
+            scales_ptr=rows if scales is None else scales,
+            t_ptr=t,
+            C=c,
+            R=rank,
+            stride_xm=x.stride(0),
+            stride_xc=x.stride(1),
+            stride_fg=factors.stride(0),
+            stride_fr=factors.stride(1),
+            stride_fc=factors.stride(2),
+            SCALED=scales is not None,
+            BR=br,
+            BC=row_columns(config, br),
+            INTERP=is_interpreting(),
+            num_warps=config.warps,
+        )
+        return t
     routed_shrink_kernel[(triton.cdiv(m, config.BM), triton.cdiv(rank, br))](
         x_ptr=x,
         rows_ptr=rows,
@@ -208,18 +312,43 @@ def _outer(x: Tensor, p: Tensor, order: Tensor, starts: Tensor, scales: Tensor |
 
 
 def routed_down(x: Tensor, rows: Tensor, order: Tensor, starts: Tensor, a: Tensor) -> Tensor:
-    """Launches a 2D grid (tiles of sorted rows, rank tiles)."""
+    """Launches a 2D grid (rows or tiles of sorted rows, rank tiles)."""
     return _shrink(x, rows, order, a, None, a.dtype)
 
 
 def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor, b: Tensor, scales: Tensor) -> Tensor:
-    """Launches a 2D grid (tiles of sorted rows, column tiles)."""
+    """Launches a 2D grid (rows or tiles of sorted rows, column tiles)."""
     (m, n), rank = y.shape, t.shape[1]
     out = torch.empty(m, n, dtype=y.dtype, device=y.device)
     if m == 0:
         return out
     chip = chip_of(y.device)
     config = tile("routed", chip)
+    if _row_by_row(m):
+        br = rank_tile(rank, 32)
+        bn = row_columns(config, br)
+        row_expand_kernel[(m, triton.cdiv(n, bn))](
+            y_ptr=y,
+            t_ptr=t,
+            rows_ptr=rows,
+            b_ptr=b,
+            scales_ptr=scales,
+            out_ptr=out,
+            N=n,
+            R=rank,
+            stride_ym=y.stride(0),
+            stride_yn=y.stride(1),
+            stride_tm=t.stride(0),
+            stride_tr=t.stride(1),
+            stride_bg=b.stride(0),
+            stride_bn=b.stride(1),
+            stride_br=b.stride(2),
+            BN=bn,
+            BR=br,
+            INTERP=is_interpreting(),
+            num_warps=config.warps,
+        )
+        return out
     routed_expand_kernel[(triton.cdiv(m, config.BM), triton.cdiv(n, config.BN))](
         y_ptr=y,
         t_ptr=t,
@@ -306,6 +435,36 @@ def variants(chip: str):
             warps=config.warps,
             stages=config.stages,
             matrix=ANY_MATRIX,
+        )
+        yield Variant(
+            name=f"row_shrink R{rank}",
+            kernel=row_shrink_kernel,
+            pointers={**indices, "x_ptr": "bf16", "f_ptr": "bf16", "t_ptr": "bf16"},
+            constexprs={
+                "INTERP": False,
+                "stride_xc": 1,
+                "stride_fc": 1,
+                "SCALED": False,
+                "BR": br,
+                "BC": row_columns(config, br),
+            },
+            warps=config.warps,
+            quick=rank == 16,
+        )
+        yield Variant(
+            name=f"row_expand R{rank}",
+            kernel=row_expand_kernel,
+            pointers={**indices, "y_ptr": "bf16", "t_ptr": "bf16", "b_ptr": "bf16", "out_ptr": "bf16"},
+            constexprs={
+                "INTERP": False,
+                "stride_yn": 1,
+                "stride_tr": 1,
+                "stride_br": 1,
+                "BN": row_columns(config, rank_tile(rank, 32)),
+                "BR": rank_tile(rank, 32),
+            },
+            warps=config.warps,
+            quick=rank == 16,
         )
         yield Variant(
             name=f"routed_outer R{rank}",
