@@ -37,6 +37,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "AutoPeftModelForTokenClassification",
     ),
     "training.blocks": ("fuse_blocks",),
+    "training.graphs": ("capture_decoding", "capture_training_step"),
     "config": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PeftConfig",
