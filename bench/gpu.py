@@ -283,7 +283,7 @@ class Bench:
 
 
 def _tuple(value: Any) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 # ---- what is measured, the most telling first ------------------------------------------------------------------------
@@ -300,8 +300,9 @@ def op_cases(quick: bool, dry: bool) -> Iterator[tuple[str, Size]]:
     for m, n, k, r in points[:2] if quick else points:
         for name in BUILDERS:
             stored = name in ("lora_gemm", "lora_gemm_t", "dequantize", "merged_weight", "row_norm")
+            drops = name in ("lora_down", "lora_gemm_t", "lora_factor_grads") and not quick
             for format in ("dense", "nf4", "int8") if stored else ("dense",):
-                for p in (0.0, 0.1) if name in ("lora_down", "lora_gemm_t", "lora_down_grad") and not quick else (0.0,):
+                for p in (0.0, 0.1) if drops else (0.0,):
                     yield name, Size(m, n, k, r, format=format, dropout=p, adapters=8)
 
 

@@ -129,16 +129,17 @@ def _lora_dx(t: Maker) -> dict[str, Any]:
     return {"p": t.normal(s.m, s.r), "a": a, "seed": t.seed, "prob": s.dropout, "dtype": s.dtype}
 
 
-def _lora_up_grad(t: Maker) -> dict[str, Any]:
+def _lora_dt(t: Maker) -> dict[str, Any]:
     s = t.size
-    dy, b = t.normal(s.m, s.n), t.normal(s.n, s.r, std=s.n**-0.5)
-    return {"dy": dy, "t": t.normal(s.m, s.r), "b": b, "scale": 2.0, "grad_dtype": torch.float32}
+    return {"dy": t.normal(s.m, s.n), "b": t.normal(s.n, s.r, std=s.n**-0.5), "scale": 2.0}
 
 
-def _lora_down_grad(t: Maker) -> dict[str, Any]:
+def _lora_factor_grads(t: Maker) -> dict[str, Any]:
     s = t.size
-    x, p = t.normal(s.m, s.k), t.normal(s.m, s.r)
-    return {"x": x, "p": p, "seed": t.seed, "prob": s.dropout, "grad_dtype": torch.float32}
+    return {
+        "dy": t.normal(s.m, s.n), "t": t.normal(s.m, s.r), "x": t.normal(s.m, s.k), "p": t.normal(s.m, s.r),
+        "seed": t.seed, "prob": s.dropout, "scale": 2.0, "db_dtype": torch.float32, "da_dtype": torch.float32,
+    }  # fmt: skip
 
 
 def _dequantize(t: Maker) -> dict[str, Any]:

@@ -121,12 +121,23 @@ def _decode(size: Size) -> Question:
     return Question("NF4 to bf16: bandwidth", size, make, 0.0, size.n * size.k * 2.516)
 
 
-def _one_read(size: Size) -> Question:
-    def make(device: str) -> Calls:
-        return _paths("lora_up_grad", arguments("lora_up_grad", size, device), device)
+def _back(size: Size) -> Question:
+    """What the second read of dy costs that one launch for both gradients needs: p reads dy, the gradients dy and x."""
 
-    moved = 2.0 * size.m * size.n
-    return Question("p and db from one read of dy: bandwidth", size, make, 4.0 * size.m * size.n * size.r, moved)
+    def make(device: str) -> Calls:
+        return _paths("lora_dt", arguments("lora_dt", size, device), device)
+
+    moved = 2.0 * (size.m * size.n + size.r * (size.m + size.n))
+    return Question("p from dy: bandwidth", size, make, 2.0 * size.m * size.n * size.r, moved)
+
+
+def _gradients(size: Size) -> Question:
+    def make(device: str) -> Calls:
+        return _paths("lora_factor_grads", arguments("lora_factor_grads", size, device), device)
+
+    columns = size.n + size.k
+    moved = 2.0 * size.m * (columns + 2 * size.r) + 4.0 * size.r * columns
+    return Question("db and da in one launch: bandwidth", size, make, 2.0 * size.m * columns * size.r, moved)
 
 
 def all_questions(dry: bool) -> list[Question]:
@@ -134,12 +145,12 @@ def all_questions(dry: bool) -> list[Question]:
     if dry:
         small = Size(24, 48, 64, 4)
         quantised = small._replace(format="nf4")
-        dense = [_padded, _update, _skinny, _fused, _one_read]
+        dense = [_padded, _update, _skinny, _fused, _back, _gradients]
         return [*(ask(small) for ask in dense), _decode(quantised), _fused(quantised)]
     q, gate = Size(8192, 4096, 4096), Size(8192, 14336, 4096)
     nf4 = q._replace(format="nf4")
     return [
         _padded(q), _padded(gate), _update(q), _skinny(q), _skinny(q._replace(r=48)), _skinny(q._replace(dropout=0.1)),
         _fused(q), _fused(gate), _decode(nf4), *(_fused(nf4._replace(m=m)) for m in (16, 64, 128, 256, 512, 2048)),
-        _one_read(q), _one_read(gate),
+        _back(q), _back(gate), _gradients(q), _gradients(gate), _gradients(q._replace(dropout=0.1)),
     ]  # fmt: skip

@@ -33,8 +33,8 @@ TUNED = {
     "lora_gemm": (True, False),
     "lora_gemm_t": (True, True),
     "lora_down": (False, True),
-    "lora_up_grad": (False, False),
-    "lora_down_grad": (False, True),
+    "lora_dt": (False, False),
+    "lora_factor_grads": (False, True),
     "lora_add": (False, False),
     "lora_dx": (False, True),
     "dora_add": (False, False),
@@ -140,7 +140,7 @@ def _measure(op: Op, kwargs: dict, point: dispatch.Point, clock: Clock) -> dict:
 
 
 def _tuple(value) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def write(entries: list[dict], path: Path, device: str, dry: bool) -> None:

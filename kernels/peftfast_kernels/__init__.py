@@ -13,12 +13,12 @@ from peftfast_kernels.keep_mask import drop as drop
 from peftfast_kernels.keep_mask import keep_mask as keep_mask
 from peftfast_kernels.keep_mask import keep_scale as keep_scale
 from peftfast_kernels.lora_down import lora_down as lora_down
+from peftfast_kernels.lora_down import lora_dt as lora_dt
 from peftfast_kernels.lora_gemm import lora_add as lora_add
 from peftfast_kernels.lora_gemm import lora_dx as lora_dx
 from peftfast_kernels.lora_gemm import lora_gemm as lora_gemm
 from peftfast_kernels.lora_gemm import lora_gemm_t as lora_gemm_t
-from peftfast_kernels.lora_grad import lora_down_grad as lora_down_grad
-from peftfast_kernels.lora_grad import lora_up_grad as lora_up_grad
+from peftfast_kernels.lora_grad import lora_factor_grads as lora_factor_grads
 from peftfast_kernels.lora_routed import Route as Route
 from peftfast_kernels.lora_routed import make_route as make_route
 from peftfast_kernels.lora_routed import routed_add as routed_add

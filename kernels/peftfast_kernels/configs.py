@@ -4,6 +4,7 @@ A chip is named as compilers name it (``sm_90``, ``gfx942``). A chip that is not
 its family; the shared-memory limits that force smaller tiles on some chips are in `SHARED_MEMORY`.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -37,13 +38,13 @@ SHARED_MEMORY = {
 _INTERPRETER = "interpreter"
 
 TILES: dict[str, dict[str, Tile]] = {
-    # t = drop(x) aᵀ: BM rows, BK of the contraction; BN is unused (the rank decides it)
+    # t = drop(x) aᵀ, p = s dy b: at most BM rows a program, BK of the contraction (see `depth`)
     "lora_down": {
         _INTERPRETER: Tile(32, 0, 32),
-        "sm_80": Tile(64, 0, 64, 4, 4),
+        "sm_80": Tile(64, 0, 128, 4, 4),
         "sm_86": Tile(64, 0, 64, 4, 3),
         "sm_90": Tile(64, 0, 128, 4, 4),
-        "sm_100": Tile(64, 0, 64, 4, 4),
+        "sm_100": Tile(32, 0, 128, 4, 5),  # with 64 rows the mask and tcgen05 together spill
         "sm_120": Tile(64, 0, 64, 4, 3),
         "gfx942": Tile(64, 0, 64, 4, 2),
     },
@@ -81,24 +82,15 @@ TILES: dict[str, dict[str, Tile]] = {
         "sm_120": Tile(64, 64, 32, 4, 2),
         "gfx942": Tile(64, 64, 32, 4, 1),
     },
-    # p and db from one read of dy: BM rows at a time, BN columns
-    "lora_up_grad": {
-        _INTERPRETER: Tile(32, 32, 0),
-        "sm_80": Tile(64, 128, 0, 4, 3),
-        "sm_86": Tile(64, 64, 0, 4, 2),
-        "sm_90": Tile(64, 128, 0, 4, 3),
-        "sm_120": Tile(64, 64, 0, 4, 2),
-        "gfx942": Tile(64, 64, 0, 4, 1),
-    },
-    # da from one read of x: BM rows at a time, BN columns
-    "lora_down_grad": {
-        _INTERPRETER: Tile(32, 32, 0),
-        "sm_80": Tile(64, 128, 0, 4, 3),
-        "sm_86": Tile(32, 64, 0, 4, 3),
-        "sm_90": Tile(64, 128, 0, 4, 3),
-        "sm_100": Tile(64, 128, 0, 8, 3),
-        "sm_120": Tile(64, 64, 0, 4, 2),
-        "gfx942": Tile(64, 64, 0, 4, 1),
+    # db = s dyᵀ t and da = pᵀ drop(x): at most BN columns a program, BK rows at a time (see `depth`)
+    "lora_grad": {
+        _INTERPRETER: Tile(16, 32, 32),
+        "sm_80": Tile(16, 64, 64, 4, 4),
+        "sm_86": Tile(16, 64, 64, 4, 3),
+        "sm_90": Tile(16, 64, 64, 4, 5),
+        "sm_100": Tile(16, 64, 64, 4, 5),
+        "sm_120": Tile(16, 64, 64, 4, 3),
+        "gfx942": Tile(16, 64, 64, 4, 2),
     },
     # per-row adapters: BM sorted rows, BN columns, BK of the contraction
     "routed": {
@@ -141,6 +133,29 @@ MAX_RANK_TILE = 128  # wider ranks are cut into tiles of this size
 def rank_tile(rank: int, largest: int = MAX_RANK_TILE) -> int:
     """The power of two, at least 16 (what a matrix instruction needs), that holds the rank or `largest` of it."""
     return max(16, min(largest, 1 << (rank - 1).bit_length() if rank > 1 else 1))
+
+
+PROGRAMS = 128  # about as many as a large GPU has processors
+
+
+def owned(largest: int, programs: Callable[[int], int]) -> int:
+    """How much of the output one program owns where it walks the whole contraction alone.
+
+    The largest power of two from 16 to `largest` that leaves `PROGRAMS` programs, of which there are programs(size);
+    16 where none does. A function of the shape alone, so that results are the same on every GPU of a kind.
+    """
+    while largest > 16 and programs(largest) < PROGRAMS:
+        largest //= 2
+    return largest
+
+
+def depth(contraction: int, owned: int, other: int, single: bool) -> int:
+    """How much of the contraction one step loads: `contraction` at about 64 rows (or columns) owned and a small rank.
+
+    Fewer owned rows take longer steps, so that as many bytes are under way; wide ranks and fp32 take shorter ones.
+    """
+    steps = min(contraction * 128 // (owned + other), 2 * contraction) // (2 if single else 1)
+    return max(16, 1 << (steps.bit_length() - 1))
 
 
 @cache

@@ -1,8 +1,9 @@
-"""t = drop(x) aᵀ: the down-projection of LoRA (Hu et al., arXiv 2106.09685), dropout regenerated from its seed.
+"""t = drop(x) aᵀ, the down-projection of LoRA (Hu et al., arXiv 2106.09685), and its gradient p = s dy b.
 
-Shapes: x [M, K] with any strides, a [R, K], t [M, R] in a's dtype. Several adapters that share x are one call with
-their factors stacked on R. The *wide* case, a in fp32 with x in half precision, accumulates fp32 products of the
-upcast x; x is never copied to fp32 as a whole.
+Shapes: x [M, K] and dy [M, N] with any strides, a [R, K], b [N, R], t and p [M, R] in the factor's dtype. Dropout is
+regenerated from its seed. Several adapters that share x are one call with their factors stacked on R. The *wide* case,
+a factor in fp32 with half-precision activations, accumulates fp32 products of the upcast x; x is never copied to fp32
+as a whole.
 """
 
 import torch
@@ -18,6 +19,19 @@ def _reference(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor
     dtype = accumulate_dtype(x, a)
     kept = keep_mask.reference(seed, prob, x.shape[0], x.shape[1], x.device)
     return torch.where(kept, x.to(dtype), 0) @ a.to(dtype).t() * (keep_scale(prob) if threshold(prob) else 1.0)
+
+
+def scaled_product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * left right in ``dtype``; on CUDA half-precision operands leave the accumulator in fp32."""
+    if left.dtype == dtype:
+        if scale == 1.0:
+            return torch.mm(left, right)
+        return torch.addmm(zero_like(left), left, right, beta=0, alpha=scale)
+    if left.is_cuda and dtype == torch.float32:
+        # addmm has no such form with a broadcast 0-d input, so the scale is applied to the small result.
+        out = torch.mm(left, right, out_dtype=torch.float32)
+        return out if scale == 1.0 else out.mul_(scale)
+    return scaled_product(left, right, scale, left.dtype).to(dtype)
 
 
 def make_inputs(device, shapes, dtype, wide=False, strided=False, seed=0, std=1.0):
@@ -85,7 +99,7 @@ def lora_down(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     if threshold(prob) == 0:
         if x.dtype == a.dtype:
             return torch.mm(x, transposed(a))
-        return _wide(x, a)
+        return _wide(x, transposed(a), 1.0)
     (m, k), r = x.shape, a.shape[0]
     keep = small_keep(m, k, seed, prob, a.dtype) if x.dtype == a.dtype else None
     if keep is not None:
@@ -99,9 +113,46 @@ def lora_down(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     return t
 
 
-def _wide(x: Tensor, a: Tensor) -> Tensor:
-    t = torch.empty(x.shape[0], a.shape[0], dtype=a.dtype, device=a.device)
-    at = transposed(a)
+def _wide(x: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * x right for half-precision x [M, K] and fp32 right [K, R], chunk by chunk."""
+    out = torch.empty(x.shape[0], right.shape[1], dtype=right.dtype, device=right.device)
     for rows in row_chunks(x.shape[0], x.shape[1], WIDE_CHUNK):
-        torch.mm(x[rows].to(a.dtype), at, out=t[rows])
-    return t
+        part = x[rows].to(right.dtype)
+        if scale == 1.0:
+            torch.mm(part, right, out=out[rows])
+        else:
+            torch.addmm(zero_like(right), part, right, beta=0, alpha=scale, out=out[rows])
+    return out
+
+
+# -- p: the same product with the other factor, contracted over its rows; so the host makes no view of b --------------
+
+
+def _dt_reference(dy: Tensor, b: Tensor, scale: float) -> Tensor:
+    dtype = accumulate_dtype(dy, b)
+    return dy.to(dtype) @ b.to(dtype) * scale
+
+
+def _dt_build(device, rows, cols, rank, prob, dtype, wide, strided):
+    (dy,) = make_inputs(device, [(rows, cols)], dtype, strided=strided)
+    (b,) = make_inputs(device, [(cols, rank)], torch.float32 if wide else dtype, seed=1, std=cols**-0.5)
+    return {"dy": dy, "b": b, "scale": 0.3 if rows % 2 else 1.0}
+
+
+def _dt_cost(dy: Tensor, b: Tensor, scale: float) -> Cost:
+    (m, n), r = dy.shape, b.shape[1]
+    return Cost(2.0 * m * n * r, m * n * dy.element_size() + (n * r + m * r) * b.element_size())
+
+
+@op(
+    reference=_dt_reference,
+    module="lora_down_kernels",
+    cases=lambda: lora_cases(_dt_build),
+    cost=_dt_cost,
+    fake=lambda dy, b, scale: b.new_empty(dy.shape[0], b.shape[1]),
+)
+def lora_dt(dy: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Returns p [M, R] = scale dy b in b's dtype, the gradient of t, for dy [M, N] and b [N, R]."""
+    if dy.dtype == b.dtype:
+        return scaled_product(dy, b, scale, b.dtype)
+    return _wide(dy, b, scale)

@@ -1,14 +1,19 @@
-"""Triton: t = drop(x) aᵀ. The mask is applied to x in registers, its scale to the fp32 sum."""
+"""Triton: t = drop(x) aᵀ and p = s dy b. The mask is applied to x in registers, scales to the fp32 sum.
+
+Every strip of rows has one owner, which walks the whole contraction: one launch, nothing to add up afterwards.
+"""
+
+from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import Tile, chip_of, dot_precision, rank_tile, splits, tile
+from peftfast_kernels.configs import chip_of, depth, dot_precision, owned, rank_tile, tile
 from peftfast_kernels.keep_mask import keep_scale, threshold
 from peftfast_kernels.op import is_interpreting
-from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys, sum_parts
+from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys
 from peftfast_kernels.variants import ANY_MATRIX, NO_MATRIX, Variant
 
 
@@ -25,131 +30,147 @@ def down_kernel(
     stride_xk,
     stride_ar,
     stride_ak,
-    k_per_part,
     threshold,
     scale,
     DROP: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERP: tl.constexpr,
 ):
-    """Program (i, j, s) computes BM rows and BR ranks of t over the s-th part of the contraction.
+    """Program (i, j) computes BM rows and BR ranks of t.
 
-    x_ptr: [M, K], a_ptr: [R, K], seed_ptr: int64 []; t_ptr: [parts, M, R] contiguous, in its own dtype.
+    x_ptr: [M, K]; a_ptr: [R, K], R and stride_ak multiples of UNIT; seed_ptr: int64 []; t_ptr: [M, R] contiguous.
     """
+    # The compiler knows multiples of 16 by itself, and a smaller rank's as a product: without it such a factor, where
+    # its ranks are contiguous, is read element by element and outside the pipeline.
+    R = R // UNIT * UNIT
+    stride_ak = stride_ak // UNIT * UNIT
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
-    k_first = tl.program_id(2) * k_per_part
-    k_last = tl.minimum(k_first + k_per_part, K)
     row_in = rows[:, None] < M
     rank_in = ranks[None, :] < R
     if DROP:
         keys = row_keys(seed_ptr, rows)
     acc = tl.zeros((BM, BR), tl.float32)
-    for k in range(k_first, k_last, BK):
+    for k in range(0, K, BK):
         cols = k + tl.arange(0, BK)
         wide_cols = cols.to(tl.int64)
         x = tl.load(
             x_ptr + rows[:, None] * stride_xm + wide_cols[None, :] * stride_xk,
-            mask=row_in & (cols[None, :] < k_last),
+            mask=row_in & (cols[None, :] < K),
             other=0.0,
         )
         a = tl.load(
             a_ptr + ranks[None, :].to(tl.int64) * stride_ar + wide_cols[:, None] * stride_ak,
-            mask=rank_in & (cols[:, None] < k_last),
+            mask=rank_in & (cols[:, None] < K),
             other=0.0,
         )
         x = operand(x, INTERP).to(operand(a, INTERP).dtype)
         if DROP:
             x = tl.where(keep_tile(keys, cols, threshold), x, 0.0)
         acc = tl.dot(x, operand(a, INTERP), acc, input_precision=PRECISION)
-    offsets = tl.program_id(2).to(tl.int64) * M * R + rows[:, None] * R + ranks[None, :]
-    tl.store(t_ptr + offsets, narrow(acc * scale, t_ptr.dtype.element_ty, INTERP), mask=row_in & rank_in)
+    out = t_ptr + rows[:, None] * R + ranks[None, :]
+    tl.store(out, narrow(acc * scale, t_ptr.dtype.element_ty, INTERP), mask=row_in & rank_in)
 
 
-def contraction_tile(config: Tile, rank_tile: int, single: bool) -> int:
-    """Columns per step: fp32 tiles and wide ranks take twice the shared memory each."""
-    return max(config.BK // (2 if single else 1) // (2 if rank_tile > 64 else 1), 16)
+def unit(rank: int, stride: int) -> int:
+    """The power of two up to 16 that divides both: the length of the vectors in which a factor's ranks are read."""
+    return gcd(gcd(rank, stride), 16)
 
 
-def lora_down(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
-    """Launches a 3D grid (row tiles, rank tiles, parts of the contraction) and adds the parts in order."""
-    (m, k), r = x.shape, a.shape[0]
+def _launch(
+    x: Tensor, a: Tensor, r: int, stride_ar: int, stride_ak: int, seed: Tensor | None, prob: float, scale: float
+) -> Tensor:
+    """scale * drop(x) aᵀ [M, R] for a of any strides, in a 2D grid (row strips, rank tiles)."""
+    m, k = x.shape
     t = torch.empty(m, r, dtype=a.dtype, device=a.device)
-    if m == 0:
+    if m == 0 or r == 0:
         return t
     dropping = threshold(prob) > 0
     if dropping and seed is None:
         raise ValueError(f"dropout with probability {prob} needs a seed tensor")
     chip = chip_of(x.device)
-    interp = is_interpreting()
     config = tile("lora_down", chip)
     br = rank_tile(r)
-    bk = contraction_tile(config, br, a.dtype == torch.float32)
-    tiles = triton.cdiv(m, config.BM) * triton.cdiv(r, br)
-    parts = splits(tiles, triton.cdiv(k, 4 * bk), wanted=256)
-    k_per_part = triton.cdiv(triton.cdiv(k, parts), bk) * bk
-    parts = triton.cdiv(k, k_per_part)
-    out = t if parts == 1 else torch.empty(parts, m, r, dtype=torch.float32, device=a.device)
-    down_kernel[(triton.cdiv(m, config.BM), triton.cdiv(r, br), parts)](
+    rank_tiles = triton.cdiv(r, br)
+    bm = owned(config.BM, lambda size: triton.cdiv(m, size) * rank_tiles)
+    down_kernel[(triton.cdiv(m, bm), rank_tiles)](
         x_ptr=x,
         a_ptr=a,
         seed_ptr=seed if dropping else x,
-        t_ptr=out,
+        t_ptr=t,
         M=m,
         K=k,
         R=r,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_ar=a.stride(0),
-        stride_ak=a.stride(1),
-        k_per_part=k_per_part,
+        stride_ar=stride_ar,
+        stride_ak=stride_ak,
         threshold=threshold(prob),
-        scale=keep_scale(prob) if dropping else 1.0,
+        scale=scale * keep_scale(prob) if dropping else scale,
         DROP=dropping,
-        BM=config.BM,
+        BM=bm,
         BR=br,
-        BK=bk,
+        BK=depth(config.BK, bm, br, a.dtype == torch.float32),
+        UNIT=unit(r, stride_ak),
         PRECISION=dot_precision(chip, x.dtype, a.dtype),
-        INTERP=interp,
+        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    if parts > 1:
-        sum_parts(out, t, 1.0, interp)
     return t
 
 
+def lora_down(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
+    """One launch."""
+    return _launch(x, a, a.shape[0], a.stride(0), a.stride(1), seed, prob, 1.0)
+
+
+def lora_dt(dy: Tensor, b: Tensor, scale: float) -> Tensor:
+    """One launch."""
+    return _launch(dy, b, b.shape[1], b.stride(1), b.stride(0), None, 0.0, scale)
+
+
 def variants(chip: str):
-    """What `lora_down` launches, for ahead-of-time checks."""
+    """What `lora_down` and `lora_dt` launch, for ahead-of-time checks."""
     config = tile("lora_down", chip)
-    for x, a, rank, drop in (
-        ("bf16", "bf16", 16, False),
-        ("bf16", "bf16", 16, True),
-        ("fp16", "fp16", 64, False),
-        ("bf16", "bf16", 128, True),
-        ("bf16", "fp32", 16, True),
-        ("fp32", "fp32", 16, False),
-    ):
+    points = (
+        ("bf16", "bf16", 16, False, 16),
+        ("bf16", "bf16", 16, True, 16),
+        ("bf16", "bf16", 16, True, 32),
+        ("bf16", "bf16", 16, True, config.BM),
+        ("fp16", "fp16", 64, False, config.BM),
+        ("bf16", "bf16", 128, True, 16),
+        ("bf16", "bf16", 128, True, config.BM),
+        ("bf16", "fp32", 16, True, 16),
+        ("bf16", "fp32", 16, True, config.BM),
+        ("fp32", "fp32", 16, False, 16),
+        ("fp32", "fp32", 16, False, config.BM),
+    )
+    # `lora_dt` drops nothing; on some chips the largest strip is not so large, and points coincide
+    calls = [(*point, False) for point in points] + [(x, a, rank, False, bm, True) for x, a, rank, _, bm in points]
+    for x, a, rank, drop, bm, turned in dict.fromkeys(calls):
         wide = x != a
         yield Variant(
-            name=f"lora_down {x} R{rank}{' drop' * drop}{' wide' * wide}",
+            name=f"{'lora_dt' if turned else 'lora_down'} {x} M{bm} R{rank}{' drop' * drop}{' wide' * wide}",
             kernel=down_kernel,
-            pointers={"x_ptr": x, "a_ptr": a, "seed_ptr": "i64", "t_ptr": "fp32"},
+            pointers={"x_ptr": x, "a_ptr": a, "seed_ptr": "i64", "t_ptr": a},
             constexprs={
                 "stride_xk": 1,
-                "stride_ak": 1,
+                "stride_ar" if turned else "stride_ak": 1,
                 "DROP": drop,
-                "BM": config.BM,
+                "BM": bm,
                 "BR": rank_tile(rank),
-                "BK": contraction_tile(config, rank_tile(rank), a == "fp32"),
+                "BK": depth(config.BK, bm, rank_tile(rank), a == "fp32"),
+                "UNIT": 16 if turned else 1,
                 "PRECISION": dot_precision(chip, torch.bfloat16 if wide else torch.float32),
                 "INTERP": False,
             },
             warps=config.warps,
             stages=config.stages,
             matrix=NO_MATRIX if x == "fp32" else ANY_MATRIX,
-            quick=rank == 16 and drop and not wide,
+            quick=rank == 16 and x == a == "bf16" and (turned or drop),
         )

@@ -1,114 +1,140 @@
-"""Gradients of the low-rank factors: p = s dy b and db = s dyᵀ t from one read of dy; da = pᵀ drop(x) from one of x.
+"""Gradients of both low-rank factors in one launch: db = s dyᵀ t and da = pᵀ drop(x).
 
-Shapes: dy [M, N], t = drop(x) aᵀ [M, R], b [N, R], p [M, R] in b's dtype, db [N, R] and da [R, K] in ``grad_dtype``
-(fp32 masters receive their gradient unrounded from the fp32 accumulator). x, dy may have any strides. Sums over rows
-are split in fixed parts that are added in order: results do not change from run to run.
+Shapes: dy [M, N], t = drop(x) aᵀ [M, R], x [M, K], p = s dy b [M, R] (`lora_dt`), db [N, R], da [R, K]. x and dy may
+have any strides. Gradients leave the fp32 accumulator in the dtype that is asked for, so fp32 masters receive theirs
+unrounded.
+
+Every tile of columns, of dy or of x, has one owner that walks down all rows: no partial sums, no atomics, and results
+that do not change from run to run. The price is that dy is read twice, here and for p, where a fused pass over dy could
+give p and db together; such a pass has to leave fp32 planes of both (its tiles own neither), to be added in three more
+launches. PREDICTED, not measured, for M = 8192, N = K = 4096, r = 16 on an H100: 15.6 us more for the second read of
+dy, about 10 us and three launches less for the planes, so about even in time there and ahead wherever launches or the
+host limit. `bench/gpu.py` measures both launches against cuBLAS and against the roofline.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, small_keep, threshold
-from peftfast_kernels.lora_down import WIDE_CHUNK, lora_cases, make_inputs, make_seed
-from peftfast_kernels.op import Cost, accumulate_dtype, op, row_chunks, zero_like
+from peftfast_kernels.lora_down import WIDE_CHUNK, lora_cases, make_inputs, make_seed, scaled_product
+from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks, zero_like
+
+# Absent halves are None in and missing from the list that comes back: an operator's schema has no optional result.
 
 
-def _mm(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale * left right in ``dtype``; on CUDA half-precision operands leave the accumulator in fp32."""
-    if left.dtype == dtype:
-        if scale == 1.0:
-            return torch.mm(left, right)
-        return torch.addmm(zero_like(left), left, right, beta=0, alpha=scale)
-    if left.is_cuda and dtype == torch.float32:
-        # addmm has no such form with a broadcast 0-d input, so the scale is applied to the small result.
-        out = torch.mm(left, right, out_dtype=torch.float32)
-        return out if scale == 1.0 else out.mul_(scale)
-    return _mm(left, right, scale, left.dtype).to(dtype)
+def _reference(
+    dy: Tensor | None,
+    t: Tensor | None,
+    x: Tensor | None,
+    p: Tensor | None,
+    seed: Tensor | None,
+    prob: float,
+    scale: float,
+    db_dtype: torch.dtype,
+    da_dtype: torch.dtype,
+) -> list[Tensor]:
+    dtype, grads = accumulate_dtype(dy, x), []
+    if dy is not None:
+        grads.append(dy.to(dtype).t() @ t.to(dtype) * scale)
+    if x is not None:
+        kept = torch.where(keep_mask.reference(seed, prob, *x.shape, x.device), x.to(dtype), 0)
+        grads.append(p.to(dtype).t() @ kept * (keep_scale(prob) if threshold(prob) else 1.0))
+    return grads
 
 
-# -- p and db ----------------------------------------------------------------------------------------------------------
+def _build(device, rows, cols, rank, prob, dtype, wide, strided):
+    factor = torch.float32 if wide else dtype
+    dy, x = make_inputs(device, [(rows, cols // 2 + 1), (rows, cols)], dtype, strided=strided)
+    t, p = make_inputs(device, [(rows, rank), (rows, rank)], factor, seed=1)
+    return {
+        "dy": dy, "t": t, "x": x, "p": p, "seed": make_seed(device, prob), "prob": prob, "scale": 0.25,
+        "db_dtype": torch.float32 if wide or rows % 2 else dtype,
+        "da_dtype": torch.float32 if wide or cols % 2 else dtype,
+    }  # fmt: skip
 
 
-def _up_reference(dy: Tensor, t: Tensor, b: Tensor, scale: float, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    dtype = accumulate_dtype(dy, t, b)
-    dy = dy.to(dtype)
-    return dy @ b.to(dtype) * scale, dy.t() @ t.to(dtype) * scale
+def _cases() -> Iterator[Case]:
+    both = list(lora_cases(_build))
+    yield from both
+    for absent, case in ((("x", "p", "seed"), both[1]), (("dy", "t"), both[1]), (("dy", "t"), both[9])):
+
+        def make(device: str, absent=absent, case=case) -> dict:
+            return {**case.make(device), **dict.fromkeys(absent), **({"prob": 0.0} if "seed" in absent else {})}
+
+        yield Case(f"{case.id}-no-{absent[0]}", make)
 
 
-def _up_build(device, rows, cols, rank, prob, dtype, wide, strided):
-    (dy,) = make_inputs(device, [(rows, cols)], dtype, strided=strided)
-    t, b = make_inputs(device, [(rows, rank), (cols, rank)], torch.float32 if wide else dtype, 1)
-    grad_dtype = torch.float32 if wide or rows % 2 else dtype
-    return {"dy": dy, "t": t, "b": b, "scale": 0.25, "grad_dtype": grad_dtype}
+def _cost(
+    dy: Tensor | None,
+    t: Tensor | None,
+    x: Tensor | None,
+    p: Tensor | None,
+    seed: Tensor | None,
+    prob: float,
+    scale: float,
+    db_dtype: torch.dtype,
+    da_dtype: torch.dtype,
+) -> Cost:
+    flops = moved = 0.0
+    for wide, factor, dtype in ((dy, t, db_dtype), (x, p, da_dtype)):
+        if wide is not None:
+            (m, columns), r = wide.shape, factor.shape[1]
+            # read the activations and their factor once, write the gradient once
+            flops += 2.0 * m * columns * r
+            moved += m * columns * wide.element_size() + m * r * factor.element_size() + r * columns * dtype.itemsize
+    return Cost(flops, moved)
 
 
-def _up_cost(dy: Tensor, t: Tensor, b: Tensor, scale: float, grad_dtype: torch.dtype) -> Cost:
-    (m, n), r = dy.shape, t.shape[1]
-    # read dy, t, b once, write p and db once
-    moved = m * n * dy.element_size() + (2 * m * r + n * r) * t.element_size() + n * r * grad_dtype.itemsize
-    return Cost(4.0 * m * n * r, moved)
+def _fake(dy, t, x, p, seed, prob, scale, db_dtype, da_dtype) -> list[Tensor]:
+    db = [] if dy is None else [dy.new_empty(dy.shape[1], t.shape[1], dtype=db_dtype)]
+    return db if x is None else [*db, x.new_empty(p.shape[1], x.shape[1], dtype=da_dtype)]
 
 
 @op(
-    reference=_up_reference,
+    reference=_reference,
     module="lora_grad_kernels",
-    cases=lambda: lora_cases(_up_build),
-    cost=_up_cost,
-    fake=lambda dy, t, b, scale, grad_dtype: (b.new_empty(t.shape), b.new_empty(b.shape, dtype=grad_dtype)),
+    cases=_cases,
+    cost=_cost,
+    fake=_fake,
+    device_of=lambda dy, t, x, p, seed, prob, scale, db_dtype, da_dtype: (x if dy is None else dy).device,
 )
-def lora_up_grad(dy: Tensor, t: Tensor, b: Tensor, scale: float, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns p [M, R] = scale dy b in b's dtype and db [N, R] = scale dyᵀ t in ``grad_dtype``.
+def lora_factor_grads(
+    dy: Tensor | None,
+    t: Tensor | None,
+    x: Tensor | None,
+    p: Tensor | None,
+    seed: Tensor | None,
+    prob: float,
+    scale: float,
+    db_dtype: torch.dtype,
+    da_dtype: torch.dtype,
+) -> list[Tensor]:
+    """Returns db [N, R] = scale dyᵀ t, then da [R, K] = pᵀ drop(x); only db where x is None, only da where dy is.
 
-    dy [M, N], t [M, R] and b [N, R] in dy's dtype or both in fp32; accumulated in fp32.
+    dy [M, N] and t [M, R] are given or None together, x [M, K] and p [M, R] as well; factors in their activations'
+    dtype or in fp32. ``seed`` may be None where ``prob`` is 0; raises ``ValueError`` where it is missing. db and da may
+    differ in rank.
     """
-    if dy.dtype == b.dtype:
-        return _mm(dy, b, scale, b.dtype), _mm(dy.t(), t, scale, grad_dtype)
-    p = torch.empty(t.shape, dtype=b.dtype, device=b.device)
-    db = torch.zeros(b.shape, dtype=b.dtype, device=b.device)
-    zero = zero_like(b)
+    grads = [] if dy is None else [_db(dy, t, scale, db_dtype)]
+    if x is not None:
+        grads.append(_da(x, p, seed, prob, da_dtype))
+    return grads
+
+
+def _db(dy: Tensor, t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    if dy.dtype == t.dtype:
+        return scaled_product(dy.t(), t, scale, dtype)
+    db = torch.zeros(dy.shape[1], t.shape[1], dtype=t.dtype, device=t.device)
     for rows in row_chunks(dy.shape[0], dy.shape[1], WIDE_CHUNK):
-        part = dy[rows].to(b.dtype)
-        torch.addmm(zero, part, b, beta=0, alpha=scale, out=p[rows])
-        db.addmm_(part.t(), t[rows], alpha=scale)
-    return p, db.to(grad_dtype)
+        db.addmm_(dy[rows].to(t.dtype).t(), t[rows], alpha=scale)
+    return db.to(dtype)
 
 
-# -- da ----------------------------------------------------------------------------------------------------------------
-
-
-def _down_reference(x: Tensor, p: Tensor, seed: Tensor | None, prob: float, grad_dtype: torch.dtype) -> Tensor:
-    dtype = accumulate_dtype(x, p)
-    kept = keep_mask.reference(seed, prob, x.shape[0], x.shape[1], x.device)
-    return p.to(dtype).t() @ torch.where(kept, x.to(dtype), 0) * (keep_scale(prob) if threshold(prob) else 1.0)
-
-
-def _down_build(device, rows, cols, rank, prob, dtype, wide, strided):
-    (x,) = make_inputs(device, [(rows, cols)], dtype, strided=strided)
-    (p,) = make_inputs(device, [(rows, rank)], torch.float32 if wide else dtype, seed=1)
-    grad_dtype = torch.float32 if wide or rows % 2 else dtype
-    return {"x": x, "p": p, "seed": make_seed(device, prob), "prob": prob, "grad_dtype": grad_dtype}
-
-
-def _down_cost(x: Tensor, p: Tensor, seed: Tensor | None, prob: float, grad_dtype: torch.dtype) -> Cost:
-    (m, k), r = x.shape, p.shape[1]
-    # read x and p once, write da once
-    return Cost(2.0 * m * k * r, m * k * x.element_size() + m * r * p.element_size() + r * k * grad_dtype.itemsize)
-
-
-@op(
-    reference=_down_reference,
-    module="lora_grad_kernels",
-    cases=lambda: lora_cases(_down_build),
-    cost=_down_cost,
-    fake=lambda x, p, seed, prob, grad_dtype: x.new_empty(p.shape[1], x.shape[1], dtype=grad_dtype),
-)
-def lora_down_grad(x: Tensor, p: Tensor, seed: Tensor | None, prob: float, grad_dtype: torch.dtype) -> Tensor:
-    """Returns da [R, K] = pᵀ drop(x) in ``grad_dtype``, for x [M, K] and p [M, R] in x's dtype or in fp32.
-
-    ``seed`` may be None where ``prob`` is 0; raises ``ValueError`` where it is missing.
-    """
+def _da(x: Tensor, p: Tensor, seed: Tensor | None, prob: float, grad_dtype: torch.dtype) -> Tensor:
     if threshold(prob) == 0 and x.dtype == p.dtype:
-        return _mm(p.t(), x, 1.0, grad_dtype)
+        return scaled_product(p.t(), x, 1.0, grad_dtype)
     dtype = torch.promote_types(p.dtype, torch.float32)
     keep = small_keep(*x.shape, seed, prob, dtype) if x.dtype == p.dtype == dtype and threshold(prob) else None
     if keep is not None:

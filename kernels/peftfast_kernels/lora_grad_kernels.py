@@ -1,278 +1,214 @@
-"""Triton: p and db from one read of dy, da from one read of x; fp32 partial sums, added in a fixed order."""
+"""Triton: db = s dyᵀ t and da = pᵀ drop(x) in one launch. Every tile of columns, of dy or of x, has one owner."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import Tile, chip_of, dot_precision, rank_tile, splits, tile
+from peftfast_kernels.configs import chip_of, depth, dot_precision, owned, rank_tile, tile
 from peftfast_kernels.keep_mask import keep_scale, threshold
+from peftfast_kernels.lora_down_kernels import unit
 from peftfast_kernels.op import is_interpreting
-from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys, sum_parts, sum_parts_kernel
+from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys
 from peftfast_kernels.variants import ANY_MATRIX, NO_MATRIX, Variant
 
 
 @triton.jit
-def up_grad_kernel(
-    dy_ptr, t_ptr, b_ptr, p_ptr, db_ptr,
-    M, N, R, stride_dm, stride_dn, stride_tm, stride_tr, stride_bn, stride_br, rows_per_part, p_scale, db_scale,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
+def column_gradient(
+    program, tiles, x_ptr, f_ptr, seed_ptr, out_ptr,
+    M, C, R, stride_xm, stride_xc, stride_fm, stride_fr, stride_oc, stride_or, threshold, scale,
+    DROP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j, s) reads BN columns of the s-th part of dy's rows once, for ranks j * BR on.
+    """scale * fᵀ drop(x) for BC columns and BR ranks: x_ptr [M, C]; f_ptr [M, R]; out_ptr [R, C] of any strides.
 
-    dy_ptr: [M, N]; t_ptr: [M, R]; b_ptr: [N, R]. p_ptr: [column tiles, M, R], the part of dy b that these columns
-    give; db_ptr: [parts, N, R], the part of dyᵀ t that these rows give.
+    R and stride_fm are multiples of UNIT.
     """
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
-    first = tl.program_id(2).to(tl.int64) * rows_per_part
-    last = tl.minimum(first + rows_per_part, M)
-    col_in = cols < N
-    rank_in = ranks < R
-    b = tl.load(
-        b_ptr + cols[:, None].to(tl.int64) * stride_bn + ranks[None, :] * stride_br,
-        mask=col_in[:, None] & rank_in[None, :],
-        other=0.0,
-    )
-    b = operand(b, INTERP)
-    db = tl.zeros((BN, BR), tl.float32)
-    p_plane = p_ptr + tl.program_id(0).to(tl.int64) * M * R
-    for m in range(first, last, BM):
-        rows = m + tl.arange(0, BM)
-        row_in = rows < last
-        dy = tl.load(
-            dy_ptr + rows[:, None] * stride_dm + cols[None, :].to(tl.int64) * stride_dn,
-            mask=row_in[:, None] & col_in[None, :],
+    R = R // UNIT * UNIT  # what the compiler then knows, see down_kernel
+    stride_fm = stride_fm // UNIT * UNIT
+    cols = program % tiles * BC + tl.arange(0, BC)
+    ranks = program // tiles * BR + tl.arange(0, BR)
+    wide_cols = cols.to(tl.int64)[None, :]
+    col_in = cols[None, :] < C
+    rank_in = ranks[:, None] < R
+    acc = tl.zeros((BR, BC), tl.float32)
+    for m in range(0, M, BM):
+        rows = m + tl.arange(0, BM).to(tl.int64)
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xm + wide_cols * stride_xc, mask=(rows[:, None] < M) & col_in, other=0.0
+        )
+        # Read transposed, so that the product needs no transposition of a register tile.
+        f = tl.load(
+            f_ptr + rows[None, :] * stride_fm + ranks[:, None] * stride_fr,
+            mask=(rows[None, :] < M) & rank_in,
             other=0.0,
         )
-        t = tl.load(
-            t_ptr + rows[:, None] * stride_tm + ranks[None, :] * stride_tr,
-            mask=row_in[:, None] & rank_in[None, :],
-            other=0.0,
-        )
-        dy = operand(dy, INTERP).to(b.dtype)
-        p = tl.dot(dy, b, input_precision=PRECISION)
-        db = tl.dot(tl.trans(dy), operand(t, INTERP), db, input_precision=PRECISION)
-        tl.store(
-            p_plane + rows[:, None] * R + ranks[None, :],
-            narrow(p * p_scale, p_ptr.dtype.element_ty, INTERP),
-            mask=row_in[:, None] & rank_in[None, :],
-        )
-    db_plane = db_ptr + tl.program_id(2).to(tl.int64) * N * R
-    tl.store(
-        db_plane + cols[:, None].to(tl.int64) * R + ranks[None, :],
-        narrow(db * db_scale, db_ptr.dtype.element_ty, INTERP),
-        mask=col_in[:, None] & rank_in[None, :],
-    )
+        f = operand(f, INTERP)
+        x = operand(x, INTERP).to(f.dtype)
+        if DROP:
+            x = tl.where(keep_tile(row_keys(seed_ptr, rows), cols, threshold), x, 0.0)
+        acc = tl.dot(f, x, acc, input_precision=PRECISION)
+    out = out_ptr + wide_cols * stride_oc + ranks[:, None].to(tl.int64) * stride_or
+    tl.store(out, narrow(acc * scale, out_ptr.dtype.element_ty, INTERP), mask=col_in & rank_in)
 
 
 @triton.jit
-def down_grad_kernel(
-    x_ptr, p_ptr, seed_ptr, da_ptr,
-    M, K, R, stride_xm, stride_xk, stride_pm, stride_pr, rows_per_part, threshold, scale,
-    DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-    PRECISION: tl.constexpr, INTERP: tl.constexpr,
+def factor_grads_kernel(
+    dy_ptr, t_ptr, db_ptr, x_ptr, p_ptr, da_ptr, seed_ptr,
+    M, N, K, RT, RP, stride_dm, stride_dn, stride_tm, stride_tr, stride_xm, stride_xk, stride_pm, stride_pr,
+    db_tiles, da_tiles, db_programs, threshold, db_scale, da_scale,
+    DB: tl.constexpr, DA: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    BRT: tl.constexpr, BRP: tl.constexpr, UNIT_T: tl.constexpr, UNIT_P: tl.constexpr,
+    PRECISION_B: tl.constexpr, PRECISION_A: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j, s) computes BR ranks and BK columns of pᵀ drop(x) over the s-th part of the rows.
+    """The first db_programs programs own BC columns of dy and BRT ranks each, the others BC columns of x and BRP ranks.
 
-    x_ptr: [M, K]; p_ptr: [M, R]; da_ptr: [parts, R, K] contiguous, in its own dtype.
+    dy_ptr: [M, N]; t_ptr: [M, RT]; db_ptr: [N, RT] contiguous, absent without DB. x_ptr: [M, K]; p_ptr: [M, RP];
+    da_ptr: [RP, K] contiguous, absent without DA.
     """
-    cols = tl.program_id(0) * BK + tl.arange(0, BK)
-    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
-    first = tl.program_id(2).to(tl.int64) * rows_per_part
-    last = tl.minimum(first + rows_per_part, M)
-    col_in = cols[None, :] < K
-    acc = tl.zeros((BR, BK), tl.float32)
-    for m in range(first, last, BM):
-        rows = m + tl.arange(0, BM)
-        x = tl.load(
-            x_ptr + rows[:, None] * stride_xm + cols[None, :].to(tl.int64) * stride_xk,
-            mask=(rows[:, None] < last) & col_in,
-            other=0.0,
-        )
-        # Read transposed, so that the product needs no transposition of a register tile.
-        p = tl.load(
-            p_ptr + rows[None, :] * stride_pm + ranks[:, None] * stride_pr,
-            mask=(rows[None, :] < last) & (ranks[:, None] < R),
-            other=0.0,
-        )
-        p = operand(p, INTERP)
-        x = operand(x, INTERP).to(p.dtype)
-        if DROP:
-            x = tl.where(keep_tile(row_keys(seed_ptr, rows), cols, threshold), x, 0.0)
-        acc = tl.dot(p, x, acc, input_precision=PRECISION)
-    offsets = tl.program_id(2).to(tl.int64) * R * K + ranks[:, None].to(tl.int64) * K + cols[None, :]
-    tl.store(da_ptr + offsets, narrow(acc * scale, da_ptr.dtype.element_ty, INTERP), mask=(ranks[:, None] < R) & col_in)
+    program = tl.program_id(0)
+    if DB:
+        if program < db_programs:
+            column_gradient(
+                program, db_tiles, dy_ptr, t_ptr, seed_ptr, db_ptr,
+                M, N, RT, stride_dm, stride_dn, stride_tm, stride_tr, RT, 1, threshold, db_scale,
+                False, BM, BC, BRT, UNIT_T, PRECISION_B, INTERP,
+            )  # fmt: skip
+    if DA:
+        if program >= db_programs:
+            column_gradient(
+                program - db_programs, da_tiles, x_ptr, p_ptr, seed_ptr, da_ptr,
+                M, K, RP, stride_xm, stride_xk, stride_pm, stride_pr, 1, K, threshold, da_scale,
+                DROP, BM, BC, BRP, UNIT_P, PRECISION_A, INTERP,
+            )  # fmt: skip
 
 
-def warps_of(config: Tile, single: bool) -> int:
-    """fp32 factors are multiplied without, or with three, matrix products: twice the warps halve their registers."""
-    return config.warps * 2 if single else config.warps
+def _warps(warps: int, single: bool) -> int:
+    # fp32 factors are multiplied without, or with three, matrix products: twice the warps halve their registers
+    return warps * 2 if single else warps
 
 
-def row_tile(config: Tile, single: bool) -> int:
-    """Rows per step: fp32 tiles take twice the shared memory."""
-    return config.BM // 2 if single and config.BM > 32 else config.BM
-
-
-def _rows_per_part(m: int, tiles: int, bm: int) -> int:
-    # At least 8 row tiles per part: every part costs a plane of fp32 partial sums.
-    parts = splits(tiles, triton.cdiv(m, 8 * bm))
-    return triton.cdiv(triton.cdiv(m, parts), bm) * bm
-
-
-def lora_up_grad(dy: Tensor, t: Tensor, b: Tensor, scale: float, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Launches a 3D grid (column tiles, rank tiles, parts of the rows), then adds the planes of p and db in order."""
-    (m, n), r = dy.shape, t.shape[1]
-    p = torch.empty(m, r, dtype=b.dtype, device=b.device)
-    db = torch.empty(n, r, dtype=grad_dtype, device=b.device)
-    if m == 0 or n == 0:
-        return p.zero_(), db.zero_()
-    chip, interp = chip_of(dy.device), is_interpreting()
-    config = tile("lora_up_grad", chip)
-    br = rank_tile(r, 64)
-    bm = row_tile(config, b.dtype == torch.float32)
-    planes = triton.cdiv(n, config.BN)
-    rows_per_part = _rows_per_part(m, planes * triton.cdiv(r, br), bm)
-    parts = triton.cdiv(m, rows_per_part)
-    p_out = p if planes == 1 else torch.empty(planes, m, r, dtype=torch.float32, device=b.device)
-    db_out = db if parts == 1 else torch.empty(parts, n, r, dtype=torch.float32, device=b.device)
-    up_grad_kernel[(planes, triton.cdiv(r, br), parts)](
-        dy_ptr=dy,
-        t_ptr=t,
-        b_ptr=b,
-        p_ptr=p_out,
-        db_ptr=db_out,
-        M=m,
-        N=n,
-        R=r,
-        stride_dm=dy.stride(0),
-        stride_dn=dy.stride(1),
-        stride_tm=t.stride(0),
-        stride_tr=t.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
-        rows_per_part=rows_per_part,
-        p_scale=scale if planes == 1 else 1.0,
-        db_scale=scale if parts == 1 else 1.0,
-        BM=bm,
-        BN=config.BN,
-        BR=br,
-        PRECISION=dot_precision(chip, dy.dtype, b.dtype),
-        INTERP=interp,
-        num_warps=warps_of(config, b.dtype == torch.float32),
-        num_stages=config.stages,
-    )
-    if planes > 1:
-        sum_parts(p_out, p, scale, interp)
-    if parts > 1:
-        sum_parts(db_out, db, scale, interp)
-    return p, db
-
-
-def lora_down_grad(x: Tensor, p: Tensor, seed: Tensor | None, prob: float, grad_dtype: torch.dtype) -> Tensor:
-    """Launches a 3D grid (column tiles, rank tiles, parts of the rows), then adds the parts in order."""
-    (m, k), r = x.shape, p.shape[1]
-    da = torch.empty(r, k, dtype=grad_dtype, device=x.device)
-    if m == 0 or k == 0:
-        return da.zero_()
-    dropping = threshold(prob) > 0
+def lora_factor_grads(
+    dy: Tensor | None,
+    t: Tensor | None,
+    x: Tensor | None,
+    p: Tensor | None,
+    seed: Tensor | None,
+    prob: float,
+    scale: float,
+    db_dtype: torch.dtype,
+    da_dtype: torch.dtype,
+) -> list[Tensor]:
+    """One launch, a 1D grid: (column tiles of dy) x (rank tiles of t), then (column tiles of x) x (rank tiles of p)."""
+    dropping = x is not None and threshold(prob) > 0
     if dropping and seed is None:
         raise ValueError(f"dropout with probability {prob} needs a seed tensor")
-    chip, interp = chip_of(x.device), is_interpreting()
-    config = tile("lora_down_grad", chip)
-    br = rank_tile(r, 64)
-    bm = row_tile(config, p.dtype == torch.float32)
-    tiles = triton.cdiv(k, config.BN) * triton.cdiv(r, br)
-    rows_per_part = _rows_per_part(m, tiles, bm)
-    parts = triton.cdiv(m, rows_per_part)
-    out = da if parts == 1 else torch.empty(parts, r, k, dtype=torch.float32, device=x.device)
-    scale = keep_scale(prob) if dropping else 1.0
-    down_grad_kernel[(triton.cdiv(k, config.BN), triton.cdiv(r, br), parts)](
+    db = da = None
+    n = k = rt = rp = 0
+    dy_strides = t_strides = x_strides = p_strides = (0, 0)
+    if dy is not None:
+        n, rt, dy_strides, t_strides = dy.shape[1], t.shape[1], dy.stride(), t.stride()
+        db = torch.empty(n, rt, dtype=db_dtype, device=dy.device)
+    if x is not None:
+        k, rp, x_strides, p_strides = x.shape[1], p.shape[1], x.stride(), p.stride()
+        da = torch.empty(rp, k, dtype=da_dtype, device=x.device)
+    grads = [grad for grad in (db, da) if grad is not None]
+    some = x if dy is None else dy
+    m = some.shape[0]
+    if m == 0:
+        return [grad.zero_() for grad in grads]
+    chip = chip_of(some.device)
+    config = tile("lora_grad", chip)
+    brt, brp = rank_tile(rt), rank_tile(rp)
+    rank_tiles_t, rank_tiles_p = triton.cdiv(rt, brt), triton.cdiv(rp, brp)
+    bc = owned(config.BN, lambda size: triton.cdiv(n, size) * rank_tiles_t + triton.cdiv(k, size) * rank_tiles_p)
+    db_tiles, da_tiles = triton.cdiv(n, bc), triton.cdiv(k, bc)
+    db_programs = db_tiles * rank_tiles_t
+    single = any(factor is not None and factor.dtype == torch.float32 for factor in (t, p))
+    factor_grads_kernel[(db_programs + da_tiles * rank_tiles_p,)](
+        dy_ptr=dy,
+        t_ptr=t,
+        db_ptr=db,
         x_ptr=x,
         p_ptr=p,
-        seed_ptr=seed if dropping else x,
-        da_ptr=out,
+        da_ptr=da,
+        seed_ptr=seed if dropping else some,
         M=m,
+        N=n,
         K=k,
-        R=r,
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_pm=p.stride(0),
-        stride_pr=p.stride(1),
-        rows_per_part=rows_per_part,
+        RT=rt,
+        RP=rp,
+        stride_dm=dy_strides[0],
+        stride_dn=dy_strides[1],
+        stride_tm=t_strides[0],
+        stride_tr=t_strides[1],
+        stride_xm=x_strides[0],
+        stride_xk=x_strides[1],
+        stride_pm=p_strides[0],
+        stride_pr=p_strides[1],
+        db_tiles=db_tiles,
+        da_tiles=da_tiles,
+        db_programs=db_programs,
         threshold=threshold(prob),
-        scale=scale if parts == 1 else 1.0,
+        db_scale=scale,
+        da_scale=keep_scale(prob) if dropping else 1.0,
+        DB=db is not None,
+        DA=da is not None,
         DROP=dropping,
-        BM=bm,
-        BK=config.BN,
-        BR=br,
-        PRECISION=dot_precision(chip, x.dtype, p.dtype),
-        INTERP=interp,
-        num_warps=warps_of(config, p.dtype == torch.float32),
+        BM=depth(config.BK, bc, max(brt, brp), single),
+        BC=bc,
+        BRT=brt,
+        BRP=brp,
+        UNIT_T=unit(rt, t_strides[0]),
+        UNIT_P=unit(rp, p_strides[0]),
+        PRECISION_B="ieee" if dy is None else dot_precision(chip, dy.dtype, t.dtype),
+        PRECISION_A="ieee" if x is None else dot_precision(chip, x.dtype, p.dtype),
+        INTERP=is_interpreting(),
+        num_warps=_warps(config.warps, single),
         num_stages=config.stages,
     )
-    if parts > 1:
-        sum_parts(out, da, scale, interp)
-    return da
+    return grads
 
 
 def variants(chip: str):
-    """What the gradients launch, for ahead-of-time checks."""
-    for x, f, rank, drop in (
-        ("bf16", "bf16", 16, True),
-        ("fp16", "fp16", 64, False),
-        ("bf16", "fp32", 16, True),
-        ("fp32", "fp32", 16, False),
+    """What `lora_factor_grads` launches, for ahead-of-time checks."""
+    config = tile("lora_grad", chip)
+    for x, f, ranks, drop, bc in (
+        ("bf16", "bf16", (16, 16), True, config.BN),
+        ("bf16", "bf16", (16, 16), True, config.BN // 2),
+        ("bf16", "bf16", (16, 16), True, 16),
+        ("bf16", "bf16", (16, 0), False, config.BN),
+        ("bf16", "bf16", (16, 64), False, config.BN),
+        ("fp16", "fp16", (64, 64), False, config.BN),
+        ("bf16", "bf16", (128, 128), True, config.BN),
+        ("bf16", "fp32", (16, 16), True, config.BN),
+        ("bf16", "fp32", (128, 128), True, config.BN),
+        ("fp32", "fp32", (16, 16), False, config.BN),
     ):
-        wide = x != f
-        name = f"{x} R{rank}{' wide' * wide}"
+        wide, (rt, rp) = x != f, ranks
         precision = dot_precision(chip, torch.bfloat16 if wide else torch.float32)
-        matrix = NO_MATRIX if x == "fp32" else ANY_MATRIX
-        config = tile("lora_up_grad", chip)
+        pointers = {"dy_ptr": x, "t_ptr": f, "db_ptr": "fp32", "x_ptr": x, "p_ptr": f, "da_ptr": "fp32"}
         yield Variant(
-            name=f"lora_up_grad {name}",
-            kernel=up_grad_kernel,
-            pointers={"dy_ptr": x, "t_ptr": f, "b_ptr": f, "p_ptr": "fp32", "db_ptr": "fp32"},
+            name=f"lora_factor_grads {x} C{bc} R{rt}/{rp}{' drop' * drop}{' wide' * wide}",
+            kernel=factor_grads_kernel,
+            pointers={**pointers, "seed_ptr": "i64"},
             constexprs={
-                "stride_dn": 1,
-                "stride_tr": 1,
-                "stride_br": 1,
-                "BM": row_tile(config, f == "fp32"),
-                "BN": config.BN,
-                "BR": rank_tile(rank, 64),
-                "PRECISION": precision,
-                "INTERP": False,
-            },
-            warps=warps_of(config, f == "fp32"),
-            stages=config.stages,
-            matrix=matrix,
-            quick=rank == 16 and x == f == "bf16",
-        )
-        config = tile("lora_down_grad", chip)
-        yield Variant(
-            name=f"lora_down_grad {name}{' drop' * drop}",
-            kernel=down_grad_kernel,
-            pointers={"x_ptr": x, "p_ptr": f, "seed_ptr": "i64", "da_ptr": "fp32"},
-            constexprs={
-                "stride_xk": 1,
-                "stride_pr": 1,
+                **dict.fromkeys(("stride_dn", "stride_tr", "stride_xk", "stride_pr"), 1),
+                "DB": True,
+                "DA": rp > 0,
                 "DROP": drop,
-                "BM": row_tile(config, f == "fp32"),
-                "BK": config.BN,
-                "BR": rank_tile(rank, 64),
-                "PRECISION": precision,
+                "BM": depth(config.BK, bc, rank_tile(max(ranks)), f == "fp32"),
+                "BC": bc,
+                "BRT": rank_tile(rt),
+                "BRP": rank_tile(rp),
+                "UNIT_T": 16,
+                "UNIT_P": 16,
+                "PRECISION_B": precision,
+                "PRECISION_A": precision,
                 "INTERP": False,
             },
-            warps=warps_of(config, f == "fp32"),
+            warps=_warps(config.warps, f == "fp32"),
             stages=config.stages,
-            matrix=matrix,
-            quick=rank == 16 and x == f == "bf16",
+            matrix=NO_MATRIX if x == "fp32" else ANY_MATRIX,
+            quick=rt == 16 and x == f == "bf16",
         )
-    yield Variant(
-        name="sum_parts",
-        kernel=sum_parts_kernel,
-        pointers={"parts_ptr": "fp32", "out_ptr": "bf16"},
-        constexprs={"BLOCK": 1024, "INTERP": False},
-        warps=4,
-    )

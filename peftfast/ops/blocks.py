@@ -18,11 +18,10 @@ from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.first_order import first_order
-from peftfast.ops.lora import Plan, branch_dtype, draw_seed
+from peftfast.ops.lora import Plan, branch_dtype, draw_seed, factor_grads
 from peftfast_kernels.decode import Operand, weight_nk
-from peftfast_kernels.lora_down import lora_down
+from peftfast_kernels.lora_down import lora_down, lora_dt
 from peftfast_kernels.lora_gemm import lora_gemm, lora_gemm_t
-from peftfast_kernels.lora_grad import lora_down_grad, lora_up_grad
 
 
 class Part(NamedTuple):
@@ -81,14 +80,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _down(rows: Tensor, f: _Factors) -> list[Tensor]:
-    """t_i = drop_i(x) A_iᵀ; from one read of x where no masks differ."""
+def _down(rows: Tensor, f: _Factors) -> tuple[list[Tensor], Tensor | None]:
+    """t_i = drop_i(x) A_iᵀ; where no masks differ from one read of x, and then the stacked A as well."""
     if f.drops or len(f.a) == 1:
         return [
             lora_down(rows, a, seed, plan.dropout) for a, seed, plan in zip(f.a, f.seeds, f.plans, strict=True)
-        ]  # fmt: skip
-    stacked = lora_down(rows, torch.cat(f.a), None, 0.0)
-    return list(stacked.split([a.shape[0] for a in f.a], dim=1))
+        ], None  # fmt: skip
+    a = torch.cat(f.a)
+    return list(lora_down(rows, a, None, 0.0).split([one.shape[0] for one in f.a], dim=1)), a
 
 
 def _linear(rows: Tensor, i: int, t: Tensor, bias: Tensor | None, f: _Factors) -> Tensor:
@@ -96,7 +95,15 @@ def _linear(rows: Tensor, i: int, t: Tensor, bias: Tensor | None, f: _Factors) -
     return lora_gemm(rows, f.weights[i], None if bias is None else bias.to(plan.dtype), t, f.b[i], plan.scale)
 
 
-def _input_gradient(dys: Sequence[Tensor], ps: Sequence[Tensor], f: _Factors) -> Tensor:
+def _t_gradients(dys: Sequence[Tensor], f: _Factors) -> tuple[list[Tensor], Tensor | None]:
+    """p_i = s_i dy_i B_i, and all of them side by side [M, Σ r_i] where no masks differ and there are several."""
+    ps = [lora_dt(dy, b, plan.scale) for dy, b, plan in zip(dys, f.b, f.plans, strict=True)]
+    return ps, None if f.drops or len(ps) == 1 else torch.cat(ps, dim=1)
+
+
+def _input_gradient(
+    dys: Sequence[Tensor], ps: Sequence[Tensor], stacked: Tensor | None, stacked_a: Tensor | None, f: _Factors
+) -> Tensor:
     """Σ dy_i W_i + drop_i'(p_i A_i) [M, K]."""
     if f.drops:
         dx = None
@@ -104,23 +111,33 @@ def _input_gradient(dys: Sequence[Tensor], ps: Sequence[Tensor], f: _Factors) ->
             part = lora_gemm_t(dy, f.weights[i], p, f.a[i], f.seeds[i], f.plans[i].dropout)
             dx = part if dx is None else dx.add_(part)
         return dx
-    one = len(ps) == 1
-    p, a = (ps[0], f.a[0]) if one else (torch.cat(list(ps), dim=1), torch.cat(f.a))
+    p, a = (ps[0], f.a[0]) if stacked is None else (stacked, torch.cat(f.a) if stacked_a is None else stacked_a)
     dx = lora_gemm_t(dys[0], f.weights[0], p, a, None, 0.0)
     for dy, w in zip(dys[1:], f.weights[1:], strict=True):
         dx.addmm_(dy, weight_nk(w, dx.dtype))
     return dx
 
 
-def _down_gradients(rows: Tensor, ps: Sequence[Tensor], dtype: torch.dtype, f: _Factors) -> list[Tensor]:
-    """dA_i = p_iᵀ drop_i(x)."""
-    if f.drops or len(ps) == 1:
-        return [
-            lora_down_grad(rows, p, seed, plan.dropout, dtype)
-            for p, seed, plan in zip(ps, f.seeds, f.plans, strict=True)
-        ]
-    stacked = lora_down_grad(rows, torch.cat(list(ps), dim=1), None, 0.0, dtype)
-    return list(stacked.split([p.shape[1] for p in ps]))
+def _factor_gradients(
+    dys: Sequence[Tensor],
+    ts: Sequence[Tensor],
+    rows: Tensor | None,
+    ps: Sequence[Tensor],
+    stacked: Tensor | None,
+    f: _Factors,
+    db_dtype: torch.dtype,
+    da_dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """dB_i = s_i dy_iᵀ t_i, and dA_i = p_iᵀ drop_i(x) where x is given: from one read of it where no masks differ."""
+    dbs, das = [], []
+    for i, (dy, t, p, seed, plan) in enumerate(zip(dys, ts, ps, f.seeds, f.plans, strict=True)):
+        if stacked is None:
+            db, da = factor_grads(dy, t, rows, p, seed, plan, db_dtype, da_dtype)
+        else:  # the first call brings all dA
+            db, da = factor_grads(dy, t, rows if i == 0 else None, stacked, None, plan, db_dtype, da_dtype)
+        dbs.append(db)
+        das.append(da)
+    return dbs, das if rows is None or stacked is None else list(das[0].split([p.shape[1] for p in ps]))
 
 
 class _Shared:
@@ -155,24 +172,26 @@ class _Shared:
         return _Factors(ctx.plans, made[:n], made[n:], seeds, weights)
 
 
-def _siblings(x: Tensor, f: _Factors, bias: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """The outputs [..., N_i] and all t_i."""
+def _siblings(
+    x: Tensor, f: _Factors, bias: Sequence[Tensor | None]
+) -> tuple[tuple[Tensor, ...], list[Tensor], Tensor | None]:
+    """The outputs [..., N_i], all t_i, and the stacked A if there is one."""
     rows = _rows(x).to(f.plans[0].dtype)
-    ts = _down(rows, f)
+    ts, a = _down(rows, f)
     ys = (_linear(rows, i, t, one, f) for i, (t, one) in enumerate(zip(ts, bias, strict=True)))
-    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys), ts
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys), ts, a
 
 
-def _mlp(x: Tensor, act: Activation, f: _Factors, bias: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The output [..., N], and gate, up, t_gate, t_up, t_down."""
+def _mlp(x: Tensor, act: Activation, f: _Factors, bias: Sequence[Tensor | None]) -> tuple[Tensor, tuple]:
+    """The output [..., N], and gate, up, t_gate, t_up, t_down, and the stacked A of the two if there is one."""
     rows = _rows(x).to(f.plans[0].dtype)
-    t_gate, t_up = _down(rows, f.of(0, 1))
+    (t_gate, t_up), a = _down(rows, f.of(0, 1))
     gate = _linear(rows, 0, t_gate, bias[0], f)
     up = _linear(rows, 1, t_up, bias[1], f)
     hidden = act.forward(gate).mul_(up)
-    (t_down,) = _down(hidden, f.of(2))
+    (t_down,), _ = _down(hidden, f.of(2))
     y = _linear(hidden, 2, t_down, bias[2], f)
-    return y.view(*x.shape[:-1], y.shape[1]), (gate, up, t_gate, t_up, t_down)
+    return y.view(*x.shape[:-1], y.shape[1]), (gate, up, t_gate, t_up, t_down, a)
 
 
 class _Siblings(torch.autograd.Function):
@@ -184,34 +203,32 @@ class _Siblings(torch.autograd.Function):
         ctx.plans, ctx.counts = plans, counts
         f, ctx.copies = _Shared.factors(plans, counts, flat)
         n = len(plans)
-        ys, ts = _siblings(x, f, flat[2 * n : 3 * n])
-        ctx.save_for_backward(x, *ts, *flat[: 2 * n], *(None,) * n, *flat[3 * n :])
+        ys, ts, a = _siblings(x, f, flat[2 * n : 3 * n])
+        ctx.save_for_backward(x, a, *ts, *flat[: 2 * n], *(None,) * n, *flat[3 * n :])
         return ys
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *dys: Tensor | None) -> tuple:
         plans, n = ctx.plans, len(ctx.plans)
-        x, *rest = ctx.saved_tensors
+        x, a, *rest = ctx.saved_tensors
         ts, flat = rest[:n], rest[n:]
         f = _Shared.again(ctx, flat)
         used = [i for i, dy in enumerate(dys) if dy is not None]
         f = f.of(*used)
         dys_rows = [_rows(dys[i]) for i in used]
-        ps, dbs = [], [None] * n
-        for position, i in enumerate(used):
-            p, dbs[i] = lora_up_grad(dys_rows[position], ts[i], f.b[position], plans[i].scale, flat[n + i].dtype)
-            ps.append(p)
+        ps, stacked = _t_gradients(dys_rows, f)
         needs = ctx.needs_input_grad
-        dx = das = None
+        dx = None
         if needs[0]:
-            dx = _input_gradient(dys_rows, ps, f).to(x.dtype).view(x.shape)
-        if any(needs[3 : 3 + n]):
-            found = _down_gradients(_rows(x).to(plans[0].dtype), ps, flat[0].dtype, f)
-            das = dict(zip(used, found, strict=True))
+            dx = _input_gradient(dys_rows, ps, stacked, a if len(used) == n else None, f).to(x.dtype).view(x.shape)
+        rows = _rows(x).to(plans[0].dtype) if any(needs[3 : 3 + n]) else None
+        found = _factor_gradients(dys_rows, [ts[i] for i in used], rows, ps, stacked, f, flat[n].dtype, flat[0].dtype)
+        dbs, das = (dict(zip(used, grads, strict=True)) for grads in found)
         dbias = [dys_rows[used.index(i)].sum(0) if i in used and needs[3 + 2 * n + i] else None for i in range(n)]
         return (
-            dx, None, None, *((das or {}).get(i) for i in range(n)), *dbs, *dbias, *(None for _ in flat[3 * n :]),
+            dx, None, None, *(das.get(i) for i in range(n)), *(dbs.get(i) for i in range(n)), *dbias,
+            *(None for _ in flat[3 * n :]),
         )  # fmt: skip
 
 
@@ -232,28 +249,30 @@ class _GatedMlp(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple:
         plans, needs = ctx.plans, ctx.needs_input_grad
-        x, gate, up, t_gate, t_up, t_down, *flat = ctx.saved_tensors
+        x, gate, up, t_gate, t_up, t_down, a, *flat = ctx.saved_tensors
         f = _Shared.again(ctx, flat)
         dy = _rows(dy)
         acted = ctx.act.forward(gate)
-        p, db_down = lora_up_grad(dy, t_down, f.b[2], plans[2].scale, flat[5].dtype)
-        da_down = _down_gradients(acted * up, [p], flat[2].dtype, f.of(2))[0] if needs[6] else None
-        dhidden = _input_gradient([dy], [p], f.of(2))
+        last, db_dtype, da_dtype = f.of(2), flat[3].dtype, flat[0].dtype
+        ps, _ = _t_gradients([dy], last)
+        hidden = acted * up if needs[6] else None
+        (db_down,), (da_down,) = _factor_gradients([dy], [t_down], hidden, ps, None, last, db_dtype, da_dtype)
+        del hidden
+        dhidden = _input_gradient([dy], ps, None, None, last)
         dbias = [None, None, dy.sum(0) if needs[12] else None]
         d_up = acted.mul_(dhidden)
         d_gate = ctx.act.backward(dhidden.mul_(up), gate)
         pair = f.of(0, 1)
-        p_gate, db_gate = lora_up_grad(d_gate, t_gate, f.b[0], plans[0].scale, flat[3].dtype)
-        p_up, db_up = lora_up_grad(d_up, t_up, f.b[1], plans[1].scale, flat[4].dtype)
-        dx = da_gate = da_up = None
+        ps, stacked = _t_gradients([d_gate, d_up], pair)
+        dx = None
         if needs[0]:
-            dx = _input_gradient([d_gate, d_up], [p_gate, p_up], pair).to(x.dtype).view(x.shape)
-        if needs[4] or needs[5]:
-            da_gate, da_up = _down_gradients(_rows(x).to(plans[0].dtype), [p_gate, p_up], flat[0].dtype, pair)
+            dx = _input_gradient([d_gate, d_up], ps, stacked, a, pair).to(x.dtype).view(x.shape)
+        rows = _rows(x).to(plans[0].dtype) if needs[4] or needs[5] else None
+        dbs, das = _factor_gradients([d_gate, d_up], [t_gate, t_up], rows, ps, stacked, pair, db_dtype, da_dtype)
         for i, d in ((0, d_gate), (1, d_up)):
             dbias[i] = d.sum(0) if needs[10 + i] else None
         return (
-            dx, None, None, None, da_gate, da_up, da_down, db_gate, db_up, db_down, *dbias, *(None for _ in flat[9:]),
+            dx, None, None, None, *das, da_down, *dbs, db_down, *dbias, *(None for _ in flat[9:]),
         )  # fmt: skip
 
 

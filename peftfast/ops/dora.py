@@ -14,13 +14,12 @@ from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.first_order import first_order
-from peftfast.ops.lora import Plan, branch_dtype
+from peftfast.ops.lora import Plan, branch_dtype, factor_grads
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.dora_add import dora_add
 from peftfast_kernels.feature_scale import feature_scale_grad
-from peftfast_kernels.lora_down import lora_down
+from peftfast_kernels.lora_down import lora_down, lora_dt
 from peftfast_kernels.lora_gemm import lora_dx
-from peftfast_kernels.lora_grad import lora_down_grad, lora_up_grad
 from peftfast_kernels.row_norm import row_norm
 
 
@@ -72,20 +71,22 @@ class _DoraAdd(torch.autograd.Function):
         need_x, need_a = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
         y_grad, dg = feature_scale_grad(dy_rows, y if y.dim() == 2 else y.reshape(-1, n), g, g.dtype)
-        p, raw = lora_up_grad(dy_rows, t, _scaled_rows(b, g, plan.branch), plan.scale, g.dtype)
+        p = rows = None
+        if need_x or need_a:
+            p = lora_dt(dy_rows, _scaled_rows(b, g, plan.branch), plan.scale)
+        if need_a:
+            rows = (x if x.dim() == 2 else x.reshape(-1, k)).to(plan.dtype)
+        raw, da = factor_grads(dy_rows, t, rows, p, None, plan, g.dtype, a.dtype)
         dg = dg + (raw * b.to(g.dtype)).sum(1)
         dbias = None
         if bias is not None:
             total = dy_rows.sum(0, dtype=g.dtype)
             dg = dg - bias.to(g.dtype) * total
             dbias = ((1 - g) * total).to(bias.dtype) if ctx.needs_input_grad[5] else None
-        dx = da = None
+        dx = None
         if need_x:
             dx = lora_dx(p, a_copy, None, 0.0, x.dtype)
             dx = dx if x.dim() == 2 else dx.view(x.shape)
-        if need_a:
-            rows = x if x.dim() == 2 else x.reshape(-1, k)
-            da = lora_down_grad(rows.to(plan.dtype), p, None, 0.0, a.dtype)
         db = (raw * g[:, None]).to(b.dtype)
         return y_grad.view(y.shape), dx, da, db, dg, dbias, None
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.first_order import first_order
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.lora_down import lora_down
+from peftfast_kernels.lora_down import lora_down, lora_dt
 from peftfast_kernels.lora_gemm import lora_add, lora_dx, lora_gemm, lora_gemm_t
-from peftfast_kernels.lora_grad import lora_down_grad, lora_up_grad
+from peftfast_kernels.lora_grad import lora_factor_grads
 
 
 class Plan(NamedTuple):
@@ -66,6 +66,23 @@ def _product(
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], n)), t
 
 
+def factor_grads(
+    dy: Tensor,
+    t: Tensor,
+    rows: Tensor | None,
+    p: Tensor | None,
+    seed: Tensor | None,
+    plan: Plan,
+    db_dtype: torch.dtype,
+    da_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """dB [N, r], and dA [R, K] where the input's rows are given (p may hold the stacked p of several adapters)."""
+    if rows is None:
+        return *lora_factor_grads(dy, t, None, None, None, 0.0, plan.scale, db_dtype, da_dtype), None
+    db, da = lora_factor_grads(dy, t, rows, p, seed, plan.dropout, plan.scale, db_dtype, da_dtype)
+    return db, da
+
+
 class _LoraLinear(torch.autograd.Function):
     """Base product and adapter together."""
 
@@ -100,8 +117,8 @@ class _LoraLinear(torch.autograd.Function):
         b_copy = b.to(plan.branch) if b_copy is None else b_copy
         dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
         need_x, need_a, _, need_bias = ctx.needs_input_grad[:4]
-        p, db = lora_up_grad(dy_rows, t, b_copy, plan.scale, b.dtype)
-        dx = da = dbias = None
+        p = lora_dt(dy_rows, b_copy, plan.scale) if need_x or need_a else None
+        dx = rows = dbias = None
         if need_x:
             w = plan.weight(stored)
             dx = lora_gemm_t(dy_rows, w, p, a_copy, seed, plan.dropout)
@@ -110,7 +127,7 @@ class _LoraLinear(torch.autograd.Function):
         if need_a:
             rows = x if x.dim() == 2 else x.reshape(-1, k)
             rows = rows if rows.dtype is plan.dtype else rows.to(plan.dtype)
-            da = lora_down_grad(rows, p, seed, plan.dropout, a.dtype)
+        db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
         if need_bias:
             dbias = dy_rows.sum(0)
         return (dx, da, db, dbias, None, None, *(None for _ in stored))
@@ -143,14 +160,15 @@ class _LoraAdd(torch.autograd.Function):
         a_copy = a.to(plan.branch) if a_copy is None else a_copy
         b_copy = b.to(plan.branch) if b_copy is None else b_copy
         dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
-        p, db = lora_up_grad(dy_rows, t, b_copy, plan.scale, b.dtype)
-        dx = da = None
+        p = lora_dt(dy_rows, b_copy, plan.scale)
+        dx = rows = None
         if ctx.needs_input_grad[1]:
             dx = lora_dx(p, a_copy, seed, plan.dropout, x.dtype)
             dx = dx if x.dim() == 2 else dx.view(x.shape)
         if ctx.needs_input_grad[2]:
             rows = x if x.dim() == 2 else x.reshape(-1, k)
-            da = lora_down_grad(rows.to(plan.dtype), p, seed, plan.dropout, a.dtype)
+            rows = rows.to(plan.dtype)
+        db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
         return dy, dx, da, db, None, None
 
 

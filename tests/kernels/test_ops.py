@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peftfast_kernels import OPS, lora_down, lora_down_grad, lora_gemm, lora_gemm_t, lora_up_grad, use_backend
+from peftfast_kernels import OPS, lora_down, lora_dt, lora_factor_grads, lora_gemm, lora_gemm_t, use_backend
 from peftfast_kernels.decode import Operand, dense
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -13,7 +13,7 @@ EXACT = {"dequantize", "keep_mask"}  # no arithmetic to lose precision in: equal
 
 
 def outputs(value):
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def upcast(kwargs):
@@ -93,24 +93,48 @@ def test_broadcast_and_transposed_inputs(backend, device):
     assert x.stride(0) == 1
     seed = torch.tensor(3, device=device)
     with use_backend(backend):
-        p, db = lora_up_grad(dy, t, b, 2.0, torch.float32)
-        torch.testing.assert_close(p, dy @ b * 2)
+        torch.testing.assert_close(lora_dt(dy, b, 2.0), dy @ b * 2)
+        torch.testing.assert_close(lora_dt(dy, b.t().contiguous().t(), 2.0), dy @ b * 2)
+        args = (x, b.t(), seed, 0.4)
+        torch.testing.assert_close(lora_down(*args), lora_down.reference(*args))
+        args = (dy, t, x, t, seed, 0.4, 2.0, torch.float32, torch.float32)
+        db, da = lora_factor_grads(*args)
         torch.testing.assert_close(db, dy.t() @ t * 2)
-        for call, args in ((lora_down, (x, b.t(), seed, 0.4)), (lora_down_grad, (x, t, seed, 0.4, torch.float32))):
-            torch.testing.assert_close(call(*args), call.reference(*args))
+        torch.testing.assert_close(da, lora_factor_grads.reference(*args)[1])
         weight = torch.randn(n, n + 1, generator=g).to(device)[:, 1:]  # rows that are not 16-byte aligned
         args = (x, dense(weight), None, t, b, 0.3)
         torch.testing.assert_close(lora_gemm(*args), lora_gemm.reference(*args))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_split_reductions_are_deterministic(backend, device):
+def test_gradients_are_deterministic(backend, device):
+    """From run to run, and whether db and da are asked for together or alone."""
     g = torch.Generator().manual_seed(0)
-    x, t, b = (torch.randn(shape, generator=g).to(device) for shape in ((700, 40), (700, 9), (40, 9)))
+    x, t, p = (torch.randn(shape, generator=g).to(device) for shape in ((700, 40), (700, 9), (700, 20)))
+    rest = (None, 0.0, 0.7, torch.float32, torch.float32)
     with use_backend(backend):
-        first = (*lora_up_grad(x, t, b, 0.7, torch.float32), lora_down_grad(x, t, None, 0.0, torch.float32))
-        second = (*lora_up_grad(x, t, b, 0.7, torch.float32), lora_down_grad(x, t, None, 0.0, torch.float32))
+        first = lora_factor_grads(x, t, x, p, *rest)
+        second = lora_factor_grads(x, t, x, p, *rest)
+        alone = [*lora_factor_grads(x, t, None, None, *rest), *lora_factor_grads(None, None, x, p, *rest)]
+    assert [grad.shape for grad in first] == [(40, 9), (20, 40)]
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    for one, two in zip(first, alone, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+def test_every_height_of_a_strip(drop, device):
+    """So many rows that strips are higher than 16, and so many columns that one program owns more than 16."""
+    g = torch.Generator().manual_seed(0)
+    seed = torch.tensor(9, device=device) if drop else None
+    x, a = torch.randn(4100, 20, generator=g).to(device), torch.randn(5, 20, generator=g).to(device)
+    with use_backend("triton"):
+        torch.testing.assert_close(lora_down(x, a, seed, drop), lora_down.reference(x, a, seed, drop))
+        torch.testing.assert_close(lora_dt(x, a.t(), 0.5), x @ a.t() * 0.5)
+        x, f = torch.randn(20, 2100, generator=g).to(device), torch.randn(20, 5, generator=g).to(device)
+        args = (x, f, x.flip(0), f, seed, drop, 0.5, torch.float32, torch.float32)
+        for grad, expected in zip(lora_factor_grads(*args), lora_factor_grads.reference(*args), strict=True):
+            torch.testing.assert_close(grad, expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -121,9 +145,14 @@ def test_infinite_gradients_reach_the_scaler(backend, device):
     t = torch.ones(40, 4, dtype=torch.float16, device=device)
     b = torch.ones(48, 4, dtype=torch.float16, device=device)
     with use_backend(backend):
-        p, db = lora_up_grad(dy, t, b, 1.0, torch.float32)
+        p = lora_dt(dy, b, 1.0)
+        (db,) = lora_factor_grads(dy, t, None, None, None, 0.0, 1.0, torch.float32, torch.float32)
     assert p[3].isinf().all() and db[5].isinf().all()
     assert not p[2].isinf().any() and not db[4].isinf().any()
+
+
+def da_of(x, p, seed, prob):
+    return lora_factor_grads(None, None, x, p, seed, prob, 1.0, torch.float32, torch.float32)
 
 
 def test_dropped_elements_do_not_leak_nan(device):
@@ -136,7 +165,7 @@ def test_dropped_elements_do_not_leak_nan(device):
     for backend in ("torch", "triton"):
         with use_backend(backend):
             assert lora_down(x, a, seed, 0.5).isfinite().all()
-            assert lora_down_grad(x, torch.ones(33, 2, device=device), seed, 0.5, torch.float32).isfinite().all()
+            assert all(grad.isfinite().all() for grad in da_of(x, torch.ones(33, 2, device=device), seed, 0.5))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -147,7 +176,7 @@ def test_missing_seed_is_refused(backend, device):
     with use_backend(backend):
         for call in (
             lambda: lora_down(x, a, None, 0.1),
-            lambda: lora_down_grad(x, p, None, 0.1, torch.float32),
+            lambda: da_of(x, p, None, 0.1),
             lambda: lora_gemm_t(dy, weight, p, a, None, 0.1),
         ):
             with pytest.raises(ValueError, match="seed"):
@@ -169,4 +198,5 @@ def test_more_than_2_to_the_31_elements():
     a = torch.ones(r, cols, dtype=torch.float16, device="cuda")
     t = lora_down(x, a, None, 0.0)
     assert t[:-3].eq(0).all() and t[-3:].eq(cols).all()
-    assert lora_down_grad(x, t, None, 0.0, torch.float32).eq(3 * cols).all()
+    (da,) = da_of(x, t, None, 0.0)
+    assert da.eq(3 * cols).all()

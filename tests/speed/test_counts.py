@@ -87,7 +87,7 @@ def test_layer(rows):
         assert beyond(contestant, "kept") <= 0.6 * beyond("peft", "kept"), contestant
     for path in ("gpu", "fused"):
         blocks, alone = rows[(*key, f"{path}+blocks")], rows[(*key, path)]
-        assert total(blocks, "launches") < total(alone, "launches")
+        assert total(blocks, "launches") <= total(alone, "launches")
         assert total(blocks, "ops") < total(alone, "ops")
         assert blocks["kept"] < frozen["kept"]  # less than the base alone keeps: the MLP computes its middle again
     assert peft["kept"] > 1.5 * rows[(*key, "gpu+blocks")]["kept"]
