@@ -5,7 +5,7 @@ dy [M, N], p = s dy b [M, R], a [R, K], dx [M, K]. drop'(v) = keep_mask * v / (1
 
 Fused: base product, bias, adapter and dropout share one fp32 accumulator and one rounding. The plain-torch path adds
 the adapter in place (``addmm_``), so that no [M, N] temporary appears. *Wide* means fp32 factors with half-precision
-activations: t and b are then never rounded, the fp32 update is added chunk by chunk.
+activations: t and b are then never rounded, the fp32 update is added in one pass by a kernel, by torch in chunks.
 """
 
 import torch
@@ -96,7 +96,8 @@ def _gemm_cost(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor,
     cases=lambda: _format_cases(_gemm_build),
     cost=_gemm_cost,
     fake=lambda x, w, bias, t, b, scale: x.new_empty(x.shape[0], w.shape[0]),
-    accepts=lambda x, w, bias, t, b, scale: dispatch.fuses("lora_gemm", x, w, bias, t, b, scale),
+    # In the wide case the launcher adds the fp32 update in one pass, even where cuBLAS does the base product.
+    accepts=lambda x, w, bias, t, b, scale: t.dtype != x.dtype or dispatch.fuses("lora_gemm", x, w, bias, t, b, scale),
 )
 def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
     """Returns y [M, N] = x Wᵀ + bias + scale t bᵀ in x's dtype.
@@ -138,7 +139,9 @@ def _gemm_t_cost(dy: Tensor, w: Operand, p: Tensor, a: Tensor, seed: Tensor | No
     cost=_gemm_t_cost,
     fake=lambda dy, w, p, a, seed, prob: dy.new_empty(dy.shape[0], w.shape[1]),
     # With dropout the launcher is used in any case: it masks in registers even where cuBLAS does the base product.
-    accepts=lambda dy, w, p, a, seed, prob: prob > 0 or dispatch.fuses("lora_gemm_t", dy, w, p, a, seed, prob),
+    accepts=lambda dy, w, p, a, seed, prob: (
+        prob > 0 or p.dtype != dy.dtype or dispatch.fuses("lora_gemm_t", dy, w, p, a, seed, prob)
+    ),
 )
 def lora_gemm_t(dy: Tensor, w: Operand, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     """Returns dx [M, K] = dy W + keep_mask * (p a) / (1 - prob) in dy's dtype.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftfast_kernels import dispatch
 from peftfast_kernels.configs import Tile, chip_of, dot_precision, rank_tile, tile
-from peftfast_kernels.decode import Operand, weight_nk
+from peftfast_kernels.decode import Operand, weight_kn, weight_nk
 from peftfast_kernels.decode_kernels import decode_arguments, decode_variant
 from peftfast_kernels.keep_mask import keep_scale, threshold
 from peftfast_kernels.op import is_interpreting
@@ -235,8 +235,15 @@ def _expand(y, t, b_ro, scale, seed, prob, out) -> Tensor:
 
 
 def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Launches a 1D grid of [BM, BN] tiles of y, row tiles grouped so that weight tiles are reused in L2."""
-    return _gemm(x, w, bias, t, b.t(), scale, None, 0.0, transposed=False)
+    """Launches a 1D grid of [BM, BN] tiles of y, row tiles grouped so that weight tiles are reused in L2.
+
+    Where the table prefers cuBLAS: its product, and one pass for the update.
+    """
+    if dispatch.fuses("lora_gemm", x, w, bias, t, b, scale):
+        return _gemm(x, w, bias, t, b.t(), scale, None, 0.0, transposed=False)
+    wt = weight_kn(w, x.dtype)
+    y = torch.mm(x, wt) if bias is None else torch.addmm(bias.to(x.dtype), x, wt)
+    return _expand(y, t, b.t(), scale, None, 0.0, out=y)
 
 
 def lora_gemm_t(dy: Tensor, w: Operand, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
@@ -306,7 +313,12 @@ def variants(chip: str):
             quick=not transposed and rows > 64 and dtype == "bf16",
         )  # fmt: skip
     config = tile("expand", chip)
-    for add, drop, factors in ((True, False, "bf16"), (True, True, "bf16"), (False, True, "fp32")):
+    for add, drop, factors in (
+        (True, False, "bf16"),
+        (True, True, "bf16"),
+        (True, False, "fp32"),
+        (False, True, "fp32"),
+    ):
         yield Variant(
             name=f"expand{' add' * add}{' drop' * drop}{' wide' * (factors == 'fp32')}",
             kernel=expand_kernel,

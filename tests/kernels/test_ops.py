@@ -82,6 +82,18 @@ def test_cost_counts_work(name, device):
             assert cost.bytes > 0 or kwargs.get("rows") == 0
 
 
+WIDE_PRODUCTS = [(name, case) for name, case in CASES if name in ("lora_gemm", "lora_gemm_t") and "-wide" in case.id]
+
+
+@pytest.mark.parametrize(("name", "case"), WIDE_PRODUCTS, ids=[f"{name}-{case.id}" for name, case in WIDE_PRODUCTS])
+def test_wide_update_beside_cublas(name, case, device, monkeypatch):
+    """Where the base product is not fused, a wide update still is one launch."""
+    monkeypatch.setattr("peftfast_kernels.dispatch.fuses", lambda *args: False)
+    with use_backend("triton"):
+        assert OPS[name].runs_triton(**case.make(device))
+        check(name, case, device, "launch")
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_broadcast_and_transposed_inputs(backend, device):
     """Gradients of a sum arrive with zero strides, activations of attention arrive transposed."""
