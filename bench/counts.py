@@ -1,6 +1,7 @@
 """Launches, dispatched operations, bytes moved and bytes kept, of peftfast and of PEFT, counted without a GPU.
 
     python bench/counts.py [--out counts.csv] [--json]
+    python bench/counts.py --scopes linear --linear 2048 4096 4096     one linear at M, K, N instead of marker sizes
 
 Everything runs on CPU tensors of marker sizes. Columns `launches` and `moved` are what a GPU would be asked for: torch
 operations that are no views, and Triton launches, whose launchers run while the kernels themselves are left out (so the
@@ -40,6 +41,7 @@ from torch.utils._pytree import tree_flatten  # noqa: E402
 from peftfast_kernels import dispatch, use_backend  # noqa: E402
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, RANK, BATCH, LENGTH = 128, 384, 4, 2, 4, 2, 160
+LINEAR = (BATCH * LENGTH, HIDDEN, INTERMEDIATE)  # M, K, N of the scope "linear"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SCOPES = ("linear", "layer", "step")
 #: base dtype, whether under bf16 autocast, storage
@@ -67,6 +69,7 @@ class Trace(TorchDispatchMode):
     """Counts torch operations, and Triton launches through `launched`."""
 
     current: Trace | None = None
+    products = True  # False: matrix products are only allocated, for sizes at which a CPU takes too long
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,9 +85,12 @@ class Trace(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.ops += 1
         name = func._schema.name.partition("::")[2]
+        if self.products or name not in ("mm", "addmm", "addmm_"):
+            out = func(*args, **(kwargs or {}))
+        else:
+            out = _product_of(name, args, kwargs or {})
+        self.ops += 1
         results = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         view = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.returns)
         if name.startswith("_foreach") or not (view or name in _FREE or name in _NO_KERNEL or not results):
@@ -109,6 +115,14 @@ class Trace(TorchDispatchMode):
             if not (call[0] in ("bernoulli_", "div_") and "bernoulli_" in names[max(i - 1, 0) : i + 1])
         ]  # fmt: skip
         return Count(len(calls), self.ops, sum(moved for _, moved in calls))
+
+
+def _product_of(name: str, args: tuple, kwargs: dict) -> Tensor:
+    """The result of a matrix product, with whatever its memory holds."""
+    if name == "addmm_" or "out" in kwargs:
+        return args[0] if name == "addmm_" else kwargs["out"]
+    left, right = args[-2:]
+    return left.new_empty(left.shape[0], right.shape[1], dtype=kwargs.get("out_dtype"))
 
 
 def _bytes(t: Tensor) -> float:
@@ -153,7 +167,7 @@ def running_as(contestant: str) -> Iterator[None]:
 class OneLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(HIDDEN, INTERMEDIATE, bias=False)
+        self.q_proj = nn.Linear(*LINEAR[1:], bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.q_proj(x)
@@ -211,7 +225,8 @@ def passes(
                 optimizer.zero_grad()
 
         return forward, backward, [ids]
-    x = torch.randn(BATCH, LENGTH, HIDDEN).to(torch.bfloat16 if autocast else dtype).requires_grad_()
+    shape = (BATCH, LENGTH, HIDDEN) if scope == "layer" else (BATCH, LINEAR[0] // BATCH, LINEAR[1])
+    x = torch.randn(shape).to(torch.bfloat16 if autocast else dtype).requires_grad_()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # a call of the whole model casts the factors of all its layers at once: nothing that one layer would pay for
     casts = getattr(getattr(model, "base_model", None), "compute_copies", nullcontext)
@@ -272,7 +287,8 @@ def measure(scope: str, contestant: str, mode: str, dropout: float) -> dict[str,
             _attach_blocks(model)
         forward, backward, inputs = passes(scope, model, mode)
         for _ in range(2):  # caches, optimizer state
-            backward(forward())
+            with nullcontext() if Trace.products else Trace():
+                backward(forward())
         with Trace() as first:
             y = forward()
         with Trace() as second:
@@ -293,6 +309,7 @@ def measure(scope: str, contestant: str, mode: str, dropout: float) -> dict[str,
         "ops_forward": one.ops, "ops_backward": two.ops,
         "moved_forward": int(one.moved), "moved_backward": int(two.moved), "kept": int(kept),
         "kernels": [name for name, _ in first.calls] + ["|"] + [name for name, _ in second.calls],
+        "bytes": [moved for _, moved in first.calls] + [0.0] + [moved for _, moved in second.calls],
     }  # fmt: skip
 
 
@@ -313,11 +330,13 @@ def _attach_blocks(model: nn.Module) -> None:
         raise RuntimeError(f"blocks are not attached:\n{blocks.report()}")
 
 
-def sweep(modes: list[str], dropouts: list[float], scopes: list[str]) -> Iterator[dict[str, object]]:
+def sweep(
+    modes: list[str], dropouts: list[float], scopes: list[str], contestants: list[str]
+) -> Iterator[dict[str, object]]:
     for scope in scopes:
         for mode in modes:
             for dropout in dropouts:
-                for contestant in CONTESTANTS:
+                for contestant in contestants:
                     if contestant == "frozen" and dropout or contestant.endswith("+blocks") and scope == "linear":
                         continue
                     if scope == "step" and contestant in ("torch", "fused"):
@@ -360,14 +379,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
     parser.add_argument("--dropout", nargs="*", type=float, default=[0.0, 0.1])
     parser.add_argument("--scopes", nargs="*", default=list(SCOPES), choices=SCOPES)
+    parser.add_argument("--linear", nargs=3, type=int, metavar=("M", "K", "N"), help="sizes of the scope `linear`")
+    parser.add_argument("--contestants", nargs="*", default=list(CONTESTANTS), choices=CONTESTANTS)
     parser.add_argument("--out", type=Path, help="write the rows as CSV")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     leave_out_kernels()
-    rows = list(sweep(args.modes, args.dropout, args.scopes))
+    if args.linear:
+        global LINEAR
+        LINEAR, Trace.products = tuple(args.linear), False
+    rows = list(sweep(args.modes, args.dropout, args.scopes, args.contestants))
     if args.out:
-        names = [n for n in rows[0] if n != "kernels"]
+        names = [n for n in rows[0] if n not in ("kernels", "bytes")]
         with args.out.open("w", newline="") as f:
             writer = csv.DictWriter(f, names, extrasaction="ignore")
             writer.writeheader()

@@ -12,27 +12,35 @@ ROOT = Path(__file__).parents[2]
 OURS = ("torch", "gpu", "fused", "gpu+blocks", "fused+blocks")
 
 
+def counted(*arguments):
+    """Rows by (scope, mode, dropout, contestant). In a process of its own: it leaves the kernels out."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench/counts.py"), "--json", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return {(row["scope"], row["mode"], row["dropout"], row["contestant"]): row for row in json.loads(done.stdout)}
+
+
 @pytest.fixture(scope="module")
 def rows():
-    """Rows by (scope, mode, dropout, contestant). In a process of its own: it leaves the kernels out."""
     found = {}
     for scope, modes, dropouts in (
         ("linear", ["bf16 autocast", "bf16", "fp32", "nf4 autocast"], ["0.0", "0.1"]),
         ("layer", ["bf16 autocast"], ["0.0"]),
         ("step", ["bf16 autocast"], ["0.0"]),
     ):
-        command = [sys.executable, str(ROOT / "bench/counts.py"), "--json", "--scopes", scope, "--modes", *modes]
-        done = subprocess.run(
-            [*command, "--dropout", *dropouts],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        for row in json.loads(done.stdout):
-            found[row["scope"], row["mode"], row["dropout"], row["contestant"]] = row
+        found |= counted("--scopes", scope, "--modes", *modes, "--dropout", *dropouts)
     return found
+
+
+@pytest.fixture(scope="module")
+def real_rows():
+    """One linear with M = 2048, K = 4096, N = 14336: shapes at which sums over rows and columns were once split."""
+    return counted("--scopes", "linear", "--contestants", "gpu", "fused", "--linear", "2048", "4096", "14336")
 
 
 def total(row, what):
@@ -42,17 +50,40 @@ def total(row, what):
 LINEARS = [(mode, p) for mode in ("bf16 autocast", "bf16", "fp32", "nf4 autocast") for p in (0.0, 0.1)]
 
 
+def launches(row, factor_bytes):
+    """Forward and backward: every launch but the draw of the seed and casts of what is no larger than a factor."""
+    counts, names = [0, 0], []
+    for name, moved in zip(row["kernels"], row["bytes"], strict=True):
+        backward = "|" in names
+        names.append(name)
+        # a cast moves its operand and its result, at most 6 bytes an element
+        counts[backward] += name not in ("|", "randint") and not (name == "_to_copy" and moved <= 1.5 * factor_bytes)
+    return counts, names
+
+
+def assert_few_launches(row, factor_bytes):
+    """Forward: down, the base product, the update in place. Backward: p, the base product, the update, both gradients.
+
+    A decode of 4 bits that is not fused is a launch of its own.
+    """
+    more = "dequantize_kernel" in row["kernels"]
+    assert not more or "nf4" in row["mode"]
+    (forward, backward), names = launches(row, factor_bytes)
+    assert forward <= 3 + more and backward <= 4 + more, names
+
+
+@pytest.mark.parametrize("mode, p", LINEARS)
+def test_launches_of_a_real_linear(real_rows, mode, p):
+    for contestant in ("gpu", "fused"):
+        assert_few_launches(real_rows["linear", mode, p, contestant], 4 * 4 * 14336)
+
+
 @pytest.mark.parametrize("mode, p", LINEARS)
 def test_one_linear_on_a_gpu(rows, mode, p):
-    """Three passes over large operands forward, four backward. The rest is small: sums of rank-sized parts, a seed."""
     peft = rows["linear", mode, p, "peft"]
     for contestant in ("gpu", "fused"):
         row = rows["linear", mode, p, contestant]
-        # decoding 4 bits is a launch of its own; an fp32 update of bf16 outputs is a product and a sum
-        more = contestant == "gpu" and (("nf4" in mode) + (mode == "bf16"))
-        names = [name for name in row["kernels"] if name not in ("sum_parts_kernel", "_to_copy", "randint")]
-        bar = names.index("|")
-        assert bar <= 3 + more and len(names) - bar - 1 <= 4 + more, names
+        assert_few_launches(row, 4 * 4 * 384)
         # PEFT's decoding of 4 bits counts as one launch here; on a GPU it is three
         assert total(row, "ops") <= 0.8 * total(peft, "ops")
         assert total(row, "moved") < total(peft, "moved")
