@@ -38,6 +38,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "training.blocks": ("fuse_blocks",),
     "training.graphs": ("capture_decoding", "capture_training_step"),
+    "training.liger": ("use_liger",),
     "config": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PeftConfig",
