@@ -13,6 +13,7 @@ they differ (a norm with `1 + weight`, as Gemma's, is recognised by that compari
 The fused linear cross-entropy multiplies by the head's weight itself and never calls the head. It is used only while
 the head is an untouched `torch.nn.Linear`: on an adapted head it would train without the adapter. A training step then
 has no `logits` in its output. Liger's losses count labels on the host, so `capture_training_step` cannot record them.
+Remove Liger before pickling a model as a whole; copies and state dicts are as always.
 """
 
 from __future__ import annotations
