@@ -132,7 +132,7 @@ class Routing:
         self.slots, self.seen = slots, seen
         self.names, self.index, self.host, self.copies, self.tokens = names, index, host, copies, tokens
         self.uniform = host is not None and len(set(host)) == 1
-        self._memo: dict[Any, tuple[Tensor, tuple[int, ...] | None, dict]] = {}
+        self._memo: dict[Any, Any] = {}
 
     @classmethod
     def by_name(
@@ -161,7 +161,7 @@ class Routing:
             index = self.index if size == batch else self.index.repeat_interleave(self._repeats(x, where))
             if not all(present):
                 index = self._position_here(present, store)[index + 1]
-            return Rows(index, None, store, {})
+            return Rows(index, None, store, self._memo_of(size, present))
         known = self._memo.get((size, present))
         if known is None:
             repeats = self._repeats(x, where)
@@ -175,6 +175,12 @@ class Routing:
             index = torch.tensor(host, dtype=torch.int64, device=x.device)
             known = self._memo[size, present] = (index, host, {})
         return Rows(known[0], known[1], store, known[2])
+
+    def _memo_of(self, size: int, present: tuple[bool, ...]) -> dict:
+        """What layers with the same numbers share, as long as nobody writes to the tensor of numbers."""
+        if torch.compiler.is_compiling() or self.index.is_inference():
+            return {}
+        return self._memo.setdefault((size, present, self.index._version), {})
 
     def _position_here(self, present: tuple[bool, ...], store: MutableMapping[Any, Any]) -> Tensor:
         """[1 + len(names) + 1]: position in the layer's shorter list for -1, every position, and the unknown."""

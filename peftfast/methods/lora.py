@@ -16,7 +16,7 @@ from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import combined, combined_fields
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise
-from peftfast.methods.lora_stack import apply_stack, factors, remembered
+from peftfast.methods.lora_stack import apply_stack, factors, is_segmented, remembered
 from peftfast.sites import Dense, Site, Slot
 from peftfast.wrapping import default_targets
 from peftfast.wrapping.targets import pattern_value
@@ -95,7 +95,8 @@ class Lora:
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
         known = remembered(adapters, rows)
         dropout = {adapter.dropout for adapter in adapters} if known.dropping else {0.0}
-        many_each = rows.host is not None and len(rows.host) > 4 * len(adapters) and not rows.run
+        host = rows.host
+        many_each = host is not None and len(host) > 4 * len(adapters) and not rows.run and not is_segmented(site, x)
         if many_each or not known.alike or len(dropout) > 1:
             return sample_by_sample(self, site, x, y, adapters, rows)
         y = site.base(x) if y is None else y

@@ -155,8 +155,16 @@ def _picked(stack: FactorStack, index: Tensor) -> FactorStack:
     return FactorStack(stack.a.index_select(0, index), b, stack.scale.index_select(0, index))
 
 
+def is_segmented(site: Site, x: Tensor) -> bool:
+    """Whether kernels that pick every row's own factors serve this input."""
+    segmented = getattr(site, "segmented", None)
+    return segmented is not None and segmented(x)
+
+
 def apply_stack(site: Site, x: Tensor, y: Tensor, stack: FactorStack, rows: Rows) -> Tensor:
     """The output `y` of the base with every sample's own factors added to it."""
+    if is_segmented(site, x):
+        return site.adapt_rows(x, y, *stack, rows)
     mine = chosen(stack, rows)
     if rows.host is None:
         out = site.adapt_each(x, y, *mine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,14 @@ from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import base_weight
 from peftfast.ops.dora import dora_linear_add
 from peftfast.ops.lora import lora_linear, lora_linear_add
+from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
 from peftfast.ops.scale import scale_features
 from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot, composed_magnify, is_plain, is_untouched, register_site
 from peftfast_kernels.decode import Operand
+
+if TYPE_CHECKING:
+    from peftfast.many.routing import Rows
 
 
 def _claims(module: nn.Module) -> bool:
@@ -85,6 +89,19 @@ class LinearSite:
         else:
             out = (out + torch.bmm(t, b.transpose(1, 2))).to(y.dtype)
         return out.view(y.shape)
+
+    def segmented(self, x: Tensor) -> bool:
+        """Whether `adapt_rows` is how this input is best served."""
+        return is_plain(x) and runs_segmented(x)
+
+    def adapt_rows(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+        """`adapt_each` by segmented kernels, every row by its own adapter's factors: a [G, r, K], b [G, N, r],
+        scale [G]. Nothing is gathered, and nothing of the host's depends on the mix."""
+        samples, adapters = rows.index.shape[0], a.shape[0]
+        tokens = x.numel() // (samples * x.shape[-1]) if samples else 1
+        known = rows.host is not None
+        route = rows.derived(("route", adapters, tokens), lambda: row_route(rows.index, adapters, tokens, known))
+        return routed_linear_add(y, x, a, b, scale, route)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         return F.linear(x, a)
