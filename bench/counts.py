@@ -300,7 +300,7 @@ def measure(scope: str, contestant: str, mode: str, dropout: float) -> dict[str,
             inner = getattr(state, "state2", None)
             tensors += [t for t in vars(inner).values() if isinstance(t, Tensor)] if inner is not None else []
         casts = getattr(getattr(model, "base_model", None), "_casts", None)
-        tensors += casts._copies.values() if casts is not None else []
+        tensors += casts.copies if casts is not None else []
         kept = kept_bytes(forward, tensors)
     one, two = first.count(), second.count()
     return {

@@ -15,11 +15,14 @@ from peftfast.interop.counterpart import HasCounterpart
 from peftfast.many.routing import Control, Routing
 from peftfast.method import Adapter, AdapterMethod, sample_by_sample
 from peftfast.sites import make_site
+from peftfast.sites.bound import BoundLora
 from peftfast.wrapping.merger import Merger
 from peftfast.wrapping.slots import TransposedView, make_slot
 
 #: A Parameter by the dict it is in and its key there, behind the dict, key and value its owner was found by.
 Place = tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]
+#: Methods in the order in which they act, each with its active adapters.
+Steps = list[tuple[AdapterMethod, list[Adapter]]]
 
 
 def check_adapter_name(name: Any) -> None:
@@ -232,10 +235,8 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         if routing is not None and not self._disable_adapters:
             return self._routed(routing, x, args, kwargs)
         # a compiler that read the plan would guard on whether an eager call has made it yet
-        plan = None if torch.compiler.is_compiling() else self._plan
-        if plan is None:
-            plan = self._make_plan()
-        if not plan:
+        steps, bound = (self._steps(), None) if torch.compiler.is_compiling() else self._plan or self._make_plan()
+        if not steps:
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
@@ -243,8 +244,12 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             y = self.block(self, x)
             if y is not None:
                 return y
+        if bound is not None and not args and not kwargs:
+            y = bound(x)
+            if y is not None:
+                return y
         y = self.site.base(x, *args, **kwargs) if args or kwargs else None
-        for method, adapters in plan:
+        for method, adapters in steps:
             y = method.forward(self.site, x, y, adapters)
         return y
 
@@ -281,7 +286,14 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
                 y = sample_by_sample(method, self.site, x, y, own, mine)
         return y
 
-    def _make_plan(self) -> list[tuple[AdapterMethod, list[Adapter]]]:
+    def _make_plan(self) -> tuple[Steps, BoundLora | None]:
+        """What a call does until adapters are added, activated, merged or disabled: its steps, and their short form."""
+        steps = self._steps()
+        bind = getattr(steps[0][0], "bind", None) if len(steps) == 1 else None
+        self._plan = plan = (steps, None if bind is None else bind(self.site, steps[0][1]))
+        return plan
+
+    def _steps(self) -> Steps:
         """The active adapters that are not inside the weight already, in order, neighbours of one method together."""
         active: list[Adapter] = []
         if not self._disable_adapters:
@@ -293,15 +305,13 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
                 adapter.locate()
         # methods that change the input must see it before anybody has multiplied it
         active.sort(key=lambda adapter: getattr(adapter.method, "order", 0))
-        plan: list[tuple[AdapterMethod, list[Adapter]]] = []
+        steps: Steps = []
         for adapter in active:  # itertools.groupby, in a form that compilers can follow
-            if plan and plan[-1][0] is adapter.method:
-                plan[-1][1].append(adapter)
+            if steps and steps[-1][0] is adapter.method:
+                steps[-1][1].append(adapter)
             else:
-                plan.append((adapter.method, [adapter]))
-        if not torch.compiler.is_compiling():
-            self._plan = plan
-        return plan
+                steps.append((adapter.method, [adapter]))
+        return steps
 
     # ---- merging -----------------------------------------------------------------------------------------------------
     @property

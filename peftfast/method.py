@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.many.routing import Rows
 from peftfast.sites import Dense, Site, Slot
+from peftfast.sites.bound import BoundLora
 
 if TYPE_CHECKING:
     from peftfast.layer import BaseTunerLayer
@@ -161,6 +162,16 @@ class AdapterMethod(Protocol):
 
 
 @runtime_checkable
+class Bindable(Protocol):
+    """Optional: a call of few steps for the adapters that a layer usually has."""
+
+    def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
+        """`forward` for y None, with everything looked up that no input changes. None: there is no such form of these
+        adapters."""
+        ...
+
+
+@runtime_checkable
 class Routable(Protocol):
     """Optional: different rows of a batch, different adapters, in one go."""
 
@@ -197,9 +208,8 @@ def sample_by_sample(
     return out
 
 
-@runtime_checkable
 class TrainingHooks(Protocol):
-    """Optional: a term of the loss (AdaLoRA's regulariser)."""
+    """Optional, known by its one function: a term of the loss (AdaLoRA's regulariser)."""
 
     def loss_term(self, adapters: Sequence[Adapter]) -> Tensor | None: ...
 

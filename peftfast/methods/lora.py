@@ -18,6 +18,7 @@ from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise
 from peftfast.methods.lora_stack import apply_stack, factors, is_segmented, remembered
 from peftfast.sites import Dense, Site, Slot
+from peftfast.sites.bound import BoundLora
 from peftfast.wrapping import default_targets
 from peftfast.wrapping.targets import pattern_value
 
@@ -75,11 +76,12 @@ class Lora:
                 y = site.add_to_output(y, adapter[_bias_slot(adapter)] * adapter.scale)
         return y
 
-    def low_rank(self, adapter: Adapter) -> tuple[Tensor, Tensor, float, float] | None:
-        """Arguments of `site.adapt`, if that is all there is to this adapter: no bias, no magnitude."""
-        if adapter.cfg.lora_bias or len(adapter.slots) != 2 or isinstance(adapter.scale, Tensor):
+    def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
+        """See `Bindable`: for the one plain adapter of a layer that most models have."""
+        bind = getattr(site, "bind", None)
+        if bind is None or len(active) != 1 or active[0].cfg.lora_bias or len(active[0].slots) != 2:
             return None
-        return *factors(adapter), adapter.scale, adapter.dropout
+        return bind(active[0])
 
     def _one_by_one(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         """Sums, also that of the input's gradient, in the factors' dtype, rounded to the activations' once."""

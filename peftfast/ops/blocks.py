@@ -17,27 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.first_order import first_order
-from peftfast.ops.lora import Plan, branch_dtype, draw_seed, factor_grads
+from peftfast.ops.function import apply, first_order
+from peftfast.ops.lora import Part, Plan, draw_seed, factor_grads
 from peftfast_kernels.decode import Operand, weight_nk
 from peftfast_kernels.lora_down import lora_down, lora_dt
 from peftfast_kernels.lora_gemm import lora_gemm, lora_gemm_t
-
-
-class Part(NamedTuple):
-    """One low-rank linear of a block at one call: arguments of `ops.lora.lora_linear`."""
-
-    w: Operand
-    bias: Tensor | None
-    a: Tensor
-    b: Tensor
-    scale: float
-    dropout: float
-
-    def plan(self, x: Tensor) -> Plan:
-        w = self.w
-        branch = branch_dtype(x, self.a)
-        return Plan(w.format, w.shape, w.dtype, branch, float(self.scale), self.dropout, w.block, w.nested_block)
 
 
 class Activation(NamedTuple):
@@ -277,12 +261,12 @@ class _GatedMlp(torch.autograd.Function):
 
 
 def _arguments(x: Tensor, parts: Sequence[Part]) -> tuple[tuple[Plan, ...], tuple[int, ...], list[Any]]:
-    plans = tuple(part.plan(x) for part in parts)
-    counts = tuple(len(part.w.tensors) for part in parts)
+    plans = tuple([part.plan for part in parts])
+    counts = tuple([len(part.w.tensors) for part in parts])
     flat: list[Any] = [part.a for part in parts]
     flat += [part.b for part in parts]
     flat += [part.bias for part in parts]
-    flat += [draw_seed(x, part.dropout) for part in parts]
+    flat += [draw_seed(x, plan.dropout) for plan in plans]
     for part in parts:
         flat += part.w.tensors
     return plans, counts, flat
@@ -302,7 +286,7 @@ def lora_siblings(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():
         n = len(plans)
         return _siblings(x, _Shared.factors(plans, counts, flat)[0], flat[2 * n : 3 * n])[0]
-    return _Siblings.apply(x, plans, counts, *flat)
+    return apply(_Siblings, x, plans, counts, *flat)
 
 
 def gated_mlp(x: Tensor, gate: Part, up: Part, down: Part, activation: str) -> Tensor:
@@ -311,4 +295,4 @@ def gated_mlp(x: Tensor, gate: Part, up: Part, down: Part, activation: str) -> T
     plans, counts, flat = _arguments(x, (gate, up, down))
     if not torch.is_grad_enabled():
         return _mlp(x, ACTIVATIONS[activation], _Shared.factors(plans, counts, flat)[0], flat[6:9])[0]
-    return _GatedMlp.apply(x, ACTIVATIONS[activation], plans, counts, *flat)
+    return apply(_GatedMlp, x, ACTIVATIONS[activation], plans, counts, *flat)

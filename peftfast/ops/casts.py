@@ -16,13 +16,20 @@ from torch import Tensor, nn
 
 _current = threading.local()
 _PLAIN = (Tensor, nn.Parameter)
+_NONE = (None, None)
 
 
 class CastStore:
     """The copies of one model, reused from forward to forward."""
 
     def __init__(self) -> None:
-        self._copies: dict[Tensor, Tensor] = {}
+        # by id, because hashing a tensor runs Python code; the parameter beside its copy keeps the id its own
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """What is kept between forwards."""
+        return [copy for _, copy in self._copies.values()]
 
     @contextmanager
     def window(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> Iterator[None]:
@@ -31,15 +38,15 @@ class CastStore:
         parameters = [p for p in parameters if p.dtype != dtype and type(p) in _PLAIN and not p.is_meta]
         copies = []
         for p in parameters:
-            copy = self._copies.get(p)
-            if copy is None or copy.dtype != dtype or copy.shape != p.shape or copy.device != p.device:
+            _, copy = self._copies.get(id(p), _NONE)
+            if copy is None or copy.dtype is not dtype or copy.shape != p.shape or copy.device != p.device:
                 copy = torch.empty_like(p, dtype=dtype, requires_grad=False)
                 copy.transposed = copy.t()  # the copy lives long: one view serves every forward
             copies.append(copy)
         if parameters:
             with torch.no_grad():
                 torch._foreach_copy_(copies, parameters)
-        self._copies = dict(zip(parameters, copies, strict=True))
+        self._copies = {id(p): (p, copy) for p, copy in zip(parameters, copies, strict=True)}
         before = getattr(_current, "copies", None)
         _current.copies = self._copies
         try:
@@ -56,12 +63,12 @@ class CastStore:
 
 def compute_copy(parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """`parameter` in `dtype`, and whether the result outlives this call anyway (so that keeping it costs nothing)."""
-    if parameter.dtype == dtype:
+    if parameter.dtype is dtype:
         return parameter, True
     if not torch.compiler.is_compiling():
         copies = getattr(_current, "copies", None)
         if copies is not None:
-            copy = copies.get(parameter)
-            if copy is not None and copy.dtype == dtype:
+            _, copy = copies.get(id(parameter), _NONE)
+            if copy is not None and copy.dtype is dtype:
                 return copy, True
     return parameter.detach().to(dtype), False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.first_order import first_order
+from peftfast.ops.function import first_order
 from peftfast.ops.lora import Plan, branch_dtype, factor_grads
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.dora_add import dora_add

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.first_order import first_order
+from peftfast.ops.function import apply, first_order
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.lora_down import lora_down, lora_dt
 from peftfast_kernels.lora_gemm import lora_add, lora_dx, lora_gemm, lora_gemm_t
@@ -35,6 +35,16 @@ class Plan(NamedTuple):
     def weight(self, stored: Sequence[Tensor]) -> Operand:
         """The base weight over the tensors that autograd kept."""
         return Operand(self.format, list(stored), self.shape, self.dtype, self.block, self.nested_block)
+
+
+class Part(NamedTuple):
+    """A low-rank linear at one call: everything but its input."""
+
+    w: Operand  # [N, K]
+    bias: Tensor | None  # [N]
+    a: Tensor  # [r, K]
+    b: Tensor  # [N, r]
+    plan: Plan
 
 
 def branch_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
@@ -187,12 +197,22 @@ def lora_linear(
     Returns:
         [..., N] in `w.dtype`.
     """
-    branch = branch_dtype(x, a)
+    return lora_part(x, Part(w, bias, a, b, plan_of(w, branch_dtype(x, a), scale, dropout)))
+
+
+def plan_of(w: Operand, branch: torch.dtype, scale: float, dropout: float) -> Plan:
+    """The plan, which is the same for every call until one of these changes."""
+    return Plan(w.format, w.shape, w.dtype, branch, float(scale), dropout, w.block, w.nested_block)
+
+
+def lora_part(x: Tensor, part: Part) -> Tensor:
+    """`lora_linear` of a part whose plan has been made."""
+    w, bias, a, b, plan = part
+    seed = draw_seed(x, plan.dropout)
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
-        a, b = compute_copy(a, branch)[0], compute_copy(b, branch)[0]
-        return _product(x, w, bias, a, b, draw_seed(x, dropout), float(scale), dropout)[0]
-    plan = Plan(w.format, w.shape, w.dtype, branch, float(scale), dropout, w.block, w.nested_block)
-    return _LoraLinear.apply(x, a, b, bias, draw_seed(x, dropout), plan, *w.tensors)
+        a, b = compute_copy(a, plan.branch)[0], compute_copy(b, plan.branch)[0]
+        return _product(x, w, bias, a, b, seed, plan.scale, plan.dropout)[0]
+    return apply(_LoraLinear, x, a, b, bias, seed, plan, *w.tensors)
 
 
 def lora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
@@ -201,4 +221,4 @@ def lora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dr
     # under autocast the input is used in the branch's dtype; otherwise as it is
     dtype = branch if torch.is_autocast_enabled(x.device.type) else x.dtype
     plan = Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), dropout)
-    return _LoraAdd.apply(y, x, a, b, draw_seed(x, dropout), plan)
+    return apply(_LoraAdd, y, x, a, b, draw_seed(x, dropout), plan)

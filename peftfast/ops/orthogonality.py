@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfast.ops.first_order import first_order
+from peftfast.ops.function import first_order
 
 
 def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:

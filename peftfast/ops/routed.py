@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftfast.ops.first_order import first_order
+from peftfast.ops.function import first_order
 from peftfast.ops.lora import branch_dtype
 from peftfast_kernels.lora_routed import Route, make_route, routed_add, routed_down, routed_down_grad, routed_up_grad
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfast.ops.first_order import first_order
+from peftfast.ops.function import first_order
 from peftfast_kernels.feature_scale import feature_scale, feature_scale_grad
 
 

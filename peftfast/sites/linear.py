@@ -16,6 +16,7 @@ from peftfast.ops.dora import dora_linear_add
 from peftfast.ops.lora import lora_linear, lora_linear_add
 from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
 from peftfast.ops.scale import scale_features
+from peftfast.sites.bound import BoundLora
 from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot, composed_magnify, is_plain, is_untouched, register_site
 from peftfast_kernels.decode import Operand
@@ -62,6 +63,17 @@ class LinearSite:
                 return lora_linear(x, *base, a, b, scale, dropout)
             y = self.module(x)
         return lora_linear_add(y, x, a, b, scale, dropout)
+
+    def bind(self, adapter: Any) -> BoundLora | None:
+        """`adapt` for one adapter and y None, with everything looked up that no input changes; None: not for this one.
+
+        Args:
+            adapter: a `peftfast.method.Adapter` with a pair of factors and nothing else.
+        """
+        cells = [adapter.cell(slot) for slot in adapter.pair]
+        if not self._known_forward or None in cells:
+            return None
+        return BoundLora(self, *cells, adapter.settings_of("scaling"), adapter.setting("lora_dropout"), adapter.name)
 
     def product(self, x: Tensor) -> tuple[Operand, Tensor | None] | None:
         """Weight and bias, if calling the module with x is x Wᵀ + bias and nothing else."""

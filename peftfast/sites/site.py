@@ -52,6 +52,7 @@ class Site(Protocol):
         stacks: optional, False where factor pairs stacked on the rank are not the sum of the pairs (grouped
             convolutions, whose groups each take a run of ranks).
         segmented, adapt_rows: optional, see `LinearSite`: kernels that pick every row's own factors.
+        bind: optional, see `LinearSite`: `adapt` of one adapter with its lookups done beforehand.
     """
 
     module: nn.Module

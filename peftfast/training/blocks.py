@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.layer import BaseTunerLayer
-from peftfast.ops.blocks import ACTIVATIONS, Part, fit_together, gated_mlp, lora_siblings
+from peftfast.ops.blocks import ACTIVATIONS, fit_together, gated_mlp, lora_siblings
+from peftfast.ops.lora import Part, lora_part
 from peftfast.sites.site import is_untouched
 
 logger = logging.getLogger("peftfast")
@@ -34,20 +35,8 @@ def part_of(layer: BaseTunerLayer, x: Tensor, dropout: bool = True) -> Part | No
     """The one product that `layer` would compute for x, None where it is more than a low-rank linear."""
     if layer.control.routing is not None:
         return None
-    plan = layer.__dict__["_plan"]
-    if plan is None:
-        plan = layer._make_plan()
-    if len(plan) != 1 or len(plan[0][1]) != 1:
-        return None
-    method, (adapter,) = plan[0]
-    low_rank, product = getattr(method, "low_rank", None), getattr(layer.site, "product", None)
-    if low_rank is None or product is None:
-        return None
-    factors, base = low_rank(adapter), product(x)
-    if factors is None or base is None:
-        return None
-    a, b, scale, p = factors
-    return Part(*base, a, b, scale, p if dropout else 0.0)
+    _, bound = layer.__dict__["_plan"] or layer._make_plan()
+    return None if bound is None else bound.part(x, dropout)
 
 
 def _parts(layers: Sequence[BaseTunerLayer], xs: Sequence[Tensor], dropout: bool = True) -> list[Part] | None:
@@ -144,7 +133,7 @@ class Siblings:
         if _in_backward():  # a recomputation must do what the forward pass did
             return False
         parts = _parts(self.layers, [x] * len(self.layers), dropout=False)
-        alone = [l.site.adapt(x, None, p.a, p.b, p.scale, 0.0) for l, p in zip(self.layers, parts, strict=True)]
+        alone = [lora_part(x, p) for l, p in zip(self.layers, parts, strict=True)]
         if all(map(_agree, lora_siblings(x, parts), alone)):
             self.state = "on"
             return True

@@ -73,12 +73,11 @@ def kept_bytes(model, x):
         kept.extend(t for t in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(t, torch.Tensor))
     lasting = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
     base_model = getattr(model, "base_model", None)
-    copies = getattr(
-        getattr(base_model, "_casts", None), "_copies", {}
-    )  # one set per model, whatever the number of calls
-    lasting |= {t.untyped_storage().data_ptr() for t in copies.values()}
+    # one set per model, whatever the number of calls
+    copies = getattr(getattr(base_model, "_casts", None), "copies", [])
+    lasting |= {t.untyped_storage().data_ptr() for t in copies}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    lasting_bytes = sum(t.nbytes for t in copies.values())
+    lasting_bytes = sum(t.nbytes for t in copies)
     return sum(n for p, n in storages.items() if p not in lasting), lasting_bytes
 
 

@@ -187,7 +187,7 @@ def test_errors_lose_no_slot():
         ),  # fmt: skip
         "half": ((cfg, {key: tensors[key]}), ValueError, "a pair of factors"),
         "wrong shape": ((cfg, {**tensors, key: torch.zeros(8, 31)}), ValueError, "do not fit"),
-        "missing": ("/nonexistent/adapter", Exception, ""),
+        "missing": ("/nonexistent/adapter", Exception, "nonexistent"),
         "raises": ((cfg, Slow(tensors, 0.0, error=OSError("disk is gone"))), OSError, "disk is gone"),
         "ia3": ((peftfast.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), {}), ValueError, "ia3"),
         "dora": ((LoraConfig(use_dora=True, target_modules=["q_proj"]), tensors), ValueError, "pair of factors"),

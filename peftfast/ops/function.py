@@ -1,4 +1,4 @@
-"""Backward passes that have no derivative of their own."""
+"""What all autograd Functions here share: how they are called, and that their backward passes have no derivative."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import Function, once_differentiable
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,3 +21,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
 
     return wrapper
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """`function.apply(*args)`, without its search for functorch's wrappers among the arguments where no transform of
+    functorch's is active: that takes the host as long as a small product."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*args)

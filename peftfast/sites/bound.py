@@ -1,0 +1,74 @@
+"""One low-rank adapter on one linear layer, with everything looked up beforehand that no input changes.
+
+At small batches a training step waits for Python, so the usual call of a layer is made of few steps: dictionary lookups
+that see whoever replaced a Parameter, a hook or a scaling since, and the autograd Function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from peftfast.ops.lora import Part, Plan, branch_dtype, lora_part, plan_of
+from peftfast.sites.site import is_untouched
+from peftfast_kernels.decode import Operand
+
+if TYPE_CHECKING:
+    from peftfast.sites.linear import LinearSite
+
+#: The dict in which a Parameter is kept, and its key there.
+Cell = tuple[dict[str, Any], str]
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class BoundLora:
+    """Calling it gives the layer's output, or None where `part` does.
+
+    Args:
+        down, up: where the factors are kept.
+        scaling, dropouts: what the layer keeps per adapter; `name` is the adapter's.
+    """
+
+    __slots__ = ("module", "weight", "parameters", "down", "up", "scaling", "dropout", "name", "_made")
+
+    def __init__(
+        self, site: LinearSite, down: Cell, up: Cell, scaling: Mapping[str, Any], dropout: nn.Module, name: str
+    ) -> None:
+        self.module, self.weight, self.parameters = site.module, site.weight, site.module._parameters
+        self.down, self.up, self.scaling, self.name = down, up, scaling, name
+        self.dropout = dropout if isinstance(dropout, nn.Dropout) else None
+        #: The last operand and the plan for it: one attribute, so that threads never see halves of two.
+        self._made: tuple[Operand | None, Plan | None] = (None, None)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        part = self.part(x)
+        return None if part is None else lora_part(x, part)
+
+    def part(self, x: Tensor, drops: bool = True) -> Part | None:
+        """What x is to be multiplied by, None where this call is not a plain one; `drops` False leaves dropout out."""
+        module = self.module
+        if type(x) is not Tensor or not is_untouched(module):
+            return None
+        a, b = self.down[0].get(self.down[1]), self.up[0].get(self.up[1])
+        bias = self.parameters.get("bias")
+        scale = self.scaling[self.name]
+        if type(a) not in _PLAIN or type(b) not in _PLAIN or isinstance(scale, Tensor):
+            return None
+        dtype = self.weight.product_dtype(x)
+        operand = None if dtype is None else self.weight.operand(dtype)
+        if operand is None or (bias is not None and type(bias) not in _PLAIN):
+            return None
+        stored = operand.tensors[0]
+        if type(stored) not in _PLAIN or stored.device != x.device:
+            return None
+        dropout = self.dropout
+        p = dropout.p if dropout is not None and drops and dropout.training else 0.0
+        kind = a.dtype
+        branch = kind if x.dtype is kind is dtype else branch_dtype(x, a)
+        known, plan = self._made
+        if operand is not known or plan.branch is not branch or plan.scale != scale or plan.dropout != p:
+            plan = plan_of(operand, branch, scale, p)
+            self._made = (operand, plan)
+        return Part(operand, bias, a, b, plan)
