@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,17 +64,19 @@ class Remembered:
         self.scale_states = [_state_of(scale) for scale in self.scales]
         self.lasting = all(cell is not None for cell in cells) and not any(t.is_inference() for t in tensors)
         if self.lasting:
+            self.cells, self.tensors = cells, tensors
+            self.versions = [t._version for t in tensors]
             # the aliases keep the storage alive, so that no other tensor can appear at its address
-            self.cells = [
-                (*cell, t, t.data_ptr(), t._version, t.detach()) for cell, t in zip(cells, tensors, strict=True)
-            ]
+            self.addresses, self.aliases = list(map(Tensor.data_ptr, tensors)), [t.detach() for t in tensors]
 
     def is_current(self) -> bool:
-        for container, key, tensor, address, version, _ in self.cells:
-            if container.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                return False
-        scaling = self.scaling
-        return [_state_of(scaling[name]) for name in self.names] == self.scale_states
+        tensors = self.tensors  # every layer of every forward asks, of every adapter: loops in C
+        return (
+            all(map(operator.is_, [container.get(key) for container, key in self.cells], tensors))
+            and [t._version for t in tensors] == self.versions
+            and list(map(Tensor.data_ptr, tensors)) == self.addresses
+            and [_state_of(self.scaling[name]) for name in self.names] == self.scale_states
+        )
 
     def wants_grad(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for pair in self.pairs for t in pair)
