@@ -62,7 +62,7 @@ class Bnb4Weight:
 
     @property
     def fusable_modules(self) -> tuple[type[nn.Module], ...]:
-        """The module's own class, if its forward is Linear4bit's: a plain product, as `product_dtype` tells."""
+        """The module's own class, if its forward is Linear4bit's: a plain product, as `operand` tells."""
         for c in type(self.module).__mro__:
             if "forward" in c.__dict__:
                 return (type(self.module),) if c.__name__ == "Linear4bit" else ()
@@ -124,7 +124,10 @@ class Bnb4Weight:
         return tuple(state.shape) != self.shape
 
     # ---- reading -----------------------------------------------------------------------------------------------------
-    def operand(self, dtype: torch.dtype) -> Operand | None:
+    def operand(self, x: Tensor) -> Operand | None:
+        dtype = self._product_dtype(x)
+        if dtype is None:
+            return None
         state = self._state()
         return None if self._is_turned(state) else self._operand(state, dtype)
 
@@ -145,7 +148,7 @@ class Bnb4Weight:
         absmax = state.absmax if state.absmax.dtype == torch.float32 else state.absmax.float()
         return Operand(state.quant_type, [packed, absmax], shape, dtype, state.blocksize)
 
-    def product_dtype(self, x: Tensor) -> torch.dtype | None:
+    def _product_dtype(self, x: Tensor) -> torch.dtype | None:
         m = self.module
         if not m.compute_type_is_set:
             m.set_compute_type(x)  # what the module's own first forward would do

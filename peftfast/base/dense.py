@@ -48,10 +48,17 @@ class DenseWeight:
     def device(self) -> torch.device:
         return device_of(self.module)
 
-    def operand(self, dtype: torch.dtype) -> Operand | None:
+    def operand(self, x: Tensor) -> Operand | None:
         weight = self._weight()
         if weight.requires_grad or weight.dim() != 2:
             return None  # a trained base needs a gradient for W, which the fused product never computes
+        kind = "cpu" if x.is_cpu else x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        elif x.dtype is weight.dtype:
+            dtype = x.dtype
+        else:
+            return None
         # graphs must not depend on whether anybody has called before
         last = None if torch.compiler.is_compiling() else self._last
         if last is not None and last.tensors[0] is weight and last.dtype is dtype:
@@ -71,11 +78,6 @@ class DenseWeight:
         weight = self.module.weight.detach()
         matrix = weight if weight.dim() == 2 else weight.flatten(1)
         return Operand("dense_t" if self.transposed else "dense", [matrix], self.shape, weight.dtype)
-
-    def product_dtype(self, x: Tensor) -> torch.dtype | None:
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type)
-        return x.dtype if x.dtype is self._weight().dtype else None
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         weight = stored_weight(self.module).detach()

@@ -89,15 +89,12 @@ class Int8Weight:
             raise ValueError(f"{self.name or type(m).__name__}: {problem}")
         return holder.SCB
 
-    def operand(self, dtype: torch.dtype) -> Operand | None:
+    def operand(self, x: Tensor) -> Operand | None:
         return None
 
     def readable(self) -> Operand:
         codes = self.module.weight.data
         return Operand("int8", [codes, self._scales().to(codes.device, torch.float32)], self.shape, torch.float32)
-
-    def product_dtype(self, x: Tensor) -> torch.dtype | None:
-        return None
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         codes = self.module.weight.data

@@ -40,13 +40,9 @@ class BaseWeight(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def operand(self, dtype: torch.dtype) -> Operand | None:
-        """W for a fused product in `dtype`; None if only the module itself may multiply by it."""
-        ...
-
-    def product_dtype(self, x: Tensor) -> torch.dtype | None:
-        """The dtype in which the module would multiply `x`, result included; None if it casts on the way or would
-        raise, both of which are left to the module."""
+    def operand(self, x: Tensor) -> Operand | None:
+        """W for a fused product with `x`, in the dtype in which the module would multiply it, result included; None if
+        the module casts on the way or would raise, both of which are left to it, or if only it may multiply by W."""
         ...
 
     def readable(self) -> Operand:

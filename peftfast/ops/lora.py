@@ -208,9 +208,10 @@ def plan_of(w: Operand, branch: torch.dtype, scale: float, dropout: float) -> Pl
 def lora_part(x: Tensor, part: Part) -> Tensor:
     """`lora_linear` of a part whose plan has been made."""
     w, bias, a, b, plan = part
-    seed = draw_seed(x, plan.dropout)
+    seed = draw_seed(x, plan.dropout) if plan.dropout else None
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
-        a, b = compute_copy(a, plan.branch)[0], compute_copy(b, plan.branch)[0]
+        if a.dtype is not plan.branch or b.dtype is not plan.branch:
+            a, b = compute_copy(a, plan.branch)[0], compute_copy(b, plan.branch)[0]
         return _product(x, w, bias, a, b, seed, plan.scale, plan.dropout)[0]
     return apply(_LoraLinear, x, a, b, bias, seed, plan, *w.tensors)
 

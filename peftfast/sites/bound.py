@@ -56,8 +56,7 @@ class BoundLora:
         scale = self.scaling[self.name]
         if type(a) not in _PLAIN or type(b) not in _PLAIN or isinstance(scale, Tensor):
             return None
-        dtype = self.weight.product_dtype(x)
-        operand = None if dtype is None else self.weight.operand(dtype)
+        operand = self.weight.operand(x)
         if operand is None or (bias is not None and type(bias) not in _PLAIN):
             return None
         stored = operand.tensors[0]
@@ -66,7 +65,7 @@ class BoundLora:
         dropout = self.dropout
         p = dropout.p if dropout is not None and drops and dropout.training else 0.0
         kind = a.dtype
-        branch = kind if x.dtype is kind is dtype else branch_dtype(x, a)
+        branch = kind if x.dtype is kind is operand.dtype else branch_dtype(x, a)
         known, plan = self._made
         if operand is not known or plan.branch is not branch or plan.scale != scale or plan.dropout != p:
             plan = plan_of(operand, branch, scale, p)

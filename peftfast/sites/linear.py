@@ -79,8 +79,7 @@ class LinearSite:
         """Weight and bias, if calling the module with x is x Wᵀ + bias and nothing else."""
         bias = self.module.bias
         if self._known_forward and is_untouched(self.module) and is_plain(x, bias):
-            dtype = self.weight.product_dtype(x)
-            w = None if dtype is None else self.weight.operand(dtype)
+            w = self.weight.operand(x)
             if w is not None and w.tensors[0].device == x.device and is_plain(*w.tensors):
                 return w, bias
         return None
