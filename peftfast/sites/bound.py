@@ -7,16 +7,14 @@ that see whoever replaced a Parameter, a hook or a scaling since, and the autogr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from peftfast.base.weight import BaseWeight
 from peftfast.ops.lora import Part, Plan, branch_dtype, lora_part, plan_of
 from peftfast.sites.site import is_untouched
 from peftfast_kernels.decode import Operand
-
-if TYPE_CHECKING:
-    from peftfast.sites.linear import LinearSite
 
 #: The dict in which a Parameter is kept, and its key there.
 Cell = tuple[dict[str, Any], str]
@@ -27,6 +25,7 @@ class BoundLora:
     """Calling it gives the layer's output, or None where `part` does.
 
     Args:
+        module, weight: the linear layer, known to be a plain product.
         down, up: where the factors are kept.
         scaling, dropouts: what the layer keeps per adapter; `name` is the adapter's.
     """
@@ -34,9 +33,16 @@ class BoundLora:
     __slots__ = ("module", "weight", "parameters", "down", "up", "scaling", "dropout", "name", "_made")
 
     def __init__(
-        self, site: LinearSite, down: Cell, up: Cell, scaling: Mapping[str, Any], dropout: nn.Module, name: str
+        self,
+        module: nn.Module,
+        weight: BaseWeight,
+        down: Cell,
+        up: Cell,
+        scaling: Mapping[str, Any],
+        dropout: nn.Module,
+        name: str,
     ) -> None:
-        self.module, self.weight, self.parameters = site.module, site.weight, site.module._parameters
+        self.module, self.weight, self.parameters = module, weight, module._parameters
         self.down, self.up, self.scaling, self.name = down, up, scaling, name
         self.dropout = dropout if isinstance(dropout, nn.Dropout) else None
         #: The last operand and the plan for it: one attribute, so that threads never see halves of two.
