@@ -117,15 +117,17 @@ def lora_factor_grads(
     dtype or in fp32. ``seed`` may be None where ``prob`` is 0; raises ``ValueError`` where it is missing. db and da may
     differ in rank.
     """
-    grads = [] if dy is None else [_db(dy, t, scale, db_dtype)]
+    grads = []
+    if dy is not None:
+        same = dy.dtype == t.dtype
+        grads.append(scaled_product(dy.t(), t, scale, db_dtype) if same else _wide_db(dy, t, scale, db_dtype))
     if x is not None:
-        grads.append(_da(x, p, seed, prob, da_dtype))
+        same = x.dtype == p.dtype and threshold(prob) == 0
+        grads.append(scaled_product(p.t(), x, 1.0, da_dtype) if same else _da(x, p, seed, prob, da_dtype))
     return grads
 
 
-def _db(dy: Tensor, t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    if dy.dtype == t.dtype:
-        return scaled_product(dy.t(), t, scale, dtype)
+def _wide_db(dy: Tensor, t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     db = torch.zeros(dy.shape[1], t.shape[1], dtype=t.dtype, device=t.device)
     for rows in row_chunks(dy.shape[0], dy.shape[1], WIDE_CHUNK):
         db.addmm_(dy[rows].to(t.dtype).t(), t[rows], alpha=scale)
@@ -133,8 +135,7 @@ def _db(dy: Tensor, t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _da(x: Tensor, p: Tensor, seed: Tensor | None, prob: float, grad_dtype: torch.dtype) -> Tensor:
-    if threshold(prob) == 0 and x.dtype == p.dtype:
-        return scaled_product(p.t(), x, 1.0, grad_dtype)
+    """With dropout, wide, or both."""
     dtype = torch.promote_types(p.dtype, torch.float32)
     keep = small_keep(*x.shape, seed, prob, dtype) if x.dtype == p.dtype == dtype and threshold(prob) else None
     if keep is not None:
