@@ -38,7 +38,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from peftfast.layer import BaseTunerLayer
 from peftfast.many.router import Choice, resolve
 from peftfast.many.routing import BASE, Routing
-from peftfast.method import TrainingHooks, method_for
+from peftfast.method import method_for
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 
 logger = logging.getLogger("peftfast")
@@ -267,7 +267,7 @@ class CapturedTrainingStep:
         scheduled = [
             name
             for name in getattr(tuner, "active_adapters", ())
-            if isinstance(method_for(tuner.peft_config[name]), TrainingHooks)
+            if hasattr(method_for(tuner.peft_config[name]), "loss_term")
         ]
         if scheduled:
             raise ValueError(
