@@ -37,8 +37,9 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "AutoPeftModelForTokenClassification",
     ),
     "training.blocks": ("fuse_blocks",),
-    "training.graphs": ("capture_decoding", "capture_training_step"),
-    "training.liger": ("use_liger",),
+    "training.capture.decoding": ("capture_decoding",),
+    "training.capture.training_step": ("capture_training_step",),
+    "training.liger.switch": ("use_liger",),
     "config": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PeftConfig",

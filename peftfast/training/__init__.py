@@ -1,1 +1,2 @@
-"""What training needs from a model with adapters: checkpointed blocks, shards, shared reads of an input."""
+"""What training needs from a model with adapters: checkpointed blocks, shards, shared reads of an input, CUDA
+graphs, Liger's kernels."""

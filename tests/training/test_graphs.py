@@ -15,7 +15,7 @@ from training.nf4 import quantise
 from training.tiny import batch, factors, fill, gradients, llama, lora, wrapped
 
 import peftfast
-from peftfast.training import graphs
+from peftfast.training.capture import recording as graphs
 from peftfast_kernels import device_masks
 
 BASE = "__base__"

@@ -1,0 +1,53 @@
+"""Whether a model's head is the product with its weight, nothing less and nothing more."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from peftfast.layer import BaseTunerLayer
+from peftfast.sites.site import is_untouched
+from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
+
+
+def head_of(base: nn.Module) -> nn.Module | None:
+    """What makes logits over a vocabulary; None if nothing does."""
+    find = getattr(base, "get_output_embeddings", None)
+    return None if find is None else find()
+
+
+def name_of(base: nn.Module, module: nn.Module) -> str:
+    """A module's name in the model, its class where it has none."""
+    return next((name for name, m in base.named_modules() if m is module), type(module).__name__)
+
+
+def head_trouble(base: nn.Module, installed: Any = None) -> str | None:
+    """Why a product with the head's weight is not what the head computes; None if it is.
+
+    Args:
+        installed: whose method in place of the head's `forward` is known not to matter.
+    """
+    head = head_of(base)
+    if head is None:
+        return f"{type(base).__name__} has no head over a vocabulary"
+    trouble = _trouble_of(head, installed)
+    return None if trouble is None else f"{name_of(base, head)} {trouble}"
+
+
+def _trouble_of(head: nn.Module, installed: Any) -> str | None:
+    if isinstance(head, BaseTunerLayer):
+        return f"is adapted ({', '.join(head.adapters)}), which a product with its weight would leave out"
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        return f"is trained beside the adapter ({type(head).__name__}), which its own weight does not show"
+    if type(head) is not nn.Linear:
+        return f"is a {type(head).__name__}, not a torch.nn.Linear"
+    state = dict(head.__dict__)
+    if installed is not None and getattr(state.get("forward"), "__self__", None) is installed:
+        del state["forward"]
+    if not is_untouched(SimpleNamespace(**state)):
+        return "has hooks or another forward"
+    if type(head.weight) is not nn.Parameter or head.weight.is_meta or not head.weight.is_floating_point():
+        return "has a weight that is not an ordinary tensor"
+    return None
