@@ -30,7 +30,7 @@ class BoundLora:
         scaling, dropouts: what the layer keeps per adapter; `name` is the adapter's.
     """
 
-    __slots__ = ("module", "weight", "parameters", "down", "up", "scaling", "dropout", "name", "_made")
+    __slots__ = ("module", "weight", "parameters", "down", "up", "scaling", "dropouts", "name", "_made")
 
     def __init__(
         self,
@@ -39,12 +39,12 @@ class BoundLora:
         down: Cell,
         up: Cell,
         scaling: Mapping[str, Any],
-        dropout: nn.Module,
+        dropouts: Mapping[str, nn.Module],
         name: str,
     ) -> None:
         self.module, self.weight, self.parameters = module, weight, module._parameters
         self.down, self.up, self.scaling, self.name = down, up, scaling, name
-        self.dropout = dropout if isinstance(dropout, nn.Dropout) else None
+        self.dropouts = dropouts
         #: The last operand and the plan for it: one attribute, so that threads never see halves of two.
         self._made: tuple[Operand | None, Plan | None] = (None, None)
 
@@ -68,8 +68,8 @@ class BoundLora:
         stored = operand.tensors[0]
         if type(stored) not in _PLAIN or stored.device != x.device:
             return None
-        dropout = self.dropout
-        p = dropout.p if dropout is not None and drops and dropout.training else 0.0
+        dropout = self.dropouts[self.name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and drops and dropout.training else 0.0
         kind = a.dtype
         branch = kind if x.dtype is kind is operand.dtype else branch_dtype(x, a)
         known, plan = self._made

@@ -73,8 +73,8 @@ class LinearSite:
         cells = [adapter.cell(slot) for slot in adapter.pair]
         if not self._known_forward or None in cells:
             return None
-        scaling, dropout = adapter.settings_of("scaling"), adapter.setting("lora_dropout")
-        return BoundLora(self.module, self.weight, *cells, scaling, dropout, adapter.name)
+        scaling, dropouts = adapter.settings_of("scaling"), adapter.settings_of("lora_dropout")._modules
+        return BoundLora(self.module, self.weight, *cells, scaling, dropouts, adapter.name)
 
     def product(self, x: Tensor) -> tuple[Operand, Tensor | None] | None:
         """Weight and bias, if calling the module with x is x Wᵀ + bias and nothing else."""

@@ -150,3 +150,54 @@ def test_dispatched_operations_around_triton_kernels():
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_short_call_sees_every_replacement(training):
+    """A layer's usual call looks things up once; whatever users and other libraries replace later must still count."""
+    x = torch.randn(5, 32)
+
+    def fresh():
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(32, 24))
+        config = peftfast.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        return peftfast.get_peft_model(base, config).train(training)
+
+    def a_hook(layer):
+        layer.base_layer.register_forward_hook(lambda module, args, out: out + 1)
+
+    def a_frozen_weight_thawed(layer):
+        layer.base_layer.weight.requires_grad_(True)
+
+    changes = {
+        "scaling": lambda layer: layer.scaling.__setitem__("default", 7.0),
+        "scaling as a tensor": lambda layer: layer.scaling.__setitem__("default", torch.tensor(7.0)),
+        "set_scale": lambda layer: layer.set_scale("default", 3.0),
+        "factor": lambda layer: setattr(layer.lora_A["default"], "weight", torch.nn.Parameter(torch.ones(4, 32))),
+        "factor's data": lambda layer: setattr(layer.lora_B["default"].weight, "data", torch.ones(24, 4)),
+        "base weight": lambda layer: setattr(
+            layer.base_layer, "weight", torch.nn.Parameter(torch.ones(24, 32), requires_grad=False)
+        ),
+        "bias": lambda layer: setattr(layer.base_layer, "bias", torch.nn.Parameter(torch.ones(24), False)),
+        "dropout": lambda layer: layer.lora_dropout.__setitem__("default", torch.nn.Dropout(1.0)),
+        "hook": a_hook,
+        "forward": lambda layer: setattr(layer.base_layer, "forward", lambda x: torch.zeros(5, 24)),
+        "thawed": a_frozen_weight_thawed,
+        "merged": lambda layer: layer.merge(),
+        "disabled": lambda layer: layer.enable_adapters(False),
+    }
+    for name, change in changes.items():
+        model, other = fresh(), fresh()
+        used, unused = (m.base_model.model[0] for m in (model, other))
+        model(x), model(x)  # the short call is in use
+        change(used), change(unused)
+        unused.__dict__["_plan"] = (unused._steps(), None)  # the long way
+        with torch.set_grad_enabled(training):
+            got, expected = model(x), other(x)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        if training and expected.requires_grad:
+            got.sum().backward(), expected.sum().backward()
+            for (key, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+                assert (ours.grad is None) == (theirs.grad is None), (name, key)
+                if ours.grad is not None:
+                    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
