@@ -111,20 +111,22 @@ def dense_t(weight: Tensor) -> Operand:
 
 def weight_nk(w: Operand, dtype: torch.dtype) -> Tensor:
     """W [N, K] in ``dtype`` for a torch product; a view of the storage where the format allows it."""
-    return _stored(w, dtype).t() if decoder_of(w).transposed else _stored(w, dtype)
+    stored, transposed = _stored(w, dtype)
+    return stored.t() if transposed else stored
 
 
 def weight_kn(w: Operand, dtype: torch.dtype) -> Tensor:
     """W transposed, [K, N], in ``dtype`` for a torch product; a view of the storage where the format allows it."""
-    return _stored(w, dtype) if decoder_of(w).transposed else _stored(w, dtype).t()
+    stored, transposed = _stored(w, dtype)
+    return stored if transposed else stored.t()
 
 
-def _stored(w: Operand, dtype: torch.dtype) -> Tensor:
+def _stored(w: Operand, dtype: torch.dtype) -> tuple[Tensor, bool]:
     decoder = decoder_of(w)
     if decoder.stored is _dense_stored:
         tensor = w.tensors[0]
-        return tensor if tensor.dtype == dtype else tensor.to(dtype)
-    return dequantize(w, dtype)
+        return tensor if tensor.dtype is dtype else tensor.to(dtype), decoder.transposed
+    return dequantize(w, dtype), decoder.transposed
 
 
 # -- formats ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def _reference(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor
 
 def scaled_product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale * left right in ``dtype``; on CUDA half-precision operands leave the accumulator in fp32."""
-    if left.dtype == dtype:
+    if left.dtype is dtype:
         if scale == 1.0:
             return torch.mm(left, right)
         return torch.addmm(zero_like(left), left, right, beta=0, alpha=scale)
@@ -96,7 +96,7 @@ def lora_down(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
 
     ``seed`` is a 0-d int64 tensor; it may be None where ``prob`` is 0. Raises ``ValueError`` where it is missing.
     """
-    if threshold(prob) == 0:
+    if not prob or threshold(prob) == 0:
         if x.dtype == a.dtype:
             return torch.mm(x, transposed(a))
         return _wide(x, transposed(a), 1.0)

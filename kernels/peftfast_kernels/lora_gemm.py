@@ -150,7 +150,7 @@ def lora_gemm_t(dy: Tensor, w: Operand, p: Tensor, a: Tensor, seed: Tensor | Non
     ``prob`` is 0; raises ``ValueError`` where it is missing.
     """
     dx = torch.mm(dy, weight_nk(w, dy.dtype))
-    if threshold(prob) == 0:
+    if not prob or threshold(prob) == 0:
         return _update_(dx, p, a, 1.0)
     return _masked_update_(dx, p, a, seed, prob)
 

@@ -140,7 +140,7 @@ class _LoraLinear(torch.autograd.Function):
         db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
         if need_bias:
             dbias = dy_rows.sum(0)
-        return (dx, da, db, dbias, None, None, *(None for _ in stored))
+        return (dx, da, db, dbias, None, None, *(None,) * len(stored))
 
 
 class _LoraAdd(torch.autograd.Function):
