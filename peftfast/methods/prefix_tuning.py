@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -13,11 +12,13 @@ from peftfast.config import PeftType, PromptLearningConfig, checked, register_co
 from peftfast.method import register_method
 from peftfast.prompts.prefix_cache import (
     States,
+    cache_name,
     checkpoint_safe,
     empty_cache,
     fill,
     grown,
     holds_tokens,
+    take_cache,
     under_checkpointing,
 )
 from peftfast.prompts.prompt import (
@@ -115,7 +116,7 @@ class PrefixTuning:
         return False
 
     def fill_sizes(self, cfg: PrefixTuningConfig, model: nn.Module) -> None:
-        if not any(_takes_cache(m) for m in (model, backbone_of(model)[1])):
+        if all(cache_name(m) is None for m in (model, backbone_of(model)[1])):
             raise ValueError(
                 f"Model does not support past key values which are required for prefix tuning: neither "
                 f"{type(model).__name__} nor its backbone takes `past_key_values`. Prompt tuning works with any model."
@@ -150,27 +151,28 @@ class PrefixTuning:
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] + count
         drop_token_types(cfg, inputs)
-        cache = inputs.get("past_key_values")
+        name, cache = take_cache(inputs, model)
         if holds_tokens(cache):
-            return inputs
+            return {**inputs, name: cache}
         prompt = encoder.prompts(batch_size_of(inputs))
         cache = empty_cache(model) if cache is None else grown(cache, count, model)
-        inputs["past_key_values"] = fill(cache, layer_states(_in_dtype(prompt, model), cfg), model)
+        inputs[name] = fill(cache, layer_states(_in_dtype(prompt, model), cfg), model)
         return inputs
 
     @contextmanager
     def around(self, model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
         inputs = dict(inputs)
-        cache = inputs["past_key_values"]
+        name, cache = take_cache(inputs, model)
         before = cache.get_seq_length()
         checkpointed = under_checkpointing(model)
         with ExitStack() as stack:
             if checkpointed:
-                cache = inputs["past_key_values"] = stack.enter_context(checkpoint_safe(model, cache))
-            if not _takes_cache(model):
+                cache = stack.enter_context(checkpoint_safe(model, cache))
+            if cache_name(model) is None:
                 # the head does not know caches; what is inside it does
-                del inputs["past_key_values"]
                 stack.enter_context(_handing(backbone_of(model)[1], cache))
+            else:
+                inputs[name] = cache
             yield inputs
             if not checkpointed and cache.get_seq_length() == before:
                 raise ValueError(f"{type(model).__name__} did not read the cache that prefix tuning gave it")
@@ -184,16 +186,11 @@ def _in_dtype(prompt: Tensor, model: nn.Module) -> Tensor:
     return prompt if dtype is None else prompt.to(dtype)
 
 
-def _takes_cache(model: nn.Module) -> bool:
-    return "past_key_values" in inspect.signature(model.forward).parameters
-
-
 @contextmanager
 def _handing(module: nn.Module, cache: Any) -> Iterator[None]:
     """`module` is called with the cache, whoever calls it."""
-    handle = module.register_forward_pre_hook(
-        lambda _, args, kwargs: (args, {**kwargs, "past_key_values": cache}), with_kwargs=True
-    )
+    name = cache_name(module)
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, name: cache}), with_kwargs=True)
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftType, PromptLearningConfig, TaskType, checked, register_config, setting
 from peftfast.errors import close_matches
 from peftfast.method import register_method
-from peftfast.prompts.prefix_cache import grown, holds_tokens
+from peftfast.prompts.prefix_cache import grown, holds_tokens, take_cache
 from peftfast.prompts.prompt import (
     BasePromptEncoder,
     Inputs,
@@ -159,11 +159,11 @@ class PromptTuning:
                 "Position ids are not supported for parameter efficient tuning. Ignoring position ids.", stacklevel=4
             )
         drop_token_types(cfg, inputs)
-        cache = inputs.get("past_key_values")
+        name, cache = take_cache(inputs, model)
         if holds_tokens(cache) and not getattr(model.config, "is_encoder_decoder", False):
-            return inputs
+            return {**inputs, name: cache}
         if cache is not None:
-            inputs["past_key_values"] = grown(cache, count, model)
+            inputs[name] = grown(cache, count, model)
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
             embeds = word_embeddings_of(model)(inputs["input_ids"])

@@ -202,6 +202,22 @@ class _Collect(torch.autograd.Function):
         return grad, None, *collected
 
 
+#: What transformers calls a cache among the inputs of models and layers; the second name since 5.24.
+CACHE_NAMES = ("past_key_values", "cache")
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """The name under which `module` takes a cache, None if it takes none."""
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def take_cache(inputs: dict[str, Any], model: nn.Module) -> tuple[str, Any]:
+    """The name under which `model` takes a cache, and the cache, taken out of `inputs` whatever it was called there."""
+    given = [inputs.pop(name) for name in CACHE_NAMES if name in inputs]
+    return cache_name(model) or CACHE_NAMES[0], next((cache for cache in given if cache is not None), None)
+
+
 def checkpointable_layers(model: nn.Module) -> list[nn.Module]:
     """The layers with a self-attention over the prefix, checkpointed or not: some models withhold the cache from all
     of them when only every second one is."""
@@ -211,7 +227,7 @@ def checkpointable_layers(model: nn.Module) -> list[nn.Module]:
     return [
         m
         for m in decoder.modules()
-        if isinstance(m, GradientCheckpointingLayer) and "past_key_values" in inspect.signature(m.forward).parameters
+        if isinstance(m, GradientCheckpointingLayer) and cache_name(m) is not None
     ]
 
 
@@ -246,12 +262,13 @@ def checkpoint_safe(model: nn.Module, cache: Any) -> Iterator[Any]:
     originals, leaves = _leaves(kept) if any(_reentrant(m) for m in layers) else ([], [])
 
     def hand_over(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        position = list(inspect.signature(layer.forward).parameters).index("past_key_values")
+        name = cache_name(layer)
+        position = list(inspect.signature(layer.forward).parameters).index(name)
         args = list(args)
         if position < len(args):
             args[position] = cache
         else:
-            kwargs["past_key_values"] = cache
+            kwargs[name] = cache
         if originals:
             args[0] = _Collect.apply(args[0], leaves, *originals)
         return tuple(args), kwargs
