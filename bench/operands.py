@@ -175,6 +175,15 @@ def _feature_scale_grad(t: Maker) -> dict[str, Any]:
     return {"dy": t.normal(s.m, s.n), "y": t.normal(s.m, s.n), "s": vector, "grad_dtype": torch.float32}
 
 
+def _gated(t: Maker) -> dict[str, Any]:
+    s = t.size
+    return {"gate": t.normal(s.m, s.n), "up": t.normal(s.m, s.n), "act": "silu"}
+
+
+def _gated_grad(t: Maker) -> dict[str, Any]:
+    return {"dh": t.normal(t.size.m, t.size.n), **_gated(t)}
+
+
 def _keep_mask(t: Maker) -> dict[str, Any]:
     s = t.size
     prob = s.dropout or 0.1

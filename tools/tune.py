@@ -40,6 +40,8 @@ TUNED = {
     "dora_add": (False, False),
     "feature_scale": (False, False),
     "feature_scale_grad": (False, False),
+    "gated": (False, False),
+    "gated_grad": (False, False),
     "merged_weight": (True, False),
     "dequantize": (True, False),
 }

@@ -8,6 +8,8 @@ from peftfast_kernels.decode import dequantize as dequantize
 from peftfast_kernels.dora_add import dora_add as dora_add
 from peftfast_kernels.feature_scale import feature_scale as feature_scale
 from peftfast_kernels.feature_scale import feature_scale_grad as feature_scale_grad
+from peftfast_kernels.gated import gated as gated
+from peftfast_kernels.gated import gated_grad as gated_grad
 from peftfast_kernels.keep_mask import device_masks as device_masks
 from peftfast_kernels.keep_mask import drop as drop
 from peftfast_kernels.keep_mask import keep_mask as keep_mask

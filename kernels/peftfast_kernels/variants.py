@@ -13,6 +13,7 @@ MODULES = (
     "decode_kernels",
     "merge_kernels",
     "feature_scale_kernels",
+    "gated_kernels",
     "row_norm_kernels",
     "lora_routed_kernels",
     "dora_add_kernels",

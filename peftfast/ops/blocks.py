@@ -9,38 +9,19 @@ the backward pass (as Unsloth's and Liger's do), which is 4 of 6 tensors of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.function import apply, first_order
 from peftfast.ops.lora import Part, Plan, draw_seed, factor_grads
 from peftfast_kernels.decode import Operand, weight_nk
+from peftfast_kernels.gated import gated, gated_grad
 from peftfast_kernels.lora_down import lora_down, lora_dt
 from peftfast_kernels.lora_gemm import lora_gemm, lora_gemm_t
-
-
-class Activation(NamedTuple):
-    """An element-wise function and its derivative times what arrives."""
-
-    forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]  # (gradient of the result, input)
-
-
-_aten = torch.ops.aten
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, _aten.silu_backward),
-    "gelu": Activation(F.gelu, _aten.gelu_backward),
-    "gelu_tanh": Activation(
-        lambda g: F.gelu(g, approximate="tanh"), lambda dy, g: _aten.gelu_backward(dy, g, approximate="tanh")
-    ),
-    "relu": Activation(F.relu, lambda dy, g: _aten.threshold_backward(dy, g, 0)),
-}
 
 
 class _Factors(NamedTuple):
@@ -166,13 +147,13 @@ def _siblings(
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys), ts, a
 
 
-def _mlp(x: Tensor, act: Activation, f: _Factors, bias: Sequence[Tensor | None]) -> tuple[Tensor, tuple]:
+def _mlp(x: Tensor, act: str, f: _Factors, bias: Sequence[Tensor | None]) -> tuple[Tensor, tuple]:
     """The output [..., N], and gate, up, t_gate, t_up, t_down, and the stacked A of the two if there is one."""
     rows = _rows(x).to(f.plans[0].dtype)
     (t_gate, t_up), a = _down(rows, f.of(0, 1))
     gate = _linear(rows, 0, t_gate, bias[0], f)
     up = _linear(rows, 1, t_up, bias[1], f)
-    hidden = act.forward(gate).mul_(up)
+    hidden = gated(gate, up, act)
     (t_down,), _ = _down(hidden, f.of(2))
     y = _linear(hidden, 2, t_down, bias[2], f)
     return y.view(*x.shape[:-1], y.shape[1]), (gate, up, t_gate, t_up, t_down, a)
@@ -220,9 +201,7 @@ class _GatedMlp(torch.autograd.Function):
     """Order of the three linears everywhere: gate, up, down."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, act: Activation, plans: tuple[Plan, ...], counts: tuple[int, ...], *flat: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, act: str, plans: tuple[Plan, ...], counts: tuple[int, ...], *flat: Any) -> Tensor:
         ctx.plans, ctx.counts, ctx.act = plans, counts, act
         f, ctx.copies = _Shared.factors(plans, counts, flat)
         y, kept = _mlp(x, act, f, flat[6:9])
@@ -236,16 +215,13 @@ class _GatedMlp(torch.autograd.Function):
         x, gate, up, t_gate, t_up, t_down, a, *flat = ctx.saved_tensors
         f = _Shared.again(ctx, flat)
         dy = _rows(dy)
-        acted = ctx.act.forward(gate)
         last, db_dtype, da_dtype = f.of(2), flat[3].dtype, flat[0].dtype
         ps, _ = _t_gradients([dy], last)
-        hidden = acted * up if needs[6] else None
-        (db_down,), (da_down,) = _factor_gradients([dy], [t_down], hidden, ps, None, last, db_dtype, da_dtype)
-        del hidden
-        dhidden = _input_gradient([dy], ps, None, None, last)
+        hidden, d_gate, d_up = gated_grad(_input_gradient([dy], ps, None, None, last), gate, up, ctx.act)
+        rows = hidden if needs[6] else None
+        (db_down,), (da_down,) = _factor_gradients([dy], [t_down], rows, ps, None, last, db_dtype, da_dtype)
+        del hidden, rows
         dbias = [None, None, dy.sum(0) if needs[12] else None]
-        d_up = acted.mul_(dhidden)
-        d_gate = ctx.act.backward(dhidden.mul_(up), gate)
         pair = f.of(0, 1)
         ps, stacked = _t_gradients([d_gate, d_up], pair)
         dx = None
@@ -291,8 +267,8 @@ def lora_siblings(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
 
 def gated_mlp(x: Tensor, gate: Part, up: Part, down: Part, activation: str) -> Tensor:
     """down(act(gate(x)) * up(x)) for x [..., K], gate and up [K -> I], down [I -> N]; `activation` is one of
-    `ACTIVATIONS`; `fit_together` must hold for the three."""
+    `peftfast_kernels.gated.ACTIVATIONS`; `fit_together` must hold for the three."""
     plans, counts, flat = _arguments(x, (gate, up, down))
     if not torch.is_grad_enabled():
-        return _mlp(x, ACTIVATIONS[activation], _Shared.factors(plans, counts, flat)[0], flat[6:9])[0]
-    return apply(_GatedMlp, x, ACTIVATIONS[activation], plans, counts, *flat)
+        return _mlp(x, activation, _Shared.factors(plans, counts, flat)[0], flat[6:9])[0]
+    return apply(_GatedMlp, x, activation, plans, counts, *flat)

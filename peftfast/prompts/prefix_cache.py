@@ -224,11 +224,7 @@ def checkpointable_layers(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     decoder = model.get_decoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    return [
-        m
-        for m in decoder.modules()
-        if isinstance(m, GradientCheckpointingLayer) and cache_name(m) is not None
-    ]
+    return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer) and cache_name(m) is not None]
 
 
 def under_checkpointing(model: nn.Module) -> bool:

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.layer import BaseTunerLayer
-from peftfast.ops.blocks import ACTIVATIONS, fit_together, gated_mlp, lora_siblings
+from peftfast.ops.blocks import fit_together, gated_mlp, lora_siblings
 from peftfast.ops.lora import Part, lora_part
 from peftfast.sites.site import is_untouched
+from peftfast_kernels.gated import ACTIVATIONS
 
 logger = logging.getLogger("peftfast")
 

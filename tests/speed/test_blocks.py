@@ -10,8 +10,8 @@ from oracle import Twins, assert_no_further, inputs, llama
 from torch import nn
 
 import peftfast
-from peftfast.ops.blocks import ACTIVATIONS
 from peftfast.training.blocks import GatedMlp, Siblings
+from peftfast_kernels.gated import ACTIVATIONS
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

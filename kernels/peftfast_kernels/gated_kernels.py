@@ -1,0 +1,128 @@
+"""Triton: the middle of a gated MLP, forward and backward, each in one pass. Computed in fp32, rounded once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftfast_kernels.configs import chip_of, tile
+from peftfast_kernels.op import is_interpreting
+from peftfast_kernels.tiles import narrow
+from peftfast_kernels.variants import Variant
+
+
+@triton.jit
+def activation(g, ACT: tl.constexpr):
+    """(act(g), act'(g)) for g fp32."""
+    if ACT == "silu":
+        s = tl.sigmoid(g)
+        value = g * s
+        slope = s * (1.0 + g * (1.0 - s))
+    elif ACT == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+        value = g * cdf
+        slope = cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
+    elif ACT == "gelu_tanh":
+        # tanh(u) = 2 sigmoid(2 u) - 1, so 0.5 (1 + tanh(u)) is a sigmoid
+        u = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+        s = tl.sigmoid(u)
+        value = g * s
+        slope = s + g * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+    else:
+        tl.static_assert(ACT == "relu")
+        value = tl.maximum(g, 0.0)
+        slope = tl.where(g > 0.0, 1.0, 0.0)
+    return value, slope
+
+
+@triton.jit
+def gated_kernel(
+    dh_ptr, gate_ptr, up_ptr, h_ptr, d_gate_ptr, d_up_ptr,
+    M, N, stride_dm, stride_dn, stride_gm, stride_gn, stride_um, stride_un,
+    ACT: tl.constexpr, GRAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) computes BM rows and BN columns of h = act(gate) * up; with GRAD also of both gradients.
+
+    gate_ptr, up_ptr, dh_ptr: [M, N], the last read with GRAD only; h_ptr, d_gate_ptr, d_up_ptr: [M, N] contiguous.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
+    inside = (rows[:, None] < M) & (cols[None, :] < N)
+    gate = tl.load(gate_ptr + rows[:, None] * stride_gm + cols[None, :] * stride_gn, mask=inside, other=0.0)
+    up = tl.load(up_ptr + rows[:, None] * stride_um + cols[None, :] * stride_un, mask=inside, other=0.0)
+    up = up.to(tl.float32)
+    value, slope = activation(gate.to(tl.float32), ACT)
+    out = rows[:, None] * N + cols[None, :]
+    tl.store(h_ptr + out, narrow(value * up, h_ptr.dtype.element_ty, INTERP), mask=inside)
+    if GRAD:
+        dh = tl.load(dh_ptr + rows[:, None] * stride_dm + cols[None, :] * stride_dn, mask=inside, other=0.0)
+        dh = dh.to(tl.float32)
+        tl.store(d_gate_ptr + out, narrow(dh * up * slope, d_gate_ptr.dtype.element_ty, INTERP), mask=inside)
+        tl.store(d_up_ptr + out, narrow(dh * value, d_up_ptr.dtype.element_ty, INTERP), mask=inside)
+
+
+def _launch(dh: Tensor | None, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, ...]:
+    m, n = gate.shape
+    outs = [torch.empty(m, n, dtype=gate.dtype, device=gate.device) for _ in range(1 if dh is None else 3)]
+    if m == 0 or n == 0:
+        return tuple(outs)
+    config = tile("elementwise", chip_of(gate.device))
+    source = gate if dh is None else dh
+    gated_kernel[(triton.cdiv(m, config.BM), triton.cdiv(n, config.BN))](
+        dh_ptr=source,
+        gate_ptr=gate,
+        up_ptr=up,
+        h_ptr=outs[0],
+        d_gate_ptr=outs[-1] if dh is None else outs[1],
+        d_up_ptr=outs[-1],
+        M=m,
+        N=n,
+        stride_dm=source.stride(0),
+        stride_dn=source.stride(1),
+        stride_gm=gate.stride(0),
+        stride_gn=gate.stride(1),
+        stride_um=up.stride(0),
+        stride_un=up.stride(1),
+        ACT=act,
+        GRAD=dh is not None,
+        BM=config.BM,
+        BN=config.BN,
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+    )
+    return tuple(outs)
+
+
+def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """Launches a 2D grid (row tiles, column tiles)."""
+    return _launch(None, gate, up, act)[0]
+
+
+def gated_grad(dh: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, ...]:
+    """Launches the same grid."""
+    return _launch(dh, gate, up, act)
+
+
+def variants(chip: str):
+    """What the launchers above run, for ahead-of-time checks."""
+    config = tile("elementwise", chip)
+    pointers = ("dh_ptr", "gate_ptr", "up_ptr", "h_ptr", "d_gate_ptr", "d_up_ptr")
+    for act in ("silu", "gelu", "gelu_tanh", "relu"):
+        for gradient in (False, True):
+            yield Variant(
+                name=f"gated{'_grad' * gradient} {act}",
+                kernel=gated_kernel,
+                pointers=dict.fromkeys(pointers, "bf16"),
+                constexprs={
+                    "stride_dn": 1,
+                    "stride_gn": 1,
+                    "stride_un": 1,
+                    "ACT": act,
+                    "GRAD": gradient,
+                    "BM": config.BM,
+                    "BN": config.BN,
+                    "INTERP": False,
+                },
+                warps=config.warps,
+                quick=act == "silu",
+            )
