@@ -244,6 +244,8 @@ class Control:
     def follow(self, output: Any) -> None:
         """Let layers that are run again during the backward pass from `output` follow the routing in force now."""
         routing = self._local.routing
+        if torch.compiler.is_compiling():  # whatever a compiled graph computes again is in the graph
+            return
         if not torch.is_grad_enabled() or (routing is None and not self._has_followed):
             return
         self._has_followed = True

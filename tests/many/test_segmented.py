@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from many.adapters import BASE, adapter, expected, ids_of
-from many.test_compile import three
+from many.test_compile import compiled, three
 from many.test_routing import gradients, train_loop
 
 from peftfast import AdapterPool
@@ -126,3 +126,29 @@ def test_bf16_is_no_further_from_the_truth_than_sample_by_sample():
             ours = model(**inputs, adapter_names=MIX).logits
         truth = model.double()(**inputs, adapter_names=MIX).logits
     oracle.assert_no_further({"logits": ours}, {"logits": plain}, {"logits": truth})
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_compiled_graph_serves_every_mix(training):
+    """What a GPU compiles: the kernels as opaque operators, the sort of the numbers in the graph."""
+    model = three().train(training)
+    model.set_requires_grad(["one", "two", "three"])
+    call, counter = compiled(model, "aot_eager")
+    inputs = {**oracle.inputs(model, batch=3), "use_cache": False}
+    for mix in (["one", "two", BASE], ["three"] * 3, ["two", BASE, "two"]):
+        numbers = model.base_model.adapter_numbers(mix)
+        with torch.set_grad_enabled(training):
+            with use_backend("triton"):
+                got = call(**inputs, adapter_names=numbers).logits
+            alone = model(**inputs, adapter_names=mix).logits
+        torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+        if training:
+            model.zero_grad()
+            with use_backend("triton"):
+                got.pow(2).sum().backward()
+            ours = gradients(model)
+            model.zero_grad()
+            alone.pow(2).sum().backward()
+            for key, theirs in gradients(model).items():
+                torch.testing.assert_close(ours[key], theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()) + 1e-9)
+    assert counter.frame_count == 1
