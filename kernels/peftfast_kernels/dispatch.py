@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from peftfast_kernels.configs import chip_of
+from peftfast_kernels.decode import Operand
 from peftfast_kernels.op import get_backend, register_dispatch
 
 TABLES = Path(__file__).parent / "tables"
@@ -109,7 +110,7 @@ def point_of(args: Sequence[Any]) -> Point:
                 dtypes.append(value.dtype)
             elif value.dim() == 0:  # the seed
                 drop = True
-        elif hasattr(value, "format"):
+        elif isinstance(value, Operand):
             format = value.format
             sizes += value.shape
     dtype = str(dtypes[0])[6:] if dtypes else ""

@@ -8,6 +8,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -438,6 +440,10 @@ def test_sampling_draws_by_chance():
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_a_token_never_waits(mixed, autocast, sampled):
     model = several()
+    if autocast is not None and version.parse(transformers.__version__) < version.parse("5.24"):
+        with pytest.raises(ValueError, match=r"float32 needs transformers 5\.24.*Load the model in torch.bfloat16"):
+            peftfast.capture_decoding(model, 3, 40, mixed=mixed, autocast=autocast)
+        model = model.to(torch.bfloat16)
     decode = peftfast.capture_decoding(model, 3, 40, mixed=mixed, autocast=autocast)
     mix = {"adapter_names": ["default", "other", BASE]} if mixed else {}
     decode.generate(prompts(), 5, do_sample=sampled, **mix)

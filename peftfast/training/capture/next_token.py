@@ -8,12 +8,18 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import transformers
+from packaging import version
 from torch import Tensor, nn
 
 from peftfast.many.routing import Routing
+from peftfast.prompts.prefix_cache import cache_name
 from peftfast.training.capture.captured import Captured
 from peftfast.training.capture.recording import Recording
 from peftfast.training.capture.sampling import draw
+
+#: The first transformers whose StaticCache may keep keys and values in different dtypes.
+_SPLIT = version.parse("5.24")
 
 
 class CapturedToken(Captured):
@@ -43,9 +49,16 @@ class CapturedToken(Captured):
             raise ValueError(f"mixed=True chooses among the adapters of a PeftModel's layers; {type(model).__name__} "
                              "has none")  # fmt: skip
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        arguments = inspect.signature(self.base.forward).parameters
-        self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
+        if autocast is not None and autocast != self.base.dtype and version.parse(transformers.__version__) < _SPLIT:
+            # under autocast the rotary embedding widens keys, and values stay narrow
+            raise ValueError(
+                f"autocast={autocast} on a model in {self.base.dtype} needs transformers {_SPLIT}, whose StaticCache "
+                f"keeps keys and values in their own dtypes; this is {transformers.__version__}. Load the model in "
+                f"{autocast}, or decode without autocast"
+            )
+        self._cache_argument = cache_name(self.base)
+        takes_count = "logits_to_keep" in inspect.signature(self.base.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if takes_count else {}
         self._start()
         if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
             raise ValueError("Sliding-window caches count on the host, which a captured step does not do")
@@ -65,11 +78,9 @@ class CapturedToken(Captured):
         self.logits: Tensor | None = None  # [B, vocabulary] fp32, of the last position
 
     def _start(self) -> None:
-        from transformers import StaticCache
-
         self._recordings: dict[Any, Recording] = {}
         # anew as well, because the model's dtype may be another one
-        self.cache = StaticCache(config=self.base.config, max_cache_len=self.max_length)
+        self.cache = transformers.StaticCache(config=self.base.config, max_cache_len=self.max_length)
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
         super()._start()
 
