@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bench.contestants import TARGETS, llama
@@ -33,6 +34,41 @@ class One(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.q_proj(x)
+
+
+class _Bare(torch.autograd.Function):
+    """Nothing but the products: what any autograd Function of a LoRA linear costs the host at least."""
+
+    @staticmethod
+    def forward(ctx, x, a, b, w, scale):
+        t, y = F.linear(x, a), F.linear(x, w)
+        y.addmm_(t, b.t(), alpha=scale)
+        ctx.save_for_backward(x, t, a, b, w)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, t, a, b, w = ctx.saved_tensors
+        p = torch.addmm(_ZERO, dy, b, beta=0, alpha=ctx.scale)
+        db = torch.addmm(_ZERO, dy.t(), t, beta=0, alpha=ctx.scale)
+        return torch.mm(dy, w).addmm_(p, a), torch.mm(p.t(), x), db, None, None
+
+
+_ZERO = torch.zeros(())
+
+
+class Bare(nn.Module):
+    """The floor: not a product of any library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"a": (8, WIDTH), "b": (WIDTH, 8), "w": (WIDTH, WIDTH)}
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape), requires_grad=name != "w"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Bare.apply(x, self.a, self.b, self.w, 2.0)
 
 
 def wrapped(library: str, base: nn.Module, dropout: float = 0.0) -> nn.Module:
@@ -63,13 +99,18 @@ def many(call: Callable[[], object], times: int = 20) -> Callable[[], None]:
     return run
 
 
-@pytest.mark.parametrize("library", LIBRARIES[:3])
+@pytest.mark.parametrize("library", ["bare", *LIBRARIES[:3]])
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("what", ["inference", "forward", "forward and backward"])
 def test_linear(benchmark, library, amp, what):
     """Twenty calls of one layer with four rows."""
-    model = wrapped(library, One())
-    layer = (model.get_base_model() if library != "frozen" else model).q_proj
+    if library == "bare":
+        if amp:
+            pytest.skip("the floor is measured without casts")
+        layer = Bare()
+    else:
+        model = wrapped(library, One())
+        layer = (model.get_base_model() if library != "frozen" else model).q_proj
     x, dy = torch.randn(4, WIDTH, requires_grad=True), torch.randn(4, WIDTH)
 
     def call() -> None:
