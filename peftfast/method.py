@@ -161,9 +161,8 @@ class AdapterMethod(Protocol):
         ...
 
 
-@runtime_checkable
 class Bindable(Protocol):
-    """Optional: a call of few steps for the adapters that a layer usually has."""
+    """Optional, known by its one function: a call of few steps for the adapters that a layer usually has."""
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         """`forward` for y None, with everything looked up that no input changes. None: there is no such form of these

@@ -218,7 +218,6 @@ class Control:
         self._local = _ThisThread()
         self._recomputing: dict[int, Routing | None] = {}
         self._has_followed = False
-        self.active: Tensor | None = None  # number of the active adapter on the device, while adapters are stacked
 
     @property
     def routing(self) -> Routing | None:

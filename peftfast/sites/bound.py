@@ -6,45 +6,41 @@ that see whoever replaced a Parameter, a hook or a scaling since, and the autogr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from peftfast.base.weight import BaseWeight
 from peftfast.ops.lora import Part, Plan, branch_dtype, lora_part, plan_of
-from peftfast.sites.site import is_untouched
+from peftfast.sites.site import is_plain
 from peftfast_kernels.decode import Operand
 
 #: The dict in which a Parameter is kept, and its key there.
 Cell = tuple[dict[str, Any], str]
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class BoundLora:
     """Calling it gives the layer's output, or None where `part` does.
 
     Args:
-        module, weight: the linear layer, known to be a plain product.
+        product: x -> weight and bias, None where calling the module is more than x Wᵀ + bias.
         down, up: where the factors are kept.
         scaling, dropouts: what the layer keeps per adapter; `name` is the adapter's.
     """
 
-    __slots__ = ("module", "weight", "parameters", "down", "up", "scaling", "dropouts", "name", "_made")
+    __slots__ = ("product", "down", "up", "scaling", "dropouts", "name", "_made")
 
     def __init__(
         self,
-        module: nn.Module,
-        weight: BaseWeight,
+        product: Callable[[Tensor], tuple[Operand, Tensor | None] | None],
         down: Cell,
         up: Cell,
         scaling: Mapping[str, Any],
         dropouts: Mapping[str, nn.Module],
         name: str,
     ) -> None:
-        self.module, self.weight, self.parameters = module, weight, module._parameters
-        self.down, self.up, self.scaling, self.name = down, up, scaling, name
-        self.dropouts = dropouts
+        self.product, self.down, self.up = product, down, up
+        self.scaling, self.dropouts, self.name = scaling, dropouts, name
         #: The last operand and the plan for it: one attribute, so that threads never see halves of two.
         self._made: tuple[Operand | None, Plan | None] = (None, None)
 
@@ -54,20 +50,14 @@ class BoundLora:
 
     def part(self, x: Tensor, drops: bool = True) -> Part | None:
         """What x is to be multiplied by, None where this call is not a plain one; `drops` False leaves dropout out."""
-        module = self.module
-        if type(x) is not Tensor or not is_untouched(module):
-            return None
         a, b = self.down[0].get(self.down[1]), self.up[0].get(self.up[1])
-        bias = self.parameters.get("bias")
         scale = self.scaling[self.name]
-        if type(a) not in _PLAIN or type(b) not in _PLAIN or isinstance(scale, Tensor):
+        if a is None or b is None or not is_plain(a, b) or isinstance(scale, Tensor):
             return None
-        operand = self.weight.operand(x)
-        if operand is None or (bias is not None and type(bias) not in _PLAIN):
+        base = self.product(x)
+        if base is None:
             return None
-        stored = operand.tensors[0]
-        if type(stored) not in _PLAIN or stored.device != x.device:
-            return None
+        operand, bias = base
         dropout = self.dropouts[self.name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and drops and dropout.training else 0.0
         kind = a.dtype

@@ -74,11 +74,13 @@ class LinearSite:
         if not self._known_forward or None in cells:
             return None
         scaling, dropouts = adapter.settings_of("scaling"), adapter.settings_of("lora_dropout")._modules
-        return BoundLora(self.module, self.weight, *cells, scaling, dropouts, adapter.name)
+        return BoundLora(self.product, *cells, scaling, dropouts, adapter.name)
 
     def product(self, x: Tensor) -> tuple[Operand, Tensor | None] | None:
         """Weight and bias, if calling the module with x is x Wᵀ + bias and nothing else."""
-        bias = self.module.bias
+        # an attribute of a module is a slow lookup; sharded and parametrised modules need it
+        kept = self.module._parameters
+        bias = kept["bias"] if "bias" in kept else self.module.bias
         if self._known_forward and is_untouched(self.module) and is_plain(x, bias):
             w = self.weight.operand(x)
             if w is not None and w.tensors[0].device == x.device and is_plain(*w.tensors):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -152,6 +153,11 @@ def test_dispatched_operations_around_triton_kernels():
     assert done.returncode == 0, done.stderr
 
 
+class Doubled(nn.Module):
+    def forward(self, bias):
+        return 2 * bias
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_short_call_sees_every_replacement(training):
     """A layer's usual call looks things up once; whatever users and other libraries replace later must still count."""
@@ -165,6 +171,9 @@ def test_the_short_call_sees_every_replacement(training):
 
     def a_hook(layer):
         layer.base_layer.register_forward_hook(lambda module, args, out: out + 1)
+
+    def a_parametrised_bias(layer):
+        torch.nn.utils.parametrize.register_parametrization(layer.base_layer, "bias", Doubled())
 
     def a_frozen_weight_thawed(layer):
         layer.base_layer.weight.requires_grad_(True)
@@ -183,6 +192,7 @@ def test_the_short_call_sees_every_replacement(training):
         "hook": a_hook,
         "forward": lambda layer: setattr(layer.base_layer, "forward", lambda x: torch.zeros(5, 24)),
         "thawed": a_frozen_weight_thawed,
+        "parametrised bias": a_parametrised_bias,
         "merged": lambda layer: layer.merge(),
         "disabled": lambda layer: layer.enable_adapters(False),
     }
