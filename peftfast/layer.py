@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.interop.counterpart import HasCounterpart
+from peftfast.many.mix import Mix
 from peftfast.many.routing import Control, Routing
-from peftfast.method import Adapter, AdapterMethod, sample_by_sample
+from peftfast.method import Adapter, AdapterMethod
 from peftfast.sites import make_site
 from peftfast.sites.bound import BoundLora
 from peftfast.wrapping.merger import Merger
@@ -33,6 +34,14 @@ def check_adapter_name(name: Any) -> None:
         raise ValueError(f"An adapter name must be non-empty and without '.', '/' and '\\', got {name!r}")
     if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in ("training",):
         raise ValueError(f"{name!r} cannot be an adapter name: torch.nn.ModuleDict has an attribute of that name")
+
+
+def _made_again() -> dict[str, Any]:
+    """What a layer looks up once and keeps, empty: copies and pickles of a layer go without it.
+
+    `_plan`: what a call does with the active adapters; `store`: for methods to keep things from forward to forward.
+    """
+    return {"_plan": None, "store": {}}
 
 
 class BaseTunerLayer(HasCounterpart, nn.Module):
@@ -59,9 +68,8 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         # not submodules: views and helpers that hold no parameter of their own
         self.__dict__["site"] = make_site(base_layer)
         self.__dict__["adapters"] = {}
-        self.__dict__["_plan"] = None
         self.__dict__["control"] = Control()  # replaced by the one that all layers of a model share
-        self.__dict__["store"] = {}  # what methods keep from forward to forward; anything in it can be made again
+        self.__dict__.update(_made_again())
         weight_shape = self.site.weight.shape
         self.in_features, self.out_features = weight_shape[1], weight_shape[0]
 
@@ -112,6 +120,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             with torch.no_grad():
                 method.init(self.site, adapter)
         self._plan = None
+        self.control.forget(self, name)
         return adapter
 
     def share(self, control: Control) -> None:
@@ -154,6 +163,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
                 remaining = [new]
             self.set_adapter(remaining)
         self._plan = None
+        self.control.forget(self, adapter_name)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
@@ -257,33 +267,27 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         """Every sample with its own adapter; which ones are active does not matter."""
         if routing.slots is not None:
             return routing.slots.layer_forward(self, routing, x, args, kwargs)
-        found = [self.adapters.get(name) for name in routing.names]
-        present = tuple([adapter is not None for adapter in found])
-        adapters = [adapter for adapter in found if adapter is not None]
+        if torch.compiler.is_compiling():  # one that read what is kept would guard on whether it has been made yet
+            mix = Mix(self.adapters, routing.names, tuple)
+        else:
+            verdicts = self.control.verdicts(routing)
+            mixes = verdicts.mixes
+            mix = mixes.get(self)
+            if mix is None:
+                mix = mixes[self] = Mix(self.adapters, routing.names)
+            elif routing.in_runs and len(routing.host) == x.shape[0] and not args and not kwargs:
+                short = mix.short(self.site, x, verdicts)
+                if short is not None:
+                    return short(self.site, x)
+        adapters = mix.adapters
         y = self.base_layer(x, *args, **kwargs) if args or kwargs or not adapters else None
         if not adapters:
             return y
-        for adapter in adapters:
-            if not adapter._where:
-                adapter.locate()
         if routing.uniform:  # as many samples as there may be, all with the one adapter
             return adapters[0].method.forward(self.site, x, y, adapters)
-        rows = routing.rows(x, present, self.store, adapters[0].key)
-        groups: dict[int, list[int]] = {}
-        if len({id(adapter.method) for adapter in adapters}) == 1:
-            groups[0] = list(range(len(adapters)))
-        else:
-            for position, adapter in enumerate(adapters):
-                groups.setdefault(id(adapter.method), []).append(position)
-        for positions in sorted(groups.values(), key=lambda p: getattr(adapters[p[0]].method, "order", 0)):
-            method = adapters[positions[0]].method
-            own = [adapters[p] for p in positions]
-            mine = rows if len(groups) == 1 else rows.only(positions, len(adapters))
-            routed = getattr(method, "routed", None)  # asking the protocol costs as much as a small product
-            if routed is not None:
-                y = routed(self.site, x, y, own, mine)
-            else:
-                y = sample_by_sample(method, self.site, x, y, own, mine)
+        rows = routing.rows(x, mix.present, self.store, adapters[0].key)
+        for run, own, positions in mix.steps:
+            y = run(self.site, x, y, own, rows if positions is None else rows.only(positions, len(adapters)))
         return y
 
     def _make_plan(self) -> tuple[Steps, BoundLora | None]:
@@ -423,15 +427,14 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
 
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_plan", "store")}
-        new.__dict__.update(copy.deepcopy(state, memo))
-        new.__dict__.update(_plan=None, store={})
+        new.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k not in _made_again()}, memo))
+        new.__dict__.update(_made_again())
         for adapter in new.adapters.values():
             adapter.locate()
         return new
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_plan": None, "store": {}}
+        return {**self.__dict__, **_made_again()}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

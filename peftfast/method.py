@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.many.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
 
 if TYPE_CHECKING:
     from peftfast.layer import BaseTunerLayer
+    from peftfast.many.routing import Rows
 
 
 class Adapter:

@@ -15,33 +15,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfast.many.mix import Kept, Mixes, Verdicts
+
+#: For how many sets of adapters a model keeps what layers make of them; for one more the oldest is made again.
+MIXES = 2
 #: In place of an adapter's name: this sample gets the base model.
 BASE = "__base__"
 
 
 class Rows:
-    """The samples of one layer's input.
+    """The samples of one layer's input; one object for all layers of a forward where they are the same.
 
     Attributes:
         index: [B] int64, position in the layer's list of adapters; -1 for the base model; the length of the list for
             a number that no adapter has (its samples come out as NaN, because looking at the number would stall a GPU).
         host: the same as a tuple where the host knows it, else None.
-        store: a dict of the layer that outlives the forward, for whatever a method wants to keep.
-        memo: a dict that lives as long as the routing, shared by layers with the same `index`.
+        verdicts: whether what methods keep of the adapters still holds; None: nothing is kept.
     """
 
-    __slots__ = ("index", "host", "store", "memo")
+    __slots__ = ("index", "host", "verdicts", "_memo")
 
-    def __init__(
-        self, index: Tensor, host: tuple[int, ...] | None, store: MutableMapping[Any, Any], memo: dict[Any, Any]
-    ) -> None:
-        self.index, self.host, self.store, self.memo = index, host, store, memo
+    def __init__(self, index: Tensor, host: tuple[int, ...] | None, verdicts: Verdicts | None = None) -> None:
+        self.index, self.host, self.verdicts = index, host, verdicts
+        self._memo: dict[Any, Any] = {}
 
     def derived(self, name: Any, make: Callable[[], Any]) -> Any:
-        """`make()`, once per routing."""
-        if name not in self.memo:
-            self.memo[name] = make()
-        return self.memo[name]
+        """`make()`, once for these samples."""
+        if name not in self._memo:
+            self._memo[name] = make()
+        return self._memo[name]
 
     def of(self, position: int) -> Tensor:
         """Indices [n] of the samples of one adapter; needs `host`."""
@@ -54,10 +56,9 @@ class Rows:
         new = {p: i for i, p in enumerate(positions)}
         if self.host is not None:
             host = tuple(new.get(g, -1) for g in self.host)
-            index, memo = self.derived(("only", *positions), lambda: (self._indices(host), {}))
-            return Rows(index, host, self.store, memo)
+            return self.derived(("only", *positions), lambda: Rows(self._indices(host), host, self.verdicts))
         table = [-1, *(new.get(p, -1) for p in range(count)), len(positions)]
-        return Rows(self._indices(table)[self.index + 1], None, self.store, {})
+        return Rows(self._indices(table)[self.index + 1], None, self.verdicts)
 
     @property
     def taken(self) -> slice | Tensor | None:
@@ -117,6 +118,9 @@ class Routing:
         slots: the pool whose slots are counted, instead of adapters of the model.
         seen: the same for eager calls, where the host knows numbers that no graph may depend on.
         tokens: tokens per sample, for layers that see the batch flattened to [B · tokens, K].
+        uniform: all samples have the same adapter.
+        in_runs: there are as many samples of each adapter, those of the first before those of the second and so on.
+        verdicts: whether what methods keep of the adapters still holds.
     """
 
     def __init__(
@@ -132,6 +136,9 @@ class Routing:
         self.slots, self.seen = slots, seen
         self.names, self.index, self.host, self.copies, self.tokens = names, index, host, copies, tokens
         self.uniform = host is not None and len(set(host)) == 1
+        each = len(host) // len(names) if host and names else 0
+        self.in_runs = each > 0 and host == tuple([g for g in range(len(names)) for _ in range(each)])
+        self.verdicts: Verdicts | None = None
         self._memo: dict[Any, Any] = {}
 
     @classmethod
@@ -151,36 +158,40 @@ class Routing:
         Args:
             x: the input, samples first.
             present: for each of `names`, whether the layer has it; the others contribute nothing there.
+            store: a dict of the layer that outlives the forward.
             where: the layer's name, for the message.
 
         Raises:
             ValueError: `x` holds another number of samples than this routing.
         """
-        size, batch = x.shape[0], self.index.shape[0]
-        if self.host is None:
-            index = self.index if size == batch else self.index.repeat_interleave(self._repeats(x, where))
-            if not all(present):
-                index = self._position_here(present, store)[index + 1]
-            return Rows(index, None, store, self._memo_of(size, present))
-        known = self._memo.get((size, present))
+        numbers = self.index
+        if self.host is None and (torch.compiler.is_compiling() or numbers.is_inference()):
+            return self._numbered(x, present, store, where)  # nothing would tell that the numbers were written to
+        key = (x.shape[0], present, x.device, 0 if self.host is not None else numbers._version)
+        known = self._memo.get(key)
         if known is None:
-            repeats = self._repeats(x, where)
-            host = self.host
-            if not all(present):
-                new = {-1: -1}
-                for old, here in enumerate(present):
-                    new[old] = sum(present[:old]) if here else -1
-                host = tuple(new[g] for g in host)
-            host = tuple(g for g in host for _ in range(repeats))
-            index = torch.tensor(host, dtype=torch.int64, device=x.device)
-            known = self._memo[size, present] = (index, host, {})
-        return Rows(known[0], known[1], store, known[2])
+            make = self._numbered if self.host is None else self._named
+            known = self._memo[key] = make(x, present, store, where)
+        return known
 
-    def _memo_of(self, size: int, present: tuple[bool, ...]) -> dict:
-        """What layers with the same numbers share, as long as nobody writes to the tensor of numbers."""
-        if torch.compiler.is_compiling() or self.index.is_inference():
-            return {}
-        return self._memo.setdefault((size, present, self.index._version), {})
+    def _named(self, x: Tensor, present: tuple[bool, ...], store: MutableMapping[Any, Any], where: str) -> Rows:
+        repeats = self._repeats(x, where)
+        host = self.host
+        if not all(present):
+            new = {-1: -1}
+            for old, here in enumerate(present):
+                new[old] = sum(present[:old]) if here else -1
+            host = tuple(new[g] for g in host)
+        host = tuple(g for g in host for _ in range(repeats))
+        return Rows(torch.tensor(host, dtype=torch.int64, device=x.device), host, self.verdicts)
+
+    def _numbered(self, x: Tensor, present: tuple[bool, ...], store: MutableMapping[Any, Any], where: str) -> Rows:
+        index = self.index
+        if x.shape[0] != index.shape[0]:
+            index = index.repeat_interleave(self._repeats(x, where))
+        if not all(present):
+            index = self._position_here(present, store)[index + 1]
+        return Rows(index.to(x.device), None, self.verdicts)
 
     def _position_here(self, present: tuple[bool, ...], store: MutableMapping[Any, Any]) -> Tensor:
         """[1 + len(names) + 1]: position in the layer's shorter list for -1, every position, and the unknown."""
@@ -218,6 +229,7 @@ class Control:
         self._local = _ThisThread()
         self._recomputing: dict[int, Routing | None] = {}
         self._has_followed = False
+        self._mixes: dict[tuple[str, ...], Mixes] = {}
 
     @property
     def routing(self) -> Routing | None:
@@ -239,6 +251,29 @@ class Control:
             yield
         finally:
             self._local.routing = before
+
+    def verdicts(self, routing: Routing) -> Verdicts:
+        """What is known in this forward about the mixes of the adapters it names."""
+        names = routing.names
+        mixes = self._mixes.get(names)
+        if mixes is None:
+            mixes = {}
+            self._mixes = {**dict(list(self._mixes.items())[1 - MIXES :]), names: mixes}
+        known = routing.verdicts
+        if known is None or known.mixes is not mixes:
+            known = routing.verdicts = Verdicts(mixes)
+        return known
+
+    def kept(self, layer: Any) -> list[Kept | None]:
+        """What methods keep for a layer."""
+        own = [mixes[layer] for mixes in self._mixes.values() if layer in mixes]
+        return [step.adapters.kept for mix in own for step in mix.steps]
+
+    def forget(self, layer: Any, name: str | None = None) -> None:
+        """Keep nothing for a layer that adapter `name` is part of; None: nothing at all."""
+        for names, mixes in self._mixes.items():
+            if name is None or name in names:
+                mixes.pop(layer, None)
 
     def follow(self, output: Any) -> None:
         """Let layers that are run again during the backward pass from `output` follow the routing in force now."""

@@ -95,7 +95,7 @@ class Lora:
         return y.to(dtype)
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
-        known = remembered(adapters, rows)
+        known = remembered(adapters, rows.verdicts)
         dropout = {adapter.dropout for adapter in adapters} if known.dropping else {0.0}
         host = rows.host
         many_each = host is not None and len(host) > 4 * len(adapters) and not rows.run and not is_segmented(site, x)

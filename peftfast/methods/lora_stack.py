@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfast.many.mix import Verdicts
 from peftfast.many.routing import Rows
 from peftfast.method import Adapter
 from peftfast.sites import Site
@@ -27,9 +28,7 @@ def factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
     return adapter[down], adapter[up]
 
 
-#: How many mixes a layer remembers between forwards; one more and the oldest is made again.
-REMEMBERED = 2
-
+_VERSION = operator.attrgetter("_version")
 
 class FactorStack(NamedTuple):
     """Of G adapters whose largest rank is R."""
@@ -37,6 +36,7 @@ class FactorStack(NamedTuple):
     a: Tensor  # [G, R, ...]
     b: Tensor  # [G, N, R, ...], in memory as [G, R, N, ...], which the batched product is fastest with
     scale: Tensor  # [G]
+    factor: float | None = None  # the scale of all of them, where it is one number
 
 
 class Remembered:
@@ -54,6 +54,7 @@ class Remembered:
         self.scaling = adapters[0].settings_of("scaling")
         self.names = [adapter.name for adapter in adapters]
         self.scales = [self.scaling[name] for name in self.names]
+        self.tensor_scales = [scale for scale in self.scales if isinstance(scale, Tensor)]  # are written in place
         self.lasting = False
         self.stack: FactorStack | None = None
 
@@ -61,22 +62,31 @@ class Remembered:
         """Note what the stack is made of, if changes of that can be seen at all."""
         tensors = [t for pair in self.pairs for t in pair]
         cells = [adapter.cell(slot) for adapter in adapters for slot in factor_slots(adapter)]
-        self.scale_states = [_state_of(scale) for scale in self.scales]
-        self.lasting = all(cell is not None for cell in cells) and not any(t.is_inference() for t in tensors)
+        written = [*tensors, *self.tensor_scales]
+        self.lasting = all(cell is not None for cell in cells) and not any(t.is_inference() for t in written)
         if self.lasting:
-            self.cells, self.tensors = cells, tensors
-            self.versions = [t._version for t in tensors]
+            self.containers, self.keys = zip(*cells, strict=True)
+            self.tensors, self.written = tensors, written
+            self.versions = list(map(_VERSION, written))
             # the aliases keep the storage alive, so that no other tensor can appear at its address
             self.addresses, self.aliases = list(map(Tensor.data_ptr, tensors)), [t.detach() for t in tensors]
 
     def is_current(self) -> bool:
         tensors = self.tensors  # every layer of every forward asks, of every adapter: loops in C
         return (
-            all(map(operator.is_, [container.get(key) for container, key in self.cells], tensors))
-            and [t._version for t in tensors] == self.versions
+            all(map(operator.is_, map(dict.get, self.containers, self.keys), tensors))
+            and list(map(_VERSION, self.written)) == self.versions
             and list(map(Tensor.data_ptr, tensors)) == self.addresses
-            and [_state_of(self.scaling[name]) for name in self.names] == self.scale_states
+            and all(map(operator.is_, map(self.scaling.get, self.names), self.scales))
         )
+
+    def serves(self, site: Site, x: Tensor) -> bool:
+        dropping = self.dropping and any(adapter.dropout for adapter in self.dropping)
+        return not dropping and not is_segmented(site, x)
+
+    def short(self, site: Site, x: Tensor) -> Tensor:
+        a, b, scale, factor = self.stack
+        return site.adapt_each(x, site.base(x), a, b, scale if factor is None else factor)
 
     def wants_grad(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for pair in self.pairs for t in pair)
@@ -88,41 +98,39 @@ class Remembered:
             torch.stack([_padded(a, rank) for a, _ in self.pairs]),
             torch.stack([_padded(b.transpose(0, 1), rank) for _, b in self.pairs]).transpose(1, 2),
             _as_tensor(self.scales, like),
+            float(self.scales[0]) if not self.tensor_scales and len(set(self.scales)) == 1 else None,
         )
 
 
-def remembered(adapters: Sequence[Adapter], rows: Rows) -> Remembered:
+def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None) -> Remembered:
     """What is known about these adapters together, with their stack in it.
 
-    Where no gradient is wanted the stack is kept in the layer from forward to forward and made again when a factor was
-    written to, replaced or rescaled. Writing through `.data` leaves no trace to find: after that, call
+    Where no gradient is wanted the stack is kept from forward to forward and made again when a factor was written to,
+    replaced or rescaled. Writing through `.data` leaves no trace to find: after that, call
     `model.base_model.forget_stacks()`.
+
+    Args:
+        verdicts: whether what is kept still holds; None: nothing is kept, and `adapters` may be any sequence.
     """
-    names = tuple([adapter.name for adapter in adapters])
-    if torch.compiler.is_compiling():
+    if verdicts is None:
         known = Remembered(adapters)
-        known.stack = known.build()
+        known.stack = known.build() if known.alike else None
         return known
-    entries: dict[tuple[str, ...], Remembered] = rows.store.get("stacks", {})
-    known = entries.get(names)
-    if known is not None and known.is_current() and not known.wants_grad():
+    known = adapters.kept
+    if known is not None and not known.wants_grad() and verdicts.is_current(adapters):
         return known
     known = Remembered(adapters)
+    if not known.alike:
+        return known
     if known.wants_grad():
         known.stack = known.build()
-    elif known.alike:
+    else:
         known.watch(adapters)
         with torch.inference_mode(False), torch.no_grad():
             known.stack = known.build()
         if known.lasting:
-            others = [(n, e) for n, e in entries.items() if n != names][-(REMEMBERED - 1) :]
-            rows.store["stacks"] = {**dict(others), names: known}
+            adapters.kept = known
     return known
-
-
-def _state_of(scale: Any) -> Any:
-    """What changes when a scaling does: itself, or of a tensor, which is written in place, its identity and version."""
-    return (id(scale), scale._version) if isinstance(scale, Tensor) else scale
 
 
 def _padded(t: Tensor, rank: int) -> Tensor:
@@ -139,7 +147,7 @@ def _as_tensor(values: Sequence[Any], like: Tensor) -> Tensor:
     )
 
 
-def chosen(stack: FactorStack, rows: Rows) -> FactorStack:
+def chosen(stack: FactorStack, rows: Rows) -> tuple[Tensor, Tensor, Tensor | float]:
     """One triple of factors for every sample that has an adapter (or for every run of them).
 
     With `rows.host` None, samples of the base model get some adapter's factors; a number that no adapter has gets a
@@ -147,18 +155,20 @@ def chosen(stack: FactorStack, rows: Rows) -> FactorStack:
     """
     if rows.host is None:
         count = stack.scale.shape[0]
-        inside = rows.index.clamp(0, count - 1)
-        picked = _picked(stack, inside)
-        return picked._replace(scale=torch.where(rows.index < count, picked.scale, float("nan")))
+        a, b, scale = _picked(stack, rows.index.clamp(0, count - 1))
+        return a, b, torch.where(rows.index < count, scale, float("nan"))
     if rows.run:
         used = rows.used // rows.run
-        return stack if used == stack.scale.shape[0] else FactorStack(*(t[:used] for t in stack))
-    return _picked(stack, rows.positions)
+        whole = used == stack.scale.shape[0]
+        a, b, scale = stack[:3] if whole else (t[:used] for t in stack[:3])
+    else:
+        a, b, scale = _picked(stack, rows.positions)
+    return a, b, scale if stack.factor is None else stack.factor
 
 
-def _picked(stack: FactorStack, index: Tensor) -> FactorStack:
+def _picked(stack: FactorStack, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     b = stack.b.transpose(1, 2).index_select(0, index).transpose(1, 2)  # keeps the layout
-    return FactorStack(stack.a.index_select(0, index), b, stack.scale.index_select(0, index))
+    return stack.a.index_select(0, index), b, stack.scale.index_select(0, index)
 
 
 def is_segmented(site: Site, x: Tensor) -> bool:
@@ -170,7 +180,7 @@ def is_segmented(site: Site, x: Tensor) -> bool:
 def apply_stack(site: Site, x: Tensor, y: Tensor, stack: FactorStack, rows: Rows) -> Tensor:
     """The output `y` of the base with every sample's own factors added to it."""
     if is_segmented(site, x):
-        return site.adapt_rows(x, y, *stack, rows)
+        return site.adapt_rows(x, y, *stack[:3], rows)
     mine = chosen(stack, rows)
     if rows.host is None:
         out = site.adapt_each(x, y, *mine)

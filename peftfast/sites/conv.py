@@ -54,10 +54,11 @@ class ConvSite:
         y = self.module(x) if y is None else y
         return (y + self.up(self.down(self.drop(x.to(a.dtype), dropout), a), b) * scale).to(y.dtype)
 
-    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
         runs = a.shape[0]
         x, out = x.to(a.dtype).unflatten(0, (runs, -1)), y.unflatten(0, (runs, -1))
-        each = [self.up(self.down(x[i], a[i]), b[i]) * scale[i] for i in range(runs)]
+        scales = scale if isinstance(scale, Tensor) else [scale] * runs
+        each = [self.up(self.down(x[i], a[i]), b[i]) * scales[i] for i in range(runs)]
         return (out + torch.stack(each)).to(y.dtype).view(y.shape)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class EmbeddingSite:
         y = self.module(x) if y is None else y
         return (y + self.up(self.down(x, a), b) * scale).to(y.dtype)
 
-    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
         m = self.module
         runs, r, n = a.shape
         ids = x.reshape(runs, -1)
@@ -49,7 +49,7 @@ class EmbeddingSite:
             if m.padding_idx is not None and t.requires_grad:
                 padding = (x.reshape(runs, -1) == m.padding_idx).unsqueeze(-1)
                 t = torch.where(padding, t.detach(), t)  # no gradient for padding, as in the module itself
-        t = t * scale.view(-1, 1, 1)
+        t = t * (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale)
         delta = self._scaled(torch.bmm(t, b.transpose(1, 2)))
         return (y + delta.view(y.shape)).to(y.dtype)
 

@@ -93,16 +93,21 @@ class LinearSite:
         t = self.down(self.drop(x.to(a.dtype), dropout), a)
         return (y + self.up(t, b) * scale).to(y.dtype)
 
-    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        runs, n = b.shape[0], b.shape[1]
-        rows = x.reshape(runs, -1, a.shape[2]).to(a.dtype)
-        t = torch.bmm(rows, a.transpose(1, 2)) * scale.view(-1, 1, 1)
-        out = y.reshape(runs, -1, n)
-        if out.dtype == t.dtype == b.dtype and not torch.is_autocast_enabled(x.device.type):
-            out = torch.baddbmm(out, t, b.transpose(1, 2))
+    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+        runs, shape = a.shape[0], y.shape
+        if x.dim() != 3 or x.shape[0] != runs:
+            x, y = x.reshape(runs, -1, x.shape[-1]), y.reshape(runs, -1, shape[-1])
+        t = torch.bmm(x if x.dtype is a.dtype else x.to(a.dtype), a.transpose(1, 2))
+        alpha = 1.0
+        if isinstance(scale, Tensor):
+            t = t * scale.view(-1, 1, 1)
         else:
-            out = (out + torch.bmm(t, b.transpose(1, 2))).to(y.dtype)
-        return out.view(y.shape)
+            alpha = scale
+        if y.dtype is t.dtype is b.dtype and not torch.is_autocast_enabled(x.device.type):
+            out = torch.baddbmm(y, t, b.transpose(1, 2), alpha=alpha)
+        else:
+            out = torch.add(y, torch.bmm(t, b.transpose(1, 2)), alpha=alpha).to(y.dtype)
+        return out if out.shape == shape else out.view(shape)
 
     def segmented(self, x: Tensor) -> bool:
         """Whether `adapt_rows` is how this input is best served."""

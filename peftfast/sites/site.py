@@ -70,9 +70,9 @@ class Site(Protocol):
         """y + scale · up(down(drop(x))). y=None: the base product has not been computed and may be fused."""
         ...
 
-    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
         """y + scale[s] · up(down(x, a[s]), b[s]) for S equal runs of neighbouring samples, each with its own factors:
-        a [S, r, ...], b [S, N, r, ...], scale [S], x and y with a multiple of S samples."""
+        a [S, r, ...], b [S, N, r, ...], scale [S] or one number for all, x and y with a multiple of S samples."""
         ...
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:

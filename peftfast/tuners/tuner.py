@@ -276,7 +276,7 @@ class BaseTuner(nn.Module):
     def forget_stacks(self) -> None:
         """Make the stacked factors of mixed batches anew: needed after factors were written through `.data`."""
         for layer in self.inventory.layers.values():
-            layer.store.pop("stacks", None)
+            layer.control.forget(layer)
 
     def compute_copies(self) -> Any:
         """A context in which the active factors are cast to autocast's dtype once for all layers."""

@@ -464,7 +464,7 @@ def test_nothing_moves_while_decoding():
         found = [getattr(decode, n) for n in ("token", "positions", "mask", "index", "tokens", "logits", "finished")]
         found += [t for layer in decode.cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
         for layer in model.base_model.inventory.layers.values():
-            found += [t for known in layer.store.get("stacks", {}).values() for t in known.stack]
+            found += [t for known in layer.control.kept(layer) for t in known.stack[:3]]
         return [t.data_ptr() for t in found]
 
     decode.generate(prompts(), 5, adapter_names=["default", "other", BASE])

@@ -1,0 +1,130 @@
+"""What a layer does for the adapters of a routing, whichever of its samples get which: looked up once and kept, since
+every layer of every mixed forward asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from peftfast.method import Adapter, AdapterMethod, sample_by_sample
+from peftfast.sites import Site
+
+
+class Kept(Protocol):
+    """What a method makes of several adapters together and keeps from forward to forward."""
+
+    def is_current(self) -> bool:
+        """Whether nothing it was made of has changed."""
+        ...
+
+    def serves(self, site: Site, x: Tensor) -> bool:
+        """Whether `short` is how this input is best served."""
+        ...
+
+    def short(self, site: Site, x: Tensor) -> Tensor:
+        """The output for as many samples of each adapter, those of one after those of another, in few steps. Without
+        gradients."""
+        ...
+
+
+class Group(tuple):
+    """The adapters of one method at one layer that a routing names. Two of them are equal only if they are one."""
+
+    kept: Kept | None = None
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+
+
+class MixedStep(NamedTuple):
+    """One method's part."""
+
+    run: Callable[..., Tensor]  # as `Routable.routed`
+    adapters: Sequence[Adapter]
+    positions: Sequence[int] | None  # where they are among the layer's adapters of this mix; None: they are all of them
+
+
+class Mix:
+    """Of the adapters that a routing names, those of one layer.
+
+    Attributes:
+        present: for each of the names, whether the layer has it.
+        adapters: those it has, in order.
+        steps: methods in the order in which they act.
+
+    Args:
+        group: makes the adapters of one method a sequence.
+    """
+
+    __slots__ = ("present", "adapters", "steps")
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        names: Sequence[str],
+        group: Callable[[list[Adapter]], Sequence[Adapter]] = Group,
+    ) -> None:
+        found = [adapters.get(name) for name in names]
+        self.present = tuple([adapter is not None for adapter in found])
+        self.adapters = [adapter for adapter in found if adapter is not None]
+        for adapter in self.adapters:
+            if not adapter._where:
+                adapter.locate()
+        groups: dict[int, tuple[AdapterMethod, list[int]]] = {}
+        for position, adapter in enumerate(self.adapters):
+            groups.setdefault(id(adapter.method), (adapter.method, []))[1].append(position)
+        self.steps = []
+        # methods that change the input must see it before anybody has multiplied it
+        for method, positions in sorted(groups.values(), key=_order):
+            run = getattr(method, "routed", None)  # asking the protocol costs as much as a small product
+            own = group([self.adapters[p] for p in positions])
+            self.steps.append(
+                MixedStep(run or partial(sample_by_sample, method), own, positions if len(groups) > 1 else None)
+            )
+
+
+    def short(self, site: Site, x: Tensor, verdicts: Verdicts) -> Callable[[Site, Tensor], Tensor] | None:
+        """A call of few steps for the same number of samples of each adapter, those of one after those of another."""
+        if len(self.steps) != 1 or not all(self.present) or torch.is_grad_enabled():
+            return None
+        group = self.steps[0].adapters
+        kept = group.kept
+        if kept is None or not kept.serves(site, x) or not verdicts.is_current(group):
+            return None
+        return kept.short
+
+
+def _order(group: tuple[AdapterMethod, Any]) -> int:
+    return getattr(group[0], "order", 0)
+
+
+#: The mixes of all layers of a model for one set of adapters, by layer.
+Mixes = dict[Any, Mix]
+
+
+class Verdicts:
+    """Which kept things still hold, found out for all layers when the first of them asks: between the products of a
+    forward it takes three times as long, because every layer finds the processor's caches full of other things.
+
+    An answer is good for one question, so that a layer's second forward is not answered by what held before its first.
+    """
+
+    def __init__(self, mixes: Mixes) -> None:
+        self.mixes = mixes
+        self._known: dict[Group, bool] = {}
+
+    def is_current(self, group: Group) -> bool:
+        """Whether what is kept of `group` still holds."""
+        if group.kept is None:
+            return False
+        known = self._known.pop(group, None)
+        if known is None:
+            groups = [step.adapters for mix in list(self.mixes.values()) for step in mix.steps]
+            self._known = {other: other.kept.is_current() for other in groups if other.kept is not None}
+            known = self._known.pop(group, False)
+        return known
