@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.interop.counterpart import HasCounterpart
-from peftfast.many.mix import Mix
+from peftfast.many.mix import Group, Mix, Verdicts
 from peftfast.many.routing import Control, Routing
 from peftfast.method import Adapter, AdapterMethod
 from peftfast.sites import make_site
@@ -271,14 +271,13 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             mix = Mix(self.adapters, routing.names, tuple)
         else:
             verdicts = self.control.verdicts(routing)
-            mixes = verdicts.mixes
-            mix = mixes.get(self)
+            mix = verdicts.mixes.get(self)
             if mix is None:
-                mix = mixes[self] = Mix(self.adapters, routing.names)
-            elif routing.in_runs and len(routing.host) == x.shape[0] and not args and not kwargs:
-                short = mix.short(self.site, x, verdicts)
-                if short is not None:
-                    return short(self.site, x)
+                mix = verdicts.mixes[self] = Mix(self.adapters, routing.names)
+            elif routing.in_runs and mix.single is not None and not args and not kwargs:
+                y = self._short(routing, x, mix.single, verdicts)
+                if y is not None:
+                    return y
         adapters = mix.adapters
         y = self.base_layer(x, *args, **kwargs) if args or kwargs or not adapters else None
         if not adapters:
@@ -289,6 +288,14 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         for run, own, positions in mix.steps:
             y = run(self.site, x, y, own, rows if positions is None else rows.only(positions, len(adapters)))
         return y
+
+    def _short(self, routing: Routing, x: Tensor, group: Group, verdicts: Verdicts) -> Tensor | None:
+        """The output by what is kept of all adapters of `routing`, None where it takes the long way."""
+        kept = group.kept
+        if kept is None or not kept.quick or torch.is_grad_enabled() or len(routing.host) != x.shape[0]:
+            return None
+        kept = verdicts.current(group)
+        return kept.short(self.site, x) if kept is not None and kept.quick else None
 
     def _make_plan(self) -> tuple[Steps, BoundLora | None]:
         """What a call does until adapters are added, activated, merged or disabled: its steps, and their short form."""

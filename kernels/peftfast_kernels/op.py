@@ -124,6 +124,9 @@ class Op:
 
     def runs_triton(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a call with these arguments runs Triton. Raises ``RuntimeError`` if it was forced and cannot."""
+        first = args[0] if args else None
+        if _forced_backend == "auto" and type(first) in _TENSORS and first.is_cpu:
+            return False  # what follows would say so too, later
         backend = get_backend()
         if backend == "torch":
             return False

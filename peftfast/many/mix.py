@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from peftfast.method import Adapter, AdapterMethod, sample_by_sample
@@ -17,12 +16,10 @@ from peftfast.sites import Site
 class Kept(Protocol):
     """What a method makes of several adapters together and keeps from forward to forward."""
 
+    quick: bool  # whether `short` may be called and is the best there is; made anew by `is_current`
+
     def is_current(self) -> bool:
         """Whether nothing it was made of has changed."""
-        ...
-
-    def serves(self, site: Site, x: Tensor) -> bool:
-        """Whether `short` is how this input is best served."""
         ...
 
     def short(self, site: Site, x: Tensor) -> Tensor:
@@ -56,12 +53,13 @@ class Mix:
         present: for each of the names, whether the layer has it.
         adapters: those it has, in order.
         steps: methods in the order in which they act.
+        single: the one group, if the layer has all of the adapters and they are of one method.
 
     Args:
         group: makes the adapters of one method a sequence.
     """
 
-    __slots__ = ("present", "adapters", "steps")
+    __slots__ = ("present", "adapters", "steps", "single")
 
     def __init__(
         self,
@@ -87,16 +85,7 @@ class Mix:
                 MixedStep(run or partial(sample_by_sample, method), own, positions if len(groups) > 1 else None)
             )
 
-
-    def short(self, site: Site, x: Tensor, verdicts: Verdicts) -> Callable[[Site, Tensor], Tensor] | None:
-        """A call of few steps for the same number of samples of each adapter, those of one after those of another."""
-        if len(self.steps) != 1 or not all(self.present) or torch.is_grad_enabled():
-            return None
-        group = self.steps[0].adapters
-        kept = group.kept
-        if kept is None or not kept.serves(site, x) or not verdicts.is_current(group):
-            return None
-        return kept.short
+        self.single = self.steps[0].adapters if len(self.steps) == 1 and all(self.present) else None
 
 
 def _order(group: tuple[AdapterMethod, Any]) -> int:
@@ -116,15 +105,16 @@ class Verdicts:
 
     def __init__(self, mixes: Mixes) -> None:
         self.mixes = mixes
-        self._known: dict[Group, bool] = {}
+        self._known: dict[Group, Kept | None] = {}
 
-    def is_current(self, group: Group) -> bool:
-        """Whether what is kept of `group` still holds."""
-        if group.kept is None:
-            return False
-        known = self._known.pop(group, None)
-        if known is None:
+    def current(self, group: Group) -> Kept | None:
+        """What is kept of `group` if it still holds, else None."""
+        known = self._known
+        if group not in known:
             groups = [step.adapters for mix in list(self.mixes.values()) for step in mix.steps]
-            self._known = {other: other.kept.is_current() for other in groups if other.kept is not None}
-            known = self._known.pop(group, False)
-        return known
+            pairs = [(other, other.kept) for other in groups]
+            known = {other: kept for other, kept in pairs if kept is not None}
+            if group not in known:
+                return None
+            self._known = known = {other: kept if kept.is_current() else None for other, kept in known.items()}
+        return known.pop(group)

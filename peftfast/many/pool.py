@@ -353,7 +353,8 @@ class AdapterPool:
 
     @torch.no_grad()
     def _write(self, factors: Factors, index: int) -> None:
-        for key, (a, b, scale) in self._stacks.items():
+        for key, stack in self._stacks.items():
+            a, b, scale = stack[:3]
             new = factors.get(key)
             if new is None:
                 scale[index] = 0.0

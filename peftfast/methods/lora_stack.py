@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftfast.many.mix import Verdicts
 from peftfast.many.routing import Rows
 from peftfast.method import Adapter
+from peftfast.ops.routed import runs_segmented
 from peftfast.sites import Site
 
 
@@ -29,6 +30,7 @@ def factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
 
 
 _VERSION = operator.attrgetter("_version")
+
 
 class FactorStack(NamedTuple):
     """Of G adapters whose largest rank is R."""
@@ -55,7 +57,7 @@ class Remembered:
         self.names = [adapter.name for adapter in adapters]
         self.scales = [self.scaling[name] for name in self.names]
         self.tensor_scales = [scale for scale in self.scales if isinstance(scale, Tensor)]  # are written in place
-        self.lasting = False
+        self.lasting = self.quick = False
         self.stack: FactorStack | None = None
 
     def watch(self, adapters: Sequence[Adapter]) -> None:
@@ -72,6 +74,7 @@ class Remembered:
             self.addresses, self.aliases = list(map(Tensor.data_ptr, tensors)), [t.detach() for t in tensors]
 
     def is_current(self) -> bool:
+        self.quick = not (self.dropping and any(a.dropout for a in self.dropping)) and not runs_segmented(self.stack.a)
         tensors = self.tensors  # every layer of every forward asks, of every adapter: loops in C
         return (
             all(map(operator.is_, map(dict.get, self.containers, self.keys), tensors))
@@ -80,13 +83,9 @@ class Remembered:
             and all(map(operator.is_, map(self.scaling.get, self.names), self.scales))
         )
 
-    def serves(self, site: Site, x: Tensor) -> bool:
-        dropping = self.dropping and any(adapter.dropout for adapter in self.dropping)
-        return not dropping and not is_segmented(site, x)
-
     def short(self, site: Site, x: Tensor) -> Tensor:
         a, b, scale, factor = self.stack
-        return site.adapt_each(x, site.base(x), a, b, scale if factor is None else factor)
+        return site.adapt_each(x, site.module(x), a, b, scale if factor is None else factor)
 
     def wants_grad(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for pair in self.pairs for t in pair)
@@ -117,7 +116,7 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None) -> Rememb
         known.stack = known.build() if known.alike else None
         return known
     known = adapters.kept
-    if known is not None and not known.wants_grad() and verdicts.is_current(adapters):
+    if known is not None and not known.wants_grad() and verdicts.current(adapters) is known:
         return known
     known = Remembered(adapters)
     if not known.alike:
@@ -129,6 +128,7 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None) -> Rememb
         with torch.inference_mode(False), torch.no_grad():
             known.stack = known.build()
         if known.lasting:
+            known.is_current()
             adapters.kept = known
     return known
 

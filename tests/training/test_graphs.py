@@ -449,7 +449,7 @@ def test_a_token_never_waits(mixed, autocast, sampled):
     decode.generate(prompts(), 5, do_sample=sampled, **mix)
 
     def token() -> None:
-        with decode._settings(decode._routing(1)):
+        with decode._settings():
             decode._recording(sampled, sampled)()
 
     waits = waits_in(token)

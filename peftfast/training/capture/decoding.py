@@ -69,12 +69,12 @@ class CapturedDecoding(CapturedToken):
             self.top_p.fill_(top_p)
             mode = (do_sample, do_sample and (top_k > 0 or top_p < 1.0))
             positions = (self.mask[:, :length].cumsum(-1) - 1).clamp(min=0)
-            with self._settings(self._routing(length)):
+            with self._settings():
                 self._forward(ids, self.mask[:, :length], positions)
             self.positions.copy_(positions[:, -1:] + 1)
             self._choose(*mode)
             step = self._recording(*mode)
-            with self._settings(self._routing(1)):
+            with self._settings():
                 for made in range(1, max_new_tokens):
                     if made % LOOK_EVERY == 0 and self.ends.numel() and bool(self.finished.all()):
                         break

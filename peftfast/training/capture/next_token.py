@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -84,23 +84,25 @@ class CapturedToken(Captured):
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
         super()._start()
 
-    def _routing(self, tokens: int) -> Routing | None:
-        """The mix in the form that reads `index` on the device, on a CPU too."""
+    def _following(self, tokens: int) -> AbstractContextManager[None]:
+        """A context in which layers follow the mix in the form that reads `index` on the device, on a CPU too. One for
+        every forward: what layers share of a routing is worked out by the first and must be in the recording."""
         if not self.mixed:
-            return None
+            return nullcontext()
         names, _ = self.tuner.inventory.number_table(self.device)
-        return Routing(names, self.index, None, tokens=tokens)
+        return self.tuner.inventory.control.use(Routing(names, self.index, None, tokens=tokens))
 
     @contextmanager
-    def _settings(self, routing: Routing | None) -> Iterator[None]:
-        follow = nullcontext() if routing is None else self.tuner.inventory.control.use(routing)
+    def _settings(self) -> Iterator[None]:
         # not inference mode: what the library keeps is to serve later calls of any kind
-        with torch.inference_mode(False), torch.no_grad(), self._autocast(), follow:
+        with torch.inference_mode(False), torch.no_grad(), self._autocast():
             yield
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> None:
         arguments = {self._cache_argument: self.cache, "use_cache": True, **self._last_only}
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).logits[:, -1]
+        with self._following(ids.shape[1]):
+            output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments)
+        logits = output.logits[:, -1]
         if self.logits is None:
             self.logits = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         self.logits.copy_(logits)
