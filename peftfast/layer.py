@@ -274,7 +274,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             mix = verdicts.mixes.get(self)
             if mix is None:
                 mix = verdicts.mixes[self] = Mix(self.adapters, routing.names)
-            elif routing.in_runs and mix.single is not None and not args and not kwargs:
+            elif routing.even and mix.single is not None and not args and not kwargs:
                 y = self._short(routing, x, mix.single, verdicts)
                 if y is not None:
                     return y
@@ -292,10 +292,17 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
     def _short(self, routing: Routing, x: Tensor, group: Group, verdicts: Verdicts) -> Tensor | None:
         """The output by what is kept of all adapters of `routing`, None where it takes the long way."""
         kept = group.kept
-        if kept is None or not kept.quick or torch.is_grad_enabled() or len(routing.host) != x.shape[0]:
+        if kept is None or not kept.quick or torch.is_grad_enabled():
+            return None
+        if routing.index.shape[0] != x.shape[0] or routing.index.device != x.device:
             return None
         kept = verdicts.current(group)
-        return kept.short(self.site, x) if kept is not None and kept.quick else None
+        if kept is None or not kept.quick:
+            return None
+        order = routing.order
+        if order is None:
+            return kept.short(self.site, x)
+        return kept.short(self.site, x.index_select(0, order[0])).index_select(0, order[1])
 
     def _make_plan(self) -> tuple[Steps, BoundLora | None]:
         """What a call does until adapters are added, activated, merged or disabled: its steps, and their short form."""

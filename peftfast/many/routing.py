@@ -119,7 +119,7 @@ class Routing:
         seen: the same for eager calls, where the host knows numbers that no graph may depend on.
         tokens: tokens per sample, for layers that see the batch flattened to [B · tokens, K].
         uniform: all samples have the same adapter.
-        in_runs: there are as many samples of each adapter, those of the first before those of the second and so on.
+        even: there are as many samples of each adapter and none of the base model.
         verdicts: whether what methods keep of the adapters still holds.
     """
 
@@ -137,9 +137,18 @@ class Routing:
         self.names, self.index, self.host, self.copies, self.tokens = names, index, host, copies, tokens
         self.uniform = host is not None and len(set(host)) == 1
         each = len(host) // len(names) if host and names else 0
-        self.in_runs = each > 0 and host == tuple([g for g in range(len(names)) for _ in range(each)])
+        self.even = each > 0 and sorted(host) == [g for g in range(len(names)) for _ in range(each)]
         self.verdicts: Verdicts | None = None
         self._memo: dict[Any, Any] = {}
+
+    @property
+    def order(self) -> tuple[Tensor, Tensor] | None:
+        """[B], [B]: the samples by adapter, and where each of them is then; None: that is the order they have."""
+        if "order" not in self._memo:
+            order = torch.argsort(self.index, stable=True)
+            sorted_already = self.host == tuple(sorted(self.host))
+            self._memo["order"] = None if sorted_already else (order, torch.argsort(order))
+        return self._memo["order"]
 
     @classmethod
     def by_name(

@@ -1,0 +1,163 @@
+"""What layers keep of the adapters of a mixed batch: how little a call does with it, and how long it lasts."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+
+import oracle
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peftfast
+from peftfast import LoraConfig
+from peftfast.many.routing import BASE, MIXES
+from peftfast.methods.lora_stack import Remembered
+
+NAMES = [f"n{i}" for i in range(6)]
+VIEWS = ("view", "t", "transpose", "expand", "_unsafe_view", "detach", "alias", "slice", "unsqueeze", "reshape")
+
+
+def several(dropout: float = 0.0):
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout)
+    model = peftfast.get_peft_model(oracle.llama(), config, NAMES[0])
+    for name in NAMES[1:]:
+        model.add_adapter(name, config)
+    return model.eval()
+
+
+def layers(model) -> list:
+    return list(model.base_model.inventory.layers.values())
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name not in VIEWS:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("names, moves", [(NAMES, 0), (NAMES[::-1], 2), ([n for n in NAMES for _ in range(2)], 0)])
+def test_two_products_a_layer(names, moves):
+    """Beside the base's own product; samples in another order than their adapters are put in order and back."""
+    model = several()
+    batch = oracle.inputs(model, batch=len(names))
+    with torch.no_grad():
+        model(**batch, adapter_names=names)
+        with Operations() as base, model.disable_adapter():
+            model(**batch)
+        with Operations() as mixed:
+            model(**batch, adapter_names=names)
+    count = len(layers(model))
+    extra = Counter(mixed.seen) - Counter(base.seen)
+    assert extra.pop("bmm") == extra.pop("baddbmm") == count
+    assert extra.pop("index_select", 0) == moves * count
+    assert sum(extra.values()) <= 4, extra  # the routing itself
+
+
+def test_every_layer_is_checked_once_a_forward_and_before_all_products(monkeypatch):
+    model = several()
+    batch = oracle.inputs(model, batch=len(NAMES))
+    events = []
+    check, product = Remembered.is_current, torch.baddbmm
+    with torch.no_grad():
+        model(**batch, adapter_names=NAMES)
+        monkeypatch.setattr(Remembered, "is_current", lambda self: (events.append("check"), check(self))[1])
+        monkeypatch.setattr(torch, "baddbmm", lambda *a, **k: (events.append("product"), product(*a, **k))[1])
+        for _ in range(2):
+            events.clear()
+            model(**batch, adapter_names=NAMES)
+            count = len(layers(model))
+            assert events == ["check"] * count + ["product"] * count
+
+
+def test_a_layer_called_again_in_the_same_context_sees_what_changed_between():
+    model = several()
+    layer = layers(model)[0]
+    x = torch.randn(len(NAMES), 2, layer.in_features)
+    with torch.no_grad(), model.base_model.routed(NAMES):
+        first = [layer(x), layer(x), layer(x)]
+        layer.lora_B[NAMES[2]].weight.mul_(3)
+        second = layer(x)
+    assert torch.equal(first[1], first[2])
+    changed = [not torch.equal(a, b) for a, b in zip(first[2], second, strict=True)]
+    assert changed == [name == NAMES[2] for name in NAMES]
+    base = layer.base_layer(x[2])
+    torch.testing.assert_close(second[2] - base, 3 * (first[2][2] - base))
+
+
+def test_dropout_acts_while_training_without_gradients():
+    model = several(dropout=0.5)
+    layer = layers(model)[0]
+    x = torch.randn(len(NAMES), 2, layer.in_features)
+    with torch.no_grad(), model.base_model.routed(NAMES):
+        calm = [layer(x) for _ in range(3)]
+        model.train()
+        noisy = [layer(x) for _ in range(2)]
+        model.eval()
+        after = layer(x)
+    assert torch.equal(calm[1], calm[2]) and torch.equal(after, calm[2])
+    assert not torch.equal(noisy[0], noisy[1])
+
+
+def test_adapters_of_different_scales_and_tensor_scales():
+    model = several()
+    layer = layers(model)[0]
+    x = torch.randn(len(NAMES), 2, layer.in_features)
+    layer.scaling[NAMES[1]] = 0.25
+    layer.scaling[NAMES[4]] = torch.tensor(1.5)
+    with torch.no_grad(), model.base_model.routed(NAMES):
+        before = [layer(x) for _ in range(2)][1]
+        layer.scaling[NAMES[4]].fill_(3.0)
+        after = layer(x)
+        base = layer.base_layer(x)
+    for i, name in enumerate(NAMES):
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        delta = x[i] @ a.T @ b.T
+        scale = {1: 0.25, 4: 1.5}.get(i, 2.0)
+        torch.testing.assert_close(before[i], base[i] + scale * delta)
+        torch.testing.assert_close(after[i], base[i] + (3.0 if i == 4 else scale) * delta)
+
+
+def kept(model) -> list:
+    return [k for layer in layers(model) for k in layer.control.kept(layer) if k is not None]
+
+
+def test_what_is_kept_goes_with_its_adapters():
+    model = several()
+    batch = oracle.inputs(model, batch=len(NAMES))
+    with torch.no_grad():
+        model(**batch, adapter_names=NAMES)
+        stacks = [weakref.ref(k) for k in kept(model)]
+        factor = weakref.ref(layers(model)[0].lora_A[NAMES[3]].weight)
+        assert len(stacks) == len(layers(model))
+        model.delete_adapter(NAMES[3])
+        gc.collect()
+        assert factor() is None and not any(stack() for stack in stacks)
+        left = [n for n in NAMES if n != NAMES[3]]
+        small = oracle.inputs(model, batch=len(left))
+        expected = model(**small, adapter_names=left).logits
+        config = model.peft_config[NAMES[0]]
+        model.add_adapter(NAMES[3], config)  # another one of that name
+        assert len(kept(model)) == len(layers(model))  # of the others nothing is lost
+        assert torch.equal(model(**small, adapter_names=left).logits, expected)
+        model.base_model.forget_stacks()
+        assert not kept(model)
+
+
+def test_as_many_sets_of_adapters_are_kept_as_were_said_to_be():
+    model = several()
+    with torch.no_grad():
+        for i in range(MIXES + 2):
+            names = [NAMES[i], NAMES[i + 1], BASE]
+            model(**oracle.inputs(model, batch=3), adapter_names=names)
+            assert len(kept(model)) == min(i + 1, MIXES) * len(layers(model))
