@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class Remembered:
         self.tensor_scales = [scale for scale in self.scales if isinstance(scale, Tensor)]  # are written in place
         self.lasting = self.quick = False
         self.stack: FactorStack | None = None
+        self.call: Callable[[Tensor], Tensor] | None = None
 
     def watch(self, adapters: Sequence[Adapter]) -> None:
         """Note what the stack is made of, if changes of that can be seen at all."""
@@ -84,8 +86,12 @@ class Remembered:
         )
 
     def short(self, site: Site, x: Tensor) -> Tensor:
-        a, b, scale, factor = self.stack
-        return site.adapt_each(x, site.module(x), a, b, scale if factor is None else factor)
+        call = self.call
+        if call is None:
+            a, b, scale, factor = self.stack
+            bind = getattr(site, "bind_runs", None) or partial(_runs, site)
+            self.call = call = bind(a, b, scale if factor is None else factor)
+        return call(x)
 
     def wants_grad(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for pair in self.pairs for t in pair)
@@ -131,6 +137,10 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None) -> Rememb
             known.is_current()
             adapters.kept = known
     return known
+
+
+def _runs(site: Site, a: Tensor, b: Tensor, scale: Tensor | float) -> Callable[[Tensor], Tensor]:
+    return lambda x: site.adapt_each(x, site.base(x), a, b, scale)
 
 
 def _padded(t: Tensor, rank: int) -> Tensor:

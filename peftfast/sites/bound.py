@@ -1,4 +1,5 @@
-"""One low-rank adapter on one linear layer, with everything looked up beforehand that no input changes.
+"""Low-rank adapters on one linear layer, one or one for every run of samples, with everything looked up beforehand that
+no input changes.
 
 At small batches a training step waits for Python, so the usual call of a layer is made of few steps: dictionary lookups
 that see whoever replaced a Parameter, a hook or a scaling since, and the autograd Function.
@@ -9,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.ops.lora import Part, Plan, branch_dtype, lora_part, plan_of
-from peftfast.sites.site import is_plain
+from peftfast.sites.site import Site, is_plain, is_untouched
 from peftfast_kernels.decode import Operand
 
 #: The dict in which a Parameter is kept, and its key there.
@@ -67,3 +70,34 @@ class BoundLora:
             plan = plan_of(operand, branch, scale, p)
             self._made = (operand, plan)
         return Part(operand, bias, a, b, plan)
+
+
+class BoundRuns:
+    """The layer's output with factors of their own for S equal runs of samples. Without gradients.
+
+    Args:
+        kept: where the layer keeps weight and bias, if its output is x Wᵀ + bias; empty otherwise.
+        a, b, scale: as in `Site.adapt_each`.
+    """
+
+    __slots__ = ("site", "kept", "a", "b", "scale", "down", "up")
+
+    def __init__(self, site: Site, kept: Mapping[str, Any], a: Tensor, b: Tensor, scale: Tensor | float) -> None:
+        self.site, self.kept, self.a, self.b, self.scale = site, kept, a, b, scale
+        self.down, self.up = a.transpose(1, 2), b.transpose(1, 2)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, down, up, scale = self.kept.get("weight"), self.down, self.up, self.scale
+        if (
+            weight is not None
+            and x.dtype is weight.dtype is down.dtype is up.dtype
+            and not isinstance(scale, Tensor)
+            and is_plain(x, weight)
+            and is_untouched(self.site.module)
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            runs = x if x.dim() == 3 and x.shape[0] == down.shape[0] else x.reshape(down.shape[0], -1, x.shape[-1])
+            y = F.linear(runs, weight, self.kept["bias"])  # nobody else has it, so it may be written to
+            y.baddbmm_(torch.bmm(runs, down), up, alpha=scale)
+            return y if runs is x else y.view(*x.shape[:-1], y.shape[-1])
+        return self.site.adapt_each(x, self.site.base(x), self.a, self.b, scale)

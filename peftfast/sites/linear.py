@@ -16,7 +16,7 @@ from peftfast.ops.dora import dora_linear_add
 from peftfast.ops.lora import lora_linear, lora_linear_add
 from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
 from peftfast.ops.scale import scale_features
-from peftfast.sites.bound import BoundLora
+from peftfast.sites.bound import BoundLora, BoundRuns
 from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot, composed_magnify, is_plain, is_untouched, register_site
 from peftfast_kernels.decode import Operand
@@ -75,6 +75,10 @@ class LinearSite:
             return None
         scaling, dropouts = adapter.settings_of("scaling"), adapter.settings_of("lora_dropout")._modules
         return BoundLora(self.product, *cells, scaling, dropouts, adapter.name)
+
+    def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> BoundRuns:
+        """`adapt_each` of the module's own output with these factors, without gradients."""
+        return BoundRuns(self, self.module._parameters if type(self.module) is nn.Linear else {}, a, b, scale)
 
     def product(self, x: Tensor) -> tuple[Operand, Tensor | None] | None:
         """Weight and bias, if calling the module with x is x Wᵀ + bias and nothing else."""
