@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import platform
+import random
 import statistics
 import tempfile
 import time
@@ -27,10 +28,13 @@ Row = tuple[str, dict[str, float]]
 
 
 def alternating(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Medians of several calls that take turns, so that a slow phase of the machine meets all of them."""
+    """Medians of several calls that take turns, so that a slow phase of the machine meets all of them; in an order
+    drawn anew every time, so that none always finds the caches full of what a certain other one left there."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    turns, order = list(calls.items()), random.Random(0)
     for i in range(runs + 1):
-        for name, call in calls.items():
+        order.shuffle(turns)
+        for name, call in turns:
             start = time.process_time_ns()
             call()
             if i:
@@ -98,10 +102,20 @@ def lifecycle(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Ite
         yield "load_adapter, the latter over the former", {n: last / first for n, (first, last) in ends.items()}
 
 
+def check_mixed(model: Any, names: list[str]) -> None:
+    """A mixed batch is what its samples are by themselves; AssertionError if it is not."""
+    ids = torch.randint(0, 256, (len(names), 4))
+    mixed = model(ids, adapter_names=names).logits
+    for i, name in enumerate(names):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[i : i + 1], model(ids[i : i + 1]).logits, rtol=1e-4, atol=1e-4)
+
+
 def mixing(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Iterator[Row]:
     """A batch of 16 samples over 16 adapters, as a multiple of the base alone."""
     base = llama(2, args.mix_hidden)
     names = [f"n{i}" for i in range(16)]
+    shuffled = random.Random(0).sample(names, len(names))
     models = {}
     for name, lib in libraries.items():
         model = lib.get_peft_model(llama(2, args.mix_hidden), lib.LoraConfig(**CONFIG), names[0])
@@ -109,17 +123,23 @@ def mixing(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Iterat
             model.add_adapter(other, lib.LoraConfig(**CONFIG))
         models[name] = model.eval()
     with torch.no_grad():
+        for model in models.values():
+            check_mixed(model, names)
+            check_mixed(model, shuffled)
         for tokens in args.mix_tokens:
             ids = torch.randint(0, 256, (16, tokens))
             calls: dict[str, Callable[[], Any]] = {"base": lambda ids=ids: base(ids)}
             for name, model in models.items():
                 calls[name] = lambda ids=ids, model=model: model(ids, adapter_names=names)
+                calls[f"{name} shuffled"] = lambda ids=ids, model=model: model(ids, adapter_names=shuffled)
             ours = models["peftfast"]
             numbers = ours.base_model.adapter_numbers(names)
             calls["numbers"] = lambda ids=ids, ours=ours, numbers=numbers: ours(ids, adapter_names=numbers)
             times = alternating(calls, args.runs)
             what = f"16 adapters, 16 x {tokens} tokens, times the base alone"
             yield f"names: {what}", {name: times[name] / times["base"] for name in models}
+            times_shuffled = {name: times[f"{name} shuffled"] / times["base"] for name in models}
+            yield f"names in another order: {what}", times_shuffled
             yield f"tensor of numbers: {what}", {"peftfast": times["numbers"] / times["base"]}
 
 
