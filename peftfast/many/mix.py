@@ -84,7 +84,6 @@ class Mix:
             self.steps.append(
                 MixedStep(run or partial(sample_by_sample, method), own, positions if len(groups) > 1 else None)
             )
-
         self.single = self.steps[0].adapters if len(self.steps) == 1 and all(self.present) else None
 
 

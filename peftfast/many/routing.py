@@ -145,9 +145,11 @@ class Routing:
     def order(self) -> tuple[Tensor, Tensor] | None:
         """[B], [B]: the samples by adapter, and where each of them is then; None: that is the order they have."""
         if "order" not in self._memo:
-            order = torch.argsort(self.index, stable=True)
-            sorted_already = self.host == tuple(sorted(self.host))
-            self._memo["order"] = None if sorted_already else (order, torch.argsort(order))
+            order = None
+            if self.host != tuple(sorted(self.host)):
+                samples = torch.argsort(self.index, stable=True)
+                order = samples, torch.argsort(samples)
+            self._memo["order"] = order
         return self._memo["order"]
 
     @classmethod
