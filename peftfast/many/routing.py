@@ -121,6 +121,7 @@ class Routing:
         uniform: all samples have the same adapter.
         even: there are as many samples of each adapter and none of the base model.
         verdicts: whether what methods keep of the adapters still holds.
+        keeps: methods may keep things for the next forward; False where a recording would not see them made anew.
     """
 
     def __init__(
@@ -132,8 +133,9 @@ class Routing:
         tokens: int | None = None,
         slots: Any = None,
         seen: Routing | None = None,
+        keeps: bool = True,
     ) -> None:
-        self.slots, self.seen = slots, seen
+        self.slots, self.seen, self.keeps = slots, seen, keeps
         self.names, self.index, self.host, self.copies, self.tokens = names, index, host, copies, tokens
         self.uniform = host is not None and len(set(host)) == 1
         each = len(host) // len(names) if host and names else 0
@@ -194,7 +196,7 @@ class Routing:
                 new[old] = sum(present[:old]) if here else -1
             host = tuple(new[g] for g in host)
         host = tuple(g for g in host for _ in range(repeats))
-        return Rows(torch.tensor(host, dtype=torch.int64, device=x.device), host, self.verdicts)
+        return Rows(torch.tensor(host, dtype=torch.int64, device=x.device), host, self._kept())
 
     def _numbered(self, x: Tensor, present: tuple[bool, ...], store: MutableMapping[Any, Any], where: str) -> Rows:
         index = self.index
@@ -202,7 +204,10 @@ class Routing:
             index = index.repeat_interleave(self._repeats(x, where))
         if not all(present):
             index = self._position_here(present, store)[index + 1]
-        return Rows(index.to(x.device), None, self.verdicts)
+        return Rows(index.to(x.device), None, self._kept())
+
+    def _kept(self) -> Verdicts | None:
+        return self.verdicts if self.keeps else None
 
     def _position_here(self, present: tuple[bool, ...], store: MutableMapping[Any, Any]) -> Tensor:
         """[1 + len(names) + 1]: position in the layer's shorter list for -1, every position, and the unknown."""

@@ -149,12 +149,16 @@ def _padded(t: Tensor, rank: int) -> Tensor:
 
 
 def _as_tensor(values: Sequence[Any], like: Tensor) -> Tensor:
-    if like.is_cpu and not any(isinstance(v, Tensor) for v in values):
+    if _has_values_at_hand(like) and not any(isinstance(v, Tensor) for v in values):
         return torch.tensor(values, dtype=like.dtype)
     # filled on the device: a copy from the host would wait for it, in every layer of a mixed training step
     return torch.stack(
         [v.to(like.device, like.dtype) if isinstance(v, Tensor) else like.new_full((), v) for v in values]
     )
+
+
+def _has_values_at_hand(like: Tensor) -> bool:
+    return like.is_cpu
 
 
 def chosen(stack: FactorStack, rows: Rows) -> tuple[Tensor, Tensor, Tensor | float]:

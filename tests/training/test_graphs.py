@@ -328,8 +328,14 @@ def test_optimizer_settings_and_options_are_checked():
         peftfast.capture_training_step(model, batch(), optimizer, accumulate=True)
     with pytest.raises(ValueError, match="max_grad_norm"):
         peftfast.capture_training_step(model, batch(), max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="adapter_names"):
-        peftfast.capture_training_step(model, {**batch(), "adapter_names": torch.zeros(4, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="No adapter has the number 7"):
+        peftfast.capture_training_step(model, {**batch(), "adapter_names": torch.full((4,), 7)})
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): nobody"):
+        peftfast.capture_training_step(model, {**batch(), "adapter_names": ["nobody"] * 4})
+    with pytest.raises(ValueError, match="adapter_names is new"):
+        peftfast.capture_training_step(model, batch())({**batch(), "adapter_names": ["default"] * 4})
+    with pytest.raises(ValueError, match="adapter_names is missing"):
+        peftfast.capture_training_step(model, {**batch(), "adapter_names": ["default"] * 4})(batch())
     with pytest.raises(ValueError, match="has no loss"):
         peftfast.capture_training_step(model, {"input_ids": batch()["input_ids"]})({"input_ids": batch()["input_ids"]})
     model.base_model.set_router(lambda inputs: None)
@@ -663,6 +669,75 @@ def test_a_tape_of_a_step_gives_eagers_bits(tapes, kind, autocast):
         assert torch.equal(recorded, ran)
     for name, value in results[1][1].items():
         assert torch.equal(results[0][1][name], value), name
+
+
+MIXES = (["default", "other", BASE, "third"], ["third", "third", "default", "default"], ["other", BASE, BASE, "other"])
+
+
+def trainable() -> torch.nn.Module:
+    model = several()
+    model.base_model.set_adapter(["default", "other", "third"])
+    return model.train()
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_every_sample_trains_its_own_adapter(numbers):
+    """As calling the model with the same names and stepping an optimizer does."""
+    captured, plain = trainable(), trainable()
+    step, descents = None, [Descent([p for p in m.parameters() if p.requires_grad], 0.1) for m in (captured, plain)]
+    for i, mix in enumerate(MIXES):
+        choice = captured.base_model.adapter_numbers(mix) if numbers else mix
+        inputs = {**batch(seed=i), "adapter_names": choice}
+        step = step or peftfast.capture_training_step(captured, inputs)
+        loss = step(inputs)
+        expected = plain(**batch(seed=i), adapter_names=mix).loss
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach())
+        for descent in descents:
+            descent.step()
+            descent.zero_grad()
+    theirs = factors(plain)
+    for name, value in factors(captured).items():
+        torch.testing.assert_close(value, theirs[name], msg=name)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_tape_trains_every_mix(tapes, frozen):
+    """Also beside an adapter that somebody else writes to, in layers that have no other."""
+    results = []
+    for warmup in (2, 100):  # the second never records
+        model = trainable()
+        if frozen:
+            model.base_model.set_adapter(["default", "other"])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        first = {**batch(), "adapter_names": MIXES[0]}
+        step = peftfast.capture_training_step(model, first, Descent(trained, 0.1), warmup=warmup)
+        losses = []
+        for i in range(8):
+            losses.append(step({**batch(seed=i), "adapter_names": MIXES[i % 3]}))
+            if frozen and i >= 4:  # after the recording
+                with torch.no_grad():
+                    for layer in model.base_model.inventory.layers.values():
+                        if "third" in layer.lora_B:
+                            layer.lora_B["third"].weight.mul_(1.5)
+        results.append((losses, factors(model)))
+    assert len(tapes) == 1
+    for recorded, ran in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(recorded, ran)
+    for name, value in results[1][1].items():
+        assert torch.equal(results[0][1][name], value), name
+
+
+def test_a_mixed_training_step_never_waits(seeds_on_a_device, monkeypatch):
+    monkeypatch.setattr("peftfast.methods.lora_stack._has_values_at_hand", lambda like: False)
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
+    with device_masks():
+        model = trainable()
+        inputs = {**batch(), "use_cache": False, "adapter_names": MIXES[0]}
+        step = peftfast.capture_training_step(model, inputs)
+        step(inputs)
+        waits = waits_in(step._run)
+    assert not waits.found, waits.found
 
 
 def test_recordings_keep_what_they_read(tapes):

@@ -15,8 +15,8 @@ nothing to undo, neither in the weights nor in the random generator. On a device
 What is recorded is what the model was at that moment. Every call compares: modules, the addresses of all parameters,
 adapters (present, active, merged, scales), train or eval mode. A difference is an error or a new capture, as chosen.
 
-Not captured, because the host decides or waits: gradient checkpointing that preserves the random state, routers and
-`adapter_names` in training, sliding-window caches, prompts in front of the input; and whatever else synchronises, which
+Not captured, because the host decides or waits: gradient checkpointing that preserves the random state, routers in
+training, sliding-window caches, prompts in front of the input; and whatever else synchronises, which
 capture then says. Of bitsandbytes bases, NF4 asks nothing of the host, neither in adapted layers, which decode it here,
 nor in others; bitsandbytes' own LLM.int8 product looks for outliers on a GPU. Its optimizers count steps on the host:
 leave those outside. While a stream is captured, transformers makes explicit attention masks instead of looking whether

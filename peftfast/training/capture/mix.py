@@ -1,14 +1,15 @@
-"""The adapter of every sample in decoding, as a tensor that a recording reads."""
+"""The adapter of every sample, as a tensor that a recording reads."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftfast.many.router import Choice, resolve
-from peftfast.many.routing import BASE
+from peftfast.many.routing import BASE, Routing
 
 
 def chosen_adapters(
@@ -34,3 +35,21 @@ def chosen_adapters(
     if not isinstance(choice, Tensor):  # places among all names, not among those that occur here
         routing = resolve(tuner.inventory, tuner.adapter_numbers(list(choice), device), (ids,), {})
     return routing.index
+
+
+def following(tuner: Any, index: Tensor, tokens: int | None, keeps: bool = True) -> AbstractContextManager[None]:
+    """A context in which layers follow `index` as it is read on the device, on a CPU too. One for every forward: what
+    layers share of a routing is worked out by the first of them and must be in the recording.
+
+    Args:
+        index: [B], see `chosen_adapters`. tokens: of a sample.
+        keeps: stacks of factors are made once and outside the recording; False: in every forward, as training wants it.
+    """
+    names, _ = tuner.inventory.number_table(index.device)
+    return tuner.inventory.control.use(Routing(names, index, None, tokens=tokens, keeps=keeps))
+
+
+def check_routable(model: Any, tuner: Any, what: str) -> None:
+    """ValueError if there are no layers whose adapters could be chosen by sample."""
+    if getattr(getattr(tuner, "inventory", None), "control", None) is None:
+        raise ValueError(f"{what} chooses among the adapters of a PeftModel's layers; {type(model).__name__} has none")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ import transformers
 from packaging import version
 from torch import Tensor, nn
 
-from peftfast.many.routing import Routing
 from peftfast.prompts.prefix_cache import cache_name
 from peftfast.training.capture.captured import Captured
+from peftfast.training.capture.mix import check_routable, following
 from peftfast.training.capture.recording import Recording
 from peftfast.training.capture.sampling import draw
 
@@ -45,9 +45,8 @@ class CapturedToken(Captured):
         self.batch_size, self.max_length = batch_size, max_length
         if getattr(model, "_is_prompt_learning", False):
             raise ValueError("Prompts in front of the input are not captured: use model.generate")
-        if mixed and getattr(getattr(self.tuner, "inventory", None), "control", None) is None:
-            raise ValueError(f"mixed=True chooses among the adapters of a PeftModel's layers; {type(model).__name__} "
-                             "has none")  # fmt: skip
+        if mixed:
+            check_routable(model, self.tuner, "mixed=True")
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if autocast is not None and autocast != self.base.dtype and version.parse(transformers.__version__) < _SPLIT:
             # under autocast the rotary embedding widens keys, and values stay narrow
@@ -84,14 +83,6 @@ class CapturedToken(Captured):
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
         super()._start()
 
-    def _following(self, tokens: int) -> AbstractContextManager[None]:
-        """A context in which layers follow the mix in the form that reads `index` on the device, on a CPU too. One for
-        every forward: what layers share of a routing is worked out by the first and must be in the recording."""
-        if not self.mixed:
-            return nullcontext()
-        names, _ = self.tuner.inventory.number_table(self.device)
-        return self.tuner.inventory.control.use(Routing(names, self.index, None, tokens=tokens))
-
     @contextmanager
     def _settings(self) -> Iterator[None]:
         # not inference mode: what the library keeps is to serve later calls of any kind
@@ -100,7 +91,7 @@ class CapturedToken(Captured):
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> None:
         arguments = {self._cache_argument: self.cache, "use_cache": True, **self._last_only}
-        with self._following(ids.shape[1]):
+        with following(self.tuner, self.index, ids.shape[1]) if self.mixed else nullcontext():
             output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments)
         logits = output.logits[:, -1]
         if self.logits is None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftfast.many.router import Choice
+from peftfast.many.routing import batch_of
 from peftfast.method import method_for
 from peftfast.training.capture.captured import Captured
 from peftfast.training.capture.gradients import Gradients
 from peftfast.training.capture.inputs import buffers_for, check_batch, copy_batch
+from peftfast.training.capture.mix import check_routable, chosen_adapters, following
 from peftfast.training.capture.recording import Recording
 
 
@@ -20,6 +24,7 @@ class CapturedTrainingStep(Captured):
 
     Attributes:
         inputs: the buffers that batches are copied into, by name.
+        index: [B] place of every sample's adapter among `names`, -1 for the base model; None: the active adapters.
         loss: [] the last loss; overwritten by the next call.
     """
 
@@ -41,10 +46,11 @@ class CapturedTrainingStep(Captured):
         if getattr(self.tuner, "router", None) is not None:
             raise ValueError("A router chooses on the host, which a captured step does not ask: set_router(None) first")
         self._check_optimizer()
-        if "adapter_names" in batch:
-            raise ValueError(
-                "adapter_names is not captured in training: a mix of adapters is arranged on the host there"
-            )
+        batch, choice = _split(batch)
+        self.index: Tensor | None = None
+        if choice is not None:
+            check_routable(model, self.tuner, "adapter_names=")
+            self.index = self._chosen(batch, choice)
         self.inputs = buffers_for(batch, self.device)
         self.loss: Tensor | None = None
         self._start()
@@ -106,9 +112,18 @@ class CapturedTrainingStep(Captured):
             ValueError: another key, shape, dtype or constant; nothing has been copied then.
             RuntimeError: the model or the optimizer's settings are not what was captured.
         """
+        batch, choice = _split(batch)
         check_batch(self.inputs, batch)
+        if (choice is None) != (self.index is None):
+            raise ValueError(
+                f"adapter_names is {'missing' if choice is None else 'new'}: a step is captured with a choice of "
+                "adapters for every sample or without"
+            )
+        index = None if choice is None else self._chosen(batch, choice)
         self._follow()
         copy_batch(self.inputs, batch)
+        if index is not None:
+            self.index.copy_(index)
         self._gradients.before_step()
         if self._recording():
             self._gradients.after_replay()
@@ -118,10 +133,22 @@ class CapturedTrainingStep(Captured):
             self._gradients.after_run()
         return self.loss.clone()
 
+    def _chosen(self, batch: Mapping[str, Any], choice: Choice) -> Tensor:
+        first = batch_of((), batch)
+        if first is None:
+            raise ValueError("adapter_names needs a tensor in the batch, whose first dimension counts the samples")
+        return chosen_adapters(self.tuner, first, None, choice, self.device)
+
+    def _following(self) -> AbstractContextManager[None]:
+        if self.index is None:
+            return nullcontext()
+        first = batch_of((), self.inputs)
+        return following(self.tuner, self.index, first.shape[1] if first.dim() > 1 else None, keeps=False)
+
     def _run(self) -> None:
         self._gradients.before_backward()
         with torch.inference_mode(False), torch.enable_grad():
-            with self._autocast():
+            with self._autocast(), self._following():
                 loss = self.loss_function(self.model, self.inputs)
             loss.backward()
         if self.loss is None:
@@ -132,6 +159,11 @@ class CapturedTrainingStep(Captured):
             if self.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self._gradients.parameters, self.max_grad_norm)
             self.optimizer.step()
+
+
+def _split(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Choice | None]:
+    """What is copied, and the choice of adapters, which is worked out on the host."""
+    return {k: v for k, v in batch.items() if k != "adapter_names"}, batch.get("adapter_names")
 
 
 def _loss_of_output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -162,7 +194,8 @@ def capture_training_step(
     Args:
         model: any, on one device.
         batch: keyword arguments of the model; gives keys, shapes and dtypes, the values do not matter. Anything but a
-            tensor is a constant.
+            tensor is a constant. With `adapter_names`, names or numbers, every sample trains an adapter of its own, and
+            one recording serves every mix; which of them are trainable is fixed.
         optimizer: part of the step. On a GPU it must have been made with `capturable=True`; its learning rate becomes
             a tensor, which schedulers write into. None: the caller calls `optimizer.step()` after a step.
         autocast: dtype of autocast inside the step; None: none, whatever the surroundings say.
