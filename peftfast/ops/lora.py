@@ -126,7 +126,7 @@ class _LoraLinear(torch.autograd.Function):
         a_copy = a.to(plan.branch) if a_copy is None else a_copy
         b_copy = b.to(plan.branch) if b_copy is None else b_copy
         dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
-        need_x, need_a, _, need_bias = ctx.needs_input_grad[:4]
+        need_x, need_a, need_b, need_bias = ctx.needs_input_grad[:4]
         p = lora_dt(dy_rows, b_copy, plan.scale) if need_x or need_a else None
         dx = rows = dbias = None
         if need_x:
@@ -137,7 +137,9 @@ class _LoraLinear(torch.autograd.Function):
         if need_a:
             rows = x if x.dim() == 2 else x.reshape(-1, k)
             rows = rows if rows.dtype is plan.dtype else rows.to(plan.dtype)
-        db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
+        db = da = None
+        if need_a or need_b:
+            db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
         if need_bias:
             dbias = dy_rows.sum(0)
         return (dx, da, db, dbias, None, None, *(None,) * len(stored))
@@ -170,15 +172,17 @@ class _LoraAdd(torch.autograd.Function):
         a_copy = a.to(plan.branch) if a_copy is None else a_copy
         b_copy = b.to(plan.branch) if b_copy is None else b_copy
         dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
-        p = lora_dt(dy_rows, b_copy, plan.scale)
-        dx = rows = None
-        if ctx.needs_input_grad[1]:
+        need_x, need_a, need_b = ctx.needs_input_grad[1:4]
+        p = lora_dt(dy_rows, b_copy, plan.scale) if need_x or need_a else None
+        dx = rows = db = da = None
+        if need_x:
             dx = lora_dx(p, a_copy, seed, plan.dropout, x.dtype)
             dx = dx if x.dim() == 2 else dx.view(x.shape)
-        if ctx.needs_input_grad[2]:
+        if need_a:
             rows = x if x.dim() == 2 else x.reshape(-1, k)
             rows = rows.to(plan.dtype)
-        db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
+        if need_a or need_b:
+            db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
         return dy, dx, da, db, None, None
 
 

@@ -211,3 +211,24 @@ def test_the_short_call_sees_every_replacement(training):
                 assert (ours.grad is None) == (theirs.grad is None), (name, key)
                 if ours.grad is not None:
                     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained, products", [((), 3), (("lora_B",), 4), (("lora_A", "lora_B"), 5)])
+@pytest.mark.parametrize("after_the_base", [False, True])
+def test_nothing_is_computed_for_frozen_factors(trained, products, after_the_base):
+    """Backward through a frozen adapter: the base's product and two for the input's gradient."""
+    model = wrapped(peftfast, 0.0, width=64).to(torch.float32)
+    layer = model.base_model.inventory.layers["linear"]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(slot in name for slot in trained))
+    if after_the_base:  # a hook keeps the base's product from being taken over
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    x = torch.randn(8, 64, requires_grad=True)
+    y = layer(x)
+    with Dispatched() as seen:
+        y.sum().backward()
+    found = [name for name in seen.names if name.split(".")[1] in ("mm", "addmm", "addmm_", "bmm", "baddbmm")]
+    assert len(found) == products, found
+    assert [p.grad is not None for p in model.parameters() if p.requires_grad] == [True] * len(trained)
+    w, a, b = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.testing.assert_close(x.grad, torch.ones(8, 64) @ (w + layer.scaling["default"] * b @ a))
