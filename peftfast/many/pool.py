@@ -24,7 +24,7 @@ from peftfast.files.io import load_peft_weights
 from peftfast.layer import BaseTunerLayer
 from peftfast.many.routing import BASE, Routing, batch_of
 from peftfast.method import method_for
-from peftfast.methods.lora_stack import FactorStack, apply_stack
+from peftfast.methods.lora_stack import FactorStack, apply_stack, is_segmented
 from peftfast.sites import make_site
 from peftfast.wrapping.inventory import Inventory
 
@@ -187,8 +187,11 @@ class AdapterPool:
         """
         held = self._acquire(names, timeout)
         try:
-            index = self._index(names, held)
-            with self.inventory.control.use(Routing((), index, None, copies=_COPIES, slots=self)):
+            places = tuple([-1 if n == BASE else held[n].index for n in names])
+            index = torch.tensor(places, dtype=torch.int64, device=next(iter(self._stacks.values())).scale.device)
+            # eager calls on a CPU may be arranged around what the host knows anyway
+            seen = Routing((), index, places, copies=_COPIES, slots=self) if index.is_cpu else None
+            with self.inventory.control.use(Routing((), index, None, copies=_COPIES, slots=self, seen=seen)):
                 yield index
         finally:
             self._release(held)
@@ -218,8 +221,16 @@ class AdapterPool:
             return self.model(*args, **kwargs)
 
     def layer_forward(self, layer: BaseTunerLayer, routing: Routing, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        y = layer.base_layer(x, *args, **kwargs)
         stack = self._stacks.get(layer.store.get("slot key"))
+        here = routing.index.shape[0] == x.shape[0] and routing.index.device == x.device
+        apart = routing.even and here and routing.order is not None
+        if stack is not None and apart and not args and not kwargs and not is_segmented(layer.site, x):
+            # samples in the order of their slots and back: less to move than factors
+            order, back = routing.order
+            x, used = x.index_select(0, order), len(set(routing.host))
+            each = [t[:used] for t in stack[:3]]
+            return layer.site.adapt_each(x, layer.base_layer(x), *each).index_select(0, back)
+        y = layer.base_layer(x, *args, **kwargs)
         if stack is None:
             return y
         return apply_stack(layer.site, x, y, stack, routing.rows(x, (), layer.store, "a layer with slots"))
@@ -256,11 +267,6 @@ class AdapterPool:
         self._stacks = {}
 
     # ---- slots -------------------------------------------------------------------------------------------------------
-    def _index(self, names: Sequence[str], held: Mapping[str, _Slot]) -> Tensor:
-        values = [-1 if n == BASE else held[n].index for n in names]
-        device = next(iter(self._stacks.values())).scale.device
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
     def _acquire(self, names: Sequence[str], timeout: float | None) -> dict[str, _Slot]:
         """Pin a slot for each of the adapters, loading what is not there. All slots are reserved at once, so that two
         requests can never hold what the other waits for; loads run outside the lock, and a request waits only for

@@ -119,7 +119,7 @@ class Routing:
         seen: the same for eager calls, where the host knows numbers that no graph may depend on.
         tokens: tokens per sample, for layers that see the batch flattened to [B · tokens, K].
         uniform: all samples have the same adapter.
-        even: there are as many samples of each adapter and none of the base model.
+        even: there are as many samples of each of the first adapters or slots, and none of any other or the base model.
         verdicts: whether what methods keep of the adapters still holds.
         keeps: methods may keep things for the next forward; False where a recording would not see them made anew.
     """
@@ -138,8 +138,8 @@ class Routing:
         self.slots, self.seen, self.keeps = slots, seen, keeps
         self.names, self.index, self.host, self.copies, self.tokens = names, index, host, copies, tokens
         self.uniform = host is not None and len(set(host)) == 1
-        each = len(host) // len(names) if host and names else 0
-        self.even = each > 0 and sorted(host) == [g for g in range(len(names)) for _ in range(each)]
+        used = len(set(host)) if host else 0
+        self.even = used > 0 and sorted(host) == [g for g in range(used) for _ in range(len(host) // used)]
         self.verdicts: Verdicts | None = None
         self._memo: dict[Any, Any] = {}
 

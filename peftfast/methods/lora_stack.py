@@ -193,6 +193,8 @@ def is_segmented(site: Site, x: Tensor) -> bool:
 
 def apply_stack(site: Site, x: Tensor, y: Tensor, stack: FactorStack, rows: Rows) -> Tensor:
     """The output `y` of the base with every sample's own factors added to it."""
+    if rows.host is not None and not rows.used:
+        return y
     if is_segmented(site, x):
         return site.adapt_rows(x, y, *stack[:3], rows)
     mine = chosen(stack, rows)
