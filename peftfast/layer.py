@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def check_adapter_name(name: Any) -> None:
 def _made_again() -> dict[str, Any]:
     """What a layer looks up once and keeps, empty: copies and pickles of a layer go without it.
 
-    `_plan`: what a call does with the active adapters; `store`: for methods to keep things from forward to forward.
+    `_plan`: what a call does with the active adapters; `store`: what routings and pools keep here between forwards.
     """
     return {"_plan": None, "store": {}}
 
@@ -274,7 +275,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             mix = verdicts.mixes.get(self)
             if mix is None:
                 mix = verdicts.mixes[self] = Mix(self.adapters, routing.names)
-            elif routing.even and mix.single is not None and not args and not kwargs:
+            elif mix.single is not None and routing.arranges(x) and not args and not kwargs:
                 y = self._short(routing, x, mix.single, verdicts)
                 if y is not None:
                     return y
@@ -294,15 +295,10 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         kept = group.kept
         if kept is None or not kept.quick or torch.is_grad_enabled():
             return None
-        if routing.index.shape[0] != x.shape[0] or routing.index.device != x.device:
-            return None
         kept = verdicts.current(group)
         if kept is None or not kept.quick:
             return None
-        order = routing.order
-        if order is None:
-            return kept.short(self.site, x)
-        return kept.short(self.site, x.index_select(0, order[0])).index_select(0, order[1])
+        return routing.arranged(x, partial(kept.short, self.site))
 
     def _make_plan(self) -> tuple[Steps, BoundLora | None]:
         """What a call does until adapters are added, activated, merged or disabled: its steps, and their short form."""

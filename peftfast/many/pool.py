@@ -222,14 +222,10 @@ class AdapterPool:
 
     def layer_forward(self, layer: BaseTunerLayer, routing: Routing, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         stack = self._stacks.get(layer.store.get("slot key"))
-        here = routing.index.shape[0] == x.shape[0] and routing.index.device == x.device
-        apart = routing.even and here and routing.order is not None
-        if stack is not None and apart and not args and not kwargs and not is_segmented(layer.site, x):
-            # samples in the order of their slots and back: less to move than factors
-            order, back = routing.order
-            x, used = x.index_select(0, order), len(set(routing.host))
+        if stack is not None and routing.arranges(x) and not args and not kwargs and not is_segmented(layer.site, x):
+            used = len(set(routing.host))
             each = [t[:used] for t in stack[:3]]
-            return layer.site.adapt_each(x, layer.base_layer(x), *each).index_select(0, back)
+            return routing.arranged(x, lambda x: layer.site.adapt_each(x, layer.base_layer(x), *each))
         y = layer.base_layer(x, *args, **kwargs)
         if stack is None:
             return y

@@ -143,6 +143,15 @@ class Routing:
         self.verdicts: Verdicts | None = None
         self._memo: dict[Any, Any] = {}
 
+    def arranges(self, x: Tensor) -> bool:
+        """Whether `arranged` can bring this input into runs of samples with one adapter."""
+        return self.even and self.index.shape[0] == x.shape[0] and self.index.device == x.device
+
+    def arranged(self, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        """`call` of the samples in the order of their adapters, in the order they have. Moves less than factors are."""
+        order = self.order
+        return call(x) if order is None else call(x.index_select(0, order[0])).index_select(0, order[1])
+
     @property
     def order(self) -> tuple[Tensor, Tensor] | None:
         """[B], [B]: the samples by adapter, and where each of them is then; None: that is the order they have."""

@@ -634,6 +634,15 @@ class Descent(torch.optim.Optimizer):
                     p.sub_(p.grad * group["lr"])
 
 
+def one_tape_gave_eagers_bits(tapes, recorded, ran) -> None:
+    """Losses and factors of a step that was recorded, and of one that never was."""
+    assert len(tapes) == 1
+    for one, other in zip(recorded[0], ran[0], strict=True):
+        assert torch.equal(one, other)
+    for name, value in ran[1].items():
+        assert torch.equal(recorded[1][name], value), name
+
+
 @pytest.mark.parametrize("kind", ["outside", "inside", "accumulate"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_a_tape_of_a_step_gives_eagers_bits(tapes, kind, autocast):
@@ -664,11 +673,7 @@ def test_a_tape_of_a_step_gives_eagers_bits(tapes, kind, autocast):
             if inside:
                 scheduler.step()
         results.append((losses, factors(model)))
-    assert len(tapes) == 1
-    for recorded, ran in zip(results[0][0], results[1][0], strict=True):
-        assert torch.equal(recorded, ran)
-    for name, value in results[1][1].items():
-        assert torch.equal(results[0][1][name], value), name
+    one_tape_gave_eagers_bits(tapes, *results)
 
 
 MIXES = (["default", "other", BASE, "third"], ["third", "third", "default", "default"], ["other", BASE, BASE, "other"])
@@ -721,11 +726,7 @@ def test_one_tape_trains_every_mix(tapes, frozen):
                         if "third" in layer.lora_B:
                             layer.lora_B["third"].weight.mul_(1.5)
         results.append((losses, factors(model)))
-    assert len(tapes) == 1
-    for recorded, ran in zip(results[0][0], results[1][0], strict=True):
-        assert torch.equal(recorded, ran)
-    for name, value in results[1][1].items():
-        assert torch.equal(results[0][1][name], value), name
+    one_tape_gave_eagers_bits(tapes, *results)
 
 
 def test_a_mixed_training_step_never_waits(seeds_on_a_device, monkeypatch):
