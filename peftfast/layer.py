@@ -296,7 +296,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         if kept is None or not kept.quick or torch.is_grad_enabled():
             return None
         kept = verdicts.current(group)
-        if kept is None or not kept.quick:
+        if kept is None:
             return None
         return routing.arranged(x, partial(kept.short, self.site))
 

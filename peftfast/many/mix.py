@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from peftfast.many.watch import Watch
 from peftfast.method import Adapter, AdapterMethod, sample_by_sample
 from peftfast.sites import Site
 
@@ -16,10 +17,11 @@ from peftfast.sites import Site
 class Kept(Protocol):
     """What a method makes of several adapters together and keeps from forward to forward."""
 
-    quick: bool  # whether `short` may be called and is the best there is; made anew by `is_current`
+    watch: Watch | None  # of what it was made of; never None where it is kept
 
-    def is_current(self) -> bool:
-        """Whether nothing it was made of has changed."""
+    @property
+    def quick(self) -> bool:
+        """Whether `short` may be called and is the best there is."""
         ...
 
     def short(self, site: Site, x: Tensor) -> Tensor:
@@ -108,12 +110,8 @@ class Verdicts:
 
     def current(self, group: Group) -> Kept | None:
         """What is kept of `group` if it still holds, else None."""
-        known = self._known
-        if group not in known:
+        if group not in self._known:
             groups = [step.adapters for mix in list(self.mixes.values()) for step in mix.steps]
-            pairs = [(other, other.kept) for other in groups]
-            known = {other: kept for other, kept in pairs if kept is not None}
-            if group not in known:
-                return None
-            self._known = known = {other: kept if kept.is_current() else None for other, kept in known.items()}
-        return known.pop(group)
+            kept = [(other, other.kept) for other in groups]
+            self._known = {other: k if k.watch.unchanged() else None for other, k in kept if k is not None}
+        return self._known.pop(group, None)

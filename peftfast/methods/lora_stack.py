@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.many.mix import Verdicts
 from peftfast.many.routing import Rows
+from peftfast.many.watch import Watch
 from peftfast.method import Adapter
 from peftfast.ops.routed import runs_segmented
 from peftfast.sites import Site
@@ -28,9 +28,6 @@ def factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
     """The down and the up factor, whatever the site calls them."""
     down, up = adapter.pair
     return adapter[down], adapter[up]
-
-
-_VERSION = operator.attrgetter("_version")
 
 
 class FactorStack(NamedTuple):
@@ -54,36 +51,26 @@ class Remembered:
             a.dtype == first.dtype and b.dtype == second.dtype and a.device == first.device for a, b in self.pairs
         ) and not any(adapter.cfg.lora_bias for adapter in adapters)
         self.dropping = [adapter for adapter in adapters if isinstance(adapter.setting("lora_dropout"), nn.Dropout)]
-        self.scaling = adapters[0].settings_of("scaling")
-        self.names = [adapter.name for adapter in adapters]
-        self.scales = [self.scaling[name] for name in self.names]
+        self.scales = [adapter.scale for adapter in adapters]
         self.tensor_scales = [scale for scale in self.scales if isinstance(scale, Tensor)]  # are written in place
-        self.lasting = self.quick = False
+        self.watch: Watch | None = None  # None: changes cannot be seen
         self.stack: FactorStack | None = None
         self.call: Callable[[Tensor], Tensor] | None = None
 
-    def watch(self, adapters: Sequence[Adapter]) -> None:
-        """Note what the stack is made of, if changes of that can be seen at all."""
+    @property
+    def quick(self) -> bool:
+        return not (self.dropping and any(a.dropout for a in self.dropping)) and not runs_segmented(self.stack.a)
+
+    def watch_of(self, adapters: Sequence[Adapter]) -> Watch | None:
+        """What sees changes of factors and scales; None where one is kept elsewhere or does not count writes."""
         tensors = [t for pair in self.pairs for t in pair]
         cells = [adapter.cell(slot) for adapter in adapters for slot in factor_slots(adapter)]
         written = [*tensors, *self.tensor_scales]
-        self.lasting = all(cell is not None for cell in cells) and not any(t.is_inference() for t in written)
-        if self.lasting:
-            self.containers, self.keys = zip(*cells, strict=True)
-            self.tensors, self.written = tensors, written
-            self.versions = list(map(_VERSION, written))
-            # the aliases keep the storage alive, so that no other tensor can appear at its address
-            self.addresses, self.aliases = list(map(Tensor.data_ptr, tensors)), [t.detach() for t in tensors]
-
-    def is_current(self) -> bool:
-        self.quick = not (self.dropping and any(a.dropout for a in self.dropping)) and not runs_segmented(self.stack.a)
-        tensors = self.tensors  # every layer of every forward asks, of every adapter: loops in C
-        return (
-            all(map(operator.is_, map(dict.get, self.containers, self.keys), tensors))
-            and list(map(_VERSION, self.written)) == self.versions
-            and list(map(Tensor.data_ptr, tensors)) == self.addresses
-            and all(map(operator.is_, map(self.scaling.get, self.names), self.scales))
-        )
+        if None in cells or any(t.is_inference() for t in written):
+            return None
+        scaling = adapters[0].settings_of("scaling")
+        kept = [(*cell, t) for cell, t in zip(cells, tensors, strict=True)]
+        return Watch([*kept, *((scaling, a.name, s) for a, s in zip(adapters, self.scales, strict=True))], written)
 
     def short(self, site: Site, x: Tensor) -> Tensor:
         call = self.call
@@ -130,11 +117,10 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None) -> Rememb
     if known.wants_grad():
         known.stack = known.build()
     else:
-        known.watch(adapters)
+        known.watch = known.watch_of(adapters)
         with torch.inference_mode(False), torch.no_grad():
             known.stack = known.build()
-        if known.lasting:
-            known.is_current()
+        if known.watch is not None:
             adapters.kept = known
     return known
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peftfast
 from peftfast import LoraConfig
 from peftfast.many.routing import BASE, MIXES
-from peftfast.methods.lora_stack import Remembered
+from peftfast.many.watch import Watch
 
 NAMES = [f"n{i}" for i in range(6)]
 VIEWS = ("view", "t", "transpose", "expand", "_unsafe_view", "detach", "alias", "slice", "unsqueeze", "reshape")
@@ -68,10 +68,10 @@ def test_every_layer_is_checked_once_a_forward_and_before_all_products(monkeypat
     model = several()
     batch = oracle.inputs(model, batch=len(NAMES))
     events = []
-    check, product = Remembered.is_current, torch.bmm
+    check, product = Watch.unchanged, torch.bmm
     with torch.no_grad():
         model(**batch, adapter_names=NAMES)
-        monkeypatch.setattr(Remembered, "is_current", lambda self: (events.append("check"), check(self))[1])
+        monkeypatch.setattr(Watch, "unchanged", lambda self: (events.append("check"), check(self))[1])
         monkeypatch.setattr(torch, "bmm", lambda *a, **k: (events.append("product"), product(*a, **k))[1])
         for _ in range(2):
             events.clear()
