@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.interop.counterpart import HasCounterpart
+from peftfast.many.control import Control
 from peftfast.many.mix import Group, Mix, Verdicts
-from peftfast.many.routing import Control, Routing
+from peftfast.many.routing import Routing
 from peftfast.method import Adapter, AdapterMethod
 from peftfast.sites import make_site
 from peftfast.sites.bound import BoundLora

@@ -7,18 +7,14 @@ CUDA graph serve every mix.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfast.many.mix import Kept, Mixes, Verdicts
+from peftfast.many.mix import Verdicts
 
-#: For how many sets of adapters a model keeps what layers make of them; for one more the oldest is made again.
-MIXES = 2
 #: In place of an adapter's name: this sample gets the base model.
 BASE = "__base__"
 
@@ -240,105 +236,6 @@ class Routing:
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{batch} and {size} respectively{f' at {where}' if where else ''}."
         )
-
-
-class _ThisThread(threading.local):
-    def __init__(self) -> None:  # runs in every thread: an attribute that comes and goes would cost compilers a graph
-        self.routing: Routing | None = None
-
-
-class Control:
-    """The routing that is in force, shared by all layers of one model and separate for every thread."""
-
-    def __init__(self) -> None:
-        self._local = _ThisThread()
-        self._recomputing: dict[int, Routing | None] = {}
-        self._has_followed = False
-        self._mixes: dict[tuple[str, ...], Mixes] = {}
-
-    @property
-    def routing(self) -> Routing | None:
-        routing = self._local.routing
-        if routing is None and self._recomputing:
-            # gradient checkpointing runs layers again, in the engine's own thread
-            routing = self._recomputing.get(torch._C._current_graph_task_id())
-        # compiled layers of a model that is not compiled itself must not see what the host knows
-        if routing is None or torch.compiler.is_compiling() or routing.seen is None:
-            return routing
-        return routing.seen
-
-    @contextmanager
-    def use(self, routing: Routing | None) -> Iterator[None]:
-        """While this is open, layers called from this thread follow `routing`."""
-        before = self._local.routing
-        self._local.routing = routing
-        try:
-            yield
-        finally:
-            self._local.routing = before
-
-    def verdicts(self, routing: Routing) -> Verdicts:
-        """What is known in this forward about the mixes of the adapters it names."""
-        names = routing.names
-        mixes = self._mixes.get(names)
-        if mixes is None:
-            mixes = {}
-            self._mixes = {**dict(list(self._mixes.items())[1 - MIXES :]), names: mixes}
-        known = routing.verdicts
-        if known is None or known.mixes is not mixes:
-            known = routing.verdicts = Verdicts(mixes)
-        return known
-
-    def kept(self, layer: Any) -> list[Kept | None]:
-        """What methods keep for a layer."""
-        own = [mixes[layer] for mixes in self._mixes.values() if layer in mixes]
-        return [step.adapters.kept for mix in own for step in mix.steps]
-
-    def forget(self, layer: Any, name: str | None = None) -> None:
-        """Keep nothing for a layer that adapter `name` is part of; None: nothing at all."""
-        for names, mixes in self._mixes.items():
-            if name is None or name in names:
-                mixes.pop(layer, None)
-
-    def follow(self, output: Any) -> None:
-        """Let layers that are run again during the backward pass from `output` follow the routing in force now."""
-        routing = self._local.routing
-        if torch.compiler.is_compiling():  # whatever a compiled graph computes again is in the graph
-            return
-        if not torch.is_grad_enabled() or (routing is None and not self._has_followed):
-            return
-        self._has_followed = True
-
-        def arrived(grad: Tensor) -> None:
-            task = torch._C._current_graph_task_id()
-            if self._recomputing.setdefault(task, routing) is not routing:
-                raise RuntimeError(
-                    "One backward pass goes through two batches with different `adapter_names` (or one with and one "
-                    "without). With gradient checkpointing there is no telling which batch a layer is run again for; "
-                    "call backward for each batch."
-                )
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._recomputing.pop(task, None))
-
-        for tensor in _tensors(output):
-            if tensor.requires_grad:
-                tensor.register_hook(arrived)
-
-    def __deepcopy__(self, memo: dict) -> Control:
-        return Control()
-
-    def __reduce__(self) -> tuple:
-        return Control, ()
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
 
 
 def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.layer import BaseTunerLayer, Place, check_adapter_name
-from peftfast.many.routing import Control
+from peftfast.many.control import Control
 from peftfast.method import method_for
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.model_merger import ModelMerger

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from peftfast.interop.counterpart import HasCounterpart
 from peftfast.layer import BaseTunerLayer
-from peftfast.many.routing import Control, Routing
+from peftfast.many.control import Control
+from peftfast.many.routing import Routing
 
 
 class AuxiliaryTrainingWrapper(HasCounterpart, nn.Module):

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
 from peftfast import LoraConfig
-from peftfast.many.routing import BASE, MIXES
+from peftfast.many.control import MIXES
+from peftfast.many.routing import BASE
 from peftfast.many.watch import Watch
 
 NAMES = [f"n{i}" for i in range(6)]
