@@ -122,7 +122,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             with torch.no_grad():
                 method.init(self.site, adapter)
         self._plan = None
-        self.control.forget(self, name)
+        self.changed(name)
         return adapter
 
     def share(self, control: Control) -> None:
@@ -165,7 +165,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
                 remaining = [new]
             self.set_adapter(remaining)
         self._plan = None
-        self.control.forget(self, adapter_name)
+        self.changed(adapter_name)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
@@ -365,6 +365,10 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         """The change that merging `adapter` alone would make, in the layout of the stored weight, in fp32."""
         return self.merger.change(adapter)
 
+    def changed(self, adapter_name: str) -> None:
+        """Something other than training wrote to an adapter: nothing that was made of it holds."""
+        self.control.forget(self, adapter_name)
+
     # ---- scaling -----------------------------------------------------------------------------------------------------
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scaling to `scale` times its initial value."""
@@ -381,6 +385,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             current.fill_(value)
         else:
             self.scaling[adapter] = value
+        self.changed(adapter)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""

@@ -170,6 +170,9 @@ class Fit:
             targets = {strip_wrappers(k): v for k, v in targets.items()}
             for key, tensor in self.base:
                 copy_whole(targets[key], tensor)
+        for layer in dict.fromkeys(entry.layer for entry, _ in self.found):
+            if layer is not None:
+                layer.changed(self.adapter_name)
 
 
 def fit_state_dict(

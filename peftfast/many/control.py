@@ -15,6 +15,8 @@ from peftfast.many.routing import Routing
 
 #: For how many sets of adapters a model keeps what layers make of them; for one more the oldest is made again.
 MIXES = 2
+#: Where adapters are promised not to change, every so manieth mixed forward looks whether they did.
+LOOKS_EVERY = 128
 
 
 class _ThisThread(threading.local):
@@ -30,6 +32,7 @@ class Control:
         self._recomputing: dict[int, Routing | None] = {}
         self._has_followed = False
         self._mixes: dict[tuple[str, ...], Mixes] = {}
+        self._promises = self._unseen = 0
 
     @property
     def routing(self) -> Routing | None:
@@ -61,8 +64,44 @@ class Control:
             self._mixes = {**dict(list(self._mixes.items())[1 - MIXES :]), names: mixes}
         known = routing.verdicts
         if known is None or known.mixes is not mixes:
-            known = routing.verdicts = Verdicts(mixes)
+            known = routing.verdicts = Verdicts(mixes, trusting=self._promises > 0)
+            self._unseen += 1
+            if self._promises and self._unseen >= LOOKS_EVERY:
+                self._look()
         return known
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """While this is open, in whatever thread, adapters are taken to be what they were at its start."""
+        if not self._promises:
+            self._drop_changed()
+        self._promises += 1
+        try:
+            yield
+        except BaseException:
+            self._promises -= 1
+            raise
+        self._promises -= 1
+        self._look()
+
+    def _look(self) -> None:
+        self._unseen = 0
+        changed = self._drop_changed()
+        if changed:
+            raise RuntimeError(
+                f"Adapters were changed while they were promised not to be (`unchanging_adapters`): {changed[0]}"
+                f"{f' and {len(changed) - 1} more modules' if len(changed) > 1 else ''}. Up to {LOOKS_EVERY} mixed "
+                "batches before this may have been computed with what they were before; from here on they are right."
+            )
+
+    def _drop_changed(self) -> list[str]:
+        """Keep nothing that was made of something that has changed since; says of what."""
+        mixes = [mix for mixes in list(self._mixes.values()) for mix in list(mixes.values())]
+        groups = [step.adapters for mix in mixes for step in mix.steps]
+        changed = [group for group in groups if group.kept is not None and not group.kept.watch.unchanged()]
+        for group in changed:
+            group.kept = None
+        return [f"{group[0].key} (one of {', '.join(a.name for a in group)})" for group in changed]
 
     def kept(self, layer: Any) -> list[Kept | None]:
         """What methods keep for a layer."""

@@ -125,6 +125,7 @@ def _swap(
                 _replace(entry, old, new.to(old.device), _rank_axis(entry, adapter_name))
         for layer in dict.fromkeys(e.layer for e in entries.values()):
             _rescale(layer, layer.adapters[adapter_name], config)
+            layer.changed(adapter_name)
     _record(_configs(inner).get(adapter_name), [e.layer.adapters[adapter_name] for e in entries.values()])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -272,6 +272,18 @@ class BaseTuner(nn.Module):
         made = torch.tensor(numbers, dtype=torch.int64, device=device or self._device())
         self.inventory.number_table(made.device)  # now, not in a graph that would guard on its absence
         return made
+
+    def unchanging_adapters(self) -> AbstractContextManager[None]:
+        """A context that promises: in it, nobody writes to adapters' tensors or scalings or replaces them, other than
+        by adding, loading, swapping, scaling and deleting adapters with this library. Mixed batches need not look for
+        changes before every forward then, which for sixteen adapters takes as long as a third of a small model.
+
+        Every 128th mixed forward and the end of the context look all the same.
+
+        Raises:
+            RuntimeError: there, if the promise was broken.
+        """
+        return self.inventory.control.unchanging()
 
     def forget_stacks(self) -> None:
         """Make the stacked factors of mixed batches anew: needed after factors were written through `.data`."""

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
 from peftfast import LoraConfig
-from peftfast.many.control import MIXES
+from peftfast.many.control import LOOKS_EVERY, MIXES
+from peftfast.many.hotswap import hotswap_adapter
 from peftfast.many.routing import BASE
 from peftfast.many.watch import Watch
 
@@ -162,3 +163,80 @@ def test_as_many_sets_of_adapters_are_kept_as_were_said_to_be():
             names = [NAMES[i], NAMES[i + 1], BASE]
             model(**oracle.inputs(model, batch=3), adapter_names=names)
             assert len(kept(model)) == min(i + 1, MIXES) * len(layers(model))
+
+
+def mixed(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**oracle.inputs(model, batch=len(NAMES)), adapter_names=NAMES).logits
+
+
+def differing(before: torch.Tensor, after: torch.Tensor) -> list[str]:
+    return [name for name, a, b in zip(NAMES, before, after, strict=True) if not torch.equal(a, b)]
+
+
+def test_where_adapters_are_promised_not_to_change_nobody_looks(monkeypatch):
+    model = several()
+    mixed(model)
+    expected = mixed(model)
+    looks = []
+    check = Watch.unchanged
+    with model.base_model.unchanging_adapters():
+        monkeypatch.setattr(Watch, "unchanged", lambda self: (looks.append(self), check(self))[1])
+        for _ in range(5):
+            assert torch.equal(mixed(model), expected)
+        assert not looks
+    assert len(looks) == len(layers(model))
+    mixed(model)
+    assert len(looks) == 2 * len(layers(model))
+
+
+def test_what_the_library_changes_is_no_broken_promise(tmp_path):
+    model = several()
+    model.save_pretrained(tmp_path, selected_adapters=[NAMES[5]])
+    mixed(model)
+    tuner = model.base_model
+    with tuner.unchanging_adapters():
+        before = mixed(model)
+        for layer in layers(model):
+            layer.set_scale(NAMES[0], 3.0)
+        scaled = mixed(model)
+        assert differing(before, scaled) == NAMES[:1]
+        hotswap_adapter(model, str(tmp_path / NAMES[5]), NAMES[1])
+        swapped = mixed(model)
+        assert differing(scaled, swapped) == [NAMES[1]]
+        state = peftfast.get_peft_model_state_dict(model, adapter_name=NAMES[5])
+        peftfast.set_peft_model_state_dict(model, {k: 2 * v for k, v in state.items()}, NAMES[2])
+        assert differing(swapped, mixed(model)) == [NAMES[2]]
+        model.delete_adapter(NAMES[3])
+        model.load_adapter(tmp_path / NAMES[5], NAMES[3])
+        after = mixed(model)
+        assert differing(swapped, after) == NAMES[2:4]
+    tuner.forget_stacks()
+    assert torch.equal(mixed(model), after)
+
+
+@pytest.mark.parametrize("change", [lambda f: f.mul_(2), lambda f: setattr(f, "data", 2 * f.data)])
+def test_a_broken_promise_is_an_error(change):
+    model = several()
+    before = mixed(model)
+    factor = layers(model)[3].lora_B[NAMES[2]].weight
+    with pytest.raises(RuntimeError, match=rf"{layers(model)[3].adapters[NAMES[2]].key}.* n2"):
+        with model.base_model.unchanging_adapters(), torch.no_grad():
+            change(factor)
+            assert not differing(before, mixed(model))
+    assert differing(before, mixed(model)) == [NAMES[2]]
+    with model.base_model.unchanging_adapters(), torch.no_grad():
+        change(factor)
+        with pytest.raises(RuntimeError, match="promised"):
+            for _ in range(LOOKS_EVERY + 1):
+                mixed(model)
+    with model.base_model.unchanging_adapters(), model.base_model.unchanging_adapters():
+        mixed(model)  # what was changed before does not count, and contexts nest
+
+
+def test_a_promise_does_not_hide_another_error():
+    model = several()
+    mixed(model)
+    with pytest.raises(KeyError), model.base_model.unchanging_adapters(), torch.no_grad():
+        layers(model)[0].lora_A[NAMES[0]].weight.zero_()
+        raise KeyError
