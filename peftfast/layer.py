@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -299,7 +298,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         kept = verdicts.current(group)
         if kept is None:
             return None
-        return routing.arranged(x, partial(kept.short, self.site))
+        return kept.short(self.site, x, routing)
 
     def _make_plan(self) -> tuple[Steps, BoundLora | None]:
         """What a call does until adapters are added, activated, merged or disabled: its steps, and their short form."""

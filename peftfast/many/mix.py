@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from peftfast.many.watch import Watch
 from peftfast.method import Adapter, AdapterMethod, sample_by_sample
 from peftfast.sites import Site
+
+if TYPE_CHECKING:
+    from peftfast.many.routing import Routing
 
 
 class Kept(Protocol):
@@ -24,9 +27,8 @@ class Kept(Protocol):
         """Whether `short` may be called and is the best there is."""
         ...
 
-    def short(self, site: Site, x: Tensor) -> Tensor:
-        """The output for as many samples of each adapter, those of one after those of another, in few steps. Without
-        gradients."""
+    def short(self, site: Site, x: Tensor, routing: Routing) -> Tensor:
+        """The output in few steps, for a routing that `arranges` x. Without gradients."""
         ...
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.many.mix import Verdicts
-from peftfast.many.routing import Rows
+from peftfast.many.routing import Routing, Rows
 from peftfast.many.watch import Watch
 from peftfast.method import Adapter
 from peftfast.ops.routed import runs_segmented
@@ -28,6 +27,10 @@ def factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
     """The down and the up factor, whatever the site calls them."""
     down, up = adapter.pair
     return adapter[down], adapter[up]
+
+
+#: Bytes of a layer's stacked factors up to which a second copy of them, in another order, is not missed.
+SMALL = 1 << 20
 
 
 class FactorStack(NamedTuple):
@@ -56,6 +59,8 @@ class Remembered:
         self.watch: Watch | None = None  # None: changes cannot be seen
         self.stack: FactorStack | None = None
         self.call: Callable[[Tensor], Tensor] | None = None
+        #: The last order of one sample an adapter, and the call with factors in that order if it came twice.
+        self.ordered: tuple[tuple[int, ...], Callable[[Tensor], Tensor] | None] = ((), None)
 
     @property
     def quick(self) -> bool:
@@ -72,13 +77,26 @@ class Remembered:
         kept = [(*cell, t) for cell, t in zip(cells, tensors, strict=True)]
         return Watch([*kept, *((scaling, a.name, s) for a, s in zip(adapters, self.scales, strict=True))], written)
 
-    def short(self, site: Site, x: Tensor) -> Tensor:
-        call = self.call
-        if call is None:
+    def short(self, site: Site, x: Tensor, routing: Routing) -> Tensor:
+        if routing.order is not None and len(routing.host) == len(self.pairs) and self._is_small():
+            # decoding asks for one order again and again: rather than x every time, the factors are moved once
+            order, call = self.ordered
+            if order != routing.host:
+                self.ordered = (routing.host, None)
+            else:
+                if call is None:
+                    with torch.inference_mode(False), torch.no_grad():
+                        a, b, scale = _picked(self.stack, routing.index)
+                    call = _bound(site, a, b, scale if self.stack.factor is None else self.stack.factor)
+                    self.ordered = (order, call)
+                return call(x)
+        if self.call is None:
             a, b, scale, factor = self.stack
-            bind = getattr(site, "bind_runs", None) or partial(_runs, site)
-            self.call = call = bind(a, b, scale if factor is None else factor)
-        return call(x)
+            self.call = _bound(site, a, b, scale if factor is None else factor)
+        return routing.arranged(x, self.call)
+
+    def _is_small(self) -> bool:
+        return self.stack.a.nbytes + self.stack.b.nbytes <= SMALL
 
     def wants_grad(self) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for pair in self.pairs for t in pair)
@@ -125,8 +143,9 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None) -> Rememb
     return known
 
 
-def _runs(site: Site, a: Tensor, b: Tensor, scale: Tensor | float) -> Callable[[Tensor], Tensor]:
-    return lambda x: site.adapt_each(x, site.base(x), a, b, scale)
+def _bound(site: Site, a: Tensor, b: Tensor, scale: Tensor | float) -> Callable[[Tensor], Tensor]:
+    bind = getattr(site, "bind_runs", None)
+    return (lambda x: site.adapt_each(x, site.base(x), a, b, scale)) if bind is None else bind(a, b, scale)
 
 
 def _padded(t: Tensor, rank: int) -> Tensor:

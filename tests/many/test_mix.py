@@ -17,6 +17,7 @@ from peftfast.many.control import LOOKS_EVERY, MIXES
 from peftfast.many.hotswap import hotswap_adapter
 from peftfast.many.routing import BASE
 from peftfast.many.watch import Watch
+from peftfast.methods import lora_stack
 
 NAMES = [f"n{i}" for i in range(6)]
 VIEWS = ("view", "t", "transpose", "expand", "_unsafe_view", "detach", "alias", "slice", "unsqueeze", "reshape")
@@ -64,6 +65,28 @@ def test_two_products_a_layer(names, moves):
     assert extra.pop("bmm") == extra.pop("baddbmm_") == count
     assert extra.pop("index_select", 0) == moves * count
     assert sum(extra.values()) <= 4, extra  # the routing itself
+
+
+def test_an_order_that_comes_again_costs_no_more_than_that_of_the_adapters(monkeypatch):
+    """As in decoding: the factors are put in that order once. Not where they are large."""
+    model = several()
+    batch = oracle.inputs(model, batch=len(NAMES))
+    one, other = NAMES[::-1], NAMES[2:] + NAMES[:2]
+    moves, count = [], len(layers(model))
+    with torch.no_grad():
+        model(**batch, adapter_names=NAMES)
+        for small in (True, False):
+            monkeypatch.setattr(lora_stack, "SMALL", small << 20)
+            for names in (one, other, other, other, one, other):
+                with Operations() as mixed:
+                    found = model(**batch, adapter_names=names).logits
+                moves.append(mixed.seen.count("index_select"))
+                for i, name in enumerate(names):
+                    model.set_adapter(name)
+                    alone = model(**{k: v[i : i + 1] for k, v in batch.items()}).logits
+                    torch.testing.assert_close(found[i : i + 1], alone)
+    once = 3  # factors and scales
+    assert [(n - min(moves)) / count for n in moves] == [2, 2, once, 0, 2, 2, *[2] * 6]
 
 
 def test_every_layer_is_checked_once_a_forward_and_before_all_products(monkeypatch):
