@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import peftfast
+from peftfast.ops import lora as lora_ops
 from peftfast_kernels.keep_mask import keep_mask, keep_scale
 
 peft = importlib.import_module("peft")
@@ -130,6 +131,19 @@ def test_no_further_than_peft(site, precision):
     x = input_of(shape, input_dtype)
     ratios = compare(adapted(peftfast, make, dtype, wide), adapted(peft, make, dtype, wide), x, autocast)
     print(site, precision, {k.rpartition("lora_")[2]: round(v, 3) for k, v in ratios.items()})
+
+
+@pytest.mark.parametrize("small", [0, 1 << 30])
+@pytest.mark.parametrize("site", ["linear", "linear-no-bias"])
+def test_both_derivatives_of_a_product_on_a_cpu(site, small, monkeypatch):
+    """The autograd Function, and torch's own, which small products take."""
+    made, apply = [], lora_ops.apply
+    monkeypatch.setattr(lora_ops, "SMALL", small)
+    monkeypatch.setattr(lora_ops, "apply", lambda function, *args: (made.append(function), apply(function, *args))[1])
+    make, shape = SITES[site]
+    ours, theirs = (adapted(library, make, torch.float32, True) for library in (peftfast, peft))
+    compare(ours, theirs, input_of(shape, torch.float32), None)
+    assert len(made) == (small == 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure", "autocast-fp32-base"])
@@ -302,7 +316,10 @@ def test_input_gradient_only_and_factors_only():
     compare(ours, theirs, x, None)
     for model in (ours, theirs):
         model.set_requires_grad("a0", True)
-        model(x).sum().backward()
-    for (name, mine), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        if "lora_" in name:
-            torch.testing.assert_close(mine.grad, other.grad)
+    exact = copy.deepcopy(theirs).double()
+    gradient = torch.randn(ours(x).shape, generator=torch.Generator().manual_seed(13))
+    for model, inputs in ((ours, x), (theirs, x), (exact, x.double())):
+        model(inputs).backward(gradient.to(inputs.dtype))
+    oracle.assert_no_further(
+        *({n: p.grad for n, p in model.named_parameters() if "lora_" in n} for model in (ours, theirs, exact))
+    )
