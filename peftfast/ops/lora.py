@@ -3,8 +3,8 @@
 Saved for the backward pass: the input itself (not a copy, whatever autocast does), t = drop(x) Aᵀ [M, r], and the
 parameters. Dropout masks are functions of a saved seed, never stored.
 
-Small products on a CPU, where the host is what takes time, are left to torch's own derivative: the same things are
-saved, and no Python runs in the backward pass.
+Small products on a CPU, where the host is what takes time, are left to torch's own derivative and dropout: no Python
+runs in the backward pass then, and masks are small enough to be stored.
 """
 
 from __future__ import annotations
@@ -220,16 +220,17 @@ def plan_of(w: Operand, branch: torch.dtype, scale: float, dropout: float) -> Pl
 def lora_part(x: Tensor, part: Part) -> Tensor:
     """`lora_linear` of a part whose plan has been made."""
     w, bias, a, b, plan = part
+    if x.is_cpu and x.numel() <= SMALL and _is_one_dtype(x, part) and get_backend() == "auto":
+        n, k = plan.shape
+        rows = x if x.dim() == 2 else x.reshape(-1, k)
+        dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
+        y = F.linear(rows, w.tensors[0], bias).addmm_(F.linear(dropped, a), b.t(), alpha=plan.scale)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
     seed = draw_seed(x, plan.dropout) if plan.dropout else None
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
         if a.dtype is not plan.branch or b.dtype is not plan.branch:
             a, b = compute_copy(a, plan.branch)[0], compute_copy(b, plan.branch)[0]
         return _product(x, w, bias, a, b, seed, plan.scale, plan.dropout)[0]
-    if x.is_cpu and x.numel() <= SMALL and seed is None and _is_one_dtype(x, part) and get_backend() == "auto":
-        n, k = plan.shape
-        rows = x if x.dim() == 2 else x.reshape(-1, k)
-        y = F.linear(rows, w.tensors[0], bias).addmm_(F.linear(rows, a), b.t(), alpha=plan.scale)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
     return apply(_LoraLinear, x, a, b, bias, seed, plan, *w.tensors)
 
 

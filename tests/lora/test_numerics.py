@@ -146,6 +146,21 @@ def test_both_derivatives_of_a_product_on_a_cpu(site, small, monkeypatch):
     assert len(made) == (small == 0)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_dropout_of_small_products_on_a_cpu_is_torch_dropout(grad):
+    """With and without gradients: reentrant checkpointing runs a layer in both ways and expects the same mask."""
+    make, shape = SITES["linear"]
+    x, results = input_of(shape, torch.float32), []
+    assert x.numel() <= lora_ops.SMALL
+    for library in (peftfast, peft):
+        model = adapted(library, make, torch.float32, True, lora_dropout=0.4).train()
+        torch.manual_seed(7)
+        with torch.set_grad_enabled(grad):
+            results.append(step(model, x) if grad else {"output": model(x)})
+    for name, other in results[1].items():
+        torch.testing.assert_close(results[0][name], other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure", "autocast-fp32-base"])
 @pytest.mark.parametrize("site", SITES)
 def test_several_active_adapters(site, precision):
@@ -200,6 +215,7 @@ def test_dropout_against_the_exported_mask(site, precision, adapters, monkeypatc
     module = importlib.import_module("peftfast.ops.lora")
     draw = module.draw_seed
     monkeypatch.setattr(module, "draw_seed", lambda *a: seeds.append(draw(*a)) or seeds[-1])
+    monkeypatch.setattr(module, "SMALL", 0)
     ours = adapted(peftfast, make, dtype, wide, adapters, lora_dropout=prob).train()
     theirs = adapted(peft, make, dtype, wide, adapters, lora_dropout=prob).train()
     mine = step(ours, x, autocast)
