@@ -236,10 +236,14 @@ def passes(
         options = {"position_embeddings": base.model.rotary_emb(x, positions), "attention_mask": None}
         inner = base.model.layers[0]
 
+    from peftfast.ops.casts import compute_copy
+
     def forward() -> Tensor:
         with context(), ExitStack() as stack:
             with _uncounted():
                 stack.enter_context(casts())
+                for p in filter(lambda p: p.requires_grad, model.parameters()):
+                    compute_copy(p, torch.bfloat16)  # the first to ask has all copies made
             y = inner(x, **options)
             return y[0] if isinstance(y, tuple) else y
 

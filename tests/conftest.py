@@ -30,6 +30,14 @@ def users_masks(request):
         yield
 
 
+@pytest.fixture
+def large_products(monkeypatch):
+    """Linear layers take every input as they take large ones, also on a CPU."""
+    from peftfast.ops import composed
+
+    monkeypatch.setattr(composed, "SMALL", {})
+
+
 @pytest.fixture(autouse=True, scope="session")
 def exact_bitsandbytes():
     """`test_storage.py` covers the packing of AVX512-BF16 CPUs by itself."""

@@ -3,8 +3,7 @@
 Saved for the backward pass: the input itself (not a copy, whatever autocast does), t = drop(x) Aᵀ [M, r], and the
 parameters. Dropout masks are functions of a saved seed, never stored.
 
-Small products on a CPU, where the host is what takes time, are left to torch's own derivative and dropout: no Python
-runs in the backward pass then, and masks are small enough to be stored.
+Small products on a CPU are left to `composed.py`.
 """
 
 from __future__ import annotations
@@ -13,19 +12,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
+from peftfast.ops.composed import composed_lora, composes
 from peftfast.ops.function import apply, first_order
-from peftfast_kernels import get_backend
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.lora_down import lora_down, lora_dt
 from peftfast_kernels.lora_gemm import lora_add, lora_dx, lora_gemm, lora_gemm_t
 from peftfast_kernels.lora_grad import lora_factor_grads
-
-#: Elements of an input up to which torch's derivative is taken. Beyond, its extra pass over dx shows.
-SMALL = 1 << 16
 
 
 class Plan(NamedTuple):
@@ -220,25 +215,14 @@ def plan_of(w: Operand, branch: torch.dtype, scale: float, dropout: float) -> Pl
 def lora_part(x: Tensor, part: Part) -> Tensor:
     """`lora_linear` of a part whose plan has been made."""
     w, bias, a, b, plan = part
-    if x.is_cpu and x.numel() <= SMALL and _is_one_dtype(x, part) and get_backend() == "auto":
-        n, k = plan.shape
-        rows = x if x.dim() == 2 else x.reshape(-1, k)
-        dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
-        y = F.linear(rows, w.tensors[0], bias).addmm_(F.linear(dropped, a), b.t(), alpha=plan.scale)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    if composes(x, part):
+        return composed_lora(x, part)
     seed = draw_seed(x, plan.dropout) if plan.dropout else None
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
         if a.dtype is not plan.branch or b.dtype is not plan.branch:
             a, b = compute_copy(a, plan.branch)[0], compute_copy(b, plan.branch)[0]
         return _product(x, w, bias, a, b, seed, plan.scale, plan.dropout)[0]
     return apply(_LoraLinear, x, a, b, bias, seed, plan, *w.tensors)
-
-
-def _is_one_dtype(x: Tensor, part: Part) -> bool:
-    """Whether nothing is cast or decoded, nor rounded to so few bits that the sum dy W + p A should be rounded once."""
-    w, _, a, b, plan = part
-    dtype = x.dtype
-    return dtype is plan.dtype is plan.branch is a.dtype is b.dtype and dtype.itemsize >= 4 and w.format == "dense"
 
 
 def lora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:

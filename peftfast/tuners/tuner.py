@@ -297,15 +297,17 @@ class BaseTuner(nn.Module):
         device = self._device().type
         if device == "meta" or not torch.is_autocast_enabled(device):
             return nullcontext()
+        return self._casts.window(self._active_factors, torch.get_autocast_dtype(device))
+
+    def _active_factors(self) -> list[Tensor]:
         active = set(self.inventory.active)
-        factors = [
+        return [
             p
             for layer in self.inventory.layers.values()
             for name in active & layer.adapters.keys()
             for p in layer.adapters[name].parameters().values()
             if p.dim() == 2
         ]
-        return self._casts.window(factors, torch.get_autocast_dtype(device))
 
     def _device(self) -> torch.device:
         layer = next(iter(self.inventory.layers.values()), None)

@@ -16,6 +16,8 @@ import peftfast
 
 peft = importlib.import_module("peft")
 
+pytestmark = pytest.mark.usefixtures("large_products")
+
 WIDTH, TOKENS, RANK = 4096, 2048, 16
 MIB = 2**20
 

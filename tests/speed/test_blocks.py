@@ -13,6 +13,8 @@ import peftfast
 from peftfast.training.blocks import GatedMlp, Siblings
 from peftfast_kernels.gated import ACTIVATIONS
 
+pytestmark = pytest.mark.usefixtures("large_products")
+
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -115,9 +117,8 @@ def test_different_ranks_scales_and_frozen_factors():
     as_near(run(twins.ours), run(twins.theirs), truth)
 
 
-def test_dropout_has_masks_of_its_own_per_layer(monkeypatch):
+def test_dropout_has_masks_of_its_own_per_layer():
     """With the same seeds as the layers would draw, the block's result is theirs."""
-    monkeypatch.setattr("peftfast.ops.lora.SMALL", 0)
     twins = Twins(llama, {"r": 4, "lora_alpha": 8, "target_modules": ALL, "lora_dropout": 0.3}, same=True)
     blocks = attached(twins.ours)
     assert kinds(blocks) == FUSED

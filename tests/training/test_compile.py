@@ -11,6 +11,8 @@ from training.tiny import batch, fill, gradients, largest_difference, llama, lor
 import peftfast
 from peftfast_kernels import device_masks
 
+pytestmark = pytest.mark.usefixtures("large_products")
+
 KINDS = ["plain", "dropout", "dora", "nf4", "autocast", "two adapters", "bf16 base", "lora_bias", "embedding"]
 
 

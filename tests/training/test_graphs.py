@@ -20,6 +20,8 @@ import peftfast
 from peftfast.training.capture import recording as graphs
 from peftfast_kernels import device_masks
 
+pytestmark = pytest.mark.usefixtures("large_products")
+
 BASE = "__base__"
 WAITS = {
     "_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim",
