@@ -163,9 +163,11 @@ def block_scales(w: Operand) -> Tensor:
         return w.tensors[1]
     _, codes, table, absmax2, offset = w.tensors
     codes = codes.reshape(-1)
-    outer = absmax2.repeat_interleave(w.nested_block)[: codes.numel()]
+    outer = absmax2
+    if absmax2.numel() > 1:  # otherwise a small weight, where every operation shows
+        outer = absmax2.repeat_interleave(w.nested_block)[: codes.numel()]
     # In two steps on purpose: the product is rounded to fp32 before the offset is added.
-    return table[codes.to(torch.int64)].mul_(outer).add_(offset)
+    return torch.index_select(table, 0, codes.to(torch.int32)).mul_(outer).add_(offset)
 
 
 def packed_bytes(w: Operand) -> Tensor:

@@ -6,27 +6,45 @@ and the masks and casts that it keeps for the backward pass are small. Larger in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfast.ops.function import apply, first_order
 from peftfast_kernels import get_backend
+from peftfast_kernels.decode import weight_kn, weight_nk
 
 if TYPE_CHECKING:
-    from peftfast.ops.lora import Part
+    from peftfast.ops.lora import Part, Plan
 
 #: Elements of an input up to which this is the faster way, by the bytes of one: see bench/results/small_products.md.
 SMALL = {8: 1 << 15, 4: 1 << 15, 2: 1 << 18}
 
 
-def composes(x: Tensor, part: Part) -> bool:
-    """Whether `composed_lora` is how this product is best computed."""
+class _FrozenProduct(torch.autograd.Function):
+    """x Wᵀ for a weight in a format of its own: what autograd keeps is the storage, which is decoded again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: Plan, *stored: Tensor) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(*stored)
+        return torch.mm(rows, weight_kn(plan.weight(stored), plan.dtype))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        plan, stored = ctx.plan, ctx.saved_tensors
+        dx = torch.mm(dy, weight_nk(plan.weight(stored), plan.dtype))
+        return dx, None, *(None,) * len(stored)
+
+
+def composes(x: Tensor) -> bool:
+    """Whether this is how the product with x is best computed."""
     return (
         x.is_cpu
         and x.numel() <= SMALL.get(x.dtype.itemsize, 0)
-        and part.w.format == "dense"
         and get_backend() == "auto"
         and not torch.compiler.is_compiling()
     )
@@ -37,12 +55,38 @@ def composed_lora(x: Tensor, part: Part) -> Tensor:
     w, bias, a, b, plan = part
     n, k = plan.shape
     rows = x if x.dim() == 2 else x.reshape(-1, k)
-    dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
-    y = F.linear(rows, w.tensors[0], bias)
-    if torch.is_autocast_enabled("cpu"):
-        y.add_(F.linear(F.linear(dropped, a), b), alpha=plan.scale)
-    elif x.dtype.itemsize >= 4 and x.dtype is a.dtype is b.dtype:
-        y.addmm_(F.linear(dropped, a), b.t(), alpha=plan.scale)
-    else:  # t is scaled, not the gradients, which would be rounded once more
-        y.add_(F.linear(F.linear(dropped.to(plan.branch), a.to(plan.branch)) * plan.scale, b.to(plan.branch)))
+    if w.format == "dense":
+        y = F.linear(rows, w.tensors[0], bias)
+    elif w.format == "dense_t":
+        y = F.linear(rows, w.tensors[0].t(), bias)
+    else:
+        y = apply(_FrozenProduct, rows.to(plan.dtype), plan, *w.tensors)
+        if bias is not None:
+            y.add_(bias)
+    y = _update_(y, rows, a, b, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def _update_(y: Tensor, rows: Tensor, a: Tensor, b: Tensor, plan: Plan) -> Tensor:
+    """y += s drop(x) Aᵀ Bᵀ, for a new y [M, N]."""
+    dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
+    if torch.is_autocast_enabled("cpu"):
+        return y.add_(F.linear(F.linear(dropped, a), b), alpha=plan.scale)
+    if y.dtype.itemsize >= 4 and y.dtype is rows.dtype is a.dtype is b.dtype:
+        return y.addmm_(F.linear(dropped, a), b.t(), alpha=plan.scale)
+    return y.add_(_wide_update(dropped, a, b, plan))
+
+
+def _wide_update(dropped: Tensor, a: Tensor, b: Tensor, plan: Plan) -> Tensor:
+    # t is scaled, not the gradients, which would be rounded once more
+    t = F.linear(dropped.to(plan.branch), a.to(plan.branch)) * plan.scale
+    return F.linear(t, b.to(plan.branch))
+
+
+def composed_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan) -> Tensor:
+    """y + s drop(x) Aᵀ Bᵀ, for an output y [..., N] that others may have."""
+    dropped = F.dropout(x, plan.dropout) if plan.dropout else x
+    if torch.is_autocast_enabled("cpu"):
+        update = F.linear(F.linear(dropped, a), b)
+        return torch.add(y, update.to(y.dtype), alpha=plan.scale)
+    return torch.add(y, _wide_update(dropped, a, b, plan)).to(y.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.composed import composed_lora, composes
+from peftfast.ops.composed import composed_add, composed_lora, composes
 from peftfast.ops.function import apply, first_order
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.lora_down import lora_down, lora_dt
@@ -215,7 +215,7 @@ def plan_of(w: Operand, branch: torch.dtype, scale: float, dropout: float) -> Pl
 def lora_part(x: Tensor, part: Part) -> Tensor:
     """`lora_linear` of a part whose plan has been made."""
     w, bias, a, b, plan = part
-    if composes(x, part):
+    if composes(x):
         return composed_lora(x, part)
     seed = draw_seed(x, plan.dropout) if plan.dropout else None
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
@@ -231,4 +231,6 @@ def lora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dr
     # under autocast the input is used in the branch's dtype; otherwise as it is
     dtype = branch if torch.is_autocast_enabled(x.device.type) else x.dtype
     plan = Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), dropout)
+    if composes(x):
+        return composed_add(y, x, a, b, plan)
     return apply(_LoraAdd, y, x, a, b, draw_seed(x, dropout), plan)
