@@ -62,7 +62,7 @@ class AdapterPool:
     Args:
         model: a base model, or one with adapters; adapted modules are replaced, weights are not touched.
         slots: how many adapters can be in use at once.
-        target_modules: suffixes of the modules to have slots; None: every linear layer but the head.
+        target_modules: suffixes of the modules to have slots; "all-linear" or None: every linear layer but the head.
         max_rank: the largest rank a slot takes.
         host_capacity: how many adapters stay in host memory, least recently used out.
         max_device_bytes: refuse to take more device memory than this.
@@ -77,7 +77,7 @@ class AdapterPool:
         model: nn.Module,
         slots: int = 8,
         *,
-        target_modules: Iterable[str] | None = None,
+        target_modules: str | Iterable[str] | None = None,
         max_rank: int = 16,
         host_capacity: int = 64,
         max_device_bytes: int | None = None,
@@ -486,10 +486,10 @@ def _inventory_of(model: nn.Module) -> Inventory:
     return inventory
 
 
-def _matching(inventory: Inventory, targets: Iterable[str] | None) -> list[str]:
-    from peftfast.wrapping.targets import all_linear
+def _matching(inventory: Inventory, targets: str | Iterable[str] | None) -> list[str]:
+    from peftfast.wrapping.targets import ALL_LINEAR, all_linear
 
-    if targets is None:
+    if targets is None or targets == ALL_LINEAR:
         wanted = set(all_linear(inventory.model, PeftConfig()))
         keys = [n for n in inventory.names if n in wanted]
     else:

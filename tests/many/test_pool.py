@@ -265,6 +265,15 @@ def test_refusals():
         make_pool(0, target_modules=["nothing"])
 
 
+def test_which_modules_have_slots():
+    counts = [
+        len(AdapterPool(oracle.llama(), target_modules=targets)._stacks)
+        for targets in (None, "all-linear", "q_proj", ["q_proj", "v_proj"])
+    ]
+    layers = counts[2]
+    assert counts == [7 * layers, 7 * layers, layers, 2 * layers]
+
+
 def test_a_source_registered_anew_is_read_anew():
     pool = make_pool(3)
     ids = ids_of(1)
