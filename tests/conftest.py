@@ -31,11 +31,13 @@ def users_masks(request):
 
 
 @pytest.fixture
-def large_products(monkeypatch):
+def large_products():
     """Linear layers take every input as they take large ones, also on a CPU."""
     from peftfast.ops import composed
 
-    monkeypatch.setattr(composed, "SMALL", {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composed, "SMALL", {})
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

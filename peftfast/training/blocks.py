@@ -6,7 +6,8 @@
 
 Nothing is rewritten: siblings are found by watching which adapted layers of one parent are called one after another
 with the very same tensor, gated MLPs by their children and by trying. A block is used only for calls that fit (one
-plain LoRA per layer, no mixed batch, no hooks in between, nothing merged); all others run as they would without it.
+plain LoRA per layer, no mixed batch, no hooks in between, nothing merged, not a few tokens on a CPU); all others run as
+they would without it.
 Names, parameters and files do not change. Speed is the only effect; dropout masks of the three layers stay their own.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from peftfast.layer import BaseTunerLayer
 from peftfast.ops.blocks import fit_together, gated_mlp, lora_siblings
+from peftfast.ops.composed import composes
 from peftfast.ops.lora import Part, lora_part
 from peftfast.sites.site import is_untouched
 from peftfast_kernels.gated import ACTIVATIONS
@@ -118,8 +120,8 @@ class Siblings:
                     return y
             else:
                 self._ready = None
-        if layer is not self.layers[0] or x.is_inference():
-            return None
+        if layer is not self.layers[0] or x.is_inference() or composes(x):
+            return None  # also where Python takes longer than the shared read saves
         parts = _parts(self.layers, [x] * len(self.layers))
         if parts is None:
             return None
@@ -217,7 +219,7 @@ class GatedMlp:
         x = args[0]
         if self.state == "new" and not (_in_backward() or x.is_inference()):
             self._check(x)
-        if self.state != "on":
+        if self.state != "on" or composes(x):
             return self._plain(x)
         parts = self._fitting(x, self.candidates[0])
         return self._plain(x) if parts is None else gated_mlp(x, *parts, self.activation)

@@ -10,6 +10,7 @@ from oracle import Twins, assert_no_further, inputs, llama
 from torch import nn
 
 import peftfast
+from peftfast.ops import composed
 from peftfast.training.blocks import GatedMlp, Siblings
 from peftfast_kernels.gated import ACTIVATIONS
 
@@ -210,7 +211,7 @@ def calls_of_blocks(model, monkeypatch):
     return len(count), out  # (how many, logits)
 
 
-@pytest.mark.parametrize("what", ["hook", "merged", "disabled", "two", "mixed", "dora", "compile", "replaced"])
+@pytest.mark.parametrize("what", ["hook", "merged", "disabled", "two", "mixed", "dora", "compile", "replaced", "small"])
 def test_off_where_something_does_not_fit(what, monkeypatch):
     twins = Twins(llama, {"r": 4, "target_modules": ALL})
     model = twins.ours
@@ -236,7 +237,12 @@ def test_off_where_something_does_not_fit(what, monkeypatch):
         elif what == "replaced":
             for each in m.get_base_model().model.layers:
                 each.mlp.act_fn = nn.Tanh()
-    if what == "disabled":
+    if what == "small":
+        monkeypatch.setattr(composed, "SMALL", {4: 1 << 15})
+        with torch.no_grad():
+            ours, theirs = (m(**inputs(m)).logits for m in (model, plain))
+        count = 0 if torch.equal(ours, theirs) else None  # the layers' own numbers, to the last bit
+    elif what == "disabled":
         with model.disable_adapter(), plain.disable_adapter():
             count, ours = calls_of_blocks(model, monkeypatch)
             theirs = calls_of_blocks(plain, monkeypatch)[1]
