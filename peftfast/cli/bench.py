@@ -114,7 +114,8 @@ def contestants(base: torch.nn.Module, settings: dict[str, Any]) -> dict[str, to
                 for _ in range(3):
                     model(input_ids=_tokens(model, settings))
             used = sum(group.state == "on" for group in blocks.groups)
-            print(f"blocks: {used} of {len(blocks.groups)} in use")
+            why = ": so few tokens are left to the layers" if {g.state for g in blocks.groups} == {"new"} else ""
+            print(f"blocks: {used} of {len(blocks.groups)} in use{why}")
         found[name] = model
     return found
 

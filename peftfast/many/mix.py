@@ -86,7 +86,11 @@ class Mix:
             run = getattr(method, "routed", None)  # asking the protocol costs as much as a small product
             own = group([self.adapters[p] for p in positions])
             self.steps.append(
-                MixedStep(run or partial(sample_by_sample, method), own, positions if len(groups) > 1 else None)
+                MixedStep(
+                    partial(sample_by_sample, method) if run is None else run,
+                    own,
+                    positions if len(groups) > 1 else None,
+                )
             )
         self.single = self.steps[0].adapters if len(self.steps) == 1 and all(self.present) else None
 

@@ -217,9 +217,11 @@ class GatedMlp:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or torch.compiler.is_compiling():
             return self._plain(*args, **kwargs)
         x = args[0]
+        if composes(x):
+            return self._plain(x)
         if self.state == "new" and not (_in_backward() or x.is_inference()):
             self._check(x)
-        if self.state != "on" or composes(x):
+        if self.state != "on":
             return self._plain(x)
         parts = self._fitting(x, self.candidates[0])
         return self._plain(x) if parts is None else gated_mlp(x, *parts, self.activation)

@@ -15,6 +15,12 @@ def few_tokens(monkeypatch):
     monkeypatch.setattr(bench, "DECODED", 2)
 
 
+def test_few_tokens_on_a_cpu_use_no_blocks(capsys, few_tokens):
+    assert main(TINY) == 0
+    assert re.search(r"^blocks: 0 of \d+ in use: so few tokens are left to the layers$", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.usefixtures("large_products")
 def test_on_the_embedded_model(capsys, few_tokens):
     assert main(TINY) == 0
     text = capsys.readouterr().out
