@@ -33,6 +33,7 @@ class Control:
         self._has_followed = False
         self._mixes: dict[tuple[str, ...], Mixes] = {}
         self._promises = self._unseen = 0
+        self._entering = threading.Lock()
 
     @property
     def routing(self) -> Routing | None:
@@ -65,24 +66,31 @@ class Control:
         known = routing.verdicts
         if known is None or known.mixes is not mixes:
             known = routing.verdicts = Verdicts(mixes, trusting=self._promises > 0)
-            self._unseen += 1
-            if self._promises and self._unseen >= LOOKS_EVERY:
-                self._look()
+            if self._promises:
+                self._unseen += 1
+                if self._unseen >= LOOKS_EVERY:
+                    self._look()
         return known
 
     @contextmanager
     def unchanging(self) -> Iterator[None]:
         """While this is open, in whatever thread, adapters are taken to be what they were at its start."""
-        if not self._promises:
-            self._drop_changed()
-        self._promises += 1
+        with self._entering:
+            if not self._promises:
+                self._drop_changed()
+                self._unseen = 0
+            self._promises += 1
         try:
             yield
         except BaseException:
-            self._promises -= 1
+            self._leave()
             raise
-        self._promises -= 1
+        self._leave()
         self._look()
+
+    def _leave(self) -> None:
+        with self._entering:
+            self._promises -= 1
 
     def _look(self) -> None:
         self._unseen = 0
