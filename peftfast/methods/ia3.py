@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -139,7 +139,7 @@ class IA3:
             unknown = torch.full_like(one, float("nan"))  # a number that no adapter has
             table = torch.stack([*(own.get(i, one) for i in range(len(adapters))), unknown, one])
             vectors.append(table[rows.index])
-        return _scaled(site, x, y, *vectors)
+        return _scaled(site, x, y, *vectors, multiply=_each)
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         side, s = _side(adapter), adapter[VECTOR].to(dense.weight.dtype)
@@ -176,23 +176,31 @@ def _product(active: Sequence[Adapter], side: str) -> Tensor | None:
     return reduce(torch.mul, vectors) if vectors else None
 
 
-def _scaled(site: Site, x: Tensor, y: Tensor | None, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
-    """The module with the features of its input and of its output multiplied by vectors, or by one vector a sample."""
+def _scaled(
+    site: Site,
+    x: Tensor,
+    y: Tensor | None,
+    inputs: Tensor | None,
+    outputs: Tensor | None,
+    multiply: Callable[[Site, Tensor, Tensor, str], Tensor] | None = None,
+) -> Tensor:
+    """The module with the features of its input and of its output multiplied by vectors; `multiply`: in another way."""
     if inputs is not None:
         if y is not None:
             raise TypeError(
                 f"{type(site.module).__name__}: its input is scaled by IA3 (feedforward_modules), so it cannot be "
                 "called with further arguments or after another method; take it out of feedforward_modules"
             )
-        x = _multiplied(site, x, inputs, "input")
+        x = site.scale_input(x, inputs) if multiply is None else multiply(site, x, inputs, "input")
     y = site.base(x) if y is None else y
-    return y if outputs is None else _multiplied(site, y, outputs, "output")
+    if outputs is None:
+        return y
+    return site.scale_output(y, outputs) if multiply is None else multiply(site, y, outputs, "output")
 
 
-def _multiplied(site: Site, v: Tensor, s: Tensor, side: str) -> Tensor:
+def _each(site: Site, v: Tensor, s: Tensor, side: str) -> Tensor:
+    """One vector a sample."""
     own = site.vector_shape(side)
-    if s.dim() == len(own):
-        return site.scale_input(v, s) if side == "input" else site.scale_output(v, s)
     channels_first = len(own) > 2  # [1, C, 1, ...] against [N, 1], [1, K] or [K]
     shape = (len(s), *own[1:]) if channels_first else (len(s), *(1,) * (v.dim() - 2), -1)
     return (v * s.reshape(shape)).to(v.dtype)

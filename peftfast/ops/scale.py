@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfast.ops.composed import composes
 from peftfast.ops.function import first_order
 from peftfast_kernels.feature_scale import feature_scale, feature_scale_grad
 
@@ -41,4 +42,6 @@ def scale_features(y: Tensor, s: Tensor) -> Tensor:
         return (y * s).to(y.dtype)
     if y.dtype == s.dtype and not feature_scale.runs_triton(y, s):  # torch's product keeps and moves no more than ours
         return y * s
+    if composes(y):
+        return (y * s).to(y.dtype)
     return _ScaleFeatures.apply(y, s)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import base_weight
+from peftfast.ops.composed import composes
 from peftfast.ops.dora import dora_linear_add
 from peftfast.ops.lora import lora_linear, lora_linear_add
 from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
@@ -158,7 +159,7 @@ class LinearSite:
         self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
     ) -> Tensor:
         bias = self.module.bias
-        if dropout > 0.0 or not is_plain(x, a, b, bias):
+        if dropout > 0.0 or composes(x) or not is_plain(x, a, b, bias):
             return composed_magnify(self, x, y, a, b, g, scale, dropout)
         return dora_linear_add(self.module(x) if y is None else y, x, a, b, g, bias, scale)
 
