@@ -17,7 +17,8 @@ from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.function import apply, first_order
-from peftfast.ops.lora import Part, Plan, draw_seed, factor_grads
+from peftfast.ops.lora import draw_seed, factor_grads
+from peftfast.ops.plan import Part, Plan
 from peftfast_kernels.decode import Operand, weight_nk
 from peftfast_kernels.gated import gated, gated_grad
 from peftfast_kernels.lora_down import lora_down, lora_dt

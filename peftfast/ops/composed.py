@@ -6,18 +6,16 @@ and the masks and casts that it keeps for the backward pass are small. Larger in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peftfast.ops.function import apply, first_order
+from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.decode import weight_kn, weight_nk
-
-if TYPE_CHECKING:
-    from peftfast.ops.lora import Part, Plan
 
 #: Elements of an input up to which this is the faster way, by the bytes of one: see bench/results/small_products.md.
 SMALL = {8: 1 << 15, 4: 1 << 15, 2: 1 << 18}

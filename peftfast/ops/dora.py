@@ -14,7 +14,8 @@ from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.function import first_order
-from peftfast.ops.lora import Plan, branch_dtype, factor_grads
+from peftfast.ops.lora import factor_grads
+from peftfast.ops.plan import Plan, branch_dtype
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.dora_add import dora_add
 from peftfast_kernels.feature_scale import feature_scale_grad

@@ -8,8 +8,7 @@ Small products on a CPU are left to `composed.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,46 +16,11 @@ from torch import Tensor
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.composed import composed_add, composed_lora, composes
 from peftfast.ops.function import apply, first_order
+from peftfast.ops.plan import Part, Plan, branch_dtype, plan_of
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.lora_down import lora_down, lora_dt
 from peftfast_kernels.lora_gemm import lora_add, lora_dx, lora_gemm, lora_gemm_t
 from peftfast_kernels.lora_grad import lora_factor_grads
-
-
-class Plan(NamedTuple):
-    """What is fixed before the product: everything that is not a tensor."""
-
-    format: str
-    shape: tuple[int, int]
-    dtype: torch.dtype  # of the base product
-    branch: torch.dtype  # of the low-rank branch
-    scale: float
-    dropout: float
-    block: int = 64  # of a 4-bit weight, and of its nested scales
-    nested_block: int = 256
-
-    def weight(self, stored: Sequence[Tensor]) -> Operand:
-        """The base weight over the tensors that autograd kept."""
-        return Operand(self.format, list(stored), self.shape, self.dtype, self.block, self.nested_block)
-
-
-class Part(NamedTuple):
-    """A low-rank linear at one call: everything but its input."""
-
-    w: Operand  # [N, K]
-    bias: Tensor | None  # [N]
-    a: Tensor  # [r, K]
-    b: Tensor  # [N, r]
-    plan: Plan
-
-
-def branch_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
-    """The dtype of the low-rank branch: autocast's, else the wider of input and factors, so that fp32 factors on a
-    bf16 base are applied in fp32 as PEFT applies them."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype if x.dtype == factor.dtype else torch.promote_types(x.dtype, factor.dtype)
 
 
 def draw_seed(x: Tensor, dropout: float) -> Tensor | None:
@@ -205,11 +169,6 @@ def lora_linear(
         [..., N] in `w.dtype`.
     """
     return lora_part(x, Part(w, bias, a, b, plan_of(w, branch_dtype(x, a), scale, dropout)))
-
-
-def plan_of(w: Operand, branch: torch.dtype, scale: float, dropout: float) -> Plan:
-    """The plan, which is the same for every call until one of these changes."""
-    return Plan(w.format, w.shape, w.dtype, branch, float(scale), dropout, w.block, w.nested_block)
 
 
 def lora_part(x: Tensor, part: Part) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.function import first_order
-from peftfast.ops.lora import branch_dtype
+from peftfast.ops.plan import branch_dtype
 from peftfast_kernels.lora_routed import Route, make_route, routed_add, routed_down, routed_down_grad, routed_up_grad
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfast.ops.lora import Part, Plan, branch_dtype, lora_part, plan_of
+from peftfast.ops.lora import lora_part
+from peftfast.ops.plan import Part, Plan, branch_dtype, plan_of
 from peftfast.sites.site import Site, is_plain, is_untouched
 from peftfast_kernels.decode import Operand
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from peftfast.layer import BaseTunerLayer
 from peftfast.ops.blocks import fit_together, gated_mlp, lora_siblings
 from peftfast.ops.composed import composes
-from peftfast.ops.lora import Part, lora_part
+from peftfast.ops.lora import lora_part
+from peftfast.ops.plan import Part
 from peftfast.sites.site import is_untouched
 from peftfast_kernels.gated import ACTIVATIONS
 
