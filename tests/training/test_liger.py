@@ -414,6 +414,7 @@ def test_what_cannot_be_computed_here_is_left_alone(calls, monkeypatch):
     assert not any(alone(model).values())
 
 
+@pytest.mark.usefixtures("large_products")
 @pytest.mark.parametrize("first", ["liger", "blocks"])
 def test_beside_fused_blocks(calls, first):
     model = wrapped(peftfast, target_modules="all-linear").train()
