@@ -12,7 +12,6 @@ import argparse
 import warnings
 from collections.abc import Callable
 
-import measure  # noqa: F401  (puts the packages on the path)
 import peft
 import torch
 from adapters import alternating

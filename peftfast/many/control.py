@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfast.many.mix import Kept, Mixes, Verdicts
+from peftfast.many.mix import Kept, Mixes, Verdicts, groups_of
 from peftfast.many.routing import Routing
 
 #: For how many sets of adapters a model keeps what layers make of them; for one more the oldest is made again.
@@ -82,15 +82,10 @@ class Control:
             self._promises += 1
         try:
             yield
-        except BaseException:
-            self._leave()
-            raise
-        self._leave()
-        self._look()
-
-    def _leave(self) -> None:
-        with self._entering:
-            self._promises -= 1
+        finally:
+            with self._entering:
+                self._promises -= 1
+        self._look()  # not where another error is on its way
 
     def _look(self) -> None:
         self._unseen = 0
@@ -104,8 +99,7 @@ class Control:
 
     def _drop_changed(self) -> list[str]:
         """Keep nothing that was made of something that has changed since; says of what."""
-        mixes = [mix for mixes in list(self._mixes.values()) for mix in list(mixes.values())]
-        groups = [step.adapters for mix in mixes for step in mix.steps]
+        groups = [group for mixes in list(self._mixes.values()) for group in groups_of(mixes)]
         changed = [group for group in groups if group.kept is not None and not group.kept.watch.unchanged()]
         for group in changed:
             group.kept = None

@@ -85,13 +85,9 @@ class Mix:
         for method, positions in sorted(groups.values(), key=_order):
             run = getattr(method, "routed", None)  # asking the protocol costs as much as a small product
             own = group([self.adapters[p] for p in positions])
-            self.steps.append(
-                MixedStep(
-                    partial(sample_by_sample, method) if run is None else run,
-                    own,
-                    positions if len(groups) > 1 else None,
-                )
-            )
+            if run is None:  # compilers of torch 2.11 cannot ask a method whether it is true
+                run = partial(sample_by_sample, method)
+            self.steps.append(MixedStep(run, own, positions if len(groups) > 1 else None))
         self.single = self.steps[0].adapters if len(self.steps) == 1 and all(self.present) else None
 
 
@@ -101,6 +97,11 @@ def _order(group: tuple[AdapterMethod, Any]) -> int:
 
 #: The mixes of all layers of a model for one set of adapters, by layer.
 Mixes = dict[Any, Mix]
+
+
+def groups_of(mixes: Mixes) -> list[Group]:
+    """All that something may be kept of; other threads may add to `mixes` meanwhile."""
+    return [step.adapters for mix in list(mixes.values()) for step in mix.steps]
 
 
 class Verdicts:
@@ -122,7 +123,6 @@ class Verdicts:
         if self.trusting:
             return group.kept
         if group not in self._known:
-            groups = [step.adapters for mix in list(self.mixes.values()) for step in mix.steps]
-            kept = [(other, other.kept) for other in groups]
+            kept = [(other, other.kept) for other in groups_of(self.mixes)]
             self._known = {other: k if k.watch.unchanged() else None for other, k in kept if k is not None}
         return self._known.pop(group, None)

@@ -125,7 +125,7 @@ class IA3:
         return False
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
-        return _scaled(site, x, y, _product(active, "input"), _product(active, "output"))
+        return _scaled(site, x, y, _product(active, "input"), _product(active, "output"), _all)
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
         # one table of vectors a side, ones for the base model (-1, the last row) and for the other side
@@ -139,7 +139,7 @@ class IA3:
             unknown = torch.full_like(one, float("nan"))  # a number that no adapter has
             table = torch.stack([*(own.get(i, one) for i in range(len(adapters))), unknown, one])
             vectors.append(table[rows.index])
-        return _scaled(site, x, y, *vectors, multiply=_each)
+        return _scaled(site, x, y, *vectors, _each)
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         side, s = _side(adapter), adapter[VECTOR].to(dense.weight.dtype)
@@ -182,20 +182,23 @@ def _scaled(
     y: Tensor | None,
     inputs: Tensor | None,
     outputs: Tensor | None,
-    multiply: Callable[[Site, Tensor, Tensor, str], Tensor] | None = None,
+    multiply: Callable[[Site, Tensor, Tensor, str], Tensor],
 ) -> Tensor:
-    """The module with the features of its input and of its output multiplied by vectors; `multiply`: in another way."""
+    """The module with the features of its input and of its output multiplied by vectors."""
     if inputs is not None:
         if y is not None:
             raise TypeError(
                 f"{type(site.module).__name__}: its input is scaled by IA3 (feedforward_modules), so it cannot be "
                 "called with further arguments or after another method; take it out of feedforward_modules"
             )
-        x = site.scale_input(x, inputs) if multiply is None else multiply(site, x, inputs, "input")
+        x = multiply(site, x, inputs, "input")
     y = site.base(x) if y is None else y
-    if outputs is None:
-        return y
-    return site.scale_output(y, outputs) if multiply is None else multiply(site, y, outputs, "output")
+    return y if outputs is None else multiply(site, y, outputs, "output")
+
+
+def _all(site: Site, v: Tensor, s: Tensor, side: str) -> Tensor:
+    """One vector for all samples."""
+    return site.scale_input(v, s) if side == "input" else site.scale_output(v, s)
 
 
 def _each(site: Site, v: Tensor, s: Tensor, side: str) -> Tensor:

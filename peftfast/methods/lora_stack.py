@@ -86,13 +86,11 @@ class Remembered:
             else:
                 if call is None:
                     with torch.inference_mode(False), torch.no_grad():
-                        a, b, scale = _picked(self.stack, routing.index)
-                    call = _bound(site, a, b, scale if self.stack.factor is None else self.stack.factor)
+                        call = _bound(site, FactorStack(*_picked(self.stack, routing.index), self.stack.factor))
                     self.ordered = (order, call)
                 return call(x)
         if self.call is None:
-            a, b, scale, factor = self.stack
-            self.call = _bound(site, a, b, scale if factor is None else factor)
+            self.call = _bound(site, self.stack)
         return routing.arranged(x, self.call)
 
     def _is_small(self) -> bool:
@@ -143,7 +141,9 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None) -> Rememb
     return known
 
 
-def _bound(site: Site, a: Tensor, b: Tensor, scale: Tensor | float) -> Callable[[Tensor], Tensor]:
+def _bound(site: Site, stack: FactorStack) -> Callable[[Tensor], Tensor]:
+    a, b, scale, factor = stack
+    scale = scale if factor is None else factor
     bind = getattr(site, "bind_runs", None)
     return (lambda x: site.adapt_each(x, site.base(x), a, b, scale)) if bind is None else bind(a, b, scale)
 

@@ -61,30 +61,25 @@ def composed_lora(x: Tensor, part: Part) -> Tensor:
         y = apply(_FrozenProduct, rows.to(plan.dtype), plan, *w.tensors)
         if bias is not None:
             y.add_(bias)
-    y = _update_(y, rows, a, b, plan)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
-
-
-def _update_(y: Tensor, rows: Tensor, a: Tensor, b: Tensor, plan: Plan) -> Tensor:
-    """y += s drop(x) Aᵀ Bᵀ, for a new y [M, N]."""
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
-    if torch.is_autocast_enabled("cpu"):
-        return y.add_(F.linear(F.linear(dropped, a), b), alpha=plan.scale)
     if y.dtype.itemsize >= 4 and y.dtype is rows.dtype is a.dtype is b.dtype:
-        return y.addmm_(F.linear(dropped, a), b.t(), alpha=plan.scale)
-    return y.add_(_wide_update(dropped, a, b, plan))
-
-
-def _wide_update(dropped: Tensor, a: Tensor, b: Tensor, plan: Plan) -> Tensor:
-    # t is scaled, not the gradients, which would be rounded once more
-    t = F.linear(dropped.to(plan.branch), a.to(plan.branch)) * plan.scale
-    return F.linear(t, b.to(plan.branch))
+        y.addmm_(F.linear(dropped, a), b.t(), alpha=plan.scale)  # y is new, so it may be written to
+    else:
+        update, alpha = _update(dropped, a, b, plan)
+        y.add_(update, alpha=alpha)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
 def composed_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan) -> Tensor:
     """y + s drop(x) Aᵀ Bᵀ, for an output y [..., N] that others may have."""
-    dropped = F.dropout(x, plan.dropout) if plan.dropout else x
+    update, alpha = _update(F.dropout(x, plan.dropout) if plan.dropout else x, a, b, plan)
+    return torch.add(y, update, alpha=alpha).to(y.dtype)
+
+
+def _update(dropped: Tensor, a: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, float]:
+    """An update and its factor, whose product is s drop(x) Aᵀ Bᵀ."""
     if torch.is_autocast_enabled("cpu"):
-        update = F.linear(F.linear(dropped, a), b)
-        return torch.add(y, update.to(y.dtype), alpha=plan.scale)
-    return torch.add(y, _wide_update(dropped, a, b, plan)).to(y.dtype)
+        return F.linear(F.linear(dropped, a), b), plan.scale
+    # t is scaled, not the gradients, which would be rounded once more
+    t = F.linear(dropped.to(plan.branch), a.to(plan.branch)) * plan.scale
+    return F.linear(t, b.to(plan.branch)), 1.0
