@@ -35,3 +35,8 @@ from peftfast_kernels.op import set_backend as set_backend
 from peftfast_kernels.op import use_backend as use_backend
 from peftfast_kernels.row_norm import row_norm as row_norm
 from peftfast_kernels.row_norm import row_squares as row_squares
+from peftfast_kernels.siblings import siblings_down as siblings_down
+from peftfast_kernels.siblings import siblings_dt as siblings_dt
+from peftfast_kernels.siblings import siblings_factor_grads as siblings_factor_grads
+from peftfast_kernels.siblings_gemm import siblings_gemm as siblings_gemm
+from peftfast_kernels.siblings_gemm import siblings_gemm_t as siblings_gemm_t

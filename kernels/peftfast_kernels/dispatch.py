@@ -103,7 +103,7 @@ def _distance(one: Sequence[int], other: Sequence[int]) -> float:
 def point_of(args: Sequence[Any]) -> Point:
     """The point of a call with these positional arguments."""
     format, sizes, dtypes, drop = "dense", [], [], False
-    for value in args:
+    for value in [one for arg in args for one in (arg if isinstance(arg, list) else (arg,))]:
         if isinstance(value, Tensor):
             if value.dim() == 2:
                 sizes += value.shape
@@ -158,6 +158,17 @@ def fuses(op: str, *args: Any) -> bool:
             return choice == "triton"
     format = next((value.format for value in args if hasattr(value, "format")), "dense")
     return args[0].shape[0] <= FUSED_ROWS[op].get(format, 0)
+
+
+def fuses_together(op: str, args: Sequence[Any], member: str, members: Sequence[Sequence[Any]]) -> bool:
+    """Whether siblings' big products take one fused kernel: as measured for the group, otherwise where each of the
+    `members`, the arguments of the op for one linear, would."""
+    device = members[0][0].device
+    if device.type == "cuda" and get_backend() != "triton":
+        choice = measured(op, device, args)
+        if choice is not None:
+            return choice == "triton"
+    return all(fuses(member, *own) for own in members)
 
 
 def loses(op: str, device: torch.device, args: Sequence[Any]) -> bool:

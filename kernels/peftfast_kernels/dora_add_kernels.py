@@ -25,8 +25,9 @@ def dora_add_kernel(
     """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BO + tl.arange(0, BO)
+    acc = tl.zeros((BM, BO), tl.float32)
     acc = adapter_tile(
-        t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, BM, BO, BR, PRECISION, INTERP
+        acc, t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, BR, PRECISION, INTERP
     )  # fmt: skip
     acc = acc * scale
     inside = (rows[:, None] < M) & (cols[None, :] < O)

@@ -18,43 +18,28 @@ from peftfast_kernels.variants import ANY_MATRIX, NO_MATRIX, Variant
 
 
 @triton.jit
-def down_kernel(
-    x_ptr,
-    a_ptr,
-    seed_ptr,
-    t_ptr,
-    M,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    stride_ar,
-    stride_ak,
-    threshold,
-    scale,
-    DROP: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    """Program (i, j) computes BM rows and BR ranks of t.
+def strip(
+    rows, first_rank, x_ptr, a_ptrs, seed_ptrs, t_ptrs, M, K, RS, stride_xm, stride_xk, stride_ar, stride_ak,
+    thresholds, scales,
+    DROP: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """t_i = scale_i * drop_i(x) a_iᵀ for these BM rows and BR ranks from first_rank on, for every factor of a tuple.
 
-    x_ptr: [M, K]; a_ptr: [R, K], R and stride_ak multiples of UNIT; seed_ptr: int64 []; t_ptr: [M, R] contiguous.
+    x_ptr: [M, K], read once for all; a_ptrs: [R_i, K], R_i and stride_ak multiples of UNIT; seed_ptrs: int64 [];
+    t_ptrs: [M, R_i] contiguous.
     """
     # The compiler knows multiples of 16 by itself, and a smaller rank's as a product: without it such a factor, where
     # its ranks are contiguous, is read element by element and outside the pipeline.
-    R = R // UNIT * UNIT
     stride_ak = stride_ak // UNIT * UNIT
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
+    ranks = first_rank + tl.arange(0, BR)
     row_in = rows[:, None] < M
-    rank_in = ranks[None, :] < R
-    if DROP:
-        keys = row_keys(seed_ptr, rows)
-    acc = tl.zeros((BM, BR), tl.float32)
+    accs = ()
+    keys = ()
+    for i in tl.static_range(len(a_ptrs)):
+        accs = accs + (tl.zeros((BM, BR), tl.float32),)
+        if DROP:
+            keys = keys + (row_keys(seed_ptrs[i], rows),)
     for k in range(0, K, BK):
         cols = k + tl.arange(0, BK)
         wide_cols = cols.to(tl.int64)
@@ -63,17 +48,41 @@ def down_kernel(
             mask=row_in & (cols[None, :] < K),
             other=0.0,
         )
-        a = tl.load(
-            a_ptr + ranks[None, :].to(tl.int64) * stride_ar + wide_cols[:, None] * stride_ak,
-            mask=rank_in & (cols[:, None] < K),
-            other=0.0,
-        )
-        x = operand(x, INTERP).to(operand(a, INTERP).dtype)
-        if DROP:
-            x = tl.where(keep_tile(keys, cols, threshold), x, 0.0)
-        acc = tl.dot(x, operand(a, INTERP), acc, input_precision=PRECISION)
-    out = t_ptr + rows[:, None] * R + ranks[None, :]
-    tl.store(out, narrow(acc * scale, t_ptr.dtype.element_ty, INTERP), mask=row_in & rank_in)
+        x = operand(x, INTERP)
+        sums = ()
+        for i in tl.static_range(len(a_ptrs)):
+            rank_in = ranks[None, :] < RS[i] // UNIT * UNIT
+            a = tl.load(
+                a_ptrs[i] + ranks[None, :].to(tl.int64) * stride_ar + wide_cols[:, None] * stride_ak,
+                mask=rank_in & (cols[:, None] < K),
+                other=0.0,
+            )
+            a = operand(a, INTERP)
+            kept = x.to(a.dtype)
+            if DROP:
+                kept = tl.where(keep_tile(keys[i], cols, thresholds[i]), kept, 0.0)
+            sums = sums + (tl.dot(kept, a, accs[i], input_precision=PRECISION),)
+        accs = sums
+    for i in tl.static_range(len(a_ptrs)):
+        R = RS[i] // UNIT * UNIT
+        out = t_ptrs[i] + rows[:, None] * R + ranks[None, :]
+        value = narrow(accs[i] * scales[i], t_ptrs[i].dtype.element_ty, INTERP)
+        tl.store(out, value, mask=row_in & (ranks[None, :] < R))
+
+
+@triton.jit
+def down_kernel(
+    x_ptr, a_ptr, seed_ptr, t_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, threshold, scale,
+    DROP: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) computes BM rows and BR ranks of t; see `strip`."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    strip(
+        rows, tl.program_id(1) * BR, x_ptr, (a_ptr,), (seed_ptr,), (t_ptr,), M, K, (R,),
+        stride_xm, stride_xk, stride_ar, stride_ak, (threshold,), (scale,),
+        DROP, BM, BR, BK, UNIT, PRECISION, INTERP,
+    )  # fmt: skip
 
 
 def unit(rank: int, stride: int) -> int:

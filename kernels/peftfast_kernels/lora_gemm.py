@@ -20,7 +20,7 @@ from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks, tr
 WIDE_CHUNK = 1 << 19  # elements of the fp32 update held at a time: 2 MiB
 
 
-def _update_(y: Tensor, t: Tensor, bt: Tensor, scale: float) -> Tensor:
+def add_update_(y: Tensor, t: Tensor, bt: Tensor, scale: float) -> Tensor:
     """y += scale * t bt, in place; t [M, R], bt [R, N]."""
     if t.dtype == y.dtype:
         return y.addmm_(t, bt, alpha=scale)
@@ -31,7 +31,7 @@ def _update_(y: Tensor, t: Tensor, bt: Tensor, scale: float) -> Tensor:
     return y
 
 
-def _masked_update_(y: Tensor, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
+def add_masked_update_(y: Tensor, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     """y += keep_mask * (p a) / (1 - prob), in place; p [M, R], a [R, K]."""
     scale, zero = keep_scale(prob), zero_like(p)
     keep = small_keep(*y.shape, seed, prob, p.dtype) if y.dtype == p.dtype else None
@@ -106,7 +106,7 @@ def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, 
     """
     wt = weight_kn(w, x.dtype)
     y = torch.mm(x, wt) if bias is None else torch.addmm(bias.to(x.dtype), x, wt)
-    return _update_(y, t, transposed(b), scale)
+    return add_update_(y, t, transposed(b), scale)
 
 
 # -- dx = dy W + drop'(p a) --------------------------------------------------------------------------------------------
@@ -151,8 +151,8 @@ def lora_gemm_t(dy: Tensor, w: Operand, p: Tensor, a: Tensor, seed: Tensor | Non
     """
     dx = torch.mm(dy, weight_nk(w, dy.dtype))
     if not prob or threshold(prob) == 0:
-        return _update_(dx, p, a, 1.0)
-    return _masked_update_(dx, p, a, seed, prob)
+        return add_update_(dx, p, a, 1.0)
+    return add_masked_update_(dx, p, a, seed, prob)
 
 
 # -- the adapter alone, for a base layer that was called as a module --------------------------------------------------
@@ -187,7 +187,7 @@ def lora_add(y: Tensor, t: Tensor, b: Tensor, scale: float) -> Tensor:
     """Returns y + scale t bᵀ in y's dtype, out of place; y [M, N], t [M, R], b [N, R] in y's dtype or both fp32."""
     if t.dtype == y.dtype:
         return torch.addmm(y, t, transposed(b), alpha=scale)
-    return _update_(torch.empty(y.shape, dtype=y.dtype, device=y.device).copy_(y), t, transposed(b), scale)
+    return add_update_(torch.empty(y.shape, dtype=y.dtype, device=y.device).copy_(y), t, transposed(b), scale)
 
 
 def _dx_reference(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torch.dtype) -> Tensor:
@@ -219,4 +219,4 @@ def lora_dx(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torch
     if threshold(prob) == 0 and p.dtype == dtype:
         return torch.mm(p, a)
     dx = torch.zeros(p.shape[0], a.shape[1], dtype=dtype, device=p.device)
-    return _update_(dx, p, a, 1.0) if threshold(prob) == 0 else _masked_update_(dx, p, a, seed, prob)
+    return add_update_(dx, p, a, 1.0) if threshold(prob) == 0 else add_masked_update_(dx, p, a, seed, prob)

@@ -15,17 +15,16 @@ from peftfast_kernels.decode import Operand, weight_kn, weight_nk
 from peftfast_kernels.decode_kernels import decode_arguments, decode_variant
 from peftfast_kernels.keep_mask import keep_scale, threshold
 from peftfast_kernels.op import is_interpreting
-from peftfast_kernels.tiles import grouped_order, keep_tile, narrow, operand, row_keys
+from peftfast_kernels.tiles import grouped_order, keep_tile, narrow, operand, owner, padded, pick, row_keys, total
 from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, NO_MATRIX, Variant
 
 
 @triton.jit
 def adapter_tile(
-    t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo,
-    BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
+    acc, t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo,
+    BR: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """t b for these rows and columns, fp32 [BM, BO]. t_ptr: [M, R], b_ptr: [R, O], both through strides."""
-    acc = tl.zeros((BM, BO), tl.float32)
+    """acc + t b for these rows and columns, fp32. t_ptr: [M, R], b_ptr: [R, O], both through strides."""
     for r in range(0, R, BR):
         ranks = r + tl.arange(0, BR)
         t = tl.load(
@@ -43,51 +42,55 @@ def adapter_tile(
 
 
 @triton.jit
-def gemm_kernel(
-    x_ptr, w0, w1, w2, w3, w4, table, bias_ptr, t_ptr, b_ptr, seed_ptr, y_ptr,
-    M, N, K, R, stride_xm, stride_xc, stride_n, stride_k, stride_tm, stride_tr, stride_br, stride_bo,
-    scale, threshold,
-    DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr,
-    BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, INTERP: tl.constexpr,
+def masked_adapter(
+    t_ptr, b_ptr, seed_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, scale, threshold,
+    DROP: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program i computes BM rows and BO columns of y = x op(W) + scale * mask(t b) + bias.
-
-    x_ptr: [M, C]; y_ptr: [M, O] contiguous; t_ptr: [M, R]; b_ptr: [R, O]; bias_ptr: [O]. Forward O = N, C = K;
-    TRANSPOSED O = K, C = N. SWAP computes yᵀ = W xᵀ: a decoded weight then stays in registers as the left operand, and
-    few rows fill the narrow side of a matrix instruction.
-    """
-    O = K if TRANSPOSED else N
-    C = N if TRANSPOSED else K
-    pid_m, pid_o = grouped_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(O, BO), GROUP)
-    rows = pid_m.to(tl.int64) * BM + tl.arange(0, BM)
-    cols = pid_o * BO + tl.arange(0, BO)
-    # The adapter comes first: its mask must not touch the base product, and the accumulator is already there.
+    """scale * mask(t b), fp32 [BM, BO]."""
+    acc = tl.zeros((BM, BO), tl.float32)
     acc = adapter_tile(
-        t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, BM, BO, BR, PRECISION, INTERP
+        acc, t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, BR, PRECISION, INTERP
     )  # fmt: skip
     acc = acc * scale
     if DROP:
         acc = tl.where(keep_tile(row_keys(seed_ptr, rows), cols, threshold), acc, 0.0)
-    if SWAP:
-        acc = tl.trans(acc)
-    x_ptrs = x_ptr + rows[:, None] * stride_xm
-    for c in range(0, C, BC):
+    return acc
+
+
+@triton.jit
+def contract(
+    acc, x_ptrs, w0, w1, w2, w3, w4, table, rows, cols, first_col, M, NS, K,
+    strides_xm, stride_xc, strides_n, strides_k,
+    DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """acc + the sum of all x op(W) for these rows and columns, in one loop over the members of a tuple.
+
+    x_ptrs: [M, C_i], rows strides_xm apart; C_i = N_i where TRANSPOSED, K otherwise.
+    """
+    spans = padded(NS if TRANSPOSED else (K,), BC)
+    for position in range(0, total(spans), BC):
+        which, first = owner(position, spans)
+        c = position - first
+        N = pick(NS, which)
+        C = N if TRANSPOSED else K
         inner = c + tl.arange(0, BC)
         x = tl.load(
-            x_ptrs + inner[None, :].to(tl.int64) * stride_xc,
+            pick(x_ptrs, which) + rows[:, None] * pick(strides_xm, which) + inner[None, :].to(tl.int64) * stride_xc,
             mask=(rows[:, None] < M) & (inner[None, :] < C),
             other=0.0,
         )
         if TRANSPOSED:
             w = DECODE(
-                w0, w1, w2, w3, w4, table, inner, pid_o * BO, N, K, stride_n, stride_k,
+                pick(w0, which), pick(w1, which), pick(w2, which), pick(w3, which), pick(w4, which), table,
+                inner, first_col, N, K, pick(strides_n, which), pick(strides_k, which),
                 BO, BLOCK, NESTED, LAYOUT, DTYPE, INTERP,
             )  # fmt: skip
         else:
             w = DECODE(
-                w0, w1, w2, w3, w4, table, cols, c, N, K, stride_n, stride_k,
+                w0[0], w1[0], w2[0], w3[0], w4[0], table, cols, c, N, K, strides_n[0], strides_k[0],
                 BC, BLOCK, NESTED, LAYOUT, DTYPE, INTERP,
             )  # fmt: skip
         x = operand(x, INTERP)
@@ -98,12 +101,79 @@ def gemm_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def gemm_tile(
+    pid_m, pid_o, x_ptr, w0, w1, w2, w3, w4, table, bias_ptr, t_ptr, b_ptr, seed_ptr, y_ptr,
+    M, N, K, R, stride_xm, stride_xc, stride_n, stride_k, stride_tm, stride_tr, stride_br, stride_bo,
+    scale, threshold,
+    DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """BM rows and BO columns of y = x op(W) + scale * mask(t b) + bias.
+
+    x_ptr: [M, C]; y_ptr: [M, O] contiguous; t_ptr: [M, R]; b_ptr: [R, O]; bias_ptr: [O]. Forward O = N, C = K;
+    TRANSPOSED O = K, C = N. SWAP computes yᵀ = W xᵀ: a decoded weight then stays in registers as the left operand, and
+    few rows fill the narrow side of a matrix instruction.
+    """
+    O = K if TRANSPOSED else N
+    rows = pid_m.to(tl.int64) * BM + tl.arange(0, BM)
+    cols = pid_o * BO + tl.arange(0, BO)
+    # The adapter comes first: its mask must not touch the base product, and the accumulator is already there.
+    acc = masked_adapter(
+        t_ptr, b_ptr, seed_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, scale, threshold,
+        DROP, BM, BO, BR, PRECISION, INTERP,
+    )  # fmt: skip
+    if SWAP:
+        acc = tl.trans(acc)
+    acc = contract(
+        acc, (x_ptr,), (w0,), (w1,), (w2,), (w3,), (w4,), table, rows, cols, pid_o * BO, M, (N,), K,
+        (stride_xm,), stride_xc, (stride_n,), (stride_k,),
+        DECODE, BLOCK, NESTED, LAYOUT, DTYPE, TRANSPOSED, SWAP, BO, BC, PRECISION, INTERP,
+    )  # fmt: skip
     if SWAP:
         acc = tl.trans(acc)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < O, other=0.0).to(tl.float32)[None, :]
     inside = (rows[:, None] < M) & (cols[None, :] < O)
     tl.store(y_ptr + rows[:, None] * O + cols[None, :], narrow(acc, y_ptr.dtype.element_ty, INTERP), mask=inside)
+
+
+@triton.jit
+def gemm_kernel(
+    x_ptr, w0, w1, w2, w3, w4, table, bias_ptr, t_ptr, b_ptr, seed_ptr, y_ptr,
+    M, N, K, R, stride_xm, stride_xc, stride_n, stride_k, stride_tm, stride_tr, stride_br, stride_bo,
+    scale, threshold,
+    DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program i computes BM rows and BO columns of y; see `gemm_tile`."""
+    O = K if TRANSPOSED else N
+    pid_m, pid_o = grouped_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(O, BO), GROUP)
+    gemm_tile(
+        pid_m, pid_o, x_ptr, w0, w1, w2, w3, w4, table, bias_ptr, t_ptr, b_ptr, seed_ptr, y_ptr,
+        M, N, K, R, stride_xm, stride_xc, stride_n, stride_k, stride_tm, stride_tr, stride_br, stride_bo,
+        scale, threshold,
+        DECODE, BLOCK, NESTED, LAYOUT, DTYPE, TRANSPOSED, SWAP, HAS_BIAS, DROP, BM, BO, BC, BR, PRECISION, INTERP,
+    )  # fmt: skip
+
+
+@triton.jit
+def expand_tile(
+    acc, y_ptr, out_ptr, rows, cols, M, O, stride_ym, stride_yo, ADD: tl.constexpr, INTERP: tl.constexpr
+):  # fmt: skip
+    """Stores acc, plus y where ADD, as these rows and columns of out [M, O] contiguous; y may be out."""
+    inside = (rows[:, None] < M) & (cols[None, :] < O)
+    if ADD:
+        y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :].to(tl.int64) * stride_yo
+        acc += tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows[:, None] * O + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
 
 
 @triton.jit
@@ -119,20 +189,14 @@ def expand_kernel(
     """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BO + tl.arange(0, BO)
-    acc = adapter_tile(
-        t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, BM, BO, BR, PRECISION, INTERP
+    acc = masked_adapter(
+        t_ptr, b_ptr, seed_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, scale, threshold,
+        DROP, BM, BO, BR, PRECISION, INTERP,
     )  # fmt: skip
-    acc = acc * scale
-    if DROP:
-        acc = tl.where(keep_tile(row_keys(seed_ptr, rows), cols, threshold), acc, 0.0)
-    inside = (rows[:, None] < M) & (cols[None, :] < O)
-    if ADD:
-        y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :].to(tl.int64) * stride_yo
-        acc += tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows[:, None] * O + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
+    expand_tile(acc, y_ptr, out_ptr, rows, cols, M, O, stride_ym, stride_yo, ADD, INTERP)
 
 
-def gemm_tile(format: str, single: bool, chip: str) -> Tile:
+def product_config(format: str, single: bool, chip: str) -> Tile:
     """The tile of `gemm_kernel`: fp32 tiles are smaller, formats decoded in the main loop take few rows."""
     if single:
         return tile("lora_gemm_fp32", chip)
@@ -144,7 +208,8 @@ def swaps(format: str, transposed: bool) -> bool:
     return not transposed and not format.startswith("dense")
 
 
-def _seed_or(seed: Tensor | None, prob: float, stand_in: Tensor) -> Tensor:
+def seed_or(seed: Tensor | None, prob: float, stand_in: Tensor) -> Tensor:
+    """The seed, or, without dropout, any pointer. Raises ``ValueError`` where a seed is missing."""
     if threshold(prob) == 0:
         return stand_in
     if seed is None:
@@ -159,7 +224,7 @@ def _gemm(x, w: Operand, bias, t, b_ro, scale, seed, prob, transposed) -> Tensor
     if y.numel() == 0:
         return y
     chip = chip_of(x.device)
-    config = gemm_tile(w.format, x.dtype == torch.float32, chip)
+    config = product_config(w.format, x.dtype == torch.float32, chip)
     bm = min(config.BM, max(16, triton.next_power_of_2(x.shape[0])))
     gemm_kernel[(triton.cdiv(x.shape[0], bm) * triton.cdiv(out_cols, config.BN),)](
         x_ptr=x,
@@ -167,7 +232,7 @@ def _gemm(x, w: Operand, bias, t, b_ro, scale, seed, prob, transposed) -> Tensor
         bias_ptr=x if bias is None else bias,
         t_ptr=t,
         b_ptr=b_ro,
-        seed_ptr=_seed_or(seed, prob, x),
+        seed_ptr=seed_or(seed, prob, x),
         y_ptr=y,
         M=x.shape[0],
         R=t.shape[1],
@@ -208,7 +273,7 @@ def _expand(y, t, b_ro, scale, seed, prob, out) -> Tensor:
         y_ptr=source,
         t_ptr=t,
         b_ptr=b_ro,
-        seed_ptr=_seed_or(seed, prob, t),
+        seed_ptr=seed_or(seed, prob, t),
         out_ptr=out,
         M=out.shape[0],
         O=out.shape[1],
@@ -277,7 +342,7 @@ def variants(chip: str):
         ("nf4", "bf16", True, True, 128),
         ("int8", "fp16", False, False, 128),
     ):
-        config = gemm_tile(format, dtype == "fp32", chip)
+        config = product_config(format, dtype == "fp32", chip)
         bm = min(config.BM, rows)
         pointers, constexprs = decode_variant(format, 64, format == "nf4" and not transposed, dtype)
         matrix = BIG_MATRIX if dtype != "fp32" else ANY_MATRIX

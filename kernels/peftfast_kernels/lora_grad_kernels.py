@@ -15,41 +15,48 @@ from peftfast_kernels.variants import ANY_MATRIX, NO_MATRIX, Variant
 
 @triton.jit
 def column_gradient(
-    program, tiles, x_ptr, f_ptr, seed_ptr, out_ptr,
-    M, C, R, stride_xm, stride_xc, stride_fm, stride_fr, stride_oc, stride_or, threshold, scale,
+    first_col, first_rank, x_ptr, f_ptrs, seed_ptrs, out_ptrs,
+    M, C, RS, stride_xm, stride_xc, strides_fm, stride_fr, stride_oc, stride_or, thresholds, scales,
     DROP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, UNIT: tl.constexpr,
     PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """scale * fᵀ drop(x) for BC columns and BR ranks: x_ptr [M, C]; f_ptr [M, R]; out_ptr [R, C] of any strides.
+    """scale_i * f_iᵀ drop_i(x) for BC columns and BR ranks, for every factor of a tuple: x_ptr [M, C], read once for
+    all; f_ptrs [M, R_i]; out_ptrs [R_i, C], all with the same strides.
 
-    R and stride_fm are multiples of UNIT.
+    R_i and strides_fm are multiples of UNIT.
     """
-    R = R // UNIT * UNIT  # what the compiler then knows, see down_kernel
-    stride_fm = stride_fm // UNIT * UNIT
-    cols = program % tiles * BC + tl.arange(0, BC)
-    ranks = program // tiles * BR + tl.arange(0, BR)
+    cols = first_col + tl.arange(0, BC)
+    ranks = first_rank + tl.arange(0, BR)
     wide_cols = cols.to(tl.int64)[None, :]
     col_in = cols[None, :] < C
-    rank_in = ranks[:, None] < R
-    acc = tl.zeros((BR, BC), tl.float32)
+    accs = ()
+    for _ in tl.static_range(len(f_ptrs)):
+        accs = accs + (tl.zeros((BR, BC), tl.float32),)
     for m in range(0, M, BM):
         rows = m + tl.arange(0, BM).to(tl.int64)
         x = tl.load(
             x_ptr + rows[:, None] * stride_xm + wide_cols * stride_xc, mask=(rows[:, None] < M) & col_in, other=0.0
         )
-        # Read transposed, so that the product needs no transposition of a register tile.
-        f = tl.load(
-            f_ptr + rows[None, :] * stride_fm + ranks[:, None] * stride_fr,
-            mask=(rows[None, :] < M) & rank_in,
-            other=0.0,
-        )
-        f = operand(f, INTERP)
-        x = operand(x, INTERP).to(f.dtype)
-        if DROP:
-            x = tl.where(keep_tile(row_keys(seed_ptr, rows), cols, threshold), x, 0.0)
-        acc = tl.dot(f, x, acc, input_precision=PRECISION)
-    out = out_ptr + wide_cols * stride_oc + ranks[:, None].to(tl.int64) * stride_or
-    tl.store(out, narrow(acc * scale, out_ptr.dtype.element_ty, INTERP), mask=col_in & rank_in)
+        x = operand(x, INTERP)
+        sums = ()
+        for i in tl.static_range(len(f_ptrs)):
+            rank_in = ranks[:, None] < RS[i] // UNIT * UNIT  # what the compiler then knows, see `strip`
+            # Read transposed, so that the product needs no transposition of a register tile.
+            f = tl.load(
+                f_ptrs[i] + rows[None, :] * (strides_fm[i] // UNIT * UNIT) + ranks[:, None] * stride_fr,
+                mask=(rows[None, :] < M) & rank_in,
+                other=0.0,
+            )
+            f = operand(f, INTERP)
+            kept = x.to(f.dtype)
+            if DROP:
+                kept = tl.where(keep_tile(row_keys(seed_ptrs[i], rows), cols, thresholds[i]), kept, 0.0)
+            sums = sums + (tl.dot(f, kept, accs[i], input_precision=PRECISION),)
+        accs = sums
+    for i in tl.static_range(len(f_ptrs)):
+        out = out_ptrs[i] + wide_cols * stride_oc + ranks[:, None].to(tl.int64) * stride_or
+        value = narrow(accs[i] * scales[i], out_ptrs[i].dtype.element_ty, INTERP)
+        tl.store(out, value, mask=col_in & (ranks[:, None] < RS[i] // UNIT * UNIT))
 
 
 @triton.jit
@@ -70,21 +77,22 @@ def factor_grads_kernel(
     if DB:
         if program < db_programs:
             column_gradient(
-                program, db_tiles, dy_ptr, t_ptr, seed_ptr, db_ptr,
-                M, N, RT, stride_dm, stride_dn, stride_tm, stride_tr, RT, 1, threshold, db_scale,
+                program % db_tiles * BC, program // db_tiles * BRT, dy_ptr, (t_ptr,), (seed_ptr,), (db_ptr,),
+                M, N, (RT,), stride_dm, stride_dn, (stride_tm,), stride_tr, RT, 1, (threshold,), (db_scale,),
                 False, BM, BC, BRT, UNIT_T, PRECISION_B, INTERP,
             )  # fmt: skip
     if DA:
         if program >= db_programs:
+            program -= db_programs
             column_gradient(
-                program - db_programs, da_tiles, x_ptr, p_ptr, seed_ptr, da_ptr,
-                M, K, RP, stride_xm, stride_xk, stride_pm, stride_pr, 1, K, threshold, da_scale,
+                program % da_tiles * BC, program // da_tiles * BRP, x_ptr, (p_ptr,), (seed_ptr,), (da_ptr,),
+                M, K, (RP,), stride_xm, stride_xk, (stride_pm,), stride_pr, 1, K, (threshold,), (da_scale,),
                 DROP, BM, BC, BRP, UNIT_P, PRECISION_A, INTERP,
             )  # fmt: skip
 
 
-def _warps(warps: int, single: bool) -> int:
-    # fp32 factors are multiplied without, or with three, matrix products: twice the warps halve their registers
+def grad_warps(warps: int, single: bool) -> int:
+    """fp32 factors are multiplied without, or with three, matrix products: twice the warps halve their registers."""
     return warps * 2 if single else warps
 
 
@@ -164,7 +172,7 @@ def lora_factor_grads(
         PRECISION_B="ieee" if dy is None else dot_precision(chip, dy.dtype, t.dtype),
         PRECISION_A="ieee" if x is None else dot_precision(chip, x.dtype, p.dtype),
         INTERP=is_interpreting(),
-        num_warps=_warps(config.warps, single),
+        num_warps=grad_warps(config.warps, single),
         num_stages=config.stages,
     )
     return grads
@@ -207,7 +215,7 @@ def variants(chip: str):
                 "PRECISION_A": precision,
                 "INTERP": False,
             },
-            warps=_warps(config.warps, f == "fp32"),
+            warps=grad_warps(config.warps, f == "fp32"),
             stages=config.stages,
             matrix=NO_MATRIX if x == "fp32" else ANY_MATRIX,
             quick=rt == 16 and x == f == "bf16",

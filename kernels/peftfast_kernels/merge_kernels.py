@@ -25,8 +25,9 @@ def merge_kernel(
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     k0 = tl.program_id(1) * BK
     cols = k0 + tl.arange(0, BK)
+    acc = tl.zeros((BN, BK), tl.float32)
     acc = adapter_tile(
-        b_ptr, a_ptr, rows, cols, N, K, R, stride_bn, stride_br, stride_ar, stride_ak, BN, BK, BR, PRECISION, INTERP
+        acc, b_ptr, a_ptr, rows, cols, N, K, R, stride_bn, stride_br, stride_ar, stride_ak, BR, PRECISION, INTERP
     )  # fmt: skip
     w = DECODE(
         w0, w1, w2, w3, w4, table, rows, k0, N, K, stride_n, stride_k, BK, BLOCK, NESTED, LAYOUT, DTYPE, INTERP

@@ -92,7 +92,8 @@ def _accepts_everything(*_: Any, **__: Any) -> bool:
 
 
 def _first_device(*args: Any, **kwargs: Any) -> torch.device:
-    return (args[0] if args else next(iter(kwargs.values()))).device
+    first = args[0] if args else next(iter(kwargs.values()))
+    return (first[0] if isinstance(first, list) else first).device
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,7 @@ class Op:
     module: str  # sibling module that holds the launcher, under the op's own name
     cases: Callable[[], Iterable[Case]]  # tests and benches iterate the same ones
     cost: Callable[..., Cost]  # of one call with the same arguments
-    fake: Callable[..., Any]  # empty outputs of the right shape and dtype
+    fake: Callable[..., Any] | None  # empty outputs of the right shape and dtype; None: compilers see the plain path
     accepts: Callable[..., bool] = _accepts_everything  # False: shapes or dtypes the kernel declines or loses on
     device_of: Callable[..., torch.device] = _first_device
     parameters: tuple[inspect.Parameter, ...] = ()
@@ -152,7 +153,7 @@ class Op:
         if not self.runs_triton(*args, **kwargs):
             return self.eager(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return self.opaque(*args, **kwargs)
+            return (self.eager if self.fake is None else self.opaque)(*args, **kwargs)
         return self.launch(*args, **kwargs)
 
     def opaque(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,11 +201,12 @@ def op(
     module: str,
     cases: Callable[[], Iterable[Case]],
     cost: Callable[..., Cost],
-    fake: Callable[..., Any],
+    fake: Callable[..., Any] | None,
     accepts: Callable[..., bool] = _accepts_everything,
     device_of: Callable[..., torch.device] = _first_device,
 ) -> Callable[[Callable[..., Any]], Op]:
-    """Decorates the eager path: registers it in ``OPS`` and as the opaque operator ``torch.ops.peftfast.<name>``."""
+    """Decorates the eager path: registers it in ``OPS`` and, where it has a fake, as the opaque operator
+    ``torch.ops.peftfast.<name>``."""
 
     def register(eager: Callable[..., Any]) -> Op:
         name = eager.__name__
@@ -224,7 +226,8 @@ def op(
             parameters=tuple(signature.parameters.values()),
             __doc__=eager.__doc__,
         )
-        _register_opaque(made, signature)
+        if fake is not None:
+            _register_opaque(made, signature)
         OPS[name] = made
         return made
 

@@ -57,6 +57,61 @@ def narrow(value, dtype: tl.constexpr, INTERP: tl.constexpr):
 
 
 @triton.jit
+def pick(values, which):
+    """values[which] of a tuple of pointers or of numbers of one type."""
+    chosen = values[0]
+    for i in tl.static_range(1, len(values)):
+        if which == i:
+            chosen = values[i]
+    return chosen
+
+
+@triton.jit
+def owner(tile, counts):
+    """(which, first): the member of a group whose tiles, counted one member after another, `tile` is among, and the
+    number of its first tile. counts: a tuple of int32."""
+    which = tl.zeros((), tl.int32)
+    first = tl.zeros((), tl.int32)
+    end = tl.zeros((), tl.int32)
+    for i in tl.static_range(1, len(counts)):
+        end += counts[i - 1]
+        if tile >= end:
+            which = tl.full((), i, tl.int32)
+            first = end
+    return which, first
+
+
+@triton.jit
+def tile_counts(sizes, BLOCK: tl.constexpr):
+    """The number of tiles of each size, as a tuple."""
+    counts = ()
+    for i in tl.static_range(len(sizes)):
+        counts = counts + (tl.cdiv(sizes[i], BLOCK),)
+    return counts
+
+
+@triton.jit
+def padded(sizes, BLOCK: tl.constexpr):
+    """Each size rounded up to whole blocks, as a tuple; a single one stays as it is."""
+    if len(sizes) == 1:
+        spans = sizes
+    else:
+        spans = ()
+        for i in tl.static_range(len(sizes)):
+            spans = spans + (tl.cdiv(sizes[i], BLOCK) * BLOCK,)
+    return spans
+
+
+@triton.jit
+def total(counts):
+    """The sum of a tuple."""
+    value = tl.zeros((), tl.int32)
+    for i in tl.static_range(len(counts)):
+        value += counts[i]
+    return value
+
+
+@triton.jit
 def grouped_order(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(row tile, column tile) of program pid: GROUP row tiles share their column tiles while those are in L2."""
     per_group = GROUP * tiles_n

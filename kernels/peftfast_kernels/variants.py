@@ -17,6 +17,8 @@ MODULES = (
     "row_norm_kernels",
     "lora_routed_kernels",
     "dora_add_kernels",
+    "siblings_kernels",
+    "siblings_gemm_kernels",
 )
 
 # The matrix instructions a variant must contain: none, any the chip has, or the chip's largest (wgmma, tcgen05, MFMA).
@@ -36,16 +38,19 @@ class Variant(NamedTuple):
     fp_fusion: bool = True
     weights: int = 0  # weights decoded per main-loop iteration; their instruction count is limited
     quick: bool = False  # part of the quick subset
+    tuples: tuple[str, ...] = ()  # arguments that are tuples, of `members` values each
+    members: int = 0
 
     @property
-    def signature(self) -> dict[str, str]:
+    def signature(self) -> dict[str, str | tuple[str, ...]]:
         """Argument name -> Triton type. Pointers are listed, scales are fp32, everything else is a 32-bit integer."""
         types = {}
         for name in self.kernel.arg_names:
             if name in self.constexprs:
-                types[name] = "constexpr"
+                kind = "constexpr"
             elif name in self.pointers:
-                types[name] = f"*{self.pointers[name]}"
+                kind = f"*{self.pointers[name]}"
             else:
-                types[name] = "fp32" if name.endswith("scale") else "i32"
+                kind = "fp32" if name.endswith(("scale", "scales")) else "i32"
+            types[name] = (kind,) * self.members if name in self.tuples else kind
         return types

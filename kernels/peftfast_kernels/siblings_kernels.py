@@ -1,0 +1,345 @@
+"""Triton: the skinny products of several linears that read one input, one launch each.
+
+What differs from sibling to sibling comes in tuples. Where a program works for one sibling it picks that sibling's part
+of each tuple; where siblings share what is read, the loops over the tuple are unrolled. The work itself is that of one
+linear: `strip`, `column_gradient`.
+"""
+
+from collections.abc import Sequence
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftfast_kernels.configs import MAX_RANK_TILE, Tile, chip_of, depth, dot_precision, owned, rank_tile, tile
+from peftfast_kernels.keep_mask import keep_scale, threshold
+from peftfast_kernels.lora_down_kernels import strip
+from peftfast_kernels.lora_gemm_kernels import seed_or
+from peftfast_kernels.lora_grad_kernels import column_gradient, grad_warps
+from peftfast_kernels.op import is_interpreting
+from peftfast_kernels.siblings import drops
+from peftfast_kernels.tiles import owner, pick, tile_counts
+from peftfast_kernels.variants import ANY_MATRIX, Variant
+
+
+@triton.jit
+def siblings_down_kernel(
+    x_ptr, a_ptrs, seed_ptrs, t_ptrs, M, K, RS, stride_xm, stride_xk, thresholds, scales,
+    DROP: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) computes BM rows and BR ranks of every t. a_ptrs: [R_i, K] contiguous; see `strip`."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    strip(
+        rows, tl.program_id(1) * BR, x_ptr, a_ptrs, seed_ptrs, t_ptrs, M, K, RS, stride_xm, stride_xk, K, 1,
+        thresholds, scales, DROP, BM, BR, BK, 1, PRECISION, INTERP,
+    )  # fmt: skip
+
+
+@triton.jit
+def siblings_dt_kernel(
+    dy_ptrs, b_ptrs, p_ptrs, M, NS, RS, strides_m, scales, rank_tiles,
+    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) computes BM rows and BR ranks of the p of sibling j // rank_tiles.
+
+    dy_ptrs: [M, N_i], rows strides_m apart; b_ptrs: [N_i, R_i] and p_ptrs: [M, R_i] contiguous.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    which = tl.program_id(1) // rank_tiles
+    R = pick(RS, which)
+    dy_ptr = pick(dy_ptrs, which)
+    strip(
+        rows, tl.program_id(1) % rank_tiles * BR, dy_ptr, (pick(b_ptrs, which),), (dy_ptr,), (pick(p_ptrs, which),),
+        M, pick(NS, which), (R,), pick(strides_m, which), 1, 1, R, (0,), (pick(scales, which),),
+        False, BM, BR, BK, UNIT, PRECISION, INTERP,
+    )  # fmt: skip
+
+
+@triton.jit
+def siblings_grads_kernel(
+    dy_ptrs, t_ptrs, db_ptrs, x_ptr, p_ptrs, da_ptrs, seed_ptrs,
+    M, NS, K, RS, strides_m, strides_tm, stride_xm, stride_xk, strides_pm,
+    db_tiles, da_tiles, rank_tiles, thresholds, db_scales, da_scales,
+    DA: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BRT: tl.constexpr, BRP: tl.constexpr,
+    UNIT_T: tl.constexpr, UNIT_P: tl.constexpr, PRECISION_B: tl.constexpr, PRECISION_A: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """The first db_tiles * rank_tiles programs own BC columns of one dy and BRT ranks each, the others BC columns of x
+    and BRP ranks of every p.
+
+    dy_ptrs: [M, N_i], t_ptrs and p_ptrs: [M, R_i], rows through strides; db_ptrs: [N_i, R_i] and da_ptrs: [R_i, K]
+    contiguous, these absent without DA.
+    """
+    program = tl.program_id(0)
+    db_programs = db_tiles * rank_tiles
+    if program < db_programs:
+        which, first = owner(program % db_tiles, tile_counts(NS, BC))
+        R = pick(RS, which)
+        dy_ptr = pick(dy_ptrs, which)
+        column_gradient(
+            (program % db_tiles - first) * BC, program // db_tiles * BRT, dy_ptr, (pick(t_ptrs, which),), (dy_ptr,),
+            (pick(db_ptrs, which),), M, pick(NS, which), (R,), pick(strides_m, which), 1, (pick(strides_tm, which),), 1,
+            R, 1, (0,), (pick(db_scales, which),), False, BM, BC, BRT, UNIT_T, PRECISION_B, INTERP,
+        )  # fmt: skip
+    if DA:
+        if program >= db_programs:
+            program -= db_programs
+            column_gradient(
+                program % da_tiles * BC, program // da_tiles * BRP, x_ptr, p_ptrs, seed_ptrs, da_ptrs,
+                M, K, RS, stride_xm, stride_xk, strides_pm, 1, 1, K, thresholds, da_scales,
+                DROP, BM, BC, BRP, UNIT_P, PRECISION_A, INTERP,
+            )  # fmt: skip
+
+
+# -- launchers ---------------------------------------------------------------------------------------------------------
+
+
+def row_major(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The tensors with adjacent columns, copied where they are not, and the strides of their rows."""
+    made = tuple([one if one.stride(1) == 1 or one.shape[1] == 1 else one.contiguous() for one in tensors])
+    return made, tuple([one.stride(0) for one in made])
+
+
+def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple([one.contiguous() for one in tensors])
+
+
+def _shared_tile(ranks: Sequence[int]) -> int:
+    """The rank tile where one program holds a tile of every sibling: all of them together fill the usual one."""
+    return rank_tile(max(ranks), MAX_RANK_TILE >> (len(ranks) - 1).bit_length())
+
+
+def masks_of(seeds, probs, stand_in: Tensor) -> dict:
+    """What kernels need to know of the siblings' dropout; one without takes another's seed and drops nothing."""
+    some = next((seed for seed in seeds if seed is not None), stand_in)
+    return {
+        "seed_ptrs": tuple([seed_or(seed, prob, some) for seed, prob in zip(seeds, probs, strict=True)]),
+        "thresholds": tuple([threshold(prob) for prob in probs]),
+        "DROP": drops(probs),
+    }
+
+
+def keep_scales(probs: Sequence[float]) -> tuple[float, ...]:
+    return tuple([keep_scale(prob) if threshold(prob) else 1.0 for prob in probs])
+
+
+def _depth(config: Tile, bm: int, br: int, members: int, single: bool, dropping: bool) -> int:
+    """As for one linear, with the tiles of all factors, and x held once more for every mask."""
+    return depth(config.BK, bm, br * members + (bm * members if dropping else 0), single)
+
+
+def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs: list[float]) -> list[Tensor]:
+    """One launch, in a 2D grid (row strips, rank tiles)."""
+    (m, k), ranks = x.shape, [one.shape[0] for one in a]
+    ts = [torch.empty(m, r, dtype=a[0].dtype, device=x.device) for r in ranks]
+    masks = masks_of(seeds, probs, x)
+    if m == 0:
+        return ts
+    chip = chip_of(x.device)
+    config = tile("lora_down", chip)
+    br = _shared_tile(ranks)
+    rank_tiles = triton.cdiv(max(ranks), br)
+    bm = owned(config.BM, lambda size: triton.cdiv(m, size) * rank_tiles)
+    siblings_down_kernel[(triton.cdiv(m, bm), rank_tiles)](
+        x_ptr=x,
+        a_ptrs=contiguous(a),
+        t_ptrs=tuple(ts),
+        M=m,
+        K=k,
+        RS=tuple(ranks),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        scales=keep_scales(probs),
+        **masks,
+        BM=bm,
+        BR=br,
+        BK=_depth(config, bm, br, len(a), a[0].dtype == torch.float32, masks["DROP"]),
+        PRECISION=dot_precision(chip, x.dtype, a[0].dtype),
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return ts
+
+
+def siblings_dt(dys: list[Tensor], b: list[Tensor], scales: list[float]) -> list[Tensor]:
+    """One launch, in a 2D grid (row strips, siblings x rank tiles)."""
+    m, ranks = dys[0].shape[0], [one.shape[1] for one in b]
+    ps = [torch.empty(m, r, dtype=b[0].dtype, device=b[0].device) for r in ranks]
+    if m == 0:
+        return ps
+    chip = chip_of(b[0].device)
+    config = tile("lora_down", chip)
+    br = rank_tile(max(ranks))
+    rank_tiles = triton.cdiv(max(ranks), br)
+    programs = rank_tiles * len(b)
+    bm = owned(config.BM, lambda size: triton.cdiv(m, size) * programs)
+    rows, strides = row_major(dys)
+    siblings_dt_kernel[(triton.cdiv(m, bm), programs)](
+        dy_ptrs=rows,
+        b_ptrs=contiguous(b),
+        p_ptrs=tuple(ps),
+        M=m,
+        NS=tuple([dy.shape[1] for dy in dys]),
+        RS=tuple(ranks),
+        strides_m=strides,
+        scales=tuple(map(float, scales)),
+        rank_tiles=rank_tiles,
+        BM=bm,
+        BR=br,
+        BK=depth(config.BK, bm, br, b[0].dtype == torch.float32),
+        UNIT=gcd(16, *ranks),
+        PRECISION=dot_precision(chip, dys[0].dtype, b[0].dtype),
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return ps
+
+
+def siblings_factor_grads(
+    dys: list[Tensor], t: list[Tensor], x: Tensor | None, p: list[Tensor], seeds: list[Tensor | None],
+    probs: list[float], scales: list[float], db_dtype: torch.dtype, da_dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """One launch, a 1D grid: (column tiles of every dy) x (rank tiles), then (column tiles of x) x (rank tiles)."""
+    ranks, widths, m = [one.shape[1] for one in t], [dy.shape[1] for dy in dys], dys[0].shape[0]
+    device, chip = dys[0].device, chip_of(dys[0].device)
+    dbs = [torch.empty(n, r, dtype=db_dtype, device=device) for n, r in zip(widths, ranks, strict=True)]
+    das, k = [], 0
+    masks = masks_of(seeds, probs, dys[0])
+    if x is not None:
+        k = x.shape[1]
+        das = [torch.empty(r, k, dtype=da_dtype, device=device) for r in ranks]
+    if m == 0:
+        return [grad.zero_() for grad in (*dbs, *das)]
+    config = tile("lora_grad", chip)
+    brt, brp = rank_tile(max(ranks)), _shared_tile(ranks)
+    rank_tiles, shared_tiles = triton.cdiv(max(ranks), brt), triton.cdiv(max(ranks), brp)
+    bc = owned(
+        config.BN,
+        lambda size: sum(triton.cdiv(n, size) for n in widths) * rank_tiles + triton.cdiv(k, size) * shared_tiles,
+    )
+    db_tiles, da_tiles = sum(triton.cdiv(n, bc) for n in widths), triton.cdiv(k, bc)
+    (dy_rows, strides), (t_rows, t_strides), (p_rows, p_strides) = row_major(dys), row_major(t), row_major(p)
+    single = t[0].dtype == torch.float32
+    siblings_grads_kernel[(db_tiles * rank_tiles + da_tiles * shared_tiles,)](
+        dy_ptrs=dy_rows,
+        t_ptrs=t_rows,
+        db_ptrs=tuple(dbs),
+        x_ptr=dys[0] if x is None else x,
+        p_ptrs=p_rows,
+        da_ptrs=tuple(das or dbs),
+        M=m,
+        NS=tuple(widths),
+        K=k,
+        RS=tuple(ranks),
+        strides_m=strides,
+        strides_tm=t_strides,
+        stride_xm=0 if x is None else x.stride(0),
+        stride_xk=0 if x is None else x.stride(1),
+        strides_pm=p_strides,
+        db_tiles=db_tiles,
+        da_tiles=max(da_tiles, 1),
+        rank_tiles=rank_tiles,
+        db_scales=tuple(map(float, scales)),
+        da_scales=keep_scales(probs),
+        **masks,
+        DA=x is not None,
+        BM=depth(config.BK, bc, max(brt, brp * len(t)), single),
+        BC=bc,
+        BRT=brt,
+        BRP=brp,
+        UNIT_T=gcd(16, *ranks, *t_strides),
+        UNIT_P=gcd(16, *ranks, *p_strides),
+        PRECISION_B=dot_precision(chip, dys[0].dtype, t[0].dtype),
+        PRECISION_A=dot_precision(chip, dys[0].dtype, t[0].dtype),
+        INTERP=is_interpreting(),
+        num_warps=grad_warps(config.warps, single),
+        num_stages=config.stages,
+    )
+    return [*dbs, *das]
+
+
+def variants(chip: str):
+    """What these launchers launch, for ahead-of-time checks: q, k and v, and gate and up."""
+    precision = dot_precision(chip, torch.float32)
+    common = {"PRECISION": precision, "INTERP": False}
+    config = tile("lora_down", chip)
+    for members, rank, drop, bm, f in (
+        (3, 16, False, 16, "bf16"),
+        (3, 16, True, 16, "bf16"),
+        (3, 16, True, config.BM, "bf16"),
+        (2, 64, True, config.BM, "bf16"),
+        (3, 128, False, config.BM, "bf16"),
+        (3, 16, True, config.BM, "fp32"),
+    ):
+        wide = {"PRECISION": dot_precision(chip, torch.bfloat16)} if f == "fp32" else {}
+        name = f"M{bm} R{rank}x{members}{' drop' * drop}{' wide' * bool(wide)}"
+        shared = {**common, **wide, "BM": bm}
+        br = _shared_tile([rank] * members)
+        yield Variant(
+            name=f"siblings_down bf16 {name}",
+            kernel=siblings_down_kernel,
+            pointers={"x_ptr": "bf16", "a_ptrs": f, "seed_ptrs": "i64", "t_ptrs": f},
+            tuples=("a_ptrs", "seed_ptrs", "t_ptrs", "RS", "thresholds", "scales"),
+            members=members,
+            constexprs={
+                **shared, "stride_xk": 1, "DROP": drop, "BR": br,
+                "BK": _depth(config, bm, br, members, f == "fp32", drop),
+            },
+            warps=config.warps,
+            stages=config.stages,
+            matrix=ANY_MATRIX,
+            quick=members == 3 and drop and not wide,
+        )  # fmt: skip
+        if not drop or wide:
+            br = rank_tile(rank)
+            yield Variant(
+                name=f"siblings_dt bf16 {name}",
+                kernel=siblings_dt_kernel,
+                pointers={"dy_ptrs": "bf16", "b_ptrs": f, "p_ptrs": f},
+                tuples=("dy_ptrs", "b_ptrs", "p_ptrs", "NS", "RS", "strides_m", "scales"),
+                members=members,
+                constexprs={**shared, "BR": br, "BK": depth(config.BK, bm, br, f == "fp32"), "UNIT": 16},
+                warps=config.warps,
+                stages=config.stages,
+                matrix=ANY_MATRIX,
+            )
+    config = tile("lora_grad", chip)
+    for members, rank, drop, bc, f in (
+        (3, 16, False, config.BN, "bf16"),
+        (3, 16, True, config.BN, "bf16"),
+        (3, 16, True, 16, "bf16"),
+        (2, 64, True, config.BN, "bf16"),
+        (3, 128, True, config.BN, "bf16"),
+        (3, 16, True, config.BN, "fp32"),
+    ):
+        precision = dot_precision(chip, torch.bfloat16 if f == "fp32" else torch.float32)
+        brt, brp = rank_tile(rank), _shared_tile([rank] * members)
+        yield Variant(
+            name=f"siblings_factor_grads C{bc} R{rank}x{members}{' drop' * drop}{' wide' * (f == 'fp32')}",
+            kernel=siblings_grads_kernel,
+            pointers={
+                "dy_ptrs": "bf16", "t_ptrs": f, "db_ptrs": "fp32", "x_ptr": "bf16", "p_ptrs": f, "da_ptrs": "fp32",
+                "seed_ptrs": "i64",
+            },
+            tuples=(
+                "dy_ptrs", "t_ptrs", "db_ptrs", "p_ptrs", "da_ptrs", "seed_ptrs", "NS", "RS", "strides_m",
+                "strides_tm", "strides_pm", "thresholds", "db_scales", "da_scales",
+            ),
+            members=members,
+            constexprs={
+                "stride_xk": 1, "DA": True, "DROP": drop,
+                "BM": depth(config.BK, bc, max(brt, brp * members), f == "fp32"),
+                "BC": bc, "BRT": brt, "BRP": brp, "UNIT_T": 16, "UNIT_P": 16, "PRECISION_B": precision,
+                "PRECISION_A": precision, "INTERP": False,
+            },
+            warps=grad_warps(config.warps, f == "fp32"),
+            stages=config.stages,
+            matrix=ANY_MATRIX,
+            quick=drop and rank == 16 and bc == config.BN and f == "bf16",
+        )  # fmt: skip
