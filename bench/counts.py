@@ -141,7 +141,10 @@ def leave_out_kernels() -> None:
         def launch(*args, **kwargs):
             named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
             if Trace.current is not None:
-                tensors = {n: v for n, v in named.items() if isinstance(v, Tensor)}
+                tensors = {}
+                for name, value in named.items():  # those of siblings come in tuples
+                    members = {f"{name}{i}": v for i, v in enumerate(value)} if type(value) is tuple else {name: value}
+                    tensors |= {n: v for n, v in members.items() if isinstance(v, Tensor)}
                 Trace.current.launched(self.fn.__name__, tensors)
 
         return launch

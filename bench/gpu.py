@@ -290,17 +290,15 @@ def _tuple(value: Any) -> tuple:
 def op_cases(quick: bool, dry: bool) -> Iterator[tuple[str, Size]]:
     if dry:
         for name in BUILDERS:
-            for format in (
-                ("dense", "nf4", "int8") if name in ("lora_gemm", "lora_gemm_t", "dequantize") else ("dense",)
-            ):
+            for format in ("dense", "nf4", "int8") if name.endswith(("_gemm", "_gemm_t", "dequantize")) else ("dense",):
                 yield name, Size(24, 48, 64, 4, format=format, dropout=0.1 * (format == "dense"), adapters=3)
         return
     points = [(2048, 4096, 4096, 16), (16, 4096, 4096, 16), (8192, 14336, 4096, 16), (2048, 1024, 4096, 16)]
     points += [(2048, 4096, 4096, 8), (2048, 4096, 4096, 64), (2048, 4096, 4096, 256), (16384, 4096, 4096, 16)]
     for m, n, k, r in points[:2] if quick else points:
         for name in BUILDERS:
-            stored = name in ("lora_gemm", "lora_gemm_t", "dequantize", "merged_weight", "row_norm")
-            drops = name in ("lora_down", "lora_gemm_t", "lora_factor_grads") and not quick
+            stored = name.endswith(("_gemm", "_gemm_t", "dequantize", "merged_weight", "row_norm"))
+            drops = name.endswith(("_down", "_gemm_t", "_factor_grads")) and not name.startswith("routed") and not quick
             for format in ("dense", "nf4", "int8") if stored else ("dense",):
                 for p in (0.0, 0.1) if drops else (0.0,):
                     yield name, Size(m, n, k, r, format=format, dropout=p, adapters=8)

@@ -142,6 +142,42 @@ def _lora_factor_grads(t: Maker) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _qkv(t: Maker, build: Callable[[Maker], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """What one linear takes, and the same in lists of three: N columns, and twice a quarter of them."""
+    widths = (t.size.n, max(t.size.n // 4, 1), max(t.size.n // 4, 1))
+    parts = [build(Maker(t.size._replace(n=n), t.device)) for n in widths]
+    return parts[0], {name: [part[name] for part in parts] for name in parts[0]}
+
+
+def _siblings_down(t: Maker) -> dict[str, Any]:
+    one, three = _qkv(t, _lora_down)
+    return {"x": one["x"], "a": three["a"], "seeds": three["seed"], "probs": three["prob"]}
+
+
+def _siblings_dt(t: Maker) -> dict[str, Any]:
+    _, three = _qkv(t, _lora_dt)
+    return {"dys": three["dy"], "b": three["b"], "scales": three["scale"]}
+
+
+def _siblings_gemm(t: Maker) -> dict[str, Any]:
+    one, three = _qkv(t, _lora_gemm)
+    return {"x": one["x"], **{n: three[n] for n in ("w", "bias", "t", "b")}, "scales": three["scale"]}
+
+
+def _siblings_gemm_t(t: Maker) -> dict[str, Any]:
+    _, three = _qkv(t, _lora_gemm_t)
+    same = {n: three[n] for n in ("w", "p", "a")}
+    return {"dys": three["dy"], **same, "seeds": three["seed"], "probs": three["prob"]}
+
+
+def _siblings_factor_grads(t: Maker) -> dict[str, Any]:
+    one, three = _qkv(t, _lora_factor_grads)
+    return {
+        "dys": three["dy"], "t": three["t"], "x": one["x"], "p": three["p"], "seeds": three["seed"],
+        "probs": three["prob"], "scales": three["scale"], "db_dtype": torch.float32, "da_dtype": torch.float32,
+    }  # fmt: skip
+
+
 def _dequantize(t: Maker) -> dict[str, Any]:
     return {"w": t.operand(), "dtype": t.size.dtype}
 
@@ -227,7 +263,7 @@ def _routed_down_grad(t: Maker) -> dict[str, Any]:
 BUILDERS: dict[str, Callable[[Maker], dict[str, Any]]] = {
     name[1:]: function
     for name, function in list(globals().items())
-    if name.startswith("_") and callable(function) and name not in ("_routed",) and not name.startswith("__")
+    if name.startswith("_") and callable(function) and name not in ("_routed", "_qkv") and not name.startswith("__")
 }
 
 

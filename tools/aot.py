@@ -65,10 +65,15 @@ def compile_variant(variant, chip):
     from triton.compiler import ASTSource
 
     signature = variant.signature
-    names = list(signature)
-    # What the launcher's specialisation finds for ordinary shapes: aligned pointers, sizes divisible by 16.
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if re.match(r"\*|i32", signature[name])}
-    constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
+    attrs, constants = {}, {}
+    for i, (name, kinds) in enumerate(signature.items()):
+        paths = {(i, j): kind for j, kind in enumerate(kinds)} if isinstance(kinds, tuple) else {(i,): kinds}
+        for path, kind in paths.items():
+            if kind == "constexpr":
+                constants[path] = variant.constexprs[name]
+            elif kind.startswith("*") or kind == "i32":
+                # What the launcher's specialisation finds for ordinary shapes: aligned pointers, sizes of 16s.
+                attrs[path] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=attrs)
     hip = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if hip else GPUTarget("cuda", int(chip[3:]), 32)

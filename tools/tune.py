@@ -35,6 +35,11 @@ TUNED = {
     "lora_down": (False, True),
     "lora_dt": (False, False),
     "lora_factor_grads": (False, True),
+    "siblings_gemm": (True, False),
+    "siblings_gemm_t": (True, True),
+    "siblings_down": (False, True),
+    "siblings_dt": (False, False),
+    "siblings_factor_grads": (False, True),
     "lora_add": (False, False),
     "lora_dx": (False, True),
     "dora_add": (False, False),
@@ -57,12 +62,12 @@ def decide(times: Mapping[str, float], errors: Mapping[str, float]) -> str:
 
 @contextmanager
 def _never_fused() -> Iterator[None]:
-    kept = dispatch.fuses
-    dispatch.fuses = lambda *args: False
+    kept = dispatch.fuses, dispatch.fuses_together
+    dispatch.fuses = dispatch.fuses_together = lambda *args: False
     try:
         yield
     finally:
-        dispatch.fuses = kept
+        dispatch.fuses, dispatch.fuses_together = kept
 
 
 def paths(op: Op, kwargs: Mapping, on_gpu: bool) -> dict:
@@ -80,7 +85,7 @@ def paths(op: Op, kwargs: Mapping, on_gpu: bool) -> dict:
             return op.launch(**kwargs)
 
     calls["triton"] = triton
-    if op.name == "lora_gemm_t" and kwargs["seed"] is not None:
+    if op.name.startswith("siblings_gemm") or op.name == "lora_gemm_t" and kwargs["seed"] is not None:
         calls["split"] = split
     return calls
 

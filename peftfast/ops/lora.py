@@ -8,6 +8,7 @@ Small products on a CPU are left to `composed.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,15 @@ def draw_seed(x: Tensor, dropout: float) -> Tensor | None:
     if dropout == 0.0:
         return None
     return torch.randint(-(2**62), 2**62, (), dtype=torch.int64, device=x.device)
+
+
+def draw_seeds(x: Tensor, plans: Sequence[Plan]) -> list[Tensor | None]:
+    """One seed for every plan that drops, all from one draw."""
+    dropping = sum(plan.dropout > 0.0 for plan in plans)
+    if dropping == 0:
+        return [None] * len(plans)
+    seeds = iter(torch.randint(-(2**62), 2**62, (dropping,), dtype=torch.int64, device=x.device).unbind())
+    return [next(seeds) if plan.dropout > 0.0 else None for plan in plans]
 
 
 def _product(

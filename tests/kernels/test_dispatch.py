@@ -98,7 +98,7 @@ def test_backend_decides_which_face_runs(monkeypatch, device):
     assert len(called) == (2 if device == "cuda" else 1)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.fake is not None])
 def test_opcheck(name, device):
     """Schema, aliasing, fake tensors, autograd registration, dynamic shapes under AOT of the opaque operators.
 

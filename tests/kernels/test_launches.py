@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from peftfast_kernels import OPS, configs
+from peftfast_kernels import OPS, configs, dense, use_backend
 
 SHAPES = [(m, n, k) for m in (1, 512, 2048, 8192, 16384) for n, k in ((4096, 4096), (1024, 14336), (1024, 1024))]
 
@@ -21,7 +21,16 @@ def launches(request, monkeypatch):
         def __getitem__(self, grid):
             return lambda **arguments: made.append((grid, arguments))
 
-    for module, kernel in (("lora_down_kernels", "down_kernel"), ("lora_grad_kernels", "factor_grads_kernel")):
+    for module, kernel in (
+        ("lora_down_kernels", "down_kernel"),
+        ("lora_grad_kernels", "factor_grads_kernel"),
+        ("siblings_kernels", "siblings_down_kernel"),
+        ("siblings_kernels", "siblings_dt_kernel"),
+        ("siblings_kernels", "siblings_grads_kernel"),
+        ("siblings_gemm_kernels", "siblings_gemm_kernel"),
+        ("siblings_gemm_kernels", "siblings_gemm_t_kernel"),
+        ("siblings_gemm_kernels", "siblings_expand_t_kernel"),
+    ):
         loaded = importlib.import_module(f"peftfast_kernels.{module}")
         monkeypatch.setattr(loaded, kernel, Kernel())
         monkeypatch.setattr(loaded, "chip_of", lambda device: request.param)
@@ -68,3 +77,40 @@ def test_no_rows_launch_nothing(launches):
     OPS["lora_down"].launch(x, meta(4, 64), None, 0.0)
     OPS["lora_factor_grads"].launch(x, t, x, t, None, 0.0, 1.0, torch.float32, torch.float32)
     assert launches == []
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.1])
+@pytest.mark.parametrize("rank", [8, 16, 200])
+@pytest.mark.parametrize("m", [1, 2048, 16384])
+def test_siblings_take_one_launch_a_step(launches, m, rank, drop):
+    """q, k and v of a model with grouped-query attention; only masked updates of dx are a launch of their own."""
+    k, widths = 4096, (4096, 1024, 1024)
+    x, dys, ts = meta(m, k), [meta(m, n) for n in widths], [meta(m, rank) for _ in widths]
+    a, b = [meta(rank, k) for _ in widths], [meta(n, rank) for n in widths]
+    w = [dense(meta(n, k)) for n in widths]
+    seeds, probs, scales = (
+        [torch.empty((), dtype=torch.int64, device="meta") if drop else None] * 3,
+        [drop] * 3,
+        [2.0] * 3,
+    )
+    with use_backend("triton"):
+        assert [t.shape for t in OPS["siblings_down"].launch(x, a, seeds, probs)] == [(m, rank)] * 3
+        assert [p.shape for p in OPS["siblings_dt"].launch(dys, b, scales)] == [(m, rank)] * 3
+        ys = OPS["siblings_gemm"].launch(x, w, [None] * 3, ts, b, scales)
+        assert [y.shape for y in ys] == [(m, n) for n in widths]
+        grads = OPS["siblings_factor_grads"].launch(
+            dys, ts, x, ts, seeds, probs, scales, torch.float32, torch.bfloat16
+        )  # fmt: skip
+        assert [grad.shape for grad in grads] == [*((n, rank) for n in widths), *[(rank, k)] * 3]
+        assert len(launches) == 4
+        assert OPS["siblings_gemm_t"].launch(dys, w, ts, a, seeds, probs).shape == (m, k)
+    assert len(launches) == (6 if drop else 5)
+    (down, first), (back, second), (product, third), (both, fourth), (dx, fifth) = launches[:5]
+    assert down[0] * first["BM"] >= m and down[1] * first["BR"] >= rank
+    assert back[0] * second["BM"] >= m and back[1] == 3 * second["rank_tiles"]
+    assert second["rank_tiles"] * second["BR"] >= rank
+    tiles = sum(-(-n // third["BO"]) for n in widths)
+    assert product == (-(-m // third["BM"]) * tiles,) and dx == (-(-m // fifth["BM"]) * -(-k // fifth["BO"]),)
+    db, da = sum(-(-n // fourth["BC"]) for n in widths), -(-k // fourth["BC"])
+    assert both == (db * -(-rank // fourth["BRT"]) + da * -(-rank // fourth["BRP"]),)
+    assert fifth["ADD"] is not bool(drop)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peftfast_kernels import OPS, lora_down, lora_dt, lora_factor_grads, lora_gemm, lora_gemm_t, use_backend
-from peftfast_kernels.decode import Operand, dense
+from peftfast_kernels.decode import Operand, dense, random_operand
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -16,17 +16,28 @@ def outputs(value):
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def upcast(kwargs):
+def upcast(value):
     """The same arguments in fp64; operands stay, because rounding to their dtype is part of what they mean."""
-    return {
-        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: upcast(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [upcast(one) for one in value]
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def tensors(kwargs):
+    """(argument, tensor) of every tensor among the arguments, in lists too."""
+    return [
+        (key, one)
         for key, value in kwargs.items()
-    }
+        for one in (value if type(value) is list else [value])
+        if isinstance(one, torch.Tensor)
+    ]
 
 
 def plain_dtype(kwargs, out):
     """What torch's own product of these arguments loses: on the CPU half precision is rounded before it is widened."""
-    floats = {v.dtype for v in kwargs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    floats = {one.dtype for _, one in tensors(kwargs) if one.is_floating_point()}
     return max({out.dtype, floats.pop() if len(floats) == 1 else out.dtype}, key=lambda d: torch.finfo(d).eps)
 
 
@@ -47,19 +58,21 @@ def assert_no_worse(out, native, oracle, dtype):
 def check(name, case, device, path):
     op = OPS[name]
     kwargs = case.make(device)
-    before = {key: value.clone() for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+    before = [one.clone() for _, one in tensors(kwargs)]
     with use_backend("triton" if path == "launch" else "torch"):
         results = outputs(getattr(op, path)(**kwargs))
     natives = outputs(op.reference(**kwargs))
     oracles = outputs(op.reference(**upcast(kwargs)))
-    for out, native, oracle, fake in zip(results, natives, oracles, outputs(op.fake(**kwargs)), strict=True):
-        assert (out.shape, out.dtype, out.stride()) == (fake.shape, fake.dtype, fake.stride())
+    if op.fake is not None:  # what a compiler is told
+        about = [[(out.shape, out.dtype, out.stride()) for out in one] for one in (results, outputs(op.fake(**kwargs)))]
+        assert about[0] == about[1]
+    for out, native, oracle in zip(results, natives, oracles, strict=True):
         if name in EXACT:
             assert torch.equal(out, native)
         else:
             assert_no_worse(out, native, oracle, out.dtype if path == "launch" else plain_dtype(kwargs, out))
-    for key, value in before.items():
-        assert torch.equal(kwargs[key], value), f"{name} wrote into its argument {key}"
+    for (key, value), kept in zip(tensors(kwargs), before, strict=True):
+        assert torch.equal(value, kept), f"{name} wrote into its argument {key}"
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}-{case.id}" for name, case in CASES])
@@ -78,7 +91,7 @@ def test_cost_counts_work(name, device):
         kwargs = case.make(device)
         cost = OPS[name].cost(**kwargs)
         assert cost.flops >= 0 and cost.bytes >= 0
-        if all(size > 0 for value in kwargs.values() if isinstance(value, torch.Tensor) for size in value.shape):
+        if all(size > 0 for _, one in tensors(kwargs) for size in one.shape):
             assert cost.bytes > 0 or kwargs.get("rows") == 0
 
 
@@ -92,6 +105,34 @@ def test_wide_update_beside_cublas(name, case, device, monkeypatch):
     with use_backend("triton"):
         assert OPS[name].runs_triton(**case.make(device))
         check(name, case, device, "launch")
+
+
+SIBLINGS = [(name, case) for name, case in CASES if name in ("siblings_gemm", "siblings_gemm_t")]
+
+
+@pytest.mark.parametrize(("name", "case"), SIBLINGS, ids=[f"{name}-{case.id}" for name, case in SIBLINGS])
+def test_updates_of_siblings_beside_cublas(name, case, device, monkeypatch):
+    """Where their base products are not fused, all updates still are one launch."""
+    monkeypatch.setattr("peftfast_kernels.dispatch.fuses", lambda *args: False)
+    with use_backend("triton"):
+        assert OPS[name].runs_triton(**case.make(device))
+        check(name, case, device, "launch")
+
+
+def test_siblings_that_do_not_fit_together(device):
+    """Other storages or a bias in one of them: their products one by one, the updates in one launch all the same."""
+    case = next(case for case in OPS["siblings_gemm"].cases() if case.id.startswith("dense-M7"))
+    for change in ("storage", "bias"):
+        kwargs = case.make(device)
+        if change == "storage":
+            n, k = kwargs["w"][1].shape
+            kwargs["w"][1] = random_operand("nf4", n, k, torch.float32, device)
+        else:
+            kwargs["bias"][1] = None
+        expected = OPS["siblings_gemm"].reference(**kwargs)
+        for backend in ("torch", "triton"):
+            with use_backend(backend):
+                torch.testing.assert_close(OPS["siblings_gemm"](**kwargs), expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

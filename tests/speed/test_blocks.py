@@ -134,14 +134,34 @@ def test_dropout_has_masks_of_its_own_per_layer():
     seeds = []
     import peftfast.ops.blocks as ops
 
-    draw = ops.draw_seed
+    draw = ops.draw_seeds
     try:
-        ops.draw_seed = lambda x, p: seeds.append(draw(x, p)) or seeds[-1]
+        ops.draw_seeds = lambda x, plans: seeds.append(draw(x, plans)) or seeds[-1]
         twins.ours(**inputs(twins.ours))
     finally:
-        ops.draw_seed = draw
-    drawn = [s.item() for s in seeds]
+        ops.draw_seeds = draw
+    drawn = [s.item() for each in seeds for s in each]
     assert len(drawn) == 2 * 6 and len(set(drawn)) == len(drawn)
+
+
+def test_frozen_factors_cost_nothing(monkeypatch):
+    """Where no factor of a block is trained, none of their gradients is computed."""
+    import peftfast.ops.blocks as ops
+
+    twins = Twins(llama, {"r": 4, "lora_alpha": 8, "target_modules": ALL})
+    assert kinds(attached(twins.ours)) == FUSED
+    asked, grads = [], ops.siblings_factor_grads
+    monkeypatch.setattr(ops, "siblings_factor_grads", lambda dys, *rest: asked.append(len(dys)) or grads(dys, *rest))
+    for name, parameter in twins.ours.named_parameters():
+        if "lora_" in name and ("mlp" in name or ".k_proj" in name):
+            parameter.requires_grad_(False)
+    run(twins.ours)
+    assert asked == [3, 3]  # q, k and v of both layers, not the MLPs
+    assert all(
+        (p.grad is None) == ("mlp" in n or ".k_proj" in n)
+        for n, p in twins.ours.named_parameters()
+        if "lora_" in n and "o_proj" not in n
+    )
 
 
 def peftfast_blocks_off(model):

@@ -124,6 +124,24 @@ def test_layer(rows):
     assert peft["kept"] > 1.5 * rows[(*key, "gpu+blocks")]["kept"]
 
 
+OURS_ON_A_GPU = {"mm", "addmm", "addmm_"}
+
+
+def test_nine_and_fourteen_launches_a_layer(rows):
+    """All of a layer's linears with their adapters and the middle of the MLP, base products included: forward twice two
+    for siblings and for single ones, and the gate; the whole layer launches no more than the frozen one."""
+    key = ("layer", "bf16 autocast", 0.0)
+    frozen, row = rows[(*key, "frozen")], rows[(*key, "fused+blocks")]
+    halves = row["kernels"].index("|")
+    for names, most in ((row["kernels"][:halves], 9), (row["kernels"][halves + 1 :], 14)):
+        own = [name for name in names if name.endswith("_kernel") or name in OURS_ON_A_GPU]
+        assert 8 <= len(own) <= most, own
+    assert row["launches_forward"] <= frozen["launches_forward"]
+    assert row["launches_backward"] <= frozen["launches_backward"]
+    # with the big products in cuBLAS: one more pass for the updates of each of the four reads
+    assert total(rows[(*key, "gpu+blocks")], "launches") <= total(frozen, "launches") + 14
+
+
 def test_casts_are_one_operation_a_step(rows):
     for contestant in ("gpu", "gpu+blocks"):
         kernels = rows["step", "bf16 autocast", 0.0, contestant]["kernels"]
