@@ -4,7 +4,7 @@ Written once for all methods, storage formats and kinds of module."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -169,11 +169,19 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
 
-    def tie_to(self, source: BaseTunerLayer, name: str) -> None:
-        """Before adding adapter `name` here: its factors are those of the embedding layer `source`, transposed, so
-        that the two stay one. The shared weight is merged once, by `source`."""
-        for own, theirs in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
-            self._container(own, nn.ModuleDict)[name] = TransposedView(source, theirs, name)
+    def tie_to(self, source: BaseTunerLayer, name: str, slots: Mapping[str, str]) -> None:
+        """Before adding adapter `name` here: what it keeps is what `source` keeps, so that the two stay one. The shared
+        weight is merged once, by `source`.
+
+        Args:
+            slots: own slot -> slot of `source`. The same name: the same tensors, under both names, as in PEFT
+                (`parameters()` yields them once); another: theirs, transposed.
+        """
+        for own, theirs in slots.items():
+            if own == theirs:
+                setattr(self, own, getattr(source, theirs))
+            else:
+                self._container(own, nn.ModuleDict)[name] = TransposedView(source, theirs, name)
         self.merger.source = source
 
     # ---- which are active --------------------------------------------------------------------------------------------

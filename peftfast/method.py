@@ -161,6 +161,19 @@ class AdapterMethod(Protocol):
         ...
 
 
+class Tieable(Protocol):
+    """Optional, known by its attributes: adapters on weights that a model ties to its input embedding.
+
+    `always_ties`: they follow the embedding's whenever that has one; otherwise where `ensure_weight_tying` asks.
+    """
+
+    always_ties: ClassVar[bool]
+
+    def tied_slots(self, site: Site) -> Mapping[str, str]:
+        """Slots of a tied module -> those of the embedding that they share; see `BaseTunerLayer.tie_to`."""
+        ...
+
+
 class Bindable(Protocol):
     """Optional, known by its one function: a call of few steps for the adapters that a layer usually has."""
 

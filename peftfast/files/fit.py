@@ -28,6 +28,7 @@ from peftfast.files.state import (
     wrapped_modules,
 )
 from peftfast.layer import BaseTunerLayer
+from peftfast.sites.site import is_bias
 from peftfast.training.sharding import copy_whole, whole_shape
 
 
@@ -344,4 +345,4 @@ def _may_travel(key: str, cfg: PeftConfig, embeddings: Iterable[str]) -> bool:
     """Whether a base tensor of this name can have been saved with an adapter: a trained bias, a resized embedding."""
     if any(key.startswith(f"{name}.") for name in embeddings):
         return True
-    return key.endswith("bias") and getattr(cfg, "bias", "none") != "none"
+    return is_bias(key) and getattr(cfg, "bias", "none") != "none"

@@ -13,6 +13,7 @@ from peftfast.errors import AdapterLoadError, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
+from peftfast.sites.site import is_bias
 from peftfast.training.sharding import gathered
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -159,7 +160,7 @@ def adapter_state_dict(
     if bias != "none":
         adapted = {key for key, module in wrapped_modules(model) if isinstance(module, BaseTunerLayer)}
         for key, tensor in source.items():
-            if not key.endswith("bias") or ".modules_to_save." in key or ".lora_" in key or ".original_module." in key:
+            if not is_bias(key) or ".modules_to_save." in key or ".lora_" in key or ".original_module." in key:
                 continue
             if bias == "all" or key.removesuffix(".base_layer.bias") in adapted:
                 result[key] = tensor

@@ -58,6 +58,13 @@ class Lora:
         if adapter.cfg.lora_bias:
             adapter[_bias_slot(adapter)].zero_()
 
+    def tied_slots(self, site: Site) -> Mapping[str, str]:
+        """A head multiplies by the transposed table, so its factors are the table's, transposed and exchanged."""
+        own = site.low_rank_slots(1)
+        if "lora_embedding_A" in own:
+            return {name: name for name in own}
+        return {"lora_A": "lora_embedding_B", "lora_B": "lora_embedding_A"}
+
     def changes_base(self, cfg: LoraConfig) -> bool:
         return isinstance(cfg.init_lora_weights, str) and cfg.init_lora_weights.startswith(
             ("pissa", "olora", "corda", "loftq")

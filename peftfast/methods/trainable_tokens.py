@@ -41,9 +41,25 @@ class TrainableTokens:
     prefix: ClassVar[str] = "trainable_tokens_"
     family: ClassVar[str] = "trainable_tokens"
     default_targets: ClassVar[Mapping[str, Any]] = {}
+    always_ties: ClassVar[bool] = True
 
     def claims(self, cfg: PeftConfig) -> bool:
         return isinstance(cfg, TrainableTokensConfig)
+
+    def choose_targets(self, cfg: TrainableTokensConfig, model: nn.Module) -> None:
+        """None is the input embedding, by its whole name."""
+        if cfg.target_modules is None:
+            embedding = getattr(model, "get_input_embeddings", lambda: None)()
+            name = next((n for n, m in model.named_modules() if m is embedding), None)
+            if name is None:
+                raise ValueError(
+                    f"Please specify `target_modules` in `peft_config`: {type(model).__name__} names no input "
+                    "embedding (get_input_embeddings), whose rows a TrainableTokensConfig trains by default"
+                )
+            cfg.target_modules = name
+
+    def tied_slots(self, site: Site) -> Mapping[str, str]:
+        return {"trainable_tokens_delta": "trainable_tokens_delta"}
 
     def settings(self, site: Site, cfg: TrainableTokensConfig, key: str) -> Mapping[str, Any]:
         rows = site.weight.shape[0]

@@ -173,6 +173,12 @@ def make_site(module: nn.Module) -> Site:
     )
 
 
+def is_bias(name: str) -> bool:
+    """Whether a parameter of this name is what `bias="all"` trains and saves: PEFT's rule, which leaves out tables that
+    only have "bias" in their names (T5's relative_attention_bias.weight)."""
+    return name == "bias" or name.endswith(".bias")
+
+
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling `module` runs its class's `forward` and nothing else: no hooks on it (accelerate's offloading
     replaces `forward` on the instance) and none for all modules."""

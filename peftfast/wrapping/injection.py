@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -67,17 +67,14 @@ class Injection:
         for key in self.targets:
             layer = inventory.wrap(key)
             if key in self.tied:
-                self._tie_factors(layer)
+                source = inventory.layers[embedding_name(inventory)]
+                layer.tie_to(source, self.name, self.method.tied_slots(layer.site))
             layer.add_adapter(
                 self.name, self.method, self.cfg, key,
                 dtype=self.dtype(layer.site), device=self.device, initialise=self.initialise and key not in self.tied,
             )  # fmt: skip
         self._add_saved()
         self._add_tokens()
-
-    def _tie_factors(self, layer: BaseTunerLayer) -> None:
-        source = self.inventory.layers[_embedding_name(self.inventory)]
-        layer.tie_to(source, self.name)
 
     def _wrapped(self, key: str, kind: type[AuxiliaryTrainingWrapper]) -> Any:
         """The wrapper of a module that trains beside the adapters, made where there is none yet."""
@@ -96,7 +93,7 @@ class Injection:
             wrapper = self._wrapped(key, ModulesToSaveWrapper)
             tied = None
             if key in self.saved_tied:
-                tied = inventory.extras[_embedding_name(inventory)].modules_to_save[self.name].weight
+                tied = inventory.extras[embedding_name(inventory)].modules_to_save[self.name].weight
             wrapper.update(self.name, tied)
 
     def _add_tokens(self) -> None:
@@ -107,10 +104,10 @@ class Injection:
             wrapper = self._wrapped(key, TrainableTokensWrapper)
             source = None
             if key in self.tokens_tied:
-                source = inventory.extras[next(iter(self.tokens))].token_adapter
+                source = inventory.extras[embedding_name(inventory)].token_adapter
                 # the same container under both names, as in PEFT: parameters() yields the rows once
                 wrapper.token_adapter.trainable_tokens_delta = source.trainable_tokens_delta
-            rows = self.tokens[next(iter(self.tokens))] if source is not None else self.tokens[key]
+            rows = self.tokens[key if source is None else embedding_name(inventory)]
             cfg = TrainableTokensConfig(token_indices=list(rows))
             wrapper.add(self.name, cfg, method_for(cfg), device=self.device, initialise=source is None)
             if source is not None:
@@ -145,10 +142,13 @@ def plan_injection(
     model = inventory.model
     names = list(inventory.names)
     tied_heads = tied_module_names(inventory)
+    if hasattr(type(method), "choose_targets"):  # a default that no table has
+        method.choose_targets(cfg, model)
     resolve_targets(cfg, model, method.default_targets)
     if hasattr(type(method), "resolve"):  # what else a config leaves to the model
         method.resolve(cfg, model)
-    tie = _plan_tying(inventory, cfg, tied_heads)
+    always = getattr(method, "always_ties", False)
+    tie = _Tying() if always else _plan_tying(inventory, cfg, tied_heads)
     matcher = make_matcher(cfg)
     matched = [n for n in names if matcher(n)]
     if keys is not None:
@@ -158,8 +158,13 @@ def plan_injection(
             raise ValueError(f"The state dict adapts modules that the model does not have: {enumerate_some(unknown)}")
         _say_difference(set(matched), set(wanted))
         matched = [n for n in names if n in set(wanted)]
+    if always and tied_heads and embedding_name(inventory) in matched:
+        tie.targets = tied_heads
+        matched = [n for n in matched if n not in set(tied_heads)]
     saved_names = list(getattr(cfg, "modules_to_save", None) or ())
     saved = [n for n in names if any(n.endswith(s) for s in saved_names)]
+    if set(matched) & set(saved):
+        matched = _without_saved(cfg, matched, saved)
     rows = getattr(cfg, "trainable_token_indices", None)
     if not (matched or (not cfg.target_modules and not isinstance(cfg.target_modules, str) and (saved or rows))):
         report_matches(cfg, matcher, matched, names, strict)
@@ -179,16 +184,48 @@ def plan_injection(
             cfg.target_modules = shortest_suffixes(matched, [n for n in names if n not in set(matched)])
     targets = list(dict.fromkeys((*matched, *tie.targets)))
     tokens, tokens_tied = _plan_tokens(inventory, cfg, rows, tied_heads)
-    conflict = set(targets) & set(saved)
-    if conflict:
-        saved = [s for s in saved if s not in conflict]
     both = set(tokens) & set(saved)
     if both:
         raise ValueError(f"{sorted(both)} cannot be in modules_to_save and in trainable_token_indices at once")
+    _check_wrappers(inventory, (*saved, *tie.saved), ModulesToSaveWrapper)
+    _check_wrappers(inventory, (*tokens, *tokens_tied), TrainableTokensWrapper)
     return Injection(
         inventory, name, cfg, method, targets, tie.targets, saved, tie.saved, tokens, tokens_tied,
         device, initialise, autocast_adapter_dtype,
     )  # fmt: skip
+
+
+def _without_saved(cfg: PeftConfig, matched: Sequence[str], saved: Sequence[str]) -> list[str]:
+    """The matched modules without those that `modules_to_save`, which means the ends of names, trains in full. The
+    config is left without targets that then mean nothing, so that every reader of it finds the same."""
+    kept = [n for n in matched if n not in set(saved)]
+    both = [n for n in matched if n in set(saved)]
+    warnings.warn(
+        f"{enumerate_some(both)}: trained in full and not adapted, because their names end with one of modules_to_save "
+        f"({cfg.modules_to_save}).",
+        PeftWarning,
+        stacklevel=6,
+    )
+    if not isinstance(cfg.target_modules, str):
+        cfg.target_modules = {
+            t
+            for t in cfg.target_modules
+            if not any(n == t or n.endswith("." + t) for n in both) or any(n == t or n.endswith("." + t) for n in kept)
+        }
+    return kept
+
+
+def _check_wrappers(inventory: Inventory, keys: Iterable[str], kind: type[AuxiliaryTrainingWrapper]) -> None:
+    """Refuse two ways of training one module beside the adapters."""
+    fields = {ModulesToSaveWrapper: "modules_to_save", TrainableTokensWrapper: "trainable_token_indices"}
+    for key in keys:
+        present = inventory.extras.get(key)
+        if present is not None and not isinstance(present, kind):
+            raise ValueError(
+                f"{key} is in {fields[kind]} of this adapter and in {fields[type(present)]} of "
+                f"{sorted(present._adapters)}: a module can be trained in one of these ways only, in all adapters of a "
+                "model"
+            )
 
 
 def _tails(names: Iterable[str]) -> set[str]:
@@ -269,7 +306,7 @@ class _Tying:
     saved: list[str] = field(default_factory=list)
 
 
-def _embedding_name(inventory: Inventory) -> str:
+def embedding_name(inventory: Inventory) -> str:
     """Name of the input embedding inside the model."""
     embedding = inventory.model.get_input_embeddings()
     for name in inventory.names:
@@ -290,9 +327,34 @@ def tied_module_names(inventory: Inventory) -> list[str]:
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_input_embeddings"):
         return []
-    keys: Mapping[str, str] | list[str] = getattr(model, "_tied_weights_keys", None) or {}
-    names = [re.sub(r"\.(weight|bias)$", "", k) for k in keys]
-    return [n for n in dict.fromkeys(names) if n in inventory.names and n != _embedding_name(inventory)]
+    embedding = embedding_name(inventory)
+    own = {key.rpartition(".")[0]: source for key, source in _tied_keys(inventory).items()}
+    weight = _base_weight(inventory.module(embedding))
+    tied = []
+    for name, source in own.items():
+        if name in inventory.names and name != embedding:
+            same = _base_weight(inventory.module(name)) is weight
+            if same or source is None or source.rpartition(".")[0] == embedding:
+                tied.append(name)
+    return tied
+
+
+def _tied_keys(inventory: Inventory) -> dict[str, str | None]:
+    """Parameter -> the one it is tied to, as the model and its parts declare; None where they do not say to which."""
+    found: dict[str, str | None] = {}
+    for prefix in ("", *inventory.names):
+        module = inventory.module(prefix) if prefix else inventory.model
+        keys = getattr(module, "_tied_weights_keys", None) or ()
+        inside = f"{prefix}." if prefix else ""
+        for key in keys:
+            found.setdefault(inside + key, inside + keys[key] if isinstance(keys, Mapping) else None)
+    return found
+
+
+def _base_weight(module: nn.Module) -> Tensor | None:
+    """The weight of a module, or of the one that an adapter or a kept copy stands for."""
+    module = getattr(module, "original_module", module)
+    return getattr(getattr(module, "base_layer", module), "weight", None)
 
 
 _TIED_WARNING = (
@@ -309,7 +371,7 @@ def _plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> _Tyi
             warnings.warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model",
                           stacklevel=6)  # fmt: skip
         return _Tying()
-    embedding = _embedding_name(inventory)
+    embedding = embedding_name(inventory)
     both = [embedding, *heads]
     targets, saved = cfg.target_modules, list(getattr(cfg, "modules_to_save", None) or ())
     if isinstance(targets, str):
@@ -352,7 +414,7 @@ def _plan_tokens(
                 "trainable_token_indices as a list needs a model with get_input_embeddings(); give a dict "
                 "{module name: rows} instead"
             )
-        rows = {_embedding_name(inventory): rows}
+        rows = {embedding_name(inventory): rows}
     plan: dict[str, list[int]] = {}
     for target, indices in rows.items():
         found = [n for n in inventory.names if n == target or n.endswith("." + target)]
@@ -372,5 +434,15 @@ def _plan_tokens(
                     f"trainable_token_indices {outside} are outside {key!r}, which has rows 0 to {weight.shape[0] - 1}"
                 )
             plan[key] = list(indices)
-    tied = [h for h in heads if h not in plan and _embedding_name(inventory) in plan]
-    return plan, tied
+    embedding = embedding_name(inventory) if heads else None
+    if embedding not in plan:
+        return plan, []
+    own = {h: plan[h] for h in heads if h in plan}
+    if any(indices != plan[embedding] for indices in own.values()):
+        if getattr(cfg, "ensure_weight_tying", False):
+            raise ValueError(
+                "ensure_weight_tying: modules that share one weight cannot train different rows of it, got "
+                f"trainable_token_indices { ({embedding: plan[embedding], **own}) }"
+            )
+        return plan, []  # rows of their own, as asked
+    return {key: indices for key, indices in plan.items() if key not in own}, list(heads)

@@ -15,6 +15,7 @@ from peftfast.config import PeftConfig
 from peftfast.layer import BaseTunerLayer, Place, check_adapter_name
 from peftfast.many.control import Control
 from peftfast.method import method_for
+from peftfast.sites.site import is_bias
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.model_merger import ModelMerger
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
@@ -197,7 +198,7 @@ class Inventory:
         kind = getattr(cfg, "bias", "none")
         if kind == "all":
             for key, parameter in self.model.named_parameters():
-                if "bias" in key and ".original_module." not in key:
+                if is_bias(key) and ".original_module." not in key:
                     parameter.requires_grad_(True)
         elif kind == "lora_only":
             for layer in self.layers.values():

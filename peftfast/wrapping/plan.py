@@ -18,6 +18,7 @@ from peftfast.layer import BaseTunerLayer
 from peftfast.method import method_for
 from peftfast.model import PeftModel
 from peftfast.sites import make_site
+from peftfast.sites.site import is_bias
 from peftfast.tasks import model_class
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
@@ -269,7 +270,7 @@ def _others(injection: Injection) -> list[PlannedPart]:
     targets = {id(_bias(inventory.module(key))): key for key in injection.targets}
     kept = tuple(f"{key}." for key in (*injection.saved, *injection.saved_tied))
     for name, parameter in inventory.model.named_parameters() if kind != "none" else ():
-        if kind == "all" and "bias" in name and not name.startswith(kept):
+        if kind == "all" and is_bias(name) and not name.startswith(kept):
             parts.append(_sum(name, "bias", [parameter]))
         elif kind.endswith("_only") and id(parameter) in targets:
             parts.append(_sum(name, "bias", [parameter]))

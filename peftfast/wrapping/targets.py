@@ -60,7 +60,7 @@ class Matcher:
     never: Sequence[str] = ()  # modules_to_save: trained in full, so never adapted
     excluded: list[str] = field(default_factory=list)  # what `exclude` kept out
     kept: list[str] = field(default_factory=list)  # what `never` kept out
-    hits: Counter = field(default_factory=Counter)  # how many modules each target matched
+    hits: Counter = field(default_factory=Counter)  # how many modules each target matched, also those kept out
 
     def __post_init__(self) -> None:
         self._exact = set() if self.targets is None or isinstance(self.targets, str) else set(self.targets)
@@ -80,35 +80,35 @@ class Matcher:
         )
 
     def __call__(self, key: str) -> bool:
+        matches = self._matches(key)
         if self._is_excluded(key):
-            if self._matches(key):
+            if matches:
                 self.excluded.append(key)
             return False
         if any(p.match(key) for p in self._never):
-            if self._matches(key):
+            if matches:
                 self.kept.append(key)
             return False
-        return self._matches(key, count=True)
+        return matches
 
     def _is_excluded(self, key: str) -> bool:
         if self._exclude_regex is not None:
             return self._exclude_regex.fullmatch(key) is not None
         return key in self._exclude_exact or (bool(self._exclude_suffixes) and key.endswith(self._exclude_suffixes))
 
-    def _matches(self, key: str, count: bool = False) -> bool:
+    def _matches(self, key: str) -> bool:
         if self._regex is not None:
             return self._regex.fullmatch(key) is not None
         if key in self._exact:
-            self.hits[key] += count
+            self.hits[key] += 1
             return True
         if not self._suffixes or not key.endswith(self._suffixes):
             return False
         if self._layers and not self._in_layers(key):
             return False
-        if count:
-            for target in self._exact:
-                if key.endswith("." + target):
-                    self.hits[target] += 1
+        for target in self._exact:
+            if key.endswith("." + target):
+                self.hits[target] += 1
         return True
 
     def _in_layers(self, key: str) -> bool:

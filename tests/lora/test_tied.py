@@ -1,0 +1,221 @@
+"""Modules that share one weight with the input embedding, rows of it that are trained, and what a config calls a head:
+the same modules, keys and logits as in PEFT."""
+
+import warnings
+
+import oracle
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import peftfast
+
+SIZES = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
+IDS = torch.tensor([[3, 5, 9, 11], [5, 1, 7, 2]])
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(BartConfig(**SIZES))
+
+
+def pegasus():
+    from transformers import PegasusConfig, PegasusForConditionalGeneration
+
+    return PegasusForConditionalGeneration(PegasusConfig(**SIZES))
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, pad_token_id=0, decoder_start_token_id=0, **sizes))
+
+
+def distilbert():
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    sizes = {"dim": 32, "hidden_dim": 48, "n_layers": 1, "n_heads": 4, "max_position_embeddings": 64}
+    return DistilBertForSequenceClassification(DistilBertConfig(vocab_size=64, **sizes))
+
+
+def bert_tokens():
+    from transformers import BertConfig, BertForTokenClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    return BertForTokenClassification(BertConfig(vocab_size=64, num_labels=3, **sizes))
+
+
+MODELS = {
+    "bart": bart, "pegasus": pegasus, "t5": t5, "gpt2": lambda: oracle.gpt2(), "llama": lambda: oracle.llama(),
+    "llama tied": lambda: oracle.llama(tied=True),
+}  # fmt: skip
+
+
+def logits(model):
+    seq2seq = model.config.is_encoder_decoder
+    with torch.no_grad():
+        return model(input_ids=IDS, **({"decoder_input_ids": IDS.flip(1)} if seq2seq else {})).logits
+
+
+@torch.no_grad()
+def randomise(model):
+    g = torch.Generator().manual_seed(7)
+    for _, p in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
+        p.copy_(torch.randn(p.shape, generator=g) * 0.3)
+
+
+def state_names(model):
+    return {n for n in model.state_dict() if "delta" in n or "lora_" in n}
+
+
+def compare(make, config, folder):
+    """The same names, and PEFT's file gives PEFT's logits here, this library's gives its own there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(seeded(make), config(peft)).eval()
+        ours = peftfast.get_peft_model(seeded(make), config(peftfast)).eval()
+    assert state_names(ours) == state_names(theirs)
+    assert torch.equal(logits(ours), logits(seeded(make)))  # a new adapter changes nothing
+    for one, writer, reader in ((theirs, "peft", peftfast), (ours, "peftfast", peft)):
+        randomise(one)
+        one.save_pretrained(folder / writer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again = reader.PeftModel.from_pretrained(seeded(make), folder / writer).eval()
+        assert not [w for w in caught if "keys" in str(w.message)], [str(w.message) for w in caught]
+        torch.testing.assert_close(logits(again), logits(one))
+        assert (logits(one) - logits(seeded(make))).abs().max() > 1e-2
+    files = [load_file(folder / name / "adapter_model.safetensors") for name in ("peft", "peftfast")]
+    assert files[0].keys() == files[1].keys()
+    return ours
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("targets", [None, "named"])
+def test_trainable_tokens_alone(name, targets, tmp_path):
+    """By default the rows of the input embedding; what shares its weight follows, and is saved under all names."""
+    embedding = {"gpt2": "wte", "llama": "embed_tokens", "llama tied": "embed_tokens"}.get(name, "shared")
+
+    def config(library):
+        return library.TrainableTokensConfig(
+            token_indices=[1, 5, 9], target_modules=[embedding] if targets else None
+        )  # fmt: skip
+
+    ours = compare(MODELS[name], config, tmp_path)
+    expected = logits(ours)
+    deltas = [n for n, p in ours.named_parameters() if "delta" in n]
+    assert len(deltas) == 1  # one Parameter, whatever the number of names
+    ours.merge_adapter()
+    torch.testing.assert_close(logits(ours), expected)
+    ours.unmerge_adapter()
+    assert torch.equal(logits(ours), expected)
+    torch.testing.assert_close(logits(ours.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize("name", ["bart", "pegasus", "t5", "llama tied"])
+def test_rows_beside_lora_reach_every_module_of_the_weight(name, tmp_path):
+    def config(library):
+        return library.LoraConfig(r=4, target_modules=["q_proj", "q"], trainable_token_indices=[1, 5, 9])
+
+    compare(MODELS[name], config, tmp_path)
+
+
+@pytest.mark.parametrize("order", [("wte", "wpe"), ("wpe", "wte")])
+def test_the_head_follows_the_embedding_not_the_first_of_a_dict(order, tmp_path):
+    rows = {"wte": [5, 9, 11], "wpe": [0, 1]}
+
+    def config(library):
+        return library.LoraConfig(
+            r=4, target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices={n: rows[n] for n in order}
+        )
+
+    compare(MODELS["gpt2"], config, tmp_path)
+
+
+def test_tied_modules_named_with_the_same_rows_share_them(tmp_path):
+    def config(library):
+        return library.LoraConfig(
+            r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 5], "lm_head": [1, 5]}
+        )
+
+    ours = compare(MODELS["llama tied"], config, tmp_path)
+    expected = logits(ours)
+    torch.testing.assert_close(logits(ours.merge_and_unload()), expected)
+
+
+def test_tied_modules_named_with_other_rows():
+    rows = {"embed_tokens": [1, 5], "lm_head": [2]}
+    own = peftfast.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=rows)
+    model = peftfast.get_peft_model(oracle.llama(tied=True), own)
+    assert sorted(tuple(p.shape) for n, p in model.named_parameters() if "delta" in n) == [(1, 32), (2, 32)]
+    own = peftfast.LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices=rows, ensure_weight_tying=True
+    )  # fmt: skip
+    base = oracle.llama(tied=True)
+    with pytest.raises(ValueError, match=r"lm_head.*\[2\]"):
+        peftfast.get_peft_model(base, own)
+    assert not hasattr(base, "peft_config")
+
+
+@pytest.mark.parametrize("library", [peft, peftfast])
+def test_what_is_a_bias(library, tmp_path):
+    """Parameters called `bias`, not whatever has the word in its name: T5's tables of positions stay frozen."""
+    model = library.get_peft_model(seeded(t5), library.LoraConfig(r=4, target_modules=["q"], bias="all"))
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    model.save_pretrained(tmp_path)
+    assert all("lora_" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "make, task, config",
+    [
+        (lambda: seeded(bert_tokens), "TOKEN_CLS", {"target_modules": "all-linear"}),
+        (oracle.llama, "CAUSAL_LM", {"target_modules": ["up_proj", "k_proj"], "exclude_modules": ["k_proj"]}),
+        (oracle.llama, "CAUSAL_LM", {"target_modules": ["up_proj", "k_proj"], "modules_to_save": ["k_proj"]}),
+    ],
+    ids=["all-linear with a head", "excluded", "saved"],
+)
+def test_targets_kept_out_on_purpose_are_no_mismatch(make, task, config, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.AdapterMismatchWarning)
+        model = peftfast.get_peft_model(make(), peftfast.LoraConfig(r=4, task_type=task, **config))
+        model.save_pretrained(tmp_path)
+        peftfast.PeftModel.from_pretrained(make(), tmp_path, strict=True)
+
+
+def test_a_target_that_ends_like_a_saved_module_is_trained_in_full(tmp_path):
+    """`modules_to_save` means the ends of names: DistilBERT's pre_classifier is one of "classifier"."""
+    with pytest.warns(peftfast.PeftWarning, match="pre_classifier.*trained in full"):
+        config = peftfast.LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear")
+        model = peftfast.get_peft_model(seeded(distilbert), config)
+    trained = {n.rpartition(".modules_to_save")[0] for n, p in model.named_parameters() if "modules_to_save" in n}
+    assert {n.rpartition(".")[2] for n in trained} == {"classifier", "pre_classifier"}
+    assert not [n for n in state_names(model) if "pre_classifier" in n]
+    randomise(model)
+    model.eval().save_pretrained(tmp_path)
+    for library in (peft, peftfast):
+        again = library.PeftModel.from_pretrained(seeded(distilbert), tmp_path).eval()
+        torch.testing.assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_ways_of_training_one_module_are_refused(first):
+    kinds = [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1]}]
+    configs = [peftfast.LoraConfig(r=4, target_modules=["q_proj"], **kind) for kind in kinds]
+    model = peftfast.get_peft_model(oracle.llama(), configs[first])
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"embed_tokens.*modules_to_save|embed_tokens.*trainable_token_indices"):
+        model.add_adapter("second", configs[1 - first])
+    assert list(model.peft_config) == ["default"] and model.state_dict().keys() == before.keys()
