@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
+from peftfast.sites.called import CalledSite, Holders
 
 if TYPE_CHECKING:
     from peftfast.layer import BaseTunerLayer
@@ -28,7 +29,7 @@ class Adapter:
         slots: slot name -> Slot, in the method's order.
     """
 
-    __slots__ = ("name", "cfg", "key", "slots", "method", "_layer", "_where", "pair", "_dropouts")
+    __slots__ = ("name", "cfg", "key", "slots", "method", "_layer", "_where", "pair", "_dropouts", "holders")
 
     def __init__(
         self,
@@ -42,6 +43,8 @@ class Adapter:
         self.name, self.cfg, self.key, self.method, self.slots, self._layer = name, cfg, key, method, slots, layer
         self._where: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
         self._dropouts: Mapping[str, nn.Module] = {}
+        #: the modules of the factors and of dropout, None where the factors are bare Parameters
+        self.holders: Holders | None = None
         #: names of the down and the up factor, whatever the site calls them
         self.pair = tuple(slot for slot in slots if slot.endswith(("_A", "_B")))
 
@@ -59,6 +62,20 @@ class Adapter:
                 self._where[slot_name] = (holder._parameters, "weight", holder)
                 if slot.bias is not None:
                     self._where[f"{slot_name}.bias"] = (holder._parameters, "bias", holder)
+        held = [getattr(self._layer, slot)._modules for slot in self.pair if self.slots[slot].holder is not None]
+        self.holders = Holders((*held, self._dropouts), self.name) if len(held) == 2 else None
+
+    def through(self, site: Site) -> Site:
+        """`site`, or, where calling this adapter's modules is more than a product with their weights, one that calls
+        them."""
+        holders = self.holders
+        if holders is None:
+            return site
+        if holders.replaced:
+            self.locate()
+            self._layer._plan = None
+            holders = self.holders
+        return CalledSite(site, holders) if holders.touched else site
 
     def __getitem__(self, slot: str) -> Tensor:
         """The tensor of a slot ("lora_A"), or the bias of a slot's holder ("lora_B.bias")."""

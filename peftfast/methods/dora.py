@@ -20,7 +20,7 @@ from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, factors
 from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import initialise
+from peftfast.methods.lora_init import initialise, rank_of_factors
 from peftfast.ops.dora import weight_norm
 from peftfast.sites import Dense, Site, Slot
 
@@ -69,7 +69,7 @@ class Dora(Lora):
                 "is no weight of a grouped convolution, so there is no norm to take. Use use_dora=False for it"
             )
         magnitude = Slot(site.vector_shape("magnitude"), holder=_Magnitude, bare_in_file=True)
-        return {**site.low_rank_slots(settings["r"]), MAGNITUDE: magnitude}
+        return {**site.low_rank_slots(rank_of_factors(site, cfg, settings["r"])), MAGNITUDE: magnitude}
 
     def reads_base(self, cfg: LoraConfig) -> bool:
         """Whether `init` reads the base weight, which must not have adapters inside then."""
@@ -83,9 +83,13 @@ class Dora(Lora):
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         for adapter in active:
             a, b = factors(adapter)
-            norm = _kept_norm(site, adapter) if _caching else _norm(site, adapter)
+            own = adapter.through(site)
+            if own is not site:
+                norm = _norm_by_calls(own, adapter)
+            else:
+                norm = _kept_norm(site, adapter) if _caching else _norm(site, adapter)
             g = adapter[MAGNITUDE].flatten().to(norm.dtype) / norm
-            y = site.magnify(x, y, a, b, g, adapter.scale, adapter.dropout)
+            y = own.magnify(x, y, a, b, g, adapter.scale, adapter.dropout)
         return y
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
@@ -116,6 +120,14 @@ def _norm(site: Site, adapter: Adapter) -> Tensor:
     """‖W + s B A‖ per output feature, in fp32 or wider, without a graph."""
     a, b = (f.detach() for f in factors(adapter))
     return weight_norm(site.by_output(), a.flatten(1), b.flatten(1), adapter.scale)
+
+
+@torch.no_grad()
+def _norm_by_calls(site: Site, adapter: Adapter) -> Tensor:
+    """The same where the factors' modules are called, which then know more of B A than their weights."""
+    delta = site.delta(*factors(adapter))
+    wide = torch.promote_types(delta.dtype, torch.float32)
+    return site.output_norm(site.weight.dense(wide) + adapter.scale * delta.to(wide))
 
 
 def _kept_norm(site: Site, adapter: Adapter) -> Tensor:

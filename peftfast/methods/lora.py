@@ -15,7 +15,7 @@ from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import combined, combined_fields
 from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import initialise
+from peftfast.methods.lora_init import initialise, rank_of_factors
 from peftfast.methods.lora_stack import apply_stack, factors, is_segmented, remembered
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
@@ -50,7 +50,7 @@ class Lora:
         }
 
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
-        return site.low_rank_slots(settings["r"], bias=cfg.lora_bias)
+        return site.low_rank_slots(rank_of_factors(site, cfg, settings["r"]), bias=cfg.lora_bias)
 
     def init(self, site: Site, adapter: Adapter) -> None:
         a, b = factors(adapter)
@@ -71,15 +71,16 @@ class Lora:
         )
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
+        sites = [adapter.through(site) for adapter in active]
         if len(active) == 1:
             (adapter,) = active
-            y = site.adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout)
-        elif getattr(site, "stacks", True) and _stackable(active):
+            y = sites[0].adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout)
+        elif getattr(site, "stacks", True) and _stackable(active) and all(own is site for own in sites):
             y = site.adapt(x, y, *stacked(active))
         else:
-            y = self._one_by_one(site, x, y, active)
-        for adapter in active:
-            if adapter.cfg.lora_bias:
+            y = self._one_by_one(site, sites, x, y, active)
+        for adapter, own in zip(active, sites, strict=True):
+            if adapter.cfg.lora_bias and own is site:  # a module that is called adds its bias itself
                 y = site.add_to_output(y, adapter[_bias_slot(adapter)] * adapter.scale)
         return y
 
@@ -90,15 +91,17 @@ class Lora:
             return None
         return bind(active[0])
 
-    def _one_by_one(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
+    def _one_by_one(
+        self, site: Site, sites: Sequence[Site], x: Tensor, y: Tensor | None, active: Sequence[Adapter]
+    ) -> Tensor:
         """Sums, also that of the input's gradient, in the factors' dtype, rounded to the activations' once."""
         y = site.base(x) if y is None else y
         dtype = y.dtype
         if not torch.is_autocast_enabled(y.device.type):
             wide = torch.promote_types(dtype, factors(active[0])[0].dtype)
             y, x = y.to(wide), x.to(wide) if x.is_floating_point() else x
-        for adapter in active:
-            y = site.adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout)
+        for adapter, own in zip(active, sites, strict=True):
+            y = own.adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout)
         return y.to(dtype)
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:

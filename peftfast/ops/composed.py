@@ -1,7 +1,8 @@
-"""Low-rank linears on a CPU with small inputs, in torch's own operations.
+"""Low-rank linears in torch's own operations: on a CPU with small inputs, and under functorch's transforms.
 
-There the host takes the time, not the products. torch's derivative runs without Python, its dropout is one operation,
-and the masks and casts that it keeps for the backward pass are small. Larger inputs are for `lora.py`'s Function.
+With small inputs the host takes the time, not the products. torch's derivative runs without Python, its dropout is one
+operation, and the masks and casts that it keeps for the backward pass are small. Larger inputs are for `lora.py`'s
+Function, which has no forward mode and no rule for vmap.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfast.ops.function import apply, first_order
+from peftfast.ops.function import apply, first_order, transformed
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.decode import weight_kn, weight_nk
@@ -39,13 +40,11 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def composes(x: Tensor) -> bool:
-    """Whether this is how the product with x is best computed."""
-    return (
-        x.is_cpu
-        and x.numel() <= SMALL.get(x.dtype.itemsize, 0)
-        and get_backend() == "auto"
-        and not torch.compiler.is_compiling()
-    )
+    """Whether this is how the product with x is best computed, or the only way."""
+    if torch.compiler.is_compiling():
+        return False
+    small = x.is_cpu and x.numel() <= SMALL.get(x.dtype.itemsize, 0) and get_backend() == "auto"
+    return small or transformed()
 
 
 def composed_lora(x: Tensor, part: Part) -> Tensor:
@@ -62,7 +61,10 @@ def composed_lora(x: Tensor, part: Part) -> Tensor:
         if bias is not None:
             y.add_(bias)
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
-    if y.dtype.itemsize >= 4 and y.dtype is rows.dtype is a.dtype is b.dtype:
+    if transformed():  # an update for many may not be written into an output that is one
+        update, alpha = _update(dropped, a, b, plan)
+        y = torch.add(y, update, alpha=alpha).to(y.dtype)
+    elif y.dtype.itemsize >= 4 and y.dtype is rows.dtype is a.dtype is b.dtype:
         y.addmm_(F.linear(dropped, a), b.t(), alpha=plan.scale)  # y is new, so it may be written to
     else:
         update, alpha = _update(dropped, a, b, plan)
@@ -78,7 +80,7 @@ def composed_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan) -> Tens
 
 def _update(dropped: Tensor, a: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, float]:
     """An update and its factor, whose product is s drop(x) Aᵀ Bᵀ."""
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(dropped.device.type):
         return F.linear(F.linear(dropped, a), b), plan.scale
     # t is scaled, not the gradients, which would be rounded once more
     t = F.linear(dropped.to(plan.branch), a.to(plan.branch)) * plan.scale

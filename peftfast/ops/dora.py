@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.function import first_order
+from peftfast.ops.function import first_order, transformed
 from peftfast.ops.lora import factor_grads
 from peftfast.ops.plan import Plan, branch_dtype
 from peftfast_kernels.decode import Operand
@@ -37,7 +37,8 @@ def weight_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     if a.shape[0] and a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()
     with _exactly(a.device):
-        return row_norm(w, a, b, float(scale), None)
+        norm = row_norm.reference if transformed() else row_norm
+        return norm(w, a, b, float(scale), None)
 
 
 class _DoraAdd(torch.autograd.Function):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import Function, once_differentiable
 
 
@@ -21,6 +22,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
 
     return wrapper
+
+
+def transformed() -> bool:
+    """Whether a transform of functorch's or forward-mode differentiation is under way: Functions do not follow them."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def apply(function: type[Function], *args: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftfast.ops.lora import lora_part
 from peftfast.ops.plan import Part, Plan, branch_dtype, plan_of
+from peftfast.sites.called import Holders
 from peftfast.sites.site import Site, is_plain, is_untouched
 from peftfast_kernels.decode import Operand
 
@@ -28,11 +29,11 @@ class BoundLora:
 
     Args:
         product: x -> weight and bias, None where calling the module is more than x Wᵀ + bias.
-        down, up: where the factors are kept.
+        down, up: where the factors are kept. holders: the modules that keep them.
         scaling, dropouts: what the layer keeps per adapter; `name` is the adapter's.
     """
 
-    __slots__ = ("product", "down", "up", "scaling", "dropouts", "name", "_made")
+    __slots__ = ("product", "down", "up", "scaling", "dropouts", "name", "_places", "_hooks", "_own", "_made")
 
     def __init__(
         self,
@@ -42,9 +43,11 @@ class BoundLora:
         scaling: Mapping[str, Any],
         dropouts: Mapping[str, nn.Module],
         name: str,
+        holders: Holders,
     ) -> None:
         self.product, self.down, self.up = product, down, up
         self.scaling, self.dropouts, self.name = scaling, dropouts, name
+        self._places, self._hooks, self._own = holders.places, holders.hooks, holders.own
         #: The last operand and the plan for it: one attribute, so that threads never see halves of two.
         self._made: tuple[Operand | None, Plan | None] = (None, None)
 
@@ -54,6 +57,14 @@ class BoundLora:
 
     def part(self, x: Tensor, drops: bool = True) -> Part | None:
         """What x is to be multiplied by, None where this call is not a plain one; `drops` False leaves dropout out."""
+        for kept, name, module in self._places:  # as `Holders.replaced` and `touched`, in fewer steps
+            if kept.get(name) is not module:
+                return None
+        if any(self._hooks):
+            return None
+        for own in self._own:
+            if "forward" in own:
+                return None
         a, b = self.down[0].get(self.down[1]), self.up[0].get(self.up[1])
         scale = self.scaling[self.name]
         if a is None or b is None or not is_plain(a, b) or isinstance(scale, Tensor):

@@ -72,10 +72,11 @@ class LinearSite:
             adapter: a `peftfast.method.Adapter` with a pair of factors and nothing else.
         """
         cells = [adapter.cell(slot) for slot in adapter.pair]
-        if not self._known_forward or None in cells:
+        holders = adapter.holders
+        if not self._known_forward or None in cells or holders is None or holders.foreign:
             return None
         scaling, dropouts = adapter.settings_of("scaling"), adapter.settings_of("lora_dropout")._modules
-        return BoundLora(self.product, *cells, scaling, dropouts, adapter.name)
+        return BoundLora(self.product, *cells, scaling, dropouts, adapter.name, holders)
 
     def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> BoundRuns:
         """`adapt_each` of the module's own output with these factors, without gradients."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.sites.site import Slot
@@ -34,6 +35,7 @@ class TransposedView(nn.Module):
     """Holds no tensor: its `weight` is another layer's factor, transposed."""
 
     bias = None
+    is_view = True
 
     def __init__(self, source: BaseTunerLayer, slot: str, adapter: str) -> None:
         super().__init__()
@@ -43,3 +45,6 @@ class TransposedView(nn.Module):
     def weight(self) -> Tensor:
         source, slot, adapter = self.__dict__["_source"]
         return source.adapters[adapter][slot].t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)

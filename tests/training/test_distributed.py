@@ -46,7 +46,7 @@ DDP = ["plain", "nf4", "saved"]
 def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
-    kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED}
+    kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"]}
     return folder, launch(2, folder, *(f"{what}:{kind}" for what, those in kinds.items() for kind in those))
 
 
@@ -97,6 +97,13 @@ def test_fsdp1(two):
         alone = peftfast.get_peft_model_state_dict(workers.model_of(kind))
         assert saved.keys() == alone.keys()
         assert all(torch.equal(saved[key], tensor) for key, tensor in alone.items())
+
+
+def test_factors_as_shards_of_their_own(two):
+    """FSDP's hooks and wrappers on an adapter's modules are called."""
+    _, ranks = two
+    for result in ranks:
+        assert all(result[f"units:{version}"]["error"] < 2e-5 for version in (1, 2)), result
 
 
 @BOTH

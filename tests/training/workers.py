@@ -191,6 +191,37 @@ def fsdp1(kind: str, folder: Path) -> dict:
     return {"error": error(found, expected), "loss": loss.item()}
 
 
+def units(kind: str, folder: Path) -> dict:
+    """Modules of the adapters' factors as shards of their own, as a policy for whole trainable leaves makes them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp.wrap import CustomPolicy
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = model_of("plain")
+    expected = single("plain")
+    holders = [m for n, m in model.named_modules() if ".lora_" in n and n.endswith(".default") and m._parameters]
+    assert len(holders) > 4
+    if kind == "2":
+        mesh = init_device_mesh("cpu", (world,))
+        for module in (*holders, model):
+            fully_shard(module, mesh=mesh)
+        model(**share("plain", rank, world)).loss.backward()
+        found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    else:
+        policy = CustomPolicy(lambda module: any(module is one for one in holders))
+        wrapped = FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+        wrapped(**share("plain", rank, world)).loss.backward()
+        with FSDP.summon_full_params(wrapped, with_grads=True, writeback=False):
+            names = {n.replace("_fsdp_wrapped_module.", ""): p for n, p in wrapped.named_parameters()}
+            found = {n: p.grad.clone() for n, p in names.items() if p.requires_grad}
+    return {"error": error(found, expected)}
+
+
+RUNS = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2, "units": units}
+
+
 def main() -> None:
     folder, *runs = sys.argv[1:]
     torch.set_num_threads(1)
@@ -198,7 +229,7 @@ def main() -> None:
     results = {}
     for run in runs:
         what, _, kind = run.partition(":")
-        results[run] = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2}[what](kind, Path(folder) / run.replace(":", "-"))
+        results[run] = RUNS[what](kind, Path(folder) / run.replace(":", "-"))
     Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

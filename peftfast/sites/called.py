@@ -1,0 +1,92 @@
+"""Low-rank products as calls of the modules that hold the factors, for whoever has made calling them mean more: hooks
+(also those of pruning, weight norm and FSDP), a `forward` of their own, another module in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from peftfast.sites.site import Site, composed_magnify
+
+_PLAIN = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dropout, nn.Identity)}
+_GLOBAL = (
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
+
+class Holders:
+    """The modules of one adapter at one site: down, up and dropout, and whether calling them means more than reading.
+
+    Args:
+        kept: for each of the three, the dict in which the layer keeps it by the adapter's name.
+    """
+
+    __slots__ = ("places", "own", "hooks", "foreign")
+
+    def __init__(self, kept: Sequence[Mapping[str, nn.Module]], name: str) -> None:
+        modules = [one[name] for one in kept]
+        self.places = tuple([(one, name, module) for one, module in zip(kept, modules, strict=True)])
+        self.own = tuple([module.__dict__ for module in modules])
+        self.hooks = (
+            *_GLOBAL,
+            *[
+                hooks
+                for m in modules
+                for hooks in (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks, m._backward_pre_hooks)
+            ],
+        )
+        # parametrised modules, and those that FSDP2 shards, have the forward of their class
+        self.foreign = any(type(m).forward not in _PLAIN and not hasattr(type(m), "is_view") for m in modules)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the layer keeps other modules by now."""
+        return any(kept.get(name) is not module for kept, name, module in self.places)
+
+    @property
+    def touched(self) -> bool:
+        """Whether calling one of them is more than its product."""
+        return self.foreign or any(self.hooks) or any("forward" in own for own in self.own)
+
+
+class CalledSite:
+    """A site at which one adapter's products are calls of its modules; all else is the site's."""
+
+    def __init__(self, site: Site, holders: Holders) -> None:
+        self.site = site
+        self._down, self._up, self._dropout = (module for _, _, module in holders.places)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.site, name)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return self._down(x)
+
+    def up(self, t: Tensor, b: Tensor) -> Tensor:
+        return self._up(t)
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        return self._dropout(x)
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        """B A, which a linear layer's modules make of the columns of an identity."""
+        if a.dim() > 2:
+            return self.site.delta(a, b)
+        return self.up(self.down(torch.eye(a.shape[1], dtype=a.dtype, device=a.device), a), b).t()
+
+    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+        y = self.site.base(x) if y is None else y
+        branch = self.up(self.down(self.drop(x.to(a.dtype), dropout), a), b)
+        return (y + branch * scale).to(y.dtype)
+
+    def magnify(
+        self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        return composed_magnify(self, x, y, a, b, g, scale, dropout)

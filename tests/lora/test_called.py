@@ -1,0 +1,193 @@
+"""Whoever makes calling an adapter's own modules mean more (hooks, pruning, another module) gets what PEFT gives, at
+sizes of both ways of computing; and so do transforms of functorch's and forward-mode differentiation."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils import prune
+
+import peftfast
+
+ROWS = [4, 1024]  # times 64 columns: composed of torch's operations, and as one Function
+
+
+def models(dora=False, dropout=0.0, bias=False, **changes):
+    """The same adapter in both libraries: peftfast's, PEFT's."""
+    made = []
+    for library in (peftfast, peft):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 20))
+        config = library.LoraConfig(
+            r=4, target_modules=["0", "2"], use_dora=dora, lora_dropout=dropout, lora_bias=bias, **changes
+        )  # fmt: skip
+        model = library.get_peft_model(base, config)
+        g = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, p in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
+                p.copy_(torch.randn(p.shape, generator=g) * 0.2 + (1.0 if "magnitude" in _ else 0.0))
+        made.append(model)
+    return made
+
+
+def layer(model):
+    return model.base_model.model[0]
+
+
+def results(model, rows, steps=2):
+    """Outputs and gradients of some steps of training."""
+    g, found = torch.Generator().manual_seed(2), []
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        x = torch.randn(rows, 64, generator=g).requires_grad_()
+        y = model(x)
+        y.pow(2).mean().backward()
+        found += [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def assert_same(change, rows, **config):
+    ours, theirs = models(**config)
+    plain = copy.deepcopy(ours)
+    for model in (ours, theirs):
+        change(model)
+    for one, other in zip(results(ours, rows), results(theirs, rows), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    return ours, plain
+
+
+def zero_down(model):
+    layer(model).lora_A["default"].register_forward_hook(lambda module, args, output: output * 0)
+
+
+def scale_input(model):
+    layer(model).lora_B["default"].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+
+
+def clip_backward(model):
+    layer(model).lora_A["default"].register_full_backward_hook(lambda module, dx, dy: (dx[0] * 0.5,))
+
+
+def own_forward(model):
+    module = layer(model).lora_B["default"]
+    module.forward = lambda x: 2 * nn.functional.linear(x, module.weight, module.bias)
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replaced(model):
+    old = layer(model).lora_B["default"]
+    new = Twice(4, 48, bias=old.bias is not None)
+    new.load_state_dict(old.state_dict())
+    layer(model).lora_B["default"] = new
+
+
+def pruned(model):
+    for one in (model.base_model.model[0], model.base_model.model[2]):
+        prune.l1_unstructured(one.lora_A["default"], "weight", 0.5)
+
+
+def normalised(model):
+    torch.nn.utils.weight_norm(layer(model).lora_A["default"])
+
+
+def dropped(model):
+    layer(model).lora_dropout["default"] = nn.Hardtanh(-0.5, 0.5)
+
+
+CHANGES = [zero_down, scale_input, clip_backward, own_forward, replaced, pruned, normalised, dropped]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_modules_of_an_adapter_are_called(change, rows):
+    ours, plain = assert_same(change, rows)
+    x = torch.randn(rows, 64)
+    assert not torch.allclose(ours(x), plain(x), atol=1e-4)  # the change is one
+
+
+@pytest.mark.parametrize("change", [zero_down, scale_input, replaced], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("config", [{"dora": True}, {"bias": True}], ids=str)
+def test_with_dora_and_a_bias(change, config):
+    assert_same(change, 8, **config)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_several_active_adapters_one_of_them_hooked(rows):
+    ours, theirs = models()
+    for library, model in ((peftfast, ours), (peft, theirs)):
+        torch.manual_seed(3)
+        model.add_adapter("second", library.LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "second"])
+        zero_down(model)
+    x = torch.randn(rows, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_hooks_and_modules_that_come_and_go():
+    """Between calls of a layer that has been called before; afterwards it takes its short way again."""
+    model, _ = models()
+    x, one = torch.randn(4, 64), layer(model)
+    before, bound = model(x), one._plan[1]
+    seen = []
+    handle = one.lora_A["default"].register_forward_hook(lambda *args: seen.append(1))
+    torch.testing.assert_close(model(x), before)
+    assert seen == [1] and bound.part(x) is None
+    handle.remove()
+    torch.testing.assert_close(model(x), before)
+    assert seen == [1] and bound.part(x) is not None
+    old = one.lora_B["default"]
+    other = nn.Linear(4, 48, bias=False)
+    one.lora_B["default"] = other
+    changed = model(x)
+    assert not torch.allclose(changed, before)
+    assert one._make_plan()[1] is not None and torch.equal(model(x), changed)  # a plain module is read, not called
+    one.lora_B["default"] = old
+    torch.testing.assert_close(model(x), before)
+
+
+def test_global_hooks_see_the_modules():
+    model, _ = models()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        model(torch.randn(4, 64))
+    finally:
+        handle.remove()
+    assert layer(model).lora_A["default"] in seen and layer(model).lora_dropout["default"] in seen
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("what", ["grad", "vmap", "vmap over adapters", "jvp", "forward mode"])
+def test_transforms(what, dora, rows):
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(4))
+
+    def run(model):
+        own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        if what == "grad":
+            found = grad(lambda params: functional_call(model, params, (x,)).pow(2).sum())(own)
+            return [found[name] for name in sorted(found)]
+        if what == "vmap":
+            return [vmap(model)(torch.stack((x, x.flip(0))))]
+        if what == "vmap over adapters":
+            many = {n: torch.stack((p, 2 * p)) for n, p in own.items()}
+            return [vmap(lambda params: functional_call(model, params, (x,)))(many)]
+        if what == "jvp":
+            return list(jvp(model, (x,), (x.flip(0),)))
+        with torch.autograd.forward_ad.dual_level():
+            dual = model(torch.autograd.forward_ad.make_dual(x, x.flip(0)))
+            return list(torch.autograd.forward_ad.unpack_dual(dual))
+
+    ours, theirs = models(dora)
+    for one, other in zip(run(ours), run(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-4)
