@@ -1,11 +1,12 @@
-"""What all autograd Functions here share: how they are called, and that their backward passes have no derivative."""
+"""What all autograd Functions here share: how they are called, and what happens to derivatives of derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, once_differentiable
 
@@ -22,6 +23,26 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
 
     return wrapper
+
+
+def second_order(again: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a `Function.backward`: where the gradients are to be differentiated in turn (`create_graph=True`),
+    `again` computes them, in operations that torch can differentiate."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(ctx: Any, *grads: Any) -> Any:
+            return (again if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+        return wrapper
+
+    return decorate
+
+
+def gradients_of(y: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], dy: Tensor) -> list[Tensor | None]:
+    """The gradients of those `inputs` that are needed, with a graph of their own."""
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
+    return [next(found) if need else None for need in needed]
 
 
 def transformed() -> bool:

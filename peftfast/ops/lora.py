@@ -16,9 +16,10 @@ from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.composed import composed_add, composed_lora, composes
-from peftfast.ops.function import apply, first_order
+from peftfast.ops.function import apply, gradients_of, second_order
 from peftfast.ops.plan import Part, Plan, branch_dtype, plan_of
-from peftfast_kernels.decode import Operand
+from peftfast_kernels.decode import Operand, weight_kn
+from peftfast_kernels.keep_mask import drop
 from peftfast_kernels.lora_down import lora_down, lora_dt
 from peftfast_kernels.lora_gemm import lora_add, lora_dx, lora_gemm, lora_gemm_t
 from peftfast_kernels.lora_grad import lora_factor_grads
@@ -70,6 +71,31 @@ def factor_grads(
     return db, da
 
 
+def _update(x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, plan: Plan) -> Tensor:
+    """s drop(x) Aᵀ Bᵀ of rows x, in operations that torch can differentiate as often as it is asked to."""
+    if plan.dropout:
+        x = x * drop(torch.ones_like(x), seed, plan.dropout)
+    return plan.scale * (x.to(plan.branch) @ a.to(plan.branch).t() @ b.to(plan.branch).t())
+
+
+def _linear_again(ctx: Any, dy: Tensor) -> tuple:
+    x, _, a, b, seed, *stored = ctx.saved_tensors
+    plan, needs = ctx.plan, ctx.needs_input_grad
+    n, k = plan.shape
+    rows, dy_rows = x.reshape(-1, k).to(plan.dtype), dy.reshape(-1, n)
+    y = rows @ weight_kn(plan.weight(stored), plan.dtype) + _update(rows, a, b, seed, plan)
+    dx, da, db = gradients_of(y.to(dy.dtype), (x, a, b), needs[:3], dy_rows)
+    return (dx, da, db, dy_rows.sum(0) if needs[3] else None, None, None, *(None,) * len(stored))
+
+
+def _add_again(ctx: Any, dy: Tensor) -> tuple:
+    x, _, a, b, seed = ctx.saved_tensors
+    plan = ctx.plan
+    n, k = plan.shape
+    update = _update(x.reshape(-1, k).to(plan.dtype), a, b, seed, plan)
+    return dy, *gradients_of(update.to(dy.dtype), (x, a, b), ctx.needs_input_grad[1:4], dy.reshape(-1, n)), None, None
+
+
 class _LoraLinear(torch.autograd.Function):
     """Base product and adapter together."""
 
@@ -94,7 +120,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @first_order
+    @second_order(_linear_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, t, a, b, seed, *stored = ctx.saved_tensors
         plan: Plan = ctx.plan
@@ -140,7 +166,7 @@ class _LoraAdd(torch.autograd.Function):
         return out if y.dim() == 2 else out.view(y.shape)
 
     @staticmethod
-    @first_order
+    @second_order(_add_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, t, a, b, seed = ctx.saved_tensors
         plan: Plan = ctx.plan

@@ -191,3 +191,42 @@ def test_transforms(what, dora, rows):
     ours, theirs = models(dora)
     for one, other in zip(run(ours), run(theirs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("change", [None, "hook"])
+def test_second_derivatives(change, rows):
+    """A gradient penalty: derivatives of the input's gradient with respect to the factors."""
+    found = []
+    for model in models():
+        if change:  # the base is then called as a module, and the adapter added to its output
+            layer(model).base_layer.register_forward_hook(lambda *args: None)
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        (dx,) = torch.autograd.grad(model(x).pow(2).mean(), x, create_graph=True)
+        dx.pow(2).sum().mul(rows).backward()
+        found.append([x.grad, *(p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 5
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_second_derivatives_with_dropout():
+    """The masks of the first derivative, against finite differences of it."""
+    model, _ = models(dropout=0.4)
+    model.double().train()
+    x = torch.randn(1024, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    b = layer(model).lora_B["default"].weight
+
+    def penalty(graph):
+        torch.manual_seed(8)
+        (dx,) = torch.autograd.grad(model(x).pow(2).mean(), x, create_graph=graph)
+        return dx.pow(2).sum() * 1e3
+
+    (gradient,) = torch.autograd.grad(penalty(True), b)
+    step = torch.zeros_like(b)
+    step[3, 1] = 1e-5
+    b.data += step
+    high = penalty(False)
+    b.data -= 2 * step
+    low = penalty(False)
+    torch.testing.assert_close(gradient[3, 1], (high - low) / 2e-5, rtol=1e-5, atol=1e-8)
