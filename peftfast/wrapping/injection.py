@@ -257,6 +257,8 @@ def _say_difference(by_config: set[str], by_state: set[str]) -> None:
 def _check_sites(inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, keys: Iterable[str]) -> list[bool]:
     """Ask every target whether it can carry this adapter; answers which ones store their weight transposed."""
     transposed = []
+    keys = list(keys)
+    _say_read_by_parents(inventory, keys)
     for key in keys:
         module = inventory.module(key)
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -278,6 +280,33 @@ def _check_sites(inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, k
         if isinstance(site.module, nn.Linear) or getattr(site.weight, "transposed", False):
             transposed.append(getattr(site.weight, "transposed", False))
     return transposed
+
+
+def _say_read_by_parents(inventory: Inventory, keys: Iterable[str]) -> None:
+    """Warn of modules that torch's own modules read the weights of instead of calling them."""
+    unused, in_evaluation = [], []
+    for key in keys:
+        parent, _, leaf = key.rpartition(".")
+        kind = inventory.module(parent) if parent in inventory.names else inventory.model
+        if isinstance(kind, nn.MultiheadAttention) and leaf == "out_proj":
+            unused.append(key)
+        elif isinstance(kind, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            in_evaluation.append(key)
+    if unused:
+        warnings.warn(
+            f"{enumerate_some(unused)}: torch.nn.MultiheadAttention reads the weight of its out_proj and never calls "
+            "it, so an adapter there is neither used nor trained. Leave it out (exclude_modules=['out_proj']).",
+            PeftWarning,
+            stacklevel=7,
+        )
+    if in_evaluation:
+        warnings.warn(
+            f"{enumerate_some(in_evaluation)}: in evaluation without gradients torch.nn.TransformerEncoderLayer reads "
+            "these weights itself, past any adapter. Merge before evaluating, or switch that off: "
+            "torch.backends.mha.set_fastpath_enabled(False).",
+            PeftWarning,
+            stacklevel=7,
+        )
 
 
 def _settle_orientation(cfg: PeftConfig, transposed: list[bool]) -> None:

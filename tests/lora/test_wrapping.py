@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import oracle
 import pytest
@@ -118,3 +119,30 @@ def test_import_is_cheap_and_imports_nothing_large(script, limit, tmp_path):
         spent.append(float(took))
     print(f"{min(spent):.3f} s")
     assert min(spent) <= limit
+
+
+def test_modules_that_their_parents_read_are_named():
+    """torch's attention never calls its out_proj; its encoder layer calls nothing in evaluation, unless told to."""
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 1)
+    options = {"r": 4, "init_lora_weights": False}
+    with pytest.warns(peftfast.PeftWarning, match=r"linear1.*set_fastpath_enabled"):
+        model = peftfast.get_peft_model(encoder, peftfast.LoraConfig(target_modules=["linear1"], **options)).eval()
+    x = torch.randn(2, 5, 32)
+
+    def change():
+        with torch.no_grad():
+            adapted = model(x)
+            with model.disable_adapter():
+                return (adapted - model(x)).abs().max()
+
+    assert change() == 0  # which is why there is a warning
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert change() > 1e-3
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", peftfast.PeftWarning)
+            model.add_adapter("second", peftfast.LoraConfig(target_modules=["linear2"], **options))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    with pytest.warns(peftfast.PeftWarning, match="out_proj.*neither used nor trained"):
+        model.add_adapter("third", peftfast.LoraConfig(target_modules=["out_proj"], **options))
