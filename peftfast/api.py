@@ -17,7 +17,7 @@ from peftfast.files.io import needs_embedding_layers
 from peftfast.files.state import adapter_state_dict
 from peftfast.interop.takeover import is_wrapped_by_peft, take_over
 from peftfast.method import method_for
-from peftfast.model import PeftModel
+from peftfast.model import PeftModel, refuse_peft_model
 from peftfast.tasks import model_class
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
 from peftfast.tuners.tuner import adapted_modules
@@ -58,6 +58,7 @@ def get_peft_model(
             f"peft_config must be a PeftConfig such as LoraConfig, got {peft_config!r} of type "
             f"{type(peft_config).__name__}"
         )
+    refuse_peft_model(model)
     new_name = getattr(model, "name_or_path", None) or None
     old_name = peft_config.base_model_name_or_path
     if old_name is not None and old_name != new_name:
@@ -113,6 +114,7 @@ def patch(
         raise TypeError(
             "patch(model, config) needs a config, for example peftfast.LoraConfig(r=16, target_modules='all-linear')"
         )
+    refuse_peft_model(model)
     if quantize is None:
         if quantize_options:
             raise ValueError(f"quantize_options={dict(quantize_options)} need a format as well: quantize='nf4'")
@@ -212,8 +214,16 @@ def set_peft_model_state_dict(
         (missing_keys, unexpected_keys) of this adapter.
 
     Raises:
-        AdapterLoadError: wrong shapes or non-finite values; nothing was changed.
+        AdapterLoadError: wrong shapes or non-finite values; nothing was changed. TypeError: not tensors by name.
     """
+    given = peft_model_state_dict
+    if not isinstance(given, Mapping):
+        raise TypeError(f"peft_model_state_dict must be a dict of tensors by name, got {type(given).__name__}")
+    for key, value in given.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise TypeError(
+                f"peft_model_state_dict must be a dict of tensors by name; {key!r} is {type(value).__name__}"
+            )
     cfg = _config(model, adapter_name)
     fit = fit_state_dict(model, cfg, peft_model_state_dict, adapter_name, finite=strict != "off")
     # names that do not fit are returned to the caller, as PEFT does, instead of warned about

@@ -71,10 +71,11 @@ class PeftModel(HasCounterpart, nn.Module):
         initialise: bool = True,
     ) -> None:
         super().__init__()
+        refuse_peft_model(model)
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning = peft_config.is_prompt_learning
         self.peft_type = peft_config.peft_type
-        if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        if getattr(model, "peft_config", None):
             warnings.warn(
                 "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
                 "different config, make sure to call `.unload()` before.",
@@ -167,6 +168,11 @@ class PeftModel(HasCounterpart, nn.Module):
         Raises:
             ValueError: the name is taken, the type differs from the present ones, the config does not fit.
         """
+        if not isinstance(adapter_name, str) or not isinstance(peft_config, PeftConfig):
+            raise TypeError(
+                "add_adapter(adapter_name, peft_config) takes an adapter name and a PeftConfig such as LoraConfig, in "
+                f"this order; got {adapter_name!r} and {peft_config!r}"
+            )
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         if self.peft_config and peft_config.peft_type != self.peft_type:
@@ -242,7 +248,7 @@ class PeftModel(HasCounterpart, nn.Module):
         self,
         save_directory: str | os.PathLike,
         safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
+        selected_adapters: list[str] | str | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
@@ -251,7 +257,7 @@ class PeftModel(HasCounterpart, nn.Module):
         """Save adapters: "default" into the folder itself, any other into a sub-folder of its name.
 
         Args:
-            selected_adapters: None: all.
+            selected_adapters: their names, or one name; None: all.
             save_embedding_layers: with the base's embeddings; "auto": if they are adapted or were resized.
             is_main_process: False writes nothing.
             path_initial_model_for_weight_conversion: the adapter as it was right after a PiSSA or OLoRA
@@ -259,6 +265,8 @@ class PeftModel(HasCounterpart, nn.Module):
             kwargs: `state_dict`, tensors gathered from a sharded model.
         """
         check_folder(save_directory)
+        if isinstance(selected_adapters, str):
+            selected_adapters = [selected_adapters]
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
@@ -465,6 +473,18 @@ class PeftModel(HasCounterpart, nn.Module):
                 raise
             prompts = self.__dict__.get("_prompts")
             return getattr(self.base_model, name) if prompts is None else prompts.attribute(name)
+
+
+def refuse_peft_model(model: nn.Module) -> None:
+    """ValueError for a model that is a PeftModel already: around it, a second one would write into the first one's
+    adapters, and its files would fit no base model."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"The model is a {type(model).__name__} already, with the adapters {list(model.peft_config)}. Another one "
+            "is added by model.add_adapter(name, config), or from files by model.load_adapter(folder, name). To start "
+            "anew, pass the bare base model: model.unload(), or model.get_base_model() of prompts; "
+            "model.merge_and_unload() keeps what the adapters have learnt."
+        )
 
 
 def _read(model_id: Any, base: nn.Module, key_mapping: dict[str, str] | None, strict: bool | str, kwargs: dict,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,13 +26,18 @@ def create_loraplus_optimizer(
 
     Args:
         lr: of the down factors and of everything else that is a matrix.
-        loraplus_lr_ratio: the up factors, biases and other vectors learn at `lr * loraplus_lr_ratio`; at least 1.
+        loraplus_lr_ratio: the up factors, biases and other vectors learn at `lr * loraplus_lr_ratio`; above 0, and of
+            use from 1.
         kwargs: `loraplus_weight_decay` (0.0), `loraplus_lr_embedding` (1e-6, adapters of embeddings), and whatever
             `optimizer_cls` takes.
 
     Raises:
-        ValueError: no parameter of the model is trainable.
+        ValueError: no parameter of the model is trainable, or the ratio is no positive number.
     """
+    if not isinstance(loraplus_lr_ratio, Real) or not 0.0 < loraplus_lr_ratio < math.inf:
+        raise ValueError(
+            f"loraplus_lr_ratio must be a positive number, at least 1 as a rule; got {loraplus_lr_ratio!r}"
+        )
     weight_decay = kwargs.pop("loraplus_weight_decay", 0.0)
     embedding_lr = kwargs.pop("loraplus_lr_embedding", 1e-6)
     no_decay = _undecayed(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from peftfast.method import Adapter, method_for
 from peftfast.methods.combination import Combination
 from peftfast.sites import Site
 from peftfast.wrapping.saved_modules import ModulesToSaveWrapper
+from peftfast.wrapping.targets import make_matcher, shortest_suffixes
 
 if TYPE_CHECKING:
     from peftfast.wrapping.inventory import Inventory
@@ -36,6 +38,9 @@ class Combinable(Protocol):
         """The result's tensors at one site, by slot name; where smaller than the slot, the rest of it is zero."""
         ...
 
+    # Optional: fields_by_name(cfg, keys), other fields of a config that go by the names of targets, for targets that
+    # are the full names `keys` from now on; a method without it has none.
+
 
 def add_weighted_adapter(
     inventory: Inventory, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
@@ -54,7 +59,7 @@ def add_weighted_adapter(
             f"Adapter {adapter_name!r} exists already; add_weighted_adapter leaves it as it is.", stacklevel=3
         )
         return
-    adapters, weights = list(adapters), [float(w) for w in weights]
+    adapters, weights = [adapters] if isinstance(adapters, str) else list(adapters), _numbers(weights)
     method, how = _checked(inventory, adapters, weights, how)
     layers = inventory.layers
     keys = [key for key in inventory.names if key in layers and any(n in layers[key].adapters for n in adapters)]
@@ -101,8 +106,15 @@ def _checked(
     configs = [inventory.configs[n] for n in adapters]
     methods = {id(method_for(c)): method_for(c) for c in configs}
     if len(methods) > 1:
-        kinds = ", ".join(f"{n} is {m.family}" for n, m in zip(adapters, map(method_for, configs), strict=True))
-        raise ValueError(f"Only adapters of one method can be combined: {kinds}")
+        kinds = [(n, type(m).__name__.lower()) for n, m in zip(adapters, map(method_for, configs), strict=True)]
+        message = f"Only adapters of one method can be combined: {', '.join(f'{n} is {kind}' for n, kind in kinds)}. "
+        if any(getattr(c, "use_dora", False) for c in configs):
+            message += "A DoRA's magnitudes (use_dora=True) scale the whole weight, which no LoRA can express. "
+        together = list(dict.fromkeys(adapters))
+        raise ValueError(
+            f"{message}To use them together, activate them at once, model.base_model.set_adapter({together}), or merge "
+            f"them into the base, model.merge_adapter({together})"
+        )
     method = next(iter(methods.values()))
     if not isinstance(method, Combinable):
         raise TypeError(f"{method.family} does not support add_weighted_adapter: its adapters cannot be combined")
@@ -122,6 +134,20 @@ def _checked(
     return method, how
 
 
+def _numbers(weights: Sequence[float]) -> list[float]:
+    try:
+        numbers = [float(w) for w in weights]
+    except (TypeError, ValueError):
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"Each adapter needs one weight, a finite number; got {weights!r}")
+    return numbers
+
+
+#: Fields that keep modules out which `target_modules` names.
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
 def _combined_config(
     inventory: Inventory, adapters: Sequence[str], keys: Sequence[str], fields: Mapping[str, Any]
 ) -> PeftConfig:
@@ -131,8 +157,8 @@ def _combined_config(
         together: Any = "|".join(f"({t})" for t in targets)
     elif not any(isinstance(t, str) for t in targets):
         together = set().union(*(t or () for t in targets))
-    else:  # a pattern here, a list there: the modules themselves
-        together = set(keys)
+    else:  # a pattern here, a list there
+        together = None
     cfg = copy.deepcopy(configs[0])
     saved = list(dict.fromkeys(n for c in configs for n in getattr(c, "modules_to_save", None) or ()))
     cfg.target_modules = together
@@ -140,7 +166,25 @@ def _combined_config(
         cfg.modules_to_save = saved
     for name, value in fields.items():
         setattr(cfg, name, value)
+    narrowing = any(getattr(c, name, None) not in (None, []) for c in configs for name in _NARROWING)
+    if together is None or (narrowing and list(filter(make_matcher(cfg), inventory.names)) != list(keys)):
+        _name_exactly(cfg, inventory, keys)
     return cfg
+
+
+def _name_exactly(cfg: PeftConfig, inventory: Inventory, keys: Sequence[str]) -> None:
+    """Let `cfg` mean the modules `keys` of this model and no others: what the adapters leave out, each for itself,
+    cannot be said of all of them together."""
+    for name in _NARROWING:
+        if hasattr(cfg, name):
+            setattr(cfg, name, None)
+    method = method_for(cfg)
+    if hasattr(type(method), "fields_by_name"):
+        for name, value in method.fields_by_name(cfg, keys).items():
+            setattr(cfg, name, value)
+        cfg.target_modules = set(keys)
+    else:
+        cfg.target_modules = shortest_suffixes(keys, [n for n in inventory.names if n not in set(keys)])
 
 
 def _fill(slot: Tensor, value: Tensor) -> None:

@@ -156,6 +156,9 @@ class IA3:
             raise ValueError("feedforward_modules is a pattern in one adapter and a list in another")
         return {"feedforward_modules": set().union(*(f or () for f in own))}
 
+    def fields_by_name(self, cfg: IA3Config, keys: Sequence[str]) -> Mapping[str, Any]:
+        return {"feedforward_modules": {key for key in keys if cfg.is_feedforward(key)}}
+
     def combine(
         self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination
     ) -> Mapping[str, Tensor]:

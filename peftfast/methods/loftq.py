@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfast.base.weight import quantise_and_back
 from peftfast.errors import PeftWarning
@@ -38,10 +38,15 @@ def loftq_factors(
 
 
 def best_factors(residual: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A [r, K] and B [N, r] with scale · B A the best approximation of `residual` [N, K]."""
+    """A [r, K] and B [N, r] with scale · B A the best approximation of `residual` [N, K]; ranks that it does not have
+    are zero."""
     u, s, vh = torch.linalg.svd(residual, full_matrices=False)
     root = (s[:rank] / scale).sqrt()
-    return root[:, None] * vh[:rank], u[:, :rank] * root
+    missing = rank - len(root)
+    return (
+        nn.functional.pad(root[:, None] * vh[:rank], (0, 0, 0, missing)),
+        nn.functional.pad(u[:, :rank] * root, (0, missing)),
+    )
 
 
 @initialiser("loftq")

@@ -26,6 +26,7 @@ def combined_fields(adapters: Sequence[Sequence[Adapter]], how: Combination) -> 
     else:
         rank = how.svd_rank if how.on_products and how.svd_rank else max(ranks)
     plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True}
+    plain["lora_bias"] = any(a.cfg.lora_bias for layers in adapters for a in layers)
     return {"r": rank, "lora_alpha": rank, **plain}  # an init that changes the base must not run again
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.method import Adapter
+from peftfast.methods.lora_config import LoraConfig
 from peftfast.sites import Site
 from peftfast.wrapping.random_stream import draws_of_normal, draws_of_uniform, skip
 
@@ -85,6 +86,13 @@ def _is_lookup(adapter: Adapter) -> bool:
     return "lora_embedding_A" in adapter.slots
 
 
+def rank_of_factors(site: Site, cfg: LoraConfig, r: int) -> int:
+    """How many ranks the factors of an adapter of rank `r` have: fewer where the initialisation takes directions of W
+    and W has fewer. So they are in PEFT and in its files; the scaling stays that of `r`."""
+    bounded = _OF_WEIGHT.fullmatch(str(cfg.init_lora_weights)) and "lora_A" in site.low_rank_slots(r)
+    return min(r, *site.weight.shape) if bounded else r
+
+
 @initialiser("True|eva")
 @_drawn_as_in_peft(after_building=True)
 def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
@@ -147,12 +155,16 @@ def _take_out(site: Site, weight: Tensor, a: Tensor, b: Tensor, scale: float) ->
     site.weight.assign(weight - scale * site.delta(a.float(), b.float()))
 
 
+#: Initialisations whose factors are directions of W.
+_OF_WEIGHT = re.compile(r"pissa(_niter_\d+)?|olora")
+
+
 @initialiser(r"pissa(_niter_\d+)?")
 def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Principal singular vectors and values of W (Meng et al., arXiv 2404.02948); `_niter_n` takes a randomised SVD
     with n power iterations."""
     weight = _wide_weight(site, "PiSSA")
-    r, scale = adapter.setting("r"), adapter.setting("scaling")
+    r, scale = a.shape[0], adapter.setting("scaling")
     choice = adapter.cfg.init_lora_weights
     if choice == "pissa":
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -170,7 +182,7 @@ def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
 def _olora(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Orthonormal basis of W's columns (Büyükakyüz, arXiv 2406.01775)."""
     weight = _wide_weight(site, "OLoRA")
-    r = adapter.setting("r")
+    r = a.shape[0]
     q, upper = torch.linalg.qr(weight)
     b.copy_(q[:, :r].reshape(b.shape))
     a.copy_(upper[:r].reshape(a.shape))

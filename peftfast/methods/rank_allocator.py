@@ -184,11 +184,15 @@ class RankAllocator:
     @torch.no_grad()
     def shrink(self, optimizer: torch.optim.Optimizer | None) -> bool:
         """Cut the pruned ranks out of the Parameters, which stay the same objects, and out of their gradients and
-        optimizer state. False, with a warning and nothing changed, if the state cannot be cut."""
+        optimizer state. False, with a warning and nothing changed, if the state cannot be cut.
+
+        Args:
+            optimizer: that trains all the factors; None: nothing trains them any more.
+        """
         if not self.finished or self._keep is None or bool(self._keep.all()):
             return self.finished
         state = {} if optimizer is None else optimizer.state
-        stuck = _uncuttable(self.parameters(), state)
+        stuck = _uncuttable(self.parameters(), optimizer)
         if stuck:
             warnings.warn(
                 f"AdaLoRA's ranks are final but stay masked instead of being cut: {stuck}. Call shrink_ranks() after "
@@ -245,6 +249,23 @@ class RankAllocator:
                 state.update({f"{kind}.{n}": t.clone() for n, t in zip(names, tensors, strict=True)})
         return state
 
+    def beside_file(self) -> dict[str, Tensor]:
+        """What going on with the training needs beside the adapter's file: the running schedule, or, once the final
+        ranks are chosen and only masked, the pruned part of the factors, which the file leaves out and which the
+        optimizer's saved state has a place for. Empty if the file says everything."""
+        if not self.finished:
+            return self.state_dict() if self.step else {}
+        pruned = None if self._keep is None else ~self._keep
+        if pruned is None or not pruned.any() or any(type(p) is not nn.Parameter for p in self.parameters()):
+            return {}
+        state = self.state_dict()
+        for adapter, gone in zip(self.adapters, pruned.split(self._sizes), strict=True):
+            a, b = (f.detach() for f in factors(adapter))
+            where = gone.nonzero().view(-1).to(a.device)
+            state[f"pruned.A.{adapter.key}"] = a.index_select(0, where)
+            state[f"pruned.B.{adapter.key}"] = b.index_select(1, where)
+        return state
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where `state_dict` was taken.
 
@@ -270,13 +291,51 @@ class RankAllocator:
         self._keep = None if keep is None else keep.to(parameters[0].device, copy=True)
 
 
+@torch.no_grad()
+def put_back(adapters: Sequence[Adapter], state: dict[str, Tensor]) -> None:
+    """Widen factors that were read from a file by the pruned ranks that `RankAllocator.beside_file` kept.
+
+    Raises:
+        ValueError: they belong to an adapter with other modules or shapes; nothing was changed.
+    """
+    work, start, keep = [], 0, state.get("keep")
+    for adapter in adapters:
+        a, b = factors(adapter)
+        rows, columns = (state.get(f"pruned.{side}.{adapter.key}") for side in ("A", "B"))
+        fits = all(t is not None and t.dim() == 2 for t in (rows, columns)) and keep is not None
+        fits = fits and rows.shape[1] == a.shape[1] and columns.shape == (b.shape[0], len(rows))
+        size = len(a) + len(rows) if fits else 0
+        kept = keep[start : start + size].bool() if fits else None
+        if not fits or len(kept) != size or int(kept.sum()) != len(a):
+            raise ValueError(f"AdaLoRA's saved schedule does not fit this adapter: {adapter.key} differs")
+        work.append((adapter, kept, rows, columns))
+        start += size
+    for adapter, kept, rows, columns in work:
+        a, b = factors(adapter)
+        values = adapter[VALUES]
+        for parameter, pruned, dim in ((a, rows, 0), (b, columns, 1), (values, values.new_zeros(len(rows), 1), 0)):
+            shape = list(parameter.shape)
+            shape[dim] = len(kept)
+            whole = parameter.new_empty(shape)
+            for part, where in ((parameter.detach(), kept), (pruned, ~kept)):
+                whole.index_copy_(dim, where.nonzero().view(-1).to(whole.device), part.to(whole))
+            replace(parameter, whole)
+        adapter.change("r", len(kept))
+
+
 def _on(device: torch.device, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors on one device, for models that are spread over several."""
     return [t if t.device == device else t.to(device) for t in tensors]
 
 
-def _uncuttable(parameters: Sequence[Tensor], state: Any) -> str | None:
+def _uncuttable(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> str | None:
     """Why these Parameters cannot be cut, if so."""
+    if optimizer is not None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        elsewhere = sum(id(p) not in held for p in parameters)
+        if elsewhere:
+            return f"{elsewhere} of their {len(parameters)} factors are not in this optimizer, whose state would be cut"
+    state = {} if optimizer is None else optimizer.state
     if (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()

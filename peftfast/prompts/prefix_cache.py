@@ -20,7 +20,12 @@ States = Sequence[tuple[Tensor, Tensor]]  # (keys, values) of every layer, each 
 
 def holds_tokens(cache: Any) -> bool:
     """Whether a cache is there and not empty."""
-    return cache is not None and bool(cache.get_seq_length())
+    if cache is None:
+        return False
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # recurrent states only (Mamba's), which have no length
+        return cache.has_previous_state()
 
 
 def grown(cache: Any, count: int, model: nn.Module) -> Any:
@@ -32,6 +37,8 @@ def grown(cache: Any, count: int, model: nn.Module) -> Any:
     if not getattr(cache, "is_compileable", False):
         return cache
     length = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
+    if not length:
+        return cache  # recurrent states are of fixed size whatever the length
     return type(cache)(config=model.config, max_cache_len=length + count)
 
 

@@ -23,7 +23,7 @@ from peftfast.errors import PeftWarning
 from peftfast.method import Adapter
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
-from peftfast.methods.rank_allocator import Allocation, RankAllocator, replace
+from peftfast.methods.rank_allocator import Allocation, RankAllocator, put_back, replace
 from peftfast.tuners.tuner import BaseTuner
 
 STATE_FILE = "adalora_state.safetensors"
@@ -56,14 +56,15 @@ class AdaLoraModel(BaseTuner):
     Attributes:
         automatic: run the schedule after every optimizer step. The first manual `update_and_allocate` switches this
             off and takes the automatic update of the same step back, so that no step counts twice.
-        shrink_after_final: cut pruned ranks out of Parameters and optimizer state once the final ranks are chosen;
-            False keeps them masked, as PEFT does.
+        shrink_after_final: True cuts pruned ranks out of Parameters, gradients and optimizer state once the final ranks
+            are chosen, so that the last steps are cheaper. Then whatever else was made for the shapes before no longer
+            fits: averages of the weights (EMA), state dicts, other optimizers. False keeps them masked, as PEFT does.
     """
 
     prefix = "lora_"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__.update(automatic=True, shrink_after_final=True, _allocators={}, _optimizer=None)
+        self.__dict__.update(automatic=True, shrink_after_final=False, _allocators={}, _optimizer=None)
         super().__init__(*args, **kwargs)
 
     # ---- schedules ---------------------------------------------------------------------------------------------------
@@ -107,12 +108,26 @@ class AdaLoraModel(BaseTuner):
         if name is None:
             return
         allocator = self._allocator(name)
-        mark = allocator.adapters[0][VALUES]
-        if not any(p is mark for group in optimizer.param_groups for p in group["params"]):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if id(allocator.adapters[0][VALUES]) not in held:
             return
         self.__dict__["_optimizer"] = weakref.ref(optimizer)
-        if all(p.grad is None for p in allocator.parameters()):
+        parameters = allocator.parameters()
+        if all(p.grad is None for p in parameters):
             return  # a step without us: the adapter was not part of the loss
+        gone = sum(p.requires_grad and p.grad is None and id(p) not in held for p in parameters)
+        if gone and not allocator.finished:
+            if "_said" not in self.__dict__:
+                self.__dict__["_said"] = True
+                warnings.warn(
+                    f"AdaLoRA prunes nothing: at the step of the optimizer that trains its first lora_E, {gone} of its "
+                    f"{len(parameters)} factors, which other optimizers train, have no gradient, so their importance "
+                    "cannot be known. Step all optimizers before clearing gradients, or call update_and_allocate(step) "
+                    "while the gradients are there.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+            return
         if "_counted" not in self.__dict__:
             allocator.remember()
             self.__dict__["_counted"] = True
@@ -143,10 +158,10 @@ class AdaLoraModel(BaseTuner):
                 allocator.shrink(optimizer)
 
     def shrink_ranks(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Cut pruned ranks out of the Parameters, if that has not happened by itself; whether they are cut now.
+        """Cut pruned ranks out of the Parameters, once the final ranks are chosen; whether they are cut now.
 
         Args:
-            optimizer: whose state is cut as well; needed if training goes on.
+            optimizer: that trains the adapter, and whose state is cut as well; needed if training goes on.
         """
         name = self.trainable_adapter_name or self.active_adapters[0]
         return self._allocator(name).shrink(optimizer)
@@ -234,21 +249,29 @@ class AdaLoraModel(BaseTuner):
         return undo
 
     def after_load(self, adapter_name: str, folder: str | os.PathLike) -> None:
-        """Go on with the schedule that was saved beside the adapter, if it was saved in mid-schedule."""
+        """Go on with the schedule that was saved beside the adapter, if it was saved before its ranks were cut."""
         path = Path(folder) / STATE_FILE
         if path.is_file():
             from peftfast.files.io import read_safetensors
 
-            self._allocator(adapter_name).load_state_dict(read_safetensors(path))
+            state = read_safetensors(path)
+            if any(name.startswith("pruned.") for name in state):
+                put_back(self._adapters(adapter_name), state)
+                self._allocators.pop(adapter_name, None)
+            allocator = self._allocator(adapter_name)
+            allocator.load_state_dict(state)
+            if allocator.finished:
+                allocator.cfg.rank_pattern = allocator.rank_pattern()
             self.__dict__.pop("_counted", None)
 
     def save_beside(self, adapter_name: str, folder: str | os.PathLike) -> None:
-        """Save the schedule beside the adapter, as long as it runs; afterwards the ranks say everything."""
-        allocator, path = self._allocators.get(adapter_name), Path(folder) / STATE_FILE
-        if allocator is not None and allocator.step and not allocator.finished:
+        """Save the schedule beside the adapter, until its ranks are cut; then the file says everything."""
+        path = Path(folder) / STATE_FILE
+        state = self._allocator(adapter_name).beside_file() if adapter_name in self._allocators else {}
+        if state:
             from peftfast.files.io import write_safetensors
 
-            write_safetensors(path, {k: v.cpu().contiguous() for k, v in allocator.state_dict().items()})
+            write_safetensors(path, {k: v.cpu().contiguous() for k, v in state.items()})
         elif path.is_file():
             path.unlink()
 

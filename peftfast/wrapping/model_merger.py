@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
 
 if TYPE_CHECKING:
@@ -28,9 +28,15 @@ class ModelMerger:
         """See `Inventory.merge`."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        names = self.inventory.active if adapter_names is None else adapter_names
+        present = self.inventory.active if adapter_names is None else list(adapter_names)
+        configs = self.inventory.configs
+        unknown = [n for n in present if n not in configs]
+        if unknown:
+            raise ValueError(
+                f"Nothing was merged: adapter {unknown[0]!r} not found.{close_matches(unknown[0], configs)} "
+                f"Adapters present: {sorted(configs)}"
+            )
         layers = self.layers()
-        present = [n for n in names if n in self.inventory.configs]
         merged = {n for layer in layers for n in layer.merged_adapters}
         if merged and present and set(present) <= merged:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import peftfast
 from peftfast import AdapterLoadError, AdapterMismatchWarning, LoraConfig, NoMatchingPeftModuleError
+from peftfast.optimizers import create_loraplus_optimizer
 
 QV = ["q_proj", "v_proj"]
 
@@ -123,14 +124,95 @@ def test_unknown_and_duplicate_names():
         (lambda: peftfast.get_peft_model_state_dict(model, adapter_name="othr"), "Did you mean 'other'"),
         (lambda: peftfast.set_peft_model_state_dict(model, {}, adapter_name="x"), "'x' not found"),
         (lambda: model.merge_and_unload(adapter_names=["x"]), "x not found"),
+        (lambda: model.merge_adapter(["default", "othr"]), "Nothing was merged.*'othr'.*Did you mean 'other'.*default"),
+        (lambda: model.merge_adapter(["defualt"], keep=False), "'defualt' not found.*Did you mean 'default'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
         same_picture(model, before)
-    for call in (lambda: model.merge_adapter("default"), lambda: model.set_adapter(["default"])):
+    for call in (
+        lambda: model.merge_adapter("default"),
+        lambda: model.set_adapter(["default"]),
+        lambda: model.add_adapter(LoraConfig(), "third"),
+        lambda: model.add_adapter("third", {"r": 8}),
+        lambda: peftfast.set_peft_model_state_dict(model, [1]),
+        lambda: peftfast.set_peft_model_state_dict(model, {"a": 1}),
+    ):
         with pytest.raises(TypeError):
             call()
         same_picture(model, before)
+
+
+def test_errors_that_name_what_is_wrong():
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    for call, message in (
+        (
+            lambda: model.add_adapter(LoraConfig(), "third"),
+            r"\(adapter_name, peft_config\).*in this order; got.*'third'",
+        ),
+        (lambda: peftfast.set_peft_model_state_dict(model, [1]), "dict of tensors by name, got list"),
+        (lambda: peftfast.set_peft_model_state_dict(model, {"a": 1}), "dict of tensors by name; 'a' is int"),
+        (lambda: peftfast.capture_decoding("x", 1, 8), "model must be a torch.nn.Module, got 'x'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_one_name_is_a_selection_of_one(tmp_path):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    model.add_adapter("other", LoraConfig(target_modules=QV))
+    model.save_pretrained(tmp_path, selected_adapters="other")
+    assert (tmp_path / "other" / WEIGHTS).exists() and not (tmp_path / WEIGHTS).exists()
+    with pytest.raises(ValueError, match=r"invalid `selected_adapters`.*got \['othr'\]"):
+        model.save_pretrained(tmp_path, selected_adapters="othr")
+
+
+@pytest.mark.parametrize("ratio", [0, -1, float("nan"), float("inf"), "16"])
+def test_ratios_that_cannot_be(ratio):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    options = {"optimizer_cls": torch.optim.SGD, "lr": 1e-3}
+    with pytest.raises(ValueError, match=f"loraplus_lr_ratio must be a positive number.*{ratio}"):
+        create_loraplus_optimizer(model, **options, loraplus_lr_ratio=ratio)
+    optimizer = create_loraplus_optimizer(model, **options, loraplus_lr_ratio=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-6, 5e-4, 5e-4]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda model, folder: peftfast.get_peft_model(model, LoraConfig(target_modules=QV, task_type="CAUSAL_LM")),
+        lambda model, folder: peftfast.patch(model, LoraConfig(target_modules=["k_proj"]), adapter_name="second"),
+        lambda model, folder: peftfast.patch(model, LoraConfig(target_modules=["k_proj"]), quantize="nf4"),
+        lambda model, folder: peftfast.PeftModel(model, LoraConfig(target_modules=QV)),
+        lambda model, folder: peftfast.PeftModel.from_pretrained(model, folder, adapter_name="second"),
+        lambda model, folder: peftfast.get_peft_model(
+            model, peftfast.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+        ),
+    ],
+)
+def test_a_peft_model_is_not_wrapped_again(again, saved):
+    """PEFT warns, writes over the trained adapter of the same name and makes a model whose files fit no base."""
+    model = peftfast.get_peft_model(
+        oracle.llama(), LoraConfig(target_modules=QV, init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    before = picture(model)
+    with pytest.raises(
+        ValueError,
+        match=r"PeftModelForCausalLM already.*\['default'\].*add_adapter.*load_adapter.*unload\(\).*get_base",
+    ):
+        again(model, saved)
+    same_picture(model, before)
+
+
+def test_a_refused_config_is_as_it_was():
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    config = LoraConfig(target_modules=QV, base_model_name_or_path="somewhere")
+    fields = dict(config.__dict__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="already"):
+            peftfast.get_peft_model(model, config, revision="x")
+    assert config.__dict__ == fields
 
 
 def test_not_a_model_or_not_a_config():

@@ -124,6 +124,71 @@ def test_saved_and_loaded_both_ways(init, low_cpu_mem_usage, tmp_path):
             torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-3)
 
 
+class Narrow(torch.nn.Module):
+    """A head with three outputs and one with three inputs."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.down, self.up = torch.nn.Linear(16, 3), torch.nn.Linear(3, 16)
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+NARROW = {"make": Narrow, "r": 4, "target_modules": ["down", "up"], "lora_alpha": 6}
+X = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize("init", CHANGING)
+def test_no_more_directions_than_the_weight_has(init, extra, tmp_path):
+    """A rank above a layer's smaller side: as many ranks as there are directions, in PEFT, here and in the files."""
+    ours, theirs = (wrap(lib, init, **NARROW, **extra) for lib in (peftfast, peft))
+    expected = Narrow()(X)
+    for model in (ours, theirs):
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
+    shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1] and not any(4 in shape for shape in shapes[0].values())
+    if init == "pissa_niter_4":
+        return  # random, also when it is repeated on loading
+    for source, model in ((peftfast, ours), (peft, theirs)):
+        trained(model).save_pretrained(tmp_path / source.__name__)
+        live = model(X)
+        for target in (peftfast, peft):
+            loaded = target.PeftModel.from_pretrained(Narrow(), tmp_path / source.__name__)
+            torch.testing.assert_close(loaded(X), live, rtol=1e-4, atol=1e-5)
+    live = ours(X)
+    torch.testing.assert_close(ours.merge_and_unload()(X), live, rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_ranks_beside_full_ones():
+    """Adapters of different real ranks at one module: mixed in a batch, summed, combined."""
+    torch.manual_seed(1)
+    model = wrap(peftfast, "olora", **NARROW)
+    model.add_adapter("full", LoraConfig(r=4, target_modules=["down", "up"], init_lora_weights=False))
+    model.base_model.add_weighted_adapter(["default", "full"], [1.0, 1.0], "mix", combination_type="cat")
+    outputs = {}
+    with torch.no_grad():
+        for name in ("default", "full", "mix"):
+            model.set_adapter(name)
+            outputs[name] = model(X)
+        mixed = model(X, adapter_names=["full", "default", "full", "mix", "default"])
+        model.base_model.set_adapter(["default", "full"])
+        both = model(X)
+    for row, name in enumerate(["full", "default", "full", "mix", "default"]):
+        torch.testing.assert_close(mixed[row], outputs[name][row], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both, outputs["mix"], rtol=1e-4, atol=1e-5)
+
+
+def test_loftq_with_more_ranks_than_directions():
+    model = wrap(peftfast, "loftq", **NARROW, loftq_config=peftfast.LoftQConfig(loftq_bits=8))
+    torch.testing.assert_close(model(X), Narrow()(X), rtol=1e-3, atol=2e-3)
+    a, b = factors(model.base_model.model.down)
+    assert a.shape == (4, 16) and not a[3].any() and not b[:, 3].any() and a[:3].any()
+
+
 @pytest.mark.parametrize("init", CHANGING)
 @pytest.mark.parametrize(
     "extra", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3}}]

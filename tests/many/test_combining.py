@@ -146,10 +146,11 @@ def test_works_where_peft_refuses():
     }
 
 
-def test_biases_are_combined_too():
-    options = {"r": 2, "target_modules": ["q_proj"], "lora_bias": True}
-    model = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**options))
-    model.add_adapter("two", LoraConfig(**options, lora_alpha=16))
+@pytest.mark.parametrize("first", [True, False])
+def test_biases_are_combined_too(first):
+    options = {"r": 2, "target_modules": ["q_proj"]}
+    model = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**options, lora_bias=first))
+    model.add_adapter("two", LoraConfig(**options, lora_bias=True, lora_alpha=16))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -220,6 +221,9 @@ def test_refusals_change_nothing():
     refused(TypeError, "needs a density", NAMES, WEIGHTS, "mix", combination_type="ties")
     refused(ValueError, "Density should be >= 0", NAMES, WEIGHTS, "mix", combination_type="ties", density=-1.0)
     refused(ValueError, "Each adapter needs one weight", NAMES, [1.0], "mix")
+    for weight in (float("nan"), float("inf"), "one", None):
+        refused(ValueError, f"one weight, a finite number.*{weight}", NAMES, [1.0, weight, 1.0], "mix")
+    refused(ValueError, "one weight, a finite number.*0.5", NAMES, 0.5, "mix")
     refused(ValueError, "majority_sign_method", NAMES, WEIGHTS, "mix", majority_sign_method="loud")
     refused(ValueError, "Found no adapter", [], [], "mix")
     refused(ValueError, "'.'", NAMES, WEIGHTS, "a.b", combination_type="cat")
@@ -227,6 +231,101 @@ def test_refusals_change_nothing():
         base.add_weighted_adapter(NAMES, WEIGHTS, "two")
     with pytest.warns(UserWarning, match="no pruning will be performed"):
         base.add_weighted_adapter(["two", "three"], [1.0, 1.0], "all", combination_type="ties", density=1.0)
+
+
+def reloaded(model, tmp_path, name):
+    """Logits of the live adapter, of its file in both libraries, and the file's config."""
+    with torch.no_grad():
+        model.set_adapter(name)
+        live = oracle.logits(model.eval())
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+        again = []
+        for library in (peftfast, importlib.import_module("peft")):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*(missing|unexpected|matched no module)")
+                again.append(oracle.logits(library.PeftModel.from_pretrained(oracle.llama(), tmp_path / name)))
+    return live, again, oracle.saved_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "first, second, names",
+    [
+        ({"layers_to_transform": [0]}, {"layers_to_transform": [1]}, {"q_proj", "k_proj"}),
+        ({"layers_to_transform": [0]}, {}, {"q_proj", "k_proj"}),
+        (
+            {"layers_to_transform": [0]},
+            {"layers_to_transform": [1], "layers_pattern": "layers", "target_modules": ["v_proj"]},
+            {"0.self_attn.q_proj", "0.self_attn.k_proj", "1.self_attn.v_proj"},
+        ),
+        ({"exclude_modules": ["k_proj"]}, {}, {"q_proj", "k_proj"}),
+        ({}, {"exclude_modules": [r"0.self_attn.k_proj"]}, {"q_proj", "k_proj"}),
+        ({"exclude_modules": r".*\.0\..*"}, {"exclude_modules": r".*\.k_proj"}, {"1.self_attn.k_proj", "q_proj"}),
+        ({"target_modules": r".*\.0\..*q_proj"}, {"target_modules": ["v_proj"]}, {"0.self_attn.q_proj", "v_proj"}),
+    ],
+)
+def test_the_config_names_the_modules_of_all(first, second, names, tmp_path):
+    """What each adapter leaves out for itself must not keep out the others' modules when the result is loaded."""
+    common = {"r": 2, "target_modules": ["q_proj", "k_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**{**common, **first}))
+    model.add_adapter("two", LoraConfig(**{**common, **second}))
+    model.add_weighted_adapter(["default", "two"], [0.5, 2.0], "mix", combination_type="cat")
+    live, again, config = reloaded(model, tmp_path, "mix")
+    for logits in again:
+        assert torch.equal(logits, live)
+    assert set(config["target_modules"]) == names
+    assert all(config[name] is None for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+
+
+def test_what_all_leave_out_stays_in_the_config():
+    options = {"r": 2, "layers_to_transform": [1], "exclude_modules": ["k_proj"]}
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**options, target_modules=["q_proj", "k_proj"]))
+    model.add_adapter("two", LoraConfig(**options, target_modules=["v_proj"]))
+    model.add_weighted_adapter(["default", "two"], [0.5, 2.0], "mix", combination_type="cat")
+    config = model.peft_config["mix"]
+    assert config.target_modules == {"q_proj", "k_proj", "v_proj"}
+    assert (config.layers_to_transform, config.exclude_modules) == ([1], {"k_proj"})
+
+
+def test_ia3s_config_names_the_modules_of_all(tmp_path):
+    options = {"feedforward_modules": ["down_proj"], "init_ia3_weights": False, "task_type": "CAUSAL_LM"}
+    model = peftfast.get_peft_model(
+        oracle.llama(), IA3Config(target_modules=["k_proj", "down_proj"], exclude_modules=r".*\.0\..*", **options)
+    )
+    model.add_adapter("two", IA3Config(target_modules=["v_proj", "down_proj"], exclude_modules=["v_proj"], **options))
+    model.add_weighted_adapter(["default", "two"], [0.5, 0.7], "mix")
+    live, again, config = reloaded(model, tmp_path, "mix")
+    for logits in again:
+        torch.testing.assert_close(logits, live)
+    layers = "model.layers."
+    assert set(config["feedforward_modules"]) == {f"{layers}{i}.mlp.down_proj" for i in (0, 1)}
+    assert set(config["target_modules"]) == {*config["feedforward_modules"], f"{layers}1.self_attn.k_proj"}
+
+
+@pytest.mark.parametrize("order", [["default", "two"], ["two", "default"]])
+def test_dora_and_lora_do_not_combine(order):
+    """PEFT combines the factors and drops the magnitudes: one times the DoRA and none of the LoRA is not the DoRA."""
+    weights = [1.0 if n == "default" else 0.0 for n in order]
+    models, outputs = [], []
+    for library in (peftfast, importlib.import_module("peft")):
+        options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+        model = library.get_peft_model(oracle.llama(), library.LoraConfig(**options, use_dora=True))
+        model.add_adapter("two", library.LoraConfig(**options))
+        models.append(model.eval())
+    with torch.no_grad():
+        for name, parameter in models[1].named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.5)
+        outputs.append(oracle.logits(models[1]))
+        models[1].add_weighted_adapter(order, weights, "mix", combination_type="cat")
+        models[1].set_adapter("mix")
+        outputs.append(oracle.logits(models[1]))
+    assert (outputs[0] - outputs[1]).abs().max() > 0.01
+    message = r"default is dora.*magnitudes \(use_dora=True\).*set_adapter\(\['" + order[0]
+    if order[0] == "two":
+        message = "two is lora, " + message
+    with pytest.raises(ValueError, match=message):
+        models[0].add_weighted_adapter(order, weights, "mix", combination_type="cat")
+    assert list(models[0].peft_config) == ["default", "two"]
 
 
 def test_methods_without_a_combination_say_so():

@@ -6,7 +6,7 @@ import oracle
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
@@ -62,7 +62,6 @@ def masks(model):
 @pytest.mark.parametrize("delta", [1, 3])
 def test_budgets_masks_and_scores_are_pefts_at_every_step(manual, delta):
     theirs, ours = pair(deltaT=delta)
-    ours.base_model.shrink_after_final = False  # PEFT never cuts
     record = {"theirs": [], "ours": []}
 
     def note(name, allocator):
@@ -150,7 +149,6 @@ def test_loss_term_and_its_gradients_are_no_further_from_the_oracle_than_pefts()
 def test_a_manual_call_after_the_first_automatic_one_does_not_count_twice():
     """Numbered from 0, as PEFT's documentation does, while the automatic schedule counts from 1."""
     theirs, ours = pair(tinit=0, deltaT=1)
-    ours.base_model.shrink_after_final = False
     train(theirs, 8, True, first=0)
     train(ours, 8, True, first=0)
     assert masks(ours) == masks(theirs)
@@ -184,8 +182,9 @@ def test_an_optimizer_without_our_factors_is_left_alone():
     assert ours.base_model.rankallocator.step == 0
 
 
-def test_ranks_really_shrink_and_training_goes_on():
+def test_ranks_really_shrink_if_asked_to_and_training_goes_on():
     _, ours = pair()
+    ours.base_model.shrink_after_final = True
     optimizer = torch.optim.AdamW(trainable(ours), lr=5e-2)
     before = {id(p) for p in trainable(ours)}
     seen = {}
@@ -221,7 +220,6 @@ def test_ranks_really_shrink_and_training_goes_on():
 
 def test_cutting_does_not_change_the_output():
     _, ours = pair()
-    ours.base_model.shrink_after_final = False
     train(ours, 12)
     masked = ours(**batch(50, ours)).logits
     assert ours.base_model.shrink_ranks()
@@ -238,11 +236,114 @@ def test_optimizer_state_that_cannot_be_cut_leaves_the_ranks_masked():
             super().step(closure)
 
     _, ours = pair()
+    ours.base_model.shrink_after_final = True
     with pytest.warns(peftfast.PeftWarning, match="stay masked"):
         train(ours, 13, optimizer=Factored(trainable(ours), lr=0.1))
     shapes = {len(layer.lora_E["default"]) for layer in ours.base_model.inventory.layers.values()}
     assert shapes == {5}
     assert sum(map(sum, masks(ours).values())) == 2 * 6
+
+
+def shapes(model):
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+
+def test_code_beside_the_training_sees_the_shapes_that_it_knows():
+    """As in PEFT: an average of the weights, two optimizers, a state dict for a fresh model."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    _, ours = pair()
+    before = shapes(ours)
+    average = AveragedModel(ours, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    named = [(n, p) for n, p in ours.named_parameters() if p.requires_grad]
+    optimizers = [
+        torch.optim.AdamW([p for n, p in named if ("lora_B" in n) == up], lr=rate)
+        for up, rate in ((False, 1e-2), (True, 3e-2))
+    ]
+    for step in range(1, 17):
+        ours(**batch(step, ours)).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        average.update_parameters(ours)
+    assert ours.base_model.rankallocator.finished and sum(map(sum, masks(ours).values())) == 2 * 6
+    assert shapes(ours) == before
+    fresh = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**OPTIONS))
+    fresh.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(predicted(fresh.eval()), predicted(ours.eval()))
+    assert torch.isfinite(predicted(average.module.eval())).all()
+
+
+def test_one_of_two_optimizers_is_not_cut_without_the_other():
+    _, ours = pair()
+    ours.base_model.shrink_after_final = True
+    before = shapes(ours)
+    named = [(n, p) for n, p in ours.named_parameters() if p.requires_grad]
+    parts = [[p for n, p in named if ("lora_B" in n) == up] for up in (False, True)]
+    optimizers = [torch.optim.AdamW(part, lr=1e-2) for part in parts]
+
+    def steps(numbers):
+        for step in numbers:
+            ours(**batch(step, ours)).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+
+    with pytest.warns(peftfast.PeftWarning, match="stay masked.*6 of their 18 factors are not in this optimizer"):
+        steps(range(1, 15))
+    assert shapes(ours) == before
+    steps([15, 16])
+
+
+def test_gradients_that_are_gone_prune_nothing():
+    """An optimizer for every parameter, stepped and cleared as soon as its gradient is there: importance cannot be
+    known, and no importance must not be taken for none."""
+    _, ours = pair()
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-2) for p in trainable(ours)}
+
+    def update(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(update)
+    with pytest.warns(peftfast.PeftWarning, match="AdaLoRA prunes nothing.*update_and_allocate") as caught:
+        for step in range(1, 17):
+            ours(**batch(step, ours)).loss.backward()
+    assert len([w for w in caught if w.category is peftfast.PeftWarning]) == 1
+    assert all(all(kept) for kept in masks(ours).values())
+
+
+@pytest.mark.parametrize("damage", ["other modules", "no keep", "no rows", "flat rows"])
+def test_a_schedule_of_another_adapter_is_refused(tmp_path, damage):
+    _, ours = pair()
+    train(ours, 14)
+    ours.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adalora_state.safetensors")
+    rows = "pruned.A.model.layers.0.mlp.down_proj"
+    if damage == "other modules":
+        _, other = pair(target_modules=["q_proj", "v_proj"])
+        train(other, 14)
+        other.save_pretrained(tmp_path / "other")
+        state = load_file(tmp_path / "other" / "adalora_state.safetensors")
+    elif damage == "flat rows":
+        state[rows] = state[rows].flatten()
+    else:
+        del state["keep" if damage == "no keep" else rows]
+    save_file(state, tmp_path / "adalora_state.safetensors")
+    with pytest.raises(ValueError, match="does not fit this adapter: model.layers.0"):
+        peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, is_trainable=True)
+
+
+def test_a_copy_of_the_model_saves_its_schedule(tmp_path):
+    import copy
+
+    _, ours = pair()
+    train(ours, 5)
+    copy.deepcopy(ours).save_pretrained(tmp_path)
+    assert load_file(tmp_path / "adalora_state.safetensors")["step"] == 5
 
 
 @pytest.mark.parametrize("shrink", [True, False])
@@ -251,7 +352,7 @@ def test_files_go_both_ways_after_training(tmp_path, shrink):
     ours.base_model.shrink_after_final = shrink
     train(ours, 14)
     ours.save_pretrained(tmp_path / "ours")
-    assert not (tmp_path / "ours" / "adalora_state.safetensors").exists()
+    assert (tmp_path / "ours" / "adalora_state.safetensors").exists() == (not shrink)  # what going on would need
     expected = ours.eval()(**batch(50, ours)).logits
     ranks = [len(v) for k, v in load_file(tmp_path / "ours" / "adapter_model.safetensors").items() if "lora_E" in k]
     assert sum(ranks) == 2 * 6
@@ -267,28 +368,35 @@ def test_files_go_both_ways_after_training(tmp_path, shrink):
     assert config.rank_pattern.keys() == peer.rank_pattern.keys()
 
 
-@pytest.mark.parametrize("stop", [6, 14])
+@pytest.mark.parametrize("stop", [6, 14, 18])
 @pytest.mark.parametrize("existing", [True, False])
-def test_resuming_gives_the_run_that_was_not_interrupted(tmp_path, stop, existing):
-    """In mid-schedule and after the cut, into a new model or into an adapter that is already there (Trainer's way)."""
+@pytest.mark.parametrize("shrink", [True, False])
+def test_resuming_gives_the_run_that_was_not_interrupted(tmp_path, stop, existing, shrink):
+    """In mid-schedule, after its final allocation and beyond total_step; into a new model or into an adapter that is
+    already there (Trainer's way)."""
     torch.manual_seed(5)
     whole = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**OPTIONS))
     torch.manual_seed(5)
     first = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**OPTIONS))
-    expected, _ = train(whole, 16)
+    whole.base_model.shrink_after_final = first.base_model.shrink_after_final = shrink
+    expected, _ = train(whole, 20)
     begun, optimizer = train(first, stop)
     first.save_pretrained(tmp_path)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    assert (tmp_path / "adalora_state.safetensors").exists() == (stop < 12)
+    assert (tmp_path / "adalora_state.safetensors").exists() == (stop < 12 or not shrink)
     if existing:
         second = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**OPTIONS))
         second.load_adapter(tmp_path, "default", is_trainable=True)
     else:
         second = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, is_trainable=True)
+    second.base_model.shrink_after_final = shrink
     optimizer = torch.optim.AdamW(trainable(second), lr=5e-2)
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
-    resumed, _ = train(second, 16 - stop, first=stop + 1, optimizer=optimizer)
+    resumed, _ = train(second, 20 - stop, first=stop + 1, optimizer=optimizer)
     assert begun + resumed == expected
+    assert masks(second) == masks(whole)
+    if not shrink:  # of cut ranks, a file only says how many there are
+        assert second.peft_config["default"].rank_pattern == whole.peft_config["default"].rank_pattern
     final, other = (m.get_nb_trainable_parameters() for m in (whole, second))
     assert final == other
 
@@ -314,8 +422,7 @@ def test_under_trainer_nothing_has_to_be_called(tmp_path):
     trainer = Trainer(model=ours, args=arguments, train_dataset=data)
     trainer.train()
     assert ours.base_model.rankallocator.step == 6
-    ranks = [len(layer.lora_E["default"]) for layer in ours.base_model.inventory.layers.values()]
-    assert sum(ranks) == 2 * len(ranks)
+    assert sum(map(sum, masks(ours).values())) == 2 * 6
     assert [entry.budget for entry in ours.base_model.history][-1] == 12
     # and again from the checkpoint in mid-schedule
     fresh = peftfast.get_peft_model(
@@ -341,8 +448,7 @@ def test_under_accelerate_updates_are_counted(tmp_path):
             optimizer.step()
             optimizer.zero_grad()
     assert ours.base_model.rankallocator.step == 6
-    ranks = [len(layer.lora_E["default"]) for layer in ours.base_model.inventory.layers.values()]
-    assert sum(ranks) == 2 * len(ranks)
+    assert sum(map(sum, masks(ours).values())) == 2 * 6
 
 
 def test_gradient_checkpointing_changes_nothing():

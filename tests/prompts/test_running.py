@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from prompts.tiny import CAUSAL, METHODS, assert_same, base, batch, config, gradients, ours, result
+from prompts.tiny import CAUSAL, METHODS, RECURRENT, assert_same, base, batch, config, gradients, ours, result
 
 import peftfast
 
@@ -54,6 +54,31 @@ def test_generated_tokens_are_the_likeliest(family: str, method: str):
             chosen, preferred = out[:, -6:], logits[:, -7:-1].argmax(-1)
     # a tie, or a token that generate never gives, would show as a difference
     assert torch.equal(chosen, preferred)
+
+
+@pytest.mark.parametrize("generation", [{}, {"use_cache": False}, {"num_beams": 2}])
+@pytest.mark.parametrize("method", ["prompt", "mlp"])
+@pytest.mark.parametrize("family", RECURRENT)
+def test_state_space_models_keep_the_prompt_in_their_state(family: str, method: str, generation: dict):
+    """Their cache holds states and no tokens, so nothing in it can be counted."""
+    sizes = {"num_attention_heads": 4, "num_layers": 2, "token_dim": 32}  # configs of state-space models lack some
+    model = double(family, method, **sizes).eval()
+    inputs = {k: v for k, v in batch(family, "left", length=3).items() if k != "labels"}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    every = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    with torch.no_grad():
+        out = model.generate(**inputs, **every, output_logits=True, **generation)
+        if "num_beams" in generation:
+            assert out.sequences.shape == (3, 9)
+            return
+        for step in range(6):
+            logits = result(model(input_ids=ids, attention_mask=mask))[:, -1]
+            assert_same(out.logits[step].double(), logits.double(), 1e-4)  # Mamba computes its states in fp32
+            ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
+            mask = torch.cat((mask, mask.new_ones(3, 1)), 1)
+        without = model.get_base_model()(input_ids=ids[:, :8], attention_mask=mask[:, :8]).logits[:, -1]
+    assert torch.equal(out.sequences, ids)
+    assert (out.logits[-1] - without).abs().max() > 1e-2  # the prompt is still in the state
 
 
 @pytest.mark.parametrize("cache", [

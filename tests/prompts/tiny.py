@@ -74,6 +74,14 @@ def _opt() -> Any:
     )  # fmt: skip
 
 
+def _mamba(kind: str) -> Any:
+    more = {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4} if kind == "Mamba2" else {}
+    return getattr(t, f"{kind}ForCausalLM")(
+        getattr(t, f"{kind}Config")(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0,
+                                    bos_token_id=1, eos_token_id=2, **more)
+    )  # fmt: skip
+
+
 def _t5() -> Any:
     return t.T5ForConditionalGeneration(
         t.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
@@ -105,6 +113,11 @@ MODELS = {
     "llama-seq": lambda: _llama("LlamaForSequenceClassification"),
 }
 CAUSAL = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "gemma4", "gpt2", "opt")
+RECURRENT = {
+    "mamba": lambda: _mamba("Mamba"),
+    "mamba2": lambda: _mamba("Mamba2"),
+    "falcon-mamba": lambda: _mamba("FalconMamba"),
+}
 TASKS = {"t5": "SEQ_2_SEQ_LM", "bert": "FEATURE_EXTRACTION", "bert-seq": "SEQ_CLS", "llama-seq": "SEQ_CLS",
          "bert-token": "TOKEN_CLS", "bert-qa": "QUESTION_ANS"}  # fmt: skip
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -119,7 +132,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 def base(family: str, seed: int = 0) -> Any:
     """A model with weights large enough for attention to matter."""
     torch.manual_seed(seed)
-    model = MODELS[family]()
+    model = {**MODELS, **RECURRENT}[family]()
     generator = torch.Generator().manual_seed(seed + 1)
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -324,6 +324,12 @@ def test_optimizer_settings_and_options_are_checked():
         step(batch())
     with pytest.raises(ValueError, match="warmup"):
         peftfast.capture_training_step(model, batch(), warmup=0)
+    with pytest.raises(ValueError, match="warmup must be an integer.*got '3'"):
+        peftfast.capture_training_step(model, batch(), warmup="3")
+    with pytest.raises(TypeError, match="batch must be a dict.*got 3"):
+        peftfast.capture_training_step(model, 3)
+    with pytest.raises(TypeError, match="batch must be a dict.*got 3"):
+        peftfast.capture_training_step(model, batch())(3)
     with pytest.raises(ValueError, match="on_change"):
         peftfast.capture_training_step(model, batch(), on_change="ignore")
     with pytest.raises(ValueError, match="accumulate"):
@@ -516,6 +522,15 @@ def test_decoding_with_a_changed_model_is_refused_or_captured_again(kind, mixed)
 
 def test_decoding_says_what_does_not_fit():
     model = several()
+    for sizes, message in [
+        ((0, 12), "batch_size must be an integer of at least 1; got 0"),
+        (("8", 12), "batch_size must be an integer of at least 1; got '8'"),
+        ((True, 12), "batch_size must be an integer of at least 1; got True"),
+        ((3, -1), "max_length must be an integer of at least 1; got -1"),
+        ((3, 12.0), "max_length must be an integer of at least 1; got 12.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            peftfast.capture_decoding(model, *sizes)
     decode = peftfast.capture_decoding(model, 3, 12)
     for arguments, message in [
         ((prompts(2), 3), r"\[2, 5\].*\[3, T\]"),

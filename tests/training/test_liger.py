@@ -480,6 +480,8 @@ def test_options_are_checked(calls):
         peftfast.use_liger(model, rope="auto")
     with pytest.raises(ValueError, match="or auto, got 'yes'"):
         peftfast.use_liger(model, fused_linear_cross_entropy="yes")
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got 'x'"):
+        peftfast.use_liger("x")
     assert not any(alone(model).values())
     peftfast.use_liger(model)
     with pytest.raises(ValueError, match="already"):

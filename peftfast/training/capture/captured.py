@@ -4,6 +4,7 @@ was before every call, and what to do when it is another one."""
 from __future__ import annotations
 
 import logging
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ from peftfast.training.capture.freshness import Snapshot
 logger = logging.getLogger("peftfast")
 
 ON_CHANGE = ("error", "recapture")
+
+
+def check_count(name: str, value: Any, reason: str = "") -> None:
+    """ValueError unless the argument `name` is an integer of at least 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1{reason}; got {value!r}")
 
 
 class Captured:
@@ -30,10 +37,9 @@ class Captured:
     def __init__(
         self, model: nn.Module, autocast: torch.dtype | None, warmup: int, on_change: str, mixed: bool = False
     ) -> None:
-        if warmup < 1:
-            raise ValueError(
-                f"warmup must be at least 1, because capture cannot do what is done only once; got {warmup}"
-            )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+        check_count("warmup", warmup, ", because capture cannot do what is done only once")
         if on_change not in ON_CHANGE:
             raise ValueError(f"on_change must be one of {', '.join(ON_CHANGE)}, got {on_change!r}")
         self.model, self.autocast, self.warmup, self.on_change, self.mixed = model, autocast, warmup, on_change, mixed

@@ -143,6 +143,7 @@ def capture_decoding(
         on_change: what to do when the model is no longer what was captured: "recapture", with a warm-up, or "error".
 
     Raises:
-        ValueError: several devices, a sliding-window cache, `mixed` for a model without adapters in its layers.
+        TypeError, ValueError: an argument that is not what it says here, several devices, a sliding-window cache,
+            `mixed` for a model without adapters in its layers.
     """
     return CapturedDecoding(model, batch_size, max_length, mixed, autocast, warmup, on_change)

@@ -13,7 +13,7 @@ from packaging import version
 from torch import Tensor, nn
 
 from peftfast.prompts.prefix_cache import cache_name
-from peftfast.training.capture.captured import Captured
+from peftfast.training.capture.captured import Captured, check_count
 from peftfast.training.capture.mix import check_routable, following
 from peftfast.training.capture.recording import Recording
 from peftfast.training.capture.sampling import draw
@@ -42,6 +42,8 @@ class CapturedToken(Captured):
         on_change: str,
     ) -> None:
         super().__init__(model, autocast, warmup, on_change, mixed)
+        check_count("batch_size", batch_size)
+        check_count("max_length", max_length)
         self.batch_size, self.max_length = batch_size, max_length
         if getattr(model, "_is_prompt_learning", False):
             raise ValueError("Prompts in front of the input are not captured: use model.generate")

@@ -163,6 +163,8 @@ class CapturedTrainingStep(Captured):
 
 def _split(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Choice | None]:
     """What is copied, and the choice of adapters, which is worked out on the host."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a dict of the model's keyword arguments, got {batch!r}")
     return {k: v for k, v in batch.items() if k != "adapter_names"}, batch.get("adapter_names")
 
 

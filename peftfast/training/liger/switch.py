@@ -88,6 +88,8 @@ def use_liger(
         automatic = name == "fused_linear_cross_entropy"
         if not isinstance(value, bool) and not (automatic and value == "auto"):
             raise ValueError(f"{name} is True or False{' or auto' if automatic else ''}, got {value!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "_liger" in base.__dict__:
         raise ValueError("The model has Liger's kernels already; remove() those first")
