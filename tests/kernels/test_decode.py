@@ -91,3 +91,25 @@ def test_bitsandbytes_native_decoding():
         ours = dequantize(Operand("nf4", [packed, state.absmax], (n, k), torch.float32, block), torch.float32)
         if not torch.equal(native, ours):  # an AVX-512 CPU
             assert k % block and (native - weight).norm() > 1.5 * (ours - weight).norm(), (n, k, block)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_compiled_decoder(format, nested, dtype, monkeypatch):
+    """bitsandbytes' kernel for CPUs serves rows of whole blocks, bit for bit, and no others."""
+    pytest.importorskip("bitsandbytes")
+    from peftfast_kernels import decode
+
+    calls, compiled = [], decode._compiled
+    monkeypatch.setattr(decode, "_compiled", lambda w: calls.append(w.shape) or compiled(w))
+    monkeypatch.setattr(decode, "_compiled_agrees", {})
+    for shape, used in (((40, 128), True), ((3, 64), True), ((7, 96), False), ((5, 33), False)):
+        w = decode.random_operand(format, *shape, dtype, "cpu", 64, nested)
+        calls.clear()
+        assert torch.equal(decode._four_bit_stored(w), decode.DECODERS[format].reference(w))
+        assert (shape in calls) == used
+    monkeypatch.setattr(decode, "_compiled", lambda w: compiled(w) * 2)
+    monkeypatch.setattr(decode, "_compiled_agrees", {})
+    w = decode.random_operand(format, 40, 128, dtype, "cpu", 64, nested)
+    assert torch.equal(decode._four_bit_stored(w), decode.DECODERS[format].reference(w))
