@@ -205,6 +205,9 @@ class Elsewhere(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    def unbind(self, dim=0):
+        return [part.as_subclass(Elsewhere) for part in super().unbind(dim)]
+
 
 @pytest.fixture
 def seeds_on_a_device(monkeypatch):
