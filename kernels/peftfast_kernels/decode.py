@@ -206,11 +206,15 @@ def _four_bit_stored(w: Operand) -> Tensor:
 
 def _compiled(w: Operand) -> Tensor:
     """By bitsandbytes' C++ kernel for CPUs, which takes a third of what torch's operations take."""
-    decode = torch.ops.bitsandbytes.dequantize_4bit
-    return decode(packed_bytes(w), block_scales(w), w.block, w.format, list(w.shape), w.dtype)
+    library = torch.ops.bitsandbytes
+    scales = w.tensors[1]
+    if w.nested:
+        _, codes, table, absmax2, offset = w.tensors
+        scales = library.dequantize_blockwise(codes, absmax2, table, w.nested_block, torch.float32).add_(offset)
+    return library.dequantize_4bit(packed_bytes(w), scales, w.block, w.format, list(w.shape), w.dtype)
 
 
-_compiled_agrees: dict[tuple[str, torch.dtype, int], bool] = {}
+_compiled_agrees: dict[tuple, bool] = {}
 
 
 def _has_compiled_decoder(w: Operand) -> bool:
@@ -218,11 +222,11 @@ def _has_compiled_decoder(w: Operand) -> bool:
     with AVX-512 it does not where a block straddles rows; whatever else it does is tried once for every block size."""
     if w.device.type != "cpu" or w.shape[1] % w.block or "bitsandbytes" not in sys.modules:
         return False
-    if torch.compiler.is_compiling() or type(w.tensors[0]) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(w.tensors[0]) not in (Tensor, torch.nn.Parameter) or w.nested_block != 256:
         return False
-    key = (w.format, w.dtype, w.block)
+    key = (w.format, w.dtype, w.block, w.nested)
     if key not in _compiled_agrees:
-        sample = random_operand(w.format, 8, 2 * w.block, w.dtype, "cpu", w.block)
+        sample = random_operand(w.format, 160, 2 * w.block, w.dtype, "cpu", w.block, w.nested)  # two nested blocks
         try:
             _compiled_agrees[key] = torch.equal(_compiled(sample), _four_bit_reference(sample))
         except Exception:  # no such operator, no such dtype, no library for this machine
