@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from peftfast.config import PeftConfig
 from peftfast.files.io import load_peft_weights
+from peftfast.wrapping.targets import pattern_value
+
+_SLOT = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 
 
 def as_plain_lora(
@@ -48,10 +52,14 @@ def as_plain_lora(
         if key not in start:
             raise ValueError(f"The initial adapter in {initial} has no {key!r}")
         before = start[key].to(tensor)
+        # a layer with fewer directions than the rank has fewer rows, but in the plain LoRA as many as any other
+        missing = 2 * (pattern_value(cfg.rank_pattern, _SLOT.sub("", key), cfg.r) - min(tensor.shape[:2]))
         if key.endswith((".lora_A.weight", ".lora_embedding_A")):
-            result[key] = torch.cat([tensor, before], dim=0)
+            rest = [tensor.new_zeros(missing, *tensor.shape[1:])] if missing > 0 else []
+            result[key] = torch.cat([tensor, before, *rest], dim=0)
         elif key.endswith((".lora_B.weight", ".lora_embedding_B")):
-            result[key] = torch.cat([tensor, -before], dim=1)
+            rest = [tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])] if missing > 0 else []
+            result[key] = torch.cat([tensor, -before, *rest], dim=1)
         else:
             result[key] = tensor
     plain: Any = copy.deepcopy(cfg)

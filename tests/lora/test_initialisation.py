@@ -1,6 +1,7 @@
 """Initialisations: what the factors and the base are right after, that the model still computes the same, and the way
 through files, PEFT's and ours, with and without conversion to a plain LoRA."""
 
+import copy
 import importlib
 import math
 
@@ -214,6 +215,24 @@ def test_conversion_to_a_plain_lora(init, extra, tmp_path):
         assert model.peft_config["default"].r == 4
     ours, theirs = (oracle.saved_config(tmp_path / name / "plain") for name in ("peftfast", "peft"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_conversion_where_a_layer_has_fewer_directions_than_the_rank(init, tmp_path):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 3))
+    plain, x = copy.deepcopy(base), torch.randn(5, 16)
+    options = {"r": 4, "target_modules": ["0", "1"], "rank_pattern": {"0": 6}, "init_lora_weights": init}
+    model = peftfast.get_peft_model(base, peftfast.LoraConfig(**options))
+    model.save_pretrained(tmp_path / "initial")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1 * p.requires_grad)
+    expected = model(x)
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    for reader in (peftfast, peft):
+        loaded = reader.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "plain")
+        torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_conversions_that_make_no_sense(tmp_path):
