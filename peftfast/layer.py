@@ -16,7 +16,7 @@ from peftfast.many.control import Control
 from peftfast.many.mix import Group, Mix, Verdicts
 from peftfast.many.routing import Routing
 from peftfast.method import Adapter, AdapterMethod
-from peftfast.sites import make_site
+from peftfast.sites import Site, make_site
 from peftfast.sites.bound import BoundLora
 from peftfast.wrapping.merger import Merger
 from peftfast.wrapping.slots import TransposedView, make_slot
@@ -58,7 +58,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
     quantization_backend: str | None = None
     block: Any = None  # computes this layer together with others (see blocks.py): (layer, x) -> output, or None
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, site: Site | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
@@ -67,7 +67,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         self.merger = Merger(self)
         self._initial_scaling: dict[str, float] = {}
         # not submodules: views and helpers that hold no parameter of their own
-        self.__dict__["site"] = make_site(base_layer)
+        self.__dict__["site"] = make_site(base_layer) if site is None else site
         self.__dict__["adapters"] = {}
         self.__dict__["control"] = Control()  # replaced by the one that all layers of a model share
         self.__dict__.update(_made_again())

@@ -12,6 +12,7 @@ from peftfast.config import PeftConfig
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
 from peftfast.sites.called import CalledSite, Holders
+from peftfast.sites.parameter import LowRank, ParameterSite
 
 if TYPE_CHECKING:
     from peftfast.layer import BaseTunerLayer
@@ -197,6 +198,14 @@ class Bindable(Protocol):
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         """`forward` for y None, with everything looked up that no input changes. None: there is no such form of these
         adapters."""
+        ...
+
+
+class Parametric(Protocol):
+    """Optional, known by its one function: adapters of Parameters that are no module's weight."""
+
+    def changes(self, site: ParameterSite, active: Sequence[Adapter]) -> list[LowRank]:
+        """What the adapters add to the Parameter."""
         ...
 
 

@@ -15,9 +15,9 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
         yield from getattr(hook, "hooks", (hook,))
 
 
-def device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module, name: str = "weight") -> torch.device:
     """The device on which `module` computes: its weight's, or, while that is away, the one it is brought to."""
-    weight = module.weight
+    weight = getattr(module, name)
     if weight.is_meta:
         for hook in _hooks(module):
             device = getattr(hook, "execution_device", None)
@@ -26,35 +26,36 @@ def device_of(module: nn.Module) -> torch.device:
     return weight.device
 
 
-def stored_weight(module: nn.Module, write: bool = False) -> Tensor:
+def stored_weight(module: nn.Module, name: str = "weight", *, write: bool = False) -> Tensor:
     """The tensor that holds the weight's values, wherever it is kept.
 
     Args:
+        name: under which the module has it.
         write: what is written to it must last.
 
     Raises:
         ValueError: there is none: the weight is computed by a parametrization (to write), kept on disk (to write), or
             on the meta device for good.
     """
-    weight = module.weight
-    if write and "weight" not in module._parameters and "weight" not in module._buffers:
+    weight = getattr(module, name)
+    if write and name not in module._parameters and name not in module._buffers:
         raise ValueError(
-            f"The weight of {type(module).__name__} is computed by a parametrization; nothing can be merged into it. "
-            "Remove it first: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+            f"The {name} of {type(module).__name__} is computed by a parametrization; nothing can be merged into it. "
+            f"Remove it first: torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
         )
     if not weight.is_meta:
         return weight
     for hook in _hooks(module):
         kept = getattr(hook, "weights_map", None)
-        if kept is not None and "weight" in kept:
-            value = kept["weight"]
-            if write and kept["weight"].data_ptr() != value.data_ptr():
+        if kept is not None and name in kept:
+            value = kept[name]
+            if write and kept[name].data_ptr() != value.data_ptr():
                 raise ValueError(
-                    f"The weight of {type(module).__name__} is offloaded to disk and cannot be changed there. Merge "
+                    f"The {name} of {type(module).__name__} is offloaded to disk and cannot be changed there. Merge "
                     "into a model that is loaded without disk offloading."
                 )
             return value
     raise ValueError(
-        f"The weight of {type(module).__name__} is on the meta device and has no values; load it before merging "
+        f"The {name} of {type(module).__name__} is on the meta device and has no values; load it before merging "
         "into it or initialising an adapter from it"
     )

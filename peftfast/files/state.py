@@ -45,6 +45,9 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, PromptEncoders)):
             inside = name + "."
             yield strip_wrappers(name), module
+            while isinstance(module := getattr(module, "base_layer", None), BaseTunerLayer):
+                name += ".base_layer"
+                yield strip_wrappers(name), module
 
 
 def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:

@@ -19,6 +19,7 @@ from peftfast.methods.lora_init import initialise, rank_of_factors
 from peftfast.methods.lora_stack import apply_stack, factors, is_segmented, remembered
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
+from peftfast.sites.parameter import LowRank, ParameterSite
 from peftfast.wrapping import default_targets
 from peftfast.wrapping.targets import pattern_value
 
@@ -90,6 +91,10 @@ class Lora:
         if bind is None or len(active) != 1 or active[0].cfg.lora_bias or len(active[0].slots) != 2:
             return None
         return bind(active[0])
+
+    def changes(self, site: ParameterSite, active: Sequence[Adapter]) -> list[LowRank]:
+        """See `Parametric`."""
+        return [LowRank(*factors(adapter), adapter.scale) for adapter in active]
 
     def _one_by_one(
         self, site: Site, sites: Sequence[Site], x: Tensor, y: Tensor | None, active: Sequence[Adapter]

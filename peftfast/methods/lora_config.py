@@ -101,6 +101,8 @@ class LoraConfig(PeftConfig):
         trainable_token_indices: rows of the input embedding to train, or {module: rows}.
         use_dora: weight-decomposed adaptation (arXiv 2402.09353).
         lora_bias: a bias on the up factor.
+        target_parameters: names of Parameters (suffixes) to adapt by themselves: matrices, and the stacks of matrices
+            in which mixture-of-experts models keep their experts. Without dropout, DoRA and biases.
         ensure_weight_tying: share adapters between tied embeddings.
     """
 
@@ -140,7 +142,7 @@ class LoraConfig(PeftConfig):
     layer_replication: list[tuple[int, int]] | None = setting(None, only(None, _UNSUPPORTED))
     runtime_config: LoraRuntimeConfig = setting(None, optional(instance(LoraRuntimeConfig)))
     lora_bias: bool = setting(False, boolean())
-    target_parameters: list[str] | None = setting(None, only(None, _UNSUPPORTED))
+    target_parameters: list[str] | None = setting(None, optional(sequence(text())))
     use_bdlora: Any = setting(None, only(None, _UNSUPPORTED))
     arrow_config: Any = setting(None, only(None, _UNSUPPORTED))
     kasa_config: Any = setting(None, only(None, _UNSUPPORTED))

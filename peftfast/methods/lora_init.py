@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftfast.method import Adapter
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.sites import Site
+from peftfast.sites.site import parameter_name
 from peftfast.wrapping.random_stream import draws_of_normal, draws_of_uniform, skip
 
 #: Fill a [r, ...] and b [..., r] in place; may assign the site's weight. Runs under no_grad.
@@ -37,7 +38,7 @@ def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialis
             if after_building:
                 _build(down, up, adapter)
             fn(site, down, up, adapter)
-            stored = getattr(site.module, "weight", None)
+            stored = getattr(site.module, parameter_name(site), None)
             through = stored.dtype if isinstance(stored, Tensor) and stored.dtype.is_floating_point else down.dtype
             for factor, made in ((a, down), (b, up)):
                 if factor is not made or through != made.dtype:

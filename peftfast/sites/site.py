@@ -53,6 +53,7 @@ class Site(Protocol):
             convolutions, whose groups each take a run of ranks).
         segmented, adapt_rows: optional, see `LinearSite`: kernels that pick every row's own factors.
         bind: optional, see `LinearSite`: `adapt` of one adapter with its lookups done beforehand.
+        parameter: optional, the name of the adapted Parameter in the module, where it is not `weight`.
     """
 
     module: nn.Module
@@ -129,6 +130,11 @@ class Site(Protocol):
     def output_norm(self, weight: Tensor) -> Tensor:
         """The Euclidean norm of all weights of an output feature, [features], for W [N, K]."""
         ...
+
+
+def parameter_name(site: Site) -> str:
+    """Under which name the site's module has the adapted Parameter."""
+    return getattr(site, "parameter", "weight")
 
 
 S = TypeVar("S", bound=type)

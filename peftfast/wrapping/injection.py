@@ -17,6 +17,7 @@ from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import AdapterMethod, method_for
 from peftfast.sites import Site, make_site
+from peftfast.wrapping.parameters import Targets, full_names, plan_parameters, report_parameters
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.wrapping.targets import (
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
@@ -39,6 +40,7 @@ class Injection:
 
     Attributes:
         targets: module names to adapt. tied: of these, the heads that share the input embedding's factors.
+        parameters: module name -> Parameters of it to adapt by themselves.
         saved: module names to keep a trained copy of. tokens: module name -> rows to train.
     """
 
@@ -48,6 +50,7 @@ class Injection:
     method: AdapterMethod
     targets: list[str]
     tied: list[str] = field(default_factory=list)
+    parameters: Targets = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     saved_tied: list[str] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -73,6 +76,12 @@ class Injection:
                 self.name, self.method, self.cfg, key,
                 dtype=self.dtype(layer.site), device=self.device, initialise=self.initialise and key not in self.tied,
             )  # fmt: skip
+        for key, names in self.parameters.items():
+            for layer in inventory.wrap_parameters(key, names):
+                layer.add_adapter(
+                    self.name, self.method, self.cfg, f"{key}.{layer.site.parameter}",
+                    dtype=self.dtype(layer.site), device=self.device, initialise=self.initialise,
+                )  # fmt: skip
         self._add_saved()
         self._add_tokens()
 
@@ -140,6 +149,11 @@ def plan_injection(
             stacklevel=6,
         )
     model = inventory.model
+    if keys is not None and getattr(cfg, "target_parameters", None):
+        raise ValueError(
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
+            "not supported -- when using `target_parameters`, please inject the adapter without the state_dict."
+        )
     names = list(inventory.names)
     tied_heads = tied_module_names(inventory)
     if hasattr(type(method), "choose_targets"):  # a default that no table has
@@ -166,10 +180,13 @@ def plan_injection(
     if set(matched) & set(saved):
         matched = _without_saved(cfg, matched, saved)
     rows = getattr(cfg, "trainable_token_indices", None)
+    parameters = plan_parameters(inventory, cfg, method, matched, saved)
     if not (matched or (not cfg.target_modules and not isinstance(cfg.target_modules, str) and (saved or rows))):
-        report_matches(cfg, matcher, matched, names, strict)
+        report_matches(cfg, matcher, matched, names, strict, full_names(parameters))
     elif keys is None:
-        report_matches(cfg, matcher, matched, names, strict)
+        report_matches(cfg, matcher, matched, names, strict, full_names(parameters))
+    if getattr(cfg, "target_parameters", None):
+        report_parameters(cfg, parameters, inventory, strict)
     refuse_mamba(model, cfg, matched)
     missing = [s for s in saved_names if not any(n.endswith(s) for n in names)]
     if missing and not set(missing) <= {"classifier", "score", "qa_outputs"}:
@@ -190,7 +207,7 @@ def plan_injection(
     _check_wrappers(inventory, (*saved, *tie.saved), ModulesToSaveWrapper)
     _check_wrappers(inventory, (*tokens, *tokens_tied), TrainableTokensWrapper)
     return Injection(
-        inventory, name, cfg, method, targets, tie.targets, saved, tie.saved, tokens, tokens_tied,
+        inventory, name, cfg, method, targets, tie.targets, parameters, saved, tie.saved, tokens, tokens_tied,
         device, initialise, autocast_adapter_dtype,
     )  # fmt: skip
 

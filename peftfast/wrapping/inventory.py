@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,16 @@ from peftfast.config import PeftConfig
 from peftfast.layer import BaseTunerLayer, Place, check_adapter_name
 from peftfast.many.control import Control
 from peftfast.method import method_for
+from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.model_merger import ModelMerger
+from peftfast.wrapping.parameter_layer import ParameterLayer
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 from peftfast_kernels.op import get_backend
 
 Wrapper = BaseTunerLayer | AuxiliaryTrainingWrapper
+Layer = TypeVar("Layer", bound=BaseTunerLayer)
 
 
 class Inventory:
@@ -52,6 +55,7 @@ class Inventory:
         self._number_tables: dict[torch.device, tuple[tuple[str, ...], Tensor]] = {}
         self._trainable: set[str] = set()  # adapters that set_adapter or set_requires_grad made trainable
         self.names: dict[str, list[tuple[nn.Module, str]]] = {}  # every base module: where it hangs
+        self._inner: dict[str, list[tuple[nn.Module, str]]] = {}  # layers inside layers: where those hang
         self._list()
         for name in self.configs:
             self._give_number(name)
@@ -69,21 +73,45 @@ class Inventory:
             parent = self.model.get_submodule(parent_name) if parent_name else self.model
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 inside = name + "."
-                (self.layers if isinstance(module, BaseTunerLayer) else self.extras)[name] = module
+                if isinstance(module, ParameterLayer):
+                    self._list_nest(name, module.nest())
+                else:
+                    (self.layers if isinstance(module, BaseTunerLayer) else self.extras)[name] = module
             # a module in several places is one module: it is replaced everywhere, under its first name
             known = first_place.setdefault(id(module), name)
             self.names.setdefault(known, []).append((parent, attribute))
         if self.layers:
             self.active = next(iter(self.layers.values())).active_adapters
 
+    def _list_nest(self, name: str, nest: Sequence[ParameterLayer]) -> None:
+        """List layers around one module, the innermost first, which is the order in which they can be taken away."""
+        for depth, layer in enumerate(nest):
+            key = name + ".base_layer" * (len(nest) - 1 - depth)
+            self.layers[key] = layer
+            if layer is not nest[-1]:
+                self._inner[key] = [(nest[depth + 1], "base_layer")]
+
+    def _hangs(self, name: str) -> list[tuple[nn.Module, str]]:
+        return self.names[name] if name in self.names else self._inner[name]
+
     def module(self, name: str) -> nn.Module:
         """What stands at `name` now: the module, or what replaced it."""
-        parent, attribute = self.names[name][0]
+        parent, attribute = self._hangs(name)[0]
         return getattr(parent, attribute)
+
+    def base_module(self, name: str) -> nn.Module:
+        """The module at `name` without adapter layers around it."""
+        module = self.module(name)
+        return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+    def nest(self, name: str) -> list[ParameterLayer]:
+        """The layers around the module `name` that adapt Parameters of it, the innermost first."""
+        layer = self.layers.get(name)
+        return layer.nest() if isinstance(layer, ParameterLayer) else []
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in every place where the module `name` hangs."""
-        for parent, attribute in self.names[name]:
+        for parent, attribute in self._hangs(name):
             setattr(parent, attribute, module)
 
     def wrap(self, name: str) -> BaseTunerLayer:
@@ -91,12 +119,31 @@ class Inventory:
         layer = self.layers.get(name)
         if layer is None:
             module = self.module(name)
-            layer = BaseTunerLayer(module)
-            layer.training = module.training
-            layer.activate(list(self.active))  # the same on every layer, whether it has these adapters or not
-            layer.share(self.control)
+            layer = self._prepared(BaseTunerLayer(module), module)
             self.layers[name] = layer
             self.replace(name, layer)
+        return layer
+
+    def wrap_parameters(self, name: str, parameters: Sequence[str]) -> list[ParameterLayer]:
+        """Layers for these Parameters of the module `name`, the innermost first, made if there are none."""
+        nest = self.nest(name)
+        if [layer.site.parameter for layer in nest] == list(parameters):
+            return nest
+        for layer_name in [k for k, layer in self.layers.items() if layer in nest]:
+            self.unwrap(layer_name)  # of adapters that have been deleted
+        outer = module = self.module(name)
+        nest = []
+        for parameter in parameters:
+            outer = self._prepared(ParameterLayer(outer, ParameterSite(module, parameter)), module)
+            nest.append(outer)
+        self._list_nest(name, nest)
+        self.replace(name, outer)
+        return nest
+
+    def _prepared(self, layer: Layer, module: nn.Module) -> Layer:
+        layer.training = module.training
+        layer.activate(list(self.active))  # the same on every layer, whether it has these adapters or not
+        layer.share(self.control)
         return layer
 
     def unwrap(self, name: str) -> None:
@@ -105,6 +152,7 @@ class Inventory:
         if not layer.adapters and "slots" not in layer.store:
             self.replace(name, layer.base_layer)
             del self.layers[name]
+            self._inner.pop(name, None)
 
     def wrappers(self) -> Iterator[tuple[str, Wrapper]]:
         """Everything that holds adapters, in the model's order."""
@@ -237,6 +285,7 @@ class Inventory:
             if not layer.adapters and key not in except_for:
                 self.replace(key, layer.base_layer)
                 del self.layers[key]
+                self._inner.pop(key, None)
         for key, wrapper in list(self.extras.items()):
             if not wrapper._adapters and key not in except_for:
                 self.replace(key, wrapper.original_module)
@@ -388,7 +437,7 @@ class Inventory:
             module = wrapper.unload_and_optionally_merge_module(False, safe_merge, adapter_names)
             self.replace(key, module)
         self.merger.say_if_untied()
-        self.layers, self.extras = {}, {}
+        self.layers, self.extras, self._inner = {}, {}, {}
         self.configs.clear()
         self.numbers, self._number_tables, self._places = {}, {}, {}
         return self.model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftfast.base.dense import for_narrowing
 from peftfast.base.weight import kept_copy
 from peftfast.sites import Dense
+from peftfast.sites.site import parameter_name
 
 if TYPE_CHECKING:
     from peftfast.layer import BaseTunerLayer
@@ -31,6 +32,14 @@ class Merger:
         self.kept: dict[str, Any] | None = None
         self.error: Tensor | None = None
         self.source: BaseTunerLayer | None = None
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        return getattr(self.layer.get_base_layer(), parameter_name(self.layer.site))
+
+    @_parameter.setter
+    def _parameter(self, parameter: nn.Parameter) -> None:
+        setattr(self.layer.get_base_layer(), parameter_name(self.layer.site), parameter)
 
     @property
     def follows(self) -> bool:
@@ -71,7 +80,7 @@ class Merger:
                 self._store(self.merged(layer.merged_adapters, check=False))
             raise
         if first and untie:
-            layer.base_layer.weight = nn.Parameter(torch.empty_like(layer.base_layer.weight), requires_grad=False)
+            self._parameter = nn.Parameter(torch.empty_like(self._parameter), requires_grad=False)
         self._store(dense)
         self.kept = kept if keep or not first else None
         layer.merged_adapters = [*layer.merged_adapters, *names]
@@ -83,7 +92,7 @@ class Merger:
         host = keep == "host"
         bias = getattr(layer.base_layer, "bias", None)
         return {
-            "parameter": layer.base_layer.weight if untie else None,
+            "parameter": self._parameter if untie else None,
             "weight": layer.site.weight.snapshot(host) if keep and not untie else None,
             "bias": kept_copy(bias, host) if keep and bias is not None else None,
         }
@@ -148,7 +157,7 @@ class Merger:
     def _restore(self, kept: dict[str, Any]) -> None:
         layer = self.layer
         if kept["parameter"] is not None:
-            layer.base_layer.weight = kept["parameter"]
+            self._parameter = kept["parameter"]
         else:
             layer.site.weight.restore(kept["weight"])
         if kept["bias"] is not None:
@@ -183,7 +192,7 @@ class Merger:
         with torch.no_grad():
             base = Dense(layer.site.weight.dense(torch.float32), None)
             change = view.method.merged(layer.site, base, view, base).weight - base.weight
-        stored = layer.base_layer.weight
+        stored = self._parameter
         return (
             change.t()
             if getattr(layer.site.weight, "transposed", False)

@@ -12,6 +12,7 @@ from torch import nn
 
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
+from peftfast.sites.site import parameter_name
 
 if TYPE_CHECKING:
     from peftfast.wrapping.inventory import Inventory
@@ -95,8 +96,8 @@ class ModelMerger:
         for layer in layers:
             if layer.merger.source is not None or layer not in self.inventory.layers.values():
                 continue  # tied on purpose: one change for all of them
-            own = layer.base_layer._parameters.get("weight")
-            others = users.get(id(own), set()) - {layer.base_layer}
+            own = layer.get_base_layer()._parameters.get(parameter_name(layer.site))
+            others = users.get(id(own), set()) - {layer.get_base_layer()}
             others -= {o.base_layer for o in self.inventory.layers.values() if o.merger.source is layer}
             if others and getattr(layer.site.weight, "quantization", None) is None:
                 found.add(layer)
@@ -139,20 +140,21 @@ class ModelMerger:
     def untie_one_sided(self, names: Iterable[str]) -> None:
         """Where an adapter is about to change one of two modules that share a weight, the other gets its own copy;
         merging would otherwise change what nobody adapted."""
-        owners: dict[int, list[nn.Module]] = {}
+        owners: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in self.inventory.model.modules():
-            weight = module._parameters.get("weight")
-            if weight is not None:
-                owners.setdefault(id(weight), []).append(module)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), []).append((module, name))
         inside_extras = {id(m) for wrapper in self.inventory.extras.values() for m in wrapper.modules()}
         followers = {id(layer.base_layer) for layer in self.inventory.layers.values() if layer.merger.follows}
         for layer in self.inventory.layers.values():
-            weight = layer.base_layer._parameters.get("weight")
-            if weight is None or id(layer.base_layer) in followers or not set(names) & layer.adapters.keys():
+            own = layer.get_base_layer()
+            weight = own._parameters.get(parameter_name(layer.site))
+            if weight is None or id(own) in followers or not set(names) & layer.adapters.keys():
                 continue
-            for other in owners.get(id(weight), ()):
-                if other is not layer.base_layer and id(other) not in inside_extras | followers:
-                    other.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            for other, name in owners.get(id(weight), ()):
+                if other is not own and id(other) not in inside_extras | followers:
+                    setattr(other, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
 
     def say_if_untied(self) -> None:
         config = getattr(self.inventory.model, "config", None)

@@ -147,6 +147,8 @@ def resolve_targets(cfg: PeftConfig, model: nn.Module, table: Mapping[str, Any])
         if row is not None:
             cfg.target_modules = row if isinstance(row, str) else set(row)
             return
+        if getattr(cfg, "target_parameters", None):
+            return  # only those are meant
         found = discover_targets(model)
         if not found:
             linear = sorted({name.rpartition(".")[2] for name, _ in linear_modules(model)})
@@ -229,16 +231,29 @@ def make_matcher(cfg: PeftConfig) -> Matcher:
 
 
 def report_matches(
-    cfg: PeftConfig, matcher: Matcher, matched: Sequence[str], names: Iterable[str], strict: bool
+    cfg: PeftConfig,
+    matcher: Matcher,
+    matched: Sequence[str],
+    names: Iterable[str],
+    strict: bool,
+    parameters: Sequence[str] = (),
 ) -> None:
     """Refuse a config that matched nothing; say what part of one matched nothing.
+
+    Args:
+        matched: modules. parameters: those adapted by themselves.
 
     Raises:
         NoMatchingPeftModuleError: nothing matched. ValueError: with `strict`, also for what would be a warning.
     """
     names = list(names)
     targets = cfg.target_modules
-    if not matched:
+    if not matched and not parameters:
+        if not targets:
+            raise NoMatchingPeftModuleError(
+                "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+                "arguments."
+            )
         if matcher.excluded:
             raise NoMatchingPeftModuleError(
                 "All modules were excluded. This is likely unintended. Check your `target_modules` "
@@ -261,12 +276,20 @@ def report_matches(
             message += "".join(close_matches(t, known) for t in sorted(targets or ()))
         raise NoMatchingPeftModuleError(message)
     complaints = []
+    if targets and not matched:
+        warnings.warn(f"target_modules={targets} were set but no module was matched.", RuntimeWarning, stacklevel=5)
+    elif getattr(cfg, "target_parameters", None) and not parameters:
+        warnings.warn(
+            f"target_parameters={cfg.target_parameters} were set but no parameter was matched.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
     for target in matcher.unmatched():
         known = {n.rpartition(".")[2] for n in names} if "." not in target else set(names)
         complaints.append(f"target_modules: {target!r} matched no module.{close_matches(target, known)}")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = {k: compiled(k, name, r"(.*\.)?({})$") for k in getattr(cfg, name, None) or {}}
-        unused = [k for k, p in patterns.items() if not any(p.match(m) for m in matched)]
+        unused = [k for k, p in patterns.items() if not any(p.match(m) for m in (*matched, *parameters))]
         if unused and name == "rank_pattern" and isinstance(next(iter(cfg.rank_pattern.values())), (list, tuple)):
             continue  # AdaLoRA keeps masks under parameter names here
         if unused:

@@ -1,0 +1,69 @@
+"""A Parameter that is adapted by itself, whatever module has it and under whatever name: a stack of experts, a router,
+a matrix of a module that is no linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.base.dense import for_narrowing
+from peftfast.base.offload import device_of, stored_weight
+from peftfast.base.weight import kept_copy
+from peftfast_kernels.decode import Operand
+
+
+class ParameterWeight:
+    """A floating-point Parameter [N, K] or [E, N, K] behind the protocol of `BaseWeight`; a stack is seen as one matrix,
+    the experts below each other: [E·N, K]. Not registered: no module is of this format, a config names the Parameter."""
+
+    quantization: str | None = None
+
+    def __init__(self, module: nn.Module, parameter: str) -> None:
+        self.module, self.parameter = module, parameter
+        self.name = ""
+
+    @property
+    def value(self) -> Tensor:
+        return getattr(self.module, self.parameter)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        *rows, columns = self.value.shape
+        return torch.Size(rows).numel(), columns
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.value.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.module, self.parameter)
+
+    def operand(self, x: Tensor) -> Operand | None:
+        return None  # only the module knows what it does with it
+
+    def readable(self) -> Operand:
+        return Operand("dense", [self.value.detach().flatten(0, -2)], self.shape, self.compute_dtype)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        stored = stored_weight(self.module, self.parameter).detach()
+        return stored.flatten(0, -2).to(dtype=dtype or stored.dtype, copy=True)
+
+    @torch.no_grad()
+    def assign(self, weight: Tensor) -> None:
+        own = stored_weight(self.module, self.parameter, write=True)
+        own.copy_(for_narrowing(weight.reshape(own.shape), own.dtype))
+
+    @property
+    def merge_dtype(self) -> torch.dtype:
+        """Half-precision stacks are merged in fp32: in fp64 those of a large model would take gigabytes a layer for
+        bits that are rounded away."""
+        narrow = self.compute_dtype in (torch.float16, torch.bfloat16) or self.device.type == "mps"
+        return torch.float32 if narrow else torch.float64
+
+    def snapshot(self, host: bool = False) -> Tensor:
+        return kept_copy(stored_weight(self.module, self.parameter, write=True), host)
+
+    @torch.no_grad()
+    def restore(self, snapshot: Tensor) -> None:
+        stored_weight(self.module, self.parameter, write=True).copy_(snapshot)

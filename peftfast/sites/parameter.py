@@ -1,0 +1,103 @@
+"""Parameters that a config names itself (`target_parameters`): a matrix, or a stack of one matrix an expert, that some
+module uses in its forward in whatever way it likes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.base.parameter import ParameterWeight
+from peftfast.ops.experts import per_expert
+from peftfast.sites.experts import has_routed_form, routed_experts
+from peftfast.sites.holders import linear_holder
+from peftfast.sites.site import Slot
+
+
+class LowRank(NamedTuple):
+    """A change s · B A of a Parameter: a [E·r, K] with the expert the slowest and b [N, r·E] with it the fastest."""
+
+    a: Tensor
+    b: Tensor
+    scale: Any
+
+
+class ParameterSite:
+    """W [N, K] or [E, N, K], or [E, K, N] where the module says `is_transposed`. What is adapted is the Parameter while
+    its module runs, not the module's output: see `run_changed`. So there is no `adapt` here, and a method is asked for
+    its `changes`.
+
+    Attributes:
+        parameter: its name in the module. experts: E; 1 for a matrix.
+    """
+
+    def __init__(self, module: nn.Module, parameter: str) -> None:
+        self.module, self.parameter = module, parameter
+        self.weight = ParameterWeight(module, parameter)
+        value = self.weight.value
+        if value.dim() not in (2, 3):
+            raise ValueError(
+                f"lora.ParamWrapper was initialized with {value.dim()} dimensional Parameter, but only 2d and 3d are "
+                "supported."
+            )
+        self.experts = value.shape[0] if value.dim() == 3 else 1
+        self.transposed = value.dim() == 3 and bool(getattr(module, "is_transposed", False))
+        n, k = value.shape[-2:]
+        self.in_features, self.out_features = (n, k) if self.transposed else (k, n)
+
+    def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
+        if bias:
+            raise ValueError("lora_bias=True is not supported for Parameters (target_parameters)")
+        rank, k, n = rank * self.experts, self.in_features, self.out_features
+        return {
+            "lora_A": Slot((rank, k), holder=partial(linear_holder, k, rank)),
+            "lora_B": Slot((n, rank), holder=partial(linear_holder, rank, n)),
+        }
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        left, right = self._factors(a, b)
+        return (left @ right).flatten(0, 1)
+
+    def _factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Two stacks whose product lies as the Parameter does."""
+        a, b = per_expert(a, b, self.experts)
+        return (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
+
+    def together(self, parts: Sequence[LowRank]) -> LowRank:
+        """Several changes as one, of the sum of their ranks."""
+        if len(parts) == 1:
+            return parts[0]
+        a = torch.cat([p.a.view(self.experts, -1, self.in_features) for p in parts], dim=1)
+        b = torch.cat([(p.b * p.scale).view(self.out_features, -1, self.experts) for p in parts], dim=1)
+        return LowRank(a.flatten(0, 1), b.flatten(1), 1.0)
+
+    def changed(self, part: LowRank) -> Tensor:
+        """The Parameter with the change in it, in its dtype."""
+        value = self.weight.value
+        a, b, scale = part
+        if isinstance(scale, Tensor):
+            b, scale = b * scale, 1.0
+        left, right = self._factors(a.to(value.dtype), b.to(value.dtype))
+        with torch.autocast(value.device.type, enabled=False):  # the module expects the dtype that it stores
+            if value.dim() == 2:
+                return torch.addmm(value, left[0], right[0], alpha=scale)
+            return torch.baddbmm(value, left, right, alpha=scale)
+
+
+def run_changed(
+    module: nn.Module,
+    changes: Mapping[ParameterSite, Sequence[LowRank]],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """`module(*args, **kwargs)` with some of its Parameters changed. Experts of which only some are needed compute the
+    change of those; any other module gets W + s B A for the time of the call."""
+    parts = {site: site.together(found) for site, found in changes.items()}
+    named = {site.parameter: part for site, part in parts.items()}
+    if has_routed_form(module, named, args, kwargs):
+        return routed_experts(module, named, *args)
+    whole = {site.parameter: site.changed(part) for site, part in parts.items()}
+    return torch.func.functional_call(module, whole, tuple(args), dict(kwargs))
