@@ -31,6 +31,8 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         raise ValueError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
     if kinds[0] != PeftType.LORA.value:
         raise ValueError(f"Hotswapping only supports {PeftType.LORA.value} but {kinds[0]} was passed.")
+    if config0.target_parameters or config1.target_parameters:
+        raise ValueError("Hotswapping does not support adapters of Parameters (target_parameters)")
     for key in _MUST_AGREE:
         old, new = getattr(config0, key), getattr(config1, key)
         if old != new:
@@ -224,6 +226,9 @@ def prepare_model_for_compiled_hotswap(
             "the first adapter and before loading the second adapter."
         )
     pairs = [(layer, adapter) for layer in layers for adapter in layer.adapters.values()]
+    alone = [adapter.key for _, adapter in pairs if getattr(adapter.cfg, "target_parameters", None)]
+    if alone:
+        raise ValueError(f"Hotswapping does not support adapters of Parameters (target_parameters): {alone[0]}")
     if target_rank is not None:
         for layer, adapter in pairs:
             rank = adapter[factor_slots(adapter)[0]].shape[0]

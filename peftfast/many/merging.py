@@ -119,6 +119,10 @@ def _checked(
     if not isinstance(method, Combinable):
         raise TypeError(f"{method.family} does not support add_weighted_adapter: its adapters cannot be combined")
     for name, cfg in zip(adapters, configs, strict=True):
+        if getattr(cfg, "target_parameters", None):
+            raise ValueError(
+                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}')"
+            )
         if getattr(cfg, "trainable_token_indices", None):
             raise ValueError(
                 f"Adapter {name} trains token rows (trainable_token_indices), which have no weighted combination"

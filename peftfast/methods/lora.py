@@ -21,6 +21,7 @@ from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
 from peftfast.sites.parameter import LowRank, ParameterSite
 from peftfast.wrapping import default_targets
+from peftfast.wrapping.expert_targets import retarget_experts
 from peftfast.wrapping.targets import pattern_value
 
 
@@ -36,6 +37,10 @@ class Lora:
 
     def claims(self, cfg: PeftConfig) -> bool:
         return type(cfg) is LoraConfig and not cfg.use_dora
+
+    def retarget(self, cfg: LoraConfig, model: nn.Module) -> None:
+        """Called with a new config before its targets are looked up, to bring them to the model's own names."""
+        retarget_experts(cfg, model)
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
         r = pattern_value(cfg.rank_pattern, key, cfg.r)

@@ -149,13 +149,15 @@ def plan_injection(
             stacklevel=6,
         )
     model = inventory.model
+    names = list(inventory.names)
+    tied_heads = tied_module_names(inventory)
+    if hasattr(type(method), "retarget"):  # names of layers that a model no longer has
+        method.retarget(cfg, model)
     if keys is not None and getattr(cfg, "target_parameters", None):
         raise ValueError(
             "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
             "not supported -- when using `target_parameters`, please inject the adapter without the state_dict."
         )
-    names = list(inventory.names)
-    tied_heads = tied_module_names(inventory)
     if hasattr(type(method), "choose_targets"):  # a default that no table has
         method.choose_targets(cfg, model)
     resolve_targets(cfg, model, method.default_targets)

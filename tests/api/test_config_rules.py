@@ -106,7 +106,6 @@ def test_values_written_later_are_checked_before_anything_changes():
         ({"task_type": "CAUSAL"}, "Invalid task type: 'CAUSAL'.*CAUSAL_LM"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens.*does not implement"),
         ({"layer_replication": [[0, 1]]}, "layer_replication.*does not implement"),
-        ({"target_parameters": ["w"]}, "target_parameters.*does not implement"),
     ],
 )
 def test_combinations(options, message):
