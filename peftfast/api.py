@@ -123,7 +123,7 @@ def patch(
 
     settings = dict(quantize_options or {})
     skip = settings.pop("skip", None)
-    plan_quantization(model, quantize, skip, settings)
+    planned = plan_quantization(model, quantize, skip, settings)
     method = method_for(config)
     if method.changes_base(config):
         wrapped = get_peft_model(model, config, **options)
@@ -134,7 +134,10 @@ def patch(
         trial.validate()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plan_injection(Inventory(model, {}), "trial", trial, method, strict=options.get("strict", False))
+            found = plan_injection(Inventory(model, {}), "trial", trial, method, strict=options.get("strict", False))
+        packed = [name for name, _, _ in planned.places if name in found.parameters]
+        if packed:
+            raise ValueError(f"target_parameters match weights of {packed}, which {quantize=} would pack; skip them")
     quantize_model(model, quantize, skip=skip, **settings)
     return get_peft_model(model, config, **options)
 

@@ -21,6 +21,7 @@ class Facts:
     Attributes:
         cfg: the config. ranks, alphas: of every adapted layer. max_rank: vLLM's max_lora_rank.
         saved: modules saved whole. tokens: whether single rows of an embedding are trained.
+        parameters: names of Parameters that are adapted by themselves, as fused experts are.
     """
 
     cfg: PeftConfig
@@ -29,6 +30,7 @@ class Facts:
     max_rank: int
     saved: Sequence[str] = ()
     tokens: bool = False
+    parameters: Sequence[str] = ()
 
     def field(self, name: str) -> Any:
         return getattr(self.cfg, name, None)
@@ -65,11 +67,14 @@ class Rule:
 
 _NO_LORA = Rule(REFUSES, lambda f: f.kind != "LORA", "knows LORA only, this is {f.kind}")
 
+_FUSED = Rule(UNKNOWN, lambda f: f.parameters, "target_parameters: not in that file, and releases differ in it")
+
 SERVERS: dict[str, tuple[Rule, ...]] = {
     # vllm-project/vllm, vllm/lora/peft_helper.py, e745bafffc44744aa601169f8c6f325e47ca7cd5: validate_legal and
     # __post_init__; fields that the class does not declare (the patterns) are dropped in from_dict
     "vLLM": (
         _NO_LORA,
+        _FUSED,
         Rule(REFUSES, lambda f: f.saved, "supports no modules_to_save, this has {f.saved}"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
         Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "supports no bias={f.cfg.bias!r} by default"),
@@ -84,6 +89,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     # python/sglang/srt/lora/lora.py, 002c60aa61549a08b2d4662d0f876f1fc6aa6863: asserts peft_type, scales by alpha / r
     "SGLang": (
         _NO_LORA,
+        _FUSED,
         Rule(REFUSES, lambda f: f.uneven_scale, "takes no rank_pattern or alpha_pattern that changes a value"),
         Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / r, rsLoRA by its root"),
         Rule(
@@ -96,6 +102,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     # tensor that is no factor (or norm); one lora_alpha is written, and divided by the rank that the tensor has
     "llama.cpp": (
         _NO_LORA,
+        _FUSED,
         Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved}"),
         Rule(REFUSES, lambda f: f.tokens, "its converter takes factors only, this trains single tokens"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "its converter takes factors only, DoRA has magnitudes"),
@@ -113,6 +120,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     # num_layers and lora_parameters (one rank and scale) from the config and the weights from adapters.safetensors
     "MLX": (
         _NO_LORA,
+        _FUSED,
         Rule(REFUSES, lambda f: f.uneven_scale, "knows one rank and one scale, whatever the file is converted to"),
         Rule(CONVERT, lambda f: True, "reads its own adapters.safetensors and config, not a PEFT folder"),
     ),

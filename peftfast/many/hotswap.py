@@ -20,6 +20,7 @@ from peftfast.method import Adapter, method_for
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_stack import factor_slots
 
+_NO_PARAMETERS = "Hotswapping does not support adapters of Parameters (target_parameters)"
 #: Fields that change the output and are not in the weights.
 _MUST_AGREE = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 
@@ -32,7 +33,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     if kinds[0] != PeftType.LORA.value:
         raise ValueError(f"Hotswapping only supports {PeftType.LORA.value} but {kinds[0]} was passed.")
     if config0.target_parameters or config1.target_parameters:
-        raise ValueError("Hotswapping does not support adapters of Parameters (target_parameters)")
+        raise ValueError(_NO_PARAMETERS)
     for key in _MUST_AGREE:
         old, new = getattr(config0, key), getattr(config1, key)
         if old != new:
@@ -96,6 +97,8 @@ def _swap(
     }
     if not entries:
         raise ValueError(f"Adapter {adapter_name} not found in the model")
+    if any(getattr(e.layer.adapters[adapter_name].cfg, "target_parameters", None) for e in entries.values()):
+        raise ValueError(_NO_PARAMETERS)
     merged = [e.layer for e in entries.values() if adapter_name in e.layer.merged_adapters]
     if merged:
         raise ValueError(
@@ -228,7 +231,7 @@ def prepare_model_for_compiled_hotswap(
     pairs = [(layer, adapter) for layer in layers for adapter in layer.adapters.values()]
     alone = [adapter.key for _, adapter in pairs if getattr(adapter.cfg, "target_parameters", None)]
     if alone:
-        raise ValueError(f"Hotswapping does not support adapters of Parameters (target_parameters): {alone[0]}")
+        raise ValueError(f"{_NO_PARAMETERS}: {alone[0]}")
     if target_rank is not None:
         for layer, adapter in pairs:
             rank = adapter[factor_slots(adapter)[0]].shape[0]

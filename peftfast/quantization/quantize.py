@@ -136,7 +136,8 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer | None
         inside = None
         if isinstance(module, BaseTunerLayer):
             inside = name + "."
-            yield name, module, module.get_base_layer()
+            if not hasattr(module.site, "parameter"):  # a Parameter that is adapted by itself stays what it is
+                yield name, module, module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             inside = name + "."  # modules trained in full stay dense
         else:

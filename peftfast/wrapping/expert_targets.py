@@ -103,8 +103,8 @@ def _say_what_is_left_out(cfg: PeftConfig, model: nn.Module, meant: Sequence[str
     left = [name for name in meant if not after(name)]
     if left:
         warnings.warn(
-            f"On models of type {model_type(model)!r}, the experts' layers are meant by the names in target_modules that "
-            f"{enumerate_some(left)} have as well; these linear layers are not adapted. To adapt them, name their "
+            f"On models of type {model_type(model)!r}, names in target_modules mean the experts' layers that "
+            f"{enumerate_some(left)} share them with; these linear layers are not adapted. To adapt them, name their "
             f"weights in target_parameters, for example {'.'.join(left[0].split('.')[-2:])}.weight.",
             PeftWarning,
             stacklevel=6,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,11 +17,13 @@ from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import method_for
 from peftfast.model import PeftModel
-from peftfast.sites import make_site
+from peftfast.sites import Site, make_site
+from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
 from peftfast.tasks import model_class
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.parameters import full_names
 from peftfast.wrapping.targets import linear_modules
 
 
@@ -170,6 +172,7 @@ def plan_adapter(
             plan.refusal, injection = str(e), None
     plan.notes = list(dict.fromkeys(str(w.message) for w in caught))
     plan.targets = _targets(config, cfg, inventory, injection.targets if injection is not None else ())
+    plan.targets += _parameter_targets(cfg, full_names(injection.parameters) if injection is not None else ())
     if injection is None:
         return plan
     plan.parts = [*_factors(injection), *_others(injection)]
@@ -182,6 +185,7 @@ def plan_adapter(
             max_rank=max_lora_rank,
             saved=[*injection.saved, *injection.saved_tied],
             tokens=bool(injection.tokens),
+            parameters=full_names(injection.parameters),
         )
     )
     return plan
@@ -204,7 +208,11 @@ def _count_base(inventory: Inventory) -> int:
 def _targets(
     config: PeftConfig, resolved: PeftConfig, inventory: Inventory, adapted: Iterable[str]
 ) -> list[PlannedTarget]:
+    if getattr(resolved, "target_parameters", None) and config.target_modules is not None:
+        config = resolved  # what is left of the modules when some have become Parameters
     asked, names, adapted = config.target_modules, list(inventory.names), list(adapted)
+    if not asked and getattr(resolved, "target_parameters", None):
+        return []
     if asked is None or (isinstance(asked, str) and asked.lower() == "all-linear"):
         name = "default" if asked is None else asked
         if asked is None and isinstance(resolved.target_modules, (set, list)):
@@ -231,12 +239,26 @@ def _targets(
     return rows
 
 
+def _parameter_targets(resolved: PeftConfig, adapted: Sequence[str]) -> list[PlannedTarget]:
+    return [
+        PlannedTarget(f"parameter {t}", tuple(n for n in adapted if n == t or n.endswith(f".{t}")))
+        for t in sorted(getattr(resolved, "target_parameters", None) or ())
+    ]
+
+
+def _sites(injection: Injection) -> Iterator[tuple[str, Site]]:
+    for key in injection.targets:
+        module = injection.inventory.module(key)
+        yield key, module.site if isinstance(module, BaseTunerLayer) else make_site(module)
+    for key, names in injection.parameters.items():
+        module = injection.inventory.base_module(key)
+        yield from ((f"{key}.{name}", ParameterSite(module, name)) for name in names)
+
+
 def _factors(injection: Injection) -> list[PlannedPart]:
     """What the method keeps at every target."""
     parts = []
-    for key in injection.targets:
-        module = injection.inventory.module(key)
-        site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
+    for key, site in _sites(injection):
         settings = injection.method.settings(site, injection.cfg, key)
         slots = injection.method.slots(site, injection.cfg, settings)
         shapes = [

@@ -1,0 +1,185 @@
+"""LoRA on the fused experts of a small Qwen3-MoE on CPU: peftfast beside PEFT and the frozen base, interleaved.
+
+    python bench/experts.py [--experts 64] [--hidden 256] [--inner 128] [--implementation grouped_mm eager]
+
+Decoding of one token after a prefill that is not timed, and forward and backward of 512 tokens. Logits, and gradients of
+all factors, are compared first: a ratio is never reported for something else. Beside the times: bytes that operations
+write and bytes that are kept for the backward pass, which do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from decode_step import make_steps
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from train_step import interleaved, median_ratio
+
+NAMES = ("peft", "peftfast", "frozen")
+
+
+def small_qwen3_moe(args: argparse.Namespace, implementation: str) -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=1024, hidden_size=args.hidden, moe_intermediate_size=args.inner, num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64, num_key_value_heads=1, head_dim=64, num_experts=args.experts,
+        num_experts_per_tok=args.active, initializer_range=0.05,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).to(getattr(torch, args.dtype)).requires_grad_(False).eval()
+    model.set_experts_implementation(implementation)
+    return model
+
+
+def contestants(args: argparse.Namespace, implementation: str) -> dict[str, nn.Module]:
+    import peft
+
+    import peftfast
+
+    options = {
+        "r": args.r, "lora_alpha": 2 * args.r, "target_modules": [],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }  # fmt: skip
+    models = {"frozen": small_qwen3_moe(args, implementation)}
+    for name, library in (("peft", peft), ("peftfast", peftfast)):
+        model = small_qwen3_moe(args, implementation)
+        models[name] = library.get_peft_model(model, library.LoraConfig(**options)).eval()
+    ours = dict(models["peftfast"].named_parameters())
+    with torch.no_grad():
+        for name, parameter in models["peft"].named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.05)
+                ours[name].copy_(parameter)
+    return {name: models[name] for name in NAMES}
+
+
+class BytesWritten(TorchDispatchMode):
+    """Sums what the operations under it write to new memory."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        out = func(*args, **(kwargs or {}))
+        read = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in read:
+                self.total += t.nbytes
+        return out
+
+
+def bytes_written(call: Callable[[], object]) -> float:
+    with BytesWritten() as mode:
+        call()
+    return mode.total / 2**20
+
+
+def bytes_saved(model: nn.Module, ids: torch.Tensor) -> float:
+    """MiB that autograd keeps, Parameters left out, every storage once."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = forward(model, ids)
+    found = sum(s.nbytes() for s in kept.values()) / 2**20
+    del loss
+    return found
+
+
+def forward(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embeds = base.get_input_embeddings()(ids).detach().requires_grad_(True)
+    return model(inputs_embeds=embeds, labels=ids).loss
+
+
+def training(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
+    def step() -> None:
+        model.zero_grad()
+        forward(model, ids).backward()
+
+    return step
+
+
+def compare(logits: Mapping[str, torch.Tensor], models: Mapping[str, nn.Module], tolerance: float) -> None:
+    if not torch.allclose(logits["peft"], logits["peftfast"], rtol=tolerance, atol=tolerance):
+        sys.exit("logits differ; no timing is reported")
+    theirs = {n: p.grad for n, p in models["peft"].named_parameters() if p.grad is not None}
+    ours = {n: p.grad for n, p in models["peftfast"].named_parameters() if p.grad is not None}
+    if not theirs or set(ours) != set(theirs):
+        sys.exit("other gradients; no timing is reported")
+    for name, grad in theirs.items():
+        if (ours[name] - grad).abs().max() > 20 * tolerance * grad.abs().max():
+            sys.exit(f"gradients of {name} differ; no timing is reported")
+
+
+def measure(steps: dict[str, Callable[[], object]], rounds: int, each: int) -> list[float]:
+    gc.collect()
+    gc.disable()
+    times = interleaved(steps, rounds)
+    gc.enable()
+    medians = [1e3 * statistics.median(times[n]) / each for n in NAMES]
+    pairs = (("peftfast", "peft"), ("peftfast", "frozen"), ("peft", "frozen"))
+    return [*medians, *(median_ratio(times[a], times[b]) for a, b in pairs)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--active", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--inner", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--implementation", nargs="*", default=["grouped_mm", "eager"])
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    import peft
+
+    print(
+        f"torch {torch.__version__}, peft {peft.__version__}, python {platform.python_version()}, 1 thread; "
+        f"{args.experts} experts, {args.active} a token, hidden {args.hidden}, {args.inner} an expert, {args.layers} "
+        f"layers, r={args.r}, {args.dtype}\n"
+    )
+    print("| experts_implementation | what | PEFT ms | peftfast ms | frozen ms | peftfast/PEFT | peftfast/frozen | "
+          "PEFT/frozen | MiB written: PEFT, peftfast, frozen | MiB kept: PEFT, peftfast, frozen |")  # fmt: skip
+    print("|---|---|---:|---:|---:|---:|---:|---:|---|---|")
+    for implementation in args.implementation:
+        models = contestants(args, implementation)
+        ids = torch.randint(0, 1024, (1, args.tokens))
+        decoding = {name: make_steps(model, ids[:, :16], 4) for name, model in models.items()}
+        logits = {name: step() for name, step in decoding.items()}
+        learning = {name: training(model, ids) for name, model in models.items()}
+        for step in learning.values():
+            step()
+        compare(logits, models, 1e-4 if args.dtype == "float32" else 5e-2)
+        kept = [bytes_saved(model, ids) for model in models.values()]
+        for what, steps, each in (("decode 1 token", decoding, 4), (f"{args.tokens} tokens, step", learning, 1)):
+            written = [bytes_written(step) / each for step in steps.values()]
+            row = measure(dict(steps), args.rounds, each)
+            print(
+                f"| {implementation} | {what} | " + " | ".join(f"{v:.2f}" for v in row) + " | "
+                + ", ".join(f"{v:.1f}" for v in written) + " | "
+                + (", ".join(f"{v:.1f}" for v in kept) if each == 1 else "-") + " |", flush=True,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
