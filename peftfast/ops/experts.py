@@ -16,8 +16,8 @@ from peftfast.ops.function import apply, first_order
 
 #: Up to so many runs of rows a loop over them takes less time on a CPU than the grouped product.
 _LOOPED = 8
-#: What `grouped_mm` multiplies.
-_GROUPED = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
+#: What `grouped_mm` multiplies faster than a loop does.
+_GROUPED = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
 
 
 class Groups:
@@ -66,19 +66,28 @@ class Groups:
             return False
         return not (x.is_cpu and len(self.runs) <= _LOOPED) and _is_aligned(x) and _is_aligned(w)
 
+    def _in_step(self, x: Tensor, w: Tensor) -> bool:
+        """Whether row i is expert i's, as where one token is decoded and only its experts are numbered."""
+        return x.shape[0] == w.shape[0] == len(self.runs) and x.dtype is w.dtype
+
     def mm(self, x: Tensor, w: Tensor) -> Tensor:
         """[S, N]: every row of x [S, K] times its expert's w [count, K, N], which may be of another dtype."""
         if self._takes(x, w):
             return F.grouped_mm(x, w, offs=self._ends)
+        if self._in_step(x, w):
+            return torch.bmm(x.unsqueeze(1), w).squeeze(1)
         y = x.new_empty(x.shape[0], w.shape[2])
         for e, s, t in self.runs:
-            torch.mm(x[s:t], w[e].to(x.dtype), out=y[s:t])
+            torch.mm(x[s:t], w[e] if w.dtype is x.dtype else w[e].to(x.dtype), out=y[s:t])
         return y
 
     def add_mm(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """`mm` added to y in place."""
         if not y.is_cpu and self._takes(x, w):
             return y.add_(self.mm(x, w))
+        if self._in_step(x, w):
+            y.unsqueeze(1).baddbmm_(x.unsqueeze(1), w)
+            return y
         for e, s, t in self.runs:
             torch.addmm(y[s:t], x[s:t], w[e], out=y[s:t])
         return y
@@ -101,7 +110,8 @@ def _is_aligned(t: Tensor) -> bool:
 
 
 class _ExpertsLinear(torch.autograd.Function):
-    """`w` is frozen; a [count, r, K] and b [count, N, r] are numbered as `groups.hit` numbers experts, or None."""
+    """`w` is frozen; a [count, r, K] and b [count, N, r], of the branch's dtype, are numbered as `groups.hit` numbers
+    experts, or None."""
 
     @staticmethod
     def forward(
@@ -122,9 +132,11 @@ class _ExpertsLinear(torch.autograd.Function):
         dx = groups.mm(dy, w.transpose(1, 2)) if need_x else None
         if a is None:
             return dx, None, None, None, None, None
+        branch, kind = a.dtype, dy.dtype
+        dy = dy.to(branch)
         p = hit.mm(dy, b).mul_(ctx.scale) if need_x or need_a else None
-        dx = hit.add_mm(dx, p, a) if need_x else None
-        da = hit.outer(p, x) if need_a else None
+        dx = hit.add_mm(dx.to(branch), p, a).to(kind) if need_x else None
+        da = hit.outer(p, x.to(branch)) if need_a else None
         db = hit.outer(dy, t) if need_b else None
         return dx, da, db, None, None, None
 
@@ -136,8 +148,8 @@ def _product(
     if a is None:
         return y, None
     hit, _ = groups.hit
-    t = hit.mm(x, a.transpose(1, 2)).mul_(scale)
-    return hit.add_mm(y, t, b.transpose(1, 2)), t
+    t = hit.mm(x.to(a.dtype), a.transpose(1, 2)).mul_(scale)
+    return hit.add_mm(y.to(a.dtype), t, b.transpose(1, 2)).to(x.dtype), t
 
 
 def experts_linear(x: Tensor, w: Tensor, groups: Groups, change: tuple[Tensor, Tensor, Any] | None) -> Tensor:
@@ -154,9 +166,11 @@ def experts_linear(x: Tensor, w: Tensor, groups: Groups, change: tuple[Tensor, T
     a, b, scale = (None, None, 1.0) if change is None else change
     if a is not None:
         _, experts = groups.hit
+        # half-precision products of a few columns are slow on a CPU; elsewhere, the grouped product wants them
+        branch = torch.promote_types(x.dtype, a.dtype) if x.is_cpu else x.dtype
         if experts is None:  # a cast first makes less to move
-            a, b = a.to(x.dtype), b.to(x.dtype)
-        a, b = (f.to(x.dtype) for f in per_expert(a, b, groups.count, experts))
+            a, b = a.to(branch), b.to(branch)
+        a, b = (f.to(branch) for f in per_expert(a, b, groups.count, experts))
     if not torch.is_grad_enabled():
         return _product(x, a, b, w, groups, scale)[0]
     return apply(_ExpertsLinear, x, a, b, w, groups, scale)

@@ -9,6 +9,7 @@ part of the model's config, which all of its layers share and which is the user'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -74,11 +75,12 @@ def _linear(module: nn.Module, changes: Changes, name: str, x: Tensor, groups: G
     stored = module._parameters[name]
     w = stored if module.is_transposed else stored.transpose(1, 2)
     kind, dtype = x.device.type, w.dtype
-    if _IMPLEMENTATIONS[module.config._experts_implementation] and torch.is_autocast_enabled(kind):
+    cast = torch.is_autocast_enabled(kind)
+    if cast and _IMPLEMENTATIONS[module.config._experts_implementation]:
         dtype = torch.get_autocast_dtype(kind)
-    x = x.to(dtype)
-    with torch.autocast(kind, enabled=False):
-        y = experts_linear(x, w, groups, changes.get(name))
-        if module.has_bias:
-            y = y + module._parameters[f"{name}_bias"].index_select(0, groups.experts).to(dtype)
-    return y
+    # making a context that changes nothing takes the host as long as a product of one token
+    with torch.autocast(kind, enabled=False) if cast else nullcontext():
+        y = experts_linear(x.to(dtype), w, groups, changes.get(name))
+    if not module.has_bias:
+        return y
+    return y + getattr(module, f"{name}_bias").index_select(0, groups.experts).to(dtype)
