@@ -2,9 +2,9 @@
 
     python bench/experts.py [--experts 64] [--hidden 256] [--inner 128] [--implementation grouped_mm eager]
 
-Decoding of one token after a prefill that is not timed, and forward and backward of 512 tokens. Logits, and gradients of
-all factors, are compared first: a ratio is never reported for something else. Beside the times: bytes that operations
-write and bytes that are kept for the backward pass, which do not depend on the machine.
+Decoding of one token after a prefill that is not timed, and forward and backward of 512 tokens. Logits, and gradients
+of all factors, are compared first: a ratio is never reported for something else. Beside the times: bytes that
+operations write and bytes that are kept for the backward pass, which do not depend on the machine.
 """
 
 from __future__ import annotations

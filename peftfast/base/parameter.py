@@ -13,8 +13,9 @@ from peftfast_kernels.decode import Operand
 
 
 class ParameterWeight:
-    """A floating-point Parameter [N, K] or [E, N, K] behind the protocol of `BaseWeight`; a stack is seen as one matrix,
-    the experts below each other: [E·N, K]. Not registered: no module is of this format, a config names the Parameter."""
+    """A floating-point Parameter [N, K] or [E, N, K] behind the protocol of `BaseWeight`; a stack is seen as one
+    matrix, the experts below each other: [E·N, K]. Not registered, because no module is of this format: a config names
+    the Parameter."""
 
     quantization: str | None = None
 

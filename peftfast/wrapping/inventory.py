@@ -109,6 +109,10 @@ class Inventory:
         layer = self.layers.get(name)
         return layer.nest() if isinstance(layer, ParameterLayer) else []
 
+    def is_nested(self, name: str) -> bool:
+        """Whether the layer `name` adapts a Parameter, not a module."""
+        return isinstance(self.layers[name], ParameterLayer)
+
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in every place where the module `name` hangs."""
         for parent, attribute in self._hangs(name):
