@@ -199,7 +199,7 @@ def same_live_state(ours: nn.Module, theirs: nn.Module, without: str = "$^") -> 
     assert {n for n in ours.state_dict() if not left_out(n)} == {n for n in theirs.state_dict() if not left_out(n)}
 
 
-SETS = ("target_modules", "exclude_modules")
+SETS = ("target_modules", "exclude_modules", "target_parameters")
 
 
 def saved_config(folder: Path) -> dict[str, Any]:

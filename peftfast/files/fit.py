@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, every_name
+from peftfast.files.experts import migrate_experts
 from peftfast.files.fingerprint import METADATA_KEY as BASE_KEY
 from peftfast.files.fingerprint import differences
 from peftfast.files.metadata import CONFIG_KEY
@@ -188,6 +189,7 @@ def fit_state_dict(
     fit = Fit(adapter_name)
     entries = {entry.file: entry for entry in adapter_entries(model, adapter_name)}
     tensors = _aligned(tensors, entries)
+    tensors = migrate_experts(tensors, entries, cfg, getattr(model, "get_base_model", lambda: model)())
     known = set(entries)
     base: dict[str, Tensor] | None = None
     embeddings: dict[str, nn.Module] = {}

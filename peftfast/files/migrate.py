@@ -23,6 +23,8 @@ def migrate_config(data: Mapping[str, Any]) -> dict[str, Any]:
     data.pop("merge_weights", None)  # up to 0.3: whether eval() merges; no part of the adapter
     if data.pop("enable_lora", None):
         raise ValueError("enable_lora (fused projections of PEFT 0.2) has not been loadable since PEFT 0.4")
+    if data.get("target_parameters") and not data.get("peft_version"):
+        data["peft_version"] = "0.17.0"  # which brought the field; from 0.18 on, releases say which they are
     if data.get("peft_type") == "ADALORA" and not data.get("total_step"):
         # optional before 0.14, when forgetting it meant that the schedule never ended; a trained adapter needs none
         data["total_step"] = (data.get("tinit") or 0) + (data.get("tfinal") or 0) + 1

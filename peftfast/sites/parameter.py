@@ -45,6 +45,8 @@ class ParameterSite:
             )
         self.experts = value.shape[0] if value.dim() == 3 else 1
         self.transposed = value.dim() == 3 and bool(getattr(module, "is_transposed", False))
+        #: Which of the two dimensions of a matrix the factor A reads.
+        self.reads = "first" if self.transposed else "second"
         n, k = value.shape[-2:]
         self.in_features, self.out_features = (n, k) if self.transposed else (k, n)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import nn
@@ -20,10 +21,12 @@ class Family(NamedTuple):
 
     Attributes:
         fused: Parameter -> the layers whose weights it holds below each other. renamed: layer -> Parameter.
+        moved: name of a module in the middle of others -> its name today.
     """
 
     fused: Mapping[str, Sequence[str]]
     renamed: Mapping[str, str]
+    moved: Mapping[str, str] = MappingProxyType({})
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -33,7 +36,9 @@ class Family(NamedTuple):
 
 #: By the name under which transformers' table of conversions lists the family.
 FAMILIES = {
-    "mixtral": Family({"gate_up_proj": ("w1", "w3")}, {"w2": "down_proj", "gate": "gate.weight"}),
+    "mixtral": Family(
+        {"gate_up_proj": ("w1", "w3")}, {"w2": "down_proj", "gate": "gate.weight"}, {"block_sparse_moe": "mlp"}
+    ),
     "qwen2_moe": Family({"gate_up_proj": ("gate_proj", "up_proj")}, {"down_proj": "down_proj", "gate": "gate.weight"}),
 }
 

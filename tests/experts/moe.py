@@ -22,11 +22,11 @@ def _filled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def qwen3_moe(experts: int = 4, **changes: Any) -> nn.Module:
+def qwen3_moe(experts: int = 4, inner: int = 16, **changes: Any) -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        **SIZES, moe_intermediate_size=16, num_key_value_heads=2, num_experts=experts, num_experts_per_tok=2,
+        **SIZES, moe_intermediate_size=inner, num_key_value_heads=2, num_experts=experts, num_experts_per_tok=2,
         head_dim=8, **changes,
     )  # fmt: skip
     return _filled(Qwen3MoeForCausalLM(config))
