@@ -52,7 +52,7 @@ class Groups:
         None, where that would be most of them or the host does not know."""
         if self._hit is None:
             self._hit = (self, None)
-            if self.experts.is_cpu and 4 * len(self.runs) <= self.count:
+            if self.experts.is_cpu and 0 < 4 * len(self.runs) <= self.count:
                 new = Groups.__new__(Groups)
                 new.experts, new.order, new.count = self.experts, self.order, len(self.runs)
                 new._runs = [(i, s, t) for i, (_, s, t) in enumerate(self.runs)]
@@ -166,8 +166,8 @@ def experts_linear(x: Tensor, w: Tensor, groups: Groups, change: tuple[Tensor, T
     a, b, scale = (None, None, 1.0) if change is None else change
     if a is not None:
         _, experts = groups.hit
-        # half-precision products of a few columns are slow on a CPU; elsewhere, the grouped product wants them
-        branch = torch.promote_types(x.dtype, a.dtype) if x.is_cpu else x.dtype
+        # half-precision products of a few columns are slow on a CPU, and round; elsewhere the grouped product wants them
+        branch = torch.promote_types(x.dtype, torch.float32) if x.is_cpu else x.dtype
         if experts is None:  # a cast first makes less to move
             a, b = a.to(branch), b.to(branch)
         a, b = (f.to(branch) for f in per_expert(a, b, groups.count, experts))

@@ -83,4 +83,4 @@ def _linear(module: nn.Module, changes: Changes, name: str, x: Tensor, groups: G
         y = experts_linear(x.to(dtype), w, groups, changes.get(name))
     if not module.has_bias:
         return y
-    return y + getattr(module, f"{name}_bias").index_select(0, groups.experts).to(dtype)
+    return y + getattr(module, f"{name}_bias").index_select(0, groups.experts)  # in fp32 where it is stored so

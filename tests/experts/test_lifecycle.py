@@ -1,0 +1,229 @@
+"""Several adapters, what is refused, checkpointing, mixed precision, plans, on models with fused experts."""
+
+import importlib
+
+import oracle
+import pytest
+import torch
+from experts import moe
+
+import peftfast
+from peftfast.wrapping import expert_targets
+
+peft = importlib.import_module("peft")
+OPTIONS = {"r": 4, "target_parameters": moe.BOTH, "target_modules": ["q_proj"]}
+
+
+def fill(model, seed=3):
+    with torch.no_grad():
+        for i, (_, parameter) in enumerate(sorted((n, p) for n, p in model.named_parameters() if ".lora_" in n)):
+            generator = torch.Generator().manual_seed(1000 * seed + i)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def adapted(library=peftfast, make=moe.qwen3_moe, names=("a",), **changes):
+    options = {**OPTIONS, **changes}
+    model = oracle.quietly(library.get_peft_model, make(), library.LoraConfig(**options), names[0])
+    for i, name in enumerate(names[1:]):
+        model.add_adapter(name, library.LoraConfig(**{**options, "r": 3 + i}))
+    return fill(model).eval()
+
+
+def close(value, expected):
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("make", [moe.qwen3_moe, moe.gpt_oss, moe.plain], ids=lambda make: make.__name__)
+def test_several_adapters(make):
+    changes = {"target_parameters": ["inner", "outer", "mix"], "target_modules": []} if make is moe.plain else {}
+    ours, theirs = (adapted(library, make, ("a", "b", "c"), **changes) for library in (peftfast, peft))
+    oracle.same_live_state(ours, theirs)
+    with torch.no_grad():
+        for names in (["a"], ["b"], ["c", "a"], ["a", "b", "c"]):
+            for model in (ours, theirs):
+                model.base_model.set_adapter(names)
+            close(oracle.logits(ours), oracle.logits(theirs))
+        expected = oracle.logits(ours)
+        before = {n: p.clone() for n, p in ours.named_parameters()}
+        ours.merge_adapter(["a"])
+        ours.merge_adapter(["c", "b"])
+        close(oracle.logits(ours), expected)
+        ours.unmerge_adapter()
+        assert all(torch.equal(p, before[n]) for n, p in ours.named_parameters())
+    for model in (ours, theirs):
+        model.base_model.set_adapter("b")
+        model.delete_adapter("a")
+    oracle.same_live_state(ours, theirs)
+    close(oracle.logits(ours), oracle.logits(theirs))
+
+
+def test_gradients_of_several():
+    ours, theirs = (adapted(library, names=("a", "b")) for library in (peftfast, peft))
+    for model in (ours, theirs):
+        model.base_model.set_adapter(["a", "b"])
+        oracle.logits(model).pow(2).mean().backward()
+    grads = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    assert any(".b." in n for n in grads)
+    for name, parameter in ours.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-3, atol=1e-6)
+
+
+def test_other_parameters_once_the_first_adapter_is_gone(tmp_path):
+    model = adapted()
+    with pytest.raises(ValueError, match="must target the same set of parameters.*adapter 'a'"):
+        model.add_adapter("b", peftfast.LoraConfig(target_parameters=["down_proj"], target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="of which another adapter adapts Parameters"):
+        model.add_adapter("b", peftfast.LoraConfig(target_modules=r".*\.experts"))
+    model.add_adapter("b", peftfast.LoraConfig(target_modules=["v_proj"]))
+    model.set_adapter("b")
+    model.delete_adapter("a")
+    model.add_adapter("c", peftfast.LoraConfig(target_parameters=["down_proj"], target_modules=["q_proj"]))
+    fill(model).base_model.set_adapter(["c"])
+    expected = oracle.logits(model)
+    model.save_pretrained(tmp_path, selected_adapters=["c"])
+    theirs = oracle.quietly(peft.PeftModel.from_pretrained, moe.qwen3_moe(), tmp_path / "c")
+    close(oracle.logits(theirs), expected)  # on a model that never had another adapter
+
+
+def test_a_failed_load_leaves_the_model(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    model = moe.qwen3_moe(experts=8)
+    before = [(n, type(m)) for n, m in model.named_modules()]
+    with pytest.raises(peftfast.AdapterLoadError, match="size mismatch.*experts"):
+        peftfast.PeftModel.from_pretrained(model, tmp_path / "a")
+    assert [(n, type(m)) for n, m in model.named_modules()] == before
+
+
+def test_loaded_beside_another_and_unloaded(tmp_path):
+    model = adapted()
+    expected = oracle.logits(model).detach()
+    model.save_pretrained(tmp_path)
+    other = adapted(names=("x",))
+    other.load_adapter(tmp_path / "a", "a")
+    other.set_adapter("a")
+    close(oracle.logits(other), expected)
+    base = other.unload()
+    assert torch.equal(oracle.logits(base), oracle.logits(moe.qwen3_moe()))
+    assert [n for n, _ in base.named_modules()] == [n for n, _ in moe.qwen3_moe().named_modules()]
+
+
+def test_injected(tmp_path):
+    model = peftfast.inject_adapter_in_model(peftfast.LoraConfig(**OPTIONS), moe.qwen3_moe())
+    fill(model)
+    state = peftfast.get_peft_model_state_dict(model)
+    fresh = peftfast.inject_adapter_in_model(peftfast.LoraConfig(**OPTIONS), moe.qwen3_moe())
+    peftfast.set_peft_model_state_dict(fresh, state)
+    close(oracle.logits(fresh), oracle.logits(model))
+    with pytest.raises(ValueError, match="inject the adapter without the state_dict"):
+        peftfast.inject_adapter_in_model(peftfast.LoraConfig(**OPTIONS), moe.qwen3_moe(), state_dict=state)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    plain, checked = adapted(names=("a",)), adapted(names=("a",))
+    checked.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for model in (plain, checked):
+        model.train()
+        oracle.logits(model).pow(2).mean().backward()
+    grads = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    assert any("experts" in n for n in grads)
+    for name, parameter in checked.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(parameter.grad, grads[name])
+
+
+def test_compiled():
+    """The graph is another formula: with the change inside the weights, which needs no look at what is routed."""
+    model = adapted()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        close(compiled(**oracle.inputs(model)).logits, oracle.logits(model))
+
+
+# ---- what is not supported ------------------------------------------------------------------------------
+def test_mixed_batches_are_refused_and_uniform_ones_served():
+    model = adapted(names=("a", "b"))
+    with torch.no_grad():
+        model.set_adapter("b")
+        expected = oracle.logits(model)
+        model.set_adapter("a")
+        close(oracle.logits(model, adapter_names=["b", "b"]), expected)
+        assert torch.equal(oracle.logits(model, adapter_names=["__base__"] * 2), oracle.logits(moe.qwen3_moe()))
+        for names in (["a", "b"], ["a", "__base__"], model.base_model.adapter_numbers(["a", "b"])):
+            with pytest.raises(ValueError, match="gate_up_proj is adapted as a Parameter.*mixed batches"):
+                oracle.logits(model, adapter_names=names)
+        close(oracle.logits(model, adapter_names=["b", "b"]), expected)
+
+
+def test_combining_swapping_and_slots_are_refused(tmp_path):
+    model = adapted(names=("a", "b"))
+    with pytest.raises(ValueError, match="does not support targeting nn.Parameter .*'a'"):
+        model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", "linear")
+    assert "c" not in model.peft_config
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Parameters"):
+        peftfast.hotswap_adapter(model, tmp_path / "b", "a")
+    with pytest.raises(ValueError, match="Parameters"):
+        peftfast.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    pool = peftfast.AdapterPool(moe.qwen3_moe(), slots=1, max_rank=8, target_modules=["q_proj"])
+    pool.register("a", tmp_path / "a")
+    with pytest.raises(ValueError, match="no slot takes: .*experts"), pool.use(["a"]):
+        pass
+    with pytest.raises(ValueError, match="Slots are for modules; Parameters of .*experts"):
+        peftfast.AdapterPool(model.get_base_model(), slots=1, target_modules=["experts"])
+
+
+@pytest.mark.parametrize("method", ["AdaLoraConfig", "IA3Config"])
+def test_other_methods(method):
+    fields = {"total_step": 10} if method == "AdaLoraConfig" else {"feedforward_modules": []}
+    config = getattr(peftfast, method)(target_modules=["q_proj"], **fields)
+    config.target_parameters = moe.BOTH
+    with pytest.raises((ValueError, TypeError), match="target_parameters"):
+        peftfast.get_peft_model(moe.qwen3_moe(), config)
+
+
+def test_packed_and_computed_parameters():
+    model = moe.plain()
+    model.stacks.inner = torch.nn.Parameter(torch.zeros(3, 8, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="stacks.inner is stored as torch.int8"):
+        peftfast.get_peft_model(model, peftfast.LoraConfig(target_parameters=["inner"]))
+    model = moe.plain()
+    torch.nn.utils.parametrize.register_parametrization(model.stacks, "inner", torch.nn.Identity())
+    with pytest.raises(ValueError, match="stacks.inner is computed by a parametrization"):
+        peftfast.get_peft_model(model, peftfast.LoraConfig(target_parameters=["inner"]))
+
+
+def test_without_the_table_of_transformers(monkeypatch):
+    """A release that keeps it elsewhere: no guess, and no silence."""
+
+    def gone(model):
+        raise ImportError("no such table")
+
+    monkeypatch.setattr(expert_targets, "family_of", gone)
+    for targets in (["gate_proj", "up_proj", "down_proj"], "all-linear"):
+        with pytest.raises(ValueError, match=r"no such table.*target_parameters="):
+            peftfast.get_peft_model(moe.qwen3_moe(), peftfast.LoraConfig(target_modules=targets))
+    peftfast.get_peft_model(moe.qwen3_moe(), peftfast.LoraConfig(target_modules=["q_proj"]))
+    peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(target_modules=["gate_proj"]))
+
+
+def test_layers_that_share_names_with_experts_are_named():
+    with pytest.warns(peftfast.PeftWarning, match=r"layers\.0\.mlp\.gate_proj.*not adapted.*mlp\.gate_proj\.weight"):
+        names = ["gate_proj", "up_proj", "down_proj"]
+        peftfast.get_peft_model(moe.deepseek_v3(), peftfast.LoraConfig(target_modules=names))
+
+
+def test_plan():
+    config = peftfast.LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], r=4)
+    plan = peftfast.plan_adapter(moe.qwen3_moe(), config)
+    model = peftfast.get_peft_model(moe.qwen3_moe(), config)
+    assert plan.refusal is None and not plan.notes
+    assert plan.trainable_parameters == model.get_nb_trainable_parameters()[0]
+    assert plan.ranks["model.layers.1.mlp.experts.gate_up_proj"] == 8
+    assert {t.name: t.status for t in plan.targets} == {
+        "q_proj": "matched", "parameter gate_up_proj": "matched", "parameter down_proj": "matched",
+    }  # fmt: skip
+    half = peftfast.plan_adapter(moe.qwen3_moe(), peftfast.LoraConfig(target_modules=["up_proj"]))
+    assert "without also targeting gate_proj" in half.refusal

@@ -1,0 +1,223 @@
+"""Experts that multiply what is routed only: against an fp64 oracle, no further than PEFT, and without ever making a
+tensor of the size of all experts."""
+
+import importlib
+import itertools
+
+import oracle
+import pytest
+import torch
+from experts import moe
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peftfast
+from peftfast.ops.experts import Groups, experts_linear, per_expert
+from peftfast.sites import parameter
+
+peft = importlib.import_module("peft")
+
+
+# ---- the product ----------------------------------------------------------------------------------------
+def exact(x, w, a, b, scale, experts):
+    """One row after the other: W + s B A of its expert, in fp64."""
+    x, w, a, b = (t.double() for t in (x, w, a, b))
+    a, b = per_expert(a, b, w.shape[0])
+    return torch.stack([x[i] @ (w[e] + scale * (b[e] @ a[e]).t()) for i, e in enumerate(experts.tolist())])
+
+
+#: tokens, experts: all hit or few, rows for a loop or for the grouped product, an expert without rows, none at all
+SHAPES = [(1, 16), (1, 2), (3, 5), (40, 4), (64, 24), (0, 4)]
+
+
+@pytest.mark.parametrize("tokens, experts", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("k, n, r", [(32, 16, 4), (10, 7, 3)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_and_gradients(tokens, experts, dtype, k, n, r, transposed):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape, kind=dtype):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(kind)
+
+    chosen = torch.stack([torch.randperm(experts, generator=generator)[:2] for _ in range(tokens)] or
+                         [torch.zeros(2, dtype=torch.int64)])[:tokens]  # fmt: skip
+    groups = Groups(chosen, experts)
+    x = draw(2 * tokens, k).requires_grad_()
+    w = draw(experts, k, n) if transposed else draw(experts, n, k).transpose(1, 2)
+    wide = torch.promote_types(dtype, torch.float32)
+    a, b = draw(r * experts, k, kind=wide).requires_grad_(), draw(n, r * experts, kind=wide).requires_grad_()
+    truth = [t.detach().double().requires_grad_() for t in (x, a, b)]
+    y = experts_linear(x, w, groups, (a, b, 0.5))
+    with torch.no_grad():
+        assert torch.equal(experts_linear(x, w, groups, (a, b, 0.5)), y)
+    assert y.dtype is dtype and groups.experts.tolist() == sorted(chosen.flatten().tolist())
+    if not tokens:
+        assert y.shape == (0, n)
+        return
+    expected = exact(truth[0], w, truth[1], truth[2], 0.5, groups.experts)
+    dy = draw(2 * tokens, n)
+    y.backward(dy)
+    expected.backward(dy.double())
+    limit = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 6e-3}[dtype]
+    for mine, right in ((y, expected), *((t.grad, u.grad) for t, u in zip((x, a, b), truth, strict=True))):
+        assert oracle.rms_error(mine, right.detach()) < limit
+
+
+def test_groups_of_runs_and_without():
+    groups = Groups(torch.tensor([[3, 0], [3, 9], [0, 3]]), 12)
+    assert groups.runs == [(0, 0, 2), (3, 2, 5), (9, 5, 6)]
+    assert groups.order.tolist() == [1, 4, 0, 2, 5, 3]
+    few, experts = groups.hit
+    assert experts.tolist() == [0, 3, 9] and few.runs == [(0, 0, 2), (1, 2, 5), (2, 5, 6)]
+    assert Groups(torch.tensor([[0, 1]]), 4).hit[1] is None
+
+
+def test_no_second_derivative():
+    x = torch.randn(4, 8, requires_grad=True)
+    a, b = torch.randn(4, 8, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    y = experts_linear(x, torch.randn(2, 8, 8), Groups(torch.tensor([[0], [1], [0], [1]]), 2), (a, b, 1.0))
+    (grad,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|twice"):
+        grad.sum().backward()
+
+
+# ---- models ---------------------------------------------------------------------------------------------
+#: id -> (dtype of the base, autocast dtype, fp32 factors)
+PRECISIONS = {
+    "fp32": (torch.float32, None, True),
+    "bf16": (torch.bfloat16, None, True),
+    "bf16-pure": (torch.bfloat16, None, False),
+    "autocast": (torch.float32, torch.bfloat16, True),
+    "autocast-bf16": (torch.bfloat16, torch.bfloat16, True),
+}
+
+
+class Experts(torch.nn.Module):
+    """The experts of a model alone, behind a name that a config can give."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.experts = next(m for n, m in make().named_modules() if n.endswith("experts") and hasattr(m, "down_proj"))
+
+    def forward(self, x, chosen, weights):
+        return self.experts(x, chosen, weights)
+
+
+def step(model, dtype, autocast):
+    """Output and gradients of one step, the routing the same in every precision."""
+    generator = torch.Generator().manual_seed(2)
+    count = model.get_base_model().experts.num_experts
+    x = torch.randn(48, 32, generator=generator).to(dtype).requires_grad_()
+    chosen = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in range(48)])
+    weights = torch.rand(48, 2, generator=generator).to(dtype)
+    upstream = torch.randn(48, 32, generator=generator).to(dtype)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        y = model(x, chosen, weights)
+    y.backward(upstream.to(y.dtype))
+    return {"output": y.detach(), "dx": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("make", [moe.qwen3_moe, moe.gpt_oss], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_further_from_the_oracle_than_peft(make, implementation, precision):
+    dtype, autocast, wide = PRECISIONS[precision]
+
+    def adapted(library, dtype, wide=True, implementation=implementation):
+        model = Experts(moe.eager(make, implementation)).to(dtype)
+        config = library.LoraConfig(r=8, lora_alpha=12, target_parameters=moe.BOTH, target_modules=[])
+        model = library.get_peft_model(model, config, autocast_adapter_dtype=wide)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for name, p in sorted(model.named_parameters()):
+                if "lora_" in name:  # of bf16 values, so that all precisions start from the same
+                    p.copy_(torch.randn(p.shape, generator=generator).mul_(0.2).bfloat16())
+                else:
+                    p.copy_(p.bfloat16())
+        return model
+
+    truth = step(adapted(peft, torch.float64, implementation="eager"), torch.float64, None)
+    ours = step(adapted(peftfast, dtype, wide), dtype, autocast)
+    theirs = step(adapted(peft, dtype, wide), dtype, autocast)
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
+    oracle.assert_no_further(ours, theirs, truth)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation under it writes to new memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        read = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in read:
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("library", [peftfast, peft], ids=lambda library: library.__name__)
+def test_nothing_as_large_as_all_experts_is_made(library):
+    """By PEFT it is, which shows that the measure works."""
+    model = Experts(lambda: moe.qwen3_moe(32))
+    model = library.get_peft_model(model, library.LoraConfig(r=2, target_parameters=moe.BOTH, target_modules=[]))
+    generator = torch.Generator().manual_seed(2)
+    x, weights = torch.randn(3, 32, generator=generator).requires_grad_(), torch.rand(3, 2, generator=generator)
+    with Largest() as seen:
+        model(x, torch.tensor([[0, 9], [9, 31], [4, 0]]), weights).sum().backward()
+    factors = max(p.numel() for n, p in model.named_parameters() if "lora_" in n)  # their gradients, and B turned
+    stack = model.get_base_model().experts.get_base_layer().down_proj.numel()
+    assert seen.numel >= stack if library is peft else seen.numel <= factors < stack
+
+
+@pytest.mark.parametrize("tokens", [1, 24])
+def test_only_the_experts_that_are_hit_are_read(tokens):
+    """What is not routed to may hold anything."""
+    model = Experts(lambda: moe.qwen3_moe(16))
+    model = peftfast.get_peft_model(model, peftfast.LoraConfig(r=4, target_parameters=moe.BOTH, target_modules=[]))
+    hit = torch.tensor([[1, 6]]).expand(tokens, 2)
+    x, weights = torch.randn(tokens, 32), torch.full((tokens, 2), 0.5)
+    with torch.no_grad():
+        expected = model(x, hit, weights)
+        stack = model.get_base_model().experts.get_base_layer()
+        for parameter_ in (stack.gate_up_proj, stack.down_proj):
+            for expert in set(range(16)) - {1, 6}:
+                parameter_[expert] = float("nan")
+        assert torch.equal(model(x, hit, weights), expected)
+
+
+#: id -> (what happens to the experts, how they are called)
+OTHERWISE = {
+    "hook": lambda model, module: module.register_forward_hook(lambda *args: None),
+    "trained weights": lambda model, module: module.down_proj.requires_grad_(True),
+    "another implementation": lambda model, module: setattr(
+        model.config, "_experts_implementation_internal", "of somebody"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_is_not_known_gets_changed_weights(case, monkeypatch):
+    """Then the module's own forward runs, whatever that is."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    calls = itertools.count()
+
+    def of_somebody(self, x, chosen, weights):
+        next(calls)
+        return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, x, chosen, weights)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "of somebody", of_somebody)
+    twins = oracle.Twins(moe.qwen3_moe, {"r": 4, "target_parameters": moe.BOTH})
+    expected = oracle.logits(twins.theirs)
+    base = twins.ours.get_base_model()
+    OTHERWISE[case](base, base.model.layers[0].mlp.experts.get_base_layer())
+    routed = []
+    run = parameter.routed_experts
+    monkeypatch.setattr(parameter, "routed_experts", lambda module, *a: routed.append(module) or run(module, *a))
+    torch.testing.assert_close(oracle.logits(twins.ours), expected, rtol=1e-4, atol=2e-5)
+    assert len(routed) == (0 if case == "another implementation" else 1)
+    assert next(calls) == (2 if case == "another implementation" else 0)
