@@ -166,7 +166,7 @@ def experts_linear(x: Tensor, w: Tensor, groups: Groups, change: tuple[Tensor, T
     a, b, scale = (None, None, 1.0) if change is None else change
     if a is not None:
         _, experts = groups.hit
-        # half-precision products of a few columns are slow on a CPU, and round; elsewhere the grouped product wants them
+        # half-precision products of a few columns are slow on a CPU; elsewhere the grouped product wants them
         branch = torch.promote_types(x.dtype, torch.float32) if x.is_cpu else x.dtype
         if experts is None:  # a cast first makes less to move
             a, b = a.to(branch), b.to(branch)
