@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfast.ops.function import apply, first_order
+from peftfast.ops.function import apply, second_order
 
 #: Up to so many runs of rows a loop over them takes less time on a CPU than the grouped product.
 _LOOPED = 8
@@ -109,6 +109,26 @@ def _is_aligned(t: Tensor) -> bool:
     return dense == 1 and all(s * t.element_size() % 16 == 0 for s in (other, *outer))
 
 
+def _composed(x: Tensor, a: Tensor, b: Tensor, w: Tensor, groups: Groups, scale: float) -> Tensor:
+    """The formula of `_ExpertsLinear` in torch's own operations."""
+    hit, _ = groups.hit
+    rows = []
+    for (e, s, t), (i, _, _) in zip(groups.runs, hit.runs, strict=True):
+        branch = (x[s:t].to(a.dtype) @ a[i].t()) @ b[i].t() * scale
+        rows.append(((x[s:t] @ w[e].to(x.dtype)).to(a.dtype) + branch).to(x.dtype))
+    return torch.cat(rows)
+
+
+def _again(ctx: Any, dy: Tensor) -> tuple:
+    """The gradients, in operations that torch can differentiate."""
+    x, _, a, b, w = ctx.saved_tensors
+    if a is None:
+        return torch.cat([dy[s:t] @ w[e].t().to(dy.dtype) for e, s, t in ctx.groups.runs]), *(None,) * 5
+    wanted = [t for t, need in zip((x, a, b), ctx.needs_input_grad, strict=False) if need]
+    found = iter(torch.autograd.grad(_composed(x, a, b, w, ctx.groups, ctx.scale), wanted, dy, create_graph=True))
+    return (*(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None, None)
+
+
 class _ExpertsLinear(torch.autograd.Function):
     """`w` is frozen; a [count, r, K] and b [count, N, r], of the branch's dtype, are numbered as `groups.hit` numbers
     experts, or None."""
@@ -123,7 +143,7 @@ class _ExpertsLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @first_order
+    @second_order(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, t, a, b, w = ctx.saved_tensors
         groups, (hit, _) = ctx.groups, ctx.groups.hit

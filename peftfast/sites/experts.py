@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.ops.experts import Groups, experts_linear
+from peftfast.ops.function import transformed
 from peftfast.sites.site import is_plain, is_untouched
 
 #: Implementations of transformers' that compute this formula, and whether their products follow autocast.
@@ -27,7 +28,7 @@ Changes = Mapping[str, tuple[Tensor, Tensor, Any]]
 
 def has_routed_form(module: nn.Module, changes: Changes, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether `routed_experts(module, changes, *args)` is what the module would compute with these changes."""
-    if torch.compiler.is_compiling() or kwargs or len(args) != 3:
+    if torch.compiler.is_compiling() or transformed() or kwargs or len(args) != 3:
         return False  # what is routed where is known to the host at every call, and to no graph
     if not (hasattr(module, "_apply_gate") and hasattr(type(module).forward, "__wrapped__")):
         return False

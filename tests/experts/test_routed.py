@@ -72,13 +72,19 @@ def test_groups_of_runs_and_without():
     assert Groups(torch.tensor([[0, 1]]), 4).hit[1] is None
 
 
-def test_no_second_derivative():
-    x = torch.randn(4, 8, requires_grad=True)
-    a, b = torch.randn(4, 8, requires_grad=True), torch.randn(8, 4, requires_grad=True)
-    y = experts_linear(x, torch.randn(2, 8, 8), Groups(torch.tensor([[0], [1], [0], [1]]), 2), (a, b, 1.0))
-    (grad,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|twice"):
-        grad.sum().backward()
+@pytest.mark.parametrize("count, factors", [(2, True), (12, True), (2, False)])
+def test_second_derivatives(count, factors):
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    groups, w = Groups(torch.tensor([[0], [1], [0], [1]]), count), torch.randn(count, 6, 5, dtype=torch.float64)
+
+    def product(x, *pair):
+        return experts_linear(x, w, groups, (*pair, 0.5) if factors else None).pow(2)
+
+    inputs = (draw(4, 6), *((draw(3 * count, 6), draw(5, 3 * count)) if factors else ()))
+    assert torch.autograd.gradcheck(product, inputs)
+    assert torch.autograd.gradgradcheck(product, inputs)
 
 
 # ---- models ---------------------------------------------------------------------------------------------
