@@ -58,7 +58,10 @@ MODULES: dict[str, dict[str, str]] = {
         "preprocess_corda": "peftfast.calibration.corda:preprocess_corda",
     },
     "peft.tuners.lora.eva": {},
-    "peft.tuners.lora.layer": {"LoraLayer": "peftfast.layer:BaseTunerLayer"},
+    "peft.tuners.lora.layer": {
+        "LoraLayer": "peftfast.layer:BaseTunerLayer",
+        "ParamWrapper": "peftfast.wrapping.parameter_layer:ParameterLayer",
+    },
     "peft.tuners.lora.model": {},
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},

@@ -37,6 +37,12 @@ class ParameterLayer(BaseTunerLayer):
     def counterparts(self) -> tuple[str, ...]:
         return ("tuners.lora.layer.ParamWrapper",)
 
+    def _get_name(self) -> str:
+        return "lora.ParamWrapper"
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"
+
     def nest(self) -> list[ParameterLayer]:
         """This layer and those inside it, the innermost first."""
         inner = self.base_layer

@@ -1,6 +1,8 @@
 """Several adapters, what is refused, checkpointing, mixed precision, plans, on models with fused experts."""
 
+import copy
 import importlib
+import pickle
 
 import oracle
 import pytest
@@ -118,6 +120,31 @@ def test_injected(tmp_path):
     close(oracle.logits(fresh), oracle.logits(model))
     with pytest.raises(ValueError, match="inject the adapter without the state_dict"):
         peftfast.inject_adapter_in_model(peftfast.LoraConfig(**OPTIONS), moe.qwen3_moe(), state_dict=state)
+
+
+def test_status_and_copies():
+    ours, theirs = adapted(), adapted(peft)
+    mine, other = (
+        {
+            s.name: (s.module_type, s.active_adapters, s.requires_grad)
+            for s in model.get_layer_status()
+            if "exp" in s.name
+        }
+        for model in (ours, theirs)
+    )
+    assert mine == other and len(mine) == 4
+    layer = ours.base_model.model.model.layers[0].mlp.experts
+    assert isinstance(layer, peft.tuners.lora.layer.ParamWrapper) and "parameter_name='down_proj'" in repr(layer)
+    expected = oracle.logits(ours)
+    copied = copy.deepcopy(ours)
+    for model in (copied, pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(oracle.logits(model), expected)
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    assert torch.equal(oracle.logits(copied), oracle.logits(moe.qwen3_moe()))
+    assert torch.equal(oracle.logits(ours), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
