@@ -22,7 +22,7 @@ from peftfast.sites import make_site
 from peftfast.sites.site import is_untouched
 from peftfast.tuners.tuner import BaseTuner
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
-from peftfast.wrapping.targets import SEQ_CLS_HEAD_NAMES
+from peftfast.wrapping.targets import SEQ_CLS_HEAD_NAMES, name_ends
 
 
 class QuantizationReport(dict[str, float]):
@@ -159,7 +159,7 @@ def _skipped(model: nn.Module, places: list[tuple[str, Any, nn.Module]], skip: I
         for wanted in skip:
             found = {n for n in names if n == wanted or n.endswith(f".{wanted}")}
             if not found:
-                known = names if "." in wanted else {n.rpartition(".")[2] for n in names}
+                known = names if "." in wanted else name_ends(names)
                 raise ValueError(f"skip: no linear layer is named {wanted!r}.{close_matches(wanted, known)}")
             chosen |= found
         return chosen

@@ -3,14 +3,13 @@ nothing."""
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
@@ -22,11 +21,13 @@ from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToS
 from peftfast.wrapping.targets import (
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
     make_matcher,
+    name_ends,
     refuse_mamba,
     report_matches,
     resolve_targets,
     shortest_suffixes,
 )
+from peftfast.wrapping.tying import Tying, embedding_name, plan_tokens, plan_tying, tied_module_names
 
 if TYPE_CHECKING:
     from peftfast.wrapping.inventory import Inventory
@@ -164,7 +165,7 @@ def plan_injection(
     if hasattr(type(method), "resolve"):  # what else a config leaves to the model
         method.resolve(cfg, model)
     always = getattr(method, "always_ties", False)
-    tie = _Tying() if always else _plan_tying(inventory, cfg, tied_heads)
+    tie = Tying() if always else plan_tying(inventory, cfg, tied_heads)
     matcher = make_matcher(cfg)
     matched = [n for n in names if matcher(n)]
     if keys is not None:
@@ -192,7 +193,7 @@ def plan_injection(
     refuse_mamba(model, cfg, matched)
     missing = [s for s in saved_names if not any(n.endswith(s) for n in names)]
     if missing and not set(missing) <= {"classifier", "score", "qa_outputs"}:
-        _complain(f"modules_to_save: {missing} matched no module.{close_matches(missing[0], _tails(names))}", strict)
+        _complain(f"modules_to_save: {missing} matched no module.{close_matches(missing[0], name_ends(names))}", strict)
     if initialise and device is not None and torch.device(device).type == "meta" and method.changes_base(cfg):
         device = None  # the base changes with this initialisation, so it has to take place, and needs values
     transposed = _check_sites(inventory, cfg, method, matched)
@@ -202,7 +203,7 @@ def plan_injection(
         if getattr(method, "condense_targets", True) and keys is None and not getattr(cfg, "layers_to_transform", None):
             cfg.target_modules = shortest_suffixes(matched, [n for n in names if n not in set(matched)])
     targets = list(dict.fromkeys((*matched, *tie.targets)))
-    tokens, tokens_tied = _plan_tokens(inventory, cfg, rows, tied_heads)
+    tokens, tokens_tied = plan_tokens(inventory, cfg, rows, tied_heads)
     both = set(tokens) & set(saved)
     if both:
         raise ValueError(f"{sorted(both)} cannot be in modules_to_save and in trainable_token_indices at once")
@@ -245,10 +246,6 @@ def _check_wrappers(inventory: Inventory, keys: Iterable[str], kind: type[Auxili
                 f"{sorted(present._adapters)}: a module can be trained in one of these ways only, in all adapters of a "
                 "model"
             )
-
-
-def _tails(names: Iterable[str]) -> set[str]:
-    return {n.rpartition(".")[2] for n in names}
 
 
 def _complain(message: str, strict: bool) -> None:
@@ -345,152 +342,3 @@ def _settle_orientation(cfg: PeftConfig, transposed: list[bool]) -> None:
             stacklevel=6,
         )
         cfg.fan_in_fan_out = True
-
-
-# ---- tied embeddings ------------------------------------------------------------------------------------
-@dataclass
-class _Tying:
-    targets: list[str] = field(default_factory=list)
-    saved: list[str] = field(default_factory=list)
-
-
-def embedding_name(inventory: Inventory) -> str:
-    """Name of the input embedding inside the model."""
-    embedding = inventory.model.get_input_embeddings()
-    for name in inventory.names:
-        if inventory.module(name) is embedding:
-            return name
-    # get_input_embeddings answers with what a wrapper stands for
-    for key, wrapper in (*inventory.layers.items(), *inventory.extras.items()):
-        if isinstance(wrapper, BaseTunerLayer) and wrapper.base_layer is embedding:
-            return key
-        if isinstance(wrapper, AuxiliaryTrainingWrapper) and wrapper.original_module is embedding:
-            return key
-    raise ValueError("The model's input embedding is not among its modules")
-
-
-def tied_module_names(inventory: Inventory) -> list[str]:
-    """Modules whose weight is the input embedding's, other than the embedding itself."""
-    model = inventory.model
-    config = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_input_embeddings"):
-        return []
-    embedding = embedding_name(inventory)
-    own = {key.rpartition(".")[0]: source for key, source in _tied_keys(inventory).items()}
-    weight = _base_weight(inventory.module(embedding))
-    tied = []
-    for name, source in own.items():
-        if name in inventory.names and name != embedding:
-            same = _base_weight(inventory.module(name)) is weight
-            if same or source is None or source.rpartition(".")[0] == embedding:
-                tied.append(name)
-    return tied
-
-
-def _tied_keys(inventory: Inventory) -> dict[str, str | None]:
-    """Parameter -> the one it is tied to, as the model and its parts declare; None where they do not say to which."""
-    found: dict[str, str | None] = {}
-    for prefix in ("", *inventory.names):
-        module = inventory.module(prefix) if prefix else inventory.model
-        keys = getattr(module, "_tied_weights_keys", None) or ()
-        inside = f"{prefix}." if prefix else ""
-        for key in keys:
-            found.setdefault(inside + key, inside + keys[key] if isinstance(keys, Mapping) else None)
-    return found
-
-
-def _base_weight(module: nn.Module) -> Tensor | None:
-    """The weight of a module, or of the one that an adapter or a kept copy stands for."""
-    module = getattr(module, "original_module", module)
-    return getattr(getattr(module, "base_layer", module), "weight", None)
-
-
-_TIED_WARNING = (
-    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not "
-    "set to True. This can lead to complications, for example when merging the adapter or converting your model to "
-    "formats other than safetensors."
-)
-
-
-def _plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> _Tying:
-    ensure = getattr(cfg, "ensure_weight_tying", False)
-    if not heads:
-        if ensure:
-            warnings.warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model",
-                          stacklevel=6)  # fmt: skip
-        return _Tying()
-    embedding = embedding_name(inventory)
-    both = [embedding, *heads]
-    targets, saved = cfg.target_modules, list(getattr(cfg, "modules_to_save", None) or ())
-    if isinstance(targets, str):
-        targeted = [n for n in both if re.fullmatch(targets, n)]
-    else:
-        targeted = [n for n in both if any(n == t or n.endswith("." + t) for t in targets or ())]
-    kept = [n for n in both if any(n.endswith(s) for s in saved)]
-    if not ensure:
-        if targeted or kept:
-            warnings.warn(_TIED_WARNING, stacklevel=6)
-        return _Tying()
-    if kept:
-        cfg.modules_to_save = [s for s in saved if not any(h.endswith(s) for h in heads)]
-        if embedding not in cfg.modules_to_save:
-            cfg.modules_to_save.append(embedding)
-        return _Tying(saved=heads)
-    if targeted:
-        if isinstance(targets, str):
-            cfg.target_modules = rf"(?:{targets}|^{re.escape(embedding)}$)"
-        else:
-            own = {t for t in targets if not any(h == t or h.endswith("." + t) for h in heads)}
-            cfg.target_modules = own | {embedding}
-        return _Tying(targets=heads)
-    warnings.warn(
-        "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
-        "`target_modules`",
-        stacklevel=6,
-    )
-    return _Tying()
-
-
-def _plan_tokens(
-    inventory: Inventory, cfg: PeftConfig, rows: Any, heads: list[str]
-) -> tuple[dict[str, list[int]], list[str]]:
-    if rows is None:
-        return {}, []
-    if not isinstance(rows, dict):
-        if not hasattr(inventory.model, "get_input_embeddings"):
-            raise ValueError(
-                "trainable_token_indices as a list needs a model with get_input_embeddings(); give a dict "
-                "{module name: rows} instead"
-            )
-        rows = {embedding_name(inventory): rows}
-    plan: dict[str, list[int]] = {}
-    for target, indices in rows.items():
-        found = [n for n in inventory.names if n == target or n.endswith("." + target)]
-        if not found:
-            raise ValueError(
-                f"trainable_token_indices: no module named {target!r} in the model."
-                f"{close_matches(target, _tails(inventory.names))}"
-            )
-        for key in found:
-            module = inventory.module(key)
-            weight = getattr(module, "weight", None)
-            if isinstance(module, BaseTunerLayer) or not isinstance(weight, Tensor) or weight.dim() != 2:
-                raise ValueError(f"trainable_token_indices: {key!r} is a {type(module).__name__}, not a table of rows")
-            outside = [i for i in indices if i >= weight.shape[0]]
-            if outside:
-                raise ValueError(
-                    f"trainable_token_indices {outside} are outside {key!r}, which has rows 0 to {weight.shape[0] - 1}"
-                )
-            plan[key] = list(indices)
-    embedding = embedding_name(inventory) if heads else None
-    if embedding not in plan:
-        return plan, []
-    own = {h: plan[h] for h in heads if h in plan}
-    if any(indices != plan[embedding] for indices in own.values()):
-        if getattr(cfg, "ensure_weight_tying", False):
-            raise ValueError(
-                "ensure_weight_tying: modules that share one weight cannot train different rows of it, got "
-                f"trainable_token_indices { ({embedding: plan[embedding], **own}) }"
-            )
-        return plan, []  # rows of their own, as asked
-    return {key: indices for key, indices in plan.items() if key not in own}, list(heads)

@@ -24,7 +24,7 @@ from peftfast.tasks import model_class
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import full_names
-from peftfast.wrapping.targets import linear_modules
+from peftfast.wrapping.targets import linear_modules, name_ends
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _targets(
     rows, taken = [], set(adapted)
     for target in sorted(asked):
         meant = [n for n in names if n == target or n.endswith("." + target)]
-        known = {n.rpartition(".")[2] for n in names} if "." not in target else set(names)
+        known = name_ends(names) if "." not in target else set(names)
         rows.append(
             PlannedTarget(
                 target,

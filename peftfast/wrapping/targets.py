@@ -123,6 +123,11 @@ class Matcher:
         return sorted(t for t in self._exact if not self.hits[t])
 
 
+def name_ends(names: Iterable[str]) -> set[str]:
+    """The last parts of modules' names, which is what people write."""
+    return {n.rpartition(".")[2] for n in names}
+
+
 def model_type(model: nn.Module) -> str | None:
     """`config.model_type` of a transformers model, None of any other."""
     config = getattr(model, "config", None)
@@ -272,7 +277,7 @@ def report_matches(
         if getattr(cfg, "layers_pattern", None) is not None:
             message += f" You also specified 'layers_pattern': {cfg.layers_pattern}."
         if not isinstance(targets, str):
-            known = {n.rpartition(".")[2] for n in names}
+            known = name_ends(names)
             message += "".join(close_matches(t, known) for t in sorted(targets or ()))
         raise NoMatchingPeftModuleError(message)
     complaints = []
@@ -285,7 +290,7 @@ def report_matches(
             stacklevel=5,
         )
     for target in matcher.unmatched():
-        known = {n.rpartition(".")[2] for n in names} if "." not in target else set(names)
+        known = name_ends(names) if "." not in target else set(names)
         complaints.append(f"target_modules: {target!r} matched no module.{close_matches(target, known)}")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = {k: compiled(k, name, r"(.*\.)?({})$") for k in getattr(cfg, name, None) or {}}

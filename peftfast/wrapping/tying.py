@@ -1,0 +1,171 @@
+"""Weights that a model ties to its input embedding, and rows of them that are trained: what a config means for every
+module that has such a weight."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.errors import close_matches
+from peftfast.layer import BaseTunerLayer
+from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.wrapping.targets import name_ends
+
+if TYPE_CHECKING:
+    from peftfast.wrapping.inventory import Inventory
+
+
+@dataclass
+class Tying:
+    """Modules that follow the input embedding's adapter: adapted ones, and ones of which a copy is kept."""
+
+    targets: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+
+
+def embedding_name(inventory: Inventory) -> str:
+    """Name of the input embedding inside the model."""
+    embedding = inventory.model.get_input_embeddings()
+    for name in inventory.names:
+        if inventory.module(name) is embedding:
+            return name
+    # get_input_embeddings answers with what a wrapper stands for
+    for key, wrapper in (*inventory.layers.items(), *inventory.extras.items()):
+        if isinstance(wrapper, BaseTunerLayer) and wrapper.base_layer is embedding:
+            return key
+        if isinstance(wrapper, AuxiliaryTrainingWrapper) and wrapper.original_module is embedding:
+            return key
+    raise ValueError("The model's input embedding is not among its modules")
+
+
+def tied_module_names(inventory: Inventory) -> list[str]:
+    """Modules whose weight is the input embedding's, other than the embedding itself."""
+    model = inventory.model
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_input_embeddings"):
+        return []
+    embedding = embedding_name(inventory)
+    own = {key.rpartition(".")[0]: source for key, source in _tied_keys(inventory).items()}
+    weight = _base_weight(inventory.module(embedding))
+    tied = []
+    for name, source in own.items():
+        if name in inventory.names and name != embedding:
+            same = _base_weight(inventory.module(name)) is weight
+            if same or source is None or source.rpartition(".")[0] == embedding:
+                tied.append(name)
+    return tied
+
+
+def _tied_keys(inventory: Inventory) -> dict[str, str | None]:
+    """Parameter -> the one it is tied to, as the model and its parts declare; None where they do not say to which."""
+    found: dict[str, str | None] = {}
+    for prefix in ("", *inventory.names):
+        module = inventory.module(prefix) if prefix else inventory.model
+        keys = getattr(module, "_tied_weights_keys", None) or ()
+        inside = f"{prefix}." if prefix else ""
+        for key in keys:
+            found.setdefault(inside + key, inside + keys[key] if isinstance(keys, Mapping) else None)
+    return found
+
+
+def _base_weight(module: nn.Module) -> Tensor | None:
+    """The weight of a module, or of the one that an adapter or a kept copy stands for."""
+    module = getattr(module, "original_module", module)
+    return getattr(getattr(module, "base_layer", module), "weight", None)
+
+
+_TIED_WARNING = (
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not "
+    "set to True. This can lead to complications, for example when merging the adapter or converting your model to "
+    "formats other than safetensors."
+)
+
+
+def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> Tying:
+    ensure = getattr(cfg, "ensure_weight_tying", False)
+    if not heads:
+        if ensure:
+            warnings.warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model",
+                          stacklevel=6)  # fmt: skip
+        return Tying()
+    embedding = embedding_name(inventory)
+    both = [embedding, *heads]
+    targets, saved = cfg.target_modules, list(getattr(cfg, "modules_to_save", None) or ())
+    if isinstance(targets, str):
+        targeted = [n for n in both if re.fullmatch(targets, n)]
+    else:
+        targeted = [n for n in both if any(n == t or n.endswith("." + t) for t in targets or ())]
+    kept = [n for n in both if any(n.endswith(s) for s in saved)]
+    if not ensure:
+        if targeted or kept:
+            warnings.warn(_TIED_WARNING, stacklevel=6)
+        return Tying()
+    if kept:
+        cfg.modules_to_save = [s for s in saved if not any(h.endswith(s) for h in heads)]
+        if embedding not in cfg.modules_to_save:
+            cfg.modules_to_save.append(embedding)
+        return Tying(saved=heads)
+    if targeted:
+        if isinstance(targets, str):
+            cfg.target_modules = rf"(?:{targets}|^{re.escape(embedding)}$)"
+        else:
+            own = {t for t in targets if not any(h == t or h.endswith("." + t) for h in heads)}
+            cfg.target_modules = own | {embedding}
+        return Tying(targets=heads)
+    warnings.warn(
+        "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
+        "`target_modules`",
+        stacklevel=6,
+    )
+    return Tying()
+
+
+def plan_tokens(
+    inventory: Inventory, cfg: PeftConfig, rows: Any, heads: list[str]
+) -> tuple[dict[str, list[int]], list[str]]:
+    if rows is None:
+        return {}, []
+    if not isinstance(rows, dict):
+        if not hasattr(inventory.model, "get_input_embeddings"):
+            raise ValueError(
+                "trainable_token_indices as a list needs a model with get_input_embeddings(); give a dict "
+                "{module name: rows} instead"
+            )
+        rows = {embedding_name(inventory): rows}
+    plan: dict[str, list[int]] = {}
+    for target, indices in rows.items():
+        found = [n for n in inventory.names if n == target or n.endswith("." + target)]
+        if not found:
+            raise ValueError(
+                f"trainable_token_indices: no module named {target!r} in the model."
+                f"{close_matches(target, name_ends(inventory.names))}"
+            )
+        for key in found:
+            module = inventory.module(key)
+            weight = getattr(module, "weight", None)
+            if isinstance(module, BaseTunerLayer) or not isinstance(weight, Tensor) or weight.dim() != 2:
+                raise ValueError(f"trainable_token_indices: {key!r} is a {type(module).__name__}, not a table of rows")
+            outside = [i for i in indices if i >= weight.shape[0]]
+            if outside:
+                raise ValueError(
+                    f"trainable_token_indices {outside} are outside {key!r}, which has rows 0 to {weight.shape[0] - 1}"
+                )
+            plan[key] = list(indices)
+    embedding = embedding_name(inventory) if heads else None
+    if embedding not in plan:
+        return plan, []
+    own = {h: plan[h] for h in heads if h in plan}
+    if any(indices != plan[embedding] for indices in own.values()):
+        if getattr(cfg, "ensure_weight_tying", False):
+            raise ValueError(
+                "ensure_weight_tying: modules that share one weight cannot train different rows of it, got "
+                f"trainable_token_indices { ({embedding: plan[embedding], **own}) }"
+            )
+        return plan, []  # rows of their own, as asked
+    return {key: indices for key, indices in plan.items() if key not in own}, list(heads)
