@@ -211,18 +211,21 @@ class _Collect(torch.autograd.Function):
 
 #: What transformers calls a cache among the inputs of models and layers; the second name since 5.24.
 CACHE_NAMES = ("past_key_values", "cache")
+#: The same, and what state-space models called theirs up to 5.23, in which there are no keys and values.
+STATE_NAMES = (*CACHE_NAMES, "cache_params")
 
 
-def cache_name(module: nn.Module) -> str | None:
-    """The name under which `module` takes a cache, None if it takes none."""
+def cache_name(module: nn.Module, names: Sequence[str] = CACHE_NAMES) -> str | None:
+    """The one of these names under which `module` takes a cache, None if it takes none."""
     parameters = inspect.signature(module.forward).parameters
-    return next((name for name in CACHE_NAMES if name in parameters), None)
+    return next((name for name in names if name in parameters), None)
 
 
 def take_cache(inputs: dict[str, Any], model: nn.Module) -> tuple[str, Any]:
     """The name under which `model` takes a cache, and the cache, taken out of `inputs` whatever it was called there."""
-    given = [inputs.pop(name) for name in CACHE_NAMES if name in inputs]
-    return cache_name(model) or CACHE_NAMES[0], next((cache for cache in given if cache is not None), None)
+    given = [inputs.pop(name) for name in STATE_NAMES if name in inputs]
+    name = cache_name(model, STATE_NAMES) or CACHE_NAMES[0]
+    return name, next((cache for cache in given if cache is not None), None)
 
 
 def checkpointable_layers(model: nn.Module) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig, PromptLearningConfig
 from peftfast.errors import PeftWarning, close_matches
 from peftfast.method import method_for
-from peftfast.prompts.prefix_cache import CACHE_NAMES
+from peftfast.prompts.prefix_cache import STATE_NAMES
 from peftfast.prompts.prompt import (
     BasePromptEncoder,
     Inputs,
@@ -212,7 +212,7 @@ class PromptTuner:
             inputs = {**inputs, "attention_mask": mask}
         if inputs.get("use_cache") is False:
             # every step sees all tokens again; a cache that comes back is that of the step before
-            inputs = {k: v for k, v in inputs.items() if k not in CACHE_NAMES}
+            inputs = {k: v for k, v in inputs.items() if k not in STATE_NAMES}
         return method.attach(encoder, cfg, inputs, self.model, generating=True)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
