@@ -102,10 +102,7 @@ class Bnb4Weight:
             if problem:
                 raise ValueError(f"{self.name or type(self.module).__name__}: {problem}")
             self._checked = seen
-        if getattr(self.module, "support_avx512bf16_for_cpu", False):
-            # On such CPUs bitsandbytes repacks a weight at the first forward without gradients and rounds its scales
-            # to bf16. A weight that adapters are trained against stays as it is.
-            self.module.support_avx512bf16_for_cpu = False
+        keep_layout(self.module)
         if getattr(state, "packing_format_for_cpu", False):
             self._undo_cpu_packing(state)
         return state
@@ -262,6 +259,13 @@ def _copy_state(own: Any, new: Any) -> None:
 
 
 # ---- quantising ------------------------------------------------------------------------------------------------------
+def keep_layout(module: nn.Module) -> None:
+    """On CPUs with AVX-512, bitsandbytes repacks a weight at the first forward without gradients and rounds its scales
+    to bf16 (and fails where rows are no multiple of 64). A weight that adapters are trained against stays as it is."""
+    if getattr(module, "support_avx512bf16_for_cpu", False):
+        module.support_avx512bf16_for_cpu = False
+
+
 @torch.no_grad()
 def _quantised(
     weight: Tensor,
@@ -295,6 +299,7 @@ def _quantised(
         quant_type=quant_type, quant_storage=quant_storage, module=module, bnb_quantized=True,
     )  # fmt: skip
     module.quant_state = state
+    keep_layout(module)  # the base may run before it has an adapter
     module.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
     return module
 

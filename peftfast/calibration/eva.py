@@ -372,7 +372,11 @@ def initialize_lora_eva_weights(
     kept = [k for k in keys if ranks[k]]
     if not kept:
         raise ValueError("EVA left no module with a rank; is `rho` or the data too small?")
-    changed = [k for k in kept if ranks[k] != inventory.layers[k].adapters[adapter_name].setting("r")]
+    own = {k: inventory.layers[k].adapters[adapter_name] for k in kept}
+    # made anew: those of another rank, and those that have had no values yet (low_cpu_mem_usage)
+    changed = [
+        k for k, a in own.items() if ranks[k] != a.setting("r") or any(t.is_meta for t in a.parameters().values())
+    ]
     drop_adapter(inventory, adapter_name, [k for k in keys if not ranks[k]])
     cfg.rank_pattern = pattern_of({k: ranks[k] for k in kept}, cfg.r)
     cfg.alpha_pattern = pattern_of({k: alphas[k] for k in kept}, cfg.lora_alpha)

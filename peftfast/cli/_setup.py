@@ -89,6 +89,8 @@ def load_base(source: str, settings: dict[str, Any]) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from peftfast.base.bnb4 import keep_layout
+
     dtype = getattr(torch, DTYPES[settings["dtype"]])
     options: dict[str, Any] = {"dtype": dtype}
     kind = settings["quantize"]
@@ -106,6 +108,8 @@ def load_base(source: str, settings: dict[str, Any]) -> PreTrainedModel:
         )
     with one_line(f"--model {settings['model']!r} could not be loaded"):
         model = AutoModelForCausalLM.from_pretrained(source, **options)
+    for module in model.modules():
+        keep_layout(module)
     model.config.use_cache = False  # training; generate() asks for its cache itself
     return model if kind != "none" else model.to(settings["device"])
 

@@ -89,4 +89,5 @@ class CalledSite:
     def magnify(
         self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
     ) -> Tensor:
-        return composed_magnify(self, x, y, a, b, g, scale, dropout)
+        dropping = self._dropout.training and not isinstance(self._dropout, nn.Identity)  # `drop` knows how
+        return composed_magnify(self, x, y, a, b, g, scale, 1.0 if dropping else 0.0)

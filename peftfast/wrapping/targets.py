@@ -99,15 +99,13 @@ class Matcher:
     def _matches(self, key: str) -> bool:
         if self._regex is not None:
             return self._regex.fullmatch(key) is not None
-        if key in self._exact:
-            self.hits[key] += 1
-            return True
-        if not self._suffixes or not key.endswith(self._suffixes):
-            return False
-        if self._layers and not self._in_layers(key):
-            return False
-        for target in self._exact:
-            if key.endswith("." + target):
+        if key not in self._exact:
+            if not self._suffixes or not key.endswith(self._suffixes):
+                return False
+            if self._layers and not self._in_layers(key):
+                return False
+        for target in self._exact:  # also where a whole name and its end are both targets
+            if key == target or key.endswith("." + target):
                 self.hits[target] += 1
         return True
 

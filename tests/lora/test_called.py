@@ -115,7 +115,7 @@ def test_modules_of_an_adapter_are_called(change, rows):
     assert not torch.allclose(ours(x), plain(x), atol=1e-4)  # the change is one
 
 
-@pytest.mark.parametrize("change", [zero_down, scale_input, replaced], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [zero_down, scale_input, replaced, dropped], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("config", [{"dora": True}, {"bias": True}], ids=str)
 def test_with_dora_and_a_bias(change, config):
     assert_same(change, 8, **config)

@@ -169,6 +169,22 @@ def test_tied_modules_named_with_other_rows():
     assert not hasattr(base, "peft_config")
 
 
+@pytest.mark.parametrize("name, embedding", [("llama tied", "embed_tokens"), ("gpt2", "wte"), ("bart", "shared")])
+def test_a_tied_embedding_is_matched(name, embedding, tmp_path):
+    """Named by its end while the config comes to hold its whole name too."""
+    make, other = MODELS[name], {"gpt2": "c_attn"}.get(name, "q_proj")
+    config = peftfast.LoraConfig(r=4, target_modules=[other, embedding], ensure_weight_tying=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.AdapterMismatchWarning)
+        model = peftfast.get_peft_model(seeded(make), config).eval()
+        randomise(model)
+        model.save_pretrained(tmp_path)
+        again = peftfast.PeftModel.from_pretrained(seeded(make), tmp_path, strict=True).eval()
+    torch.testing.assert_close(logits(again), logits(model))
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("library", [peft, peftfast])
 def test_what_is_a_bias(library, tmp_path):
     """Parameters called `bias`, not whatever has the word in its name: T5's tables of positions stay frozen."""

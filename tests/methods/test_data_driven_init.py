@@ -72,6 +72,20 @@ def test_eva_is_pefts(changes):
         torch.testing.assert_close(p[:rank].norm(dim=1), peer[name][:rank].norm(dim=1), rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_eva_after_loading_without_memory(rho):
+    """PEFT's recipe: factors on the meta device until EVA has found their values."""
+    expected = {n: p for n, p in initialised(peftfast, rho=rho).named_parameters() if "lora_" in n}
+    model = peftfast.get_peft_model(oracle.llama(), config(peftfast, rho=rho), low_cpu_mem_usage=True)
+    assert all(p.is_meta for n, p in model.named_parameters() if "lora_" in n)
+    peftfast.initialize_lora_eva_weights(model, batches(), show_progress_bar=False)
+    found = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    model(**batches()[0], labels=batches()[0]["input_ids"]).loss.backward()
+
+
 def test_eva_adapter_survives_its_file_in_both_libraries(tmp_path):
     model = initialised(peftfast)
     with torch.no_grad():

@@ -272,3 +272,19 @@ def test_pickled_model_computes_the_same():
     )
     x = torch.randn(3, 64)
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_base_keeps_its_layout_before_it_has_an_adapter(kind, monkeypatch):
+    """Where bitsandbytes would repack it at its first evaluation: AVX-512, rows that are no multiple of the block."""
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    base = torch.nn.Sequential(torch.nn.Linear(160, 64, bias=False)).eval()
+    peftfast.quantize_model(base, kind)
+    packed = base[0].weight.data.clone()
+    with torch.no_grad():
+        base(torch.randn(3, 160))
+    assert torch.equal(base[0].weight.data, packed) and not getattr(
+        base[0].weight.quant_state, "packing_format_for_cpu", False
+    )
