@@ -163,6 +163,21 @@ def test_settings_reach_config_and_model(tmp_path, capsys):
     assert {t.dtype for t in load_file(tmp_path / "a" / "adapter_model.safetensors").values()} == {torch.float32}
 
 
+def test_adalora_is_scheduled_over_the_run(tmp_path):
+    assert train(tmp_path, *QUICK, "--method", "adalora") == 0
+    steps = int(QUICK[QUICK.index("--steps") + 1])
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["total_step"] == steps
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_quantised_on_a_cpu_that_bitsandbytes_repacks_for(tmp_path, kind, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    assert train(tmp_path, *QUICK, "--quantize", kind) == 0
+
+
 def test_gradient_checkpointing_changes_no_number(tmp_path):
     train(tmp_path / "a", *QUICK)
     train(tmp_path / "b", *QUICK, "--gradient-checkpointing")

@@ -63,6 +63,8 @@ def make_config(settings: dict[str, Any]) -> PeftConfig:
     cls = classes[method]
     names = {f.name for f in fields(cls)}
     values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if "total_step" in names and "total_step" not in settings["set"] and "steps" in settings:
+        values["total_step"] = settings["steps"]  # of a schedule: as long as the run
     for option, name in FIELDS.items():
         if name in names:
             values[name] = settings[option]
