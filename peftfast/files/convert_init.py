@@ -20,7 +20,7 @@ from peftfast.config import PeftConfig
 from peftfast.files.io import load_peft_weights
 from peftfast.wrapping.targets import pattern_value
 
-_SLOT = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
+_SLOT = re.compile(r"\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?$")
 
 
 def as_plain_lora(
@@ -52,16 +52,16 @@ def as_plain_lora(
         if key not in start:
             raise ValueError(f"The initial adapter in {initial} has no {key!r}")
         before = start[key].to(tensor)
-        # a layer with fewer directions than the rank has fewer rows, but in the plain LoRA as many as any other
-        missing = 2 * (pattern_value(cfg.rank_pattern, _SLOT.sub("", key), cfg.r) - min(tensor.shape[:2]))
-        if key.endswith((".lora_A.weight", ".lora_embedding_A")):
-            rest = [tensor.new_zeros(missing, *tensor.shape[1:])] if missing > 0 else []
-            result[key] = torch.cat([tensor, before, *rest], dim=0)
-        elif key.endswith((".lora_B.weight", ".lora_embedding_B")):
-            rest = [tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])] if missing > 0 else []
-            result[key] = torch.cat([tensor, -before, *rest], dim=1)
-        else:
+        slot = _SLOT.search(key)
+        if slot is None:
             result[key] = tensor
+            continue
+        ranks = 0 if slot["factor"] == "A" else 1
+        # a layer with fewer directions than the rank has fewer of them, but in the plain LoRA as many as any other
+        missing = list(tensor.shape)
+        missing[ranks] = 2 * max(0, pattern_value(cfg.rank_pattern, key[: slot.start()], cfg.r) - missing[ranks])
+        parts = [tensor, before if slot["factor"] == "A" else -before, tensor.new_zeros(missing)]
+        result[key] = torch.cat(parts, dim=ranks)
     plain: Any = copy.deepcopy(cfg)
     plain.init_lora_weights = True
     plain.r = cfg.r * 2

@@ -220,9 +220,10 @@ def test_conversion_to_a_plain_lora(init, extra, tmp_path):
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_conversion_where_a_layer_has_fewer_directions_than_the_rank(init, tmp_path):
     torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 3))
-    plain, x = copy.deepcopy(base), torch.randn(5, 16)
-    options = {"r": 4, "target_modules": ["0", "1"], "rank_pattern": {"0": 6}, "init_lora_weights": init}
+    nn = torch.nn  # a convolution of fewer channels than the rank has enough directions all the same
+    base = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 3))
+    plain, x = copy.deepcopy(base), torch.randn(5, 3, 3, 3)
+    options = {"r": 4, "target_modules": ["0", "2", "3"], "rank_pattern": {"2": 6}, "init_lora_weights": init}
     model = peftfast.get_peft_model(base, peftfast.LoraConfig(**options))
     model.save_pretrained(tmp_path / "initial")
     with torch.no_grad():
