@@ -70,13 +70,13 @@ class Adapter:
         """`site`, or, where calling this adapter's modules is more than a product with their weights, one that calls
         them."""
         holders = self.holders
-        if holders is None:
+        if holders is None or holders.are_plain():
             return site
         if holders.replaced:
             self.locate()
             self._layer._plan = None
             holders = self.holders
-        return CalledSite(site, holders) if holders.touched else site
+        return site if holders.are_plain() else CalledSite(site, holders)
 
     def __getitem__(self, slot: str) -> Tensor:
         """The tensor of a slot ("lora_A"), or the bias of a slot's holder ("lora_B.bias")."""

@@ -49,7 +49,8 @@ def threshold(prob: float) -> int:
 
 
 def keep_scale(prob: float) -> float:
-    """``1 / (1 - p)`` for the quantised p; 0.0 where everything is dropped, so that no NaN can appear."""
+    """``1 / (1 - p)`` for the quantised p: 1.0 without dropout; 0.0 where everything is dropped, so that no NaN can
+    appear."""
     kept = (1 << THRESHOLD_BITS) - threshold(prob)
     return (1 << THRESHOLD_BITS) / kept if kept else 0.0
 

@@ -18,7 +18,7 @@ WIDE_CHUNK = 1 << 19  # elements of half-precision activations held in fp32 at a
 def _reference(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     dtype = accumulate_dtype(x, a)
     kept = keep_mask.reference(seed, prob, x.shape[0], x.shape[1], x.device)
-    return torch.where(kept, x.to(dtype), 0) @ a.to(dtype).t() * (keep_scale(prob) if threshold(prob) else 1.0)
+    return torch.where(kept, x.to(dtype), 0) @ a.to(dtype).t() * keep_scale(prob)
 
 
 def scaled_product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,12 @@ from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks, tr
 WIDE_CHUNK = 1 << 19  # elements of the fp32 update held at a time: 2 MiB
 
 
+def base_product(x: Tensor, w: Operand, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias [M, N], by torch."""
+    wt = weight_kn(w, x.dtype)
+    return torch.mm(x, wt) if bias is None else torch.addmm(bias.to(x.dtype), x, wt)
+
+
 def add_update_(y: Tensor, t: Tensor, bt: Tensor, scale: float) -> Tensor:
     """y += scale * t bt, in place; t [M, R], bt [R, N]."""
     if t.dtype == y.dtype:
@@ -44,7 +50,7 @@ def add_masked_update_(y: Tensor, p: Tensor, a: Tensor, seed: Tensor | None, pro
 
 def _masked_update_reference(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torch.dtype) -> Tensor:
     kept = keep_mask.reference(seed, prob, p.shape[0], a.shape[1], p.device)
-    update = p.to(dtype) @ a.to(dtype) * (keep_scale(prob) if threshold(prob) else 1.0)
+    update = p.to(dtype) @ a.to(dtype) * keep_scale(prob)
     return torch.where(kept, update, 0)
 
 
@@ -104,9 +110,7 @@ def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, 
 
     x [M, K], w an operand [N, K], bias [N] or None, t [M, R] and b [N, R] in x's dtype or both in fp32.
     """
-    wt = weight_kn(w, x.dtype)
-    y = torch.mm(x, wt) if bias is None else torch.addmm(bias.to(x.dtype), x, wt)
-    return add_update_(y, t, transposed(b), scale)
+    return add_update_(base_product(x, w, bias), t, transposed(b), scale)
 
 
 # -- dx = dy W + drop'(p a) --------------------------------------------------------------------------------------------

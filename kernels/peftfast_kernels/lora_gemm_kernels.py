@@ -11,9 +11,10 @@ from torch import Tensor
 
 from peftfast_kernels import dispatch
 from peftfast_kernels.configs import Tile, chip_of, dot_precision, rank_tile, tile
-from peftfast_kernels.decode import Operand, weight_kn, weight_nk
+from peftfast_kernels.decode import Operand, weight_nk
 from peftfast_kernels.decode_kernels import decode_arguments, decode_variant
 from peftfast_kernels.keep_mask import keep_scale, threshold
+from peftfast_kernels.lora_gemm import base_product
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import grouped_order, keep_tile, narrow, operand, owner, padded, pick, row_keys, total
 from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, NO_MATRIX, Variant
@@ -306,14 +307,13 @@ def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, 
     """
     if dispatch.fuses("lora_gemm", x, w, bias, t, b, scale):
         return _gemm(x, w, bias, t, b.t(), scale, None, 0.0, transposed=False)
-    wt = weight_kn(w, x.dtype)
-    y = torch.mm(x, wt) if bias is None else torch.addmm(bias.to(x.dtype), x, wt)
+    y = base_product(x, w, bias)
     return _expand(y, t, b.t(), scale, None, 0.0, out=y)
 
 
 def lora_gemm_t(dy: Tensor, w: Operand, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     """Launches the same kernel transposed, or, where the table prefers cuBLAS, its product and one masked pass."""
-    scale = keep_scale(prob) if threshold(prob) else 1.0
+    scale = keep_scale(prob)
     if dispatch.fuses("lora_gemm_t", dy, w, p, a, seed, prob):
         return _gemm(dy, w, None, p, a, scale, seed, prob, transposed=True)
     dx = torch.mm(dy, weight_nk(w, dy.dtype))
@@ -328,7 +328,7 @@ def lora_add(y: Tensor, t: Tensor, b: Tensor, scale: float) -> Tensor:
 def lora_dx(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torch.dtype) -> Tensor:
     """Launches a 2D grid, one program per [BM, BK] tile of dx."""
     out = torch.empty(p.shape[0], a.shape[1], dtype=dtype, device=p.device)
-    return _expand(None, p, a, keep_scale(prob) if threshold(prob) else 1.0, seed, prob, out)
+    return _expand(None, p, a, keep_scale(prob), seed, prob, out)
 
 
 def variants(chip: str):

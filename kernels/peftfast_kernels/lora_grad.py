@@ -40,7 +40,7 @@ def _reference(
         grads.append(dy.to(dtype).t() @ t.to(dtype) * scale)
     if x is not None:
         kept = torch.where(keep_mask.reference(seed, prob, *x.shape, x.device), x.to(dtype), 0)
-        grads.append(p.to(dtype).t() @ kept * (keep_scale(prob) if threshold(prob) else 1.0))
+        grads.append(p.to(dtype).t() @ kept * keep_scale(prob))
     return grads
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from peftfast_kernels import dispatch
 from peftfast_kernels.configs import Tile, chip_of, dot_precision, rank_tile, tile
-from peftfast_kernels.decode import Operand, weight_kn
+from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import decode_arguments, decode_variant
+from peftfast_kernels.lora_gemm import base_product
 from peftfast_kernels.lora_gemm_kernels import (
     adapter_tile,
     contract,
@@ -172,10 +173,7 @@ def siblings_gemm(
     }
     rank = max(shared["RS"])
     if arguments is None:
-        ys = []
-        for one, own in zip(w, bias, strict=True):
-            wt = weight_kn(one, x.dtype)
-            ys.append(torch.mm(x, wt) if own is None else torch.addmm(own.to(x.dtype), x, wt))
+        ys = [base_product(x, *own) for own in zip(w, bias, strict=True)]
         if m:
             config = tile("expand", chip)
             widths = tuple([y.shape[1] for y in ys])

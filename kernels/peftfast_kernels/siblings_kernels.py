@@ -124,7 +124,7 @@ def masks_of(seeds, probs, stand_in: Tensor) -> dict:
 
 
 def keep_scales(probs: Sequence[float]) -> tuple[float, ...]:
-    return tuple([keep_scale(prob) if threshold(prob) else 1.0 for prob in probs])
+    return tuple([keep_scale(prob) for prob in probs])
 
 
 def _depth(config: Tile, bm: int, br: int, members: int, single: bool, dropping: bool) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfast.ops.function import apply, second_order
+from peftfast.ops.function import apply, gradients_of, second_order
 
 #: Up to so many runs of rows a loop over them takes less time on a CPU than the grouped product.
 _LOOPED = 8
@@ -124,9 +124,8 @@ def _again(ctx: Any, dy: Tensor) -> tuple:
     x, _, a, b, w = ctx.saved_tensors
     if a is None:
         return torch.cat([dy[s:t] @ w[e].t().to(dy.dtype) for e, s, t in ctx.groups.runs]), *(None,) * 5
-    wanted = [t for t, need in zip((x, a, b), ctx.needs_input_grad, strict=False) if need]
-    found = iter(torch.autograd.grad(_composed(x, a, b, w, ctx.groups, ctx.scale), wanted, dy, create_graph=True))
-    return (*(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None, None)
+    y = _composed(x, a, b, w, ctx.groups, ctx.scale)
+    return (*gradients_of(y, (x, a, b), ctx.needs_input_grad[:3], dy), None, None, None)
 
 
 class _ExpertsLinear(torch.autograd.Function):

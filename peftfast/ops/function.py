@@ -17,12 +17,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     torch's `once_differentiable`, at no cost in the usual backward pass, which records nothing that could be
     differentiated.
     """
-    guarded = once_differentiable(backward)
-
-    def wrapper(ctx: Any, *grads: Any) -> Any:
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
-
-    return wrapper
+    return second_order(once_differentiable(backward))(backward)
 
 
 def second_order(again: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -25,11 +25,15 @@ from peftfast_kernels.lora_gemm import lora_add, lora_dx, lora_gemm, lora_gemm_t
 from peftfast_kernels.lora_grad import lora_factor_grads
 
 
+def _draw(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.randint(-(2**62), 2**62, shape, dtype=torch.int64, device=x.device)
+
+
 def draw_seed(x: Tensor, dropout: float) -> Tensor | None:
     """A seed from the device's default generator: recomputation under checkpointing draws the same one."""
     if dropout == 0.0:
         return None
-    return torch.randint(-(2**62), 2**62, (), dtype=torch.int64, device=x.device)
+    return _draw(x, ())
 
 
 def draw_seeds(x: Tensor, plans: Sequence[Plan]) -> list[Tensor | None]:
@@ -37,7 +41,7 @@ def draw_seeds(x: Tensor, plans: Sequence[Plan]) -> list[Tensor | None]:
     dropping = sum(plan.dropout > 0.0 for plan in plans)
     if dropping == 0:
         return [None] * len(plans)
-    seeds = iter(torch.randint(-(2**62), 2**62, (dropping,), dtype=torch.int64, device=x.device).unbind())
+    seeds = iter(_draw(x, (dropping,)).unbind())
     return [next(seeds) if plan.dropout > 0.0 else None for plan in plans]
 
 

@@ -33,7 +33,7 @@ class BoundLora:
         scaling, dropouts: what the layer keeps per adapter; `name` is the adapter's.
     """
 
-    __slots__ = ("product", "down", "up", "scaling", "dropouts", "name", "_places", "_hooks", "_own", "_made")
+    __slots__ = ("product", "down", "up", "scaling", "dropouts", "name", "holders", "_made")
 
     def __init__(
         self,
@@ -46,8 +46,7 @@ class BoundLora:
         holders: Holders,
     ) -> None:
         self.product, self.down, self.up = product, down, up
-        self.scaling, self.dropouts, self.name = scaling, dropouts, name
-        self._places, self._hooks, self._own = holders.places, holders.hooks, holders.own
+        self.scaling, self.dropouts, self.name, self.holders = scaling, dropouts, name, holders
         #: The last operand and the plan for it: one attribute, so that threads never see halves of two.
         self._made: tuple[Operand | None, Plan | None] = (None, None)
 
@@ -57,14 +56,8 @@ class BoundLora:
 
     def part(self, x: Tensor, drops: bool = True) -> Part | None:
         """What x is to be multiplied by, None where this call is not a plain one; `drops` False leaves dropout out."""
-        for kept, name, module in self._places:  # as `Holders.replaced` and `touched`, in fewer steps
-            if kept.get(name) is not module:
-                return None
-        if any(self._hooks):
+        if not self.holders.are_plain():
             return None
-        for own in self._own:
-            if "forward" in own:
-                return None
         a, b = self.down[0].get(self.down[1]), self.up[0].get(self.up[1])
         scale = self.scaling[self.name]
         if a is None or b is None or not is_plain(a, b) or isinstance(scale, Tensor):

@@ -50,10 +50,15 @@ class Holders:
         """Whether the layer keeps other modules by now."""
         return any(kept.get(name) is not module for kept, name, module in self.places)
 
-    @property
-    def touched(self) -> bool:
-        """Whether calling one of them is more than its product."""
-        return self.foreign or any(self.hooks) or any("forward" in own for own in self.own)
+    def are_plain(self) -> bool:
+        """Whether these are the layer's modules still, and calling them is no more than their products."""
+        for kept, name, module in self.places:  # every call of every layer comes by here
+            if kept.get(name) is not module:
+                return False
+        for own in self.own:
+            if "forward" in own:
+                return False
+        return not (self.foreign or any(self.hooks))
 
 
 class CalledSite:
