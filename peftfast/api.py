@@ -23,6 +23,7 @@ from peftfast.training.checkpointing import checkpointing_switches, is_checkpoin
 from peftfast.tuners.tuner import adapted_modules
 from peftfast.wrapping.injection import plan_injection
 from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.replication import replicated
 
 
 def get_peft_model(
@@ -134,7 +135,10 @@ def patch(
         trial.validate()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = plan_injection(Inventory(model, {}), "trial", trial, method, strict=options.get("strict", False))
+            with replicated(model, trial):
+                found = plan_injection(
+                    Inventory(model, {}), "trial", trial, method, strict=options.get("strict", False)
+                )
         packed = [name for name, _, _ in planned.places if name in found.parameters]
         if packed:
             raise ValueError(f"target_parameters match weights of {packed}, which {quantize=} would pack; skip them")

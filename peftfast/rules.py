@@ -117,6 +117,16 @@ def sequence(of: Rule) -> Rule:
     )
 
 
+def pair(of: Rule) -> Rule:
+    """A list or tuple of two."""
+    return Rule(
+        f"a pair in which each is {of.expects}",
+        lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(of.typed(e) for e in v),
+        lambda v: all(of.valid(e) for e in v),
+        {"type": "array", "items": of.schema, "minItems": 2, "maxItems": 2},
+    )
+
+
 def table(values: Rule | None = None) -> Rule:
     """A dict with string keys."""
     if values is None:

@@ -69,12 +69,16 @@ _NO_LORA = Rule(REFUSES, lambda f: f.kind != "LORA", "knows LORA only, this is {
 
 _FUSED = Rule(UNKNOWN, lambda f: f.parameters, "target_parameters: not in that file, and releases differ in it")
 
+# the files named below read fields of the config by name, none of them this one
+_STACKED = Rule(WRONG, lambda f: f.field("layer_replication"), "leaves the base's layers as they are; serve it merged")
+
 SERVERS: dict[str, tuple[Rule, ...]] = {
     # vllm-project/vllm, vllm/lora/peft_helper.py, e745bafffc44744aa601169f8c6f325e47ca7cd5: validate_legal and
     # __post_init__; fields that the class does not declare (the patterns) are dropped in from_dict
     "vLLM": (
         _NO_LORA,
         _FUSED,
+        _STACKED,
         Rule(REFUSES, lambda f: f.saved, "supports no modules_to_save, this has {f.saved}"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
         Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "supports no bias={f.cfg.bias!r} by default"),
@@ -90,6 +94,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     "SGLang": (
         _NO_LORA,
         _FUSED,
+        _STACKED,
         Rule(REFUSES, lambda f: f.uneven_scale, "takes no rank_pattern or alpha_pattern that changes a value"),
         Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / r, rsLoRA by its root"),
         Rule(
@@ -103,6 +108,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     "llama.cpp": (
         _NO_LORA,
         _FUSED,
+        _STACKED,
         Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved}"),
         Rule(REFUSES, lambda f: f.tokens, "its converter takes factors only, this trains single tokens"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "its converter takes factors only, DoRA has magnitudes"),
@@ -121,6 +127,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     "MLX": (
         _NO_LORA,
         _FUSED,
+        _STACKED,
         Rule(REFUSES, lambda f: f.uneven_scale, "knows one rank and one scale, whatever the file is converted to"),
         Rule(CONVERT, lambda f: True, "reads its own adapters.safetensors and config, not a PEFT folder"),
     ),

@@ -7,7 +7,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from peftfast.config import CheckedFields, PeftConfig, PeftType, checked, register_config, setting
-from peftfast.rules import boolean, either, instance, integer, number, one_of, only, optional, sequence, table, text
+from peftfast.rules import (
+    boolean,
+    either,
+    instance,
+    integer,
+    number,
+    one_of,
+    only,
+    optional,
+    pair,
+    sequence,
+    table,
+    text,
+)
 
 _NAMES = optional(either(text(), sequence(text())))
 _UNSUPPORTED = "peftfast does not implement this variant; train or run such adapters with PEFT itself"
@@ -139,7 +152,7 @@ class LoraConfig(PeftConfig):
     use_qalora: bool = setting(False, only(False, _UNSUPPORTED))
     qalora_group_size: int = setting(16, integer(1))
     monteclora_config: Any = setting(None, only(None, _UNSUPPORTED))
-    layer_replication: list[tuple[int, int]] | None = setting(None, only(None, _UNSUPPORTED))
+    layer_replication: list[tuple[int, int]] | None = setting(None, optional(sequence(pair(integer(0)))))
     runtime_config: LoraRuntimeConfig = setting(None, optional(instance(LoraRuntimeConfig)))
     lora_bias: bool = setting(False, boolean())
     target_parameters: list[str] | None = setting(None, optional(sequence(text())))

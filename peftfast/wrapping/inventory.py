@@ -20,6 +20,7 @@ from peftfast.sites.site import is_bias
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.model_merger import ModelMerger
 from peftfast.wrapping.parameter_layer import ParameterLayer
+from peftfast.wrapping.replication import Replication, ranges_of
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 from peftfast_kernels.op import get_backend
 
@@ -37,6 +38,7 @@ class Inventory:
         extras: module name -> wrapper of a module saved beside the adapter.
         numbers: adapter name -> its number in tensors of adapter numbers, given once and never again.
         control: how layers learn what a batch's mix is.
+        replication: how the model's layers are stacked anew, if an adapter says so.
     """
 
     def __init__(self, model: nn.Module, configs: dict[str, PeftConfig] | None = None) -> None:
@@ -50,17 +52,19 @@ class Inventory:
         self.numbers: dict[str, int] = {}
         self.control = Control()
         self.merger = ModelMerger(self)
+        self.replication: Replication | None = None
         self._next_number = 0
         self._places: dict[str, list[Place]] = {}
         self._number_tables: dict[torch.device, tuple[tuple[str, ...], Tensor]] = {}
         self._trainable: set[str] = set()  # adapters that set_adapter or set_requires_grad made trainable
-        self.names: dict[str, list[tuple[nn.Module, str]]] = {}  # every base module: where it hangs
-        self._inner: dict[str, list[tuple[nn.Module, str]]] = {}  # layers inside layers: where those hang
         self._list()
         for name in self.configs:
             self._give_number(name)
 
     def _list(self) -> None:
+        """Find every module of the model, and the layers that are there already."""
+        self.names: dict[str, list[tuple[nn.Module, str]]] = {}  # every base module: where it hangs
+        self._inner: dict[str, list[tuple[nn.Module, str]]] = {}  # layers inside layers: where those hang
         first_place: dict[int, str] = {}
         inside: str | None = None
         for name, module in self.model.named_modules(remove_duplicate=False):
@@ -188,12 +192,15 @@ class Inventory:
         first = not self.configs and not any(layer.adapters for layer in self.layers.values())
         fields_before = dict(cfg.__dict__)
         present = {wrapper for _, wrapper in self.wrappers()}
+        replicates = self._replicate(name, cfg)
         try:
             injection = self._inject(name, cfg, strict, options)
         except BaseException:
             cfg.__dict__.clear()
             cfg.__dict__.update(fields_before)
             self._forget(name)
+            if replicates:
+                self._restore_layers()
             raise
         self.configs[name] = cfg
         self._give_number(name)
@@ -209,6 +216,30 @@ class Inventory:
         injection = plan_injection(self, name, cfg, method_for(cfg), strict=strict, **options)
         injection.apply()
         return injection
+
+    def _replicate(self, name: str, cfg: PeftConfig) -> bool:
+        """Stack the model's layers as the config says, before anything is matched; whether that changed the model."""
+        if self.replication is not None and not (self.configs or self.layers or self.extras):
+            self._restore_layers()
+        ranges, present = ranges_of(cfg), self.replication.ranges if self.replication is not None else ()
+        if ranges == present:
+            return False
+        if present or self.configs:
+            raise ValueError(
+                f"Adapter {name} has layer_replication={[list(r) for r in ranges] or None}, but the layers of this "
+                f"model are stacked as {[list(r) for r in present] or None} for {sorted(self.configs)}: all adapters "
+                "of a model need the same"
+            )
+        replication = Replication(self.model, ranges)
+        replication.apply(self.model)
+        self.replication = replication
+        self._list()
+        return True
+
+    def _restore_layers(self) -> None:
+        self.replication.undo(self.model)
+        self.replication = None
+        self._list()
 
     def _check_base_is_whole(self, name: str, cfg: PeftConfig) -> None:
         """ValueError if the adapter would start from a weight that others are merged into."""
@@ -440,6 +471,10 @@ class Inventory:
         for key, wrapper in self.extras.items():
             module = wrapper.unload_and_optionally_merge_module(False, safe_merge, adapter_names)
             self.replace(key, module)
+        if self.replication is not None and merge:
+            self.replication.part()
+        elif self.replication is not None:
+            self._restore_layers()
         self.merger.say_if_untied()
         self.layers, self.extras, self._inner = {}, {}, {}
         self.configs.clear()

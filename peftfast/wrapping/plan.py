@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,7 @@ from peftfast.tasks import model_class
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import full_names
+from peftfast.wrapping.replication import replicated
 from peftfast.wrapping.targets import linear_modules, name_ends
 
 
@@ -160,16 +162,20 @@ def plan_adapter(
         keep_head(base, cfg)
     inventory = Inventory(base, {})
     plan = AdapterPlan(total_parameters=_count_base(inventory))
-    with warnings.catch_warnings(record=True) as caught:
+    inventory, injection = Inventory(base, {}), None
+    with warnings.catch_warnings(record=True) as caught, ExitStack() as stack:
         warnings.simplefilter("always")
         try:
             cfg.validate()
+            if not isinstance(model, PeftModel):  # else they are stacked already
+                stack.enter_context(replicated(base, cfg))
+                inventory = Inventory(base, {})
             injection = plan_injection(
                 inventory, "planned", cfg, method_for(cfg), strict=strict,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
         except ValueError as e:
-            plan.refusal, injection = str(e), None
+            plan.refusal = str(e)
     plan.notes = list(dict.fromkeys(str(w.message) for w in caught))
     plan.targets = _targets(config, cfg, inventory, injection.targets if injection is not None else ())
     plan.targets += _parameter_targets(cfg, full_names(injection.parameters) if injection is not None else ())

@@ -105,7 +105,7 @@ def test_values_written_later_are_checked_before_anything_changes():
         ({"bias": "lora"}, "Did you mean 'lora_only'"),
         ({"task_type": "CAUSAL"}, "Invalid task type: 'CAUSAL'.*CAUSAL_LM"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens.*does not implement"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication.*does not implement"),
+        ({"layer_replication": [[0, -1]]}, "layer_replication.*at least 0"),
     ],
 )
 def test_combinations(options, message):
