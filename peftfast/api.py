@@ -21,6 +21,7 @@ from peftfast.model import PeftModel, refuse_peft_model
 from peftfast.tasks import model_class
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
 from peftfast.tuners.tuner import adapted_modules
+from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.injection import plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import replicated
@@ -163,7 +164,7 @@ def inject_adapter_in_model(
     inventory = inventory_of(model)
     keys = None if state_dict is None else adapted_modules(state_dict, method_for(peft_config).prefix)
     first = not inventory.configs
-    inventory.add(adapter_name, peft_config, keys=keys, device="meta" if low_cpu_mem_usage else None)
+    add_adapter(inventory, adapter_name, peft_config, keys=keys, device="meta" if low_cpu_mem_usage else None)
     if first:
         inventory.set_adapter([adapter_name], inference_mode=peft_config.inference_mode)
     if not peft_config.inference_mode:

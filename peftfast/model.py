@@ -180,7 +180,7 @@ class PeftModel(HasCounterpart, nn.Module):
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
                 f"{peft_config.peft_type}."
             )
-        self._tuner.inventory.add(
+        self._tuner.add(
             adapter_name, peft_config, strict=strict, initialise=initialise,
             device="meta" if low_cpu_mem_usage else None, autocast_adapter_dtype=autocast_adapter_dtype,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,11 +17,10 @@ from peftfast.errors import enumerate_some
 from peftfast.method import Adapter, method_for
 from peftfast.methods.combination import Combination
 from peftfast.sites import Site
+from peftfast.wrapping.adding import add_adapter
+from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.saved_modules import ModulesToSaveWrapper
 from peftfast.wrapping.targets import make_matcher, shortest_suffixes
-
-if TYPE_CHECKING:
-    from peftfast.wrapping.inventory import Inventory
 
 
 @runtime_checkable
@@ -67,7 +66,7 @@ def add_weighted_adapter(
     cfg = _combined_config(inventory, adapters, keys, method.combined_fields(present, how))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*inconsistency was discovered", category=RuntimeWarning)
-        inventory.add(adapter_name, cfg, keys=keys)
+        add_adapter(inventory, adapter_name, cfg, keys=keys)
     try:
         with torch.no_grad():
             for key in keys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +26,10 @@ from peftfast.prompts.prompt import (
     backbone_of,
     word_embeddings_of,
 )
+from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.injection import Injection
 from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.model_merger import say_if_untied
 
 Source = tuple[PromptMethod, Prompts, PromptLearningConfig]  # who makes virtual tokens, from what, for which config
 
@@ -42,20 +44,6 @@ class PromptInventory(Inventory):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.encoders = PromptEncoders()
-
-    def _inject(self, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> Injection:
-        # prompts are small: they are made where the model is, whatever low_cpu_mem_usage says
-        if cfg.num_virtual_tokens is None:
-            raise ValueError(f"{type(cfg).__name__} needs num_virtual_tokens, the length of the prompt")
-        method = method_for(cfg)
-        method.fill_sizes(cfg, self.model)
-        endings = tuple(cfg.modules_to_save or ())
-        encoder = method.encoder(cfg, self.model).to(word_embeddings_of(self.model).weight.device)
-        injection = Injection(self, name, cfg, method, targets=[], saved=[n for n in self.names if n.endswith(endings)])
-        injection.apply()
-        encoder.requires_grad_(False)
-        self.encoders[name] = encoder.train(self.model.training)
-        return injection
 
     def set_adapter(self, names: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active, or none."""
@@ -88,10 +76,26 @@ class PromptInventory(Inventory):
                 self.encoders[name] = encoder
             raise
 
-    def unload(self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None,
-               progress: Callable[[Iterable], Iterable] = lambda items: items) -> nn.Module:  # fmt: skip
+    def unload(self, merged: bool = False, safe_merge: bool = False, names: list[str] | None = None) -> nn.Module:
         self.encoders.clear()
-        return super().unload(False, safe_merge, adapter_names, progress)
+        return super().unload(merged, safe_merge, names)
+
+
+def encode(inventory: PromptInventory, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> Injection:
+    """Give an adapter its prompt encoder, and copies of modules that train beside it. Prompts are small: they are made
+    where the model is, whatever low_cpu_mem_usage says."""
+    if cfg.num_virtual_tokens is None:
+        raise ValueError(f"{type(cfg).__name__} needs num_virtual_tokens, the length of the prompt")
+    model, method = inventory.model, method_for(cfg)
+    method.fill_sizes(cfg, model)
+    endings = tuple(cfg.modules_to_save or ())
+    encoder = method.encoder(cfg, model).to(word_embeddings_of(model).weight.device)
+    saved = [n for n in inventory.names if n.endswith(endings)]
+    injection = Injection(inventory, name, cfg, method, targets=[], saved=saved)
+    injection.apply()
+    encoder.requires_grad_(False)
+    inventory.encoders[name] = encoder.train(model.training)
+    return injection
 
 
 class PromptTuner:
@@ -115,7 +119,7 @@ class PromptTuner:
     ) -> None:
         self.model = model
         self.inventory = PromptInventory(model)
-        self.inventory.add(adapter_name, peft_config, strict=strict)
+        self.add(adapter_name, peft_config, strict=strict)
         self.inventory.set_adapter([adapter_name], inference_mode=peft_config.inference_mode)
 
     def install(self, wrapper: nn.Module) -> None:
@@ -125,6 +129,10 @@ class PromptTuner:
         wrapper.__dict__["_prompts"] = self
 
     # ---- as a tuner --------------------------------------------------------------------------------------------------
+    def add(self, adapter_name: str, config: PeftConfig, **options: Any) -> None:
+        """Add an adapter, frozen and inactive; options as of `add_adapter`."""
+        add_adapter(self.inventory, adapter_name, config, by=encode, **options)
+
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         return self.inventory.configs
@@ -143,7 +151,9 @@ class PromptTuner:
         self.inventory.delete(adapter_name)
 
     def unload(self) -> nn.Module:
-        return self.inventory.unload(False)
+        model = self.inventory.unload()
+        say_if_untied(model)
+        return model
 
     # ---- forward -----------------------------------------------------------------------------------------------------
     def source(self, adapter_names: Sequence[str] | None = None) -> Source | None:

@@ -19,7 +19,9 @@ from peftfast.method import method_for
 from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
+from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
 
 
 class BaseTuner(nn.Module):
@@ -68,6 +70,10 @@ class BaseTuner(nn.Module):
         wrapper.base_model = self
 
     # ---- adding ------------------------------------------------------------------------------------------------------
+    def add(self, adapter_name: str, config: PeftConfig, **options: Any) -> None:
+        """Add an adapter, frozen and inactive; options as of `add_adapter`."""
+        add_adapter(self.inventory, adapter_name, config, **options)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -84,7 +90,7 @@ class BaseTuner(nn.Module):
         cfg = config if config is not None else self.peft_config.pop(adapter_name)
         first = not self.inventory.configs
         keys = None if state_dict is None else adapted_modules(state_dict, method_for(cfg).prefix)
-        self.inventory.add(
+        self.add(
             adapter_name, cfg, strict=strict, keys=keys, initialise=initialise,
             device="meta" if low_cpu_mem_usage else None, autocast_adapter_dtype=autocast_adapter_dtype,
         )  # fmt: skip
@@ -184,8 +190,9 @@ class BaseTuner(nn.Module):
             By module name, the relative error with which quantised storage holds the merged weight; empty for a dense
             base.
         """
-        self.inventory.merge(adapter_names, safe_merge, keep=keep)
-        return self.inventory.merge_errors()
+        merger = ModelMerger(self.inventory)
+        merger.merge(adapter_names, safe_merge, keep=keep)
+        return merger.errors()
 
     def unmerge_adapter(self) -> None:
         self.inventory.unmerge()
@@ -225,7 +232,10 @@ class BaseTuner(nn.Module):
         def progress(items: Iterable) -> Iterable:
             return tqdm(items, disable=not progressbar, desc="Unloading and merging model")
 
-        model = self.inventory.unload(merge, safe_merge, names, progress)
+        if merge:
+            ModelMerger(self.inventory).merge_for_good(names, safe_merge, progress)
+        model = self.inventory.unload(merge, safe_merge, names)
+        say_if_untied(model)
         if hasattr(model, "peft_config"):
             del model.peft_config
         return model

@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import AdapterMethod, method_for
 from peftfast.sites import Site, make_site
+from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import Targets, full_names, plan_parameters, report_parameters
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.wrapping.targets import (
@@ -28,9 +29,6 @@ from peftfast.wrapping.targets import (
     shortest_suffixes,
 )
 from peftfast.wrapping.tying import Tying, embedding_name, plan_tokens, plan_tying, tied_module_names
-
-if TYPE_CHECKING:
-    from peftfast.wrapping.inventory import Inventory
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 

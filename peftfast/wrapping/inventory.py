@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.layer import BaseTunerLayer, Place, check_adapter_name
+from peftfast.layer import BaseTunerLayer, Place
 from peftfast.many.control import Control
-from peftfast.method import method_for
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
-from peftfast.wrapping.injection import Injection, plan_injection
-from peftfast.wrapping.model_merger import ModelMerger
 from peftfast.wrapping.parameter_layer import ParameterLayer
-from peftfast.wrapping.replication import Replication, ranges_of
+from peftfast.wrapping.replication import Replication
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 from peftfast_kernels.op import get_backend
 
@@ -51,7 +48,6 @@ class Inventory:
         self.enabled = True
         self.numbers: dict[str, int] = {}
         self.control = Control()
-        self.merger = ModelMerger(self)
         self.replication: Replication | None = None
         self._next_number = 0
         self._places: dict[str, list[Place]] = {}
@@ -167,94 +163,28 @@ class Inventory:
         yield from self.layers.items()
         yield from self.extras.items()
 
-    # ---- adding ------------------------------------------------------------------------------------------------------
-    def add(self, name: str, cfg: PeftConfig, *, strict: bool = False, **options: Any) -> Injection:
-        """Add an adapter, frozen and inactive. Nothing is changed if anything about it is wrong.
-
-        Args:
-            cfg: its targets are resolved in place.
-            strict: refuse what would otherwise be let pass with a warning.
-            options: `dtype`, `device`, `initialise`, `keys` of `injection.plan_injection`.
-
-        Raises:
-            ValueError: the name is taken, nothing matches, a second adapter would train biases.
-        """
-        check_adapter_name(name)
-        if name in self.configs:
-            raise ValueError(f"Adapter with name '{name}' already exists.")
-        cfg.validate()
-        self._check_base_is_whole(name, cfg)
-        if getattr(cfg, "bias", "none") != "none" and self.configs:
-            raise ValueError(
-                f"{type(cfg).__name__.removesuffix('Config')}Model supports only 1 adapter with bias. When using "
-                "multiple adapters, set bias to 'none' for all adapters."
-            )
-        first = not self.configs and not any(layer.adapters for layer in self.layers.values())
-        fields_before = dict(cfg.__dict__)
-        present = {wrapper for _, wrapper in self.wrappers()}
-        replicates = self._replicate(name, cfg)
-        try:
-            injection = self._inject(name, cfg, strict, options)
-        except BaseException:
-            cfg.__dict__.clear()
-            cfg.__dict__.update(fields_before)
-            self._forget(name)
-            if replicates:
-                self._restore_layers()
-            raise
+    # ---- coming and going --------------------------------------------------------------------------------------------
+    def admit(self, name: str, cfg: PeftConfig) -> None:
+        """The adapter is whole: it has a config here from now on, and a number."""
         self.configs[name] = cfg
         self._give_number(name)
-        for _, wrapper in self.wrappers():
-            wrapper.share(self.control)
-            if not self.enabled and wrapper not in present:
-                wrapper._disable_adapters = True  # off is off, also where the first adapter comes while it is
-        if first:
-            self._freeze_base()
-        return injection
-
-    def _inject(self, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> Injection:
-        injection = plan_injection(self, name, cfg, method_for(cfg), strict=strict, **options)
-        injection.apply()
-        return injection
-
-    def _replicate(self, name: str, cfg: PeftConfig) -> bool:
-        """Stack the model's layers as the config says, before anything is matched; whether that changed the model."""
-        if self.replication is not None and not (self.configs or self.layers or self.extras):
-            self._restore_layers()
-        ranges, present = ranges_of(cfg), self.replication.ranges if self.replication is not None else ()
-        if ranges == present:
-            return False
-        if present or self.configs:
-            raise ValueError(
-                f"Adapter {name} has layer_replication={[list(r) for r in ranges] or None}, but the layers of this "
-                f"model are stacked as {[list(r) for r in present] or None} for {sorted(self.configs)}: all adapters "
-                "of a model need the same"
-            )
-        replication = Replication(self.model, ranges)
-        replication.apply(self.model)
-        self.replication = replication
-        self._list()
-        return True
-
-    def _restore_layers(self) -> None:
-        self.replication.undo(self.model)
-        self.replication = None
-        self._list()
-
-    def _check_base_is_whole(self, name: str, cfg: PeftConfig) -> None:
-        """ValueError if the adapter would start from a weight that others are merged into."""
-        merged = {n for layer in self.layers.values() for n in layer.merged_adapters}
-        method = method_for(cfg) if merged else None
-        if merged and getattr(method, "reads_base", method.changes_base)(cfg):
-            raise ValueError(
-                f"Adapter {name} starts from the base weights, which contain {', '.join(sorted(merged))} now. Please "
-                "unmerge first."
-            )
 
     def _give_number(self, name: str) -> None:
         self.numbers[name] = self._next_number
         self._next_number += 1
         self._number_tables = {}
+
+    def replicate_layers(self, replication: Replication) -> None:
+        """Stack the model's layers anew; nothing may be adapted yet."""
+        replication.apply(self.model)
+        self.replication = replication
+        self._list()
+
+    def restore_layers(self) -> None:
+        """The model's own layers again; nothing may be adapted any more."""
+        self.replication.undo(self.model)
+        self.replication = None
+        self._list()
 
     def number_table(self, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
         """The adapters' names, and [1 + numbers ever given + 1]: for number i, at place i + 1, the position among the
@@ -270,7 +200,8 @@ class Inventory:
             self._number_tables = {**self._number_tables, device: known}
         return known
 
-    def _freeze_base(self) -> None:
+    def freeze_base(self) -> None:
+        """Everything that is no adapter's."""
         adapters = {p for _, w in self.wrappers() for p in _own_parameters(w)}
         for parameter in self.model.parameters():
             if parameter not in adapters:
@@ -297,7 +228,8 @@ class Inventory:
                 module.eval()
         self.model.training = False
 
-    def _forget(self, name: str) -> None:
+    def forget(self, name: str) -> None:
+        """Take out what there is of an adapter that could not be added."""
         self._places.pop(name, None)
         for key, layer in list(self.layers.items()):
             if name in layer.adapters or not layer.adapters:
@@ -431,54 +363,39 @@ class Inventory:
             self.set_adapter(remaining)
 
     # ---- merging -----------------------------------------------------------------------------------------------------
-    def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: bool | str = True,
-              progress: Callable[[Iterable], Iterable] = lambda items: items) -> None:  # fmt: skip
-        """Merge in every layer, or, if one refuses, in none. Arguments as in `BaseTunerLayer.merge`.
-
-        A layer whose weight other modules use as well gets a weight of its own while it is merged.
-        """
-        self.merger.merge(adapter_names, safe_merge, keep=keep, progress=progress)
-
-    def unmerge(self) -> None:
-        """Take everything merged out again; bitwise the base as before."""
-        self.merger.unmerge()
+    def mergeable(self) -> list[BaseTunerLayer]:
+        """All layers that merge: the adapted ones, and rows of tokens."""
+        rows = [w.token_adapter for w in self.extras.values() if hasattr(type(w), "is_tied")]
+        return [*self.layers.values(), *rows]
 
     def check_not_merged(self, name: str, what: str) -> None:
         """ValueError if the adapter is inside the weights, where a change of it would not arrive."""
-        self.merger.check_not_merged(name, what)
+        if any(name in layer.merged_adapters for layer in self.mergeable()):
+            raise ValueError(f"Cannot {what} adapter {name} while it is merged. Please unmerge it first.")
 
-    def merge_errors(self) -> dict[str, float]:
-        """Relative error |stored - exact| / |exact| of every merged weight whose storage is quantised."""
-        return self.merger.errors()
+    def unmerge(self) -> None:
+        """Take everything merged out again; bitwise the base as before."""
+        merged = [layer for layer in self.mergeable() if layer.merged]
+        if not merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
+        for layer in reversed(merged):  # the reverse order matters where layers share one weight
+            layer.unmerge()
 
-    def unload(self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None,
-               progress: Callable[[Iterable], Iterable] = lambda items: items) -> nn.Module:  # fmt: skip
-        """Put the base modules back, with or without the adapters inside; returns the base model."""
-        if adapter_names is not None:
-            self.check_known(adapter_names)
-        if merge:
-            names = self.active if adapter_names is None else adapter_names
-            merged = {n for layer in self.layers.values() for n in layer.merged_adapters}
-            if not merged:
-                self.merger.untie_one_sided(names)
-            if not set(names) <= merged:
-                # a check that may refuse half-way needs the bytes to go back to
-                self.merge(names, safe_merge, keep=bool(merged) or safe_merge, progress=progress)
+    def unload(self, merged: bool = False, safe_merge: bool = False, names: list[str] | None = None) -> nn.Module:
+        """Put the base modules back, `merged` with what is inside their weights; returns the base model."""
         for key, layer in self.layers.items():
-            if layer.merged and not merge:
+            if layer.merged and not merged:
                 layer.unmerge()
             self.replace(key, layer.base_layer)
         for key, wrapper in self.extras.items():
-            module = wrapper.unload_and_optionally_merge_module(False, safe_merge, adapter_names)
-            self.replace(key, module)
-        if self.replication is not None and merge:
-            self.replication.part()
-        elif self.replication is not None:
-            self._restore_layers()
-        self.merger.say_if_untied()
+            self.replace(key, wrapper.unload_and_optionally_merge_module(False, safe_merge, names))
         self.layers, self.extras, self._inner = {}, {}, {}
         self.configs.clear()
         self.numbers, self._number_tables, self._places = {}, {}, {}
+        if self.replication is not None and merged:
+            self.replication.part()
+        elif self.replication is not None:
+            self.restore_layers()
         return self.model
 
     def __deepcopy__(self, memo: dict) -> Inventory:

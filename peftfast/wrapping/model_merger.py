@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,9 +12,7 @@ from torch import nn
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
 from peftfast.sites.site import parameter_name
-
-if TYPE_CHECKING:
-    from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.inventory import Inventory
 
 
 class ModelMerger:
@@ -26,7 +23,10 @@ class ModelMerger:
 
     def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: bool | str = True,
               progress: Callable[[Iterable], Iterable] = lambda items: items) -> None:  # fmt: skip
-        """See `Inventory.merge`."""
+        """Merge in every layer, or, if one refuses, in none. Arguments as in `BaseTunerLayer.merge`.
+
+        A layer whose weight other modules use as well gets a weight of its own while it is merged.
+        """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         present = self.inventory.active if adapter_names is None else list(adapter_names)
@@ -37,7 +37,7 @@ class ModelMerger:
                 f"Nothing was merged: adapter {unknown[0]!r} not found.{close_matches(unknown[0], configs)} "
                 f"Adapters present: {sorted(configs)}"
             )
-        layers = self.layers()
+        layers = self.inventory.mergeable()
         merged = {n for layer in layers for n in layer.merged_adapters}
         if merged and present and set(present) <= merged:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
@@ -76,14 +76,17 @@ class ModelMerger:
             raise
         self._say_merge_errors()
 
-    def check_not_merged(self, name: str, what: str) -> None:
-        """ValueError if the adapter is inside the weights, where a change of it would not arrive."""
-        if any(name in layer.merged_adapters for layer in self.layers()):
-            raise ValueError(f"Cannot {what} adapter {name} while it is merged. Please unmerge it first.")
-
-    def layers(self) -> list[BaseTunerLayer]:
-        rows = [w.token_adapter for w in self.inventory.extras.values() if hasattr(type(w), "is_tied")]
-        return [*self.inventory.layers.values(), *rows]
+    def merge_for_good(self, adapter_names: list[str] | None, safe_merge: bool,
+                       progress: Callable[[Iterable], Iterable]) -> None:  # fmt: skip
+        """Merge before the adapters are taken away; nothing is kept for unmerging that is not needed on the way."""
+        inventory = self.inventory
+        names = inventory.active if adapter_names is None else inventory.check_known(adapter_names)
+        merged = {n for layer in inventory.layers.values() for n in layer.merged_adapters}
+        if not merged:
+            self._untie_one_sided(names)
+        if not set(names) <= merged:
+            # a check that may refuse half-way needs the bytes to go back to
+            self.merge(names, safe_merge, keep=bool(merged) or safe_merge, progress=progress)
 
     def _weights_of_others(self, layers: list[BaseTunerLayer]) -> set[BaseTunerLayer]:
         """Which of these layers have a weight that another module uses as its own and is to keep."""
@@ -128,16 +131,7 @@ class ModelMerger:
                 stacklevel=5,
             )
 
-    def unmerge(self) -> None:
-        """Take everything merged out again; bitwise the base as before."""
-        layers = self.layers()
-        merged = [layer for layer in layers if layer.merged]
-        if not merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
-        for layer in reversed(merged):  # the reverse order matters where layers share one weight
-            layer.unmerge()
-
-    def untie_one_sided(self, names: Iterable[str]) -> None:
+    def _untie_one_sided(self, names: Iterable[str]) -> None:
         """Where an adapter is about to change one of two modules that share a weight, the other gets its own copy;
         merging would otherwise change what nobody adapted."""
         owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -156,17 +150,19 @@ class ModelMerger:
                 if other is not own and id(other) not in inside_extras | followers:
                     setattr(other, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
 
-    def say_if_untied(self) -> None:
-        config = getattr(self.inventory.model, "config", None)
-        if not getattr(config, "tie_word_embeddings", False):
-            return
-        inputs, outputs = self.inventory.model.get_input_embeddings(), self.inventory.model.get_output_embeddings()
-        if outputs is not None and inputs is not None and outputs.weight is not inputs.weight:
-            if outputs.weight.shape != inputs.weight.shape or not torch.equal(outputs.weight, inputs.weight):
-                config.tie_word_embeddings = False
-                warnings.warn(
-                    "Input and output embeddings are no longer tied after merging. Setting "
-                    "`config.tie_word_embeddings = False`, so that the saved model keeps both.",
-                    PeftWarning,
-                    stacklevel=5,
-                )
+
+def say_if_untied(model: nn.Module) -> None:
+    """Where embeddings that were one weight are two now, the config says so from now on, with a warning."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if outputs is not None and inputs is not None and outputs.weight is not inputs.weight:
+        if outputs.weight.shape != inputs.weight.shape or not torch.equal(outputs.weight, inputs.weight):
+            config.tie_word_embeddings = False
+            warnings.warn(
+                "Input and output embeddings are no longer tied after merging. Setting "
+                "`config.tie_word_embeddings = False`, so that the saved model keeps both.",
+                PeftWarning,
+                stacklevel=5,
+            )

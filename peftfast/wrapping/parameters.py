@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,10 +12,8 @@ from peftfast.config import PeftConfig
 from peftfast.errors import AdapterMismatchWarning, close_matches, enumerate_some
 from peftfast.method import AdapterMethod
 from peftfast.sites.parameter import ParameterSite
+from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
-
-if TYPE_CHECKING:
-    from peftfast.wrapping.inventory import Inventory
 
 #: Fields that act on a module's input or output, of which a Parameter has none, with the values that do nothing.
 _IDLE: Mapping[str, tuple[Any, ...]] = {

@@ -7,18 +7,16 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import close_matches
 from peftfast.layer import BaseTunerLayer
+from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 from peftfast.wrapping.targets import name_ends
-
-if TYPE_CHECKING:
-    from peftfast.wrapping.inventory import Inventory
 
 
 @dataclass

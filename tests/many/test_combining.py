@@ -375,6 +375,6 @@ def test_quantised_bases(kind):
 
 def test_ia3_and_lora_do_not_combine():
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(r=4, target_modules=["q_proj"]))
-    model.base_model.inventory.add("ia3", IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    model.base_model.add("ia3", IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="default is lora, ia3 is ia3"):
         model.base_model.add_weighted_adapter(["default", "ia3"], [1.0, 1.0], "mix")

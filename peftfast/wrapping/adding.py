@@ -1,0 +1,102 @@
+"""Adding an adapter to a model, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peftfast.config import PeftConfig
+from peftfast.layer import check_adapter_name
+from peftfast.method import method_for
+from peftfast.wrapping.injection import Injection, plan_injection
+from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.replication import Replication, ranges_of
+
+
+def inject(inventory: Inventory, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> Injection:
+    """Put an adapter into the layers that its config names."""
+    injection = plan_injection(inventory, name, cfg, method_for(cfg), strict=strict, **options)
+    injection.apply()
+    return injection
+
+
+def add_adapter(
+    inventory: Inventory,
+    name: str,
+    cfg: PeftConfig,
+    *,
+    strict: bool = False,
+    by: Callable[[Inventory, str, PeftConfig, bool, dict[str, Any]], Injection] = inject,
+    **options: Any,
+) -> Injection:
+    """Add an adapter, frozen and inactive. Nothing is changed if anything about it is wrong.
+
+    Args:
+        cfg: its targets are resolved in place.
+        strict: refuse what would otherwise be let pass with a warning.
+        by: what puts it into the model; prompts go elsewhere than into layers.
+        options: `dtype`, `device`, `initialise`, `keys` of `injection.plan_injection`.
+
+    Raises:
+        ValueError: the name is taken, nothing matches, a second adapter would train biases.
+    """
+    check_adapter_name(name)
+    if name in inventory.configs:
+        raise ValueError(f"Adapter with name '{name}' already exists.")
+    cfg.validate()
+    _check_base_is_whole(inventory, name, cfg)
+    if getattr(cfg, "bias", "none") != "none" and inventory.configs:
+        raise ValueError(
+            f"{type(cfg).__name__.removesuffix('Config')}Model supports only 1 adapter with bias. When using "
+            "multiple adapters, set bias to 'none' for all adapters."
+        )
+    first = not inventory.configs and not any(layer.adapters for layer in inventory.layers.values())
+    fields_before = dict(cfg.__dict__)
+    present = {wrapper for _, wrapper in inventory.wrappers()}
+    replicates = _replicate(inventory, name, cfg)
+    try:
+        injection = by(inventory, name, cfg, strict, options)
+    except BaseException:
+        cfg.__dict__.clear()
+        cfg.__dict__.update(fields_before)
+        inventory.forget(name)
+        if replicates:
+            inventory.restore_layers()
+        raise
+    inventory.admit(name, cfg)
+    for _, wrapper in inventory.wrappers():
+        wrapper.share(inventory.control)
+        if not inventory.enabled and wrapper not in present:
+            wrapper._disable_adapters = True  # off is off, also where the first adapter comes while it is
+    if first:
+        inventory.freeze_base()
+    return injection
+
+
+def _replicate(inventory: Inventory, name: str, cfg: PeftConfig) -> bool:
+    """Stack the model's layers as the config says, before anything is matched; whether that changed the model."""
+    if inventory.replication is not None and not (inventory.configs or inventory.layers or inventory.extras):
+        inventory.restore_layers()
+    present = () if inventory.replication is None else inventory.replication.ranges
+    ranges = ranges_of(cfg)
+    if ranges == present:
+        return False
+    if present or inventory.configs:
+        raise ValueError(
+            f"Adapter {name} has layer_replication={[list(r) for r in ranges] or None}, but the layers of this model "
+            f"are stacked as {[list(r) for r in present] or None} for {sorted(inventory.configs)}: all adapters of a "
+            "model need the same"
+        )
+    inventory.replicate_layers(Replication(inventory.model, ranges))
+    return True
+
+
+def _check_base_is_whole(inventory: Inventory, name: str, cfg: PeftConfig) -> None:
+    """ValueError if the adapter would start from a weight that others are merged into."""
+    merged = {n for layer in inventory.layers.values() for n in layer.merged_adapters}
+    method = method_for(cfg) if merged else None
+    if merged and getattr(method, "reads_base", method.changes_base)(cfg):
+        raise ValueError(
+            f"Adapter {name} starts from the base weights, which contain {', '.join(sorted(merged))} now. Please "
+            "unmerge first."
+        )
