@@ -29,7 +29,7 @@ class ModelMerger:
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        present = self.inventory.active if adapter_names is None else list(adapter_names)
+        present = self.active() if adapter_names is None else list(adapter_names)
         configs = self.inventory.configs
         unknown = [n for n in present if n not in configs]
         if unknown:
@@ -51,7 +51,8 @@ class ModelMerger:
             )
         work = []
         for layer in layers:
-            wanted = [n for n in present if n in layer.adapters and n not in layer.merged_adapters]
+            asked = layer.active_adapters if adapter_names is None else present
+            wanted = [n for n in asked if n in layer.adapters and n not in layer.merged_adapters]
             if wanted:
                 work.append((layer, wanted))
         if not keep:  # there is no way back, so nothing may fail half-way
@@ -80,13 +81,18 @@ class ModelMerger:
                        progress: Callable[[Iterable], Iterable]) -> None:  # fmt: skip
         """Merge before the adapters are taken away; nothing is kept for unmerging that is not needed on the way."""
         inventory = self.inventory
-        names = inventory.active if adapter_names is None else inventory.check_known(adapter_names)
+        names = self.active() if adapter_names is None else inventory.check_known(adapter_names)
         merged = {n for layer in inventory.layers.values() for n in layer.merged_adapters}
         if not merged:
             self._untie_one_sided(names)
         if not set(names) <= merged:
             # a check that may refuse half-way needs the bytes to go back to
-            self.merge(names, safe_merge, keep=bool(merged) or safe_merge, progress=progress)
+            self.merge(adapter_names, safe_merge, keep=bool(merged) or safe_merge, progress=progress)
+
+    def active(self) -> list[str]:
+        """Names of the adapters that are active in some layer; layers may have been told so one by one."""
+        layers = self.inventory.mergeable()
+        return list(dict.fromkeys(n for layer in layers for n in layer.active_adapters if n in layer.adapters))
 
     def _weights_of_others(self, layers: list[BaseTunerLayer]) -> set[BaseTunerLayer]:
         """Which of these layers have a weight that another module uses as its own and is to keep."""

@@ -343,3 +343,20 @@ def test_merged_models_are_plain_checkpoints(dtype, tmp_path):
     merged.save_pretrained(tmp_path)
     plain = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
     assert all(torch.equal(plain[k], v) for k, v in merged.state_dict().items()) and set(plain) == names
+
+
+def test_layers_that_were_told_one_by_one_merge_what_they_compute():
+    """`layer.set_adapter` on every layer, which nobody tells the model."""
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    for name, dora in (("two", True), ("three", True), ("four", False)):
+        model.add_adapter(name, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, use_dora=dora))
+    layers = [m for m in model.modules() if isinstance(m, peftfast.layer.BaseTunerLayer)]
+    for layer, names in zip(layers, (["two", "three", "default"], ["four"]), strict=True):
+        layer.set_adapter(names)
+    expected = oracle.logits(model)
+    model.merge_adapter()
+    assert [layer.merged_adapters for layer in layers] == [["two", "three", "default"], ["four"]]
+    torch.testing.assert_close(oracle.logits(model), expected)
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(oracle.logits(merged), expected)
