@@ -13,6 +13,7 @@ from torch import nn
 
 from peftfast import status
 from peftfast.config import PeftConfig, PeftType
+from peftfast.files.card import write_card
 from peftfast.files.convert_init import as_plain_lora
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.fit import Fit, fit_state_dict, judge
@@ -24,7 +25,6 @@ from peftfast.files.io import (
     needs_embedding_layers,
     read_adapter,
     save_adapter,
-    write_card,
 )
 from peftfast.files.state import adapter_state_dict
 from peftfast.interop.counterpart import HasCounterpart

@@ -202,7 +202,7 @@ def fit_state_dict(
             here = base.get(key)
             if key.replace(".modules_to_save.", ".") in known:
                 continue  # with bias="all" PEFT writes the biases of kept modules twice
-            if here is None or not _may_travel(key, cfg, embeddings):
+            if here is None or not _may_travel(key, embeddings):
                 fit.unexpected.append(key)
                 continue
         else:
@@ -230,6 +230,9 @@ def fit_state_dict(
         else:
             fit.found.append((entry, tensor))
     fit.missing = list(entries)
+    biases = [key for key, _ in fit.base if not key.startswith(tuple(f"{name}." for name in embeddings))]
+    if biases and getattr(cfg, "bias", "none") == "none":
+        fit.doubts.append(f"The file has biases that its config (bias='none') does not mention: {every_name(biases)}.")
     if fit.unexpected:
         names = {strip_wrappers(name) for name, _ in model.named_modules()}
         fit.foreign = [key for key in fit.unexpected if _is_foreign(key, names)]
@@ -343,8 +346,6 @@ def _aligned(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dic
     return {k.removeprefix(prefix): v for k, v in tensors.items()}
 
 
-def _may_travel(key: str, cfg: PeftConfig, embeddings: Iterable[str]) -> bool:
+def _may_travel(key: str, embeddings: Iterable[str]) -> bool:
     """Whether a base tensor of this name can have been saved with an adapter: a trained bias, a resized embedding."""
-    if any(key.startswith(f"{name}.") for name in embeddings):
-        return True
-    return is_bias(key) and getattr(cfg, "bias", "none") != "none"
+    return is_bias(key) or any(key.startswith(f"{name}.") for name in embeddings)

@@ -1,4 +1,4 @@
-"""Adapters on disk and on the Hub: `adapter_config.json`, `adapter_model.safetensors`, the model card."""
+"""Adapters on disk and on the Hub: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from peftfast.files.atomic import find_file, locked, write_atomically, write_pai
 from peftfast.files.metadata import check_sizes, config_changes, describe, lost_checksums, verify
 from peftfast.files.migrate import migrate_keys
 from peftfast.files.state import check_whole
-from peftfast.version import COMPATIBLE_PEFT_VERSION
 from peftfast.wrapping.targets import EMBEDDING_LAYER_NAMES
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -109,6 +108,13 @@ def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, asked: bool | str)
     if asked != "auto":
         if asked not in (True, False):
             raise ValueError(f"save_embedding_layers must be True, False or 'auto', got {asked!r}")
+        if asked and not hasattr(model, "get_input_embeddings"):
+            warnings.warn(
+                "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. It has no "
+                "get_input_embeddings, so save_embedding_layers=True saves no embedding.",
+                PeftWarning,
+                stacklevel=4,
+            )
         return bool(asked)
     if getattr(cfg, "trainable_token_indices", None) is not None or getattr(cfg, "token_indices", None) is not None:
         return False
@@ -284,49 +290,3 @@ def _renamed(key: str, mapping: Mapping[str, str]) -> str:
         if count:
             return prefix + new if key.startswith(prefix) else new
     return key
-
-
-# ---- model card -----------------------------------------------------------------------------------------
-def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: str | os.PathLike) -> None:
-    """Create or update `README.md`; what a person wrote into an existing one stays."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    path = Path(output_dir) / "README.md"
-    card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData(), template_str=_TEMPLATE)
-    card.data["library_name"] = "peft"
-    tags = set(card.data.get("tags") or []) | set(getattr(base, "model_tags", None) or [])
-    method = str(getattr(cfg.peft_type, "value", cfg.peft_type)).lower()
-    tags.add(method)
-    config = getattr(base, "config", None)
-    name = getattr(config, "_name_or_path", None) or cfg.base_model_name_or_path
-    if hasattr(base, "save_pretrained") and config is not None:
-        tags.add("transformers")
-    if name:
-        card.data["base_model"] = name
-        tags.add(f"base_model:adapter:{name}")
-    card.data["tags"] = sorted(tags)
-    if type(model).__name__ == "PeftModelForCausalLM":
-        card.data["pipeline_tag"] = "text-generation"
-    text = card.text
-    version = f"- PEFT {COMPATIBLE_PEFT_VERSION}"
-    if "### Framework versions" not in text:
-        text = f"{text.rstrip()}\n### Framework versions\n\n{version}"
-    card.text = re.sub(r"^- PEFT .*$", version, text, flags=re.M)
-    write_atomically(path, str(card).encode())
-
-
-_TEMPLATE = """\
----
-{{ card_data }}
----
-
-# Adapter
-
-Trained with peftfast; load it with peftfast or with PEFT:
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("<this folder or repository>")
-```
-"""

@@ -347,3 +347,44 @@ def test_device_mapped_base(base_folder, tmp_path):
     loaded = peftfast.PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert not any(p.is_meta for n, p in loaded.named_parameters() if "lora_" in n)
     torch.testing.assert_close(logits(loaded), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["all", "lora_only"])
+def test_biases_are_loaded_whatever_the_config_says(kind, tmp_path):
+    """They were trained with the factors; a config that forgets them is worth a word, not another output."""
+    options = {**OPTIONS, "bias": kind}
+    trained = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if name.endswith(".bias") and parameter.requires_grad:
+                parameter.fill_(1.25)
+    expected = logits(trained)
+    fresh = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**OPTIONS))
+    result = peftfast.set_peft_model_state_dict(fresh, peftfast.get_peft_model_state_dict(trained))
+    assert result.unexpected_keys == []
+    assert torch.equal(logits(fresh), expected)
+
+    trained.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace(f'"bias": "{kind}"', '"bias": "none"'))
+    with pytest.warns(peftfast.AdapterMismatchWarning, match=r"biases that its config \(bias='none'\) does not"):
+        loaded = peftfast.PeftModel.from_pretrained(oracle.llama(bias=True), tmp_path)
+    assert torch.equal(logits(loaded), expected)
+
+
+def test_asking_for_embeddings_that_nobody_can_find_is_said(tmp_path):
+    model = peftfast.get_peft_model(torch.nn.Sequential(torch.nn.Embedding(9, 4)), LoraConfig(target_modules=["0"]))
+    with pytest.warns(UserWarning, match=r"Could not identify embedding layer\(s\)"):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+
+
+@pytest.mark.parametrize("task, loader", [("CAUSAL_LM", "AutoPeftModelForCausalLM"), (None, "PeftModel")])
+def test_a_new_card_shows_how_to_load_this_adapter(task, loader, tmp_path):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**{**OPTIONS, "task_type": task}))
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert f"from peft import {loader}\n" in code and f"{loader}.from_pretrained(" in code
+    assert "# Adapter for LlamaForCausalLM" in text and "{{" not in text
+    for section in ("Intended use", "Training", "Evaluation", "Limitations"):
+        assert f"\n## {section}\n" in text

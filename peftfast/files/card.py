@@ -1,0 +1,105 @@
+"""The model card, `README.md`: its head for the Hub, and what a reader needs who finds the adapter."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from torch import nn
+
+from peftfast.config import PeftConfig
+from peftfast.files.atomic import write_atomically
+from peftfast.version import COMPATIBLE_PEFT_VERSION
+
+
+def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: str | os.PathLike) -> None:
+    """Create or update `README.md`; what a person wrote into an existing one stays."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config = getattr(base, "config", None)
+    name = getattr(config, "_name_or_path", None) or cfg.base_model_name_or_path
+    method = str(getattr(cfg.peft_type, "value", cfg.peft_type)).lower()
+    path = Path(output_dir) / "README.md"
+    if path.exists():
+        card = ModelCard.load(path)
+    else:
+        card = ModelCard.from_template(
+            ModelCardData(), template_str=_TEMPLATE, method=method, base=name or type(base).__name__, load=_load(cfg)
+        )
+    card.data["library_name"] = "peft"
+    tags = set(card.data.get("tags") or []) | set(getattr(base, "model_tags", None) or [])
+    tags.add(method)
+    if hasattr(base, "save_pretrained") and config is not None:
+        tags.add("transformers")
+    if name:
+        card.data["base_model"] = name
+        tags.add(f"base_model:adapter:{name}")
+    card.data["tags"] = sorted(tags)
+    if type(model).__name__ == "PeftModelForCausalLM":
+        card.data["pipeline_tag"] = "text-generation"
+    text = card.text
+    version = f"- PEFT {COMPATIBLE_PEFT_VERSION}"
+    if "### Framework versions" not in text:
+        text = f"{text.rstrip()}\n### Framework versions\n\n{version}"
+    card.text = re.sub(r"^- PEFT .*$", version, text, flags=re.M)
+    write_atomically(path, str(card).encode())
+
+
+#: Task -> the class that loads base model and adapter together.
+_AUTO = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+
+
+def _load(cfg: PeftConfig) -> str:
+    """The lines of Python that load the adapter."""
+    auto = _AUTO.get(getattr(cfg.task_type, "value", cfg.task_type))
+    if auto is None:
+        return (
+            'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "<this folder or repository>")'
+        )
+    return f'from peft import {auto}\n\nmodel = {auto}.from_pretrained("<this folder or repository>")'
+
+
+_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# Adapter for {{ base }}
+
+A {{ method }} adapter: it needs its base model, {{ base }}, and changes nothing in it. Trained with peftfast; load it
+with peftfast or with PEFT.
+
+```python
+{{ load }}
+```
+
+`is_trainable=True` there goes on with the training; `model = model.merge_and_unload()` afterwards puts an adapter of
+weights into the base model, for readers that know no adapters. All settings are in `adapter_config.json`.
+
+<!-- Everything below is for whoever trained this adapter to fill in; saving again does not change it. -->
+
+## Intended use
+
+<!-- What it is for, in which languages, and who may use it under which licence. What it must not be used for. -->
+
+## Training
+
+<!-- The data, with links and versions; the prompt or chat format, which inference has to repeat; steps, batch size,
+learning rate and hardware. -->
+
+## Evaluation
+
+<!-- Data and metrics, with the numbers of the base model without this adapter beside them. -->
+
+## Limitations
+
+<!-- Where it fails or is worse than its base model; what the data lacks or is biased to. -->
+"""
