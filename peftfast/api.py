@@ -16,6 +16,7 @@ from peftfast.files.fit import fit_state_dict
 from peftfast.files.io import needs_embedding_layers
 from peftfast.files.state import adapter_state_dict
 from peftfast.interop.takeover import is_wrapped_by_peft, take_over
+from peftfast.layer import BaseTunerLayer
 from peftfast.method import method_for
 from peftfast.model import PeftModel, refuse_peft_model
 from peftfast.tasks import model_class
@@ -25,6 +26,7 @@ from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.injection import plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import replicated
+from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 
 
 def get_peft_model(
@@ -256,9 +258,14 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The base model's tensors under their original names, adapters left out."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     result = {}
-    adapters = ("lora_", "ia3_", "trainable_tokens_", ".modules_to_save.")
+    adapters = tuple(
+        f"{name}.{kept}."
+        for name, module in base.named_modules(remove_duplicate=False)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for kept in (*module.adapter_layer_names, *module.other_param_names)
+    )
     for key, tensor in base.state_dict(keep_vars=True).items():
-        if any(f".{a.strip('.')}" in key for a in adapters):
+        if key.startswith(adapters):
             continue
         name = key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
         result[name.replace(".original_module.", ".")] = tensor.detach()

@@ -18,7 +18,7 @@ from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.lora import factors
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.ops.orthogonality import orthogonality
-from peftfast.rules import integer, number, optional, table
+from peftfast.rules import integer, number, one_of, optional, table
 from peftfast.sites import Dense, Site, Slot
 from peftfast.wrapping import default_targets
 
@@ -38,6 +38,7 @@ class AdaLoraConfig(LoraConfig):
         orth_reg_weight: factor of the orthogonality regulariser.
         total_step: length of the training in optimizer steps; required.
         rank_pattern: module -> which of its init_r ranks are kept; filled in by training.
+        bias: as in LoRA; "adalora_only" is another name of "lora_only".
     """
 
     target_r: int = setting(8, integer(1))
@@ -50,6 +51,7 @@ class AdaLoraConfig(LoraConfig):
     orth_reg_weight: float = setting(0.5, number(0.0))
     total_step: int | None = setting(None, optional(integer()))
     rank_pattern: dict | None = setting(None, optional(table()))
+    bias: str = setting("none", one_of("none", "all", "lora_only", "adalora_only"))
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.ADALORA

@@ -92,11 +92,13 @@ class RankAllocator:
             if due:
                 self.allocate(budget)
             return False
-        if self.sensitivity is None:
-            raise RuntimeError(
-                f"AdaLoRA's final allocation is due (step {step}), but no gradient has been seen before it; were the "
-                "gradients cleared before update_and_allocate?"
-            )
+        if self.sensitivity is None:  # a schedule of one step, or one that is joined at its end
+            if all(p.grad is None for p in self.parameters()):
+                raise RuntimeError(
+                    f"AdaLoRA's final allocation is due (step {step}), but no gradient has been seen; were the "
+                    "gradients cleared before update_and_allocate?"
+                )
+            self.observe()
         self.allocate(self.budget_schedule(last)[0])
         self.finished = True
         self.sensitivity = self.uncertainty = None

@@ -214,7 +214,7 @@ class Inventory:
             for key, parameter in self.model.named_parameters():
                 if is_bias(key) and ".original_module." not in key:
                     parameter.requires_grad_(True)
-        elif kind == "lora_only":
+        elif kind != "none":  # "lora_only"
             for layer in self.layers.values():
                 bias = getattr(layer.base_layer, "bias", None)
                 if bias is not None:

@@ -562,3 +562,29 @@ def test_combining_is_refused_as_in_peft():
     _, ours = pair()
     with pytest.raises(TypeError, match="does not support add_weighted_adapter"):
         ours.base_model.add_weighted_adapter(["default"], [1.0], "new")
+
+
+def test_a_schedule_of_one_step_goes_by_its_gradients():
+    _, ours = pair(total_step=1, tinit=0, tfinal=0)
+    train(ours, 3)
+    assert ours.base_model.rankallocator.finished
+    (allocation,) = ours.base_model.history
+    assert sum(allocation.ranks.values()) == ours.base_model.rankallocator.target_bgt
+    kept = [sum(mask) for mask in masks(ours).values()]
+    assert kept == list(allocation.ranks.values())
+
+
+def test_its_own_name_for_biases_of_adapted_modules():
+    options = {**OPTIONS, "bias": "adalora_only"}
+    model = peftfast.get_peft_model(oracle.llama(bias=True), peftfast.AdaLoraConfig(**options))
+    trained = [n for n, p in model.named_parameters() if n.endswith(".bias") and p.requires_grad]
+    adapted = [f"base_model.model.{name}.base_layer.bias" for name in model.base_model.targeted_module_names]
+    assert sorted(trained) == sorted(adapted)
+
+
+def test_the_base_models_state_has_nothing_of_the_adapter():
+    bare = oracle.llama().state_dict()
+    state = peftfast.get_base_model_state_dict(
+        peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**OPTIONS))
+    )
+    assert state.keys() == bare.keys()
