@@ -169,6 +169,9 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
 
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.adapters)
+
     def tie_to(self, source: BaseTunerLayer, name: str, slots: Mapping[str, str]) -> None:
         """Before adding adapter `name` here: what it keeps is what `source` keeps, so that the two stay one. The shared
         weight is merged once, by `source`.

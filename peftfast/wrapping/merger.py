@@ -142,9 +142,23 @@ class Merger:
         for name in names:
             adapter = layer.adapters[name]
             dense = adapter.method.merged(layer.site, dense, adapter, base)
-            if check and not all(t is None or torch.isfinite(t).all() for t in dense):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            if check:
+                self._check_finite(dense, name)
         return dense
+
+    def _check_finite(self, dense: Dense, name: str) -> None:
+        """ValueError for values that are not finite, or that storing would make infinite."""
+        if not all(t is None or torch.isfinite(t).all() for t in dense):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        layer = self.layer
+        dtypes = {"weights": layer.site.weight.compute_dtype}
+        if dense.bias is not None:
+            dtypes["bias"] = layer.base_layer.bias.dtype
+        for (what, dtype), tensor in zip(dtypes.items(), dense, strict=False):
+            if (tensor.abs() > torch.finfo(dtype).max).any():
+                raise ValueError(
+                    f"NaNs detected in the merged {what}: with the adapter {name} they exceed what {dtype} can hold"
+                )
 
     @torch.no_grad()
     def _store(self, dense: Dense) -> None:

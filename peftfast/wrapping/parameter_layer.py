@@ -69,7 +69,8 @@ class ParameterLayer(BaseTunerLayer):
         present = [self.adapters[n] for n in routing.names if n in self.adapters] if routing.slots is None else []
         if present and not routing.uniform:
             raise ValueError(
-                f"{present[0].key} is adapted as a Parameter (target_parameters), for which mixed batches are not "
-                f"supported; this batch asks for {enumerate_some(routing.names)}. Give it to one adapter after another."
+                f"{present[0].key} is adapted as a Parameter (target_parameters), and lora.ParamWrapper does not "
+                f"support mixed adapter batches yet. This batch asks for {enumerate_some(routing.names)}; give it to "
+                "one adapter after another."
             )
         return [(present[0].method, present)] if present else []

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.errors import enumerate_some
 from peftfast.interop.counterpart import HasCounterpart
 from peftfast.layer import BaseTunerLayer
 from peftfast.many.control import Control
@@ -20,6 +21,9 @@ class AuxiliaryTrainingWrapper(HasCounterpart, nn.Module):
 
     Names are PEFT's: `original_module`, and below it whatever the subclass keeps per adapter.
     """
+
+    adapter_layer_names: tuple[str, ...] = ()  # where tensors of adapters are kept, by adapter
+    other_param_names: tuple[str, ...] = ()  # the same for what is no tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +225,8 @@ def _samples_first(output: Any, like: Tensor, name: str) -> Tensor:
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """Rows of an embedding trained per adapter; `token_adapter` is an ordinary adapter layer around the module."""
 
-    adapter_layer_names: tuple[str, ...] = ("token_adapter",)
+    adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
+    other_param_names: tuple[str, ...] = ("token_adapter.token_indices",)
 
     def __init__(self, module_to_save: nn.Module) -> None:
         super().__init__()
@@ -258,6 +263,17 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     def _standing_in(self) -> nn.Module:
         return self._modules["token_adapter"]
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> list[str]:
+        names = super().check_set_adapter(adapter_name)
+        rows = [row for name in names for row in self.token_adapter.token_indices[name]]
+        if len(set(rows)) < len(rows):
+            twice = sorted({row for row in rows if rows.count(row) > 1})
+            raise ValueError(
+                f"Only one adapter can be set at a time for {type(self).__name__} to train the same token rows; "
+                f"{names} have {enumerate_some(twice)} in common"
+            )
+        return names
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(x, *args, **kwargs)

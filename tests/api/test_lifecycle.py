@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import importlib
 import io
+import operator
 import pickle
 import warnings
 
@@ -341,3 +342,57 @@ def test_training_goes_on_alike():
             losses[-1].append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][-1] < losses[0][0] - 0.1
+
+
+def test_safe_merge_refuses_what_cannot_be_stored():
+    """Finite in the wide numbers of a merge, infinite in those of the weight."""
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model = peftfast.get_peft_model(base, peftfast.IA3Config(target_modules=["0"], feedforward_modules=[]))
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.base_layer.bias.fill_(torch.finfo(torch.float32).max)
+        layer.ia3_l["default"].fill_(2.0)
+    with pytest.raises(ValueError, match="NaNs detected in the merged bias.*default.*float32"):
+        layer.merge(safe_merge=True)
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4)).half()
+    model = peftfast.get_peft_model(base, peftfast.LoraConfig(target_modules=["0"], r=1, lora_alpha=1))
+    layer = model.base_model.model[0]
+    before = layer.base_layer.weight.clone()
+    with torch.no_grad():
+        layer.lora_A["default"].weight.fill_(1e3)
+        layer.lora_B["default"].weight.fill_(1e3)
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights.*default.*float16"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before) and layer.merged_adapters == []
+
+
+def test_token_rows_that_two_adapters_train_cannot_be_active_twice():
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**TOKENS))
+    model.add_adapter("same", peftfast.LoraConfig(**{**TOKENS, "trainable_token_indices": [4, 7]}))
+    model.add_adapter("else", peftfast.LoraConfig(**{**TOKENS, "trainable_token_indices": [5]}))
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time for TrainableTokensWrapper.*common"):
+        model.base_model.set_adapter(["default", "same"])
+    assert model.active_adapters == ["default"]
+    model.base_model.set_adapter(["default", "else"])
+    assert torch.isfinite(oracle.logits(model)).all()
+
+
+@pytest.mark.parametrize("options", [FIRST, SAVED, TOKENS])
+def test_layers_say_where_they_keep_what_belongs_to_an_adapter(options):
+    """As PEFT's do, so that code which goes through these names finds every tensor, and nothing after a deletion."""
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**options))
+    model.add_adapter("other", peftfast.LoraConfig(**options))
+
+    def kept(name):
+        tensors = set()
+        for module in model.modules():
+            for place in getattr(module, "adapter_layer_names", ()) + getattr(module, "other_param_names", ()):
+                container = operator.attrgetter(place)(module)
+                if name in container and isinstance(container, torch.nn.Module):
+                    held = container[name]
+                    tensors |= {held} if isinstance(held, torch.Tensor) else set(held.parameters())
+        return tensors
+
+    assert kept("other") == {p for n, p in model.named_parameters() if ".other" in n}
+    model.delete_adapter("other")
+    assert kept("other") == set() and kept("default")
