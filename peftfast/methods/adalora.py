@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,9 @@ class AdaLoraConfig(LoraConfig):
     orth_reg_weight: float = setting(0.5, number(0.0))
     total_step: int | None = setting(None, optional(integer()))
     rank_pattern: dict | None = setting(None, optional(table()))
-    bias: str = setting("none", one_of("none", "all", "lora_only", "adalora_only"))
+    bias: Literal["none", "all", "lora_only", "adalora_only"] = setting(
+        "none", one_of("none", "all", "lora_only", "adalora_only")
+    )
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.ADALORA
