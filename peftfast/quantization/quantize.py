@@ -20,7 +20,7 @@ from peftfast.methods.lora import factors
 from peftfast.quantization.originals import Originals
 from peftfast.sites import make_site
 from peftfast.sites.site import is_untouched
-from peftfast.tuners.tuner import BaseTuner
+from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 from peftfast.wrapping.targets import SEQ_CLS_HEAD_NAMES, name_ends
 
@@ -119,7 +119,8 @@ def plan_quantization(
 def _inner(model: nn.Module) -> nn.Module:
     """The base model inside a PeftModel or a tuner; others as they are."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return model.model if isinstance(model, BaseTuner) else model
+    inventory = getattr(model, "inventory", None)  # which a tuner has, and reads names from its base model otherwise
+    return inventory.model if isinstance(inventory, Inventory) else model
 
 
 def _relative_error(stored: BaseWeight, weight: Tensor) -> float:

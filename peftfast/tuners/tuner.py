@@ -18,6 +18,7 @@ from peftfast.many.routing import BASE
 from peftfast.method import method_for
 from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
+from peftfast.quantization.quantize import dequantize_model
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
@@ -217,8 +218,6 @@ class BaseTuner(nn.Module):
         if originals is not None and not dequantize:
             raise ValueError("originals are the dense weights to merge into: pass dequantize=True with them")
         if dequantize:
-            from peftfast.quantization.quantize import dequantize_model
-
             dequantize_model(self, originals)
         return self._unload(True, progressbar, safe_merge, adapter_names)
 
