@@ -99,7 +99,7 @@ def _layer_entries(key: str, layer: BaseTunerLayer, adapter_name: str) -> Iterat
     if adapter is None:
         return
     for slot_name, slot in adapter.slots.items():
-        if not slot.trainable:
+        if not slot.saved:
             continue
         container = getattr(layer, slot_name)
         if slot.holder is None:

@@ -133,7 +133,7 @@ class AdaLora:
             up[0]: Slot((up[1].shape[0], r)),
             VALUES: Slot((r, 1)),
             # the rank that the scaling is divided by: constant, so that pruning does not change it
-            "ranknum": Slot((1,), trainable=False, fill=float(cfg.init_r)),
+            "ranknum": Slot((1,), trainable=False, saved=False, fill=float(cfg.init_r)),
         }
 
     def init(self, site: Site, adapter: Adapter) -> None:

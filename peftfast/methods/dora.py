@@ -72,7 +72,6 @@ class Dora(Lora):
         return {**site.low_rank_slots(rank_of_factors(site, cfg, settings["r"])), MAGNITUDE: magnitude}
 
     def reads_base(self, cfg: LoraConfig) -> bool:
-        """Whether `init` reads the base weight, which must not have adapters inside then."""
         return True
 
     def init(self, site: Site, adapter: Adapter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,9 @@ from peftfast.sites.parameter import LowRank, ParameterSite
 from peftfast.wrapping import default_targets
 from peftfast.wrapping.expert_targets import retarget_experts
 from peftfast.wrapping.targets import pattern_value
+
+#: under what name a layer lists an adapter's slots that do not train
+FROZEN = "frozen_peft_weight_names"
 
 
 @register_method
@@ -45,7 +49,8 @@ class Lora:
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
         r = pattern_value(cfg.rank_pattern, key, cfg.r)
         alpha = pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha)
-        return {
+        frozen = {FROZEN: (list(site.low_rank_slots(r))[-1],)} if cfg.init_lora_weights == "mica" else {}
+        return frozen | {
             "r": r,
             "lora_alpha": alpha,
             "scaling": alpha / math.sqrt(r) if cfg.use_rslora else alpha / r,
@@ -56,7 +61,10 @@ class Lora:
         }
 
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
-        return site.low_rank_slots(rank_of_factors(site, cfg, settings["r"]), bias=cfg.lora_bias)
+        slots = dict(site.low_rank_slots(rank_of_factors(site, cfg, settings["r"]), bias=cfg.lora_bias))
+        for name in settings.get(FROZEN, ()):
+            slots[name] = replace(slots[name], trainable=False)
+        return slots
 
     def init(self, site: Site, adapter: Adapter) -> None:
         a, b = factors(adapter)
@@ -70,6 +78,10 @@ class Lora:
         if "lora_embedding_A" in own:
             return {name: name for name in own}
         return {"lora_A": "lora_embedding_B", "lora_B": "lora_embedding_A"}
+
+    def reads_base(self, cfg: LoraConfig) -> bool:
+        """Whether `init` reads the base weight, which must not have adapters inside then."""
+        return self.changes_base(cfg) or cfg.init_lora_weights == "mica"
 
     def changes_base(self, cfg: LoraConfig) -> bool:
         return isinstance(cfg.init_lora_weights, str) and cfg.init_lora_weights.startswith(

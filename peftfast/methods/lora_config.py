@@ -108,7 +108,8 @@ class LoraConfig(PeftConfig):
         use_rslora: scaling alpha / sqrt(r) (arXiv 2312.03732).
         modules_to_save: names of modules trained in full and saved with the adapter.
         init_lora_weights: True (A Kaiming-uniform, B zero), False (both random), "gaussian", "orthogonal",
-            "pissa" or "pissa_niter_[n]" (arXiv 2404.02948), "olora" (arXiv 2406.01775), "eva", "corda", "loftq".
+            "pissa" or "pissa_niter_[n]" (arXiv 2404.02948), "olora" (arXiv 2406.01775), "mica" (arXiv 2604.01694:
+            B is frozen), "eva", "corda", "loftq"; in any case of letters.
         layers_to_transform: indices of the layers to adapt. layers_pattern: name(s) of the list they are in.
         rank_pattern, alpha_pattern: module name or regex -> its own r or alpha; the first match wins.
         trainable_token_indices: rows of the input embedding to train, or {module: rows}.
@@ -130,7 +131,7 @@ class LoraConfig(PeftConfig):
     modules_to_save: list[str] | None = setting(None, optional(sequence(text())))
     init_lora_weights: bool | str = setting(
         True,
-        one_of(True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq",
+        one_of(True, False, "gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "loftq",
                patterns=[r"pissa_niter_\d+"]),
     )  # fmt: skip
     layers_to_transform: list[int] | int | None = setting(None, optional(either(integer(0), sequence(integer(0)))))
@@ -183,6 +184,8 @@ class LoraConfig(PeftConfig):
         return {}
 
     def validate(self) -> None:
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
         super().validate()
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
@@ -201,6 +204,8 @@ class LoraConfig(PeftConfig):
 
     def _validate_initialisation(self) -> None:
         init = self.init_lora_weights
+        if init == "mica" and self.use_dora:
+            raise ValueError("init_lora_weights='mica' is not supported together with use_dora=True")
         if init == "loftq" and not self.loftq_config:
             raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
         if init == "eva" and self.eva_config is None:

@@ -19,7 +19,7 @@ from peftfast.wrapping.random_stream import draws_of_normal, draws_of_uniform, s
 #: Fill a [r, ...] and b [..., r] in place; may assign the site's weight. Runs under no_grad.
 Initialiser = Callable[[Site, Tensor, Tensor, Adapter], None]
 
-_TABLE: list[tuple[re.Pattern[str], Initialiser]] = []
+_TABLE: list[tuple[re.Pattern[str], Initialiser, bool]] = []
 
 
 def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialiser]:
@@ -62,11 +62,15 @@ def _build(down: Tensor, up: Tensor, adapter: Adapter) -> None:
             skip(draws_of_normal(factor.numel()))
 
 
-def initialiser(pattern: str) -> Callable[[Initialiser], Initialiser]:
-    """Decorator: the function serves values of `init_lora_weights` that match `pattern`."""
+def initialiser(pattern: str, *, lookups: bool = False) -> Callable[[Initialiser], Initialiser]:
+    """Decorator: the function serves values of `init_lora_weights` that match `pattern`.
+
+    Args:
+        lookups: it serves embeddings as well, which start in the default way otherwise.
+    """
 
     def register(fn: Initialiser) -> Initialiser:
-        _TABLE.append((re.compile(pattern), fn))
+        _TABLE.append((re.compile(pattern), fn, lookups))
         return fn
 
     return register
@@ -75,9 +79,9 @@ def initialiser(pattern: str) -> Callable[[Initialiser], Initialiser]:
 def initialise(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Fill the factors as the adapter's config asks."""
     choice = str(adapter.cfg.init_lora_weights)
-    for pattern, fn in _TABLE:
+    for pattern, fn, lookups in _TABLE:
         if pattern.fullmatch(choice):
-            if _is_lookup(adapter) and choice != "False":
+            if _is_lookup(adapter) and not lookups:
                 fn = _default  # a table of rows has no input whose statistics or spectrum could guide the factors
             return fn(site, a, b, adapter)
     raise ValueError(f"Unknown initialization init_lora_weights={adapter.cfg.init_lora_weights!r}")
@@ -89,12 +93,18 @@ def _is_lookup(adapter: Adapter) -> bool:
 
 def rank_of_factors(site: Site, cfg: LoraConfig, r: int) -> int:
     """How many ranks the factors of an adapter of rank `r` have: fewer where the initialisation takes directions of W
-    and W has fewer. So they are in PEFT and in its files; the scaling stays that of `r`."""
+    and W has fewer. So they are in PEFT and in its files; the scaling stays that of `r`.
+
+    Raises:
+        ValueError: MiCA with more ranks than directions, or on a convolution.
+    """
+    if cfg.init_lora_weights == "mica":
+        _check_mica(site, r)
     bounded = _OF_WEIGHT.fullmatch(str(cfg.init_lora_weights)) and "lora_A" in site.low_rank_slots(r)
     return min(r, *site.weight.shape) if bounded else r
 
 
-@initialiser("True|eva")
+@initialiser("True|eva", lookups=True)
 @_drawn_as_in_peft(after_building=True)
 def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """The adapter starts as the identity. The data-driven kinds start here too and are filled in a second call."""
@@ -106,7 +116,7 @@ def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
         b.zero_()
 
 
-@initialiser("False")
+@initialiser("False", lookups=True)
 @_drawn_as_in_peft(after_building=False)
 def _random(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Not the identity; for tests."""
@@ -143,7 +153,7 @@ def _wide_weight(site: Site, name: str) -> Tensor:
     """W [N, K] in fp32, for decompositions."""
     dtype = getattr(site.module.weight, "dtype", None)
     quantised = site.weight.quantization is not None  # 4 bits may be stored as a float dtype
-    if name == "PiSSA" and (quantised or dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)):
+    if name != "OLoRA" and (quantised or dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)):
         raise TypeError(
             f"Please initialize {name} under float32, float16, or bfloat16; the base weight of "
             f"{type(site.module).__name__} is stored as {dtype}. Quantise after the initialisation."
@@ -188,3 +198,27 @@ def _olora(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     b.copy_(q[:, :r].reshape(b.shape))
     a.copy_(upper[:r].reshape(a.shape))
     _take_out(site, weight, a, b, adapter.setting("scaling"))
+
+
+def _check_mica(site: Site, r: int) -> None:
+    if hasattr(site.module, "kernel_size"):
+        raise ValueError(
+            "init_lora_weights='mica' is defined for linear layers and embeddings, not for a "
+            f"{type(site.module).__name__}"
+        )
+    directions = min(site.weight.shape)
+    if r > directions:
+        raise ValueError(
+            f"MiCA requires `r` <= min(in_features, out_features), the number of singular directions that B is taken "
+            f"from: got r={r} for a weight of {list(site.weight.shape)}, which has {directions}"
+        )
+
+
+@initialiser("mica", lookups=True)
+def _mica(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+    """B is the left singular vectors of W's smallest singular values and stays so (Minor Component Adaptation, arXiv
+    2604.01694); A starts at zero and is all that is trained."""
+    weight = _wide_weight(site, "MiCA")
+    u, _, _ = torch.linalg.svd(weight.t() if _is_lookup(adapter) else weight, full_matrices=False)
+    b.copy_(u[:, -b.shape[1] :])
+    a.zero_()

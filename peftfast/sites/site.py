@@ -26,7 +26,8 @@ class Slot:
         holder: builds the holding module without allocating or initialising anything; None for a bare Parameter.
         bias: shape of the holder's `bias`, if it has one.
         bare_in_file: the file key drops `.weight` as well (DoRA's magnitude).
-        trainable: False for bookkeeping that is never trained and never saved.
+        trainable: False for what training never changes (MiCA's up factor).
+        saved: False for bookkeeping that no file has.
         fill: its value, where no file and no initialisation gives one.
     """
 
@@ -35,6 +36,7 @@ class Slot:
     bias: tuple[int, ...] | None = None
     bare_in_file: bool = False
     trainable: bool = True
+    saved: bool = True
     fill: float | None = None
 
 

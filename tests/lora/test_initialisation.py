@@ -254,6 +254,75 @@ def test_base_dtypes_that_cannot_be_decomposed():
     assert next(iter(layers(model).values())).base_layer.weight.dtype == torch.float16
 
 
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "make, targets",
+    [(oracle.llama, [*TARGETS, "embed_tokens"]), (oracle.gpt2, ["c_attn", "wte"])],
+    ids=["linear", "conv1d"],
+)
+def test_mica_trains_the_down_factor_on_minor_directions(make, targets, tmp_path):
+    """B by the smallest singular values of W, frozen; the same base, trained parameters, files and logits as PEFT's."""
+    ours, theirs = (wrap(lib, "mica", make, target_modules=targets, lora_alpha=6) for lib in (peftfast, peft))
+    assert torch.equal(logits(ours), logits(make()))
+    ups = [{n: p for n, p in m.named_parameters() if "lora_B" in n or "embedding_B" in n} for m in (ours, theirs)]
+    for (name, mine), other in zip(ups[0].items(), ups[1].values(), strict=True):
+        projector = mine.double() @ mine.double().t()  # vectors are defined up to signs
+        torch.testing.assert_close(projector, other.double() @ other.double().t(), rtol=0, atol=1e-4, msg=name)
+    assert trainable(ours) == trainable(theirs) and not trainable(ours) & ups[0].keys()
+    oracle.logits(ours).square().mean().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in ours.parameters())
+    trained(ours).save_pretrained(tmp_path / "mica")
+    for library in (peftfast, peft):
+        loaded = library.PeftModel.from_pretrained(make(), tmp_path / "mica", is_trainable=True).eval()
+        torch.testing.assert_close(logits(loaded), logits(ours), rtol=1e-3, atol=1e-3)
+        assert trainable(loaded) == trainable(ours)
+    live = logits(ours)
+    torch.testing.assert_close(logits(ours.merge_and_unload()), live, rtol=1e-3, atol=1e-3)
+
+
+def test_mica_stays_frozen_beside_other_adapters():
+    model = wrap(peftfast, "mica")
+    first = trainable(model)
+    model.add_adapter("other", LoraConfig(r=4, target_modules=TARGETS))
+    model.set_adapter("other")
+    assert any("lora_B.other" in name for name in trainable(model))
+    for change in (
+        lambda: model.set_adapter("default"),
+        lambda: model.set_requires_grad("default"),
+        lambda: model.base_model.enable_adapter_layers(),
+        lambda: model.delete_adapter("other"),
+    ):
+        change()
+        assert trainable(model) == first
+    layer = next(iter(layers(model).values()))
+    assert layer.frozen_peft_weight_names == {"default": ("lora_B",)}
+
+
+def test_mica_where_there_are_no_minor_directions():
+    with pytest.raises(ValueError, match="MiCA requires `r` <= min.*r=4"):
+        wrap(peftfast, "mica", **NARROW)
+    with pytest.raises(ValueError, match="mica.*Conv2d"):
+        wrap(peftfast, "mica", lambda: torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1)), target_modules=["0"], r=2)
+    with pytest.raises(ValueError, match="mica.*use_dora"):
+        LoraConfig(init_lora_weights="mica", use_dora=True)
+    model = wrap(peftfast, False)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge first"):
+        model.add_adapter("minor", LoraConfig(target_modules=TARGETS, init_lora_weights="mica"))
+
+
+@pytest.mark.parametrize("spelling, name", [("OLoRA", "olora"), ("PiSSA_niter_4", "pissa_niter_4"), ("MiCA", "mica")])
+def test_names_in_any_case(spelling, name):
+    """One spelling in the config and in the file, so that nobody who reads either has to know of the others."""
+    assert LoraConfig(init_lora_weights=spelling).to_dict()["init_lora_weights"] == name
+    config = LoraConfig(r=4, target_modules=TARGETS)
+    config.init_lora_weights = spelling
+    assert peftfast.get_peft_model(oracle.llama(), config).peft_config["default"].init_lora_weights == name
+
+
 @pytest.mark.parametrize("base, autocast", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)])
 def test_autocast_adapter_dtype(base, autocast, tmp_path):
     """The factors' dtype, live, saved and loaded, is PEFT's."""
