@@ -21,8 +21,8 @@ from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_stack import factor_slots
 
 _NO_PARAMETERS = "Hotswapping does not support adapters of Parameters (target_parameters)"
-#: Fields that change the output and are not in the weights.
-_MUST_AGREE = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
+#: Fields that change the output and are neither in the weights nor in the scaling, which every swap sets anew.
+_MUST_AGREE = ("use_rslora", "lora_dropout", "use_dora")
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
@@ -242,8 +242,9 @@ def prepare_model_for_compiled_hotswap(
                 )
             if target_rank % _groups(layer):
                 raise ValueError(
-                    f"The target rank {target_rank} is not divisible by the {_groups(layer)} groups of {adapter.key}. "
-                    f"Please choose a target rank that is divisible by {_groups(layer)}."
+                    f"{adapter.key}: Trying to pad a {type(layer.get_base_layer()).__name__} LoRA adapter with "
+                    f"groups={_groups(layer)} to target rank {target_rank}, but the target rank is not divisible by "
+                    f"{_groups(layer)}. Please choose a target rank that is divisible by {_groups(layer)}."
                 )
     with torch.no_grad():
         for layer, adapter in pairs:

@@ -38,6 +38,8 @@ def test_swapping_gives_the_other_adapter_whatever_its_rank(tmp_path):
         saved(tmp_path, "larger", r=16),
         saved(tmp_path, "small again", r=1),
         saved(tmp_path, "fewer modules", r=4, target_modules=["q_proj"]),
+        saved(tmp_path, "other scalings", r=2, lora_alpha=3, alpha_pattern={"layers.1.self_attn.q_proj": 5}),
+        saved(tmp_path, "fewer modules and scaled", r=2, lora_alpha=3, target_modules=["q_proj"]),
         (first, expected),
     ]
     model = peftfast.PeftModel.from_pretrained(oracle.llama(), first)
