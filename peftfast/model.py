@@ -14,7 +14,7 @@ from torch import nn
 from peftfast import status
 from peftfast.config import PeftConfig, PeftType
 from peftfast.files.card import write_card
-from peftfast.files.convert_init import as_plain_lora
+from peftfast.files.convert_init import as_plain_lora, warn_beside_others
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.fit import Fit, fit_state_dict, judge
 from peftfast.files.io import (
@@ -408,6 +408,7 @@ class PeftModel(HasCounterpart, nn.Module):
             if config.is_prompt_learning and is_trainable:
                 raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
             config.inference_mode = not is_trainable
+            warn_beside_others([config, *self.peft_config.values()])
             if num_virtual_tokens is not None:
                 stored = stored._replace(tensors=resize_saved_prompt(config, stored.tensors, num_virtual_tokens))
         elif num_virtual_tokens is not None:

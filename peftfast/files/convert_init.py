@@ -10,17 +10,43 @@ import copy
 import math
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftfast.config import PeftConfig
+from peftfast.errors import PeftWarning
 from peftfast.files.io import load_peft_weights
 from peftfast.wrapping.targets import pattern_value
 
+#: Beginnings of `init_lora_weights` -> what the method is called.
+_CHANGES_BASE = {"pissa": "PiSSA", "corda": "CorDA", "olora": "OLoRA", "lora_ga": "LoRA-GA"}
 _SLOT = re.compile(r"\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?$")
+
+
+def changes_base(cfg: PeftConfig) -> str | None:
+    """What the initialisation of such an adapter is called if it changed the base in a way that can be taken back."""
+    init = getattr(cfg, "init_lora_weights", None)
+    if not isinstance(init, str):
+        return None
+    return next((name for beginning, name in _CHANGES_BASE.items() if init.startswith(beginning)), None)
+
+
+def warn_beside_others(configs: Iterable[PeftConfig]) -> None:
+    """Warn of several adapters on a base that one of them changed: the others were not trained for it."""
+    configs = list(configs)
+    kinds = [kind for kind in map(changes_base, configs) if kind is not None]
+    if kinds and len(configs) > 1:
+        warnings.warn(
+            f"{kinds[0]} changes the base weights of the model and should thus not be used with other adapters. "
+            f"Convert the {kinds[0]} adapter to a plain LoRA: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+            PeftWarning,
+            stacklevel=3,
+        )
 
 
 def as_plain_lora(
@@ -35,11 +61,10 @@ def as_plain_lora(
         ValueError: rsLoRA together with rank or alpha patterns, whose scaling cannot be doubled consistently, or an
             initialisation that did not change the base.
     """
-    init = getattr(cfg, "init_lora_weights", None)
-    if not (isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga"))):
+    if changes_base(cfg) is None:
         raise ValueError(
             "`path_initial_model_for_weight_conversion` only works for `init_lora_weights` that change the base "
-            f"('pissa', 'olora', 'corda'), got {init!r}"
+            f"('pissa', 'olora', 'corda'), got {getattr(cfg, 'init_lora_weights', None)!r}"
         )
     if cfg.use_rslora and (cfg.rank_pattern or cfg.alpha_pattern):
         raise ValueError(

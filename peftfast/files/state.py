@@ -158,8 +158,10 @@ def adapter_state_dict(
         return tensor  # a view of another layer's factor, which no state dict holds
 
     result = {entry.file: value(entry) for entry in adapter_entries(model, adapter_name)}
-    source = given if given is not None else {strip_wrappers(k): v for k, v in model.state_dict(keep_vars=True).items()}
     bias = getattr(cfg, "bias", "none")
+    source = given or {}
+    if given is None and (bias != "none" or save_embedding_layers):  # else the whole model is listed for nothing
+        source = {strip_wrappers(k): v for k, v in model.state_dict(keep_vars=True).items()}
     if bias != "none":
         adapted = {key for key, module in wrapped_modules(model) if isinstance(module, BaseTunerLayer)}
         for key, tensor in source.items():

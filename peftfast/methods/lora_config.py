@@ -223,8 +223,9 @@ class LoraConfig(PeftConfig):
         patterns = self.rank_pattern or self.alpha_pattern
         if self.use_rslora and patterns and isinstance(init, str) and init.startswith(("pissa", "olora", "corda")):
             warnings.warn(
-                "Using rsLoRA with rank_pattern or alpha_pattern: the adapter cannot be converted back to a plain LoRA "
-                "with save_pretrained(path_initial_model_for_weight_conversion=...).",
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion to a plain "
+                "LoRA does not go together: save_pretrained(path_initial_model_for_weight_conversion=...) will refuse "
+                "this adapter.",
                 stacklevel=5,
             )
 

@@ -32,8 +32,9 @@ class ConvSite:
         m = self.module
         if rank % m.groups:
             raise ValueError(
-                f"Targeting a {type(m).__name__} with groups={m.groups} and rank {rank}. "
-                f"The rank must be divisible by the number of groups."
+                f"Targeting a {type(m).__name__} with groups={m.groups} and rank {rank}. Currently, support is limited "
+                "to conv layers where the rank is divisible by groups. Either choose a different rank or do not target "
+                "this specific layer."
             )
         up = partial(
             conv_holder, m, rank, m.out_channels, kernel_size=self._ones, stride=self._ones, dilation=self._ones,

@@ -125,6 +125,17 @@ def test_saved_and_loaded_both_ways(init, low_cpu_mem_usage, tmp_path):
             torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("init, name", [("pissa_niter_4", "PiSSA"), ("olora", "OLoRA")])
+def test_a_changed_base_is_not_the_one_that_other_adapters_know(init, name, tmp_path):
+    for kind in (init, True):
+        wrap(peftfast, kind).save_pretrained(tmp_path / str(kind))
+    for order in ([init, True], [True, init]):
+        first, second = (tmp_path / str(kind) for kind in order)
+        model = peftfast.PeftModel.from_pretrained(oracle.llama(), first)
+        with pytest.warns(peftfast.PeftWarning, match=f"^{name} changes the base weights .* not be used with other"):
+            model.load_adapter(second, adapter_name="other")
+
+
 class Narrow(torch.nn.Module):
     """A head with three outputs and one with three inputs."""
 
