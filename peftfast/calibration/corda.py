@@ -53,7 +53,7 @@ def preprocess_corda(
             parts = [stored[f"{name}.eigens.{part}"] for part in ("S_WC", "U_WC", "V_WC")]
             module.eigens = CordaEigens(*(part.to(module.weight.device) for part in parts))
         return
-    covariances = _covariances(model, lora_config, run_model, hooked_model)
+    covariances, samples = _covariances(model, lora_config, run_model, hooked_model)
     items: Any = modules.items()
     if settings.verbose:
         from tqdm.auto import tqdm
@@ -71,16 +71,21 @@ def preprocess_corda(
         module.eigens = CordaEigens(whole.S_WC[part].clone(), whole.U_WC[:, part].clone(), whole.V_WC[:, part].clone())
         for field in ("S_WC", "U_WC", "V_WC"):
             result[f"{name}.eigens.{field}"] = getattr(module.eigens, field)
+        if not settings.prune_temporary_fields:
+            module.covariance_matrix = covariances[name]
+            if name in samples:
+                module.sample_count = samples[name]
     _save(result, cache)
 
 
 def _covariances(
     model: nn.Module, cfg: LoraConfig, run_model: Callable[[], Any] | None, hooked_model: nn.Module | None
-) -> dict[str, Tensor]:
-    """The mean over samples of XᵀX of every target's input, each X scaled by its largest entry."""
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The mean over samples of XᵀX of every target's input, each X scaled by its largest entry; and how many samples
+    that were, which a file does not know."""
     settings, path = cfg.corda_config, cfg.corda_config.covariance_file
     if path is not None and os.path.isfile(path) and os.path.getsize(path) > 0:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True), {}
     if run_model is None:
         raise ValueError("run_model must be specified when covariance file and cache file aren't built.")
     hooked = model if hooked_model is None else hooked_model
@@ -115,7 +120,7 @@ def _covariances(
         raise ValueError(f"run_model gave these targets no input: {unseen[:5]}")
     result = {name: total / counts[name] for name, total in sums.items()}
     _save(result, path)
-    return result
+    return result, counts
 
 
 def _save(tensors: dict[str, Tensor], path: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,10 +64,12 @@ class CordaConfig(CheckedFields):
     """Initialisation from the covariance of layer inputs (Yang et al., arXiv 2406.05223).
 
     Args:
-        cache_file: where the decomposition is kept. covariance_file: where covariances are kept.
+        cache_file: where the decomposition is kept. covariance_file: where covariances are kept. Paths become strings,
+            which files can hold.
         corda_method: "ipm" (instruction-previewed: adapts the directions the task uses) or "kpm"
             (knowledge-preserving: adapts those it does not).
-        verbose: show progress. use_float16_for_covariance, prune_temporary_fields: memory savers.
+        verbose: show progress. use_float16_for_covariance: half the memory.
+        prune_temporary_fields: False leaves `covariance_matrix` and `sample_count` on the modules, to be looked at.
     """
 
     cache_file: str | None = setting(None, optional(text()))
@@ -75,6 +78,12 @@ class CordaConfig(CheckedFields):
     verbose: bool = setting(False, boolean())
     use_float16_for_covariance: bool = setting(False, boolean())
     prune_temporary_fields: bool = setting(True, boolean())
+
+    def __post_init__(self) -> None:
+        for name in ("cache_file", "covariance_file"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
+        super().__post_init__()
 
 
 @dataclass

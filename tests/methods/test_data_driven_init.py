@@ -192,9 +192,7 @@ def test_corda_is_pefts(method, model, tmp_path):
 
 
 def test_corda_caches_and_errors(tmp_path):
-    settings = peftfast.CordaConfig(
-        cache_file=str(tmp_path / "a" / "cache.pt"), covariance_file=str(tmp_path / "cov.pt")
-    )
+    settings = peftfast.CordaConfig(cache_file=tmp_path / "a" / "cache.pt", covariance_file=str(tmp_path / "cov.pt"))
     cfg = peftfast.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="corda", corda_config=settings)
     base = oracle.llama()
     with pytest.raises(ValueError, match="run preprocess_corda|run `preprocess_corda`"):
@@ -206,3 +204,15 @@ def test_corda_caches_and_errors(tmp_path):
     peftfast.preprocess_corda(again, cfg)  # from the cache
     one, two = (peftfast.get_peft_model(m, copy.deepcopy(cfg)) for m in (base, again))
     torch.testing.assert_close(oracle.logits(one), oracle.logits(two), rtol=0, atol=0)
+    two.save_pretrained(tmp_path / "adapter")  # a config with paths can be written
+    assert oracle.saved_config(tmp_path / "adapter")["corda_config"]["cache_file"] == str(tmp_path / "a" / "cache.pt")
+
+
+def test_corda_leaves_what_it_saw_where_that_is_asked_for():
+    base, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.eye(4)
+    settings = peftfast.CordaConfig(prune_temporary_fields=False)
+    cfg = peftfast.LoraConfig(r=2, target_modules=["0"], init_lora_weights="corda", corda_config=settings)
+    peftfast.preprocess_corda(base, cfg, run_model=lambda: [base(x), base(3 * x), base(x)])
+    torch.testing.assert_close(base[0].covariance_matrix, x)  # every sample is scaled by its largest entry
+    base(x)
+    assert base[0].sample_count == 3
