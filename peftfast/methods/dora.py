@@ -21,7 +21,6 @@ from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, factors
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise, rank_of_factors
-from peftfast.ops.dora import weight_norm
 from peftfast.sites import Dense, Site, Slot
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -63,11 +62,6 @@ class Dora(Lora):
         return type(cfg) is LoraConfig and cfg.use_dora
 
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
-        if getattr(site.module, "groups", 1) > 1:
-            raise ValueError(
-                f"DoRA on a {type(site.module).__name__} with groups={site.module.groups}: the product of the factors "
-                "is no weight of a grouped convolution, so there is no norm to take. Use use_dora=False for it"
-            )
         magnitude = Slot(site.vector_shape("magnitude"), holder=_Magnitude, bare_in_file=True)
         return {**site.low_rank_slots(rank_of_factors(site, cfg, settings["r"])), MAGNITUDE: magnitude}
 
@@ -83,7 +77,7 @@ class Dora(Lora):
         for adapter in active:
             a, b = factors(adapter)
             own = adapter.through(site)
-            if own is not site:
+            if own is not site and a.dim() == 2:
                 norm = _norm_by_calls(own, adapter)
             else:
                 norm = _kept_norm(site, adapter) if _caching else _norm(site, adapter)
@@ -117,8 +111,7 @@ class Dora(Lora):
 
 def _norm(site: Site, adapter: Adapter) -> Tensor:
     """‖W + s B A‖ per output feature, in fp32 or wider, without a graph."""
-    a, b = (f.detach() for f in factors(adapter))
-    return weight_norm(site.by_output(), a.flatten(1), b.flatten(1), adapter.scale)
+    return site.adapted_norm(*(f.detach() for f in factors(adapter)), adapter.scale)
 
 
 @torch.no_grad()

@@ -81,9 +81,7 @@ class CalledSite:
         return self._dropout(x)
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
-        """B A, which a linear layer's modules make of the columns of an identity."""
-        if a.dim() > 2:
-            return self.site.delta(a, b)
+        """B A of a linear layer, which the modules make of the columns of an identity."""
         return self.up(self.down(torch.eye(a.shape[1], dtype=a.dtype, device=a.device), a), b).t()
 
     def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
+from peftfast.ops.dora import weight_norm
 from peftfast.sites.holders import conv_holder
 from peftfast.sites.site import Slot, composed_magnify, register_site
-from peftfast_kernels.decode import Operand
 
 _CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -110,8 +110,16 @@ class ConvSite:
     ) -> Tensor:
         return composed_magnify(self, x, y, a, b, g, scale, dropout)
 
-    def by_output(self) -> Operand:
-        return self.weight.readable()
+    def adapted_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        if self.module.groups == 1:
+            return weight_norm(self.weight.readable(), a.flatten(1), b.flatten(1), scale)
+        # Every output channel sees all input channels through A, so the weight with the adapter inside is not a grouped
+        # one, and has no norm of that shape. PEFT reads the numbers of B [N, r / groups] as [N / groups, r] and those
+        # of its product with A as [N, K]. That is ‖W‖ while B is zero, and what magnitudes in files were trained
+        # against, so they are divided by it here as well.
+        wide = torch.promote_types(a.dtype, torch.float32)
+        delta = (b.detach().to(wide).reshape(-1, len(a)) @ a.detach().to(wide).flatten(1)).view(self.weight.shape)
+        return self.output_norm(self.weight.dense(wide) + scale * delta)
 
     def output_norm(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight, dim=1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
+from peftfast.ops.dora import weight_norm
 from peftfast.ops.scale import scale_features
 from peftfast.sites.site import Slot, composed_magnify, register_site
 from peftfast_kernels.decode import Operand
@@ -95,11 +96,11 @@ class EmbeddingSite:
     ) -> Tensor:
         return composed_magnify(self, x, y, a, b, g, scale, 0.0)
 
-    def by_output(self) -> Operand:
+    def adapted_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         n, k = self.weight.shape
         w = self.weight.readable()
         table = w.tensors[0] if w.format == "dense" else self.weight.dense()
-        return Operand("dense_t", [table], (k, n), table.dtype)
+        return weight_norm(Operand("dense_t", [table], (k, n), table.dtype), a, b, scale)
 
     def output_norm(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight, dim=0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import base_weight
 from peftfast.ops.composed import composes
-from peftfast.ops.dora import dora_linear_add
+from peftfast.ops.dora import dora_linear_add, weight_norm
 from peftfast.ops.lora import lora_linear, lora_linear_add
 from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
 from peftfast.ops.scale import scale_features
@@ -164,8 +164,8 @@ class LinearSite:
             return composed_magnify(self, x, y, a, b, g, scale, dropout)
         return dora_linear_add(self.module(x) if y is None else y, x, a, b, g, bias, scale)
 
-    def by_output(self) -> Operand:
-        return self.weight.readable()
+    def adapted_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        return weight_norm(self.weight.readable(), a, b, scale)
 
     def output_norm(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight, dim=1)

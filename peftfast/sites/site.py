@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from peftfast.base.weight import BaseWeight
-from peftfast_kernels.decode import Operand
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ class Site(Protocol):
         up(down(xd)) for xd = drop(x). y=None: the base product has not been computed."""
         ...
 
-    def by_output(self) -> Operand:
-        """The weight for reading, one row per output feature."""
+    def adapted_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """‖W + scale · B A‖ of every output feature, [features], in fp32 or wider, without a graph."""
         ...
 
     def output_norm(self, weight: Tensor) -> Tensor:

@@ -479,7 +479,8 @@ def test_ia3_config_is_checked():
 
 
 def test_grouped_convolutions():
-    """IA3 is defined on them, merging included; a product of factors is not, and is refused before anything changes."""
+    """IA3 is defined on them, merging included; AdaLoRA's product of factors is not, and is refused before anything
+    changes."""
     base = One(nn.Conv2d(8, 12, 3, groups=4))
     x = torch.randn(2, 8, 6, 6)
     for method in ("ia3", "ia3-input"):
@@ -489,7 +490,34 @@ def test_grouped_convolutions():
             before = model(x)
             model.merge_adapter()
             torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
-    for method in ("dora", "adalora"):
-        with pytest.raises(ValueError, match="groups=4"):
-            peftfast.get_peft_model(base, make_config(peftfast, method))
-        assert type(base.m) is nn.Conv2d
+    with pytest.raises(ValueError, match="groups=4"):
+        peftfast.get_peft_model(base, make_config(peftfast, "adalora"))
+    assert type(base.m) is nn.Conv2d
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "cls, shape", [(nn.Conv1d, (2, 8, 9)), (nn.Conv2d, (2, 8, 6, 6)), (nn.Conv3d, (2, 8, 4, 5, 6))]
+)
+def test_dora_on_grouped_convolutions_is_pefts(cls, shape, dropout, tmp_path):
+    """Its norm there is not that of any weight, but magnitudes in files are relative to it."""
+    base, x = One(cls(8, 12, 3, groups=4)), torch.randn(shape)
+    config = {"target_modules": ["m"], "r": 8, "lora_alpha": 4, "use_dora": True, "lora_dropout": dropout}
+    model = peftfast.get_peft_model(copy.deepcopy(base), peftfast.LoraConfig(**config)).eval()
+    torch.testing.assert_close(model(x), base(x), rtol=1e-5, atol=1e-5)
+    fill(model, 3)
+    model.save_pretrained(tmp_path)
+    results = []
+    for library in (peftfast, peft):
+        loaded = library.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True).train()
+        torch.manual_seed(2)  # the masks of convolutions are torch's
+        y = loaded(x)
+        y.square().sum().backward()
+        results.append({"": y, **{n: p.grad for n, p in loaded.named_parameters() if p.requires_grad}})
+    assert len(results[1]) == 4 and results[0].keys() == results[1].keys()
+    for name, theirs in results[1].items():
+        torch.testing.assert_close(results[0][name], theirs, rtol=1e-4, atol=1e-4, msg=name)
+    before = model.base_model.model.m.base_layer.weight.clone()
+    with pytest.raises(NotImplementedError, match="groups > 1"):
+        model.merge_adapter()
+    assert torch.equal(model.base_model.model.m.base_layer.weight, before)
