@@ -17,6 +17,7 @@ from peftfast.files.io import load_peft_weights
 from peftfast.files.state import Entry, adapter_entries, strip_wrappers
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import Adapter, method_for
+from peftfast.methods.lora_combine import padded
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_stack import factor_slots
 
@@ -150,20 +151,11 @@ def _replace(entry: Entry, old: Tensor, new: Tensor, axis: int) -> None:
     elif new.shape[axis] > old.shape[axis]:
         old.data = new.to(old.dtype).clone()
     else:
-        old.copy_(_padded(new, axis, old.shape[axis], _groups(entry.layer) if axis == 0 else 1))
+        old.copy_(padded(new, axis, old.shape[axis], _groups(entry.layer) if axis == 0 else 1))
 
 
 def _groups(layer: BaseTunerLayer) -> int:
     return getattr(layer.get_base_layer(), "groups", 1)
-
-
-def _padded(tensor: Tensor, axis: int, size: int, groups: int = 1) -> Tensor:
-    """With zeros up to `size` ranks; with `groups`, at the end of each group's ranks."""
-    shape = list(tensor.shape)
-    shape[axis : axis + 1] = [groups, size // groups]
-    wide = tensor.new_zeros(shape)
-    wide.narrow(axis + 1, 0, tensor.shape[axis] // groups).copy_(tensor.unflatten(axis, (groups, -1)))
-    return wide.flatten(axis, axis + 1)
 
 
 def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> None:
@@ -253,8 +245,8 @@ def prepare_model_for_compiled_hotswap(
             if target_rank is not None:
                 groups = _groups(layer)
                 down, up = (adapter[s] for s in factor_slots(adapter))
-                down.data = _padded(down.data, 0, target_rank, groups)
-                up.data = _padded(up.data, 1, target_rank // groups)
+                down.data = padded(down.data, 0, target_rank, groups)
+                up.data = padded(up.data, 1, target_rank // groups)
                 layer.r[adapter.name] = target_rank
                 _resize_holders(layer, adapter, target_rank)
     for cfg in (

@@ -74,7 +74,12 @@ def add_weighted_adapter(
                 parts = [(layer.adapters[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer.adapters]
                 tensors = method.combine(layer.site, [a for a, _ in parts], [w for _, w in parts], how)
                 for slot, tensor in tensors.items():
-                    _fill(layer.adapters[adapter_name][slot], tensor)
+                    target = layer.adapters[adapter_name][slot]
+                    if target.shape != tensor.shape and not getattr(layer.site, "stacks", True):
+                        raise NotImplementedError(
+                            f"{key}: grouped convolutions of a smaller rank than other layers cannot be combined"
+                        )
+                    _fill(target, tensor)
             for wrapper in inventory.extras.values():
                 if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                     _combine_copies(wrapper, adapters, weights, adapter_name)

@@ -39,16 +39,19 @@ def combined(site: Site, adapters: Sequence[Adapter], weights: Sequence[float], 
     pairs = [(a.to(wide), b.to(wide)) for a, b in pairs]
     strengths = [w * float(a.scale) for a, w in zip(adapters, weights, strict=True)]
     result = {}
+    groups = getattr(site.module, "groups", 1)
     if how.kind == "cat":
-        a = torch.cat([a * strength for (a, _), strength in zip(pairs, strengths, strict=True)], dim=0)
+        # each group of a convolution has its run of ranks, in which all adapters' ranks for it come together
+        parts = [(a * s).unflatten(0, (groups, -1)) for (a, _), s in zip(pairs, strengths, strict=True)]
+        a = torch.cat(parts, dim=1).flatten(0, 1)
         b = torch.cat([b for _, b in pairs], dim=1)
     elif how.on_products:
         a, b = _decomposed(site, adapters, weights, pairs, strengths, how)
     else:
         rank = max(a.shape[0] for a, _ in pairs)
         each = [split_weight(s) for s in strengths]
-        a = how.combine([_widened(a, 0, rank) for a, _ in pairs], [d for d, _ in each])
-        b = how.combine([_widened(b, 1, rank) for _, b in pairs], [u for _, u in each])
+        a = how.combine([padded(a, 0, rank, groups) for a, _ in pairs], [d for d, _ in each])
+        b = how.combine([padded(b, 1, rank // groups) for _, b in pairs], [u for _, u in each])
     result[down], result[up] = a, b
     bias = f"{up}.bias"
     if any(bias in adapter for adapter in adapters):
@@ -60,13 +63,15 @@ def combined(site: Site, adapters: Sequence[Adapter], weights: Sequence[float], 
     return result
 
 
-def _widened(t: Tensor, dim: int, rank: int) -> Tensor:
-    missing = rank - t.shape[dim]
-    if missing == 0:
-        return t
-    shape = list(t.shape)
-    shape[dim] = missing
-    return torch.cat([t, t.new_zeros(shape)], dim)
+def padded(tensor: Tensor, axis: int, size: int, groups: int = 1) -> Tensor:
+    """With zeros up to `size` ranks; with `groups`, at the end of each group's ranks."""
+    if tensor.shape[axis] == size:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis : axis + 1] = [groups, size // groups]
+    wide = tensor.new_zeros(shape)
+    wide.narrow(axis + 1, 0, tensor.shape[axis] // groups).copy_(tensor.unflatten(axis, (groups, -1)))
+    return wide.flatten(axis, axis + 1)
 
 
 def _decomposed(
@@ -81,7 +86,7 @@ def _decomposed(
     rank = how.svd_rank or max(a.shape[0] for a, _ in pairs)
     flat = [(a.flatten(1), b.flatten(1)) for a, b in pairs]
     if how.kind == "svd" and how.svd_clamp is None and how.svd_driver is None:
-        u, s, vh = _svd_of_sum(flat, strengths)
+        u, s, vh = svd_of_sum(flat, strengths)
     else:
         scaled = [(b @ a) * float(adapter.scale) for (a, b), adapter in zip(flat, adapters, strict=True)]
         total = how.combine(scaled, weights)
@@ -96,7 +101,7 @@ def _decomposed(
     return vh.reshape(-1, *a.shape[1:]), u.reshape(b.shape[0], -1, *b.shape[2:])
 
 
-def _svd_of_sum(pairs: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+def svd_of_sum(pairs: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of Σ s B A from two thin QR decompositions; its rank is at most the sum of the ranks, so nothing of the
     weight's size is ever made."""
     left = torch.cat([b * s for (_, b), s in zip(pairs, strengths, strict=True)], dim=1)

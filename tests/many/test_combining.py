@@ -88,6 +88,25 @@ def test_equals_pefts_on_linear_layers(kind, same_masks):
         torch.testing.assert_close(oracle.logits(twins.ours), oracle.logits(twins.theirs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind, ranks", [("cat", (4, 8, 4)), ("linear", (4, 4, 4)), ("linear", (8, 4, 4))])
+def test_grouped_convolutions_keep_their_groups_apart(kind, ranks):
+    base = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4))
+    torch.manual_seed(0)
+    model = peftfast.get_peft_model(base, LoraConfig(r=ranks[0], target_modules=["0"], init_lora_weights=False))
+    for name, r in zip(NAMES[1:], ranks[1:], strict=True):
+        model.add_adapter(name, LoraConfig(r=r, target_modules=["0"], init_lora_weights=False))
+    names, weights = (NAMES, WEIGHTS) if kind == "cat" else (NAMES[:1], WEIGHTS[:1])
+    model.base_model.add_weighted_adapter(names, weights, "mix", combination_type=kind)
+    x, outputs = torch.randn(2, 4, 5, 5), {}
+    with torch.no_grad(), model.disable_adapter():
+        plain = model(x)
+    for name in (*names, "mix"):
+        model.set_adapter(name)
+        outputs[name] = model(x) - plain
+    expected = sum(w * outputs[n] for n, w in zip(names, weights, strict=True))
+    torch.testing.assert_close(outputs["mix"], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["cat", "svd", "linear", "ties", "dare_linear", "ties_svd", "magnitude_prune_svd"])
 def test_equals_pefts_on_tables_and_transposed_weights(kind, same_masks):
     targets = ["c_attn", "wte"]
