@@ -51,7 +51,7 @@ def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialis
 
 def _build(down: Tensor, up: Tensor, adapter: Adapter) -> None:
     """Move the generator on by what `nn.Linear`, `nn.Conv` or `torch.randn` draw for factors of these shapes."""
-    if not _is_lookup(adapter):
+    if not is_lookup(adapter):
         bias = up.shape[0] if getattr(adapter.cfg, "lora_bias", False) else 0
         skip(draws_of_uniform(down.numel() + up.numel() + bias))
         return
@@ -81,13 +81,14 @@ def initialise(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     choice = str(adapter.cfg.init_lora_weights)
     for pattern, fn, lookups in _TABLE:
         if pattern.fullmatch(choice):
-            if _is_lookup(adapter) and not lookups:
+            if is_lookup(adapter) and not lookups:
                 fn = _default  # a table of rows has no input whose statistics or spectrum could guide the factors
             return fn(site, a, b, adapter)
     raise ValueError(f"Unknown initialization init_lora_weights={adapter.cfg.init_lora_weights!r}")
 
 
-def _is_lookup(adapter: Adapter) -> bool:
+def is_lookup(adapter: Adapter) -> bool:
+    """Whether the down factor is a table that is looked up, as an embedding's is, which keeps W [in, out]."""
     return "lora_embedding_A" in adapter.slots
 
 
@@ -108,7 +109,7 @@ def rank_of_factors(site: Site, cfg: LoraConfig, r: int) -> int:
 @_drawn_as_in_peft(after_building=True)
 def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """The adapter starts as the identity. The data-driven kinds start here too and are filled in a second call."""
-    if _is_lookup(adapter):
+    if is_lookup(adapter):
         a.zero_()
         b.normal_()
     else:
@@ -120,7 +121,7 @@ def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
 @_drawn_as_in_peft(after_building=False)
 def _random(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Not the identity; for tests."""
-    if _is_lookup(adapter):
+    if is_lookup(adapter):
         a.normal_()
         b.normal_()
     else:
@@ -219,6 +220,6 @@ def _mica(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """B is the left singular vectors of W's smallest singular values and stays so (Minor Component Adaptation, arXiv
     2604.01694); A starts at zero and is all that is trained."""
     weight = _wide_weight(site, "MiCA")
-    u, _, _ = torch.linalg.svd(weight.t() if _is_lookup(adapter) else weight, full_matrices=False)
+    u, _, _ = torch.linalg.svd(weight.t() if is_lookup(adapter) else weight, full_matrices=False)
     b.copy_(u[:, -b.shape[1] :])
     a.zero_()
