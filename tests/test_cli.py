@@ -312,6 +312,7 @@ def test_batches_are_passes_over_the_data():
         (["--dtype", "fp8"], ["fp8", "fp32", "bf16", "fp16"]),
         (["--quantize", "int3"], ["int3", "nf4", "int8"]),
         (["--method", "lroa"], ["'lroa'", "'lora'"]),
+        (["--method", "DoRA"], ["'DoRA' is LoRA", "--set use_dora=true"]),
         (["--device", "tpu"], ["'tpu'", "cpu"]),
         (["--model", "./nowhere"], ["'./nowhere'", "Hub id"]),
         (["--data", "nowhere.txt"], ["'nowhere.txt'", "no such file"]),

@@ -48,6 +48,15 @@ def choose_device(name: str | None) -> str:
     return name
 
 
+#: Methods by the names of their papers that are fields of LoRA's config, or the base that it stands on.
+_LORA_WITH = {
+    "dora": "--set use_dora=true",
+    "rslora": "--set use_rslora=true",
+    "qlora": "--quantize nf4",
+    **{init: f"--set init_lora_weights={init}" for init in ("pissa", "olora")},
+}
+
+
 def make_config(settings: dict[str, Any]) -> PeftConfig:
     """The method's config from the options; fields that a method lacks may not be given."""
     import peftfast.methods  # noqa: F401  (registers every method)
@@ -55,6 +64,8 @@ def make_config(settings: dict[str, Any]) -> PeftConfig:
 
     classes = {str(getattr(k, "value", k)).lower(): v for k, v in known.items()}
     method = settings["method"].lower()
+    if method in _LORA_WITH:
+        raise UserError(f"--method {settings['method']!r} is LoRA with a setting of its own: {_LORA_WITH[method]}")
     if method not in classes:
         raise UserError(
             f"--method {settings['method']!r} is unknown here; choose from {', '.join(sorted(classes))}."
