@@ -49,6 +49,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.adalora": {},
     "peft.tuners.ia3": {},
     "peft.tuners.loha": {},
+    "peft.tuners.loha.layer": {},
     "peft.tuners.lokr": {},
     "peft.tuners.lokr.layer": {},
     "peft.tuners.lora": {"LoraLayer": "peftfast.layer:BaseTunerLayer"},

@@ -125,6 +125,7 @@ def test_names_that_other_libraries_import(tmp_path):
         "peft.tuners.lora": "LoraLayer",
         "peft.tuners.tuners_utils": "BaseTunerLayer",
         "peft.tuners.loha": "LoHaLayer",
+        "peft.tuners.loha.layer": "LoHaLayer",
         "peft.tuners.lokr": "LoKrLayer",
         "peft.tuners.lokr.layer": "factorization",
         "peft.utils": "ModulesToSaveWrapper _get_submodules",
