@@ -109,8 +109,12 @@ class PeftConfigMixin:
 
     #: Fields of `hf_hub_download` that `from_pretrained` splits off; looked up once, on first use.
     _hub_arguments: ClassVar[frozenset[str] | None] = None
+    #: What `register_config` says that instances are, whatever they are told.
+    _registered_as: ClassVar[PeftType | str | None] = None
 
     def __post_init__(self) -> None:
+        if self._registered_as is not None:
+            self.peft_type = self._registered_as
         if self.peft_type in list(PeftType):
             self.peft_type = PeftType(self.peft_type)  # a file has the name only, and others ask for `.value`
         if self.peft_version is None:
@@ -171,14 +175,15 @@ class PeftConfigMixin:
         target = cls
         if data.get("peft_type") is not None:
             target = config_class(data["peft_type"])
-        data.pop("runtime_config", None)
+        _drop_runtime_config(data, source)
         known = {f.name for f in fields(target)}
         unknown = sorted(set(data) - known)
         if unknown:
             if data.get("peft_type") is None:
                 raise TypeError(
-                    f"The config in {source} is not an adapter config: it has no 'peft_type', and {target.__name__} "
-                    f"does not know its keys {unknown}"
+                    f"The {target.__name__} config that is trying to be loaded is missing required keys: "
+                    f"{{'peft_type'}}. {source} is not an adapter config: {target.__name__} does not know its keys "
+                    f"{unknown} either"
                 )
             if strict:
                 raise TypeError(f"The config in {source} has fields that {target.__name__} does not know: {unknown}")
@@ -197,8 +202,10 @@ class PeftConfigMixin:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
-        """The raw dict of a config file."""
-        return _read_json(path_json_file)
+        """The raw dict of a config file, without what holds for the process that wrote it only."""
+        data = _read_json(path_json_file)
+        _drop_runtime_config(data, os.fspath(path_json_file))
+        return data
 
     @classmethod
     def from_pretrained(
@@ -284,6 +291,7 @@ def register_config(peft_type: PeftType | str) -> Callable[[_C], _C]:
         if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise KeyError(f"There is already a config registered for peft_type {peft_type!r}")
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = cls
+        cls._registered_as = peft_type
         return cls
 
     return register
@@ -317,6 +325,15 @@ def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **hub
             f"Can't find '{CONFIG_NAME}' at '{model_id}'" + (f" (subfolder {subfolder!r})" if subfolder else "")
         )
     return path
+
+
+def _drop_runtime_config(data: dict[str, Any], source: str) -> None:
+    if data.pop("runtime_config", None) is not None:
+        warnings.warn(
+            f"`runtime_config` in {source} is ignored: it says how one process runs the adapter, not what the adapter "
+            "is. Pass it to the config's class instead.",
+            stacklevel=4,
+        )
 
 
 def _read_json(path: str | os.PathLike) -> dict[str, Any]:

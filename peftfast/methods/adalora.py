@@ -56,7 +56,6 @@ class AdaLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        self.peft_type = PeftType.ADALORA
         super().__post_init__()
         if self.r != 8:
             warnings.warn(

@@ -172,7 +172,6 @@ class LoraConfig(PeftConfig):
     ensure_weight_tying: bool = setting(False, boolean())
 
     def __post_init__(self) -> None:
-        self.peft_type = PeftType.LORA if self.peft_type is None else self.peft_type
         # files hold sub-configs as dicts
         for name, cls in (("eva_config", EvaConfig), ("corda_config", CordaConfig)):
             if _is_named(getattr(self, name)):

@@ -43,7 +43,6 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_dropout: float = setting(0.0, number(0, 1))
 
     def __post_init__(self) -> None:
-        self.peft_type = PeftType.P_TUNING
         self.encoder_reparameterization_type = as_choice(
             self.encoder_reparameterization_type,
             PromptEncoderReparameterizationType,

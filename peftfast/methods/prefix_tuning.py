@@ -50,10 +50,6 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = setting(None, optional(integer(1)))
     prefix_projection: bool = setting(False, boolean())
 
-    def __post_init__(self) -> None:
-        self.peft_type = PeftType.PREFIX_TUNING
-        super().__post_init__()
-
 
 class PrefixEncoder(BasePromptEncoder):
     """Keys and values of all layers, one row `[num_layers * 2 * token_dim]` for every virtual token.

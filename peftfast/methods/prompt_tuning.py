@@ -66,7 +66,6 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict | None = setting(None, optional(table()))
 
     def __post_init__(self) -> None:
-        self.peft_type = PeftType.PROMPT_TUNING
         name = f"{type(self).__name__}.prompt_tuning_init"
         self.prompt_tuning_init = as_choice(self.prompt_tuning_init, PromptTuningInit, name)
         super().__post_init__()

@@ -28,10 +28,6 @@ class TrainableTokensConfig(PeftConfig):
     target_modules: list[str] | str | None = setting(None, optional(either(text(), sequence(text()))))
     init_weights: bool = setting(True, boolean())
 
-    def __post_init__(self) -> None:
-        self.peft_type = PeftType.TRAINABLE_TOKENS
-        super().__post_init__()
-
 
 @register_method
 class TrainableTokens:

@@ -155,8 +155,29 @@ def test_the_file_chooses_the_class(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')  # all other keys may be absent
     assert peftfast.PeftConfig.from_pretrained(tmp_path).r == 8
     (tmp_path / "adapter_config.json").write_text('{"r": 8}')
-    with pytest.raises(TypeError, match="no 'peft_type'"):
+    with pytest.raises(TypeError, match="PeftConfig config .* is missing required keys: {'peft_type'}.*'r'"):
         peftfast.PeftConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", list(PEFT_TYPE_TO_CONFIG_MAPPING))
+def test_instances_are_of_the_type_of_their_class(kind, tmp_path):
+    """Whatever they are told, so that the file they write is read as what they are."""
+    config = build(config_class(kind), peft_type="something else")
+    assert config.peft_type == kind
+    config.save_pretrained(tmp_path)
+    again = peftfast.PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is type(config) and again.to_dict() == config.to_dict()
+
+
+def test_what_holds_for_one_process_is_not_read(tmp_path):
+    config = peftfast.LoraConfig(runtime_config=peftfast.LoraRuntimeConfig(ephemeral_gpu_offload=True))
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**config.to_dict(), "runtime_config": {"ephemeral_gpu_offload": True}}, default=list))
+    with pytest.warns(UserWarning, match="`runtime_config` in .*adapter_config.json is ignored"):
+        assert "runtime_config" not in peftfast.LoraConfig.from_json_file(path)
+    with pytest.warns(UserWarning, match="`runtime_config` in .*adapter_config.json is ignored"):
+        assert not peftfast.PeftConfig.from_pretrained(tmp_path).runtime_config.ephemeral_gpu_offload
 
 
 def test_saving_is_deterministic(tmp_path):
