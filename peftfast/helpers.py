@@ -66,7 +66,8 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply the scaling of all LoRA layers inside a `with` block (WiSE-FT, arXiv 2109.01903).
+    """Multiply the scaling of all LoRA layers inside a `with` block (WiSE-FT, arXiv 2109.01903). The layers' dicts of
+    scalings stay as they are; others stand in for them meanwhile.
 
     Raises:
         TypeError: `multiplier` is not a number. ValueError: the model has no layer with a scaling.
@@ -76,14 +77,20 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and "scaling" in m.other_param_names]
     if not layers:
         raise ValueError("scaling is only supported for models with `LoraLayer`s")
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = [(layer.scaling, dict(layer.scaling)) for layer in layers]
-    for scaling, values in before:
-        scaling.update({name: value * multiplier for name, value in values.items()})
+    before = [(layer, layer.scaling) for layer in layers]
+    for layer, scaling in before:
+        _put_scaling(layer, {name: value * multiplier for name, value in scaling.items()})
     try:
         yield
     finally:
-        for scaling, values in before:
-            scaling.update(values)
+        for layer, scaling in before:
+            _put_scaling(layer, scaling)
+
+
+def _put_scaling(layer: BaseTunerLayer, scaling: dict[str, Any]) -> None:
+    layer.scaling = scaling
+    for name in scaling:
+        layer.changed(name)
 
 
 @contextmanager

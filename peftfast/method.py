@@ -101,6 +101,11 @@ class Adapter:
         """What the layer keeps under `name` for every adapter."""
         return getattr(self._layer, name)
 
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """All that the layer keeps besides tensors, by name. Others may put a new dict in the place of one in it."""
+        return self._layer.__dict__
+
     def setting(self, name: str) -> Any:
         """What the layer keeps for this adapter under `name`: a rank, a scaling, a dropout module."""
         return getattr(self._layer, name)[self.name]

@@ -23,6 +23,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.helpers": {
         name: f"peftfast.helpers:{name}"
         for name in (
+            "DoraCaching",
             "check_if_peft_model",
             "disable_input_dtype_casting",
             "rescale_adapter_scale",

@@ -74,7 +74,7 @@ class Remembered:
         if None in cells or any(t.is_inference() for t in written):
             return None
         scaling = adapters[0].settings_of("scaling")
-        kept = [(*cell, t) for cell, t in zip(cells, tensors, strict=True)]
+        kept = [(adapters[0].kept, "scaling", scaling), *((*c, t) for c, t in zip(cells, tensors, strict=True))]
         return Watch([*kept, *((scaling, a.name, s) for a, s in zip(adapters, self.scales, strict=True))], written)
 
     def short(self, site: Site, x: Tensor, routing: Routing) -> Tensor:

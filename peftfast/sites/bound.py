@@ -30,23 +30,23 @@ class BoundLora:
     Args:
         product: x -> weight and bias, None where calling the module is more than x Wᵀ + bias.
         down, up: where the factors are kept. holders: the modules that keep them.
-        scaling, dropouts: what the layer keeps per adapter; `name` is the adapter's.
+        kept: what the layer keeps besides tensors. dropouts: of its adapters; `name` is this one's.
     """
 
-    __slots__ = ("product", "down", "up", "scaling", "dropouts", "name", "holders", "_made")
+    __slots__ = ("product", "down", "up", "kept", "dropouts", "name", "holders", "_made")
 
     def __init__(
         self,
         product: Callable[[Tensor], tuple[Operand, Tensor | None] | None],
         down: Cell,
         up: Cell,
-        scaling: Mapping[str, Any],
+        kept: Mapping[str, Any],
         dropouts: Mapping[str, nn.Module],
         name: str,
         holders: Holders,
     ) -> None:
         self.product, self.down, self.up = product, down, up
-        self.scaling, self.dropouts, self.name, self.holders = scaling, dropouts, name, holders
+        self.kept, self.dropouts, self.name, self.holders = kept, dropouts, name, holders
         #: The last operand and the plan for it: one attribute, so that threads never see halves of two.
         self._made: tuple[Operand | None, Plan | None] = (None, None)
 
@@ -59,7 +59,7 @@ class BoundLora:
         if not self.holders.are_plain():
             return None
         a, b = self.down[0].get(self.down[1]), self.up[0].get(self.up[1])
-        scale = self.scaling[self.name]
+        scale = self.kept["scaling"][self.name]
         if a is None or b is None or not is_plain(a, b) or isinstance(scale, Tensor):
             return None
         base = self.product(x)

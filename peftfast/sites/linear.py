@@ -75,8 +75,8 @@ class LinearSite:
         holders = adapter.holders
         if not self._known_forward or None in cells or holders is None or holders.foreign:
             return None
-        scaling, dropouts = adapter.settings_of("scaling"), adapter.settings_of("lora_dropout")._modules
-        return BoundLora(self.product, *cells, scaling, dropouts, adapter.name, holders)
+        dropouts = adapter.settings_of("lora_dropout")._modules
+        return BoundLora(self.product, *cells, adapter.kept, dropouts, adapter.name, holders)
 
     def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> BoundRuns:
         """`adapt_each` of the module's own output with these factors, without gradients."""

@@ -1,0 +1,75 @@
+"""What `peft.helpers` offers."""
+
+import oracle
+import pytest
+import torch
+
+import peftfast
+from peftfast.helpers import rescale_adapter_scale
+from peftfast.layer import BaseTunerLayer
+
+NAMES = ["one", "two"]
+
+
+def two():
+    options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**options), "one").eval()
+    model.add_adapter("two", peftfast.LoraConfig(**options, lora_alpha=3))
+    return model
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def by_helper(model):
+    return rescale_adapter_scale(model, 0.5)
+
+
+class by_hand:
+    """A new dict in the place of the layer's, which is what PEFT's helper does and code like it."""
+
+    def __init__(self, model):
+        self.before = [(layer, layer.scaling) for layer in layers(model)]
+
+    def __enter__(self):
+        for layer, scaling in self.before:
+            layer.scaling = {name: value * 0.5 for name, value in scaling.items()}
+
+    def __exit__(self, *exception):
+        for layer, scaling in self.before:
+            layer.scaling = scaling
+
+
+@pytest.mark.parametrize("rescale", [by_helper, by_hand])
+@pytest.mark.parametrize("changes", [{}, {"adapter_names": NAMES}], ids=["active", "mixed batch"])
+def test_a_scaling_that_is_replaced_counts_at_once(rescale, changes):
+    model = two()
+    with torch.no_grad():
+        before = [oracle.logits(model, **changes) for _ in range(3)][-1]  # what is kept between forwards is kept now
+        held = [layer.scaling for layer in layers(model)]
+        values = [dict(scaling) for scaling in held]
+        with rescale(model):
+            during = oracle.logits(model, **changes)
+            assert held == values  # who holds them sees what was before
+            assert all(layer.scaling["two"] == v["two"] / 2 for layer, v in zip(layers(model), values, strict=True))
+        after = oracle.logits(model, **changes)
+    assert torch.equal(before, after)
+    half = two()
+    half.load_state_dict(model.state_dict())
+    for layer in layers(half):
+        for name in NAMES:
+            layer.set_scale(name, 0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(during, oracle.logits(half, **changes))
+    assert not torch.allclose(during, before, atol=1e-3)
+
+
+def test_rescaling_is_no_broken_promise():
+    model = two()
+    with torch.no_grad(), model.base_model.unchanging_adapters():
+        before = oracle.logits(model, adapter_names=NAMES)
+        with rescale_adapter_scale(model, 0.5):
+            during = oracle.logits(model, adapter_names=NAMES)
+        after = oracle.logits(model, adapter_names=NAMES)
+    assert torch.equal(before, after) and not torch.allclose(during, before, atol=1e-3)
