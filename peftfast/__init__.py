@@ -73,6 +73,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "methods.trainable_tokens": ("TrainableTokensConfig",),
+    "mixed_model": ("PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PeftMixedModel"),
     "model": ("PEFT_TYPE_TO_TUNER_MAPPING", "PeftModel"),
     "quantization.quantize": ("QuantizationReport", "dequantize_model", "quantize_model", "replace_lora_weights_loftq"),
     "prompts.prompt_model": ("nearest_tokens", "resize_prompt"),

@@ -18,6 +18,7 @@ from peftfast.files.state import adapter_state_dict
 from peftfast.interop.takeover import is_wrapped_by_peft, take_over
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import method_for
+from peftfast.mixed_model import PeftMixedModel
 from peftfast.model import PeftModel, refuse_peft_model
 from peftfast.tasks import model_class
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
@@ -46,7 +47,7 @@ def get_peft_model(
         model: changed in place: adapted modules are replaced, everything but the adapter is frozen.
         peft_config: what to add; its targets are resolved in place.
         adapter_name: must not contain '.'.
-        mixed: adapters of different types in one model; every PeftModel here allows what the methods allow.
+        mixed: give a PeftMixedModel: adapters of different types in one model, and several of them active.
         autocast_adapter_dtype: keep factors in fp32 on a half-precision base.
         revision: of the base model, recorded in the config.
         low_cpu_mem_usage: create the adapter on the meta device, to be loaded.
@@ -76,9 +77,8 @@ def get_peft_model(
     if revision is not None:
         peft_config.revision = revision
     try:
-        return model_class(peft_config)(
-            model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, strict=strict
-        )
+        kind = PeftMixedModel if mixed else model_class(peft_config)
+        return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, strict=strict)
     except BaseException:
         peft_config.base_model_name_or_path, peft_config.revision = before
         raise

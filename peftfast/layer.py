@@ -16,10 +16,10 @@ from peftfast.many.control import Control
 from peftfast.many.mix import Group, Mix, Verdicts
 from peftfast.many.routing import Routing
 from peftfast.method import Adapter, AdapterMethod
-from peftfast.sites import Site, make_site
+from peftfast.sites import Site, Slot, make_site
 from peftfast.sites.bound import BoundLora
 from peftfast.wrapping.merger import Merger
-from peftfast.wrapping.slots import TransposedView, make_slot
+from peftfast.wrapping.slots import SlotDict, TransposedView, make_slot
 
 #: A Parameter by the dict it is in and its key there, behind the dict, key and value its owner was found by.
 Place = tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]
@@ -106,7 +106,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         if "scaling" in settings:
             self._initial_scaling[name] = settings["scaling"]
         for slot_name, slot in slots.items():
-            container = self._container(slot_name, nn.ParameterDict if slot.holder is None else nn.ModuleDict)
+            container = self._slot(slot_name, slot)
             if name not in container:  # a tied layer finds its tensors in place
                 # what no file carries must not be left on the meta device
                 where = device if slot.fill is None else self.site.weight.device
@@ -137,6 +137,17 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             if isinstance(container, nn.Module):
                 container.training = self.training
             setattr(self, name, container)
+        return container
+
+    def _slot(self, name: str, slot: Slot) -> nn.ModuleDict | nn.ParameterDict:
+        """The container of a slot, made fit for a method that fills it in another way than those before."""
+        kind = nn.ParameterDict if slot.holder is None else nn.ModuleDict
+        container = self._container(name, kind)
+        if not isinstance(container, (kind, SlotDict)):
+            container = SlotDict(container)
+            setattr(self, name, container)
+            for adapter in self.adapters.values():
+                adapter.locate()
         return container
 
     def delete_adapter(self, adapter_name: str) -> None:

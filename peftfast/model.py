@@ -81,14 +81,26 @@ class PeftModel(HasCounterpart, nn.Module):
                 "different config, make sure to call `.unload()` before.",
                 stacklevel=3,
             )
-        prompts = peft_config.is_prompt_learning
-        build = PromptTuner if prompts else PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type, BaseTuner)
-        tuner = build(
+        tuner = self.tuner_class(peft_config)(
             model, peft_config, adapter_name, low_cpu_mem_usage,
             strict=strict, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise,
         )  # fmt: skip
         tuner.install(self)
         self._settle(model)
+
+    def tuner_class(self, peft_config: PeftConfig) -> type[BaseTuner | PromptTuner]:
+        """What manages the adapters of this model, of which `peft_config` is the first."""
+        if peft_config.is_prompt_learning:
+            return PromptTuner
+        return PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type, BaseTuner)
+
+    def check_type(self, peft_config: PeftConfig) -> None:
+        """ValueError if an adapter of this type cannot stand beside the present ones."""
+        if self.peft_config and peft_config.peft_type != self.peft_type:
+            raise ValueError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
+                f"{peft_config.peft_type}."
+            )
 
     def _settle(self, model: nn.Module) -> None:
         """What wrapping means for the base model's own switches."""
@@ -175,11 +187,7 @@ class PeftModel(HasCounterpart, nn.Module):
             )
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-        if self.peft_config and peft_config.peft_type != self.peft_type:
-            raise ValueError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
-                f"{peft_config.peft_type}."
-            )
+        self.check_type(peft_config)
         self._tuner.add(
             adapter_name, peft_config, strict=strict, initialise=initialise,
             device="meta" if low_cpu_mem_usage else None, autocast_adapter_dtype=autocast_adapter_dtype,

@@ -58,7 +58,8 @@ def _class_for(instance: HasCounterpart) -> type:
     peft = real_peft()
     if peft is None:
         return cls
-    theirs = tuple(c for c in (_find(name) for name in instance.counterparts()) if c is not None)
+    found = [c for c in (_find(name) for name in instance.counterparts()) if c is not None]
+    theirs = tuple(c for c in found if not any(c in d.__mro__[1:] for d in found))  # without bases of others
     if not theirs:
         return cls
     key = (cls, *theirs)

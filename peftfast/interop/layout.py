@@ -11,9 +11,7 @@ from peftfast.interop import absent
 #: Modules that exist under the name `peft`. Each answers every public name of peftfast, as PEFT's modules import each
 #: other's names, and in addition what is listed here: name -> "module:attribute".
 MODULES: dict[str, dict[str, str]] = {
-    "peft": {
-        "PeftMixedModel": "peftfast.model:PeftModel",
-    },
+    "peft": {},
     "peft.auto": {},
     "peft.config": {"PeftConfigMixin": "peftfast.config:PeftConfigMixin"},
     "peft.functional": {
@@ -35,7 +33,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.import_utils": {"is_bnb_available": "peftfast.interop.submodules:is_bnb_available"},
     "peft.mapping": {"PEFT_TYPE_TO_PREFIX_MAPPING": "peftfast.interop.weight_mapping:PEFT_TYPE_TO_PREFIX_MAPPING"},
     "peft.mapping_func": {},
-    "peft.mixed_model": {"PeftMixedModel": "peftfast.model:PeftModel"},
+    "peft.mixed_model": {},
     "peft.optimizers": {
         "create_lorafa_optimizer": "peftfast.optimizers:create_lorafa_optimizer",
         "create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer",

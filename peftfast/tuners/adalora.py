@@ -88,7 +88,8 @@ class AdaLoraModel(BaseTuner):
         return self._allocator(name)
 
     def _adapters(self, name: str) -> list[Adapter]:
-        return [layer.adapters[name] for layer in self.inventory.layers.values() if name in layer.adapters]
+        found = (layer.adapters.get(name) for layer in self.inventory.layers.values())
+        return [a for a in found if a is not None and VALUES in a]  # others may be of another method
 
     def _allocator(self, name: str) -> RankAllocator:
         allocator, cfg = self._allocators.get(name), self.peft_config[name]

@@ -333,12 +333,17 @@ class Inventory:
                 wrapper._disable_adapters = not enabled  # made inside the block
 
     # ---- deleting ----------------------------------------------------------------------------------------------------
+    def check_deletable(self, names: Sequence[str]) -> None:
+        """ValueError if one of these adapters is inside the weights."""
+        merged = [n for n in names if any(n in layer.merged_adapters for layer in self.layers.values())]
+        if merged:
+            raise ValueError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
+
     def delete(self, name: str) -> None:
         """Delete an adapter everywhere. Nothing is changed if it cannot be."""
         if name not in self.configs:
             raise ValueError(f"Adapter {name} does not exist. Adapters present: {sorted(self.configs)}")
-        if any(name in layer.merged_adapters for layer in self.layers.values()):
-            raise ValueError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
+        self.check_deletable([name])
         remaining = [n for n in self.active if n != name]
         others = [n for n in self.configs if n != name]
         if name in self.active and not remaining and others:

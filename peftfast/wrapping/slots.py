@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,43 @@ def make_slot(slot: Slot, device: torch.device, dtype: torch.dtype) -> nn.Module
     if slot.bias is not None:
         holder.bias = parameter(slot.bias)
     return holder
+
+
+class SlotDict(nn.ModuleDict):
+    """A slot that methods fill differently: modules of some adapters, bare Parameters of others, in one dict."""
+
+    def __init__(self, present: nn.ModuleDict | nn.ParameterDict) -> None:
+        super().__init__()
+        self.training = present.training
+        for name, value in present.items():
+            self[name] = value
+
+    def __getitem__(self, key: str) -> nn.Module | nn.Parameter:
+        return self._parameters[key] if key in self._parameters else self._modules[key]
+
+    def __setitem__(self, key: str, value: nn.Module | nn.Parameter) -> None:
+        setattr(self, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        delattr(self, key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._parameters or key in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._modules, *self._parameters))
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._parameters)
+
+    def keys(self) -> KeysView[str]:
+        return {**self._modules, **self._parameters}.keys()
+
+    def values(self) -> ValuesView[nn.Module | nn.Parameter]:
+        return {**self._modules, **self._parameters}.values()
+
+    def items(self) -> ItemsView[str, nn.Module | nn.Parameter]:
+        return {**self._modules, **self._parameters}.items()
 
 
 class TransposedView(nn.Module):
