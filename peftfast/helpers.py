@@ -95,9 +95,21 @@ def _put_scaling(layer: BaseTunerLayer, scaling: dict[str, Any]) -> None:
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """For code written for PEFT, whose layers cast their input to the adapter's dtype: the layers here take their input
-    as it is, so there is nothing to switch off."""
-    yield
+    """Inside a `with` block, adapters' modules that have hooks get their input in the dtype it has, because the hooks
+    may change that of the weights, as in layerwise casting by diffusers; elsewhere input and weights need not agree.
+
+    Args:
+        active: False changes nothing.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)] if active else []
+    before = [(layer, layer.cast_input_dtype_enabled) for layer in layers]
+    try:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = False
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.cast_input_dtype_enabled = enabled
 
 
 class DoraCaching:

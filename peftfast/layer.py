@@ -56,6 +56,7 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
     adapter_layer_names: tuple[str, ...] = ()  # names of the slots present
     other_param_names: tuple[str, ...] = ()  # names of the per-adapter settings present
     quantization_backend: str | None = None
+    cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
     block: Any = None  # computes this layer together with others (see blocks.py): (layer, x) -> output, or None
 
     def __init__(self, base_layer: nn.Module, site: Site | None = None) -> None:

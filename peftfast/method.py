@@ -76,7 +76,7 @@ class Adapter:
             self.locate()
             self._layer._plan = None
             holders = self.holders
-        return site if holders.are_plain() else CalledSite(site, holders)
+        return site if holders.are_plain() else CalledSite(site, holders, self._layer.cast_input_dtype_enabled)
 
     def __getitem__(self, slot: str) -> Tensor:
         """The tensor of a slot ("lora_A"), or the bias of a slot's holder ("lora_B.bias")."""

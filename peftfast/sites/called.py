@@ -62,10 +62,14 @@ class Holders:
 
 
 class CalledSite:
-    """A site at which one adapter's products are calls of its modules; all else is the site's."""
+    """A site at which one adapter's products are calls of its modules; all else is the site's.
 
-    def __init__(self, site: Site, holders: Holders) -> None:
-        self.site = site
+    Args:
+        casts: give the modules their input in the dtype of the weight that they have before the call.
+    """
+
+    def __init__(self, site: Site, holders: Holders, casts: bool = True) -> None:
+        self.site, self._casts = site, casts
         self._down, self._up, self._dropout = (module for _, _, module in holders.places)
 
     def __getattr__(self, name: str) -> Any:
@@ -86,7 +90,7 @@ class CalledSite:
 
     def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
         y = self.site.base(x) if y is None else y
-        branch = self.up(self.down(self.drop(x.to(a.dtype), dropout), a), b)
+        branch = self.up(self.down(self.drop(x.to(a.dtype) if self._casts else x, dropout), a), b)
         return (y + branch * scale).to(y.dtype)
 
     def magnify(

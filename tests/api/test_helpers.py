@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import peftfast
-from peftfast.helpers import rescale_adapter_scale
+from peftfast.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peftfast.layer import BaseTunerLayer
 
 NAMES = ["one", "two"]
@@ -73,3 +73,34 @@ def test_rescaling_is_no_broken_promise():
             during = oracle.logits(model, adapter_names=NAMES)
         after = oracle.logits(model, adapter_names=NAMES)
     assert torch.equal(before, after) and not torch.allclose(during, before, atol=1e-3)
+
+
+def test_modules_whose_hooks_change_their_dtype():
+    """Stored in bf16, computing in fp32: what diffusers' layerwise casting makes of every module with weights."""
+
+    def widen(module, args):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+
+    def narrow(module, args, output):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.bfloat16()
+
+    model = two().bfloat16()
+    x = torch.randn(3, 32)
+    expected = two()
+    expected.load_state_dict(model.state_dict())
+    for module in model.modules():
+        if list(module.parameters(recurse=False)):
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(narrow)
+    with torch.no_grad():
+        for layer, plain in zip(layers(model), layers(expected), strict=True):
+            with disable_input_dtype_casting(model, active=False), pytest.raises(RuntimeError, match="same dtype"):
+                layer(x)
+            with disable_input_dtype_casting(model):
+                found = layer(x)
+            torch.testing.assert_close(found, plain(x))
+            assert found.dtype is torch.float32 and layer.lora_A["one"].weight.dtype is torch.bfloat16
+            with pytest.raises(RuntimeError, match="same dtype"):
+                layer(x)
