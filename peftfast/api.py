@@ -279,9 +279,13 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
     unexpected = [k for k in state_dict if k not in mine]
     wrong = [k for k in mine if k in state_dict and mine[k].shape != state_dict[k].shape]
     if wrong or (strict and (missing or unexpected)):
-        raise RuntimeError(
-            f"Error(s) in loading base weights: missing {missing}, unexpected {unexpected}, sizes {wrong}"
-        )
+        parts = {
+            "Missing key(s) in state_dict": missing,
+            "Unexpected key(s) in state_dict": unexpected,
+            "Sizes that differ": [f"{k}: {list(mine[k].shape)}, given {list(state_dict[k].shape)}" for k in wrong],
+        }
+        said = "; ".join(f"{part}: {', '.join(keys)}" for part, keys in parts.items() if keys)
+        raise RuntimeError(f"Error(s) in loading base weights. {said}")
     with torch.no_grad():
         for key, tensor in mine.items():
             if key in state_dict:

@@ -457,8 +457,10 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             return getattr(base, name)
 
     def _get_name(self) -> str:
-        families = list(dict.fromkeys(a.method.family for a in self.adapters.values())) or ["adapter"]
-        return f"{'+'.join(families)}.{type(self.base_layer).__name__}"
+        base = type(self.base_layer).__name__
+        methods = [a.method for a in self.adapters.values()]
+        names = [getattr(m, "layer_name", f"{m.family}.{base}") for m in methods] or [f"adapter.{base}"]
+        return "+".join(dict.fromkeys(names))
 
     def __deepcopy__(self, memo: dict) -> BaseTunerLayer:
         import copy

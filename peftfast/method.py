@@ -149,7 +149,8 @@ class AdapterMethod(Protocol):
 
     peft_type: ClassVar[str]
     prefix: ClassVar[str]  # "lora_": the parameters that are this method's start with it
-    family: ClassVar[str]  # "lora": what reprs and status reports call its layers
+    family: ClassVar[str]  # "lora": what reprs and status reports call its layers, before the kind of module; instead
+    # of both, where PEFT has another name for them, a method may have a `layer_name`
     default_targets: ClassVar[Mapping[str, Any]]  # model type -> target modules
 
     def claims(self, cfg: PeftConfig) -> bool:
@@ -249,6 +250,14 @@ def sample_by_sample(
         unknown = (rows.index >= len(adapters)).view(-1, *(1,) * (y.dim() - 1))
         out = out.masked_fill(unknown, float("nan"))
     return out
+
+
+class Exclusive(Protocol):
+    """Optional, known by its one function: adapters of which not every set means something."""
+
+    def check_together(self, adapters: Sequence[Adapter]) -> None:
+        """ValueError if these, on one module, cannot act together."""
+        ...
 
 
 class TrainingHooks(Protocol):

@@ -9,6 +9,7 @@ from torch import nn
 
 from peftfast.layer import BaseTunerLayer
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peftfast.wrapping.targets import make_matcher
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -77,8 +78,15 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         TypeError: a prompt-learning model, which has none. ValueError: no adapters at all.
     """
+    return _layer_status(model, "get_layer_status")
+
+
+def _layer_status(model: nn.Module, caller: str) -> list[TunerLayerStatus]:
     if getattr(model, "_is_prompt_learning", False):
-        raise TypeError("get_layer_status() is not supported for prompt learning methods, which adapt no layer")
+        raise TypeError(
+            f"{caller}() got an invalid PeftModel instance: prompt learning methods, such as {model.peft_type.value}, "
+            "adapt no layer"
+        )
     result = []
     base = getattr(model, "base_model", None)
     tuner = base if hasattr(base, "inventory") else model  # names are relative to the tuner, as in PEFT
@@ -122,7 +130,7 @@ def _merged(layers: list[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The state of all adapted modules together; errors as in `get_layer_status`."""
-    layers = get_layer_status(model)
+    layers = _layer_status(model, "get_model_status")
     names = sorted({n for layer in layers for n in layer.available_adapters})
     base = getattr(model, "base_model", None)
     configs = getattr(model, "peft_config", {})
@@ -146,3 +154,21 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         devices={n: sorted({d for layer in layers for d in layer.devices.get(n, [])}) for n in names},
         quantization_backend=_agreed([layer.quantization_backend for layer in layers]),
     )
+
+
+def inspect_matched_modules(tuner: nn.Module, adapter_name: str = "default") -> dict[str, list[str]]:
+    """The base's modules that an adapter's config means, and all others.
+
+    Args:
+        tuner: a PeftModel, or the tuner in it.
+
+    Returns:
+        Names inside the base model, under "matched" and "unmatched".
+    """
+    inventory = tuner.inventory
+    (name,) = inventory.check_known(adapter_name)
+    matcher = make_matcher(inventory.configs[name])
+    found: dict[str, list[str]] = {"matched": [], "unmatched": []}
+    for key in inventory.names:
+        found["matched" if matcher(key) else "unmatched"].append(key)
+    return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import AdapterLoadError, close_matches, enumerate_some
+from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
@@ -18,6 +19,8 @@ from peftfast.training.sharding import gathered
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 
 _WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module(?=\.base_model))\.")
+
+_FACTOR = re.compile(r"lora_(embedding_)?[AB](\.weight)?$")
 
 
 class Entry(NamedTuple):
@@ -69,7 +72,7 @@ def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
     pairs = list(inventory.wrappers())
     if any(inventory.module(key) is not wrapper for key, wrapper in pairs):
         return None
-    return [(prefix + key, wrapper) for key, wrapper in pairs]
+    return [(prefix + strip_wrappers(key), wrapper) for key, wrapper in pairs]
 
 
 def strip_wrappers(name: str) -> str:
@@ -204,11 +207,21 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_whole(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to save what a sharded engine has taken apart: an empty factor is a lost adapter."""
+    """Refuse to save what a sharded engine has taken apart, an empty factor being a lost adapter; warn of what looks
+    like it."""
     # a rank of zero has two dimensions; what an engine leaves behind has one
     empty = [k for k, t in tensors.items() if t.numel() == 0 and t.dim() < 2]
     if empty:
         raise AdapterLoadError(
             f"These tensors are empty: {enumerate_some(empty)}. The model's parameters are sharded and were not "
             "gathered; pass the gathered tensors as state_dict="
+        )
+    flat = [k for k, t in tensors.items() if t.dim() == 1 and _FACTOR.search(k)]
+    if flat:
+        warnings.warn(
+            f"These factors are flat where they should be matrices: {enumerate_some(flat)}. They look like DeepSpeed "
+            "ZeRO-3 / FSDP shards that were not gathered, and no model will load them; pass the gathered tensors as "
+            "state_dict=",
+            PeftWarning,
+            stacklevel=4,
         )

@@ -67,10 +67,13 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},
     "peft.tuners.prompt_tuning": {},
-    "peft.tuners.trainable_tokens": {},
+    "peft.tuners.trainable_tokens": {"TrainableTokensLayer": "peftfast.layer:BaseTunerLayer"},
+    "peft.tuners.trainable_tokens.layer": {"TrainableTokensLayer": "peftfast.layer:BaseTunerLayer"},
     "peft.tuners.tuners_utils": {
         "BaseTuner": "peftfast.tuners.tuner:BaseTuner",
         "BaseTunerLayer": "peftfast.layer:BaseTunerLayer",
+        "check_target_module_exists": "peftfast.wrapping.targets:check_target_module_exists",
+        "inspect_matched_modules": "peftfast.status:inspect_matched_modules",
         **{
             name: f"peftfast.functional:{name}"
             for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
@@ -89,6 +92,7 @@ MODULES: dict[str, dict[str, str]] = {
         "infer_device": "peftfast.interop.submodules:infer_device",
     },
     "peft.utils.constants": {
+        "DUMMY_MODEL_CONFIG": "peftfast.tuners.tuner:DUMMY_MODEL_CONFIG",
         "EMBEDDING_LAYER_NAMES": "peftfast.wrapping.targets:EMBEDDING_LAYER_NAMES",
         "INCLUDE_LINEAR_LAYERS_SHORTHAND": "peftfast.wrapping.targets:ALL_LINEAR",
         "MIN_TARGET_MODULES_FOR_OPTIMIZATION": "peftfast.wrapping.targets:MIN_TARGET_MODULES_FOR_OPTIMIZATION",

@@ -105,6 +105,7 @@ class AdaLora:
     peft_type: ClassVar[str] = PeftType.ADALORA
     prefix: ClassVar[str] = "lora_"
     family: ClassVar[str] = "adalora"
+    layer_name: ClassVar[str] = "adalora.SVDLinear"
     peft_layer: ClassVar[str] = "tuners.adalora.layer.AdaLoraLayer"
     default_targets: ClassVar[Mapping[str, Any]] = default_targets.ADALORA
 

@@ -109,10 +109,10 @@ class IA3:
             cfg.feedforward_modules = {t for t in targets if any(t == n or t.endswith("." + n) for n in row)}
 
     def settings(self, site: Site, cfg: IA3Config, key: str) -> Mapping[str, Any]:
-        return {"is_feedforward": cfg.is_feedforward(key)}
+        return {"scaled_side": "input" if cfg.is_feedforward(key) else "output"}
 
     def slots(self, site: Site, cfg: IA3Config, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
-        return {VECTOR: Slot(site.vector_shape("input" if settings["is_feedforward"] else "output"))}
+        return {VECTOR: Slot(site.vector_shape(settings["scaled_side"]))}
 
     def init(self, site: Site, adapter: Adapter) -> None:
         if adapter.cfg.init_ia3_weights:
@@ -170,7 +170,7 @@ class IA3:
 
 
 def _side(adapter: Adapter) -> str:
-    return "input" if adapter.setting("is_feedforward") else "output"
+    return adapter.setting("scaled_side")
 
 
 def _product(active: Sequence[Adapter], side: str) -> Tensor | None:

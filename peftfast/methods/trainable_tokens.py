@@ -36,6 +36,8 @@ class TrainableTokens:
     peft_type: ClassVar[str] = PeftType.TRAINABLE_TOKENS
     prefix: ClassVar[str] = "trainable_tokens_"
     family: ClassVar[str] = "trainable_tokens"
+    layer_name: ClassVar[str] = "TrainableTokensLayer"
+    peft_layer: ClassVar[str] = "tuners.trainable_tokens.layer.TrainableTokensLayer"
     default_targets: ClassVar[Mapping[str, Any]] = {}
     always_ties: ClassVar[bool] = True
 
@@ -43,14 +45,19 @@ class TrainableTokens:
         return isinstance(cfg, TrainableTokensConfig)
 
     def choose_targets(self, cfg: TrainableTokensConfig, model: nn.Module) -> None:
-        """None is the input embedding, by its whole name."""
+        """None is the input embedding, by its whole name; of a model that does not say which, what is called so."""
         if cfg.target_modules is None:
             embedding = getattr(model, "get_input_embeddings", lambda: None)()
             name = next((n for n, m in model.named_modules() if m is embedding), None)
+            usual = "embed_tokens"
+            if name is None and any(n.rpartition(".")[2] == usual for n, _ in model.named_modules()):
+                cfg.target_modules = [usual]
+                return
             if name is None:
                 raise ValueError(
-                    f"Please specify `target_modules` in `peft_config`: {type(model).__name__} names no input "
-                    "embedding (get_input_embeddings), whose rows a TrainableTokensConfig trains by default"
+                    f"Target modules {usual} not found in the base model. Please specify `target_modules` in "
+                    f"`peft_config`: {type(model).__name__} does not say which its input embedding is "
+                    "(get_input_embeddings), whose rows a TrainableTokensConfig trains by default"
                 )
             cfg.target_modules = name
 
@@ -82,7 +89,7 @@ class TrainableTokens:
         return False
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
-        check_disjoint(active)
+        self.check_together(active)
         weight = site.module.weight
         for adapter in active:
             weight = weight.index_copy(0, _index(adapter, weight), adapter["trainable_tokens_delta"].to(weight))
@@ -95,6 +102,18 @@ class TrainableTokens:
             return y * (embed_scale.to(y.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
         return F.linear(x, weight, m.bias)
 
+    def check_together(self, adapters: Sequence[Adapter]) -> None:
+        """Two adapters that replace the same row have no meaning together."""
+        seen: set[int] = set()
+        for adapter in adapters:
+            rows = set(adapter.setting("token_indices"))
+            if rows & seen:
+                raise ValueError(
+                    f"Token indices of adapter {adapter.name} are already defined and would result in undefined "
+                    f"merging behavior: {sorted(rows & seen)}. Only disjunct token indices are currently supported."
+                )
+            seen |= rows
+
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         rows = adapter["trainable_tokens_delta"].to(dense.weight)
         return dense._replace(weight=dense.weight.index_copy(0, _index(adapter, dense.weight), rows))
@@ -102,16 +121,3 @@ class TrainableTokens:
 
 def _index(adapter: Adapter, like: Tensor) -> Tensor:
     return torch.tensor(adapter.setting("token_indices"), device=like.device)
-
-
-def check_disjoint(adapters: Sequence[Adapter]) -> None:
-    """Two adapters that replace the same row have no meaning together."""
-    seen: set[int] = set()
-    for adapter in adapters:
-        rows = set(adapter.setting("token_indices"))
-        if rows & seen:
-            raise ValueError(
-                f"Token indices of adapter {adapter.name} are already defined and would result in undefined merging "
-                f"behavior: {sorted(rows & seen)}. Only disjunct token indices are currently supported."
-            )
-        seen |= rows

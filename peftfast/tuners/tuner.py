@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
@@ -23,6 +24,9 @@ from peftfast.training.checkpointing import checkpointing_switches, is_checkpoin
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
+
+#: What stands for the config of a model without one.
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
 class BaseTuner(nn.Module):
@@ -357,11 +361,13 @@ class BaseTuner(nn.Module):
     # ---- the wrapped model, as others see it -------------------------------------------------------------------------
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """The model's config as a dict; `{"model_type": "custom"}` for models without one."""
+        """The model's config as a dict; `DUMMY_MODEL_CONFIG` for models without one."""
         config = getattr(model, "config", None)
         if config is None:
-            return {"model_type": "custom"}
-        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            return dict(DUMMY_MODEL_CONFIG)
+        if hasattr(config, "to_dict"):
+            return config.to_dict()
+        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
 
     def __getattr__(self, name: str) -> Any:
         try:

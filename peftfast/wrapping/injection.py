@@ -13,6 +13,7 @@ from torch import nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
+from peftfast.files.state import strip_wrappers
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import AdapterMethod, method_for
 from peftfast.sites import Site, make_site
@@ -167,7 +168,8 @@ def plan_injection(
     matcher = make_matcher(cfg)
     matched = [n for n in names if matcher(n)]
     if keys is not None:
-        wanted = list(dict.fromkeys(keys))
+        live = {strip_wrappers(n): n for n in names}  # files know nothing of compiled and sharded models
+        wanted = list(dict.fromkeys(live.get(strip_wrappers(k), k) for k in keys))
         unknown = [k for k in wanted if k not in inventory.names]
         if unknown:
             raise ValueError(f"The state dict adapts modules that the model does not have: {enumerate_some(unknown)}")
@@ -202,9 +204,19 @@ def plan_injection(
             cfg.target_modules = shortest_suffixes(matched, [n for n in names if n not in set(matched)])
     targets = list(dict.fromkeys((*matched, *tie.targets)))
     tokens, tokens_tied = plan_tokens(inventory, cfg, rows, tied_heads)
+    adapted = [key for key in (*tokens, *tokens_tied) if key in set(targets)]
+    if adapted:
+        raise TypeError(
+            "trainable_token_indices cannot be applied to modules of type "
+            f"{type(inventory.module(adapted[0]))} that the same adapter adapts by `target_modules`: "
+            f"{enumerate_some(adapted)}"
+        )
     both = set(tokens) & set(saved)
     if both:
-        raise ValueError(f"{sorted(both)} cannot be in modules_to_save and in trainable_token_indices at once")
+        raise ValueError(
+            f"The embedding layer is already marked to be trained fully: {sorted(both)} cannot be in modules_to_save "
+            "and in trainable_token_indices at once"
+        )
     _check_wrappers(inventory, (*saved, *tie.saved), ModulesToSaveWrapper)
     _check_wrappers(inventory, (*tokens, *tokens_tied), TrainableTokensWrapper)
     return Injection(

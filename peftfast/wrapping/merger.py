@@ -102,6 +102,7 @@ class Merger:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         layer = self.layer
+        self._check_together(names)
         with FakeTensorMode(allow_non_fake_inputs=True):
             bias = getattr(layer.base_layer, "bias", None)
             weight = torch.empty(layer.site.weight.shape)
@@ -112,6 +113,13 @@ class Merger:
                 except RuntimeError as e:
                     if type(e) in (RuntimeError, NotImplementedError):  # others say that values would be needed
                         raise
+
+    def _check_together(self, names: Sequence[str]) -> None:
+        """ValueError if these cannot be in one weight beside what is in it."""
+        adapters = [self.layer.adapters[n] for n in (*self.layer.merged_adapters, *names)]
+        for method in dict.fromkeys(adapter.method for adapter in adapters):
+            if hasattr(type(method), "check_together"):
+                method.check_together([adapter for adapter in adapters if adapter.method is method])
 
     def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         layer = self.layer
@@ -129,6 +137,7 @@ class Merger:
                 )
             else:
                 warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+        self._check_together(names)
         return names
 
     @torch.no_grad()

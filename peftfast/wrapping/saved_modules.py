@@ -104,7 +104,14 @@ class AuxiliaryTrainingWrapper(HasCounterpart, nn.Module):
         except AttributeError:
             if name.startswith("__") or "_modules" not in self.__dict__ or not self._modules:
                 raise
-            return getattr(self._standing_in(), name)
+            try:
+                standing_in = self._standing_in()
+            except KeyError:
+                raise AttributeError(
+                    f"{type(self).__name__} has no attribute {name!r}, and no module for its active adapter "
+                    f"{self._active_adapter!r}"
+                ) from None
+            return getattr(standing_in, name)
 
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)

@@ -233,6 +233,11 @@ def make_matcher(cfg: PeftConfig) -> Matcher:
     )
 
 
+def check_target_module_exists(config: PeftConfig, key: str) -> bool:
+    """Whether a config whose targets are resolved adapts a module of this name, under PEFT's name for the question."""
+    return make_matcher(config)(key)
+
+
 def report_matches(
     cfg: PeftConfig,
     matcher: Matcher,
@@ -257,6 +262,12 @@ def report_matches(
                 "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
                 "arguments."
             )
+        if matcher.excluded and matcher.unmatched():
+            raise NoMatchingPeftModuleError(
+                "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
+                f"modules and excluded modules: {matcher.unmatched()} of `target_modules` matched no module, and "
+                f"`exclude_modules` ({cfg.exclude_modules!r}) excludes {enumerate_some(matcher.excluded)}."
+            )
         if matcher.excluded:
             raise NoMatchingPeftModuleError(
                 "All modules were excluded. This is likely unintended. Check your `target_modules` "
@@ -264,8 +275,9 @@ def report_matches(
             )
         if matcher.kept:
             raise NoMatchingPeftModuleError(
-                f"No modules were targeted for adaptation: all that `target_modules` ({targets!r}) matches is inside "
-                f"`modules_to_save` ({list(matcher.never)}), which is trained in full. Please check both."
+                "No modules were targeted for adaptation. This might be caused by a combination of `target_modules` "
+                f"and `modules_to_save`: all that {targets!r} matches is inside {list(matcher.never)}, which is "
+                "trained in full. Please check both."
             )
         message = (
             f"Target modules {targets} not found in the base model. Please check the target modules and try again."

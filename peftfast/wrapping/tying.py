@@ -89,8 +89,14 @@ def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> Tying
     ensure = getattr(cfg, "ensure_weight_tying", False)
     if not heads:
         if ensure:
-            warnings.warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model",
-                          stacklevel=6)  # fmt: skip
+            rows = getattr(cfg, "trainable_token_indices", None)
+            warnings.warn(
+                "ensure_weight_tying=True but the model does not have tied weights: the rows in "
+                "trainable_token_indices are trained apart in every module"
+                if rows
+                else "You have requested `ensure_weight_tying`, but no tied modules were found in the model",
+                stacklevel=6,
+            )
         return Tying()
     embedding = embedding_name(inventory)
     both = [embedding, *heads]
@@ -141,7 +147,7 @@ def plan_tokens(
         found = [n for n in inventory.names if n == target or n.endswith("." + target)]
         if not found:
             raise ValueError(
-                f"trainable_token_indices: no module named {target!r} in the model."
+                f"trainable_token_indices: Target modules {{{target!r}}} not found in the base model."
                 f"{close_matches(target, name_ends(inventory.names))}"
             )
         for key in found:
@@ -162,7 +168,8 @@ def plan_tokens(
     if any(indices != plan[embedding] for indices in own.values()):
         if getattr(cfg, "ensure_weight_tying", False):
             raise ValueError(
-                "ensure_weight_tying: modules that share one weight cannot train different rows of it, got "
+                "Cannot ensure weight tying when different token indices are specified for modules that share one "
+                "weight, got "
                 f"trainable_token_indices { ({embedding: plan[embedding], **own}) }"
             )
         return plan, []  # rows of their own, as asked

@@ -52,7 +52,26 @@ def same_picture(model, before):
             ValueError,
             "Did you mean.*embed_tokens",
         ),
-        ({"target_modules": QV, "modules_to_save": ["layers"]}, NoMatchingPeftModuleError, "inside `modules_to_save`"),
+        (
+            {"target_modules": QV, "modules_to_save": ["layers"]},
+            NoMatchingPeftModuleError,
+            r"No modules were targeted for adaptation.*combination of .*is inside \['layers'\]",
+        ),
+        (
+            {"target_modules": ["q_proj", "w_proj"], "exclude_modules": ["q_proj"]},
+            NoMatchingPeftModuleError,
+            r"No modules were targeted for adaptation.*\['w_proj'\] of .* matched no module.*excludes .*q_proj",
+        ),
+        (
+            {"target_modules": ["embed_tokens"], "trainable_token_indices": [1]},
+            TypeError,
+            "trainable_token_indices cannot be applied to modules of type.*Embedding.*embed_tokens",
+        ),
+        (
+            {"target_modules": QV, "trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+            ValueError,
+            "already marked to be trained fully.*embed_tokens",
+        ),
         ({"target_modules": ["lm_head"], "modules_to_save": ["layers"]}, TypeError, "ModuleList"),
         ({"target_modules": ["q_proj"], "r": 3, "init_lora_weights": "orthogonal"}, ValueError, "even.*3"),
         ({"target_modules": ["embed_tokens"], "lora_bias": True}, ValueError, "lora_bias.*Embedding"),

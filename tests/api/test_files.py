@@ -170,8 +170,37 @@ def test_base_state_dicts():
     assert mine.keys() == other.keys() == oracle.llama().state_dict().keys()
     peftfast.set_base_model_state_dict(twins.ours, {k: v * 0.5 for k, v in mine.items()})
     assert torch.equal(peftfast.get_base_model_state_dict(twins.ours)["lm_head.weight"], other["lm_head.weight"] * 0.5)
-    with pytest.raises(RuntimeError, match="rubbish"):
-        peftfast.set_base_model_state_dict(twins.ours, {**mine, "rubbish": torch.ones(1)})
+    wrong = {**mine, "rubbish": torch.ones(1), "model.norm.weight": torch.ones(3)}
+    del wrong["lm_head.weight"]
+    message = r"Missing key.*lm_head.weight; Unexpected key.*rubbish; Sizes.*model.norm.weight: \[32\], given \[3\]"
+    with pytest.raises(RuntimeError, match=message):
+        peftfast.set_base_model_state_dict(twins.ours, wrong)
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_a_state_dict_decides_the_targets_of_a_compiled_model(compiled_before):
+    """Whose modules have another name in front, which files never have."""
+    first = torch.compile(oracle.llama()) if compiled_before else oracle.llama()
+    peftfast.inject_adapter_in_model(LoraConfig(**OPTIONS), first)
+    tensors = peftfast.get_peft_model_state_dict(first)
+    assert tensors and not any("_orig_mod" in key for key in tensors)
+    model = torch.compile(oracle.llama())
+    with pytest.warns(RuntimeWarning, match="inconsistency was discovered"):
+        peftfast.inject_adapter_in_model(LoraConfig(target_modules=["k_proj"]), model, state_dict=tensors)
+    result = peftfast.set_peft_model_state_dict(model, tensors)
+    assert not result.missing_keys and not result.unexpected_keys
+    again = peftfast.get_peft_model_state_dict(model)
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+def test_factors_that_look_like_shards_are_saved_with_a_warning(tmp_path):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS, use_dora=True, lora_bias=False))
+    model.save_pretrained(tmp_path / "whole")  # with magnitudes, which are flat
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    weight.data = torch.zeros(7)
+    with pytest.warns(peftfast.PeftWarning, match=r"layers.0.self_attn.q_proj.lora_A.*DeepSpeed ZeRO-3 / FSDP shards"):
+        model.save_pretrained(tmp_path / "flat")
+    assert (tmp_path / "flat" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("asked", [True, False, "auto"])

@@ -76,10 +76,8 @@ class Pair:
             {s.name: dataclasses.asdict(s) for s in model.get_layer_status()} for model in (self.ours, self.theirs)
         ]
         for layer in (status for model in layers for status in model.values()):
-            if not layer["available_adapters"] or layer["name"].endswith("token_adapter"):
-                layer.pop(
-                    "module_type"
-                )  # a layer without adapters names no method; PEFT's token layer has its own class
+            if not layer["available_adapters"]:
+                layer.pop("module_type")  # a layer without adapters names no method
         assert layers[0] == layers[1]
         if outputs:
             with torch.no_grad():
@@ -289,6 +287,15 @@ def test_first_words_of_layers():
     pair = Pair()
     for mine, other in zip(pair.ours.get_layer_status(), pair.theirs.get_layer_status(), strict=True):
         assert mine.module_type == other.module_type == "lora.Linear"
+    for name, options in (("TrainableTokensConfig", {"token_indices": [1]}), ("AdaLoraConfig", {"total_step": 9})):
+        mine, other = (
+            {
+                s.module_type
+                for s in lib.get_peft_model(oracle.llama(), getattr(lib, name)(**options)).get_layer_status()
+            }
+            for lib in (peftfast, peft)
+        )
+        assert mine == other, name
     with pytest.raises(ValueError, match="No adapter layers found in the model"):
         peftfast.get_layer_status(oracle.llama())
 

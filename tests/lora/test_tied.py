@@ -235,3 +235,48 @@ def test_two_ways_of_training_one_module_are_refused(first):
     with pytest.raises(ValueError, match=r"embed_tokens.*modules_to_save|embed_tokens.*trainable_token_indices"):
         model.add_adapter("second", configs[1 - first])
     assert list(model.peft_config) == ["default"] and model.state_dict().keys() == before.keys()
+
+
+def test_rows_that_two_adapters_replace_are_not_merged_together():
+    """Whichever came last would win, and nobody could say what unmerging one of them means."""
+    config = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    model = peftfast.get_peft_model(
+        oracle.llama(), peftfast.LoraConfig(trainable_token_indices=[1, 2], **config), "one"
+    )
+    model.add_adapter("two", peftfast.LoraConfig(trainable_token_indices=[2, 3], **config))
+    model.add_adapter("three", peftfast.LoraConfig(trainable_token_indices=[4], **config))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def unchanged():
+        now = model.state_dict()
+        return now.keys() == before.keys() and all(torch.equal(now[k], v) for k, v in before.items())
+
+    message = r"Token indices of adapter two are already defined.*\[2\]"
+    with pytest.raises(ValueError, match=message):
+        model.merge_and_unload(adapter_names=["one", "two"])
+    assert unchanged()
+    model.merge_adapter(["one"])
+    with pytest.raises(ValueError, match=message):
+        model.merge_adapter(["two"])
+    model.merge_adapter(["three"])
+    model.unmerge_adapter()
+    assert unchanged()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_usual_name_of_an_embedding(named):
+    """Counts where a model does not say which its input embedding is."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Module()
+            self.inner.register_module("embed_tokens" if named else "table", torch.nn.Embedding(7, 3))
+
+    config = peftfast.TrainableTokensConfig(token_indices=[1])
+    if named:
+        model = peftfast.get_peft_model(Model(), config)
+        assert model.base_model.targeted_module_names == ["inner.embed_tokens"]
+    else:
+        with pytest.raises(ValueError, match="Target modules embed_tokens not found.*get_input_embeddings"):
+            peftfast.get_peft_model(Model(), config)

@@ -1,0 +1,76 @@
+"""What a model says about its adapters, and about itself, to those who ask."""
+
+import dataclasses
+import importlib
+
+import oracle
+import pytest
+from torch import nn
+
+import peftfast
+from peftfast.interop import layout
+from peftfast.tuners.tuner import BaseTuner
+
+peft = importlib.import_module("peft")
+
+
+@dataclasses.dataclass
+class Settings:
+    model_type: str = "own"
+    width: int = 3
+
+
+def test_configs_of_any_kind():
+    class Model(nn.Module):
+        pass
+
+    model = Model()
+    assert BaseTuner.get_model_config(model) == layout.lookup("peft.utils.constants", "DUMMY_MODEL_CONFIG")
+    for config in (Settings(), {"model_type": "own", "width": 3}):
+        model.config = config
+        assert BaseTuner.get_model_config(model) == {"model_type": "own", "width": 3}
+        model.config = config
+    theirs = peft.tuners.tuners_utils.BaseTuner.get_model_config
+    assert BaseTuner.get_model_config(oracle.llama()) == theirs(oracle.llama())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": r".*\.0\..*"},
+        {"target_modules": r".*\.1\..*_proj", "modules_to_save": ["lm_head"]},
+        {"target_modules": ["v_proj"], "layers_to_transform": 1},
+    ],
+)
+def test_which_modules_a_config_means(options):
+    inspect = layout.lookup("peft.tuners.tuners_utils", "inspect_matched_modules")
+    check = layout.lookup("peft.tuners.tuners_utils", "check_target_module_exists")
+    twins = oracle.Twins(oracle.llama, options)
+    theirs = peft.tuners.tuners_utils.inspect_matched_modules(twins.theirs.base_model)
+    for model in (twins.ours, twins.ours.base_model):
+        found = inspect(model)
+        assert found["matched"] == theirs["matched"] == twins.ours.base_model.targeted_module_names
+        names = [name for name, _ in oracle.llama().named_modules() if name]
+        assert sorted(found["matched"] + found["unmatched"]) == sorted(names)
+    assert [n for n in names if check(twins.ours.peft_config["default"], n)] == found["matched"]
+    with pytest.raises(ValueError, match="Adapter other not found"):
+        inspect(twins.ours, "other")
+
+
+def test_prompts_adapt_no_layer():
+    config = peftfast.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    model = peftfast.get_peft_model(oracle.llama(), config)
+    for name in ("get_layer_status", "get_model_status"):
+        with pytest.raises(TypeError, match=rf"{name}\(\) got an invalid PeftModel instance.*PROMPT_TUNING"):
+            getattr(model, name)()
+
+
+def test_a_wrapper_without_a_copy_lacks_attributes():
+    """So that `hasattr` answers, whatever somebody wrote to it."""
+    config = peftfast.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    wrapper = peftfast.get_peft_model(oracle.llama(), config).base_model.model.lm_head
+    assert wrapper.weight is wrapper.modules_to_save["default"].weight
+    wrapper._active_adapter = "gone"
+    with pytest.raises(AttributeError, match="has no attribute 'weight'.*'gone'"):
+        wrapper.weight  # noqa: B018
+    assert not hasattr(wrapper, "weight")
