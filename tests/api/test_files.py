@@ -313,6 +313,17 @@ def test_loading_a_second_adapter(is_trainable, tmp_path):
     assert list(twins.ours.active_adapters) == list(twins.theirs.active_adapters) == ["default"]
 
 
+def test_a_state_dict_of_the_scripts_own_does_not_empty_the_file(tmp_path):
+    """Alpaca-LoRA's scripts put the adapter's state dict in the place of the model's, after which PEFT finds none of
+    the names that it looks for; here an adapter is read from its modules."""
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    whole = model.state_dict
+    model.state_dict = lambda: peftfast.get_peft_model_state_dict(model, whole())
+    model.save_pretrained(tmp_path)
+    loaded = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
 def test_key_mapping(tmp_path):
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
     model.save_pretrained(tmp_path)
