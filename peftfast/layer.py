@@ -4,8 +4,8 @@ Written once for all methods, storage formats and kinds of module."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +177,10 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             self.set_adapter(remaining)
         self._plan = None
         self.changed(adapter_name)
+
+    def inside(self) -> Mapping[str, BaseTunerLayer]:
+        """Layers within this one, the outermost first, by where they are in it."""
+        return {}
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
@@ -480,3 +484,24 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         super().__setstate__(state)
         for adapter in self.adapters.values():
             adapter.locate()
+
+
+L = TypeVar("L", bound=type)
+
+_LAYERS: dict[type, Callable[[nn.Module, Site], BaseTunerLayer]] = {}
+
+
+def register_layer(site: type) -> Callable[[L], L]:
+    """Class decorator: modules with this kind of site are replaced by the class, which is made of module and site."""
+
+    def register(cls: L) -> L:
+        _LAYERS[site] = cls
+        return cls
+
+    return register
+
+
+def make_layer(module: nn.Module) -> BaseTunerLayer:
+    """The layer, without adapters, that is to stand in the module's place."""
+    site = make_site(module)
+    return _LAYERS.get(type(site), BaseTunerLayer)(module, site)

@@ -48,9 +48,8 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, PromptEncoders)):
             inside = name + "."
             yield strip_wrappers(name), module
-            while isinstance(module := getattr(module, "base_layer", None), BaseTunerLayer):
-                name += ".base_layer"
-                yield strip_wrappers(name), module
+            for where, layer in module.inside().items() if isinstance(module, BaseTunerLayer) else ():
+                yield strip_wrappers(f"{name}.{where}"), layer
 
 
 def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:

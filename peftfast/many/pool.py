@@ -111,7 +111,8 @@ class AdapterPool:
             module = self.inventory.module(key)
             site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
             if not hasattr(site, "adapt_each"):
-                raise ValueError(f"Slots are for modules; Parameters of {key} are adapted (target_parameters)")
+                kind = type(site.module).__name__
+                raise ValueError(f"Slots are for modules; Parameters of {key} ({kind}) are adapted")
             down, up = (slot.shape for slot in site.low_rank_slots(self.max_rank).values())
             kind = dtype or site.weight.compute_dtype
             plan.append((key, down, up, kind, site.weight.device))

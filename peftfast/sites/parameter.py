@@ -82,10 +82,17 @@ class ParameterSite:
         a, b, scale = part
         if isinstance(scale, Tensor):
             b, scale = b * scale, 1.0
-        left, right = self._factors(a.to(value.dtype), b.to(value.dtype))
+        if value.is_meta and not a.is_meta:
+            raise RuntimeError(
+                f"{self.parameter} of {type(self.module).__name__} is offloaded, and what is needed is W + s B A. Keep "
+                "this module on a device."
+            )
         with torch.autocast(value.device.type, enabled=False):  # the module expects the dtype that it stores
-            if value.dim() == 2:
-                return torch.addmm(value, left[0], right[0], alpha=scale)
+            if value.dim() == 2:  # small enough for a copy in the factors' dtype, which leaves one rounding
+                wide = torch.promote_types(value.dtype, a.dtype)
+                left, right = self._factors(a.to(wide), b.to(wide))
+                return torch.addmm(value.to(wide), left[0], right[0], alpha=scale).to(value.dtype)
+            left, right = self._factors(a.to(value.dtype), b.to(value.dtype))
             return torch.baddbmm(value, left, right, alpha=scale)
 
 

@@ -55,6 +55,8 @@ class Site(Protocol):
         segmented, adapt_rows: optional, see `LinearSite`: kernels that pick every row's own factors.
         bind: optional, see `LinearSite`: `adapt` of one adapter with its lookups done beforehand.
         parameter: optional, the name of the adapted Parameter in the module, where it is not `weight`.
+        parts: optional, of the class: names of children that are adapted with the module and never by themselves;
+            `part(name)` is the site of one.
     """
 
     module: nn.Module
@@ -163,6 +165,11 @@ def supported_modules() -> list[str]:
 def has_site(module: nn.Module) -> bool:
     """Whether `module` is of a kind that can carry an adapter."""
     return any(claims(module) for claims, _ in _SITES)
+
+
+def parts_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the children that an adapter of `module` adapts as well."""
+    return next((getattr(cls, "parts", ()) for claims, cls in _SITES if claims(module)), ())
 
 
 def make_site(module: nn.Module) -> Site:

@@ -107,7 +107,8 @@ class BaseTuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Names of the adapted modules."""
-        return [key for key in self.inventory.layers if not self.inventory.is_nested(key)]
+        inventory = self.inventory
+        return [key for key in inventory.layers if not inventory.is_nested(key) and not inventory.is_part(key)]
 
     @property
     def targeted_parameter_names(self) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.layer import BaseTunerLayer, Place
+from peftfast.layer import BaseTunerLayer, Place, make_layer
 from peftfast.many.control import Control
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
@@ -75,8 +75,10 @@ class Inventory:
                 inside = name + "."
                 if isinstance(module, ParameterLayer):
                     self._list_nest(name, module.nest())
+                elif isinstance(module, BaseTunerLayer):
+                    self._list_layer(name, module)
                 else:
-                    (self.layers if isinstance(module, BaseTunerLayer) else self.extras)[name] = module
+                    self.extras[name] = module
             # a module in several places is one module: it is replaced everywhere, under its first name
             known = first_place.setdefault(id(module), name)
             self.names.setdefault(known, []).append((parent, attribute))
@@ -90,6 +92,14 @@ class Inventory:
             self.layers[key] = layer
             if layer is not nest[-1]:
                 self._inner[key] = [(nest[depth + 1], "base_layer")]
+
+    def _list_layer(self, name: str, layer: BaseTunerLayer) -> None:
+        """List a layer behind those of its module's parts."""
+        for where, inner in layer.inside().items():
+            parent, _, attribute = where.rpartition(".")
+            self.layers[f"{name}.{where}"] = inner
+            self._inner[f"{name}.{where}"] = [(layer.get_submodule(parent), attribute)]
+        self.layers[name] = layer
 
     def _hangs(self, name: str) -> list[tuple[nn.Module, str]]:
         return self.names[name] if name in self.names else self._inner[name]
@@ -109,6 +119,10 @@ class Inventory:
         layer = self.layers.get(name)
         return layer.nest() if isinstance(layer, ParameterLayer) else []
 
+    def is_part(self, name: str) -> bool:
+        """Whether the layer `name` is inside another, which decides for both."""
+        return name in self._inner
+
     def is_nested(self, name: str) -> bool:
         """Whether the layer `name` adapts a Parameter, not a module."""
         return isinstance(self.layers[name], ParameterLayer)
@@ -123,8 +137,10 @@ class Inventory:
         layer = self.layers.get(name)
         if layer is None:
             module = self.module(name)
-            layer = self._prepared(BaseTunerLayer(module), module)
-            self.layers[name] = layer
+            layer = self._prepared(make_layer(module), module)
+            for inner in layer.inside().values():
+                self._prepared(inner, inner.base_layer)
+            self._list_layer(name, layer)
             self.replace(name, layer)
         return layer
 

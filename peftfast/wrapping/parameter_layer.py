@@ -3,10 +3,11 @@ other, as in PEFT: the one that the module registers first is the innermost."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftfast.errors import enumerate_some
 from peftfast.layer import BaseTunerLayer, Steps
@@ -14,17 +15,50 @@ from peftfast.many.routing import Routing
 from peftfast.sites.parameter import LowRank, ParameterSite, run_changed
 
 
-class ParameterLayer(BaseTunerLayer):
-    """PEFT's `ParamWrapper`.
+class ChangingLayer(BaseTunerLayer):
+    """A layer whose adapters change a Parameter while it is in use, and add to no output.
 
     Args:
-        base_layer: the module, or a layer around it for another of its Parameters.
-        site: of this layer's Parameter.
+        site: of the Parameter.
     """
 
     def __init__(self, base_layer: nn.Module, site: ParameterSite) -> None:
         super().__init__(base_layer, site)
         self.in_features, self.out_features = site.in_features, site.out_features
+
+    def parameter(self) -> Tensor:
+        """The Parameter as it is used now; itself where no adapter changes it."""
+        changes = self.changes()
+        return self.site.changed(self.site.together(changes)) if changes else self.site.weight.value
+
+    def changes(self) -> list[LowRank]:
+        """What the adapters in force add to the Parameter."""
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        routing = self.control.routing
+        if routing is not None and not self._disable_adapters:
+            steps = self._routed_steps(routing)
+        else:
+            steps = self._steps() if torch.compiler.is_compiling() else (self._plan or self._make_plan())[0]
+        return [change for method, adapters in steps for change in method.changes(self.site, adapters)]
+
+    def _routed_steps(self, routing: Routing) -> Steps:
+        """Of a batch whose samples all have one adapter: a Parameter is the same for all of them."""
+        present = [self.adapters[n] for n in routing.names if n in self.adapters] if routing.slots is None else []
+        if present and not routing.uniform:
+            raise self._mixed(present[0].key, routing.names)
+        return [(present[0].method, present)] if present else []
+
+    def _mixed(self, key: str, names: Iterable[str]) -> Exception:
+        """What a mixed batch is refused with."""
+        return ValueError(
+            f"{key} is adapted as a Parameter (target_parameters), and lora.ParamWrapper does not support mixed adapter "
+            f"batches yet. This batch asks for {enumerate_some(names)}; give it to one adapter after another."
+        )
+
+
+class ParameterLayer(ChangingLayer):
+    """PEFT's `ParamWrapper`. Its base layer is the module, or a layer around it for another of its Parameters."""
 
     @property
     def parameter_name(self) -> str:
@@ -48,29 +82,12 @@ class ParameterLayer(BaseTunerLayer):
         inner = self.base_layer
         return [*(inner.nest() if isinstance(inner, ParameterLayer) else ()), self]
 
+    def inside(self) -> Mapping[str, BaseTunerLayer]:
+        inner = reversed(self.nest()[:-1])
+        return {".".join(["base_layer"] * depth): layer for depth, layer in enumerate(inner, start=1)}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the changes of all layers around it that are in force."""
-        changes = {layer.site: found for layer in self.nest() if (found := layer._changes())}
+        changes = {layer.site: found for layer in self.nest() if (found := layer.changes())}
         module = self.get_base_layer()
         return run_changed(module, changes, args, kwargs) if changes else module(*args, **kwargs)
-
-    def _changes(self) -> list[LowRank]:
-        if self._disable_adapters and self.merged_adapters:
-            self.unmerge()
-        routing = self.control.routing
-        if routing is not None and not self._disable_adapters:
-            steps = self._routed_steps(routing)
-        else:
-            steps = self._steps() if torch.compiler.is_compiling() else (self._plan or self._make_plan())[0]
-        return [change for method, adapters in steps for change in method.changes(self.site, adapters)]
-
-    def _routed_steps(self, routing: Routing) -> Steps:
-        """Of a batch whose samples all have one adapter: a Parameter is the same for all of them."""
-        present = [self.adapters[n] for n in routing.names if n in self.adapters] if routing.slots is None else []
-        if present and not routing.uniform:
-            raise ValueError(
-                f"{present[0].key} is adapted as a Parameter (target_parameters), and lora.ParamWrapper does not "
-                f"support mixed adapter batches yet. This batch asks for {enumerate_some(routing.names)}; give it to "
-                "one adapter after another."
-            )
-        return [(present[0].method, present)] if present else []

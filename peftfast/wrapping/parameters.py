@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterMismatchWarning, close_matches, enumerate_some
+from peftfast.layer import BaseTunerLayer
 from peftfast.method import AdapterMethod
 from peftfast.sites.parameter import ParameterSite
 from peftfast.wrapping.inventory import Inventory
@@ -112,7 +113,7 @@ def _check_module(
     inventory: Inventory, key: str, names: Sequence[str], modules: Sequence[str], saved: Sequence[str]
 ) -> None:
     present = inventory.module(key)
-    if key in modules or (key in inventory.layers and not inventory.nest(key)):
+    if key in modules or (isinstance(present, BaseTunerLayer) and not inventory.nest(key)):
         raise ValueError(
             f"Trying to wrap an `nn.Parameter` of layer '{key}' of type {type(inventory.base_module(key)).__name__}, "
             "which is not a valid target. Make sure that this layer is not also targeted with `target_modules`. For "
