@@ -61,6 +61,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.lora.intruders": {"reduce_intruder_dimension": "peftfast.many.intruders:reduce_intruder_dimension"},
     "peft.tuners.lora.layer": {
         "LoraLayer": "peftfast.layer:BaseTunerLayer",
+        "MultiheadAttention": "peftfast.wrapping.attention_layer:AttentionLayer",
         "ParamWrapper": "peftfast.wrapping.parameter_layer:ParameterLayer",
     },
     "peft.tuners.lora.model": {},

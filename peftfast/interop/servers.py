@@ -21,7 +21,8 @@ class Facts:
     Attributes:
         cfg: the config. ranks, alphas: of every adapted layer. max_rank: vLLM's max_lora_rank.
         saved: modules saved whole. tokens: whether single rows of an embedding are trained.
-        parameters: names of Parameters that are adapted by themselves, as fused experts are.
+        parameters: names of Parameters that are adapted by themselves, as fused experts are, or of what has
+            such (a MultiheadAttention).
     """
 
     cfg: PeftConfig
@@ -67,7 +68,7 @@ class Rule:
 
 _NO_LORA = Rule(REFUSES, lambda f: f.kind != "LORA", "knows LORA only, this is {f.kind}")
 
-_FUSED = Rule(UNKNOWN, lambda f: f.parameters, "target_parameters: not in that file, and releases differ in it")
+_FUSED = Rule(UNKNOWN, lambda f: f.parameters, "adapters of Parameters: not in that file, and releases differ in them")
 
 # the files named below read fields of the config by name, none of them this one
 _STACKED = Rule(WRONG, lambda f: f.field("layer_replication"), "leaves the base's layers as they are; serve it merged")

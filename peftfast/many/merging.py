@@ -69,7 +69,7 @@ def add_weighted_adapter(
         add_adapter(inventory, adapter_name, cfg, keys=keys)
     try:
         with torch.no_grad():
-            for layer in (one for key in keys for one in (layers[key], *layers[key].inside().values())):
+            for key, layer in [(k, one) for k in keys for one in (layers[k], *layers[k].inside().values())]:
                 parts = [(layer.adapters[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer.adapters]
                 tensors = method.combine(layer.site, [a for a, _ in parts], [w for _, w in parts], how)
                 for slot, tensor in tensors.items():

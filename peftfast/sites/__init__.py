@@ -1,5 +1,6 @@
 """Where adapters act; importing this registers every kind of module that can carry one."""
 
+from peftfast.sites import attention as attention
 from peftfast.sites import conv as conv
 from peftfast.sites import embedding as embedding
 from peftfast.sites import linear as linear

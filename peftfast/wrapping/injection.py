@@ -16,7 +16,8 @@ from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.files.state import strip_wrappers
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import AdapterMethod, method_for
-from peftfast.sites import Site, make_site
+from peftfast.sites import Site, make_site, parts_of
+from peftfast.wrapping.attention_layer import plan_attention
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import Targets, full_names, plan_parameters, report_parameters
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -169,7 +170,10 @@ def plan_injection(
     matched = [n for n in names if matcher(n)]
     if keys is not None:
         live = {strip_wrappers(n): n for n in names}  # files know nothing of compiled and sharded models
-        wanted = list(dict.fromkeys(live.get(strip_wrappers(k), k) for k in keys))
+        asked = [strip_wrappers(k) for k in keys]
+        # what is inside an adapted module is adapted with it
+        asked = [k if k in live else k.partition(".base_layer.")[0] for k in asked]
+        wanted = list(dict.fromkeys(live.get(k, k) for k in asked))
         unknown = [k for k in wanted if k not in inventory.names]
         if unknown:
             raise ValueError(f"The state dict adapts modules that the model does not have: {enumerate_some(unknown)}")
@@ -182,8 +186,9 @@ def plan_injection(
     saved = [n for n in names if any(n.endswith(s) for s in saved_names)]
     if set(matched) & set(saved):
         matched = _without_saved(cfg, matched, saved)
+    matched, parts = plan_attention(inventory, cfg, method, matched, saved)
     rows = getattr(cfg, "trainable_token_indices", None)
-    parameters = plan_parameters(inventory, cfg, method, matched, saved)
+    parameters = plan_parameters(inventory, cfg, method, [*matched, *parts], saved)
     if not (matched or (not cfg.target_modules and not isinstance(cfg.target_modules, str) and (saved or rows))):
         report_matches(cfg, matcher, matched, names, strict, full_names(parameters))
     elif keys is None:
@@ -294,8 +299,9 @@ def _check_sites(inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, k
         try:
             site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
             method.slots(site, cfg, method.settings(site, cfg, key))
-        except ValueError as e:
-            raise ValueError(f"{key}: {e}") from e
+        except (TypeError, ValueError) as e:
+            kind = TypeError if isinstance(e, TypeError) else ValueError
+            raise kind(f"{key}: {e}") from e
         if getattr(cfg, "lora_bias", False) and getattr(site.module, "bias", None) is None:
             warnings.warn(
                 f"`lora_bias=True` was passed but the targeted layer of type {type(site.module).__name__} has no bias. "
@@ -317,7 +323,8 @@ def _say_read_by_parents(inventory: Inventory, keys: Iterable[str]) -> None:
         if isinstance(kind, nn.MultiheadAttention) and leaf == "out_proj":
             unused.append(key)
         elif isinstance(kind, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            in_evaluation.append(key)
+            if not parts_of(inventory.base_module(key)):  # what is read of an attention has the adapters in it
+                in_evaluation.append(key)
     if unused:
         warnings.warn(
             f"{enumerate_some(unused)}: torch.nn.MultiheadAttention reads the weight of its out_proj and never calls "

@@ -52,8 +52,8 @@ class ChangingLayer(BaseTunerLayer):
     def _mixed(self, key: str, names: Iterable[str]) -> Exception:
         """What a mixed batch is refused with."""
         return ValueError(
-            f"{key} is adapted as a Parameter (target_parameters), and lora.ParamWrapper does not support mixed adapter "
-            f"batches yet. This batch asks for {enumerate_some(names)}; give it to one adapter after another."
+            f"{key} is adapted as a Parameter (target_parameters), and lora.ParamWrapper does not support mixed "
+            f"adapter batches yet. This batch asks for {enumerate_some(names)}; give it to one adapter after another."
         )
 
 

@@ -18,7 +18,7 @@ from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.layer import BaseTunerLayer
 from peftfast.method import method_for
 from peftfast.model import PeftModel
-from peftfast.sites import Site, make_site
+from peftfast.sites import Site, make_site, parts_of
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
 from peftfast.tasks import model_class
@@ -191,7 +191,7 @@ def plan_adapter(
             max_rank=max_lora_rank,
             saved=[*injection.saved, *injection.saved_tied],
             tokens=bool(injection.tokens),
-            parameters=full_names(injection.parameters),
+            parameters=[name for name, _, site in _sites(injection) if isinstance(site, ParameterSite)],
         )
     )
     return plan
@@ -252,32 +252,35 @@ def _parameter_targets(resolved: PeftConfig, adapted: Sequence[str]) -> list[Pla
     ]
 
 
-def _sites(injection: Injection) -> Iterator[tuple[str, Site]]:
+def _sites(injection: Injection) -> Iterator[tuple[str, str, Site]]:
+    """What is adapted: its name, the name that the config's patterns are compared with, the site."""
     for key in injection.targets:
         module = injection.inventory.module(key)
-        yield key, module.site if isinstance(module, BaseTunerLayer) else make_site(module)
+        site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
+        yield key, key, site
+        yield from ((f"{key}.{part}", key, site.part(part)) for part in parts_of(site.module))
     for key, names in injection.parameters.items():
         module = injection.inventory.base_module(key)
-        yield from ((f"{key}.{name}", ParameterSite(module, name)) for name in names)
+        yield from ((f"{key}.{name}", f"{key}.{name}", ParameterSite(module, name)) for name in names)
 
 
 def _factors(injection: Injection) -> list[PlannedPart]:
     """What the method keeps at every target."""
     parts = []
-    for key, site in _sites(injection):
+    for name, key, site in _sites(injection):
         settings = injection.method.settings(site, injection.cfg, key)
         slots = injection.method.slots(site, injection.cfg, settings)
         shapes = [
             shape
-            for name, slot in slots.items()
+            for slot_name, slot in slots.items()
             # the factors of a tied head are the embedding's
-            if slot.trainable and not (key in injection.tied and name in ("lora_A", "lora_B"))
+            if slot.trainable and not (key in injection.tied and slot_name in ("lora_A", "lora_B"))
             for shape in (slot.shape, slot.bias)
             if shape is not None
         ]
         rank = settings.get("r")
         kind = getattr(injection.method, "family", injection.method.peft_type)
-        parts.append(_part(key, kind, shapes, injection.dtype(site), rank, settings.get("lora_alpha")))
+        parts.append(_part(name, kind, shapes, injection.dtype(site), rank, settings.get("lora_alpha")))
     return parts
 
 
@@ -295,7 +298,8 @@ def _others(injection: Injection) -> list[PlannedPart]:
         weight = getattr(module, "original_module", module).weight
         parts.append(_part(key, "rows", [(len(rows), weight.shape[1])], weight.dtype))
     kind = getattr(injection.cfg, "bias", "none")
-    targets = {id(_bias(inventory.module(key))): key for key in injection.targets}
+    adapted = {site.module for _, _, site in _sites(injection)} if kind != "none" else ()
+    targets = {id(module.bias) for module in adapted if getattr(module, "bias", None) is not None}
     kept = tuple(f"{key}." for key in (*injection.saved, *injection.saved_tied))
     for name, parameter in inventory.model.named_parameters() if kind != "none" else ():
         if kind == "all" and is_bias(name) and not name.startswith(kept):
@@ -303,10 +307,6 @@ def _others(injection: Injection) -> list[PlannedPart]:
         elif kind.endswith("_only") and id(parameter) in targets:
             parts.append(_sum(name, "bias", [parameter]))
     return parts
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    return getattr(getattr(module, "base_layer", module), "bias", None)
 
 
 def _part(

@@ -1,0 +1,142 @@
+"""The layers around a MultiheadAttention and the linear layer inside it whose weight it reads, as PEFT nests them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.layer import BaseTunerLayer, register_layer
+from peftfast.method import Adapter, AdapterMethod
+from peftfast.sites import parts_of
+from peftfast.sites.attention import AttentionSite, OutProjectionSite, attend
+from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.parameter_layer import ChangingLayer
+
+
+class OutProjectionLayer(ChangingLayer):
+    """Around `out_proj`, which is read and not called: its weight has the adapters in it."""
+
+    site: OutProjectionSite
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__(base_layer, OutProjectionSite(base_layer))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.parameter()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.func.functional_call(self.base_layer, {"weight": self.weight}, tuple(args), dict(kwargs))
+
+
+@register_layer(AttentionSite)
+class AttentionLayer(ChangingLayer):
+    """PEFT's `lora.MultiheadAttention`. Attributes are the module's, except that `in_proj_weight` and `out_proj.weight`
+    have the adapters in them: torch's TransformerEncoderLayer reads them in evaluation, and so do others."""
+
+    site: AttentionSite
+
+    def __init__(self, base_layer: nn.MultiheadAttention, site: AttentionSite) -> None:
+        super().__init__(base_layer, site)
+        base_layer.out_proj = OutProjectionLayer(base_layer.out_proj)
+
+    def counterparts(self) -> tuple[str, ...]:
+        return ("tuners.lora.layer.MultiheadAttention",)
+
+    def inside(self) -> Mapping[str, BaseTunerLayer]:
+        return {"base_layer.out_proj": self.base_layer.out_proj}
+
+    def add_adapter(
+        self,
+        name: str,
+        method: AdapterMethod,
+        cfg: PeftConfig,
+        key: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        initialise: bool = True,
+    ) -> Adapter:
+        """Create the tensors of an adapter here and in `out_proj`, by the same patterns."""
+        out: OutProjectionLayer = self.base_layer.out_proj
+        options = {"dtype": dtype, "device": device, "initialise": initialise}
+        twice = not self.adapters
+        if twice:
+            out.add_adapter(name, method, cfg, key, **options)
+        adapter = super().add_adapter(name, method, cfg, key, **options)
+        if not twice:
+            out.add_adapter(name, method, cfg, key, **options)
+        elif initialise and not adapter[adapter.pair[0]].is_meta:
+            # PEFT draws the first adapter's factors of out_proj before those of in_proj and once more after them
+            with torch.no_grad():
+                method.init(out.site, out.adapters[name])
+        return adapter
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        return self.parameter()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return attend(self.base_layer, self.in_proj_weight, self.base_layer.out_proj.weight, args, kwargs)
+
+    def _mixed(self, key: str, names: Iterable[str]) -> Exception:
+        return TypeError(
+            f"lora.MultiheadAttention does not support mixed adapter batches: {key} has the same weights for all rows, "
+            f"and this batch asks for {enumerate_some(names)}. Give it to one adapter after another."
+        )
+
+    def _restore_weights(self) -> None:
+        """Nothing to do: no weight is ever taken out. Scripts for PEFT call it before loading."""
+
+
+def plan_attention(
+    inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, matched: Sequence[str], saved: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The matched modules that are adapted by themselves, and the names of all parts that are adapted with them.
+
+    Args:
+        saved: names that `modules_to_save` matched.
+
+    Raises:
+        ValueError: a part that is to be adapted or kept by itself; something that adapters of a MultiheadAttention
+            cannot do.
+    """
+    parts = {f"{n}.{part}": n for n in matched for part in parts_of(inventory.base_module(n))}
+    taken = dict(parts)
+    for name, layer in inventory.layers.items():
+        if not inventory.is_nested(name):
+            taken |= {f"{name}.{where.removeprefix('base_layer.')}": name for where in layer.inside()}
+    alone = [n for n in matched if n not in parts]
+    for name in (*alone, *saved, *(n for n in parts if n in inventory.layers or n in inventory.extras)):
+        if name in taken:
+            raise ValueError(
+                f"{name} is a part of {taken[name]} and cannot be adapted or kept by itself where that is adapted"
+            )
+    if parts:
+        _check_settings(enumerate_some(dict.fromkeys(parts.values())), cfg, method)
+    return alone, list(parts)
+
+
+def _check_settings(names: str, cfg: PeftConfig, method: AdapterMethod) -> None:
+    what = f"{names}: MultiheadAttention does not support"
+    if not hasattr(method, "changes"):
+        raise ValueError(f"{what} {type(cfg).__name__}, only LoRA")
+    if cfg.use_dora:
+        raise ValueError(f"{what} DoRA (yet), please set use_dora to False")
+    if cfg.lora_bias:
+        raise ValueError(f"{what} lora_bias=True, please set it to False")
+    if cfg.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(f"{what} init_lora_weights={cfg.init_lora_weights!r}; use True, False or 'gaussian'")
+    if cfg.lora_dropout:
+        warnings.warn(
+            f"{names}: lora_dropout={cfg.lora_dropout} has no effect in MultiheadAttention, which takes changed "
+            "weights and no adapter's output (as in PEFT).",
+            PeftWarning,
+            stacklevel=7,
+        )
