@@ -80,6 +80,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "many.intruders": ("reduce_intruder_dimension",),
     "many.pool": ("AdapterPool",),
     "many.router": ("Router",),
+    "calibration.kappa": ("KappaTuneSelector", "find_kappa_target_modules"),
     "calibration.rank_discovery": ("discover_ranks",),
     "status": ("get_layer_status", "get_model_status"),
     "interop.takeover": ("patch_report", "unpatch"),

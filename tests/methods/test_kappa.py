@@ -1,0 +1,54 @@
+"""Targets by condition numbers: the same as PEFT's on dense models, and of quantised ones those of what is stored."""
+
+import importlib
+import math
+
+import oracle
+import pytest
+import torch
+from experts.moe import qwen3_moe
+from quantized.support import FOUR_BIT, quantised_linear
+from torch import nn
+
+import peftfast
+from peftfast.calibration.kappa import condition_number
+
+helpers = importlib.import_module("peft.helpers")
+
+
+@pytest.mark.parametrize("make", [oracle.llama, oracle.bert, qwen3_moe])
+def test_the_same_targets_as_peft(make):
+    model = make()
+    mine = peftfast.KappaTuneSelector(model, show_progress=False)
+    theirs = helpers.KappaTuneSelector(model, show_progress=False)
+    for choice in ({}, {"top_p": 0.3}, {"num_modules": 3}, {"threshold": 40.0}, {"top_p": 0.3, "num_modules": 2}):
+        assert mine.get_best_targets(**choice) == theirs.get_best_targets(**choice)
+        assert mine.get_best_target_parameters(**choice) == theirs.get_best_target_parameters(**choice)
+    for options in ({}, {"top_p": 0.5}, {"max_dim_size_to_analyze": 40}):
+        found = peftfast.find_kappa_target_modules(model, **options, show_progress=False)
+        assert found == helpers.find_kappa_target_modules(model, **options, show_progress=False)
+    peftfast.get_peft_model(model, peftfast.LoraConfig(**peftfast.find_kappa_target_modules(model, 0.5)))
+
+
+@pytest.mark.parametrize("base", [*FOUR_BIT, "int8"])
+def test_quantised_weights_count_as_what_they_stand_for(base):
+    model = nn.ModuleDict({"narrow": quantised_linear(base, n=48, k=64), "square": quantised_linear(base, n=64, k=64)})
+    selector = peftfast.KappaTuneSelector(model, show_progress=False)
+    found = {limit: selector.get_best_targets(threshold=limit) for limit in range(1, 200)}
+    peftfast.dequantize_model(model)
+    numbers = {name: condition_number(layer.weight.detach()) for name, layer in model.items()}
+    assert found == {limit: [n for n in ("narrow", "square") if numbers[n] <= limit] for limit in found}
+    assert found[1] == [] and ["narrow"] in found.values()
+
+
+def test_a_lost_rank_comes_last():
+    lost = torch.ones(4, 4)
+    assert condition_number(torch.eye(4)) == 1.0
+    assert condition_number(lost) > 1e6 and condition_number(torch.zeros(4, 4)) == math.inf
+    assert condition_number(torch.stack([torch.eye(4), 3 * torch.eye(4)])) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
+def test_shares_that_cannot_be(share):
+    with pytest.raises(ValueError, match=f"top_p .* got {share}"):
+        peftfast.find_kappa_target_modules(oracle.llama(), share)
