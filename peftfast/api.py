@@ -27,7 +27,7 @@ from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.injection import plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import replicated
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.wrapping.stand_in import StandIn
 
 
 def get_peft_model(
@@ -261,7 +261,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     adapters = tuple(
         f"{name}.{kept}."
         for name, module in base.named_modules(remove_duplicate=False)
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if isinstance(module, (BaseTunerLayer, StandIn))
         for kept in (*module.adapter_layer_names, *module.other_param_names)
     )
     for key, tensor in base.state_dict(keep_vars=True).items():

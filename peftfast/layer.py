@@ -486,13 +486,13 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
             adapter.locate()
 
 
-L = TypeVar("L", bound=type)
+L = TypeVar("L", bound=Callable)
 
 _LAYERS: dict[type, Callable[[nn.Module, Site], BaseTunerLayer]] = {}
 
 
 def register_layer(site: type) -> Callable[[L], L]:
-    """Class decorator: modules with this kind of site are replaced by the class, which is made of module and site."""
+    """Decorator: modules with this kind of site are replaced by what the class or function makes of module and site."""
 
     def register(cls: L) -> L:
         _LAYERS[site] = cls

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from torch import nn
 
 from peftfast.layer import BaseTunerLayer
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peftfast.wrapping.saved_modules import TrainableTokensWrapper
+from peftfast.wrapping.stand_in import StandIn
 from peftfast.wrapping.targets import make_matcher
 
 
@@ -95,7 +96,7 @@ def _layer_status(model: nn.Module, caller: str) -> list[TunerLayerStatus]:
             continue  # what counts is the adapter layer inside it
         if isinstance(module, BaseTunerLayer):
             parameters = {n: list(a.parameters().values()) for n, a in module.adapters.items()}
-        elif isinstance(module, AuxiliaryTrainingWrapper):
+        elif isinstance(module, StandIn):
             parameters = {n: list(module.adapter_parameters(n).values()) for n in module._adapters}
         else:
             continue

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.layer import BaseTunerLayer
 from peftfast.prompts.prompt import PromptEncoders
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.wrapping.stand_in import StandIn
 
 #: Key of the metadata.
 METADATA_KEY = "peftfast.base"
@@ -138,7 +138,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Place]]:
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        wrapped = isinstance(module, (PromptEncoders, AuxiliaryTrainingWrapper, BaseTunerLayer))
+        wrapped = isinstance(module, (PromptEncoders, StandIn, BaseTunerLayer))
         inside = name + "." if wrapped else None
         place = None if isinstance(module, PromptEncoders) else _unwrapped(module)
         if place is not None:
@@ -158,7 +158,7 @@ def _place(model: nn.Module, name: str) -> Place | None:
 
 def _unwrapped(module: nn.Module) -> Place | None:
     layer = module if isinstance(module, BaseTunerLayer) else None
-    if isinstance(module, AuxiliaryTrainingWrapper):
+    if isinstance(module, StandIn):
         module = module.original_module
     elif layer is not None:
         module = layer.base_layer

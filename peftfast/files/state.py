@@ -16,7 +16,8 @@ from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
 from peftfast.sites.site import is_bias
 from peftfast.training.sharding import gathered
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peftfast.wrapping.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
+from peftfast.wrapping.stand_in import StandIn
 
 _WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module(?=\.base_model))\.")
 
@@ -45,7 +46,7 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if inside is not None and name.startswith(inside):
             continue
         inside = None
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, PromptEncoders)):
+        if isinstance(module, (BaseTunerLayer, StandIn, PromptEncoders)):
             inside = name + "."
             yield strip_wrappers(name), module
             for where, layer in module.inside().items() if isinstance(module, BaseTunerLayer) else ():
@@ -114,7 +115,7 @@ def _layer_entries(key: str, layer: BaseTunerLayer, adapter_name: str) -> Iterat
             yield Entry(file, f"{key}.{slot_name}.{adapter_name}.{leaf}", holder, leaf, layer=layer)
 
 
-def _wrapper_entries(key: str, wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> Iterator[Entry]:
+def _wrapper_entries(key: str, wrapper: StandIn, adapter_name: str) -> Iterator[Entry]:
     for file, live in wrapper.adapter_state_dict_load_map(adapter_name).items():
         path, _, attribute = live.rpartition(".")
         layer = getattr(wrapper, "token_adapter", None)
@@ -176,7 +177,8 @@ def adapter_state_dict(
         # an adapted embedding travels with its adapter; where none is adapted they have been resized, and both do
         own = {key: module for key, module in own.items() if isinstance(module, BaseTunerLayer)} or own
         for name, module in own.items():
-            inside = f"{name}.{_BASE_INSIDE.get(type(module), '')}"
+            place = next((place for kind, place in _BASE_INSIDE.items() if isinstance(module, kind)), "")
+            inside = f"{name}.{place}"
             result.update({k: v for k, v in source.items() if k.startswith(inside)})
     result = gathered(result)  # also detaches
     method = method_for(cfg) if not cfg.is_prompt_learning else None

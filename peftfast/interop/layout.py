@@ -8,6 +8,11 @@ from typing import Any
 from peftfast.errors import close_matches
 from peftfast.interop import absent
 
+_LORA_LAYERS = {
+    "LoraLayer": "peftfast.wrapping.own_layer:LoraLayer",
+    **{name: f"peftfast.wrapping.kinds:{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")},
+}
+
 #: Modules that exist under the name `peft`. Each answers every public name of peftfast, as PEFT's modules import each
 #: other's names, and in addition what is listed here: name -> "module:attribute".
 MODULES: dict[str, dict[str, str]] = {
@@ -44,14 +49,14 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "peft.optimizers.loraplus": {"create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer"},
     "peft.peft_model": {},
-    "peft.tuners": {"LoraLayer": "peftfast.layer:BaseTunerLayer"},
+    "peft.tuners": {"LoraLayer": "peftfast.wrapping.own_layer:LoraLayer"},
     "peft.tuners.adalora": {},
     "peft.tuners.ia3": {},
     "peft.tuners.loha": {},
     "peft.tuners.loha.layer": {},
     "peft.tuners.lokr": {},
     "peft.tuners.lokr.layer": {},
-    "peft.tuners.lora": {"LoraLayer": "peftfast.layer:BaseTunerLayer"},
+    "peft.tuners.lora": {**_LORA_LAYERS},
     "peft.tuners.lora.config": {},
     "peft.tuners.lora.corda": {
         "CordaEigens": "peftfast.methods.corda:CordaEigens",
@@ -60,7 +65,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.lora.eva": {},
     "peft.tuners.lora.intruders": {"reduce_intruder_dimension": "peftfast.many.intruders:reduce_intruder_dimension"},
     "peft.tuners.lora.layer": {
-        "LoraLayer": "peftfast.layer:BaseTunerLayer",
+        **_LORA_LAYERS,
         "MultiheadAttention": "peftfast.wrapping.attention_layer:AttentionLayer",
         "ParamWrapper": "peftfast.wrapping.parameter_layer:ParameterLayer",
     },
@@ -72,7 +77,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.trainable_tokens.layer": {"TrainableTokensLayer": "peftfast.layer:BaseTunerLayer"},
     "peft.tuners.tuners_utils": {
         "BaseTuner": "peftfast.tuners.tuner:BaseTuner",
-        "BaseTunerLayer": "peftfast.layer:BaseTunerLayer",
+        "BaseTunerLayer": "peftfast.wrapping.own_layer:LoraLayer",
         "check_target_module_exists": "peftfast.wrapping.targets:check_target_module_exists",
         "inspect_matched_modules": "peftfast.status:inspect_matched_modules",
         **{

@@ -171,6 +171,8 @@ class LoraConfig(PeftConfig):
     kasa_config: Any = setting(None, only(None, _UNSUPPORTED))
     ensure_weight_tying: bool = setting(False, boolean())
 
+    _custom_modules = None  # no field: a file cannot hold classes
+
     def __post_init__(self) -> None:
         # files hold sub-configs as dicts
         for name, cls in (("eva_config", EvaConfig), ("corda_config", CordaConfig)):
@@ -187,6 +189,17 @@ class LoraConfig(PeftConfig):
         super().__post_init__()
         self.rank_pattern = self.rank_pattern if self.rank_pattern is not None else self._no_pattern()
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+
+    def _register_custom_module(self, mapping: dict[type, type]) -> None:
+        """Adapt modules of these kinds by layers of one's own, as PEFT's experimental interface does. Not saved.
+
+        Args:
+            mapping: kind of module -> class of layer: from `nn.Module` and `peft.tuners.lora.LoraLayer`, or from one of
+                the library's layers, as `peft.tuners.lora.Linear`.
+        """
+        if not all(isinstance(cls, type) for pair in mapping.items() for cls in pair):
+            raise TypeError(f"_register_custom_module maps classes of modules to classes of layers, got {mapping!r}")
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
 
     def _no_pattern(self) -> dict | None:
         return {}

@@ -21,7 +21,7 @@ from peftfast.quantization.originals import Originals
 from peftfast.sites import make_site
 from peftfast.sites.site import is_untouched
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.wrapping.stand_in import StandIn
 from peftfast.wrapping.targets import SEQ_CLS_HEAD_NAMES, name_ends
 
 
@@ -139,7 +139,7 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer | None
             inside = name + "."
             if not hasattr(module.site, "parameter"):  # a Parameter that is adapted by itself stays what it is
                 yield name, module, module.get_base_layer()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
+        elif isinstance(module, StandIn):
             inside = name + "."  # modules trained in full stay dense
         else:
             yield name, None, module

@@ -84,10 +84,12 @@ class LinearSite:
 
     def product(self, x: Tensor) -> tuple[Operand, Tensor | None] | None:
         """Weight and bias, if calling the module with x is x Wᵀ + bias and nothing else."""
+        if not self._known_forward or not is_untouched(self.module):
+            return None
         # an attribute of a module is a slow lookup; sharded and parametrised modules need it
         kept = self.module._parameters
         bias = kept["bias"] if "bias" in kept else self.module.bias
-        if self._known_forward and is_untouched(self.module) and is_plain(x, bias):
+        if is_plain(x, bias):
             w = self.weight.operand(x)
             if w is not None and w.tensors[0].device == x.device and is_plain(*w.tensors):
                 return w, bias
@@ -159,7 +161,7 @@ class LinearSite:
     def magnify(
         self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
     ) -> Tensor:
-        bias = self.module.bias
+        bias = getattr(self.module, "bias", None)
         if dropout > 0.0 or composes(x) or not is_plain(x, a, b, bias):
             return composed_magnify(self, x, y, a, b, g, scale, dropout)
         return dora_linear_add(self.module(x) if y is None else y, x, a, b, g, bias, scale)

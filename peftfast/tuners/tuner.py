@@ -279,7 +279,11 @@ class BaseTuner(nn.Module):
         if adapter_names is None:
             yield
             return
-        with self.inventory.control.use(resolve(self.inventory, adapter_names, args, kwargs, copies)):
+        routing = resolve(self.inventory, adapter_names, args, kwargs, copies)
+        for layer in self.inventory.own_layers():
+            if routing.slots is not None or not layer._adapters.isdisjoint(routing.names):
+                raise TypeError(f"{type(layer).__name__}, a layer of one's own, does not support mixed adapter batches")
+        with self.inventory.control.use(routing):
             yield
 
     def set_router(self, router: Router | Callable[[Mapping[str, Any]], Choice | None] | None) -> None:

@@ -4,7 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from peftfast.method import AdapterMethod, method_for
 from peftfast.sites import Site, make_site, parts_of
 from peftfast.wrapping.attention_layer import plan_attention
 from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.own_layer import add_to_own_layer, own_layer_classes
 from peftfast.wrapping.parameters import Targets, full_names, plan_parameters, report_parameters
 from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.wrapping.targets import (
@@ -40,7 +41,9 @@ class Injection:
     """What adding one adapter will do.
 
     Attributes:
-        targets: module names to adapt. tied: of these, the heads that share the input embedding's factors.
+        targets: module names to adapt. tied: of these, the heads that share the input embedding's factors. classes: of
+            these, the ones that get a layer of another class than usual, and which. own: module names that get a layer
+            which a user has written, and its class.
         parameters: module name -> Parameters of it to adapt by themselves.
         saved: module names to keep a trained copy of. tokens: module name -> rows to train.
     """
@@ -59,6 +62,8 @@ class Injection:
     device: torch.device | str | None = None
     initialise: bool = True
     autocast_adapter_dtype: bool = True
+    classes: dict[str, type] = field(default_factory=dict)
+    own: dict[str, type] = field(default_factory=dict)
 
     def dtype(self, site: Site) -> torch.dtype:
         """fp32 for the factors on a half-precision base, unless that is switched off."""
@@ -69,7 +74,7 @@ class Injection:
         """Do it. If anything fails half-way, `Inventory.add` takes out what was put in."""
         inventory = self.inventory
         for key in self.targets:
-            layer = inventory.wrap(key)
+            layer = inventory.wrap(key, self.classes.get(key))
             if key in self.tied:
                 source = inventory.layers[embedding_name(inventory)]
                 layer.tie_to(source, self.name, self.method.tied_slots(layer.site))
@@ -83,6 +88,8 @@ class Injection:
                     self.name, self.method, self.cfg, f"{key}.{layer.site.parameter}",
                     dtype=self.dtype(layer.site), device=self.device, initialise=self.initialise,
                 )  # fmt: skip
+        for key, cls in self.own.items():
+            add_to_own_layer(inventory, key, cls, self.name, self.cfg, self.device)
         self._add_saved()
         self._add_tokens()
 
@@ -201,13 +208,16 @@ def plan_injection(
         _complain(f"modules_to_save: {missing} matched no module.{close_matches(missing[0], name_ends(names))}", strict)
     if initialise and device is not None and torch.device(device).type == "meta" and method.changes_base(cfg):
         device = None  # the base changes with this initialisation, so it has to take place, and needs values
-    transposed = _check_sites(inventory, cfg, method, matched)
+    own = own_layer_classes(inventory, cfg, matched)
+    classes = {key: cls for key, cls in own.items() if issubclass(cls, BaseTunerLayer)}
+    own = {key: cls for key, cls in own.items() if key not in classes}
+    transposed = _check_sites(inventory, cfg, method, [key for key in matched if key not in own], classes)
     if matched:
         _settle_orientation(cfg, transposed)
     if isinstance(cfg.target_modules, (set, list)) and len(cfg.target_modules) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
         if getattr(method, "condense_targets", True) and keys is None and not getattr(cfg, "layers_to_transform", None):
             cfg.target_modules = shortest_suffixes(matched, [n for n in names if n not in set(matched)])
-    targets = list(dict.fromkeys((*matched, *tie.targets)))
+    targets = [key for key in dict.fromkeys((*matched, *tie.targets)) if key not in own]
     tokens, tokens_tied = plan_tokens(inventory, cfg, rows, tied_heads)
     adapted = [key for key in (*tokens, *tokens_tied) if key in set(targets)]
     if adapted:
@@ -226,7 +236,7 @@ def plan_injection(
     _check_wrappers(inventory, (*tokens, *tokens_tied), TrainableTokensWrapper)
     return Injection(
         inventory, name, cfg, method, targets, tie.targets, parameters, saved, tie.saved, tokens, tokens_tied,
-        device, initialise, autocast_adapter_dtype,
+        device, initialise, autocast_adapter_dtype, classes, own,
     )  # fmt: skip
 
 
@@ -257,7 +267,7 @@ def _check_wrappers(inventory: Inventory, keys: Iterable[str], kind: type[Auxili
         present = inventory.extras.get(key)
         if present is not None and not isinstance(present, kind):
             raise ValueError(
-                f"{key} is in {fields[kind]} of this adapter and in {fields[type(present)]} of "
+                f"{key} is in {fields[kind]} of this adapter and in {fields.get(type(present), 'target_modules')} of "
                 f"{sorted(present._adapters)}: a module can be trained in one of these ways only, in all adapters of a "
                 "model"
             )
@@ -285,7 +295,9 @@ def _say_difference(by_config: set[str], by_state: set[str]) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
-def _check_sites(inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, keys: Iterable[str]) -> list[bool]:
+def _check_sites(
+    inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, keys: Iterable[str], classes: Mapping[str, type]
+) -> list[bool]:
     """Ask every target whether it can carry this adapter; answers which ones store their weight transposed."""
     transposed = []
     keys = list(keys)
@@ -297,7 +309,7 @@ def _check_sites(inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, k
                 f"{key} is kept by modules_to_save or trainable tokens of another adapter; it cannot be adapted"
             )
         try:
-            site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
+            site = module.site if isinstance(module, BaseTunerLayer) else site_maker(classes.get(key))(module)
             method.slots(site, cfg, method.settings(site, cfg, key))
         except (TypeError, ValueError) as e:
             kind = TypeError if isinstance(e, TypeError) else ValueError
@@ -312,6 +324,11 @@ def _check_sites(inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, k
         if isinstance(site.module, nn.Linear) or getattr(site.weight, "transposed", False):
             transposed.append(getattr(site.weight, "transposed", False))
     return transposed
+
+
+def site_maker(cls: type | None) -> Callable[[nn.Module], Site]:
+    """What makes the site of a module whose layer is to be of class `cls`; None: of the usual one."""
+    return make_site if cls is None else getattr(cls, "site_of", make_site)
 
 
 def _say_read_by_parents(inventory: Inventory, keys: Iterable[str]) -> None:

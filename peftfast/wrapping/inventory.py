@@ -11,17 +11,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+import peftfast.wrapping.kinds  # noqa: F401  (registers the layers)
 from peftfast.config import PeftConfig
 from peftfast.layer import BaseTunerLayer, Place, make_layer
 from peftfast.many.control import Control
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
+from peftfast.wrapping.own_layer import LoraLayer
 from peftfast.wrapping.parameter_layer import ParameterLayer
 from peftfast.wrapping.replication import Replication
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.wrapping.stand_in import StandIn
 from peftfast_kernels.op import get_backend
 
-Wrapper = BaseTunerLayer | AuxiliaryTrainingWrapper
+Wrapper = BaseTunerLayer | StandIn
 Layer = TypeVar("Layer", bound=BaseTunerLayer)
 
 
@@ -32,7 +34,7 @@ class Inventory:
         model: the base model, changed in place.
         configs: adapter name -> config (the `peft_config` that everybody else sees).
         layers: module name -> the layer that replaced it.
-        extras: module name -> wrapper of a module saved beside the adapter.
+        extras: module name -> what else stands there: a module saved beside the adapter, a layer that a user wrote.
         numbers: adapter name -> its number in tensors of adapter numbers, given once and never again.
         control: how layers learn what a batch's mix is.
         replication: how the model's layers are stacked anew, if an adapter says so.
@@ -43,7 +45,7 @@ class Inventory:
         self.model = model
         self.configs: dict[str, PeftConfig] = {} if configs is None else configs
         self.layers: dict[str, BaseTunerLayer] = {}
-        self.extras: dict[str, AuxiliaryTrainingWrapper] = {}
+        self.extras: dict[str, StandIn] = {}
         self.active: list[str] = []
         self.enabled = True
         self.numbers: dict[str, int] = {}
@@ -71,7 +73,7 @@ class Inventory:
             if not name:
                 continue
             parent = self.model.get_submodule(parent_name) if parent_name else self.model
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            if isinstance(module, (BaseTunerLayer, StandIn)):
                 inside = name + "."
                 if isinstance(module, ParameterLayer):
                     self._list_nest(name, module.nest())
@@ -132,12 +134,13 @@ class Inventory:
         for parent, attribute in self._hangs(name):
             setattr(parent, attribute, module)
 
-    def wrap(self, name: str) -> BaseTunerLayer:
-        """The adapter layer in the place of the module `name`, made if there is none."""
+    def wrap(self, name: str, kind: type[BaseTunerLayer] | None = None) -> BaseTunerLayer:
+        """The adapter layer in the place of the module `name`, made if there is none, of the class `kind` or of the
+        one for the module."""
         layer = self.layers.get(name)
         if layer is None:
             module = self.module(name)
-            layer = self._prepared(make_layer(module), module)
+            layer = self._prepared(make_layer(module) if kind is None else kind(module), module)
             for inner in layer.inside().values():
                 self._prepared(inner, inner.base_layer)
             self._list_layer(name, layer)
@@ -351,7 +354,9 @@ class Inventory:
     # ---- deleting ----------------------------------------------------------------------------------------------------
     def check_deletable(self, names: Sequence[str]) -> None:
         """ValueError if one of these adapters is inside the weights."""
-        merged = [n for n in names if any(n in layer.merged_adapters for layer in self.layers.values())]
+        merged = [
+            n for n in names if any(n in layer.merged_adapters for layer in (*self.layers.values(), *self.own_layers()))
+        ]
         if merged:
             raise ValueError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
 
@@ -389,14 +394,18 @@ class Inventory:
         rows = [w.token_adapter for w in self.extras.values() if hasattr(type(w), "is_tied")]
         return [*self.layers.values(), *rows]
 
+    def own_layers(self) -> list[LoraLayer]:
+        """Layers that a user has written."""
+        return [layer for layer in self.extras.values() if isinstance(layer, LoraLayer)]
+
     def check_not_merged(self, name: str, what: str) -> None:
         """ValueError if the adapter is inside the weights, where a change of it would not arrive."""
-        if any(name in layer.merged_adapters for layer in self.mergeable()):
+        if any(name in layer.merged_adapters for layer in (*self.mergeable(), *self.own_layers())):
             raise ValueError(f"Cannot {what} adapter {name} while it is merged. Please unmerge it first.")
 
     def unmerge(self) -> None:
         """Take everything merged out again; bitwise the base as before."""
-        merged = [layer for layer in self.mergeable() if layer.merged]
+        merged = [layer for layer in (*self.own_layers(), *self.mergeable()) if layer.merged]
         if not merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
         for layer in reversed(merged):  # the reverse order matters where layers share one weight
@@ -408,6 +417,9 @@ class Inventory:
             if layer.merged and not merged:
                 layer.unmerge()
             self.replace(key, layer.base_layer)
+        for layer in self.own_layers():
+            if layer.merged and not merged:
+                layer.unmerge()
         for key, wrapper in self.extras.items():
             self.replace(key, wrapper.unload_and_optionally_merge_module(False, safe_merge, names))
         self.layers, self.extras, self._inner = {}, {}, {}

@@ -13,6 +13,7 @@ from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layer import BaseTunerLayer
 from peftfast.sites.site import parameter_name
 from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.own_layer import LoraLayer
 
 
 class ModelMerger:
@@ -62,7 +63,14 @@ class ModelMerger:
                     layer.merger.merged([*layer.merged_adapters, *wanted], check=True)
         shared = self._weights_of_others([layer for layer, _ in work])
         before: list[tuple[BaseTunerLayer, list[str]]] = []
+        own: list[LoraLayer] = []
         try:
+            for layer in self.inventory.own_layers():
+                asked = layer.active_adapters if adapter_names is None else present
+                wanted = [n for n in asked if n in layer._adapters and n not in layer.merged_adapters]
+                if wanted:
+                    layer.merge(safe_merge=safe_merge, adapter_names=wanted)
+                    own.append(layer)
             for layer, wanted in progress(work):
                 before.append((layer, layer.merged_adapters))
                 with warnings.catch_warnings():
@@ -74,6 +82,8 @@ class ModelMerger:
                     layer.unmerge()
                     if names_before:
                         layer.merge(adapter_names=names_before, keep=keep, untie=layer in shared)
+            for layer in reversed(own):
+                layer.unmerge()
             raise
         self._say_merge_errors()
 

@@ -14,7 +14,7 @@ from peftfast.layer import BaseTunerLayer
 from peftfast.method import AdapterMethod
 from peftfast.sites.parameter import ParameterSite
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.wrapping.stand_in import StandIn
 
 #: Fields that act on a module's input or output, of which a Parameter has none, with the values that do nothing.
 _IDLE: Mapping[str, tuple[Any, ...]] = {
@@ -120,7 +120,7 @@ def _check_module(
             "some models, default targets are chosen where none are given; set `target_modules=[]` to prevent it."
         )
     kept = [s for s in saved if key == s or key.startswith(f"{s}.")]
-    if kept or isinstance(present, AuxiliaryTrainingWrapper):
+    if kept or isinstance(present, StandIn):
         raise ValueError(f"target_parameters match {names} of {key}, which modules_to_save trains in full")
     nest = inventory.nest(key)
     adapted = [layer.site.parameter for layer in nest]

@@ -15,7 +15,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import close_matches
 from peftfast.layer import BaseTunerLayer
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.wrapping.stand_in import StandIn
 from peftfast.wrapping.targets import name_ends
 
 
@@ -37,7 +37,7 @@ def embedding_name(inventory: Inventory) -> str:
     for key, wrapper in (*inventory.layers.items(), *inventory.extras.items()):
         if isinstance(wrapper, BaseTunerLayer) and wrapper.base_layer is embedding:
             return key
-        if isinstance(wrapper, AuxiliaryTrainingWrapper) and wrapper.original_module is embedding:
+        if isinstance(wrapper, StandIn) and wrapper.original_module is embedding:
             return key
     raise ValueError("The model's input embedding is not among its modules")
 

@@ -122,7 +122,7 @@ def test_names_that_other_libraries_import(tmp_path):
         "inject_adapter_in_model __version__",
         "peft.functional": "delete_adapter set_adapter set_requires_grad cast_adapter_dtype inject_adapter_in_model "
         "get_peft_model_state_dict set_peft_model_state_dict",
-        "peft.tuners.lora": "LoraLayer",
+        "peft.tuners.lora": "LoraLayer Linear Embedding Conv1d Conv2d Conv3d",
         "peft.tuners.tuners_utils": "BaseTunerLayer",
         "peft.tuners.loha": "LoHaLayer",
         "peft.tuners.loha.layer": "LoHaLayer",
@@ -172,6 +172,11 @@ for place, names in {places!r}.items():
         found = getattr(module, name)
         assert found.__module__.startswith("peftfast.") and found.__module__ != absent.__name__, (place, name)
         assert found is getattr(peftfast, name, found), (place, name)
+for name, module in (("Linear", torch.nn.Linear(4, 4)), ("Conv2d", torch.nn.Conv2d(4, 4, 1))):
+    layer = peft.get_peft_model(torch.nn.Sequential(module), peft.LoraConfig(target_modules=["0"])).base_model.model[0]
+    for kind in (getattr(peft.tuners.lora, name), peft.tuners.lora.LoraLayer, peft.tuners.tuners_utils.BaseTunerLayer):
+        assert isinstance(layer, kind), (name, kind)
+assert not isinstance(layer, peft.tuners.lora.Linear) and not isinstance(module, peft.tuners.lora.LoraLayer)
 missing = [n for n in {sorted(peft.__all__)!r} if not hasattr(peft, n)]
 assert all(n.endswith("_MAPPING") for n in missing), missing
 settings = {{"task_type": "CAUSAL_LM"}}

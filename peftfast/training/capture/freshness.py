@@ -7,7 +7,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from peftfast.layer import BaseTunerLayer
 from peftfast.training.capture.recording import tuner_of
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.wrapping.stand_in import StandIn
 
 
 class Snapshot:
@@ -22,7 +22,7 @@ class Snapshot:
         self.mixed = mixed
         modules = list(model.named_modules())
         self._training = [(name, module, module.training) for name, module in modules]
-        stateful = (_DropoutNd, BaseTunerLayer, AuxiliaryTrainingWrapper)
+        stateful = (_DropoutNd, BaseTunerLayer, StandIn)
         self._states = [(name, m, self._state(m)) for name, m in modules if isinstance(m, stateful)]
         containers = [
             (name, c) for name, m in modules for c in (m._modules, m._parameters, m._buffers) if c or m is model
