@@ -168,6 +168,10 @@ def own_layer_classes(inventory: Inventory, cfg: PeftConfig, keys: Sequence[str]
         if isinstance(present, BaseTunerLayer):
             continue
         if isinstance(present, LoraLayer):
+            if not hasattr(cfg, "_custom_modules"):
+                raise ValueError(
+                    f"{key} has a layer of a user's own, which takes LoRA's adapters and no {cfg.peft_type}"
+                )
             found[key] = type(present)
             continue
         cls = next((cls for kind, cls in mapping.items() if isinstance(present, kind)), None)

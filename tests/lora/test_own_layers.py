@@ -10,6 +10,7 @@ from torch import nn
 
 import peftfast
 from peftfast.wrapping import kinds
+from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.own_layer import LoraLayer
 
 peft = importlib.import_module("peft")
@@ -150,6 +151,8 @@ def test_what_an_own_layer_cannot_do_is_refused_before_anything_changes():
             merge()
     with pytest.raises(TypeError, match="LstmLora.*mixed adapter batches"):
         model(X, adapter_names=["default", "second", "default", "__base__"])
+    with pytest.raises(ValueError, match="lstm has a layer of a user's own"):
+        add_adapter(model.base_model.inventory, "third", peftfast.IA3Config(target_modules=["lstm"]))
     assert model.get_model_status().merged_adapters == []
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
