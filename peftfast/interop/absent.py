@@ -9,10 +9,10 @@ from typing import Any
 #: In any module under the name `peft`.
 NAMES = frozenset(
     """
-    AdaLoraLayer AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig BOFTConfig BOFTModel
+    AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig BOFTConfig BOFTModel
     BdLoraConfig BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder
     DeftConfig DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig
-    GloraModel GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel IA3Layer KasaConfig LNTuningConfig
+    GloraModel GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel KasaConfig LNTuningConfig
     LNTuningModel LilyConfig LilyModel LoHaConfig LoHaLayer LoHaModel LoKrConfig LoKrLayer LoKrModel LoraGAConfig
     MissConfig MissModel MontecloraConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel
     OSFConfig OSFModel PeanutConfig PeanutModel PolyConfig PolyModel PsoftConfig PsoftModel PveraConfig PveraModel

@@ -73,8 +73,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},
     "peft.tuners.prompt_tuning": {},
-    "peft.tuners.trainable_tokens": {"TrainableTokensLayer": "peftfast.layer:BaseTunerLayer"},
-    "peft.tuners.trainable_tokens.layer": {"TrainableTokensLayer": "peftfast.layer:BaseTunerLayer"},
+    "peft.tuners.trainable_tokens": {},
     "peft.tuners.tuners_utils": {
         "BaseTuner": "peftfast.tuners.tuner:BaseTuner",
         "BaseTunerLayer": "peftfast.wrapping.own_layer:LoraLayer",
@@ -127,6 +126,9 @@ MODULES |= {
     for method in ("adalora", "ia3", "p_tuning", "prefix_tuning", "prompt_tuning", "trainable_tokens")
     for part in ("config", "model")
 }
+for _place, _layer in (("adalora", "AdaLoraLayer"), ("ia3", "IA3Layer"), ("trainable_tokens", "TrainableTokensLayer")):
+    MODULES[f"peft.tuners.{_place}"][_layer] = f"peftfast.interop.kinds:{_layer}"
+    MODULES[f"peft.tuners.{_place}.layer"] = MODULES[f"peft.tuners.{_place}"]
 MODULES["peft.utils.other"] = {**MODULES["peft.utils"], **MODULES["peft.utils.constants"]}
 MODULES["peft.utils"] |= MODULES["peft.utils.constants"]
 

@@ -74,3 +74,25 @@ def test_a_wrapper_without_a_copy_lacks_attributes():
     with pytest.raises(AttributeError, match="has no attribute 'weight'.*'gone'"):
         wrapper.weight  # noqa: B018
     assert not hasattr(wrapper, "weight")
+
+
+KINDS = {
+    "peft.tuners.lora.layer": ("LoraLayer", peftfast.LoraConfig, {"target_modules": ["q_proj"]}),
+    "peft.tuners.adalora.layer": ("AdaLoraLayer", peftfast.AdaLoraConfig, {"total_step": 9}),
+    "peft.tuners.ia3": ("IA3Layer", peftfast.IA3Config, {}),
+    "peft.tuners.trainable_tokens.layer": ("TrainableTokensLayer", peftfast.TrainableTokensConfig, {}),
+}
+
+
+@pytest.mark.parametrize("place", list(KINDS)[1:])
+def test_kinds_of_layers_are_told_apart(place):
+    """Under PEFT's names for them, each of which says yes to its own kind only."""
+    name, config, options = KINDS[place]
+    model = peftfast.get_peft_model(oracle.llama(), config(**options))
+    count = len(model.get_layer_status())
+    for other, (kind, _, _) in KINDS.items():
+        found = [module for module in model.modules() if isinstance(module, layout.lookup(other, kind))]
+        if other == place:
+            assert len(found) == count > 0, name
+        elif kind != "LoraLayer":  # which any layer is
+            assert not found, (name, kind)
