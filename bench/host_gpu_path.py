@@ -1,0 +1,278 @@
+"""Host time of the path that a GPU takes: peftfast's launches, PEFT's torch operations, and the frozen base.
+
+    python bench/host_gpu_path.py                         all tables
+    python bench/host_gpu_path.py --only ops linear       some of them
+    python bench/host_gpu_path.py --profile "linear, dropout 0.1"     where peftfast's time goes in one row
+
+Everything is tiny, so that nothing but Python and dispatch takes time. Without a GPU peftfast's launches go through a
+stub driver (`bench/stub_gpu.py`): all of Triton's and our Python and Triton's launcher in C run, and the driver's
+library that it calls is a stub. PEFT and the frozen base run on CPU tensors, and so do the products that peftfast
+leaves to cuBLAS; what they take there stands for their dispatch on a GPU, and is less. Where there is a GPU the same
+calls run on it, with Triton's own driver, and nothing is pretended.
+
+Times are of the process, not of the wall: the minimum of many rounds, contestants taking turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import pstats
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+for _path in (ROOT, ROOT / "kernels"):
+    if str(_path) not in sys.path:
+        sys.path.insert(0, str(_path))
+
+from bench import stub_gpu  # noqa: E402
+from bench.contestants import TARGETS, attach, llama, wrap  # noqa: E402
+from bench.measure import versions  # noqa: E402
+from bench.operands import Model, Size  # noqa: E402
+from peftfast_kernels import OPS, dense, use_backend  # noqa: E402
+
+WIDTH, ROWS, RANK = 32, 4, 8  # sizes at which a product on the CPU takes about what a call of cuBLAS takes the host
+LLAMA = Model("tiny", WIDTH, 2 * WIDTH, 2, 1, 16)
+HALF = torch.bfloat16
+TABLES = ("ops", "linear", "layer")
+Calls = Mapping[str, Callable[[], object]]
+
+
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> str:
+    return "cuda" if on_gpu() else "cpu"
+
+
+def ours() -> Any:
+    """A context in which peftfast takes the path of a GPU."""
+    return nullcontext() if on_gpu() else stub_gpu.pretended()
+
+
+def host_time(calls: Calls, rounds: int = 3, seconds: float = 0.3, repeats: int = 20) -> dict[str, float]:
+    """Microseconds a call, the least that was seen."""
+    best = dict.fromkeys(calls, float("inf"))
+    for name, call in [*calls.items()] * rounds:
+        with ours() if name.startswith("peftfast") else nullcontext():
+            best[name] = min(best[name], _least(call, seconds, repeats))
+    return {name: 1e6 * one / repeats for name, one in best.items()}
+
+
+def _least(call: Callable[[], object], seconds: float, repeats: int) -> float:
+    for _ in range(50):  # compilation, caches, the interpreter's adaption to classes that pretending changed
+        call()
+    gc.collect()
+    gc.disable()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        if on_gpu():
+            torch.cuda.synchronize()
+        start = time.process_time()
+        for _ in range(repeats):
+            call()
+        best = min(best, time.process_time() - start)
+    gc.enable()
+    return best
+
+
+# ---- ops -------------------------------------------------------------------------------------------------------------
+def op_calls() -> Calls:
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device()).to(HALF)
+
+    x, dy, a, b, t = made(ROWS, WIDTH), made(ROWS, WIDTH), made(RANK, WIDTH), made(WIDTH, RANK), made(ROWS, RANK)
+    seed, w = torch.tensor(5, device=device()), dense(made(WIDTH, WIDTH))
+    grads = (torch.float32, torch.float32)
+    three = {"x": [x] * 3, "dy": [dy] * 3, "a": [a] * 3, "b": [b] * 3, "t": [t] * 3, "w": [w] * 3}
+    none, zeros, twos = [None] * 3, [0.0] * 3, [2.0] * 3
+    seeds, probs = [seed] * 3, [0.1] * 3
+    found = {
+        "lora_down": (x, a, None, 0.0),
+        "lora_down, dropout": (x, a, seed, 0.1),
+        "lora_gemm": (x, w, None, t, b, 2.0),
+        "lora_dt": (dy, b, 2.0),
+        "lora_gemm_t": (dy, w, t, a, None, 0.0),
+        "lora_gemm_t, dropout": (dy, w, t, a, seed, 0.1),
+        "lora_factor_grads": (dy, t, x, t, None, 0.0, 2.0, *grads),
+        "lora_factor_grads, dropout": (dy, t, x, t, seed, 0.1, 2.0, *grads),
+        "siblings_down": (x, three["a"], none, zeros),
+        "siblings_down, dropout": (x, three["a"], seeds, probs),
+        "siblings_gemm": (x, three["w"], none, three["t"], three["b"], twos),
+        "siblings_dt": (three["dy"], three["b"], twos),
+        "siblings_gemm_t": (three["dy"], three["w"], three["t"], three["a"], none, zeros),
+        "siblings_gemm_t, dropout": (three["dy"], three["w"], three["t"], three["a"], seeds, probs),
+        "siblings_factor_grads": (three["dy"], three["t"], x, three["t"], none, zeros, twos, *grads),
+        "siblings_factor_grads, dropout": (three["dy"], three["t"], x, three["t"], seeds, probs, twos, *grads),
+        "gated": (dy, dy, "silu"),
+        "gated_grad": (dy, dy, dy, "silu"),
+    }
+    calls: dict[str, Callable[[], object]] = {
+        f"peftfast {name}": partial(OPS[name.partition(",")[0]], *args) for name, args in found.items()
+    }
+    calls["torch.mm"] = lambda: torch.mm(x, w.tensors[0])
+    calls["torch.addmm_"] = lambda: dy.addmm_(t, a)
+    return calls
+
+
+# ---- one linear, one decoder layer -----------------------------------------------------------------------------------
+class One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(WIDTH, WIDTH, bias=False, device=device(), dtype=HALF).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x)
+
+
+def autocast() -> Any:
+    return torch.autocast(device(), HALF)
+
+
+def calls_of(run: Callable[[], Tensor], x: Tensor, trained: list[Tensor]) -> Calls:
+    """Forward, and forward with backward, of what gives one tensor."""
+    with autocast():
+        dy = torch.ones_like(run())
+
+    def forward() -> None:
+        with autocast():
+            run()
+
+    def both() -> None:
+        with autocast():
+            y = run()
+        y.backward(dy)
+        x.grad = None
+        for p in trained:
+            p.grad = None
+
+    return {"forward": forward, "forward and backward": both}
+
+
+def window(model: nn.Module) -> Any:
+    """peftfast casts the factors of all layers at once, in the first layer of a model's forward that asks for one."""
+    return getattr(getattr(model, "base_model", None), "compute_copies", nullcontext)()
+
+
+_open: list[Any] = []  # a window that nobody holds closes
+
+
+def linear_calls(library: str, dropout: float) -> Calls:
+    """One layer of many: the casts have been made when it is called."""
+    size = Size(ROWS, WIDTH, WIDTH, RANK, HALF, dropout=dropout)
+    model = One() if library == "frozen" else wrap(library, One(), size, ["q_proj"])
+    layer = (model if library == "frozen" else model.get_base_model()).q_proj
+    x = torch.randn(ROWS, WIDTH, device=device()).to(HALF).requires_grad_()
+    with autocast():
+        opened = window(model)
+    opened.__enter__()
+    _open.append(opened)
+    return calls_of(lambda: layer(x), x, [p for p in model.parameters() if p.requires_grad])
+
+
+def layer_calls(library: str, dropout: float) -> Calls:
+    size = Size(ROWS, WIDTH, WIDTH, RANK, HALF, dropout=dropout)
+    model = llama(LLAMA, 1, HALF, device())
+    if library != "frozen":
+        model = wrap(library.partition(" ")[0], model, size, TARGETS)
+    if library.endswith("blocks"):
+        import peftfast
+
+        blocks = peftfast.fuse_blocks(model)
+        with use_backend("auto" if on_gpu() else "torch"):  # where blocks are compared with what they replace
+            attach(blocks, model)
+    base = model if library == "frozen" else model.get_base_model()
+    x = torch.randn(1, ROWS, WIDTH, device=device()).to(HALF).requires_grad_()
+    options = {
+        "position_embeddings": base.model.rotary_emb(x, torch.arange(ROWS, device=device())[None]),
+        "attention_mask": None,
+    }
+    layer = base.model.layers[0]
+
+    def run() -> Tensor:
+        with window(model):
+            y = layer(x, **options)
+            return y[0] if isinstance(y, tuple) else y
+
+    return calls_of(run, x, [p for p in model.parameters() if p.requires_grad])
+
+
+def scopes(only: list[str]) -> dict[str, tuple[Callable[[str, float], Calls], tuple[str, ...]]]:
+    libraries = ("frozen", "peft", "peftfast")
+    found = {"linear": (linear_calls, libraries), "layer": (layer_calls, (*libraries, "peftfast + blocks"))}
+    return {name: one for name, one in found.items() if name in only}
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+def print_ops() -> None:
+    print("| op | us |\n|---|---:|")
+    for name, us in host_time(op_calls(), rounds=1).items():
+        print(f"| {name.removeprefix('peftfast ')} | {us:.1f} |", flush=True)
+
+
+def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...], name: str) -> None:
+    print(f"\n| {name} | {' | '.join(libraries)} | peftfast / PEFT | beyond frozen |")
+    print(f"|---|{'---:|' * (len(libraries) + 2)}")
+    for dropout in (0.0, 0.1):
+        built = {library: build(library, dropout) for library in libraries}
+        for what in ("forward", "forward and backward"):
+            us = host_time({library: calls[what] for library, calls in built.items()})
+            best, frozen = min(us[one] for one in libraries[2:]), us["frozen"]
+            shares = f"{best / us['peft']:.2f} | {(best - frozen) / (us['peft'] - frozen):.2f}"
+            times = " | ".join(f"{us[one]:.0f}" for one in libraries)
+            print(f"| {what}, dropout {dropout} | {times} | {shares} |", flush=True)
+
+
+def profile(row: str) -> None:
+    """cProfile of peftfast's calls of one row: an op's name, or e.g. "layer, dropout 0.1"."""
+    scope, _, rest = row.partition(", ")
+    if scope in TABLES[1:]:
+        build, libraries = scopes([scope])[scope]
+        call = build(libraries[-1], float(rest.removeprefix("dropout ") or 0))["forward and backward"]
+    else:
+        call = op_calls()[f"peftfast {row}"]
+    with ours():
+        for _ in range(20):
+            call()
+        profiler = cProfile.Profile()
+        profiler.enable()
+        for _ in range(1000):
+            call()
+        profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(TABLES), choices=TABLES)
+    parser.add_argument("--profile", metavar="ROW", help="print where the time of one row goes, instead of tables")
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(torch.cuda.get_device_name() if on_gpu() else "no GPU: Triton's driver is a stub", end="\n\n")
+    with nullcontext() if on_gpu() else stub_gpu.active():
+        if args.profile:
+            profile(args.profile)
+            return 0
+        if "ops" in args.only:
+            print_ops()
+        for name, (build, libraries) in scopes(args.only).items():
+            print_scope(build, libraries, name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
