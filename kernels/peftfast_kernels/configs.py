@@ -127,6 +127,12 @@ TILES: dict[str, dict[str, Tile]] = {
     },
 }
 
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover the size. Triton's own takes the host microseconds, because kernels may call it too."""
+    return -(-size // block)
+
+
 MAX_RANK_TILE = 128  # wider ranks are cut into tiles of this size
 
 
@@ -189,7 +195,7 @@ def dot_precision(chip: str, *dtypes: torch.dtype) -> str:
     """
     if chip == _INTERPRETER or chip.startswith("gfx"):
         return "ieee"
-    if any(dtype in (torch.float16, torch.bfloat16) for dtype in dtypes):
+    if torch.bfloat16 in dtypes or torch.float16 in dtypes:
         return "tf32x3"  # wide: x is exact in TF32, only the fp32 factor needs the extra products
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 

@@ -5,13 +5,16 @@ the compute dtype; it reaches a kernel as ``DECODE: tl.constexpr``. 4-bit codes 
 per byte, that holds the two decoded values as one 8-byte word: one load per two weights, exact in fp32.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, tile
-from peftfast_kernels.decode import FP4_CODE, INT8_STEP, NF4_CODE, Operand, decoder_of, packed_bytes
+from peftfast_kernels.configs import cdiv, chip_of, tile
+from peftfast_kernels.decode import DECODERS, FP4_CODE, INT8_STEP, NF4_CODE, Operand, decoder_of, packed_bytes
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow
 from peftfast_kernels.variants import Variant
@@ -160,49 +163,66 @@ def _table(format: str, device: torch.device) -> Tensor:
     return _tables[key]
 
 
-def decode_layout(w: Operand, bk: int) -> int:
+class Stored(NamedTuple):
+    """What there is to know of an operand besides its tensors."""
+
+    format: str
+    shape: tuple[int, int]
+    strides: tuple[int, ...]  # of the weight [N, K]; zeros for packed ones
+    dtype: torch.dtype
+    block: int
+    nested_block: int  # 0: not nested
+
+
+def stored(w: Operand) -> tuple[Stored, tuple[Tensor, ...]]:
+    """What every kernel with a DECODE parameter has to know of an operand, and its pointers w0 to w4 and table."""
+    first = w.tensors[0]
+    if w.format.startswith("dense"):
+        strides = first.stride() if w.format == "dense" else first.stride()[::-1]
+        return Stored(w.format, tuple(w.shape), strides, w.dtype, w.block, 0), (first,) * 6
+    decoder_of(w)
+    tensors, strides = list(w.tensors), (0, 0)
+    if w.format in ("nf4", "fp4"):
+        first = tensors[0] = packed_bytes(w)
+    else:
+        strides = first.stride()
+    pointers = (tensors + [first] * 5)[:5]  # a pointer that the format does not read still has to be one
+    nested_block = w.nested_block if w.nested else 0
+    kind = Stored(w.format, tuple(w.shape), strides, w.dtype, w.block, nested_block)
+    return kind, (*pointers, _table(w.format, first.device))
+
+
+def decode_layout(w: Stored, bk: int) -> int:
     """Which of `tile_4bit`'s layouts a tile of `bk` columns may use."""
     k = w.shape[1]
-    if k % 2:
+    if w.format not in ("nf4", "fp4") or k % 2:
         return 0
     return 2 if k % w.block == 0 and (w.block % bk == 0 or bk % w.block == 0) else 1
 
 
-def decode_arguments(w: Operand, bk: int) -> dict:
-    """The keyword arguments every kernel with a DECODE parameter takes for this operand and a tile of bk columns."""
-    four_bit = w.format in ("nf4", "fp4")
-    tensors = list(w.tensors)
-    if four_bit:
-        tensors[0] = packed_bytes(w)
-    first = tensors[0]
-    strides = (0, 0) if four_bit else (first.stride(0), first.stride(1))
-    if decoder_of(w).transposed:
-        strides = strides[::-1]
-    pointers = (tensors + [first] * 5)[:5]  # a pointer that the format does not read still has to be one
+def decode_arguments(w: Stored, bk: int) -> dict:
+    """What every kernel with a DECODE parameter takes besides pointers, for a tile of bk columns."""
     return {
-        **{f"w{i}": pointer for i, pointer in enumerate(pointers)},
-        "table": first if w.format.startswith("dense") else _table(w.format, first.device),
         "N": w.shape[0],
         "K": w.shape[1],
-        "stride_n": strides[0],
-        "stride_k": strides[1],
-        "DECODE": TILE_FUNCTIONS[decoder_of(w).tile],
+        "stride_n": w.strides[0],
+        "stride_k": w.strides[1],
+        "DECODE": TILE_FUNCTIONS[DECODERS[w.format].tile],
         "BLOCK": w.block,
-        "NESTED": w.nested_block if w.nested else 0,
-        "LAYOUT": decode_layout(w, bk) if four_bit else 0,
+        "NESTED": w.nested_block,
+        "LAYOUT": decode_layout(w, bk),
         "DTYPE": TL_DTYPES[w.dtype],
     }
 
 
-def dequantize(w: Operand, dtype: torch.dtype) -> Tensor:
-    """Launches a 2D grid, one program per [BN, BK] tile; the packed bytes are read once, the result written once."""
-    out = torch.empty(w.shape, dtype=dtype, device=w.device)
-    if out.numel() == 0:
-        return out
-    config = tile("dequantize", chip_of(w.device))
-    dequantize_kernel[(triton.cdiv(w.shape[0], config.BM), triton.cdiv(w.shape[1], config.BN))](
+@planned
+def _plan(chip: str, w: Stored) -> Launch:
+    """A 2D grid, one program per [BN, BK] tile."""
+    config = tile("dequantize", chip)
+    return Launch(
+        dequantize_kernel,
+        (cdiv(w.shape[0], config.BM), cdiv(w.shape[1], config.BN)),
         **decode_arguments(w, config.BN),
-        out_ptr=out,
         BN=config.BM,
         BK=config.BN,
         INTERP=is_interpreting(),
@@ -210,6 +230,14 @@ def dequantize(w: Operand, dtype: torch.dtype) -> Tensor:
         # Each step is rounded to fp32 as bitsandbytes rounds it: a fused multiply-add would differ in the last bit.
         enable_fp_fusion=False,
     )
+
+
+def dequantize(w: Operand, dtype: torch.dtype) -> Tensor:
+    """One launch; the packed bytes are read once, the result written once."""
+    out = torch.empty(w.shape, dtype=dtype, device=w.device)
+    if out.numel():
+        kind, pointers = stored(w)
+        _plan(chip_of(out.device), kind)(*pointers, out)
     return out
 
 

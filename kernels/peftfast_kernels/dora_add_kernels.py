@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import cdiv, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm_kernels import adapter_tile
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow
@@ -39,39 +40,49 @@ def dora_add_kernel(
     tl.store(out_ptr + rows[:, None] * O + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
 
 
-def dora_add(y: Tensor, g: Tensor, shift: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Launches a 2D grid, one program per [BM, BN] tile of y."""
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    if out.numel() == 0:
-        return out
-    chip = chip_of(y.device)
+@planned
+def _plan(
+    chip: str, m: int, o: int, r: int, y_strides: tuple[int, ...], t_strides: tuple[int, ...],
+    b_strides: tuple[int, ...], shifts: bool, precision: str, scale: float,
+) -> Launch:  # fmt: skip
+    """A 2D grid, one program per [BM, BO] tile of y."""
     config = tile("expand", chip)
-    dora_add_kernel[(triton.cdiv(y.shape[0], config.BM), triton.cdiv(y.shape[1], config.BN))](
-        y_ptr=y,
-        g_ptr=g.contiguous(),
-        shift_ptr=g if shift is None else shift.contiguous(),
-        t_ptr=t,
-        b_ptr=b,
-        out_ptr=out,
-        M=y.shape[0],
-        O=y.shape[1],
-        R=t.shape[1],
-        stride_ym=y.stride(0),
-        stride_yo=y.stride(1),
-        stride_tm=t.stride(0),
-        stride_tr=t.stride(1),
-        stride_br=b.stride(1),
-        stride_bo=b.stride(0),
+    return Launch(
+        dora_add_kernel,
+        (cdiv(m, config.BM), cdiv(o, config.BN)),
+        M=m,
+        O=o,
+        R=r,
+        stride_ym=y_strides[0],
+        stride_yo=y_strides[1],
+        stride_tm=t_strides[0],
+        stride_tr=t_strides[1],
+        stride_br=b_strides[1],
+        stride_bo=b_strides[0],
         scale=scale,
-        SHIFT=shift is not None,
+        SHIFT=shifts,
         BM=config.BM,
         BO=config.BN,
-        BR=rank_tile(t.shape[1], config.BK),
-        PRECISION=dot_precision(chip, y.dtype, t.dtype),
+        BR=rank_tile(r, config.BK),
+        PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )
+
+
+def dora_add(y: Tensor, g: Tensor, shift: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
+    """One launch."""
+    m, o = y.shape
+    out = torch.empty(m, o, dtype=y.dtype, device=y.device)
+    if m == 0 or o == 0:
+        return out
+    chip = chip_of(y.device)
+    launch = _plan(
+        chip, m, o, t.shape[1], y.stride(), t.stride(), b.stride(), shift is not None,
+        dot_precision(chip, y.dtype, t.dtype), scale,
+    )  # fmt: skip
+    launch(y, g.contiguous(), g if shift is None else shift.contiguous(), t, b, out)
     return out
 
 

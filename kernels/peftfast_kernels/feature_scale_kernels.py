@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, splits, tile
+from peftfast_kernels.configs import cdiv, chip_of, splits, tile
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow, sum_parts
 from peftfast_kernels.variants import Variant
@@ -41,50 +42,58 @@ def scale_kernel(
         tl.store(ds_ptr + tl.program_id(1).to(tl.int64) * N + cols, ds, mask=cols < N)
 
 
-def _launch(dy: Tensor, y: Tensor | None, s: Tensor, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    (m, n) = dy.shape
-    out = torch.empty(m, n, dtype=dy.dtype, device=dy.device)
-    if m == 0 or n == 0:
-        return out, torch.zeros(n, dtype=grad_dtype, device=s.device)
-    config = tile("elementwise", chip_of(dy.device))
-    parts = splits(triton.cdiv(n, config.BN), triton.cdiv(m, 4 * config.BM), wanted=1024)
-    rows_per_part = triton.cdiv(triton.cdiv(m, parts), config.BM) * config.BM
-    parts = triton.cdiv(m, rows_per_part)
-    sums = None if y is None else torch.empty(parts, n, dtype=torch.float32, device=s.device)
-    source = dy if y is None else y
-    scale_kernel[(triton.cdiv(n, config.BN), parts)](
-        dy_ptr=dy,
-        y_ptr=source,
-        s_ptr=s,
-        out_ptr=out,
-        ds_ptr=s if sums is None else sums,
+@planned
+def _plan(
+    chip: str, m: int, n: int, dy_strides: tuple[int, ...], y_strides: tuple[int, ...], grad: bool
+) -> tuple[Launch, int]:  # fmt: skip
+    """A 2D grid (column tiles, parts of the rows), and the number of parts."""
+    config = tile("elementwise", chip)
+    parts = splits(cdiv(n, config.BN), cdiv(m, 4 * config.BM), wanted=1024)
+    rows_per_part = cdiv(cdiv(m, parts), config.BM) * config.BM
+    parts = cdiv(m, rows_per_part)
+    launch = Launch(
+        scale_kernel,
+        (cdiv(n, config.BN), parts),
         M=m,
         N=n,
-        stride_dm=dy.stride(0),
-        stride_dn=dy.stride(1),
-        stride_ym=source.stride(0),
-        stride_yn=source.stride(1),
+        stride_dm=dy_strides[0],
+        stride_dn=dy_strides[1],
+        stride_ym=y_strides[0],
+        stride_yn=y_strides[1],
         rows_per_part=rows_per_part,
-        GRAD=y is not None,
+        GRAD=grad,
         BM=config.BM,
         BN=config.BN,
         INTERP=is_interpreting(),
         num_warps=config.warps,
     )
-    if sums is None:
+    return launch, parts
+
+
+def _launch(dy: Tensor, y: Tensor | None, s: Tensor, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    (m, n) = dy.shape
+    out = torch.empty(m, n, dtype=dy.dtype, device=dy.device)
+    if m == 0 or n == 0:
+        return out, torch.zeros(n, dtype=grad_dtype, device=s.device)
+    source = dy if y is None else y
+    launch, parts = _plan(chip_of(dy.device), m, n, dy.stride(), source.stride(), y is not None)
+    if y is None:
+        launch(dy, source, s, out, s)
         return out, None
+    sums = torch.empty(parts, n, dtype=torch.float32, device=s.device)
+    launch(dy, source, s, out, sums)
     ds = torch.empty(n, dtype=grad_dtype, device=s.device)
-    sum_parts(sums, ds, 1.0, is_interpreting())
+    sum_parts(sums, ds, 1.0)
     return out, ds
 
 
 def feature_scale(y: Tensor, s: Tensor) -> Tensor:
-    """Launches a 2D grid (column tiles, parts of the rows)."""
+    """One launch."""
     return _launch(y, None, s, s.dtype)[0]
 
 
 def feature_scale_grad(dy: Tensor, y: Tensor, s: Tensor, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Launches the same grid, then adds the parts of ds in order."""
+    """The same launch, and one that adds the parts of ds in order."""
     return _launch(dy, y, s, grad_dtype)
 
 

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, tile
+from peftfast_kernels.configs import cdiv, chip_of, tile
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow
 from peftfast_kernels.variants import Variant
@@ -61,45 +62,53 @@ def gated_kernel(
         tl.store(d_up_ptr + out, narrow(dh * value, d_up_ptr.dtype.element_ty, INTERP), mask=inside)
 
 
-def _launch(dh: Tensor | None, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, ...]:
-    m, n = gate.shape
-    outs = [torch.empty(m, n, dtype=gate.dtype, device=gate.device) for _ in range(1 if dh is None else 3)]
-    if m == 0 or n == 0:
-        return tuple(outs)
-    config = tile("elementwise", chip_of(gate.device))
-    source = gate if dh is None else dh
-    gated_kernel[(triton.cdiv(m, config.BM), triton.cdiv(n, config.BN))](
-        dh_ptr=source,
-        gate_ptr=gate,
-        up_ptr=up,
-        h_ptr=outs[0],
-        d_gate_ptr=outs[-1] if dh is None else outs[1],
-        d_up_ptr=outs[-1],
+@planned
+def _plan(
+    chip: str, m: int, n: int, dh_strides: tuple[int, ...], gate_strides: tuple[int, ...], up_strides: tuple[int, ...],
+    act: str, grad: bool,
+) -> Launch:  # fmt: skip
+    """A 2D grid (row tiles, column tiles)."""
+    config = tile("elementwise", chip)
+    return Launch(
+        gated_kernel,
+        (cdiv(m, config.BM), cdiv(n, config.BN)),
         M=m,
         N=n,
-        stride_dm=source.stride(0),
-        stride_dn=source.stride(1),
-        stride_gm=gate.stride(0),
-        stride_gn=gate.stride(1),
-        stride_um=up.stride(0),
-        stride_un=up.stride(1),
+        stride_dm=dh_strides[0],
+        stride_dn=dh_strides[1],
+        stride_gm=gate_strides[0],
+        stride_gn=gate_strides[1],
+        stride_um=up_strides[0],
+        stride_un=up_strides[1],
         ACT=act,
-        GRAD=dh is not None,
+        GRAD=grad,
         BM=config.BM,
         BN=config.BN,
         INTERP=is_interpreting(),
         num_warps=config.warps,
     )
+
+
+def _launch(dh: Tensor | None, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, ...]:
+    m, n = gate.shape
+    outs = [torch.empty(m, n, dtype=gate.dtype, device=gate.device) for _ in range(1 if dh is None else 3)]
+    if m == 0 or n == 0:
+        return tuple(outs)
+    source = gate if dh is None else dh
+    launch = _plan(
+        chip_of(gate.device), m, n, source.stride(), gate.stride(), up.stride(), act, dh is not None
+    )  # fmt: skip
+    launch(source, gate, up, outs[0], outs[-1] if dh is None else outs[1], outs[-1])
     return tuple(outs)
 
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """Launches a 2D grid (row tiles, column tiles)."""
+    """One launch."""
     return _launch(None, gate, up, act)[0]
 
 
 def gated_grad(dh: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, ...]:
-    """Launches the same grid."""
+    """One launch."""
     return _launch(dh, gate, up, act)
 
 

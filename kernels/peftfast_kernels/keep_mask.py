@@ -55,6 +55,15 @@ def keep_scale(prob: float) -> float:
     return (1 << THRESHOLD_BITS) / kept if kept else 0.0
 
 
+def seed_or(seed: Tensor | None, prob: float, stand_in: Tensor) -> Tensor:
+    """The seed, or, without dropout, any pointer. Raises ``ValueError`` where a seed is missing."""
+    if seed is not None:
+        return seed
+    if prob and threshold(prob):
+        raise ValueError(f"dropout with probability {prob} needs a seed tensor")
+    return stand_in
+
+
 def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 

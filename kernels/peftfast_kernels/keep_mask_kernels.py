@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, tile
+from peftfast_kernels.configs import cdiv, chip_of, tile
 from peftfast_kernels.keep_mask import threshold
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.tiles import keep_tile, row_keys
 from peftfast_kernels.variants import Variant
 
@@ -21,17 +22,13 @@ def mask_kernel(seed_ptr, out_ptr, M, N, threshold, BM: tl.constexpr, BN: tl.con
     tl.store(out_ptr + rows[:, None] * N + cols[None, :], keep, mask=inside)
 
 
-def keep_mask(seed: Tensor | None, prob: float, rows: int, cols: int, device: torch.device) -> Tensor:
-    """Launches a 2D grid, one program per [BM, BN] tile of the mask."""
-    if threshold(prob) == 0 or rows == 0 or cols == 0:
-        return torch.ones(rows, cols, dtype=torch.bool, device=device)
-    if seed is None:
-        raise ValueError(f"dropout with probability {prob} needs a seed tensor")
-    config = tile("elementwise", chip_of(seed.device))
-    out = torch.empty(rows, cols, dtype=torch.bool, device=device)
-    mask_kernel[(triton.cdiv(rows, config.BM), triton.cdiv(cols, config.BN))](
-        seed_ptr=seed,
-        out_ptr=out,
+@planned
+def _plan(chip: str, rows: int, cols: int, prob: float) -> Launch:
+    """A 2D grid, one program per [BM, BN] tile of the mask."""
+    config = tile("elementwise", chip)
+    return Launch(
+        mask_kernel,
+        (cdiv(rows, config.BM), cdiv(cols, config.BN)),
         M=rows,
         N=cols,
         threshold=threshold(prob),
@@ -39,6 +36,16 @@ def keep_mask(seed: Tensor | None, prob: float, rows: int, cols: int, device: to
         BN=config.BN,
         num_warps=config.warps,
     )
+
+
+def keep_mask(seed: Tensor | None, prob: float, rows: int, cols: int, device: torch.device) -> Tensor:
+    """One launch."""
+    if threshold(prob) == 0 or rows == 0 or cols == 0:
+        return torch.ones(rows, cols, dtype=torch.bool, device=device)
+    if seed is None:
+        raise ValueError(f"dropout with probability {prob} needs a seed tensor")
+    out = torch.empty(rows, cols, dtype=torch.bool, device=device)
+    _plan(chip_of(seed.device), rows, cols, prob)(seed, out)
     return out
 
 

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, depth, dot_precision, owned, rank_tile, tile
-from peftfast_kernels.keep_mask import keep_scale, threshold
+from peftfast_kernels.configs import cdiv, chip_of, depth, dot_precision, owned, rank_tile, tile
+from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys
 from peftfast_kernels.variants import ANY_MATRIX, NO_MATRIX, Variant
@@ -90,57 +91,66 @@ def unit(rank: int, stride: int) -> int:
     return gcd(gcd(rank, stride), 16)
 
 
-def _launch(
-    x: Tensor, a: Tensor, r: int, stride_ar: int, stride_ak: int, seed: Tensor | None, prob: float, scale: float
-) -> Tensor:
-    """scale * drop(x) aᵀ [M, R] for a of any strides, in a 2D grid (row strips, rank tiles)."""
-    m, k = x.shape
-    t = torch.empty(m, r, dtype=a.dtype, device=a.device)
-    if m == 0 or r == 0:
-        return t
-    dropping = threshold(prob) > 0
-    if dropping and seed is None:
-        raise ValueError(f"dropout with probability {prob} needs a seed tensor")
-    chip = chip_of(x.device)
+@planned
+def _plan(
+    chip: str, m: int, k: int, r: int, stride_xm: int, stride_xk: int, stride_ar: int, stride_ak: int,
+    single: bool, precision: str, prob: float, scale: float,
+) -> Launch:  # fmt: skip
+    """A 2D grid (row strips, rank tiles)."""
     config = tile("lora_down", chip)
     br = rank_tile(r)
-    rank_tiles = triton.cdiv(r, br)
-    bm = owned(config.BM, lambda size: triton.cdiv(m, size) * rank_tiles)
-    down_kernel[(triton.cdiv(m, bm), rank_tiles)](
-        x_ptr=x,
-        a_ptr=a,
-        seed_ptr=seed if dropping else x,
-        t_ptr=t,
+    rank_tiles = cdiv(r, br)
+    bm = owned(config.BM, lambda size: cdiv(m, size) * rank_tiles)
+    return Launch(
+        down_kernel,
+        (cdiv(m, bm), rank_tiles),
         M=m,
         K=k,
         R=r,
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
+        stride_xm=stride_xm,
+        stride_xk=stride_xk,
         stride_ar=stride_ar,
         stride_ak=stride_ak,
         threshold=threshold(prob),
-        scale=scale * keep_scale(prob) if dropping else scale,
-        DROP=dropping,
+        scale=scale * keep_scale(prob),
+        DROP=threshold(prob) > 0,
         BM=bm,
         BR=br,
-        BK=depth(config.BK, bm, br, a.dtype == torch.float32),
+        BK=depth(config.BK, bm, br, single),
         UNIT=unit(r, stride_ak),
-        PRECISION=dot_precision(chip, x.dtype, a.dtype),
+        PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )
+
+
+def _launch(
+    x: Tensor, a: Tensor, r: int, stride_ar: int, stride_ak: int, seed: Tensor | None, prob: float, scale: float
+) -> Tensor:
+    """scale * drop(x) aᵀ [M, R] for a of any strides."""
+    m, k = x.shape
+    t = torch.empty(m, r, dtype=a.dtype, device=a.device)
+    if m == 0 or r == 0:
+        return t
+    chip = chip_of(x.device)
+    launch = _plan(
+        chip, m, k, r, *x.stride(), stride_ar, stride_ak, a.dtype is torch.float32,
+        dot_precision(chip, x.dtype, a.dtype), prob, scale,
+    )  # fmt: skip
+    launch(x, a, seed_or(seed, prob, x), t)
     return t
 
 
 def lora_down(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     """One launch."""
-    return _launch(x, a, a.shape[0], a.stride(0), a.stride(1), seed, prob, 1.0)
+    return _launch(x, a, a.shape[0], *a.stride(), seed, prob, 1.0)
 
 
 def lora_dt(dy: Tensor, b: Tensor, scale: float) -> Tensor:
     """One launch."""
-    return _launch(dy, b, b.shape[1], b.stride(1), b.stride(0), None, 0.0, scale)
+    stride_n, stride_r = b.stride()
+    return _launch(dy, b, b.shape[1], stride_r, stride_n, None, 0.0, scale)
 
 
 def variants(chip: str):

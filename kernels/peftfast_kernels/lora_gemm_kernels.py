@@ -10,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import Tile, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, rank_tile, tile
 from peftfast_kernels.decode import Operand, weight_nk
-from peftfast_kernels.decode_kernels import decode_arguments, decode_variant
-from peftfast_kernels.keep_mask import keep_scale, threshold
+from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
+from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm import base_product
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import grouped_order, keep_tile, narrow, operand, owner, padded, pick, row_keys, total
@@ -209,126 +210,152 @@ def swaps(format: str, transposed: bool) -> bool:
     return not transposed and not format.startswith("dense")
 
 
-def seed_or(seed: Tensor | None, prob: float, stand_in: Tensor) -> Tensor:
-    """The seed, or, without dropout, any pointer. Raises ``ValueError`` where a seed is missing."""
-    if threshold(prob) == 0:
-        return stand_in
-    if seed is None:
-        raise ValueError(f"dropout with probability {prob} needs a seed tensor")
-    return seed
+def row_block(config: Tile, rows: int) -> int:
+    """BM of a big product: no more than the power of two that holds all rows."""
+    return min(config.BM, max(16, 1 << (rows - 1).bit_length()))
 
 
-def _gemm(x, w: Operand, bias, t, b_ro, scale, seed, prob, transposed) -> Tensor:
-    """b_ro is [R, O]: bᵀ forward, a backward."""
-    out_cols = w.shape[1] if transposed else w.shape[0]
-    y = torch.empty(x.shape[0], out_cols, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    chip = chip_of(x.device)
-    config = product_config(w.format, x.dtype == torch.float32, chip)
-    bm = min(config.BM, max(16, triton.next_power_of_2(x.shape[0])))
-    gemm_kernel[(triton.cdiv(x.shape[0], bm) * triton.cdiv(out_cols, config.BN),)](
-        x_ptr=x,
+@planned
+def _gemm_plan(
+    chip: str, m: int, r: int, w: Stored, x_strides: tuple[int, ...], t_strides: tuple[int, ...],
+    b_strides: tuple[int, int], single: bool, precision: str, biased: bool, transposed: bool, prob: float, scale: float,
+) -> Launch:  # fmt: skip
+    """A 1D grid of [BM, BN] tiles of y, row tiles grouped so that weight tiles are reused in L2."""
+    config = product_config(w.format, single, chip)
+    bm = row_block(config, m)
+    return Launch(
+        gemm_kernel,
+        (cdiv(m, bm) * cdiv(w.shape[1 if transposed else 0], config.BN),),
         **decode_arguments(w, config.BN if transposed else config.BK),
-        bias_ptr=x if bias is None else bias,
-        t_ptr=t,
-        b_ptr=b_ro,
-        seed_ptr=seed_or(seed, prob, x),
-        y_ptr=y,
-        M=x.shape[0],
-        R=t.shape[1],
-        stride_xm=x.stride(0),
-        stride_xc=x.stride(1),
-        stride_tm=t.stride(0),
-        stride_tr=t.stride(1),
-        stride_br=b_ro.stride(0),
-        stride_bo=b_ro.stride(1),
+        M=m,
+        R=r,
+        stride_xm=x_strides[0],
+        stride_xc=x_strides[1],
+        stride_tm=t_strides[0],
+        stride_tr=t_strides[1],
+        stride_br=b_strides[0],
+        stride_bo=b_strides[1],
         scale=scale,
         threshold=threshold(prob),
         TRANSPOSED=transposed,
         SWAP=swaps(w.format, transposed),
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=biased,
         DROP=threshold(prob) > 0,
         BM=bm,
         BO=config.BN,
         BC=config.BK,
-        BR=rank_tile(t.shape[1], 32),
+        BR=rank_tile(r, 32),
         GROUP=8,
-        PRECISION=dot_precision(chip, x.dtype, t.dtype),
+        PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=False,  # the decode rounds step by step; the products are matrix instructions anyway
     )
+
+
+def _gemm(
+    x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, b_strides: tuple[int, int], scale: float,
+    seed: Tensor | None, prob: float, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """b is read as [R, O] through b_strides: bᵀ forward, a backward."""
+    m = x.shape[0]
+    y = torch.empty(m, w.shape[1 if transposed else 0], dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    chip = chip_of(x.device)
+    kind, pointers = stored(w)
+    launch = _gemm_plan(
+        chip, m, t.shape[1], kind, x.stride(), t.stride(), b_strides, x.dtype is torch.float32,
+        dot_precision(chip, x.dtype, t.dtype), bias is not None, transposed, prob, scale,
+    )  # fmt: skip
+    launch(x, *pointers, x if bias is None else bias, t, b, seed_or(seed, prob, x), y)
     return y
 
 
-def _expand(y, t, b_ro, scale, seed, prob, out) -> Tensor:
-    """out = (y or 0) + scale * mask(t b_ro); y may be out."""
-    if out.numel() == 0:
-        return out
-    chip = chip_of(t.device)
+@planned
+def _expand_plan(
+    chip: str, m: int, o: int, r: int, y_strides: tuple[int, ...], t_strides: tuple[int, ...],
+    b_strides: tuple[int, int], add: bool, precision: str, prob: float, scale: float,
+) -> Launch:  # fmt: skip
+    """A 2D grid, one program per [BM, BO] tile of the output."""
     config = tile("expand", chip)
-    source = out if y is None else y
-    expand_kernel[(triton.cdiv(out.shape[0], config.BM), triton.cdiv(out.shape[1], config.BN))](
-        y_ptr=source,
-        t_ptr=t,
-        b_ptr=b_ro,
-        seed_ptr=seed_or(seed, prob, t),
-        out_ptr=out,
-        M=out.shape[0],
-        O=out.shape[1],
-        R=t.shape[1],
-        stride_ym=source.stride(0),
-        stride_yo=source.stride(1),
-        stride_tm=t.stride(0),
-        stride_tr=t.stride(1),
-        stride_br=b_ro.stride(0),
-        stride_bo=b_ro.stride(1),
+    return Launch(
+        expand_kernel,
+        (cdiv(m, config.BM), cdiv(o, config.BN)),
+        M=m,
+        O=o,
+        R=r,
+        stride_ym=y_strides[0],
+        stride_yo=y_strides[1],
+        stride_tm=t_strides[0],
+        stride_tr=t_strides[1],
+        stride_br=b_strides[0],
+        stride_bo=b_strides[1],
         scale=scale,
         threshold=threshold(prob),
-        ADD=y is not None,
+        ADD=add,
         DROP=threshold(prob) > 0,
         BM=config.BM,
         BO=config.BN,
-        BR=rank_tile(t.shape[1], config.BK),
-        PRECISION=dot_precision(chip, out.dtype, t.dtype),
+        BR=rank_tile(r, config.BK),
+        PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )
+
+
+def _expand(
+    y: Tensor | None, t: Tensor, b: Tensor, b_strides: tuple[int, int], scale: float, seed: Tensor | None, prob: float,
+    out: Tensor,
+) -> Tensor:  # fmt: skip
+    """out = (y or 0) + scale * mask(t b), b read as [R, O] through b_strides; y may be out."""
+    m, o = out.shape
+    if m == 0 or o == 0:
+        return out
+    chip = chip_of(t.device)
+    source = out if y is None else y
+    launch = _expand_plan(
+        chip, m, o, t.shape[1], source.stride(), t.stride(), b_strides, y is not None,
+        dot_precision(chip, out.dtype, t.dtype), prob, scale,
+    )  # fmt: skip
+    launch(source, t, b, seed_or(seed, prob, t), out)
     return out
 
 
-def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Launches a 1D grid of [BM, BN] tiles of y, row tiles grouped so that weight tiles are reused in L2.
+def _turned(b: Tensor) -> tuple[int, int]:
+    """The strides of bᵀ."""
+    stride_o, stride_r = b.stride()
+    return stride_r, stride_o
 
-    Where the table prefers cuBLAS: its product, and one pass for the update.
-    """
+
+def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
+    """One launch; where the table prefers cuBLAS: its product, and one pass for the update."""
     if dispatch.fuses("lora_gemm", x, w, bias, t, b, scale):
-        return _gemm(x, w, bias, t, b.t(), scale, None, 0.0, transposed=False)
+        return _gemm(x, w, bias, t, b, _turned(b), scale, None, 0.0, transposed=False)
     y = base_product(x, w, bias)
-    return _expand(y, t, b.t(), scale, None, 0.0, out=y)
+    return _expand(y, t, b, _turned(b), scale, None, 0.0, out=y)
 
 
 def lora_gemm_t(dy: Tensor, w: Operand, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     """Launches the same kernel transposed, or, where the table prefers cuBLAS, its product and one masked pass."""
     scale = keep_scale(prob)
     if dispatch.fuses("lora_gemm_t", dy, w, p, a, seed, prob):
-        return _gemm(dy, w, None, p, a, scale, seed, prob, transposed=True)
+        return _gemm(dy, w, None, p, a, a.stride(), scale, seed, prob, transposed=True)
     dx = torch.mm(dy, weight_nk(w, dy.dtype))
-    return _expand(dx, p, a, scale, seed, prob, out=dx)
+    return _expand(dx, p, a, a.stride(), scale, seed, prob, out=dx)
 
 
 def lora_add(y: Tensor, t: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Launches a 2D grid, one program per [BM, BN] tile of y."""
-    return _expand(y, t, b.t(), scale, None, 0.0, torch.empty(y.shape, dtype=y.dtype, device=y.device))
+    """One launch."""
+    return _expand(y, t, b, _turned(b), scale, None, 0.0, torch.empty(y.shape, dtype=y.dtype, device=y.device))
 
 
 def lora_dx(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torch.dtype) -> Tensor:
-    """Launches a 2D grid, one program per [BM, BK] tile of dx."""
+    """One launch."""
     out = torch.empty(p.shape[0], a.shape[1], dtype=dtype, device=p.device)
-    return _expand(None, p, a, keep_scale(prob), seed, prob, out)
+    return _expand(None, p, a, a.stride(), keep_scale(prob), seed, prob, out)
 
 
 def variants(chip: str):

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, depth, dot_precision, owned, rank_tile, tile
-from peftfast_kernels.keep_mask import keep_scale, threshold
+from peftfast_kernels.configs import cdiv, chip_of, depth, dot_precision, owned, rank_tile, tile
+from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_down_kernels import unit
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys
@@ -96,51 +97,25 @@ def grad_warps(warps: int, single: bool) -> int:
     return warps * 2 if single else warps
 
 
-def lora_factor_grads(
-    dy: Tensor | None,
-    t: Tensor | None,
-    x: Tensor | None,
-    p: Tensor | None,
-    seed: Tensor | None,
-    prob: float,
+@planned
+def _plan(
+    chip: str, m: int, n: int, k: int, rt: int, rp: int, dy_strides: tuple[int, ...], t_strides: tuple[int, ...],
+    x_strides: tuple[int, ...], p_strides: tuple[int, ...], single: bool, precisions: tuple[str, str], prob: float,
     scale: float,
-    db_dtype: torch.dtype,
-    da_dtype: torch.dtype,
-) -> list[Tensor]:
-    """One launch, a 1D grid: (column tiles of dy) x (rank tiles of t), then (column tiles of x) x (rank tiles of p)."""
-    dropping = x is not None and threshold(prob) > 0
-    if dropping and seed is None:
-        raise ValueError(f"dropout with probability {prob} needs a seed tensor")
-    db = da = None
-    n = k = rt = rp = 0
-    dy_strides = t_strides = x_strides = p_strides = (0, 0)
-    if dy is not None:
-        n, rt, dy_strides, t_strides = dy.shape[1], t.shape[1], dy.stride(), t.stride()
-        db = torch.empty(n, rt, dtype=db_dtype, device=dy.device)
-    if x is not None:
-        k, rp, x_strides, p_strides = x.shape[1], p.shape[1], x.stride(), p.stride()
-        da = torch.empty(rp, k, dtype=da_dtype, device=x.device)
-    grads = [grad for grad in (db, da) if grad is not None]
-    some = x if dy is None else dy
-    m = some.shape[0]
-    if m == 0:
-        return [grad.zero_() for grad in grads]
-    chip = chip_of(some.device)
+) -> Launch:  # fmt: skip
+    """A 1D grid: (column tiles of dy) x (rank tiles of t), then (column tiles of x) x (rank tiles of p).
+
+    What is absent has n or k of 0.
+    """
     config = tile("lora_grad", chip)
     brt, brp = rank_tile(rt), rank_tile(rp)
-    rank_tiles_t, rank_tiles_p = triton.cdiv(rt, brt), triton.cdiv(rp, brp)
-    bc = owned(config.BN, lambda size: triton.cdiv(n, size) * rank_tiles_t + triton.cdiv(k, size) * rank_tiles_p)
-    db_tiles, da_tiles = triton.cdiv(n, bc), triton.cdiv(k, bc)
+    rank_tiles_t, rank_tiles_p = cdiv(rt, brt), cdiv(rp, brp)
+    bc = owned(config.BN, lambda size: cdiv(n, size) * rank_tiles_t + cdiv(k, size) * rank_tiles_p)
+    db_tiles, da_tiles = cdiv(n, bc), cdiv(k, bc)
     db_programs = db_tiles * rank_tiles_t
-    single = any(factor is not None and factor.dtype == torch.float32 for factor in (t, p))
-    factor_grads_kernel[(db_programs + da_tiles * rank_tiles_p,)](
-        dy_ptr=dy,
-        t_ptr=t,
-        db_ptr=db,
-        x_ptr=x,
-        p_ptr=p,
-        da_ptr=da,
-        seed_ptr=seed if dropping else some,
+    return Launch(
+        factor_grads_kernel,
+        (db_programs + da_tiles * rank_tiles_p,),
         M=m,
         N=n,
         K=k,
@@ -159,22 +134,65 @@ def lora_factor_grads(
         db_programs=db_programs,
         threshold=threshold(prob),
         db_scale=scale,
-        da_scale=keep_scale(prob) if dropping else 1.0,
-        DB=db is not None,
-        DA=da is not None,
-        DROP=dropping,
+        da_scale=keep_scale(prob),
+        DB=n > 0,
+        DA=k > 0,
+        DROP=threshold(prob) > 0,
         BM=depth(config.BK, bc, max(brt, brp), single),
         BC=bc,
         BRT=brt,
         BRP=brp,
         UNIT_T=unit(rt, t_strides[0]),
         UNIT_P=unit(rp, p_strides[0]),
-        PRECISION_B="ieee" if dy is None else dot_precision(chip, dy.dtype, t.dtype),
-        PRECISION_A="ieee" if x is None else dot_precision(chip, x.dtype, p.dtype),
+        PRECISION_B=precisions[0],
+        PRECISION_A=precisions[1],
         INTERP=is_interpreting(),
         num_warps=grad_warps(config.warps, single),
         num_stages=config.stages,
     )
+
+
+def lora_factor_grads(
+    dy: Tensor | None,
+    t: Tensor | None,
+    x: Tensor | None,
+    p: Tensor | None,
+    seed: Tensor | None,
+    prob: float,
+    scale: float,
+    db_dtype: torch.dtype,
+    da_dtype: torch.dtype,
+) -> list[Tensor]:
+    """One launch; pointers that it does not read still have to be some."""
+    some = x if dy is None else dy
+    m, device = some.shape[0], some.device
+    chip = chip_of(device)
+    n = k = rt = rp = 0
+    dy_strides = t_strides = x_strides = p_strides = (0, 0)
+    precision_b = precision_a = "ieee"
+    single = False
+    grads = []
+    if dy is not None:
+        n, rt, dy_strides, t_strides = dy.shape[1], t.shape[1], dy.stride(), t.stride()
+        precision_b, single = dot_precision(chip, dy.dtype, t.dtype), t.dtype is torch.float32
+        grads.append(torch.empty(n, rt, dtype=db_dtype, device=device))
+    if x is None:
+        prob = 0.0
+    else:
+        k, rp, x_strides, p_strides = x.shape[1], p.shape[1], x.stride(), p.stride()
+        precision_a, single = dot_precision(chip, x.dtype, p.dtype), single or p.dtype is torch.float32
+        grads.append(torch.empty(rp, k, dtype=da_dtype, device=device))
+    seed = seed_or(seed, prob, some)
+    if m == 0:
+        return [grad.zero_() for grad in grads]
+    launch = _plan(
+        chip, m, n, k, rt, rp, dy_strides, t_strides, x_strides, p_strides, single, (precision_b, precision_a), prob,
+        scale,
+    )  # fmt: skip
+    launch(
+        some if dy is None else dy, some if t is None else t, grads[0],
+        some if x is None else x, some if p is None else p, grads[-1], seed,
+    )  # fmt: skip
     return grads
 
 

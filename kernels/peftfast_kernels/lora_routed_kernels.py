@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import Tile, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow, operand
 from peftfast_kernels.variants import ANY_MATRIX, Variant
@@ -221,6 +222,36 @@ def row_columns(config: Tile, ranks: int) -> int:
     return max(config.BN, config.warps * 32 * 64 // ranks)
 
 
+@planned
+def _shrink_plan(
+    chip: str, m: int, c: int, rank: int, x_strides: tuple[int, ...], f_strides: tuple[int, ...], scaled: bool,
+    precision: str,
+) -> tuple[Launch, bool]:  # fmt: skip
+    """A 2D grid (rows or tiles of sorted rows, rank tiles), and whether it is rows."""
+    config = tile("routed", chip)
+    br = rank_tile(rank, 64)
+    row_by_row = _row_by_row(m)
+    arguments = {
+        "C": c,
+        "R": rank,
+        "stride_xm": x_strides[0],
+        "stride_xc": x_strides[1],
+        "stride_fg": f_strides[0],
+        "stride_fr": f_strides[1],
+        "stride_fc": f_strides[2],
+        "SCALED": scaled,
+        "BR": br,
+        "BC": row_columns(config, br) if row_by_row else config.BK,
+        "INTERP": is_interpreting(),
+        "num_warps": config.warps,
+    }
+    if row_by_row:
+        return Launch(row_shrink_kernel, (m, cdiv(rank, br)), **arguments), True
+    grid = (cdiv(m, config.BM), cdiv(rank, br))
+    options = {"M": m, "BM": config.BM, "PRECISION": precision, "num_stages": config.stages}
+    return Launch(routed_shrink_kernel, grid, **arguments, **options), False
+
+
 def _shrink(x: Tensor, rows: Tensor, order: Tensor, factors: Tensor, scales: Tensor | None, dtype) -> Tensor:
     """factors is [G, R, C] through any strides."""
     (m, c), rank = x.shape, factors.shape[1]
@@ -228,153 +259,108 @@ def _shrink(x: Tensor, rows: Tensor, order: Tensor, factors: Tensor, scales: Ten
     if m == 0:
         return t
     chip = chip_of(x.device)
+    precision = dot_precision(chip, x.dtype, factors.dtype)
+    launch, by_row = _shrink_plan(chip, m, c, rank, x.stride(), factors.stride(), scales is not None, precision)
+    scale_pointer = rows if scales is None else scales
+    if by_row:
+        launch(x, rows, factors, scale_pointer, t)
+    else:
+        launch(x, rows, order, factors, scale_pointer, t)
+    return t
+
+
+@planned
+def _outer_plan(
+    chip: str, adapters: int, c: int, rank: int, x_strides: tuple[int, ...], p_strides: tuple[int, ...],
+    out_strides: tuple[int, ...], scaled: bool, precision: str,
+) -> Launch:  # fmt: skip
+    """A 3D grid (column tiles, rank tiles, adapters)."""
     config = tile("routed", chip)
     br = rank_tile(rank, 64)
-    if _row_by_row(m):
-        row_shrink_kernel[(m, triton.cdiv(rank, br))](
-            x_ptr=x,
-            rows_ptr=rows,
-            f_ptr=factors,
-            scales_ptr=rows if scales is None else scales,
-            t_ptr=t,
-            C=c,
-            R=rank,
-            stride_xm=x.stride(0),
-            stride_xc=x.stride(1),
-            stride_fg=factors.stride(0),
-            stride_fr=factors.stride(1),
-            stride_fc=factors.stride(2),
-            SCALED=scales is not None,
-            BR=br,
-            BC=row_columns(config, br),
-            INTERP=is_interpreting(),
-            num_warps=config.warps,
-        )
-        return t
-    routed_shrink_kernel[(triton.cdiv(m, config.BM), triton.cdiv(rank, br))](
-        x_ptr=x,
-        rows_ptr=rows,
-        order_ptr=order,
-        f_ptr=factors,
-        scales_ptr=rows if scales is None else scales,
-        t_ptr=t,
-        M=m,
+    return Launch(
+        routed_outer_kernel,
+        (cdiv(c, config.BN), cdiv(rank, br), adapters),
         C=c,
         R=rank,
-        stride_xm=x.stride(0),
-        stride_xc=x.stride(1),
-        stride_fg=factors.stride(0),
-        stride_fr=factors.stride(1),
-        stride_fc=factors.stride(2),
-        SCALED=scales is not None,
+        stride_xm=x_strides[0],
+        stride_xc=x_strides[1],
+        stride_pm=p_strides[0],
+        stride_pr=p_strides[1],
+        stride_og=out_strides[0],
+        stride_or=out_strides[1],
+        stride_oc=out_strides[2],
+        SCALED=scaled,
         BM=config.BM,
+        BC=config.BN,
         BR=br,
-        BC=config.BK,
-        PRECISION=dot_precision(chip, x.dtype, factors.dtype),
+        PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    return t
 
 
 def _outer(x: Tensor, p: Tensor, order: Tensor, starts: Tensor, scales: Tensor | None, out: Tensor) -> None:
     """out is [G, R, C] through any strides; adapters without rows are written as zeros."""
-    adapters, rank, c = out.shape
     chip = chip_of(x.device)
-    config = tile("routed", chip)
-    br = rank_tile(rank, 64)
-    routed_outer_kernel[(triton.cdiv(c, config.BN), triton.cdiv(rank, br), adapters)](
-        x_ptr=x,
-        p_ptr=p,
-        order_ptr=order,
-        starts_ptr=starts,
-        scales_ptr=starts if scales is None else scales,
-        out_ptr=out,
-        C=c,
-        R=rank,
-        stride_xm=x.stride(0),
-        stride_xc=x.stride(1),
-        stride_pm=p.stride(0),
-        stride_pr=p.stride(1),
-        stride_og=out.stride(0),
-        stride_or=out.stride(1),
-        stride_oc=out.stride(2),
-        SCALED=scales is not None,
-        BM=config.BM,
-        BC=config.BN,
-        BR=br,
-        PRECISION=dot_precision(chip, x.dtype, p.dtype),
-        INTERP=is_interpreting(),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    adapters, rank, c = out.shape
+    launch = _outer_plan(
+        chip, adapters, c, rank, x.stride(), p.stride(), out.stride(), scales is not None,
+        dot_precision(chip, x.dtype, p.dtype),
+    )  # fmt: skip
+    launch(x, p, order, starts, starts if scales is None else scales, out)
 
 
 def routed_down(x: Tensor, rows: Tensor, order: Tensor, starts: Tensor, a: Tensor) -> Tensor:
-    """Launches a 2D grid (rows or tiles of sorted rows, rank tiles)."""
+    """One launch."""
     return _shrink(x, rows, order, a, None, a.dtype)
 
 
+@planned
+def _add_plan(
+    chip: str, m: int, n: int, rank: int, y_strides: tuple[int, ...], t_strides: tuple[int, ...],
+    b_strides: tuple[int, ...], precision: str,
+) -> tuple[Launch, bool]:  # fmt: skip
+    """A 2D grid (rows or tiles of sorted rows, column tiles), and whether it is rows."""
+    config = tile("routed", chip)
+    br = rank_tile(rank, 32)
+    row_by_row = _row_by_row(m)
+    bn = row_columns(config, br) if row_by_row else config.BN
+    arguments = {
+        "N": n,
+        "R": rank,
+        "stride_ym": y_strides[0],
+        "stride_yn": y_strides[1],
+        "stride_tm": t_strides[0],
+        "stride_tr": t_strides[1],
+        "stride_bg": b_strides[0],
+        "stride_bn": b_strides[1],
+        "stride_br": b_strides[2],
+        "BN": bn,
+        "BR": br,
+        "INTERP": is_interpreting(),
+        "num_warps": config.warps,
+    }
+    if row_by_row:
+        return Launch(row_expand_kernel, (m, cdiv(n, bn)), **arguments), True
+    grid = (cdiv(m, config.BM), cdiv(n, bn))
+    options = {"M": m, "BM": config.BM, "PRECISION": precision, "num_stages": config.stages}
+    return Launch(routed_expand_kernel, grid, **arguments, **options), False
+
+
 def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor, b: Tensor, scales: Tensor) -> Tensor:
-    """Launches a 2D grid (rows or tiles of sorted rows, column tiles)."""
+    """One launch."""
     (m, n), rank = y.shape, t.shape[1]
     out = torch.empty(m, n, dtype=y.dtype, device=y.device)
     if m == 0:
         return out
     chip = chip_of(y.device)
-    config = tile("routed", chip)
-    if _row_by_row(m):
-        br = rank_tile(rank, 32)
-        bn = row_columns(config, br)
-        row_expand_kernel[(m, triton.cdiv(n, bn))](
-            y_ptr=y,
-            t_ptr=t,
-            rows_ptr=rows,
-            b_ptr=b,
-            scales_ptr=scales,
-            out_ptr=out,
-            N=n,
-            R=rank,
-            stride_ym=y.stride(0),
-            stride_yn=y.stride(1),
-            stride_tm=t.stride(0),
-            stride_tr=t.stride(1),
-            stride_bg=b.stride(0),
-            stride_bn=b.stride(1),
-            stride_br=b.stride(2),
-            BN=bn,
-            BR=br,
-            INTERP=is_interpreting(),
-            num_warps=config.warps,
-        )
-        return out
-    routed_expand_kernel[(triton.cdiv(m, config.BM), triton.cdiv(n, config.BN))](
-        y_ptr=y,
-        t_ptr=t,
-        rows_ptr=rows,
-        order_ptr=order,
-        b_ptr=b,
-        scales_ptr=scales,
-        out_ptr=out,
-        M=m,
-        N=n,
-        R=rank,
-        stride_ym=y.stride(0),
-        stride_yn=y.stride(1),
-        stride_tm=t.stride(0),
-        stride_tr=t.stride(1),
-        stride_bg=b.stride(0),
-        stride_bn=b.stride(1),
-        stride_br=b.stride(2),
-        BM=config.BM,
-        BN=config.BN,
-        BR=rank_tile(rank, 32),
-        PRECISION=dot_precision(chip, t.dtype, b.dtype),
-        INTERP=is_interpreting(),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    precision = dot_precision(chip, t.dtype, b.dtype)
+    launch, by_row = _add_plan(chip, m, n, rank, y.stride(), t.stride(), b.stride(), precision)
+    if by_row:
+        launch(y, t, rows, b, scales, out)
+    else:
+        launch(y, t, rows, order, b, scales, out)
     return out
 
 
@@ -388,7 +374,7 @@ def routed_up_grad(
     scales: Tensor,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the shrink with bᵀ as its factors, then one owner per (adapter, column tile) for db."""
+    """The shrink with bᵀ as its factors, then one owner per (adapter, column tile) for db."""
     p = _shrink(dy, rows, order, b.transpose(1, 2), scales, t.dtype)
     db = torch.empty(b.shape, dtype=grad_dtype, device=b.device)
     _outer(dy, t, order, starts, scales, db.transpose(1, 2))
@@ -398,7 +384,7 @@ def routed_up_grad(
 def routed_down_grad(
     x: Tensor, p: Tensor, rows: Tensor, order: Tensor, starts: Tensor, grad_dtype: torch.dtype
 ) -> Tensor:
-    """Launches a 3D grid (column tiles, rank tiles, adapters)."""
+    """One launch."""
     da = torch.empty(starts.shape[0] - 1, p.shape[1], x.shape[1], dtype=grad_dtype, device=x.device)
     _outer(x, p, order, starts, None, da)
     return da

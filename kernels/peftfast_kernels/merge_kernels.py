@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, rank_tile, tile
+from peftfast_kernels.configs import cdiv, chip_of, rank_tile, tile
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.decode_kernels import decode_arguments, decode_variant
+from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm_kernels import adapter_tile
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow
@@ -37,33 +38,39 @@ def merge_kernel(
     tl.store(out_ptr + rows[:, None] * K + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
 
 
-def merged_weight(w: Operand, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Launches a 2D grid, one program per [BN, BK] tile of the weight."""
-    out = torch.empty(w.shape, dtype=dtype, device=a.device)
-    if out.numel() == 0:
-        return out
-    chip = chip_of(a.device)
+@planned
+def _plan(
+    chip: str, w: Stored, r: int, a_strides: tuple[int, ...], b_strides: tuple[int, ...], scale: float
+) -> Launch:  # fmt: skip
+    """A 2D grid, one program per [BN, BK] tile of the weight."""
     config = tile("merge", chip)
-    merge_kernel[(triton.cdiv(w.shape[0], config.BM), triton.cdiv(w.shape[1], config.BN))](
+    return Launch(
+        merge_kernel,
+        (cdiv(w.shape[0], config.BM), cdiv(w.shape[1], config.BN)),
         **decode_arguments(w, config.BN),
-        a_ptr=a,
-        b_ptr=b,
-        out_ptr=out,
-        R=a.shape[0],
-        stride_ar=a.stride(0),
-        stride_ak=a.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
+        R=r,
+        stride_ar=a_strides[0],
+        stride_ak=a_strides[1],
+        stride_bn=b_strides[0],
+        stride_br=b_strides[1],
         scale=scale,
         BN=config.BM,
         BK=config.BN,
-        BR=rank_tile(a.shape[0], 32),
+        BR=rank_tile(r, 32),
         # Never plain TF32 here: the result is stored, and a merged weight must not depend on a speed setting.
         PRECISION="ieee",
         INTERP=is_interpreting(),
         num_warps=config.warps,
         enable_fp_fusion=False,  # the decode rounds step by step
     )
+
+
+def merged_weight(w: Operand, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """One launch."""
+    out = torch.empty(w.shape, dtype=dtype, device=a.device)
+    if out.numel():
+        kind, pointers = stored(w)
+        _plan(chip_of(a.device), kind, a.shape[0], a.stride(), b.stride(), scale)(*pointers, a, b, out)
     return out
 
 

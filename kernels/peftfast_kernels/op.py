@@ -126,24 +126,30 @@ class Op:
     def runs_triton(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a call with these arguments runs Triton. Raises ``RuntimeError`` if it was forced and cannot."""
         first = args[0] if args else None
-        if _forced_backend == "auto" and type(first) in _TENSORS and first.is_cpu:
-            return False  # what follows would say so too, later
-        backend = get_backend()
-        if backend == "torch":
+        if type(first) in _TENSORS:  # asking a device for its type takes the host longer
+            device, on_cpu = first.device, first.is_cpu
+        else:
+            device = self.device_of(*args, **kwargs)
+            on_cpu = device.type == "cpu"
+        backend = _forced_backend or get_backend()
+        if backend == "torch" or on_cpu and backend == "auto":
             return False
-        if self.device_of(*args, **kwargs).type == "cpu":
-            if backend == "triton" and not is_interpreting():
-                raise RuntimeError(
-                    f"{self.name}: {BACKEND_VARIABLE}=triton on CPU tensors needs TRITON_INTERPRET=1 set before the "
-                    f"process starts; use {BACKEND_VARIABLE}=auto or torch otherwise"
-                )
-            return backend == "triton" and self.accepts(*args, **kwargs)
-        if backend == "triton":
-            return self.accepts(*args, **kwargs)
-        device = self.device_of(*args, **kwargs)
-        if not (has_triton_gpu(device) and self.accepts(*args, **kwargs)):
+        if on_cpu and not is_interpreting():
+            raise RuntimeError(
+                f"{self.name}: {BACKEND_VARIABLE}=triton on CPU tensors needs TRITON_INTERPRET=1 set before the "
+                f"process starts; use {BACKEND_VARIABLE}=auto or torch otherwise"
+            )
+        forced = backend == "triton"
+        if not (forced or has_triton_gpu(device)):
             return False
-        return _loses is None or not _loses(self.name, device, (*args, *kwargs.values()))
+        if self.accepts is not _accepts_everything and not self.accepts(*args, **kwargs):
+            return False
+        return not self.loses(device, *args, *kwargs.values())
+
+    def loses(self, device: torch.device, *args: Any) -> bool:
+        """Whether plain torch was measured to be faster for a call with these arguments on this GPU; Triton that is
+        forced never loses."""
+        return _loses is not None and _forced_backend != "triton" and _loses(self.name, device, args)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else None
@@ -173,14 +179,13 @@ def register_dispatch(loses: Callable[[str, torch.device, tuple], bool]) -> None
     _loses = loses
 
 
-_GPU_TYPES = {"cuda"}  # ROCm devices call themselves cuda as well
 _gpu_usable: bool | None = None
 
 
 def has_triton_gpu(device: torch.device) -> bool:
     """Whether Triton kernels run on this device."""
     global _gpu_usable
-    if device.type not in _GPU_TYPES:
+    if device.type != "cuda":  # ROCm devices call themselves cuda as well
         return False
     if _gpu_usable is None:
         _gpu_usable = has_triton()

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, rank_tile, tile
+from peftfast_kernels.configs import cdiv, chip_of, rank_tile, tile
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.decode_kernels import decode_arguments, decode_variant
+from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.row_norm import MAX_RANK, gram
 from peftfast_kernels.variants import ANY_MATRIX, Variant
@@ -61,30 +62,23 @@ def _precision(chip: str) -> str:
     return "tf32x3" if chip.startswith("sm_") else "ieee"
 
 
-def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | None) -> Tensor:
-    """Launches a 1D grid, one program per BN rows. Raises ``ValueError`` for a rank above MAX_RANK."""
-    n, r = w.shape[0], a.shape[0]
-    if r > MAX_RANK:
-        raise ValueError(f"row_norm: rank {r} is above {MAX_RANK}, the most the kernel holds")
-    out = torch.empty(n, dtype=torch.float32, device=a.device)
-    if n == 0:
-        return out
-    chip = chip_of(a.device)
+@planned
+def _plan(
+    chip: str, w: Stored, r: int, a_strides: tuple[int, ...], b_strides: tuple[int, ...], scale: float, cached: bool
+) -> Launch:  # fmt: skip
+    """A 1D grid, one program per BN rows."""
     config = tile("row_norm", chip)
-    norm_kernel[(triton.cdiv(n, config.BM),)](
+    return Launch(
+        norm_kernel,
+        (cdiv(w.shape[0], config.BM),),
         **decode_arguments(w, config.BK),
-        a_ptr=a,
-        b_ptr=b,
-        gram_ptr=gram(a),
-        squares_ptr=out if squares is None else squares,
-        out_ptr=out,
         R=r,
-        stride_ar=a.stride(0),
-        stride_ak=a.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
+        stride_ar=a_strides[0],
+        stride_ak=a_strides[1],
+        stride_bn=b_strides[0],
+        stride_br=b_strides[1],
         scale=scale,
-        CACHED=squares is not None,
+        CACHED=cached,
         BN=config.BM,
         BK=config.BK,
         BR=rank_tile(r, MAX_RANK),
@@ -94,6 +88,18 @@ def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | N
         num_stages=config.stages,
         enable_fp_fusion=False,  # the decode rounds step by step
     )
+
+
+def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | None) -> Tensor:
+    """One launch beside the product of the factors. Raises ``ValueError`` for a rank above MAX_RANK."""
+    n, r = w.shape[0], a.shape[0]
+    if r > MAX_RANK:
+        raise ValueError(f"row_norm: rank {r} is above {MAX_RANK}, the most the kernel holds")
+    out = torch.empty(n, dtype=torch.float32, device=a.device)
+    if n:
+        kind, pointers = stored(w)
+        launch = _plan(chip_of(a.device), kind, r, a.stride(), b.stride(), scale, squares is not None)
+        launch(*pointers, a, b, gram(a), out if squares is None else squares, out)
     return out
 
 

@@ -86,7 +86,7 @@ def _down_cost(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs: li
     cost=_down_cost,
     fake=None,
     accepts=lambda x, a, seeds, probs: (
-        len(a) > 1 and all(lora_down.runs_triton(x, *own) for own in zip(a, seeds, probs, strict=True))
+        len(a) > 1 and not any(lora_down.loses(x.device, x, *own) for own in zip(a, seeds, probs, strict=True))
     ),
 )
 def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs: list[float]) -> list[Tensor]:
@@ -116,7 +116,7 @@ def _dt_build(device, rows, cols, widths, ranks, probs, dtype, wide, strided):
     cost=lambda dys, b, scales: summed(lora_dt.cost(*own) for own in zip(dys, b, scales, strict=True)),
     fake=None,
     accepts=lambda dys, b, scales: (
-        len(b) > 1 and all(lora_dt.runs_triton(*own) for own in zip(dys, b, scales, strict=True))
+        len(b) > 1 and not any(lora_dt.loses(b[0].device, *own) for own in zip(dys, b, scales, strict=True))
     ),
 )
 def siblings_dt(dys: list[Tensor], b: list[Tensor], scales: list[float]) -> list[Tensor]:
@@ -170,8 +170,8 @@ def _grads_cost(
     fake=None,
     accepts=lambda dys, t, x, p, seeds, probs, scales, db_dtype, da_dtype: (
         len(t) > 1
-        and all(
-            lora_factor_grads.runs_triton(*own, db_dtype, da_dtype)
+        and not any(
+            lora_factor_grads.loses(dys[0].device, *own, db_dtype, da_dtype)
             for own in zip(dys, t, [x] * len(t), p, seeds, probs, scales, strict=True)
         )
     ),

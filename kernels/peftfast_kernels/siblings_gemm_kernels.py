@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import Tile, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, rank_tile, tile
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.decode_kernels import decode_arguments, decode_variant
+from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm import base_product
 from peftfast_kernels.lora_gemm_kernels import (
     adapter_tile,
@@ -22,11 +23,13 @@ from peftfast_kernels.lora_gemm_kernels import (
     gemm_tile,
     masked_adapter,
     product_config,
+    row_block,
     swaps,
 )
 from peftfast_kernels.op import is_interpreting
+from peftfast_kernels.siblings import drops
 from peftfast_kernels.siblings_gemm import input_products
-from peftfast_kernels.siblings_kernels import contiguous, keep_scales, masks_of, row_major
+from peftfast_kernels.siblings_kernels import contiguous, keep_scales, masks, row_major, seeds_or
 from peftfast_kernels.tiles import grouped_order, narrow, owner, pick, tile_counts, total
 from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, Variant
 
@@ -125,22 +128,27 @@ def siblings_expand_t_kernel(
 # -- launchers ---------------------------------------------------------------------------------------------------------
 
 
-_SHARED = ("table", "K", "DECODE", "BLOCK", "NESTED", "LAYOUT", "DTYPE")
+def _stored_alike(ws: Sequence[Operand]) -> tuple[tuple[Stored, ...], tuple] | None:
+    """What is to know of all siblings' weights, and pointers w0 to w4 (tuples) and table; None where one kernel cannot
+    read them all."""
+    each = [stored(w) for w in ws]
+    kind, pointers = each[0]
+    alike = (kind.format, kind.shape[1], kind.dtype, kind.block, kind.nested_block)
+    for other, others in each[1:]:
+        if (other.format, other.shape[1], other.dtype, other.block, other.nested_block) != alike:
+            return None
+        if any(one.dtype != two.dtype for one, two in zip(pointers[:5], others[:5], strict=True)):
+            return None
+    own = zip(*[pointers[:5] for _, pointers in each], strict=True)
+    return tuple([kind for kind, _ in each]), (*own, pointers[5])
 
 
-def _decode_arguments(ws: Sequence[Operand], bk: int) -> dict | None:
-    """`decode_arguments` of all siblings, None where one kernel cannot read them all."""
-    each = [decode_arguments(w, bk) for w in ws]
-    first = each[0]
-    pointers = [f"w{i}" for i in range(5)]
-    for other in each[1:]:
-        if any(first[name] != other[name] for name in _SHARED if name != "table"):
-            return None
-        if any(first[name].dtype != other[name].dtype for name in pointers):
-            return None
-    own = {name: tuple([one[name] for one in each]) for name in pointers}
-    strides = {f"strides_{axis}": tuple([one[f"stride_{axis}"] for one in each]) for axis in "nk"}
-    return {**own, **strides, **{name: first[name] for name in _SHARED}, "NS": tuple([one["N"] for one in each])}
+def _decode_arguments(ws: tuple[Stored, ...], bk: int) -> dict:
+    """`decode_arguments` of all siblings."""
+    arguments = decode_arguments(ws[0], bk)
+    del arguments["N"], arguments["stride_n"], arguments["stride_k"]
+    strides_n, strides_k = zip(*[w.strides for w in ws], strict=True)
+    return {**arguments, "NS": tuple([w.shape[0] for w in ws]), "strides_n": strides_n, "strides_k": strides_k}
 
 
 def _masked_rows(config: Tile) -> int:
@@ -148,70 +156,153 @@ def _masked_rows(config: Tile) -> int:
     return max(16, config.BM // 2)
 
 
+@planned
+def _expand_plan(
+    chip: str, m: int, widths: tuple[int, ...], ranks: tuple[int, ...], t_strides: tuple[int, ...], precision: str,
+    scales: tuple[float, ...],
+) -> Launch:  # fmt: skip
+    """A 2D grid (row tiles, column tiles of every y)."""
+    config = tile("expand", chip)
+    return Launch(
+        siblings_expand_kernel,
+        (cdiv(m, config.BM), sum(cdiv(n, config.BN) for n in widths)),
+        M=m,
+        NS=widths,
+        RS=ranks,
+        strides_tm=t_strides,
+        scales=tuple(map(float, scales)),
+        BM=config.BM,
+        BO=config.BN,
+        BR=rank_tile(max(ranks), config.BK),
+        PRECISION=precision,
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+@planned
+def _gemm_plan(
+    chip: str, m: int, w: tuple[Stored, ...], ranks: tuple[int, ...], x_strides: tuple[int, ...],
+    t_strides: tuple[int, ...], single: bool, precision: str, biased: bool, scales: tuple[float, ...],
+) -> Launch:  # fmt: skip
+    """A 1D grid over the tiles of all outputs."""
+    config = product_config(w[0].format, single, chip)
+    bm = row_block(config, m)
+    return Launch(
+        siblings_gemm_kernel,
+        (cdiv(m, bm) * sum(cdiv(one.shape[0], config.BN) for one in w),),
+        M=m,
+        RS=ranks,
+        stride_xm=x_strides[0],
+        stride_xc=x_strides[1],
+        strides_tm=t_strides,
+        scales=tuple(map(float, scales)),
+        **_decode_arguments(w, config.BK),
+        SWAP=swaps(w[0].format, False),
+        HAS_BIAS=biased,
+        BM=bm,
+        BO=config.BN,
+        BC=config.BK,
+        BR=rank_tile(max(ranks), 32),
+        GROUP=8,
+        PRECISION=precision,
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        enable_fp_fusion=False,  # see lora_gemm_kernels
+    )
+
+
 def siblings_gemm(
     x: Tensor, w: list[Operand], bias: list[Tensor | None], t: list[Tensor], b: list[Tensor], scales: list[float]
 ) -> list[Tensor]:
     """One launch over the tiles of all outputs; where one of them prefers cuBLAS or reads otherwise: their products by
     cuBLAS, and one pass for all updates."""
-    chip = chip_of(x.device)
-    config = product_config(w[0].format, x.dtype == torch.float32, chip)
+    chip, m, dtype = chip_of(x.device), x.shape[0], x.dtype
     biased = {one is not None for one in bias}
-    members = [(x, *own) for own in zip(w, bias, t, b, scales, strict=True)]
-    args = (x, w, bias, t, b, scales)
-    together = len(biased) == 1 and dispatch.fuses_together("siblings_gemm", args, "lora_gemm", members)
-    arguments = _decode_arguments(w, config.BK) if together else None
-    m, ts = x.shape[0], row_major(t)
-    shared = {
-        "t_ptrs": ts[0],
-        "b_ptrs": contiguous(b),
-        "M": m,
-        "RS": tuple([one.shape[1] for one in t]),
-        "strides_tm": ts[1],
-        "scales": tuple(map(float, scales)),
-        "PRECISION": dot_precision(chip, x.dtype, t[0].dtype),
-        "INTERP": is_interpreting(),
-    }
-    rank = max(shared["RS"])
-    if arguments is None:
+    alike = None
+    if len(biased) == 1:
+        members = [(x, *own) for own in zip(w, bias, t, b, scales, strict=True)]
+        if dispatch.fuses_together("siblings_gemm", (x, w, bias, t, b, scales), "lora_gemm", members):
+            alike = _stored_alike(w)
+    ranks = tuple([one.shape[1] for one in t])
+    t_rows, t_strides = row_major(t)
+    precision = dot_precision(chip, dtype, t[0].dtype)
+    if alike is None:
         ys = [base_product(x, *own) for own in zip(w, bias, strict=True)]
         if m:
-            config = tile("expand", chip)
             widths = tuple([y.shape[1] for y in ys])
-            siblings_expand_kernel[(triton.cdiv(m, config.BM), sum(triton.cdiv(n, config.BN) for n in widths))](
-                y_ptrs=tuple(ys),
-                NS=widths,
-                **shared,
-                BM=config.BM,
-                BO=config.BN,
-                BR=rank_tile(rank, config.BK),
-                num_warps=config.warps,
-                num_stages=config.stages,
-            )
+            launch = _expand_plan(chip, m, widths, ranks, t_strides, precision, tuple(scales))
+            launch(tuple(ys), t_rows, contiguous(b))
         return ys
-    ys = [torch.empty(m, one.shape[0], dtype=x.dtype, device=x.device) for one in w]
-    if m == 0:
-        return ys
-    bm = min(config.BM, max(16, triton.next_power_of_2(m)))
-    siblings_gemm_kernel[(triton.cdiv(m, bm) * sum(triton.cdiv(y.shape[1], config.BN) for y in ys),)](
-        x_ptr=x,
-        bias_ptrs=tuple([x if one is None else one.contiguous() for one in bias]),
-        y_ptrs=tuple(ys),
-        stride_xm=x.stride(0),
-        stride_xc=x.stride(1),
-        **arguments,
-        **shared,
-        SWAP=swaps(w[0].format, False),
-        HAS_BIAS=bias[0] is not None,
+    kinds, pointers = alike
+    ys = [torch.empty(m, one.shape[0], dtype=dtype, device=x.device) for one in w]
+    if m:
+        launch = _gemm_plan(
+            chip, m, kinds, ranks, x.stride(), t_strides, dtype is torch.float32, precision, True in biased,
+            tuple(scales),
+        )  # fmt: skip
+        biases = tuple([x if one is None else one.contiguous() for one in bias])
+        launch(x, *pointers, biases, t_rows, contiguous(b), tuple(ys))
+    return ys
+
+
+@planned
+def _gemm_t_plan(
+    chip: str, m: int, w: tuple[Stored, ...], ranks: tuple[int, ...], dy_strides: tuple[int, ...],
+    p_strides: tuple[int, ...], single: bool, precision: str, add: bool,
+) -> Launch:  # fmt: skip
+    """A 1D grid over the tiles of dx."""
+    config = product_config(w[0].format, single, chip)
+    bm = row_block(config, m)
+    return Launch(
+        siblings_gemm_t_kernel,
+        (cdiv(m, bm) * cdiv(w[0].shape[1], config.BN),),
+        M=m,
+        RS=ranks,
+        strides_m=dy_strides,
+        strides_pm=p_strides,
+        **_decode_arguments(w, config.BN),
+        ADD=add,
         BM=bm,
         BO=config.BN,
         BC=config.BK,
-        BR=rank_tile(rank, 32),
+        BR=rank_tile(max(ranks), 32),
         GROUP=8,
+        PRECISION=precision,
+        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=False,  # see lora_gemm_kernels
     )
-    return ys
+
+
+@planned
+def _expand_t_plan(
+    chip: str, m: int, k: int, ranks: tuple[int, ...], p_strides: tuple[int, ...], precision: str,
+    probs: tuple[float, ...],
+) -> Launch:  # fmt: skip
+    """A 2D grid over the tiles of dx."""
+    config = tile("expand", chip)
+    bm = _masked_rows(config)
+    return Launch(
+        siblings_expand_t_kernel,
+        (cdiv(m, bm), cdiv(k, config.BN)),
+        M=m,
+        K=k,
+        RS=ranks,
+        strides_pm=p_strides,
+        scales=keep_scales(probs),
+        **masks(probs),
+        BM=bm,
+        BO=config.BN,
+        BR=rank_tile(max(ranks), config.BK),
+        PRECISION=precision,
+        INTERP=is_interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
 
 
 def siblings_gemm_t(
@@ -220,63 +311,30 @@ def siblings_gemm_t(
 ) -> Tensor:  # fmt: skip
     """One launch, and with dropout a second one for the masked updates: a masked tile beside the accumulator would not
     fit into registers. Where one product prefers cuBLAS or is read otherwise: all by cuBLAS, and that second one."""
-    dtype, chip = dys[0].dtype, chip_of(dys[0].device)
-    config = product_config(w[0].format, dtype == torch.float32, chip)
+    first = dys[0]
+    m, dtype, chip = first.shape[0], first.dtype, chip_of(first.device)
     args = (dys, w, p, a, seeds, probs)
     members = list(zip(*args, strict=True))
-    together = dispatch.fuses_together("siblings_gemm_t", args, "lora_gemm_t", members)
-    arguments = _decode_arguments(w, config.BN) if together else None
-    (m, k), (p_rows, p_strides) = (dys[0].shape[0], w[0].shape[1]), row_major(p)
-    adapters = {
-        "p_ptrs": p_rows,
-        "a_ptrs": contiguous(a),
-        "M": m,
-        "RS": tuple([one.shape[1] for one in p]),
-        "strides_pm": p_strides,
-        "PRECISION": dot_precision(chip, dtype, p[0].dtype),
-        "INTERP": is_interpreting(),
-    }
-    rank, masks = max(adapters["RS"]), masks_of(seeds, probs, dys[0])
-    if arguments is None:
-        dx = input_products(dys, w)
-    else:
-        dx = torch.empty(m, k, dtype=dtype, device=dys[0].device)
+    alike = None
+    if dispatch.fuses_together("siblings_gemm_t", args, "lora_gemm_t", members):
+        alike = _stored_alike(w)
+    k, seed_pointers = w[0].shape[1], seeds_or(seeds, probs, first)
+    dx = input_products(dys, w) if alike is None else torch.empty(m, k, dtype=dtype, device=first.device)
     if m == 0:
         return dx
-    if arguments is not None:
-        bm = min(config.BM, max(16, triton.next_power_of_2(m)))
-        rows, strides = row_major(dys)
-        siblings_gemm_t_kernel[(triton.cdiv(m, bm) * triton.cdiv(k, config.BN),)](
-            dy_ptrs=rows,
-            dx_ptr=dx,
-            strides_m=strides,
-            **arguments,
-            **adapters,
-            ADD=not masks["DROP"],
-            BM=bm,
-            BO=config.BN,
-            BC=config.BK,
-            BR=rank_tile(rank, 32),
-            GROUP=8,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            enable_fp_fusion=False,  # see lora_gemm_kernels
-        )
-    if arguments is None or masks["DROP"]:
-        config = tile("expand", chip)
-        bm = _masked_rows(config)
-        siblings_expand_t_kernel[(triton.cdiv(m, bm), triton.cdiv(k, config.BN))](
-            dx_ptr=dx,
-            K=k,
-            **adapters,
-            **masks,
-            scales=keep_scales(probs),
-            BM=bm,
-            BO=config.BN,
-            BR=rank_tile(rank, config.BK),
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+    ranks, dropping = tuple([one.shape[1] for one in p]), drops(probs)
+    (p_rows, p_strides), factors = row_major(p), contiguous(a)
+    precision = dot_precision(chip, dtype, p[0].dtype)
+    if alike is not None:
+        kinds, pointers = alike
+        dy_rows, dy_strides = row_major(dys)
+        launch = _gemm_t_plan(
+            chip, m, kinds, ranks, dy_strides, p_strides, dtype is torch.float32, precision, not dropping
+        )  # fmt: skip
+        launch(dy_rows, *pointers, p_rows, factors, dx)
+    if alike is None or dropping:
+        launch = _expand_t_plan(chip, m, k, ranks, p_strides, precision, tuple(probs))
+        launch(dx, p_rows, factors, seed_pointers)
     return dx
 
 

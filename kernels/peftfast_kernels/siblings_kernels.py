@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import MAX_RANK_TILE, Tile, chip_of, depth, dot_precision, owned, rank_tile, tile
-from peftfast_kernels.keep_mask import keep_scale, threshold
+from peftfast_kernels.configs import MAX_RANK_TILE, Tile, cdiv, chip_of, depth, dot_precision, owned, rank_tile, tile
+from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
+from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_down_kernels import strip
-from peftfast_kernels.lora_gemm_kernels import seed_or
 from peftfast_kernels.lora_grad_kernels import column_gradient, grad_warps
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.siblings import drops
@@ -113,14 +113,15 @@ def _shared_tile(ranks: Sequence[int]) -> int:
     return rank_tile(max(ranks), MAX_RANK_TILE >> (len(ranks) - 1).bit_length())
 
 
-def masks_of(seeds, probs, stand_in: Tensor) -> dict:
-    """What kernels need to know of the siblings' dropout; one without takes another's seed and drops nothing."""
+def seeds_or(seeds: Sequence[Tensor | None], probs: Sequence[float], stand_in: Tensor) -> tuple[Tensor, ...]:
+    """The seeds; a sibling without dropout takes another's, and drops nothing."""
     some = next((seed for seed in seeds if seed is not None), stand_in)
-    return {
-        "seed_ptrs": tuple([seed_or(seed, prob, some) for seed, prob in zip(seeds, probs, strict=True)]),
-        "thresholds": tuple([threshold(prob) for prob in probs]),
-        "DROP": drops(probs),
-    }
+    return tuple([seed_or(seed, prob, some) for seed, prob in zip(seeds, probs, strict=True)])
+
+
+def masks(probs: Sequence[float]) -> dict:
+    """What kernels have to know of the siblings' dropout besides the seeds."""
+    return {"thresholds": tuple([threshold(prob) for prob in probs]), "DROP": drops(probs)}
 
 
 def keep_scales(probs: Sequence[float]) -> tuple[float, ...]:
@@ -132,135 +133,165 @@ def _depth(config: Tile, bm: int, br: int, members: int, single: bool, dropping:
     return depth(config.BK, bm, br * members + (bm * members if dropping else 0), single)
 
 
-def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs: list[float]) -> list[Tensor]:
-    """One launch, in a 2D grid (row strips, rank tiles)."""
-    (m, k), ranks = x.shape, [one.shape[0] for one in a]
-    ts = [torch.empty(m, r, dtype=a[0].dtype, device=x.device) for r in ranks]
-    masks = masks_of(seeds, probs, x)
-    if m == 0:
-        return ts
-    chip = chip_of(x.device)
+@planned
+def _down_plan(
+    chip: str, m: int, k: int, ranks: tuple[int, ...], x_strides: tuple[int, ...], single: bool, precision: str,
+    probs: tuple[float, ...],
+) -> Launch:  # fmt: skip
+    """A 2D grid (row strips, rank tiles)."""
     config = tile("lora_down", chip)
     br = _shared_tile(ranks)
-    rank_tiles = triton.cdiv(max(ranks), br)
-    bm = owned(config.BM, lambda size: triton.cdiv(m, size) * rank_tiles)
-    siblings_down_kernel[(triton.cdiv(m, bm), rank_tiles)](
-        x_ptr=x,
-        a_ptrs=contiguous(a),
-        t_ptrs=tuple(ts),
+    rank_tiles = cdiv(max(ranks), br)
+    bm = owned(config.BM, lambda size: cdiv(m, size) * rank_tiles)
+    return Launch(
+        siblings_down_kernel,
+        (cdiv(m, bm), rank_tiles),
         M=m,
         K=k,
-        RS=tuple(ranks),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
+        RS=ranks,
+        stride_xm=x_strides[0],
+        stride_xk=x_strides[1],
         scales=keep_scales(probs),
-        **masks,
+        **masks(probs),
         BM=bm,
         BR=br,
-        BK=_depth(config, bm, br, len(a), a[0].dtype == torch.float32, masks["DROP"]),
-        PRECISION=dot_precision(chip, x.dtype, a[0].dtype),
+        BK=_depth(config, bm, br, len(ranks), single, drops(probs)),
+        PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )
+
+
+def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs: list[float]) -> list[Tensor]:
+    """One launch."""
+    (m, k), dtype, device = x.shape, a[0].dtype, x.device
+    ranks = tuple([one.shape[0] for one in a])
+    ts = [torch.empty(m, r, dtype=dtype, device=device) for r in ranks]
+    seed_pointers = seeds_or(seeds, probs, x)
+    if m:
+        chip = chip_of(device)
+        precision = dot_precision(chip, x.dtype, dtype)
+        launch = _down_plan(chip, m, k, ranks, x.stride(), dtype is torch.float32, precision, tuple(probs))
+        launch(x, contiguous(a), seed_pointers, tuple(ts))
     return ts
 
 
-def siblings_dt(dys: list[Tensor], b: list[Tensor], scales: list[float]) -> list[Tensor]:
-    """One launch, in a 2D grid (row strips, siblings x rank tiles)."""
-    m, ranks = dys[0].shape[0], [one.shape[1] for one in b]
-    ps = [torch.empty(m, r, dtype=b[0].dtype, device=b[0].device) for r in ranks]
-    if m == 0:
-        return ps
-    chip = chip_of(b[0].device)
+@planned
+def _dt_plan(
+    chip: str, m: int, widths: tuple[int, ...], ranks: tuple[int, ...], strides: tuple[int, ...], single: bool,
+    precision: str, scales: tuple[float, ...],
+) -> Launch:  # fmt: skip
+    """A 2D grid (row strips, siblings x rank tiles)."""
     config = tile("lora_down", chip)
     br = rank_tile(max(ranks))
-    rank_tiles = triton.cdiv(max(ranks), br)
-    programs = rank_tiles * len(b)
-    bm = owned(config.BM, lambda size: triton.cdiv(m, size) * programs)
-    rows, strides = row_major(dys)
-    siblings_dt_kernel[(triton.cdiv(m, bm), programs)](
-        dy_ptrs=rows,
-        b_ptrs=contiguous(b),
-        p_ptrs=tuple(ps),
+    rank_tiles = cdiv(max(ranks), br)
+    programs = rank_tiles * len(ranks)
+    bm = owned(config.BM, lambda size: cdiv(m, size) * programs)
+    return Launch(
+        siblings_dt_kernel,
+        (cdiv(m, bm), programs),
         M=m,
-        NS=tuple([dy.shape[1] for dy in dys]),
-        RS=tuple(ranks),
+        NS=widths,
+        RS=ranks,
         strides_m=strides,
         scales=tuple(map(float, scales)),
         rank_tiles=rank_tiles,
         BM=bm,
         BR=br,
-        BK=depth(config.BK, bm, br, b[0].dtype == torch.float32),
+        BK=depth(config.BK, bm, br, single),
         UNIT=gcd(16, *ranks),
-        PRECISION=dot_precision(chip, dys[0].dtype, b[0].dtype),
+        PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )
+
+
+def siblings_dt(dys: list[Tensor], b: list[Tensor], scales: list[float]) -> list[Tensor]:
+    """One launch."""
+    m, dtype, device = dys[0].shape[0], b[0].dtype, b[0].device
+    widths, ranks = zip(*[one.shape for one in b], strict=True)
+    ps = [torch.empty(m, r, dtype=dtype, device=device) for r in ranks]
+    if m:
+        chip = chip_of(device)
+        rows, strides = row_major(dys)
+        precision = dot_precision(chip, dys[0].dtype, dtype)
+        launch = _dt_plan(chip, m, widths, ranks, strides, dtype is torch.float32, precision, tuple(scales))
+        launch(rows, contiguous(b), tuple(ps))
     return ps
 
 
-def siblings_factor_grads(
-    dys: list[Tensor], t: list[Tensor], x: Tensor | None, p: list[Tensor], seeds: list[Tensor | None],
-    probs: list[float], scales: list[float], db_dtype: torch.dtype, da_dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """One launch, a 1D grid: (column tiles of every dy) x (rank tiles), then (column tiles of x) x (rank tiles)."""
-    ranks, widths, m = [one.shape[1] for one in t], [dy.shape[1] for dy in dys], dys[0].shape[0]
-    device, chip = dys[0].device, chip_of(dys[0].device)
-    dbs = [torch.empty(n, r, dtype=db_dtype, device=device) for n, r in zip(widths, ranks, strict=True)]
-    das, k = [], 0
-    masks = masks_of(seeds, probs, dys[0])
-    if x is not None:
-        k = x.shape[1]
-        das = [torch.empty(r, k, dtype=da_dtype, device=device) for r in ranks]
-    if m == 0:
-        return [grad.zero_() for grad in (*dbs, *das)]
+@planned
+def _grads_plan(
+    chip: str, m: int, widths: tuple[int, ...], k: int, ranks: tuple[int, ...], dy_strides: tuple[int, ...],
+    t_strides: tuple[int, ...], x_strides: tuple[int, ...], p_strides: tuple[int, ...], single: bool, precision: str,
+    probs: tuple[float, ...], scales: tuple[float, ...],
+) -> Launch:  # fmt: skip
+    """A 1D grid: (column tiles of every dy) x (rank tiles), then (column tiles of x) x (rank tiles). k: 0 without x."""
     config = tile("lora_grad", chip)
     brt, brp = rank_tile(max(ranks)), _shared_tile(ranks)
-    rank_tiles, shared_tiles = triton.cdiv(max(ranks), brt), triton.cdiv(max(ranks), brp)
+    rank_tiles, shared_tiles = cdiv(max(ranks), brt), cdiv(max(ranks), brp)
     bc = owned(
-        config.BN,
-        lambda size: sum(triton.cdiv(n, size) for n in widths) * rank_tiles + triton.cdiv(k, size) * shared_tiles,
-    )
-    db_tiles, da_tiles = sum(triton.cdiv(n, bc) for n in widths), triton.cdiv(k, bc)
-    (dy_rows, strides), (t_rows, t_strides), (p_rows, p_strides) = row_major(dys), row_major(t), row_major(p)
-    single = t[0].dtype == torch.float32
-    siblings_grads_kernel[(db_tiles * rank_tiles + da_tiles * shared_tiles,)](
-        dy_ptrs=dy_rows,
-        t_ptrs=t_rows,
-        db_ptrs=tuple(dbs),
-        x_ptr=dys[0] if x is None else x,
-        p_ptrs=p_rows,
-        da_ptrs=tuple(das or dbs),
+        config.BN, lambda size: sum(cdiv(n, size) for n in widths) * rank_tiles + cdiv(k, size) * shared_tiles
+    )  # fmt: skip
+    db_tiles, da_tiles = sum(cdiv(n, bc) for n in widths), cdiv(k, bc)
+    return Launch(
+        siblings_grads_kernel,
+        (db_tiles * rank_tiles + da_tiles * shared_tiles,),
         M=m,
-        NS=tuple(widths),
+        NS=widths,
         K=k,
-        RS=tuple(ranks),
-        strides_m=strides,
+        RS=ranks,
+        strides_m=dy_strides,
         strides_tm=t_strides,
-        stride_xm=0 if x is None else x.stride(0),
-        stride_xk=0 if x is None else x.stride(1),
+        stride_xm=x_strides[0],
+        stride_xk=x_strides[1],
         strides_pm=p_strides,
         db_tiles=db_tiles,
         da_tiles=max(da_tiles, 1),
         rank_tiles=rank_tiles,
         db_scales=tuple(map(float, scales)),
         da_scales=keep_scales(probs),
-        **masks,
-        DA=x is not None,
-        BM=depth(config.BK, bc, max(brt, brp * len(t)), single),
+        **masks(probs),
+        DA=k > 0,
+        BM=depth(config.BK, bc, max(brt, brp * len(ranks)), single),
         BC=bc,
         BRT=brt,
         BRP=brp,
         UNIT_T=gcd(16, *ranks, *t_strides),
         UNIT_P=gcd(16, *ranks, *p_strides),
-        PRECISION_B=dot_precision(chip, dys[0].dtype, t[0].dtype),
-        PRECISION_A=dot_precision(chip, dys[0].dtype, t[0].dtype),
+        PRECISION_B=precision,
+        PRECISION_A=precision,
         INTERP=is_interpreting(),
         num_warps=grad_warps(config.warps, single),
         num_stages=config.stages,
     )
+
+
+def siblings_factor_grads(
+    dys: list[Tensor], t: list[Tensor], x: Tensor | None, p: list[Tensor], seeds: list[Tensor | None],
+    probs: list[float], scales: list[float], db_dtype: torch.dtype, da_dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """One launch; pointers that it does not read still have to be some."""
+    first, dtype = dys[0], t[0].dtype
+    m, device = first.shape[0], first.device
+    widths, ranks = tuple([dy.shape[1] for dy in dys]), tuple([one.shape[1] for one in t])
+    dbs = [torch.empty(n, r, dtype=db_dtype, device=device) for n, r in zip(widths, ranks, strict=True)]
+    das, k, x_strides = [], 0, (0, 0)
+    seed_pointers = seeds_or(seeds, probs, first)
+    if x is not None:
+        k, x_strides = x.shape[1], x.stride()
+        das = [torch.empty(r, k, dtype=da_dtype, device=device) for r in ranks]
+    if m == 0:
+        return [grad.zero_() for grad in (*dbs, *das)]
+    chip = chip_of(device)
+    (dy_rows, dy_strides), (t_rows, t_strides), (p_rows, p_strides) = row_major(dys), row_major(t), row_major(p)
+    launch = _grads_plan(
+        chip, m, widths, k, ranks, dy_strides, t_strides, x_strides, p_strides, dtype is torch.float32,
+        dot_precision(chip, first.dtype, dtype), tuple(probs), tuple(scales),
+    )  # fmt: skip
+    launch(dy_rows, t_rows, tuple(dbs), first if x is None else x, p_rows, tuple(das or dbs), seed_pointers)
     return [*dbs, *das]
 
 

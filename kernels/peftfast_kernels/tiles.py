@@ -7,6 +7,11 @@ then upcast to fp32 on load and rounded to bf16 by hand on store.
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from peftfast_kernels.configs import cdiv
+from peftfast_kernels.launch import Launch, planned
+from peftfast_kernels.op import is_interpreting
 
 
 @triton.jit
@@ -136,16 +141,20 @@ def sum_parts_kernel(parts_ptr, out_ptr, total, part_stride, PARTS, scale, BLOCK
     tl.store(out_ptr + offsets, narrow(acc * scale, out_ptr.dtype.element_ty, INTERP), mask=inside)
 
 
-def sum_parts(parts, out, scale: float, interp: bool) -> None:
-    """out = scale * parts.sum(0), summed in order; parts fp32 [P, ...] contiguous, out [...] contiguous."""
-    total = out.numel()
-    sum_parts_kernel[(triton.cdiv(total, 1024),)](
-        parts_ptr=parts,
-        out_ptr=out,
+@planned
+def _sum_plan(parts: int, total: int, scale: float) -> Launch:
+    return Launch(
+        sum_parts_kernel,
+        (cdiv(total, 1024),),
         total=total,
         part_stride=total,
-        PARTS=parts.shape[0],
+        PARTS=parts,
         scale=scale,
         BLOCK=1024,
-        INTERP=interp,
+        INTERP=is_interpreting(),
     )
+
+
+def sum_parts(parts: Tensor, out: Tensor, scale: float) -> None:
+    """out = scale * parts.sum(0), summed in order; parts fp32 [P, ...] contiguous, out [...] contiguous."""
+    _sum_plan(parts.shape[0], out.numel(), scale)(parts, out)
