@@ -16,8 +16,8 @@ of cuBLAS before saving one pass over y pays, and no measurement shows that yet.
 import json
 import math
 import re
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from peftfast_kernels.decode import Operand
 from peftfast_kernels.op import get_backend, register_dispatch
 
 TABLES = Path(__file__).parent / "tables"
+REMEMBERED = 4096  # calls of which a table remembers the choice
 CHOICES = ("triton", "torch", "split")
 
 # op -> format -> largest number of rows M that the fused kernel takes where nothing was measured
@@ -60,7 +61,7 @@ class Table:
 
     def __init__(self, chip: str, entries: dict[str, Sequence[Entry]]) -> None:
         self.chip, self.entries = chip, entries
-        self._nearest = lru_cache(maxsize=4096)(self._find)
+        self._choices: dict[tuple, str | None] = {}
 
     @classmethod
     def read(cls, path: Path) -> "Table":
@@ -76,9 +77,6 @@ class Table:
 
     def choice(self, op: str, point: Point) -> str | None:
         """The choice of the nearest measured point, None where the op was not measured for such operands at all."""
-        return self._nearest(op, point)
-
-    def _find(self, op: str, point: Point) -> str | None:
         alike = [
             e for e in self.entries.get(op, ()) if e.point[:3] == point[:3] and len(e.point.sizes) == len(point.sizes)
         ]
@@ -88,6 +86,28 @@ class Table:
         if not alike:
             return None
         return min(alike, key=lambda entry: _distance(entry.point.sizes, point.sizes)).choice
+
+    def choice_of(self, op: str, args: Sequence[Any]) -> str | None:
+        """The choice for a call with these arguments."""
+        key = (op, *_looks(args))
+        if key not in self._choices:
+            if len(self._choices) >= REMEMBERED:
+                self._choices.clear()
+            self._choices[key] = self.choice(op, point_of(args))
+        return self._choices[key]
+
+
+def _looks(args: Sequence[Any]) -> list:
+    """All of a call that its point depends on; making that takes the host longer."""
+    looks: list = []
+    for value in args:
+        if type(value) is list:
+            looks += _looks(value)
+        elif isinstance(value, Tensor):
+            looks += (value.shape, value.dtype)
+        elif type(value) is Operand:
+            looks += (value.format, tuple(value.shape))
+    return looks
 
 
 def _twin(dtype: str) -> str:
@@ -145,7 +165,7 @@ def measured(op: str, device: torch.device, args: Sequence[Any]) -> str | None:
     if torch.compiler.is_compiling():  # sizes may be symbols there, and reading a file is nothing to trace
         return None
     table = table_of(chip_of(device))
-    return None if table is None else table.choice(op, point_of(args))
+    return None if table is None else table.choice_of(op, args)
 
 
 def fuses(op: str, *args: Any) -> bool:
@@ -156,7 +176,11 @@ def fuses(op: str, *args: Any) -> bool:
         choice = measured(op, args[0].device, args)
         if choice is not None:
             return choice == "triton"
-    format = next((value.format for value in args if hasattr(value, "format")), "dense")
+    format = "dense"
+    for value in args:
+        if type(value) is Operand:
+            format = value.format
+            break
     return args[0].shape[0] <= FUSED_ROWS[op].get(format, 0)
 
 
@@ -171,9 +195,11 @@ def fuses_together(op: str, args: Sequence[Any], member: str, members: Sequence[
     return all(fuses(member, *own) for own in members)
 
 
-def loses(op: str, device: torch.device, args: Sequence[Any]) -> bool:
-    """Whether plain torch was measured to be the faster path for this call on a GPU."""
-    return measured(op, device, args) == "torch"
+def loses(op: str, device: torch.device, calls: Iterable[Sequence[Any]]) -> bool:
+    """Whether plain torch was measured to be the faster path on a GPU for one of these calls."""
+    if torch.compiler.is_compiling() or table_of(chip_of(device)) is None:
+        return False
+    return any(measured(op, device, args) == "torch" for args in calls)
 
 
 register_dispatch(loses)

@@ -144,16 +144,16 @@ class Op:
             return False
         if self.accepts is not _accepts_everything and not self.accepts(*args, **kwargs):
             return False
-        return not self.loses(device, *args, *kwargs.values())
+        return not self.loses(device, ((*args, *kwargs.values()),))
 
-    def loses(self, device: torch.device, *args: Any) -> bool:
-        """Whether plain torch was measured to be faster for a call with these arguments on this GPU; Triton that is
-        forced never loses."""
-        return _loses is not None and _forced_backend != "triton" and _loses(self.name, device, args)
+    def loses(self, device: torch.device, calls: Iterable[tuple]) -> bool:
+        """Whether plain torch was measured to be faster on this GPU for one of these calls, given by their arguments;
+        Triton that is forced never loses."""
+        return _loses is not None and _forced_backend != "triton" and _loses(self.name, device, calls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else None
-        if _forced_backend == "auto" and type(first) in _TENSORS and first.is_cpu:
+        if type(first) in _TENSORS and first.is_cpu and _forced_backend == "auto":
             # what `runs_triton` would say, sooner
             return self.eager(*args, **kwargs)
         if not self.runs_triton(*args, **kwargs):
@@ -170,10 +170,10 @@ class Op:
         return getattr(torch.ops.peftfast, self.name)(*_flatten(self.parameters, args))
 
 
-_loses: Callable[[str, torch.device, tuple], bool] | None = None
+_loses: Callable[[str, torch.device, Iterable[tuple]], bool] | None = None
 
 
-def register_dispatch(loses: Callable[[str, torch.device, tuple], bool]) -> None:
+def register_dispatch(loses: Callable[[str, torch.device, Iterable[tuple]], bool]) -> None:
     """Tells ops which calls were measured to be faster in plain torch; dispatch.py does, op.py stays a leaf."""
     global _loses
     _loses = loses

@@ -86,7 +86,7 @@ def _down_cost(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs: li
     cost=_down_cost,
     fake=None,
     accepts=lambda x, a, seeds, probs: (
-        len(a) > 1 and not any(lora_down.loses(x.device, x, *own) for own in zip(a, seeds, probs, strict=True))
+        len(a) > 1 and not lora_down.loses(x.device, ((x, *own) for own in zip(a, seeds, probs, strict=True)))
     ),
 )
 def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs: list[float]) -> list[Tensor]:
@@ -115,9 +115,7 @@ def _dt_build(device, rows, cols, widths, ranks, probs, dtype, wide, strided):
     cases=lambda: siblings_cases(_dt_build),
     cost=lambda dys, b, scales: summed(lora_dt.cost(*own) for own in zip(dys, b, scales, strict=True)),
     fake=None,
-    accepts=lambda dys, b, scales: (
-        len(b) > 1 and not any(lora_dt.loses(b[0].device, *own) for own in zip(dys, b, scales, strict=True))
-    ),
+    accepts=lambda dys, b, scales: len(b) > 1 and not lora_dt.loses(b[0].device, zip(dys, b, scales, strict=True)),
 )
 def siblings_dt(dys: list[Tensor], b: list[Tensor], scales: list[float]) -> list[Tensor]:
     """Returns all p_i [M, R_i] in b's dtype, as `lora_dt` does for each."""
@@ -170,9 +168,9 @@ def _grads_cost(
     fake=None,
     accepts=lambda dys, t, x, p, seeds, probs, scales, db_dtype, da_dtype: (
         len(t) > 1
-        and not any(
-            lora_factor_grads.loses(dys[0].device, *own, db_dtype, da_dtype)
-            for own in zip(dys, t, [x] * len(t), p, seeds, probs, scales, strict=True)
+        and not lora_factor_grads.loses(
+            dys[0].device,
+            ((*own, db_dtype, da_dtype) for own in zip(dys, t, [x] * len(t), p, seeds, probs, scales, strict=True)),
         )
     ),
 )
