@@ -7,8 +7,8 @@ calls that look alike, in a function that `planned` caches; a call of a `Launch`
 
 What Triton would look at in pointers is looked at here: dtype, device, and whether an address is a multiple of 16. The
 first launch of each kind goes through Triton, which compiles; and so does every launch where something else than a
-launch is to happen (hooks of profilers, the interpreter, another device than the current one), and all of them where
-Triton's own launch is not the one that is repeated here.
+launch is to happen (hooks of profilers, the interpreter, another device than the current one), and all of them on AMD
+and where Triton's own launch is not the one that is repeated here.
 """
 
 import functools
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -92,7 +93,7 @@ class Launch:
         triton = driver.active
         device = triton.get_current_device()
         if compiled is None or device != tensors[0].get_device():
-            self._first(kind, pointers, device, tensors[0])
+            self._remember(kind, self._through_triton(pointers))
             return
         if tensors is not pointers:
             addresses = _grouped(addresses, pointers)
@@ -102,20 +103,21 @@ class Launch:
             *self._rest,
         )  # fmt: skip
 
-    def _first(self, kind: tuple, pointers: tuple, current: int, first: Tensor) -> None:
-        """A launch through Triton, on the tensors' device; how it was compiled is kept."""
-        if first.is_cuda and first.get_device() != current:
-            with torch.cuda.device(first.device):
-                self._through_triton(pointers)
-            return
-        compiled = self._through_triton(pointers)
+    def _remember(self, kind: tuple, compiled: Any) -> None:
+        """Keeps how a launch through Triton was compiled."""
         run, function = getattr(compiled, "run", None), getattr(compiled, "function", None)
-        if run is not None and function is not None:
-            if len(self._compiled) >= KINDS:
-                self._compiled.clear()
-            self._compiled[kind] = (run, function, compiled.packed_metadata)
+        if run is None or function is None or not _looks_at_addresses_only(driver.active.get_current_target()):
+            return
+        if len(self._compiled) >= KINDS:
+            self._compiled.clear()
+        self._compiled[kind] = (run, function, compiled.packed_metadata)
 
     def _through_triton(self, pointers: tuple) -> Any:
+        """What Triton compiled for the launch; None where it ran on another device than the current one."""
+        first = pointers[0][0] if type(pointers[0]) is tuple else pointers[0]
+        if first.is_cuda and first.get_device() != driver.active.get_current_device():
+            with torch.cuda.device(first.device):  # Triton launches on the current device, wherever the tensors are
+                return self(*pointers)
         return self.kernel[self.grid](*pointers, **self.arguments)
 
 
@@ -146,6 +148,13 @@ def _is_watched(kernel: JITFunction) -> bool:
         )
     except AttributeError:  # hooks of another kind than Triton 3.6's and 3.9's
         return True
+
+
+@functools.cache
+def _looks_at_addresses_only(target: Any) -> bool:
+    """Whether Triton tells pointers of this kind of GPU apart by dtype and address alone. On AMD it looks at the size
+    of what they point into as well, which says whether offsets fit into 32 bits."""
+    return getattr(make_backend(target), "supports_native_tensor_specialization", False)
 
 
 #: The end of `JITFunction.run`, which `Launch` repeats.

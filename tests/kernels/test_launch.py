@@ -13,6 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -190,8 +191,10 @@ def test_stream_and_device_are_the_current_ones(driver, through_triton, monkeypa
     monkeypatch.setattr(torch.cuda, "device", OtherDevice)
     seen = []
     monkeypatch.setattr(driver, "get_current_stream", lambda device: seen.append(device) or 0, raising=False)
-    made(*pointers)
-    assert driver.device == 5 and seen == [-1]  # launched on the tensors' device, which then is the other again
+    for _ in range(2):
+        made(*pointers)
+        assert driver.device == 5  # and not the tensors', on which the launch was
+    assert seen == [-1, -1] and len(through_triton) == 1
 
 
 def test_hooks_are_told(driver, through_triton):
@@ -216,10 +219,14 @@ def test_hooks_are_told(driver, through_triton):
     assert len(told) == 3 and len(through_triton) == before
 
 
-@pytest.mark.parametrize("change", ["another launch", "no source", "another kind of hook"])
+@pytest.mark.parametrize("change", ["another launch", "another kind of hook", "another kind of GPU"])
 def test_another_triton_launches_for_itself(change, driver, through_triton, monkeypatch):
     if change == "another kind of hook":
         monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", None)
+    elif change == "another kind of GPU":
+        target = GPUTarget("hip", "gfx942", 64)
+        assert not launch._looks_at_addresses_only(target)
+        monkeypatch.setattr(driver, "get_current_target", lambda: target)
     else:
         monkeypatch.setattr(launch, "_launches_as_expected", lambda: False)
     made, pointers = down()
@@ -229,6 +236,7 @@ def test_another_triton_launches_for_itself(change, driver, through_triton, monk
 
 
 def test_this_triton_launches_as_expected(monkeypatch):
+    assert launch._looks_at_addresses_only(GPUTarget("cuda", 90, 32))
     look = launch._launches_as_expected.__wrapped__
     assert look()
     monkeypatch.setattr(launch, "_EXPECTED", launch._EXPECTED.replace("stream,", ""))
