@@ -16,7 +16,8 @@ from peftfast.files.fit import fit_state_dict
 from peftfast.files.io import needs_embedding_layers
 from peftfast.files.state import adapter_state_dict
 from peftfast.interop.takeover import is_wrapped_by_peft, take_over
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.stand_in import StandIn
 from peftfast.method import method_for
 from peftfast.mixed_model import PeftMixedModel
 from peftfast.model import PeftModel, refuse_peft_model
@@ -27,7 +28,6 @@ from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.injection import plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import replicated
-from peftfast.wrapping.stand_in import StandIn
 
 
 def get_peft_model(

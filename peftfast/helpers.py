@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from peftfast.config import PeftConfig
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.dora import cache_norms
 from peftfast.model import PeftModel
 

@@ -15,7 +15,7 @@ from peftfast.sites.called import CalledSite, Holders
 from peftfast.sites.parameter import LowRank, ParameterSite
 
 if TYPE_CHECKING:
-    from peftfast.layer import BaseTunerLayer
+    from peftfast.layers.layer import BaseTunerLayer
     from peftfast.many.routing import Rows
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftfast.files.state import wrapped_modules
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.model import PeftModel
 
 __all__ = ["create_lorafa_optimizer", "create_loraplus_optimizer"]

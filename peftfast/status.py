@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from peftfast.layer import BaseTunerLayer
-from peftfast.wrapping.saved_modules import TrainableTokensWrapper
-from peftfast.wrapping.stand_in import StandIn
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.saved_modules import TrainableTokensWrapper
+from peftfast.layers.stand_in import StandIn
 from peftfast.wrapping.targets import make_matcher
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftfast.calibration.ranks import drop_adapter, pattern_of, resize_adapter
 from peftfast.errors import PeftWarning
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora_config import EvaConfig, LoraConfig
 from peftfast.sites.linear import LinearSite
 from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_value

@@ -17,7 +17,7 @@ from peftfast.calibration.eva import (
 from peftfast.calibration.eva import prepare_model_inputs_fn_language_modeling as token_indices
 from peftfast.calibration.ranks import pattern_of
 from peftfast.config import PeftType
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.wrapping.default_targets import LORA
 from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_value, resolve_targets

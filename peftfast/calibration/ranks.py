@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.wrapping.inventory import Inventory
 
 

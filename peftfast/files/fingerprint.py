@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.stand_in import StandIn
 from peftfast.prompts.prompt import PromptEncoders
-from peftfast.wrapping.stand_in import StandIn
 
 #: Key of the metadata.
 METADATA_KEY = "peftfast.base"

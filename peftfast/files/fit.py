@@ -28,7 +28,7 @@ from peftfast.files.state import (
     strip_wrappers,
     wrapped_modules,
 )
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.sites.site import is_bias
 from peftfast.training.sharding import copy_whole, whole_shape
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
+from peftfast.layers.stand_in import StandIn
 from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
 from peftfast.sites.site import is_bias
 from peftfast.training.sharding import gathered
-from peftfast.wrapping.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
-from peftfast.wrapping.stand_in import StandIn
 
 _WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module(?=\.base_model))\.")
 

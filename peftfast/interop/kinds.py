@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 
 
 class _Kind(type):

@@ -9,8 +9,8 @@ from peftfast.errors import close_matches
 from peftfast.interop import absent
 
 _LORA_LAYERS = {
-    "LoraLayer": "peftfast.wrapping.own_layer:LoraLayer",
-    **{name: f"peftfast.wrapping.kinds:{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")},
+    "LoraLayer": "peftfast.layers.own:LoraLayer",
+    **{name: f"peftfast.layers.kinds:{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")},
 }
 
 #: Modules that exist under the name `peft`. Each answers every public name of peftfast, as PEFT's modules import each
@@ -49,7 +49,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "peft.optimizers.loraplus": {"create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer"},
     "peft.peft_model": {},
-    "peft.tuners": {"LoraLayer": "peftfast.wrapping.own_layer:LoraLayer"},
+    "peft.tuners": {"LoraLayer": "peftfast.layers.own:LoraLayer"},
     "peft.tuners.adalora": {},
     "peft.tuners.ia3": {},
     "peft.tuners.loha": {},
@@ -66,8 +66,8 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.lora.intruders": {"reduce_intruder_dimension": "peftfast.many.intruders:reduce_intruder_dimension"},
     "peft.tuners.lora.layer": {
         **_LORA_LAYERS,
-        "MultiheadAttention": "peftfast.wrapping.attention_layer:AttentionLayer",
-        "ParamWrapper": "peftfast.wrapping.parameter_layer:ParameterLayer",
+        "MultiheadAttention": "peftfast.layers.attention:AttentionLayer",
+        "ParamWrapper": "peftfast.layers.parameter:ParameterLayer",
     },
     "peft.tuners.lora.model": {},
     "peft.tuners.p_tuning": {},
@@ -76,7 +76,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.trainable_tokens": {},
     "peft.tuners.tuners_utils": {
         "BaseTuner": "peftfast.tuners.tuner:BaseTuner",
-        "BaseTunerLayer": "peftfast.wrapping.own_layer:LoraLayer",
+        "BaseTunerLayer": "peftfast.layers.own:LoraLayer",
         "check_target_module_exists": "peftfast.wrapping.targets:check_target_module_exists",
         "inspect_matched_modules": "peftfast.status:inspect_matched_modules",
         **{
@@ -85,12 +85,12 @@ MODULES: dict[str, dict[str, str]] = {
         },
     },
     "peft.utils": {
-        "AuxiliaryTrainingWrapper": "peftfast.wrapping.saved_modules:AuxiliaryTrainingWrapper",
+        "AuxiliaryTrainingWrapper": "peftfast.layers.saved_modules:AuxiliaryTrainingWrapper",
         "CONFIG_NAME": "peftfast.config:CONFIG_NAME",
-        "ModulesToSaveWrapper": "peftfast.wrapping.saved_modules:ModulesToSaveWrapper",
+        "ModulesToSaveWrapper": "peftfast.layers.saved_modules:ModulesToSaveWrapper",
         "SAFETENSORS_WEIGHTS_NAME": "peftfast.files.io:SAFETENSORS_WEIGHTS_NAME",
         "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": "peftfast.wrapping.default_targets:LORA",
-        "TrainableTokensWrapper": "peftfast.wrapping.saved_modules:TrainableTokensWrapper",
+        "TrainableTokensWrapper": "peftfast.layers.saved_modules:TrainableTokensWrapper",
         "WEIGHTS_NAME": "peftfast.files.io:WEIGHTS_NAME",
         "_get_submodules": "peftfast.interop.submodules:get_submodules",
         "fsdp_auto_wrap_policy": "peftfast.training.sharding:fsdp_auto_wrap_policy",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig, PeftType
 from peftfast.files.io import load_peft_weights
 from peftfast.files.state import Entry, adapter_entries, strip_wrappers
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import Adapter, method_for
 from peftfast.methods.lora_combine import padded
 from peftfast.methods.lora_config import LoraConfig

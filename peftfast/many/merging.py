@@ -14,12 +14,12 @@ from torch import Tensor
 
 from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some
+from peftfast.layers.saved_modules import ModulesToSaveWrapper
 from peftfast.method import Adapter, method_for
 from peftfast.methods.combination import Combination
 from peftfast.sites import Site
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.saved_modules import ModulesToSaveWrapper
 from peftfast.wrapping.targets import make_matcher, shortest_suffixes
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.errors import close_matches, enumerate_some
 from peftfast.files.io import load_peft_weights
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.routing import BASE, Routing, batch_of
 from peftfast.method import method_for
 from peftfast.methods.lora_stack import FactorStack, apply_stack, is_segmented

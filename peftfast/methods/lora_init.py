@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from peftfast.method import Adapter
 from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.random_stream import draws_of_normal, draws_of_uniform, skip
 from peftfast.sites import Site
 from peftfast.sites.site import parameter_name
-from peftfast.wrapping.random_stream import draws_of_normal, draws_of_uniform, skip
 
 #: Fill a [r, ...] and b [..., r] in place; may assign the site's weight. Runs under no_grad.
 Initialiser = Callable[[Site, Tensor, Tensor, Adapter], None]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import BaseWeight, Quantizer, base_weight, quantizer
 from peftfast.errors import close_matches, enumerate_some
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.stand_in import StandIn
 from peftfast.method import Adapter
 from peftfast.methods.loftq import best_factors, loftq_factors
 from peftfast.methods.lora import factors
@@ -21,7 +22,6 @@ from peftfast.quantization.originals import Originals
 from peftfast.sites import make_site
 from peftfast.sites.site import is_untouched
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.stand_in import StandIn
 from peftfast.wrapping.targets import SEQ_CLS_HEAD_NAMES, name_ends
 
 

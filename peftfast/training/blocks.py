@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.ops.blocks import fit_together, gated_mlp, lora_siblings
 from peftfast.ops.composed import composes
 from peftfast.ops.lora import lora_part

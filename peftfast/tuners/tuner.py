@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.merging import add_weighted_adapter, subtract
 from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
 from peftfast.many.routing import BASE

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peftfast.config import PeftConfig
-from peftfast.layer import check_adapter_name
+from peftfast.layers.layer import check_adapter_name
 from peftfast.method import method_for
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory

@@ -14,14 +14,14 @@ from torch import nn
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.files.state import strip_wrappers
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.method import AdapterMethod, method_for
 from peftfast.sites import Site, make_site, parts_of
-from peftfast.wrapping.attention_layer import plan_attention
+from peftfast.wrapping.attention import plan_attention
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.own_layer import add_to_own_layer, own_layer_classes
+from peftfast.wrapping.own_layers import add_to_own_layer, own_layer_classes
 from peftfast.wrapping.parameters import Targets, full_names, plan_parameters, report_parameters
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.wrapping.targets import (
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
     make_matcher,

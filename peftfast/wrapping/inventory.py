@@ -11,16 +11,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-import peftfast.wrapping.kinds  # noqa: F401  (registers the layers)
 from peftfast.config import PeftConfig
-from peftfast.layer import BaseTunerLayer, Place, make_layer
+from peftfast.layers.layer import BaseTunerLayer, Place, make_layer
+from peftfast.layers.own import LoraLayer
+from peftfast.layers.parameter import ParameterLayer
+from peftfast.layers.stand_in import StandIn
 from peftfast.many.control import Control
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
-from peftfast.wrapping.own_layer import LoraLayer
-from peftfast.wrapping.parameter_layer import ParameterLayer
 from peftfast.wrapping.replication import Replication
-from peftfast.wrapping.stand_in import StandIn
 from peftfast_kernels.op import get_backend
 
 Wrapper = BaseTunerLayer | StandIn

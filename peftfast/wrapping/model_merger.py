@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.own import LoraLayer
 from peftfast.sites.site import parameter_name
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.own_layer import LoraLayer
 
 
 class ModelMerger:

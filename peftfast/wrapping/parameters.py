@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterMismatchWarning, close_matches, enumerate_some
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.stand_in import StandIn
 from peftfast.method import AdapterMethod
 from peftfast.sites.parameter import ParameterSite
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.stand_in import StandIn
 
 #: Fields that act on a module's input or output, of which a Parameter has none, with the values that do nothing.
 _IDLE: Mapping[str, tuple[Any, ...]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.errors import close_matches, every_name
 from peftfast.interop.servers import Facts, Verdict, judge_servers
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import method_for
 from peftfast.model import PeftModel
 from peftfast.sites import Site, parts_of

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import close_matches
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.stand_in import StandIn
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.stand_in import StandIn
 from peftfast.wrapping.targets import name_ends
 
 

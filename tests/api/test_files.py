@@ -155,7 +155,7 @@ def test_injection_without_a_wrapper(tmp_path):
     fewer = {k: v for k, v in mine.items() if "layers.1" in k}
     with pytest.warns(RuntimeWarning, match="inconsistency.*layers.0.self_attn.q_proj"):
         partly = peftfast.inject_adapter_in_model(LoraConfig(**OPTIONS), oracle.llama(), "mine", state_dict=fewer)
-    assert sorted(n for n, m in partly.named_modules() if isinstance(m, peftfast.layer.BaseTunerLayer)) == [
+    assert sorted(n for n, m in partly.named_modules() if isinstance(m, peftfast.layers.layer.BaseTunerLayer)) == [
         "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
     ]  # fmt: skip
     empty = peftfast.inject_adapter_in_model(LoraConfig(**OPTIONS), oracle.llama(), "mine", low_cpu_mem_usage=True)

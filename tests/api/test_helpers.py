@@ -6,7 +6,7 @@ import torch
 
 import peftfast
 from peftfast.helpers import disable_input_dtype_casting, rescale_adapter_scale
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 
 NAMES = ["one", "two"]
 

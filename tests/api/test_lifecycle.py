@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import peftfast
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 
 peft = importlib.import_module("peft")
 

@@ -9,7 +9,7 @@ import torch
 from experts import moe
 
 import peftfast
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 
 EXPERTS = ["gate_proj", "up_proj", "down_proj"]
 

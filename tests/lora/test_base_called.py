@@ -10,7 +10,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize
 
 import peftfast
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 
 peft = importlib.import_module("peft")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import peftfast
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 
 QV = ["q_proj", "v_proj"]
 

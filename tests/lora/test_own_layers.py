@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import peftfast
+from peftfast.layers.own import LoraLayer
 from peftfast.wrapping import kinds
 from peftfast.wrapping.adding import add_adapter
-from peftfast.wrapping.own_layer import LoraLayer
 
 peft = importlib.import_module("peft")
 lora = importlib.import_module("peft.tuners.lora")

@@ -350,7 +350,7 @@ def test_layers_that_were_told_one_by_one_merge_what_they_compute():
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     for name, dora in (("two", True), ("three", True), ("four", False)):
         model.add_adapter(name, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, use_dora=dora))
-    layers = [m for m in model.modules() if isinstance(m, peftfast.layer.BaseTunerLayer)]
+    layers = [m for m in model.modules() if isinstance(m, peftfast.layers.layer.BaseTunerLayer)]
     for layer, names in zip(layers, (["two", "three", "default"], ["four"]), strict=True):
         layer.set_adapter(names)
     expected = oracle.logits(model)

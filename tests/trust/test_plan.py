@@ -13,7 +13,7 @@ import peftfast
 from peftfast import IA3Config, LoraConfig, TrainableTokensConfig, plan_adapter
 from peftfast.cli import main
 from peftfast.interop.servers import SERVERS
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 
 TARGETS = ["q_proj", "v_proj"]
 CONFIGS = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.stand_in import StandIn
 from peftfast.training.capture.recording import tuner_of
-from peftfast.wrapping.stand_in import StandIn
 
 
 class Snapshot:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
 
 
 def has_graphs(device: torch.device) -> bool:

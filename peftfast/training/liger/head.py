@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper
 from peftfast.sites.site import is_untouched
-from peftfast.wrapping.saved_modules import AuxiliaryTrainingWrapper
 
 
 def head_of(base: nn.Module) -> nn.Module | None:

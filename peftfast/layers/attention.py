@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning, enumerate_some
-from peftfast.layer import BaseTunerLayer, register_layer
+from peftfast.errors import enumerate_some
+from peftfast.layers.layer import BaseTunerLayer, register_layer
+from peftfast.layers.parameter import ChangingLayer
 from peftfast.method import Adapter, AdapterMethod
-from peftfast.sites import parts_of
 from peftfast.sites.attention import AttentionSite, OutProjectionSite, attend
-from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.parameter_layer import ChangingLayer
 
 
 class OutProjectionLayer(ChangingLayer):
@@ -93,50 +90,3 @@ class AttentionLayer(ChangingLayer):
 
     def _restore_weights(self) -> None:
         """Nothing to do: no weight is ever taken out. Scripts for PEFT call it before loading."""
-
-
-def plan_attention(
-    inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, matched: Sequence[str], saved: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """The matched modules that are adapted by themselves, and the names of all parts that are adapted with them.
-
-    Args:
-        saved: names that `modules_to_save` matched.
-
-    Raises:
-        ValueError: a part that is to be adapted or kept by itself; something that adapters of a MultiheadAttention
-            cannot do.
-    """
-    parts = {f"{n}.{part}": n for n in matched for part in parts_of(inventory.base_module(n))}
-    taken = dict(parts)
-    for name, layer in inventory.layers.items():
-        if not inventory.is_nested(name):
-            taken |= {f"{name}.{where.removeprefix('base_layer.')}": name for where in layer.inside()}
-    alone = [n for n in matched if n not in parts]
-    for name in (*alone, *saved, *(n for n in parts if n in inventory.layers or n in inventory.extras)):
-        if name in taken:
-            raise ValueError(
-                f"{name} is a part of {taken[name]} and cannot be adapted or kept by itself where that is adapted"
-            )
-    if parts:
-        _check_settings(enumerate_some(dict.fromkeys(parts.values())), cfg, method)
-    return alone, list(parts)
-
-
-def _check_settings(names: str, cfg: PeftConfig, method: AdapterMethod) -> None:
-    what = f"{names}: MultiheadAttention does not support"
-    if not hasattr(method, "changes"):
-        raise ValueError(f"{what} {type(cfg).__name__}, only LoRA")
-    if cfg.use_dora:
-        raise ValueError(f"{what} DoRA (yet), please set use_dora to False")
-    if cfg.lora_bias:
-        raise ValueError(f"{what} lora_bias=True, please set it to False")
-    if cfg.init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(f"{what} init_lora_weights={cfg.init_lora_weights!r}; use True, False or 'gaussian'")
-    if cfg.lora_dropout:
-        warnings.warn(
-            f"{names}: lora_dropout={cfg.lora_dropout} has no effect in MultiheadAttention, which takes changed "
-            "weights and no adapter's output (as in PEFT).",
-            PeftWarning,
-            stacklevel=7,
-        )

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import enumerate_some
-from peftfast.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.stand_in import StandIn
 from peftfast.many.control import Control
 from peftfast.many.routing import Routing
-from peftfast.wrapping.stand_in import StandIn
 
 
 class AuxiliaryTrainingWrapper(StandIn, nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftfast.sites.site import Slot
 
 if TYPE_CHECKING:
-    from peftfast.layer import BaseTunerLayer
+    from peftfast.layers.layer import BaseTunerLayer
 
 
 def make_slot(slot: Slot, device: torch.device, dtype: torch.dtype) -> nn.Module | nn.Parameter:

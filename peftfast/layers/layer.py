@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.interop.counterpart import HasCounterpart
+from peftfast.layers.merger import Merger
+from peftfast.layers.slots import SlotDict, TransposedView, make_slot
 from peftfast.many.control import Control
 from peftfast.many.mix import Group, Mix, Verdicts
 from peftfast.many.routing import Routing
 from peftfast.method import Adapter, AdapterMethod
 from peftfast.sites import Site, Slot, make_site
 from peftfast.sites.bound import BoundLora
-from peftfast.wrapping.merger import Merger
-from peftfast.wrapping.slots import SlotDict, TransposedView, make_slot
 
 #: A Parameter by the dict it is in and its key there, behind the dict, key and value its owner was found by.
 Place = tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]

@@ -5,21 +5,13 @@ from __future__ import annotations
 
 import abc
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig
-from peftfast.layer import BaseTunerLayer
-from peftfast.sites.site import has_site
-from peftfast.wrapping.stand_in import StandIn
-from peftfast.wrapping.targets import pattern_value
-
-if TYPE_CHECKING:
-    from peftfast.wrapping.inventory import Inventory
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.stand_in import StandIn
 
 
 class LoraLayer(StandIn, abc.ABC):
@@ -157,63 +149,3 @@ class LoraLayer(StandIn, abc.ABC):
 
 
 LoraLayer.register(BaseTunerLayer)
-
-
-def own_layer_classes(inventory: Inventory, cfg: PeftConfig, keys: Sequence[str]) -> dict[str, type]:
-    """Which of the modules `keys` are to get a layer of the user's own, and its class."""
-    mapping = getattr(cfg, "_custom_modules", None) or {}
-    found: dict[str, type] = {}
-    for key in keys:
-        present = inventory.module(key)
-        if isinstance(present, BaseTunerLayer):
-            continue
-        if isinstance(present, LoraLayer):
-            if not hasattr(cfg, "_custom_modules"):
-                raise ValueError(
-                    f"{key} has a layer of a user's own, which takes LoRA's adapters and no {cfg.peft_type}"
-                )
-            found[key] = type(present)
-            continue
-        cls = next((cls for kind, cls in mapping.items() if isinstance(present, kind)), None)
-        if cls is not None:
-            if not issubclass(cls, LoraLayer):
-                raise TypeError(
-                    f"{key}: {cls.__name__}, which the config registers for {type(present).__name__}, derives neither "
-                    "from peft.tuners.lora.LoraLayer nor from one of the library's layers"
-                )
-            found[key] = cls
-            if not has_site(present):
-                warnings.warn(
-                    f"Unsupported layer type '{type(present)}' encountered, proceed at your own risk.", stacklevel=7
-                )
-    return found
-
-
-def add_to_own_layer(
-    inventory: Inventory, key: str, cls: type, name: str, cfg: Any, device: torch.device | str | None
-) -> None:
-    """Add an adapter, frozen and inactive, to a layer of the user's own, which is made where there is none yet."""
-    settings = {
-        "r": pattern_value(cfg.rank_pattern, key, cfg.r),
-        "lora_alpha": pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha),
-        "config": cfg,
-        "target_name": key,
-    }
-    layer = inventory.extras.get(key)
-    if layer is None:
-        module = inventory.module(key)
-        layer = cls(module, name, **settings)
-        layer.train(module.training)
-        inventory.extras[key] = layer
-        inventory.replace(key, layer)
-    else:
-        layer.update_layer(name, **settings)
-    layer._adapters.add(name)
-    base = next(layer.base_layer.parameters(), None)
-    device = base.device if device is None and base is not None else device
-    for live in layer.adapter_state_dict_load_map(name).values():
-        path, _, attribute = live.rpartition(".")
-        owner = layer.get_submodule(path)
-        tensor = getattr(owner, attribute)
-        if isinstance(tensor, nn.Parameter):
-            setattr(owner, attribute, nn.Parameter(tensor.detach().to(device), requires_grad=False))

@@ -15,7 +15,7 @@ from peftfast.sites import Dense
 from peftfast.sites.site import parameter_name
 
 if TYPE_CHECKING:
-    from peftfast.layer import BaseTunerLayer
+    from peftfast.layers.layer import BaseTunerLayer
 
 
 class Merger:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import enumerate_some
-from peftfast.layer import BaseTunerLayer, Steps
+from peftfast.layers.layer import BaseTunerLayer, Steps
 from peftfast.many.routing import Routing
 from peftfast.sites.parameter import LowRank, ParameterSite, run_changed
 

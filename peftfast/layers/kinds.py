@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from peftfast.layer import BaseTunerLayer, register_layer
+from peftfast.layers.layer import BaseTunerLayer, register_layer
 from peftfast.sites import Site
 from peftfast.sites.conv import ConvSite
 from peftfast.sites.embedding import EmbeddingSite
