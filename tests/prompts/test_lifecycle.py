@@ -328,7 +328,7 @@ def test_what_prompts_do_not_have(tmp_path):
     model = ours("llama", "prefix")
     with pytest.raises(TypeError, match="not supported for prompt learning methods like PREFIX_TUNING"):
         model.set_requires_grad("default", False)
-    with pytest.raises(TypeError, match="not supported for prompt learning"):
+    with pytest.raises(TypeError, match="invalid PeftModel instance: prompt learning methods, such as PREFIX_TUNING"):
         model.get_layer_status()
     for name in ("merge_and_unload", "merge_adapter", "unload", "add_weighted_adapter"):
         assert not hasattr(model, name)
