@@ -88,8 +88,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", default=list(FILES), help="of PEFT's tests, without test_ and .py")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "peft-suite")
-    known, extra = parser.parse_known_args()
-    extra = [argument for argument in extra if argument != "--"]
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    known, extra = parser.parse_args(given[:end]), given[end + 1 :]
     known.folder.mkdir(parents=True, exist_ok=True)
     root, hub = fetch(known.folder), known.folder / "hub"
     sys.path.insert(0, str(HERE))
