@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import peftfast
+from peftfast.layers import kinds
 from peftfast.layers.own import LoraLayer
-from peftfast.wrapping import kinds
 from peftfast.wrapping.adding import add_adapter
 
 peft = importlib.import_module("peft")
