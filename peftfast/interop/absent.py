@@ -27,6 +27,10 @@ NAMES = frozenset(
 
 
 class _Refused:
+    # diffusers reads where layers keep an adapter's tensors off the classes, to leave those in their dtype
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
             f"{type(self).__name__} is not provided by peftfast, which stands in for peft in this process. Use the "
