@@ -211,7 +211,9 @@ def plan_injection(
     own = own_layer_classes(inventory, cfg, matched)
     classes = {key: cls for key, cls in own.items() if issubclass(cls, BaseTunerLayer)}
     own = {key: cls for key, cls in own.items() if key not in classes}
-    transposed = _check_sites(inventory, cfg, method, [key for key in matched if key not in own], classes)
+    in_place = [key for key in matched if key not in own]
+    _say_read_by_parents(inventory, in_place, parameters)
+    transposed = _check_sites(inventory, cfg, method, in_place, classes)
     if matched:
         _settle_orientation(cfg, transposed)
     if isinstance(cfg.target_modules, (set, list)) and len(cfg.target_modules) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
@@ -300,8 +302,6 @@ def _check_sites(
 ) -> list[bool]:
     """Ask every target whether it can carry this adapter; answers which ones store their weight transposed."""
     transposed = []
-    keys = list(keys)
-    _say_read_by_parents(inventory, keys)
     for key in keys:
         module = inventory.module(key)
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -331,23 +331,26 @@ def site_maker(cls: type | None) -> Callable[[nn.Module], Site]:
     return make_site if cls is None else getattr(cls, "site_of", make_site)
 
 
-def _say_read_by_parents(inventory: Inventory, keys: Iterable[str]) -> None:
-    """Warn of modules that torch's own modules read the weights of instead of calling them."""
+def _say_read_by_parents(inventory: Inventory, keys: Iterable[str], parameters: Targets) -> None:
+    """Warn of modules, and Parameters of modules, that torch's own modules read the weights of instead of calling
+    them."""
     unused, in_evaluation = [], []
-    for key in keys:
+    for key in (*keys, *parameters):
         parent, _, leaf = key.rpartition(".")
-        kind = inventory.module(parent) if parent in inventory.names else inventory.model
+        kind = inventory.base_module(parent) if parent in inventory.names else inventory.model
         if isinstance(kind, nn.MultiheadAttention) and leaf == "out_proj":
             unused.append(key)
         elif isinstance(kind, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            if not parts_of(inventory.base_module(key)):  # what is read of an attention has the adapters in it
+            if key in parameters:
+                in_evaluation += full_names({key: parameters[key]})
+            elif not parts_of(inventory.base_module(key)):  # what is read of an attention has the adapters in it
                 in_evaluation.append(key)
     if unused:
         warnings.warn(
             f"{enumerate_some(unused)}: torch.nn.MultiheadAttention reads the weight of its out_proj and never calls "
             "it, so an adapter there is neither used nor trained. Leave it out (exclude_modules=['out_proj']).",
             PeftWarning,
-            stacklevel=7,
+            stacklevel=6,
         )
     if in_evaluation:
         warnings.warn(
@@ -355,7 +358,7 @@ def _say_read_by_parents(inventory: Inventory, keys: Iterable[str]) -> None:
             "these weights itself, past any adapter. Merge before evaluating, or switch that off: "
             "torch.backends.mha.set_fastpath_enabled(False).",
             PeftWarning,
-            stacklevel=7,
+            stacklevel=6,
         )
 
 

@@ -121,12 +121,20 @@ def test_import_is_cheap_and_imports_nothing_large(script, limit, tmp_path):
     assert min(spent) <= limit
 
 
-def test_modules_that_their_parents_read_are_named():
+@pytest.mark.parametrize(
+    "targets, named",
+    [
+        ({"target_modules": ["linear1"]}, r"layers\.0\.linear1'"),
+        ({"target_parameters": ["self_attn.in_proj_weight"]}, r"layers\.0\.self_attn\.in_proj_weight'"),
+    ],
+    ids=["module", "parameter"],
+)
+def test_modules_that_their_parents_read_are_named(targets, named):
     """torch's attention never calls its out_proj; its encoder layer calls nothing in evaluation, unless told to."""
     encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 1)
     options = {"r": 4, "init_lora_weights": False}
-    with pytest.warns(peftfast.PeftWarning, match=r"linear1.*set_fastpath_enabled"):
-        model = peftfast.get_peft_model(encoder, peftfast.LoraConfig(target_modules=["linear1"], **options)).eval()
+    with pytest.warns(peftfast.PeftWarning, match=rf"{named}.*set_fastpath_enabled"):
+        model = peftfast.get_peft_model(encoder, peftfast.LoraConfig(**targets, **options)).eval()
     x = torch.randn(2, 5, 32)
 
     def change():
