@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.interop.counterpart import HasCounterpart
+from peftfast.layers.activation import HasActivation
 from peftfast.layers.merger import Merger
 from peftfast.layers.slots import SlotDict, TransposedView, make_slot
 from peftfast.many.control import Control
@@ -45,7 +45,7 @@ def _made_again() -> dict[str, Any]:
     return {"_plan": None, "store": {}}
 
 
-class BaseTunerLayer(HasCounterpart, nn.Module):
+class BaseTunerLayer(HasActivation, nn.Module):
     """A module with adapters. Attribute names are PEFT's, because other libraries reach for them.
 
     Attributes:
@@ -125,10 +125,6 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         self.changed(name)
         return adapter
 
-    def share(self, control: Control) -> None:
-        """Follow `control`, as all layers of the model do."""
-        self.__dict__["control"] = control
-
     def _container(self, name: str, kind: type) -> Any:
         container = self.__dict__.get(name)
         if container is None:
@@ -204,18 +200,6 @@ class BaseTunerLayer(HasCounterpart, nn.Module):
         self.merger.source = source
 
     # ---- which are active --------------------------------------------------------------------------------------------
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self._active_adapter
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [self._active_adapter] if isinstance(self._active_adapter, str) else list(self._active_adapter)
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
-
     def activate(self, names: list[str]) -> None:
         """Make `names` the active adapters without touching any parameter."""
         self._active_adapter = names

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from peftfast.interop.counterpart import HasCounterpart
+from peftfast.layers.activation import HasActivation
 from peftfast.many.control import Control
 
 
-class StandIn(HasCounterpart):
+class StandIn(HasActivation):
     """Mixin of the modules that stand in for a module of the base model and keep, per adapter, what only they know: a
     copy of the module, rows of an embedding, or whatever a user's own layer has. `original_module` is the module.
     """
@@ -25,23 +25,7 @@ class StandIn(HasCounterpart):
         self._disable_adapters = False
         self.__dict__["control"] = Control()
 
-    def share(self, control: Control) -> None:
-        """Follow `control`, as all layers of the model do."""
-        self.__dict__["control"] = control
-
     # ---- which are active --------------------------------------------------------------------------------------------
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self._active_adapter
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [self._active_adapter] if isinstance(self._active_adapter, str) else list(self._active_adapter)
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
-
     def _get_available_adapters(self) -> set[str]:
         return set(self._adapters)
 
