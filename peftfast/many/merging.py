@@ -32,9 +32,9 @@ class Combinable(Protocol):
         ...
 
     def combine(
-        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination
+        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination, into: Adapter
     ) -> Mapping[str, Tensor]:
-        """The result's tensors at one site, by slot name; where smaller than the slot, the rest of it is zero."""
+        """What the slots of the new adapter `into` get at one site, by their names."""
         ...
 
     # Optional: fields_by_name(cfg, keys), other fields of a config that go by the names of targets, for targets that
@@ -71,14 +71,10 @@ def add_weighted_adapter(
         with torch.no_grad():
             for key, layer in [(k, one) for k in keys for one in (layers[k], *layers[k].inside().values())]:
                 parts = [(layer.adapters[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer.adapters]
-                tensors = method.combine(layer.site, [a for a, _ in parts], [w for _, w in parts], how)
+                made = layer.adapters[adapter_name]
+                tensors = method.combine(layer.site, [a for a, _ in parts], [w for _, w in parts], how, made)
                 for slot, tensor in tensors.items():
-                    target = layer.adapters[adapter_name][slot]
-                    if target.shape != tensor.shape and not getattr(layer.site, "stacks", True):
-                        raise NotImplementedError(
-                            f"{key}: grouped convolutions of a smaller rank than other layers cannot be combined"
-                        )
-                    _fill(target, tensor)
+                    made[slot].copy_(tensor)
             for wrapper in inventory.extras.values():
                 if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                     _combine_copies(wrapper, adapters, weights, adapter_name)
@@ -192,11 +188,6 @@ def _name_exactly(cfg: PeftConfig, inventory: Inventory, keys: Sequence[str]) ->
         cfg.target_modules = set(keys)
     else:
         cfg.target_modules = shortest_suffixes(keys, [n for n in inventory.names if n not in set(keys)])
-
-
-def _fill(slot: Tensor, value: Tensor) -> None:
-    slot.zero_()
-    slot[tuple(slice(0, n) for n in value.shape)].copy_(value)
 
 
 def _combine_copies(

@@ -65,7 +65,7 @@ class Combination:
             raise ValueError(f"svd_rank must be at least 1, got {self.svd_rank}")
 
     def combine(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The tensors, all of one shape, as one."""
+        """The tensors [P, ...], all of one shape, as one. Each of the P parts is pruned by itself."""
         w = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
         return _ARITHMETIC[self.arithmetic](list(tensors), w.view(-1, *(1,) * tensors[0].dim()), self)
 
@@ -104,10 +104,9 @@ KINDS = ("svd", "cat", *_ARITHMETIC, *(f"{kind}_svd" for kind in _ARITHMETIC if 
 def _keep_largest(tensor: Tensor, density: float) -> Tensor:
     if density >= 1:
         return tensor
-    keep = tensor.abs().reshape(-1).topk(int(density * tensor.numel())).indices
-    mask = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    mask[keep] = 1
-    return tensor * mask.view(tensor.shape)
+    flat = tensor.flatten(1)
+    keep = flat.abs().topk(int(density * flat.shape[1])).indices
+    return tensor * torch.zeros_like(flat).scatter_(1, keep, 1).view(tensor.shape)
 
 
 def _keep_random(tensor: Tensor, density: float) -> Tensor:

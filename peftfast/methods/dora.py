@@ -89,10 +89,10 @@ class Dora(Lora):
         return sample_by_sample(self, site, x, y, adapters, rows)
 
     def combine(
-        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination
+        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination, into: Adapter
     ) -> Mapping[str, Tensor]:
         """Factors as LoRA combines them; magnitudes by their changes from the weight's own norm, which PEFT drops."""
-        tensors = dict(super().combine(site, adapters, weights, how))
+        tensors = dict(super().combine(site, adapters, weights, how, into))
         start = site.output_norm(site.weight.dense(torch.float32))
         changes = [
             w * (a[MAGNITUDE].detach().flatten().to(start) - start) for a, w in zip(adapters, weights, strict=True)

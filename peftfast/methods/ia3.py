@@ -159,7 +159,7 @@ class IA3:
         return {"feedforward_modules": {key for key in keys if cfg.is_feedforward(key)}}
 
     def combine(
-        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination
+        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination, into: Adapter
     ) -> Mapping[str, Tensor]:
         """The weighted sum of the vectors, which is what combining IA3 adapters means in PEFT."""
         sides = {_side(a) for a in adapters}

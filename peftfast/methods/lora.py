@@ -161,9 +161,9 @@ class Lora:
         return combined_fields(adapters, how)
 
     def combine(
-        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination
+        self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination, into: Adapter
     ) -> Mapping[str, Tensor]:
-        return combined(site, adapters, weights, how)
+        return combined(site, adapters, weights, how, into.setting("r"))
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = (f.to(dense.weight.dtype) for f in factors(adapter))

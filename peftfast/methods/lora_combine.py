@@ -30,29 +30,34 @@ def combined_fields(adapters: Sequence[Sequence[Adapter]], how: Combination) -> 
     return {"r": rank, "lora_alpha": rank, **plain}  # an init that changes the base must not run again
 
 
-def combined(site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
-    """The result's factors at one site; with fewer ranks than the slots have, the rest is zero."""
+def combined(
+    site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination, rank: int
+) -> dict[str, Tensor]:
+    """The result's factors at one site, of `rank`; what they have less is zero. Each matrix of a stack (`Site.split`)
+    is combined by itself."""
     down, up = factor_slots(adapters[0])
     pairs = [tuple(f.detach() for f in factors(a)) for a in adapters]
     # in the factors' own precision, or fp32 where that is less
     wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
-    pairs = [(a.to(wide), b.to(wide)) for a, b in pairs]
+    pairs = [_split(site, a.to(wide), b.to(wide)) for a, b in pairs]
     strengths = [w * float(a.scale) for a, w in zip(adapters, weights, strict=True)]
     result = {}
     groups = getattr(site.module, "groups", 1)
     if how.kind == "cat":
         # each group of a convolution has its run of ranks, in which all adapters' ranks for it come together
-        parts = [(a * s).unflatten(0, (groups, -1)) for (a, _), s in zip(pairs, strengths, strict=True)]
-        a = torch.cat(parts, dim=1).flatten(0, 1)
-        b = torch.cat([b for _, b in pairs], dim=1)
+        parts = [(a * s).unflatten(1, (groups, -1)) for (a, _), s in zip(pairs, strengths, strict=True)]
+        a = torch.cat(parts, dim=2).flatten(1, 2)
+        b = torch.cat([b for _, b in pairs], dim=2)
     elif how.on_products:
-        a, b = _decomposed(site, adapters, weights, pairs, strengths, how)
+        site.delta(*(f.to("meta") for f in factors(adapters[0])))  # raises where the product is no weight
+        a, b = _decomposed(adapters, weights, pairs, strengths, how)
     else:
-        rank = max(a.shape[0] for a, _ in pairs)
+        most = max(a.shape[1] for a, _ in pairs)
         each = [split_weight(s) for s in strengths]
-        a = how.combine([padded(a, 0, rank, groups) for a, _ in pairs], [d for d, _ in each])
-        b = how.combine([padded(b, 1, rank // groups) for _, b in pairs], [u for _, u in each])
-    result[down], result[up] = a, b
+        a = how.combine([padded(a, 1, most, groups) for a, _ in pairs], [d for d, _ in each])
+        b = how.combine([padded(b, 2, most // groups) for _, b in pairs], [u for _, u in each])
+    a, b = padded(a, 1, rank, groups), padded(b, 2, rank // groups)
+    result[down], result[up] = site.joined(a, b) if hasattr(site, "joined") else (a.squeeze(0), b.squeeze(0))
     bias = f"{up}.bias"
     if any(bias in adapter for adapter in adapters):
         result[bias] = sum(
@@ -74,39 +79,51 @@ def padded(tensor: Tensor, axis: int, size: int, groups: int = 1) -> Tensor:
     return wide.flatten(axis, axis + 1)
 
 
+def _split(site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """[P, r, ...] and [P, N, r, ...], the factors of each of the matrices that are adapted."""
+    return site.split(a, b) if hasattr(site, "split") else (a.unsqueeze(0), b.unsqueeze(0))
+
+
 def _decomposed(
-    site: Site,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     pairs: Sequence[tuple[Tensor, Tensor]],
     strengths: Sequence[float],
     how: Combination,
 ) -> tuple[Tensor, Tensor]:
-    site.delta(*pairs[0])  # raises where the product of the factors is no weight
-    rank = how.svd_rank or max(a.shape[0] for a, _ in pairs)
-    flat = [(a.flatten(1), b.flatten(1)) for a, b in pairs]
+    rank = how.svd_rank or max(a.shape[1] for a, _ in pairs)
+    flat = [(a.flatten(2), b.flatten(2)) for a, b in pairs]
     if how.kind == "svd" and how.svd_clamp is None and how.svd_driver is None:
-        u, s, vh = svd_of_sum(flat, strengths)
-    else:
-        scaled = [(b @ a) * float(adapter.scale) for (a, b), adapter in zip(flat, adapters, strict=True)]
-        total = how.combine(scaled, weights)
-        u, s, vh = torch.linalg.svd(total, full_matrices=how.svd_full_matrices, driver=how.svd_driver)
-    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    u = u[:, : len(s)] * s
-    vh = vh[: len(s)]
-    if how.svd_clamp is not None:
-        high = torch.quantile(torch.cat([u.flatten(), vh.flatten()]), how.svd_clamp)
-        u, vh = u.clamp(-high, high), vh.clamp(-high, high)
+        vh, u = _cut(*svd_of_sum(flat, strengths), rank)
+    else:  # one after the other: the products of a stack together are as large as the weights
+        scales = [float(adapter.scale) for adapter in adapters]
+        each = []
+        for part in range(flat[0][0].shape[0]):
+            scaled = [(b[part] @ a[part]).unsqueeze(0) * s for (a, b), s in zip(flat, scales, strict=True)]
+            total = how.combine(scaled, weights).squeeze(0)
+            found = torch.linalg.svd(total, full_matrices=how.svd_full_matrices, driver=how.svd_driver)
+            each.append(_cut(*found, rank, how.svd_clamp))
+        vh, u = (torch.stack(t) for t in zip(*each, strict=True))
     a, b = pairs[0]
-    return vh.reshape(-1, *a.shape[1:]), u.reshape(b.shape[0], -1, *b.shape[2:])
+    return vh.reshape(*vh.shape[:2], *a.shape[2:]), u.reshape(*u.shape, *b.shape[3:])
+
+
+def _cut(u: Tensor, s: Tensor, vh: Tensor, rank: int, clamp: float | None = None) -> tuple[Tensor, Tensor]:
+    """The down factor [..., r, K] and the up factor [..., N, r] of an SVD, of at most `rank`."""
+    s = s[..., :rank]
+    u, vh = u[..., : s.shape[-1]] * s.unsqueeze(-2), vh[..., : s.shape[-1], :]
+    if clamp is not None:
+        high = torch.quantile(torch.cat([u.flatten(), vh.flatten()]), clamp)
+        u, vh = u.clamp(-high, high), vh.clamp(-high, high)
+    return vh, u
 
 
 def svd_of_sum(pairs: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of Σ s B A from two thin QR decompositions; its rank is at most the sum of the ranks, so nothing of the
-    weight's size is ever made."""
-    left = torch.cat([b * s for (_, b), s in zip(pairs, strengths, strict=True)], dim=1)
-    right = torch.cat([a for a, _ in pairs], dim=0)
+    """The SVD of Σ s B A from two thin QR decompositions, for a [..., r, K] and b [..., N, r]; its rank is at most the
+    sum of the ranks, so nothing of the weight's size is ever made."""
+    left = torch.cat([b * s for (_, b), s in zip(pairs, strengths, strict=True)], dim=-1)
+    right = torch.cat([a for a, _ in pairs], dim=-2)
     q1, r1 = torch.linalg.qr(left)
-    q2, r2 = torch.linalg.qr(right.t())
-    u, s, vh = torch.linalg.svd(r1 @ r2.t())
-    return q1 @ u[:, : len(s)], s, vh[: len(s)] @ q2.t()
+    q2, r2 = torch.linalg.qr(right.mT)
+    u, s, vh = torch.linalg.svd(r1 @ r2.mT)
+    return q1 @ u[..., : s.shape[-1]], s, vh[..., : s.shape[-1], :] @ q2.mT

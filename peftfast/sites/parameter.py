@@ -63,9 +63,17 @@ class ParameterSite:
         left, right = self._factors(a, b)
         return (left @ right).flatten(0, 1)
 
+    def split(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of every expert, [E, r, K] and [E, N, r]."""
+        return per_expert(a, b, self.experts)
+
+    def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """`split`, undone."""
+        return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
     def _factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Two stacks whose product lies as the Parameter does."""
-        a, b = per_expert(a, b, self.experts)
+        a, b = self.split(a, b)
         return (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
 
     def together(self, parts: Sequence[LowRank]) -> LowRank:

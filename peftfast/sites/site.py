@@ -55,6 +55,8 @@ class Site(Protocol):
         segmented, adapt_rows: optional, see `LinearSite`: kernels that pick every row's own factors.
         bind: optional, see `LinearSite`: `adapt` of one adapter with its lookups done beforehand.
         parameter: optional, the name of the adapted Parameter in the module, where it is not `weight`.
+        experts: optional, of how many matrices the weight is a stack; their factors are in one pair of tensors, which
+            `split(a, b)` makes [E, r, K] and [E, N, r], and `joined` one pair again.
         parts: optional, of the class: names of children that are adapted with the module and never by themselves;
             `part(name)` is the site of one.
     """

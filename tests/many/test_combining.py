@@ -107,6 +107,22 @@ def test_grouped_convolutions_keep_their_groups_apart(kind, ranks):
     torch.testing.assert_close(outputs["mix"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_grouped_convolutions_of_a_smaller_rank_than_others():
+    base = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 8, 3, groups=2))
+    config = LoraConfig(r=8, rank_pattern={"0": 4}, target_modules=["0", "1"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peftfast.get_peft_model(base, config)
+    model.add_weighted_adapter(["default"], [2.0], "mix")
+    x = torch.randn(2, 4, 7, 7)
+    for layer in model.base_model.inventory.layers.values():
+        plain = layer.base_layer(x)
+        model.set_adapter("default")
+        expected = plain + 2.0 * (layer(x) - plain)
+        model.set_adapter("mix")
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        x = plain
+
+
 @pytest.mark.parametrize("kind", ["cat", "svd", "linear", "ties", "dare_linear", "ties_svd", "magnitude_prune_svd"])
 def test_equals_pefts_on_tables_and_transposed_weights(kind, same_masks):
     targets = ["c_attn", "wte"]
