@@ -41,7 +41,7 @@ def reduce_intruder_dimension(
         logging_sink: told of every layer; None: nobody is.
 
     Raises:
-        ValueError: no such adapter, no plain LoRA, the new name is taken, or adapters are merged.
+        ValueError: no such adapter, no plain LoRA, one of Parameters, the new name is taken, or adapters are merged.
         NotImplementedError: ΔW is no weight of an adapted module (grouped convolutions).
     """
     log = logging_sink or (lambda line: None)
@@ -55,6 +55,11 @@ def reduce_intruder_dimension(
         raise ValueError(
             f"The provided model is not using LoRA and is therefore not supported: {old_adapter_name} is "
             f"{'DoRA' if getattr(cfg, 'use_dora', False) else cfg.peft_type}."
+        )
+    if cfg.target_parameters:
+        raise ValueError(
+            f"reduce_intruder_dimension does not support adapters of Parameters, and {old_adapter_name} has "
+            f"target_parameters={sorted(cfg.target_parameters)}"
         )
     inventory = peft_model.base_model.inventory
     merged = {name for layer in inventory.layers.values() for name in layer.merged_adapters}

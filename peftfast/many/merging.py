@@ -62,14 +62,13 @@ def add_weighted_adapter(
     method, how = _checked(inventory, adapters, weights, how)
     layers = inventory.layers
     keys = [key for key in inventory.names if key in layers and any(n in layers[key].adapters for n in adapters)]
+    modules = [key for key in keys if not inventory.is_nested(key)]
     present = [[layer.adapters[n] for layer in inventory.layers.values() if n in layer.adapters] for n in adapters]
-    cfg = _combined_config(inventory, adapters, keys, method.combined_fields(present, how))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*inconsistency was discovered", category=RuntimeWarning)
-        add_adapter(inventory, adapter_name, cfg, keys=keys)
+    cfg = _combined_config(inventory, adapters, modules, method.combined_fields(present, how))
+    add_adapter(inventory, adapter_name, cfg, modules=modules)
     try:
         with torch.no_grad():
-            for key, layer in [(k, one) for k in keys for one in (layers[k], *layers[k].inside().values())]:
+            for layer in [one for key in keys for one in (layers[key], *layers[key].inside().values())]:
                 parts = [(layer.adapters[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer.adapters]
                 made = layer.adapters[adapter_name]
                 tensors = method.combine(layer.site, [a for a, _ in parts], [w for _, w in parts], how, made)
@@ -118,10 +117,6 @@ def _checked(
     if not isinstance(method, Combinable):
         raise TypeError(f"{method.family} does not support add_weighted_adapter: its adapters cannot be combined")
     for name, cfg in zip(adapters, configs, strict=True):
-        if getattr(cfg, "target_parameters", None):
-            raise ValueError(
-                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}')"
-            )
         if getattr(cfg, "trainable_token_indices", None):
             raise ValueError(
                 f"Adapter {name} trains token rows (trainable_token_indices), which have no weighted combination"
@@ -165,6 +160,9 @@ def _combined_config(
     cfg = copy.deepcopy(configs[0])
     saved = list(dict.fromkeys(n for c in configs for n in getattr(c, "modules_to_save", None) or ()))
     cfg.target_modules = together
+    parameters = [c.target_parameters for c in configs if getattr(c, "target_parameters", None)]
+    if parameters:
+        cfg.target_parameters = copy.copy(parameters[0])  # those of all adapters of a model are the same
     if saved:
         cfg.modules_to_save = saved
     for name, value in fields.items():

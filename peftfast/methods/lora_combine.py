@@ -26,7 +26,10 @@ def combined_fields(adapters: Sequence[Sequence[Adapter]], how: Combination) -> 
     else:
         rank = how.svd_rank if how.on_products and how.svd_rank else max(ranks)
     plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True}
-    plain["lora_bias"] = any(a.cfg.lora_bias for layers in adapters for a in layers)
+    configs = [a.cfg for layers in adapters for a in layers]
+    plain["lora_bias"] = any(c.lora_bias for c in configs)
+    if any(c.target_parameters for c in configs):
+        plain["lora_dropout"] = 0.0  # has no meaning for a Parameter, and no config may say it of one
     return {"r": rank, "lora_alpha": rank, **plain}  # an init that changes the base must not run again
 
 

@@ -35,7 +35,7 @@ def add_adapter(
         cfg: its targets are resolved in place.
         strict: refuse what would otherwise be let pass with a warning.
         by: what puts it into the model; prompts go elsewhere than into layers.
-        options: `dtype`, `device`, `initialise`, `keys` of `injection.plan_injection`.
+        options: `device`, `initialise`, `keys`, `modules` of `injection.plan_injection`.
 
     Raises:
         ValueError: the name is taken, nothing matches, a second adapter would train biases.

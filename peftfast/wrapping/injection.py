@@ -139,6 +139,7 @@ def plan_injection(
     *,
     strict: bool = False,
     keys: Iterable[str] | None = None,
+    modules: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     initialise: bool = True,
     autocast_adapter_dtype: bool = True,
@@ -147,6 +148,7 @@ def plan_injection(
 
     Args:
         keys: adapt exactly these modules, whatever the config says (they come from a state dict).
+        modules: the same without a word about the difference (they come from adapters of this model).
         device: of the new tensors; None: where the base weight is.
         initialise: False when the tensors are about to be loaded.
     """
@@ -186,6 +188,8 @@ def plan_injection(
             raise ValueError(f"The state dict adapts modules that the model does not have: {enumerate_some(unknown)}")
         _say_difference(set(matched), set(wanted))
         matched = [n for n in names if n in set(wanted)]
+    if modules is not None:
+        matched = list(modules)
     if always and tied_heads and embedding_name(inventory) in matched:
         tie.targets = tied_heads
         matched = [n for n in matched if n not in set(tied_heads)]
@@ -198,7 +202,7 @@ def plan_injection(
     parameters = plan_parameters(inventory, cfg, method, [*matched, *parts], saved)
     if not (matched or (not cfg.target_modules and not isinstance(cfg.target_modules, str) and (saved or rows))):
         report_matches(cfg, matcher, matched, names, strict, full_names(parameters))
-    elif keys is None:
+    elif keys is None and modules is None:
         report_matches(cfg, matcher, matched, names, strict, full_names(parameters))
     if getattr(cfg, "target_parameters", None):
         report_parameters(cfg, parameters, inventory, strict)
@@ -217,7 +221,8 @@ def plan_injection(
     if matched:
         _settle_orientation(cfg, transposed)
     if isinstance(cfg.target_modules, (set, list)) and len(cfg.target_modules) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
-        if getattr(method, "condense_targets", True) and keys is None and not getattr(cfg, "layers_to_transform", None):
+        free = keys is None and modules is None and not getattr(cfg, "layers_to_transform", None)
+        if free and getattr(method, "condense_targets", True):
             cfg.target_modules = shortest_suffixes(matched, [n for n in names if n not in set(matched)])
     targets = [key for key in dict.fromkeys((*matched, *tie.targets)) if key not in own]
     tokens, tokens_tied = plan_tokens(inventory, cfg, rows, tied_heads)
