@@ -88,6 +88,10 @@ class ParameterLayer(ChangingLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the changes of all layers around it that are in force."""
-        changes = {layer.site: found for layer in self.nest() if (found := layer.changes())}
+        changes = {}
+        for layer in self.nest():  # compilers cannot follow an assignment inside a comprehension
+            found = layer.changes()
+            if found:
+                changes[layer.site] = found
         module = self.get_base_layer()
         return run_changed(module, changes, args, kwargs) if changes else module(*args, **kwargs)

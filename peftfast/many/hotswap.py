@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PeftType
+from peftfast.files.experts import migrate_experts
 from peftfast.files.io import load_peft_weights
 from peftfast.files.state import Entry, adapter_entries, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
@@ -21,7 +23,6 @@ from peftfast.methods.lora_combine import padded
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_stack import factor_slots
 
-_NO_PARAMETERS = "Hotswapping does not support adapters of Parameters (target_parameters)"
 #: Fields that change the output and are neither in the weights nor in the scaling, which every swap sets anew.
 _MUST_AGREE = ("use_rslora", "lora_dropout", "use_dora")
 
@@ -33,8 +34,12 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         raise ValueError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
     if kinds[0] != PeftType.LORA.value:
         raise ValueError(f"Hotswapping only supports {PeftType.LORA.value} but {kinds[0]} was passed.")
-    if config0.target_parameters or config1.target_parameters:
-        raise ValueError(_NO_PARAMETERS)
+    old, new = (set(c.target_parameters or ()) for c in (config0, config1))
+    if new and new != old:  # which Parameter a tensor is for follows from how layers are nested
+        raise ValueError(
+            f"Configs are incompatible: for target_parameters, {sorted(old)} != {sorted(new)}; both adapters have to "
+            "adapt the same Parameters, or the new one none"
+        )
     for key in _MUST_AGREE:
         old, new = getattr(config0, key), getattr(config1, key)
         if old != new:
@@ -47,7 +52,8 @@ def hotswap_adapter(
     """Put a saved LoRA into the place of adapter `adapter_name`; the name stays.
 
     Where the new one has no weights the old ones become zero; a smaller rank is padded with zeros. A larger rank makes
-    new tensors, which a compiled model notices: see `prepare_model_for_compiled_hotswap`.
+    new tensors, which a compiled model notices: see `prepare_model_for_compiled_hotswap`. Of Parameters
+    (`target_parameters`) the new one adapts the same or none.
 
     Args:
         torch_device: of the tensors while they are read.
@@ -61,6 +67,7 @@ def hotswap_adapter(
     present = _configs(model)
     if adapter_name not in present:
         raise ValueError(f"Adapter {adapter_name} not found. Adapters present: {sorted(present)}")
+    config = _in_names_of(model, config)
     check_hotswap_configs_compatible(present[adapter_name], config)
     arguments, _ = PeftConfig._split_hub_arguments(kwargs)
     tensors = load_peft_weights(model_name_or_path, device=torch_device, **arguments)
@@ -82,7 +89,23 @@ def hotswap_adapter_from_state_dict(
     """
     if parameter_prefix != "lora_":
         raise ValueError(f"Hotswapping only supports LoRA, got parameter_prefix={parameter_prefix!r}")
-    _swap(model, state_dict, adapter_name, config, by_file_name=False)
+    _swap(model, state_dict, adapter_name, _in_names_of(model, config), by_file_name=False)
+
+
+def _in_names_of(model: nn.Module, config: PeftConfig) -> PeftConfig:
+    """The config as it is read where an adapter is added: layers that this model has fused are Parameters."""
+    method = method_for(config)
+    if not hasattr(type(method), "retarget"):
+        return config
+    config = copy.deepcopy(config)
+    method.retarget(config, _base(model))
+    return config
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model without adapters' names around it."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _configs(model: nn.Module) -> Mapping[str, PeftConfig]:
@@ -98,8 +121,6 @@ def _swap(
     }
     if not entries:
         raise ValueError(f"Adapter {adapter_name} not found in the model")
-    if any(getattr(e.layer.adapters[adapter_name].cfg, "target_parameters", None) for e in entries.values()):
-        raise ValueError(_NO_PARAMETERS)
     merged = [e.layer for e in entries.values() if adapter_name in e.layer.merged_adapters]
     if merged:
         raise ValueError(
@@ -111,6 +132,7 @@ def _swap(
         prefix = "base_model.model."
         wants = next(iter(entries)).startswith(prefix)
         given = {prefix * wants + k.removeprefix(prefix): v for k, v in given.items()}
+        given = migrate_experts(given, entries, config, _base(inner))
     unexpected = [k for k in given if k not in entries]
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
@@ -120,6 +142,12 @@ def _swap(
         if [n for i, n in enumerate(new.shape) if i != axis] != [n for i, n in enumerate(old.shape) if i != axis]:
             raise ValueError(
                 f"Incompatible shapes found for LoRA weights {key}: {tuple(old.shape)} vs {tuple(new.shape)}."
+            )
+        experts = _experts(entries[key].layer)
+        if axis >= 0 and new.shape[axis] % experts:
+            raise ValueError(
+                f"Incompatible shapes found for LoRA weights {key}: {tuple(new.shape)} is no whole rank for each of "
+                f"{experts} experts."
             )
     with torch.no_grad():
         for key, entry in entries.items():
@@ -151,11 +179,21 @@ def _replace(entry: Entry, old: Tensor, new: Tensor, axis: int) -> None:
     elif new.shape[axis] > old.shape[axis]:
         old.data = new.to(old.dtype).clone()
     else:
-        old.copy_(padded(new, axis, old.shape[axis], _groups(entry.layer) if axis == 0 else 1))
+        old.copy_(padded(new, axis, old.shape[axis], _runs(entry.layer) if axis == 0 else 1))
+
+
+def _experts(layer: BaseTunerLayer) -> int:
+    return getattr(layer.site, "experts", 1)
 
 
 def _groups(layer: BaseTunerLayer) -> int:
-    return getattr(layer.get_base_layer(), "groups", 1)
+    return getattr(layer.site, "groups", 1)
+
+
+def _runs(layer: BaseTunerLayer) -> int:
+    """Of how many runs the down factor's ranks consist. In the up factor ranks are the slowest, whatever is beside
+    them."""
+    return _experts(layer) * _groups(layer)
 
 
 def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> None:
@@ -166,7 +204,11 @@ def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> Non
     else:
         layer.scaling[adapter.name] = scaling
     layer._initial_scaling[adapter.name] = scaling
-    layer.r[adapter.name] = adapter[factor_slots(adapter)[0]].shape[0]
+    layer.r[adapter.name] = _rank(layer, adapter)
+
+
+def _rank(layer: BaseTunerLayer, adapter: Adapter) -> int:
+    return adapter[factor_slots(adapter)[0]].shape[0] // _experts(layer)
 
 
 def _record(config: LoraConfig | None, adapters: list[Adapter]) -> None:
@@ -221,12 +263,9 @@ def prepare_model_for_compiled_hotswap(
             "the first adapter and before loading the second adapter."
         )
     pairs = [(layer, adapter) for layer in layers for adapter in layer.adapters.values()]
-    alone = [adapter.key for _, adapter in pairs if getattr(adapter.cfg, "target_parameters", None)]
-    if alone:
-        raise ValueError(f"{_NO_PARAMETERS}: {alone[0]}")
     if target_rank is not None:
         for layer, adapter in pairs:
-            rank = adapter[factor_slots(adapter)[0]].shape[0]
+            rank = _rank(layer, adapter)
             if rank > target_rank:
                 raise ValueError(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
@@ -243,12 +282,13 @@ def prepare_model_for_compiled_hotswap(
             value = layer.scaling[adapter.name]
             layer.scaling[adapter.name] = torch.as_tensor(float(value), device=layer.site.weight.device)
             if target_rank is not None:
-                groups = _groups(layer)
-                down, up = (adapter[s] for s in factor_slots(adapter))
-                down.data = padded(down.data, 0, target_rank, groups)
-                up.data = padded(up.data, 1, target_rank // groups)
+                slots = layer.site.low_rank_slots(target_rank)
+                down, up = (adapter[s] for s in slots)
+                sizes = [slot.shape[axis] for axis, slot in enumerate(slots.values())]
+                down.data = padded(down.data, 0, sizes[0], _runs(layer))
+                up.data = padded(up.data, 1, sizes[1])
                 layer.r[adapter.name] = target_rank
-                _resize_holders(layer, adapter, target_rank)
+                _resize_holders(layer, adapter, sizes[0])
     for cfg in (
         () if config is None or target_rank is None else config.values() if isinstance(config, dict) else (config,)
     ):

@@ -45,7 +45,7 @@ def combined(
     pairs = [_split(site, a.to(wide), b.to(wide)) for a, b in pairs]
     strengths = [w * float(a.scale) for a, w in zip(adapters, weights, strict=True)]
     result = {}
-    groups = getattr(site.module, "groups", 1)
+    groups = getattr(site, "groups", 1)
     if how.kind == "cat":
         # each group of a convolution has its run of ranks, in which all adapters' ranks for it come together
         parts = [(a * s).unflatten(1, (groups, -1)) for (a, _), s in zip(pairs, strengths, strict=True)]

@@ -26,6 +26,7 @@ class ConvSite:
         self.weight = base_weight(module)
         self._conv = next(f for cls, f in _CONV.items() if isinstance(module, cls))
         self._ones = (1,) * len(module.kernel_size)
+        self.groups = module.groups
         self.stacks = module.groups == 1
 
     def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:

@@ -52,6 +52,7 @@ class Site(Protocol):
     Attributes:
         stacks: optional, False where factor pairs stacked on the rank are not the sum of the pairs (grouped
             convolutions, whose groups each take a run of ranks).
+        groups: optional, how many such runs there are.
         segmented, adapt_rows: optional, see `LinearSite`: kernels that pick every row's own factors.
         bind: optional, see `LinearSite`: `adapt` of one adapter with its lookups done beforehand.
         parameter: optional, the name of the adapted Parameter in the module, where it is not `weight`.
