@@ -140,7 +140,7 @@ class Op:
                 f"process starts; use {BACKEND_VARIABLE}=auto or torch otherwise"
             )
         forced = backend == "triton"
-        if not (forced or has_triton_gpu(device)):
+        if not (forced or has_triton_gpu(device)) or _in_double(args) or kwargs and _in_double(kwargs.values()):
             return False
         if self.accepts is not _accepts_everything and not self.accepts(*args, **kwargs):
             return False
@@ -193,6 +193,19 @@ def has_triton_gpu(device: torch.device) -> bool:
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _in_double(args: Iterable[Any]) -> bool:
+    """Whether a tensor among these is fp64, which kernels would compute in fp32."""
+    for value in args:
+        kind = type(value)
+        if kind in _TENSORS or kind is _operand_type:
+            if value.dtype is torch.float64:
+                return True
+        elif kind is list and _in_double(value):
+            return True
+    return False
+
 
 OPS: dict[str, Op] = {}
 

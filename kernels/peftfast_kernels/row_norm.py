@@ -22,8 +22,7 @@ def _reference(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor |
 
 def _build(squares, *case):
     made = make_weight_inputs(*case)
-    reference = decoder_of(made["w"]).reference(made["w"]).float().square().sum(1)
-    return {**made, "squares": reference if squares else None}
+    return {**made, "squares": row_squares(made["w"]) if squares else None}
 
 
 def _cases():
@@ -40,10 +39,11 @@ def _cost(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | None
 
 
 def row_squares(w: Operand) -> Tensor:
-    """Returns ‖W_i‖² [N] in fp32, for a frozen weight's cache."""
+    """Returns ‖W_i‖² [N] in fp32 (fp64 for an fp64 weight), for a frozen weight's cache."""
     source = weight_nk(w, w.dtype)
-    parts = [source[rows].float().square().sum(1) for rows in row_chunks(w.shape[0], w.shape[1], CHUNK)]
-    return torch.cat(parts) if parts else source.new_zeros(0, dtype=torch.float32)
+    dtype = accumulate_dtype(source)
+    parts = [source[rows].to(dtype).square().sum(1) for rows in row_chunks(w.shape[0], w.shape[1], CHUNK)]
+    return torch.cat(parts) if parts else source.new_zeros(0, dtype=dtype)
 
 
 def gram(a: Tensor) -> Tensor:

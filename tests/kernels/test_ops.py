@@ -5,6 +5,7 @@ import torch
 
 from peftfast_kernels import OPS, lora_down, lora_dt, lora_factor_grads, lora_gemm, lora_gemm_t, use_backend
 from peftfast_kernels.decode import Operand, dense, random_operand
+from peftfast_kernels.row_norm import row_squares
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -83,6 +84,41 @@ def test_eager_matches_oracle(name, case, device):
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}-{case.id}" for name, case in CASES])
 def test_triton_matches_oracle(name, case, device):
     check(name, case, device, "launch")
+
+
+def in_double(value):
+    """Arguments in fp64, one of an operand's included; dtypes of results too."""
+    if isinstance(value, dict):
+        return {key: in_double(one) for key, one in value.items()}
+    if isinstance(value, Operand):
+        stored = [one.double() for one in value.tensors] if value.format == "dense" else value.tensors
+        return value._replace(tensors=stored, dtype=torch.float64)
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return [in_double(one) for one in value] if isinstance(value, list) else upcast(value)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name not in EXACT])
+def test_double_is_left_to_torch(name, device):
+    """Kernels sum in fp32, which is no answer to somebody who has asked for fp64."""
+    for case in OPS[name].cases():
+        kwargs = in_double(case.make(device))
+        if kwargs.get("squares") is not None:
+            kwargs["squares"] = row_squares(kwargs["w"])
+        with use_backend("triton"):
+            assert not OPS[name].runs_triton(**kwargs)
+            results, oracles = outputs(OPS[name](**kwargs)), outputs(OPS[name].reference(**kwargs))
+        for out, oracle in zip(results, oracles, strict=True):
+            assert out.dtype == torch.float64
+            torch.testing.assert_close(out, oracle, rtol=1e-12, atol=1e-11)
+
+
+def test_one_double_among_the_arguments_is_enough(device):
+    x, w, t, b = (torch.randn(*shape, device=device) for shape in ((5, 16), (8, 16), (5, 4), (8, 4)))
+    with use_backend("triton"):
+        assert lora_gemm.runs_triton(x, dense(w), None, t, b, 1.0)
+        assert not lora_gemm.runs_triton(x, dense(w), None, t.double(), b.double(), 1.0)
+        assert not lora_gemm.runs_triton(x, dense(w), None, t=t.double(), b=b.double(), scale=1.0)
 
 
 @pytest.mark.parametrize("name", OPS)
