@@ -6,7 +6,9 @@ Saved for the backward pass: the rows, t = s · x Aᵀ [S, r], and the parameter
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,46 +21,28 @@ _LOOPED = 8
 #: What `grouped_mm` multiplies faster than a loop does.
 _GROUPED = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
 
+#: Factors as `per_expert` takes them, and their scale.
+Change = tuple[Tensor, Tensor, Any]
 
-class Groups:
-    """Pairs of a token and one of its experts, in the experts' order.
+
+class Runs:
+    """Rows in runs, one for each of some matrices; a matrix may have no rows.
 
     Args:
-        experts: [T, k] int64, the experts of every token. count: how many experts there are.
-
-    Attributes:
-        order: [S] int64, S = T k: the position in `experts.flatten()` of every pair. experts: [S], its expert.
+        count: how many matrices there are. ends: int32 [count], the row after the last one of each.
+        runs: (matrix, first row, row after the last) of all that have rows, where the host knows.
     """
 
-    def __init__(self, experts: Tensor, count: int) -> None:
-        self.experts, self.order = torch.sort(experts.reshape(-1), stable=True)
-        self.count = count
-        numbers = torch.arange(count, device=experts.device)
-        self._ends = torch.searchsorted(self.experts, numbers, right=True).to(torch.int32)  # on the device, no waiting
-        self._runs: list[tuple[int, int, int]] | None = None
-        self._hit: tuple[Groups, Tensor | None] | None = None
+    def __init__(self, count: int, ends: Tensor, runs: list[tuple[int, int, int]] | None = None) -> None:
+        self.count, self._ends, self._runs = count, ends, runs
 
     @property
     def runs(self) -> list[tuple[int, int, int]]:
-        """(expert, first row, row after the last) of every expert that has rows. The host waits for the device."""
+        """(matrix, first row, row after the last) of all that have rows. The host waits for the device."""
         if self._runs is None:
             ends = self._ends.tolist()
             self._runs = [(e, s, t) for e, (s, t) in enumerate(zip([0, *ends], ends, strict=False)) if t > s]
         return self._runs
-
-    @property
-    def hit(self) -> tuple[Groups, Tensor | None]:
-        """The same rows with only the experts that have any, numbered from 0 on, and those experts [count]; `self` and
-        None, where that would be most of them or the host does not know."""
-        if self._hit is None:
-            self._hit = (self, None)
-            if self.experts.is_cpu and 0 < 4 * len(self.runs) <= self.count:
-                new = Groups.__new__(Groups)
-                new.experts, new.order, new.count = self.experts, self.order, len(self.runs)
-                new._runs = [(i, s, t) for i, (_, s, t) in enumerate(self.runs)]
-                new._ends = torch.tensor([t for _, _, t in self.runs], dtype=torch.int32)
-                self._hit = (new, torch.tensor([e for e, _, _ in self.runs]))
-        return self._hit
 
     def _takes(self, x: Tensor, w: Tensor) -> bool:
         """Whether torch's grouped product multiplies these, and does it faster than a loop."""
@@ -67,11 +51,11 @@ class Groups:
         return not (x.is_cpu and len(self.runs) <= _LOOPED) and _is_aligned(x) and _is_aligned(w)
 
     def _in_step(self, x: Tensor, w: Tensor) -> bool:
-        """Whether row i is expert i's, as where one token is decoded and only its experts are numbered."""
+        """Whether row i is matrix i's, as where one token is decoded and only its experts are numbered."""
         return x.shape[0] == w.shape[0] == len(self.runs) and x.dtype is w.dtype
 
     def mm(self, x: Tensor, w: Tensor) -> Tensor:
-        """[S, N]: every row of x [S, K] times its expert's w [count, K, N], which may be of another dtype."""
+        """[S, N]: every row of x [S, K] times the w [count, K, N] of its run, which may be of another dtype."""
         if self._takes(x, w):
             return F.grouped_mm(x, w, offs=self._ends)
         if self._in_step(x, w):
@@ -93,13 +77,87 @@ class Groups:
         return y
 
     def outer(self, x: Tensor, y: Tensor) -> Tensor:
-        """[count, M, N]: xᵀ y over the rows of each expert, for x [S, M] and y [S, N]."""
+        """[count, M, N]: xᵀ y over the rows of each run, for x [S, M] and y [S, N]."""
         if self._takes(x.t(), y):
             return F.grouped_mm(x.t(), y, offs=self._ends)
         out = x.new_zeros(self.count, x.shape[1], y.shape[1])
         for e, s, t in self.runs:
             torch.mm(x[s:t].t(), y[s:t], out=out[e])
         return out
+
+
+class Branch(NamedTuple):
+    """How rows meet the factors that are gathered for them."""
+
+    runs: Runs  # numbered as the factors are
+    scale: Any  # a number, or [S', 1]
+    rows: Tensor | None = None  # [S'], the rows that have factors, in the order of the runs; None: all, as they are
+
+    def own(self, x: Tensor) -> Tensor:
+        """The rows that have factors."""
+        return x if self.rows is None else x.index_select(0, self.rows)
+
+    def add_mm(self, y: Tensor, t: Tensor, w: Tensor) -> Tensor:
+        """y with t times the w of its run added to the rows that have one; may be in place."""
+        if self.rows is None:
+            return self.runs.add_mm(y.to(t.dtype), t, w).to(y.dtype)
+        own = self.runs.add_mm(y.index_select(0, self.rows).to(t.dtype), t, w)
+        return y.index_copy_(0, self.rows, own.to(y.dtype))
+
+
+class Groups(Runs):
+    """Pairs of a token and one of its experts, in the experts' order.
+
+    Args:
+        experts: [T, k] int64, the experts of every token. count: how many experts there are.
+
+    Attributes:
+        order: [S] int64, S = T k: the position in `experts.flatten()` of every pair. experts: [S], its expert.
+    """
+
+    def __init__(self, experts: Tensor, count: int) -> None:
+        self.experts, self.order = torch.sort(experts.reshape(-1), stable=True)
+        numbers = torch.arange(count, device=experts.device)
+        # on the device, no waiting
+        super().__init__(count, torch.searchsorted(self.experts, numbers, right=True).to(torch.int32))
+        self._hit: tuple[Runs, Tensor | None] | None = None
+
+    @property
+    def hit(self) -> tuple[Runs, Tensor | None]:
+        """The same rows with only the experts that have any, numbered from 0 on, and those experts [count]; `self` and
+        None, where that would be most of them or the host does not know."""
+        if self._hit is None:
+            self._hit = (self, None)
+            if self.experts.is_cpu and 0 < len(self.runs) and _is_few(len(self.runs), self.count):
+                experts = [e for e, _, _ in self.runs]
+                self._hit = (_runs_of([t - s for _, s, t in self.runs], self._ends), torch.tensor(experts))
+        return self._hit
+
+    def gather(self, change: Change, dtype: torch.dtype) -> tuple[Tensor, Tensor, Branch]:
+        """Factors a [count, r, K] and b [count, N, r] of a change in `dtype`, and how rows meet them."""
+        runs, experts = self.hit
+        return *_of_experts(change, self.count, experts, dtype), Branch(runs, change[2])
+
+
+def _is_few(some: int, count: int) -> bool:
+    """Whether picking some experts' factors moves less than using all of them."""
+    return 4 * some <= count
+
+
+def _runs_of(lengths: Sequence[int], like: Tensor) -> Runs:
+    """Runs of these many rows each, on the device of `like`."""
+    ends = list(accumulate(lengths))
+    runs = [(i, t - n, t) for i, (n, t) in enumerate(zip(lengths, ends, strict=True)) if n]
+    return Runs(len(ends), torch.tensor(ends, dtype=torch.int32, device=like.device), runs)
+
+
+def _of_experts(change: Change, count: int, experts: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`per_expert` in `dtype`."""
+    a, b, _ = change
+    if experts is None:  # a cast first makes less to move
+        a, b = a.to(dtype), b.to(dtype)
+    a, b = per_expert(a, b, count, experts)
+    return a.to(dtype), b.to(dtype)
 
 
 def _is_aligned(t: Tensor) -> bool:
@@ -109,14 +167,12 @@ def _is_aligned(t: Tensor) -> bool:
     return dense == 1 and all(s * t.element_size() % 16 == 0 for s in (other, *outer))
 
 
-def _composed(x: Tensor, a: Tensor, b: Tensor, w: Tensor, groups: Groups, scale: float) -> Tensor:
+def _composed(x: Tensor, a: Tensor, b: Tensor, w: Tensor, groups: Groups, branch: Branch) -> Tensor:
     """The formula of `_ExpertsLinear` in torch's own operations."""
-    hit, _ = groups.hit
-    rows = []
-    for (e, s, t), (i, _, _) in zip(groups.runs, hit.runs, strict=True):
-        branch = (x[s:t].to(a.dtype) @ a[i].t()) @ b[i].t() * scale
-        rows.append(((x[s:t] @ w[e].to(x.dtype)).to(a.dtype) + branch).to(x.dtype))
-    return torch.cat(rows)
+    y = torch.cat([x[s:t] @ w[e].to(x.dtype) for e, s, t in groups.runs]).to(a.dtype)
+    own = branch.own(x).to(a.dtype)
+    change = torch.cat([(own[s:t] @ a[i].t()) @ b[i].t() for i, s, t in branch.runs.runs]) * branch.scale
+    return (y + change if branch.rows is None else y.index_add(0, branch.rows, change)).to(x.dtype)
 
 
 def _again(ctx: Any, dy: Tensor) -> tuple:
@@ -124,20 +180,20 @@ def _again(ctx: Any, dy: Tensor) -> tuple:
     x, _, a, b, w = ctx.saved_tensors
     if a is None:
         return torch.cat([dy[s:t] @ w[e].t().to(dy.dtype) for e, s, t in ctx.groups.runs]), *(None,) * 5
-    y = _composed(x, a, b, w, ctx.groups, ctx.scale)
+    y = _composed(x, a, b, w, ctx.groups, ctx.branch)
     return (*gradients_of(y, (x, a, b), ctx.needs_input_grad[:3], dy), None, None, None)
 
 
 class _ExpertsLinear(torch.autograd.Function):
-    """`w` is frozen; a [count, r, K] and b [count, N, r], of the branch's dtype, are numbered as `groups.hit` numbers
-    experts, or None."""
+    """`w` is frozen; a [count, r, K] and b [count, N, r], of the branch's dtype, are numbered as `branch.runs` numbers
+    matrices, or None."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, w: Tensor, groups: Groups, scale: float
+        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, w: Tensor, groups: Groups, branch: Branch | None
     ) -> Tensor:
-        y, t = _product(x, a, b, w, groups, scale)
-        ctx.groups, ctx.scale = groups, scale
+        y, t = _product(x, a, b, w, groups, branch)
+        ctx.groups, ctx.branch = groups, branch
         ctx.save_for_backward(None if a is None else x, t, a, b, w)
         return y
 
@@ -145,54 +201,48 @@ class _ExpertsLinear(torch.autograd.Function):
     @second_order(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, t, a, b, w = ctx.saved_tensors
-        groups, (hit, _) = ctx.groups, ctx.groups.hit
+        groups, branch = ctx.groups, ctx.branch
         need_x, need_a, need_b = ctx.needs_input_grad[:3]
         dy = dy.contiguous()
         dx = groups.mm(dy, w.transpose(1, 2)) if need_x else None
         if a is None:
             return dx, None, None, None, None, None
-        branch, kind = a.dtype, dy.dtype
-        dy = dy.to(branch)
-        p = hit.mm(dy, b).mul_(ctx.scale) if need_x or need_a else None
-        dx = hit.add_mm(dx.to(branch), p, a).to(kind) if need_x else None
-        da = hit.outer(p, x.to(branch)) if need_a else None
-        db = hit.outer(dy, t) if need_b else None
+        dy = branch.own(dy).to(a.dtype)
+        p = branch.runs.mm(dy, b).mul_(branch.scale) if need_x or need_a else None
+        dx = branch.add_mm(dx, p, a) if need_x else None
+        da = branch.runs.outer(p, branch.own(x).to(a.dtype)) if need_a else None
+        db = branch.runs.outer(dy, t) if need_b else None
         return dx, da, db, None, None, None
 
 
 def _product(
-    x: Tensor, a: Tensor | None, b: Tensor | None, w: Tensor, groups: Groups, scale: float
+    x: Tensor, a: Tensor | None, b: Tensor | None, w: Tensor, groups: Groups, branch: Branch | None
 ) -> tuple[Tensor, Tensor | None]:
     y = groups.mm(x, w)
     if a is None:
         return y, None
-    hit, _ = groups.hit
-    t = hit.mm(x.to(a.dtype), a.transpose(1, 2)).mul_(scale)
-    return hit.add_mm(y.to(a.dtype), t, b.transpose(1, 2)).to(x.dtype), t
+    t = branch.runs.mm(branch.own(x).to(a.dtype), a.transpose(1, 2)).mul_(branch.scale)
+    return branch.add_mm(y, t, b.transpose(1, 2)), t
 
 
-def experts_linear(x: Tensor, w: Tensor, groups: Groups, change: tuple[Tensor, Tensor, Any] | None) -> Tensor:
+def experts_linear(x: Tensor, w: Tensor, groups: Groups, change: Change | None) -> Tensor:
     """Every row times its own expert's weight, and factors.
 
     Args:
         x: [S, K], sorted as `groups` is, in the dtype of the product and of the result.
         w: frozen, [E, K, N] (a view of [E, N, K] where it is stored so).
-        change: a and b as `per_expert` takes them, and s. Gradients arrive in their layout and dtypes.
+        change: what `groups` gathers factors of. Gradients arrive in their layout and dtypes.
 
     Returns:
         [S, N] in x's dtype.
     """
-    a, b, scale = (None, None, 1.0) if change is None else change
-    if a is not None:
-        _, experts = groups.hit
+    a = b = branch = None
+    if change is not None:
         # half-precision products of a few columns are slow on a CPU; elsewhere the grouped product wants them
-        branch = torch.promote_types(x.dtype, torch.float32) if x.is_cpu else x.dtype
-        if experts is None:  # a cast first makes less to move
-            a, b = a.to(branch), b.to(branch)
-        a, b = (f.to(branch) for f in per_expert(a, b, groups.count, experts))
+        a, b, branch = groups.gather(change, torch.promote_types(x.dtype, torch.float32) if x.is_cpu else x.dtype)
     if not torch.is_grad_enabled():
-        return _product(x, a, b, w, groups, scale)[0]
-    return apply(_ExpertsLinear, x, a, b, w, groups, scale)
+        return _product(x, a, b, w, groups, branch)[0]
+    return apply(_ExpertsLinear, x, a, b, w, groups, branch)
 
 
 def per_expert(a: Tensor, b: Tensor, count: int, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
