@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer, Steps
 from peftfast.many.routing import Routing
-from peftfast.sites.parameter import LowRank, ParameterSite, run_changed
+from peftfast.sites.parameter import LowRank, ParameterSite, run_changed, run_mixed
 
 
 class ChangingLayer(BaseTunerLayer):
@@ -53,7 +53,9 @@ class ChangingLayer(BaseTunerLayer):
         """What a mixed batch is refused with."""
         return ValueError(
             f"{key} is adapted as a Parameter (target_parameters), and lora.ParamWrapper does not support mixed "
-            f"adapter batches yet. This batch asks for {enumerate_some(names)}; give it to one adapter after another."
+            "adapter batches yet where the changed weight has to be formed: in a module that is not one of "
+            "transformers' experts, in experts with hooks or weights that train, and under torch.compile. This batch "
+            f"asks for {enumerate_some(names)}; give it to one adapter after another."
         )
 
 
@@ -88,6 +90,11 @@ class ParameterLayer(ChangingLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the changes of all layers around it that are in force."""
+        routing = self.control.routing
+        if routing is not None and not (routing.uniform or self._disable_adapters):
+            present = tuple([name in self.adapters for name in routing.names])
+            if any(present):
+                return self._by_rows(routing, present, args, kwargs)
         changes = {}
         for layer in self.nest():  # compilers cannot follow an assignment inside a comprehension
             found = layer.changes()
@@ -95,3 +102,16 @@ class ParameterLayer(ChangingLayer):
                 changes[layer.site] = found
         module = self.get_base_layer()
         return run_changed(module, changes, args, kwargs) if changes else module(*args, **kwargs)
+
+    def _by_rows(self, routing: Routing, present: tuple[bool, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Every sample with the changes of its own adapter. All adapters here adapt all Parameters of the nest."""
+        names = [name for name, here in zip(routing.names, present, strict=True) if here]
+        changes = {}
+        for layer in self.nest():
+            own = [layer.adapters[name] for name in names]
+            changes[layer.site] = [layer.site.together(a.method.changes(layer.site, [a])) for a in own]
+        key = self.adapters[names[0]].key
+        y = run_mixed(self.get_base_layer(), changes, lambda x: routing.rows(x, present, self.store, key), args, kwargs)
+        if y is None:
+            raise self._mixed(key, names)
+        return y

@@ -228,14 +228,18 @@ class Routing:
     def _repeats(self, x: Tensor, where: str) -> int:
         size, batch = x.shape[0], self.index.shape[0]
         repeats = size // batch if batch else 0
+        flat = x.dim() == 2 and self.tokens is not None
         if repeats * batch == size and (
-            repeats in self.copies or (x.dim() == 2 and self.tokens is not None and repeats == self.tokens)
+            repeats in self.copies or (flat and any(repeats == n * self.tokens for n in self.copies))
         ):
             return repeats
-        raise ValueError(
+        message = (
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{batch} and {size} respectively{f' at {where}' if where else ''}."
         )
+        if flat:
+            message += f" A flattened batch has {batch} times {self.tokens} rows here, those of a sample together."
+        raise ValueError(message)
 
 
 def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

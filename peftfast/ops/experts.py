@@ -1,5 +1,5 @@
 """y[i] = x[i] W[e]ᵀ + s · x[i] A[e]ᵀ B[e]ᵀ for rows sorted by their expert e: only what is routed is multiplied, and no
-expert's W + s B A is ever formed.
+expert's W + s B A is ever formed. Rows may have different adapters' factors, or none.
 
 Saved for the backward pass: the rows, t = s · x Aᵀ [S, r], and the parameters.
 """
@@ -7,7 +7,8 @@ Saved for the backward pass: the rows, t = s · x Aᵀ [S, r], and the parameter
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from peftfast.ops.function import apply, gradients_of, second_order
 
 #: Up to so many runs of rows a loop over them takes less time on a CPU than the grouped product.
 _LOOPED = 8
+#: With fewer rows a run than this, a grouped product and a sum take less time on a CPU than a loop that adds.
+_THIN = 4
 #: What `grouped_mm` multiplies faster than a loop does.
 _GROUPED = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
 
@@ -40,7 +43,7 @@ class Runs:
     def runs(self) -> list[tuple[int, int, int]]:
         """(matrix, first row, row after the last) of all that have rows. The host waits for the device."""
         if self._runs is None:
-            ends = self._ends.tolist()
+            ends = _on_host(self._ends)
             self._runs = [(e, s, t) for e, (s, t) in enumerate(zip([0, *ends], ends, strict=False)) if t > s]
         return self._runs
 
@@ -67,11 +70,11 @@ class Runs:
 
     def add_mm(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """`mm` added to y in place."""
-        if not y.is_cpu and self._takes(x, w):
-            return y.add_(self.mm(x, w))
         if self._in_step(x, w):
             y.unsqueeze(1).baddbmm_(x.unsqueeze(1), w)
             return y
+        if not (y.is_cpu and len(self.runs) * _THIN <= x.shape[0]) and self._takes(x, w):
+            return y.add_(self.mm(x, w))
         for e, s, t in self.runs:
             torch.addmm(y[s:t], x[s:t], w[e], out=y[s:t])
         return y
@@ -84,6 +87,15 @@ class Runs:
         for e, s, t in self.runs:
             torch.mm(x[s:t].t(), y[s:t], out=out[e])
         return out
+
+
+def _on_host(numbers: Tensor) -> list[int]:
+    if numbers.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Which experts are routed to has to be known to the host for these dtypes and ranks, and always with an "
+            "adapter a row, so that no CUDA graph can be captured; run this model without capturing it"
+        )
+    return numbers.tolist()
 
 
 class Branch(NamedTuple):
@@ -137,6 +149,121 @@ class Groups(Runs):
         """Factors a [count, r, K] and b [count, N, r] of a change in `dtype`, and how rows meet them."""
         runs, experts = self.hit
         return *_of_experts(change, self.count, experts, dtype), Branch(runs, change[2])
+
+
+class _Share(NamedTuple):
+    """What a change of `MixedGroups` has part in."""
+
+    change: int
+    experts: slice  # among all pairs of a change and an expert
+    rows: int
+
+
+class MixedGroups(Groups):
+    """Groups in which every token has a change of its own, or none. Only those pairs of a change and an expert that
+    tokens are routed to are looked at, whatever else there is. The host waits for the device once.
+
+    Args:
+        owners: [T] int64, for every token the position of its change; what no change has means none.
+        changes: how many there are.
+    """
+
+    def __init__(self, experts: Tensor, count: int, owners: Tensor, changes: int) -> None:
+        super().__init__(experts, count)
+        owner = owners.index_select(0, self.order // experts.shape[1])
+        none = changes * count
+        pair = torch.where((owner >= 0) & (owner < changes), owner * count + self.experts, none)
+        pair, rows = torch.sort(pair, stable=True)
+        pair, lengths = torch.unique_consecutive(pair, return_counts=True)
+        self._pair_experts = pair % count
+        found, sizes = _on_host(pair), _on_host(lengths)
+        if found and found[-1] == none:
+            found.pop()
+            rows = rows[: -sizes.pop()]
+        self._rows = rows  # those that have a change, by change and then by expert
+        self._pairs = _runs_of(sizes, self._ends)
+        self._shares: list[_Share] = []
+        start = 0
+        for change, own in groupby(found, lambda number: number // count):
+            stop = start + len(list(own))
+            self._shares.append(_Share(change, slice(start, stop), sum(sizes[start:stop])))
+            start = stop
+
+    def gather(
+        self, change: Sequence[Change], dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None, Branch | None]:
+        """The same of a change for each position. Smaller ranks are padded with zeros. None where no row has any."""
+        if not self._shares:
+            return None, None, None
+        pairs = [self._pair_experts[share.experts] for share in self._shares]
+        factors = [factor for share in self._shares for factor in change[share.change][:2]]
+        gather = _Picked.apply if torch.is_grad_enabled() else partial(_Picked.forward, _NoContext())
+        a, b = gather(pairs, self.count, dtype, *factors)
+        scales = [change[share.change][2] for share in self._shares]
+        scale = scales[0]
+        if len(scales) > 1 and (any(isinstance(s, Tensor) for s in scales) or len(set(scales)) > 1):
+            scale = torch.cat([_column(s, share.rows, a) for s, share in zip(scales, self._shares, strict=True)])
+        return a, b, Branch(self._pairs, scale, self._rows)
+
+
+def _column(scale: Any, rows: int, like: Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
+        return scale.to(like.device, like.dtype).expand(rows, 1)
+    return like.new_full((rows, 1), scale)
+
+
+class _Picked(torch.autograd.Function):
+    """a [H, R, K] and b [H, N, R] of some experts [h] each of several pairs of factors, one pair's after another's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, experts: Sequence[Tensor], count: int, dtype: torch.dtype, *factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.experts, ctx.count, ctx.like = experts, count, [(f.shape, f.dtype) for f in factors]
+        downs, ups = factors[::2], factors[1::2]
+        ranks = [a.shape[0] // count for a in downs]
+        make = torch.empty if len(set(ranks)) == 1 else torch.zeros
+        total, rank = sum(map(len, experts)), max(ranks)
+        a = make(total, rank, downs[0].shape[1], dtype=dtype, device=downs[0].device)
+        b = make(total, ups[0].shape[0], rank, dtype=dtype, device=downs[0].device)
+        start = 0
+        for own, r, down, up in zip(experts, ranks, downs, ups, strict=True):
+            stop = start + len(own)
+            _pick(down.view(count, r, -1), own, a[start:stop, :r])
+            _pick(up.view(-1, r, count).permute(2, 0, 1), own, b[start:stop, :, :r])
+            start = stop
+        return a, b
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor, db: Tensor) -> tuple:
+        grads: list[Tensor | None] = []
+        start = 0
+        for i, own in enumerate(ctx.experts):
+            (shape, dtype), (up_shape, up_dtype) = ctx.like[2 * i : 2 * i + 2]
+            r, stop = shape[0] // ctx.count, start + len(own)
+            need_a, need_b = ctx.needs_input_grad[2 * i + 3 : 2 * i + 5]
+            grad_a = grad_b = None
+            if need_a:
+                whole = da.new_zeros(ctx.count, r, shape[1]).index_copy(0, own, da[start:stop, :r])
+                grad_a = whole.view(shape).to(dtype)
+            if need_b:
+                part = db[start:stop, :, :r].reshape(len(own), -1)
+                whole = db.new_zeros(ctx.count, part.shape[1]).index_copy(0, own, part)
+                grad_b = whole.t().reshape(up_shape).to(up_dtype)
+            grads += [grad_a, grad_b]
+            start = stop
+        return None, None, None, *grads
+
+
+class _NoContext:
+    """In place of a Function's context where nothing is differentiated."""
+
+
+def _pick(stack: Tensor, numbers: Tensor, out: Tensor) -> None:
+    if stack.dtype is out.dtype and out.is_contiguous():
+        torch.index_select(stack, 0, numbers, out=out)
+    else:
+        out.copy_(stack.index_select(0, numbers))
 
 
 def _is_few(some: int, count: int) -> bool:
@@ -225,13 +352,14 @@ def _product(
     return branch.add_mm(y, t, b.transpose(1, 2)), t
 
 
-def experts_linear(x: Tensor, w: Tensor, groups: Groups, change: Change | None) -> Tensor:
+def experts_linear(x: Tensor, w: Tensor, groups: Groups, change: Change | Sequence[Change] | None) -> Tensor:
     """Every row times its own expert's weight, and factors.
 
     Args:
         x: [S, K], sorted as `groups` is, in the dtype of the product and of the result.
         w: frozen, [E, K, N] (a view of [E, N, K] where it is stored so).
-        change: what `groups` gathers factors of. Gradients arrive in their layout and dtypes.
+        change: what `groups` gathers factors of: one for all rows, or of `MixedGroups` one for each of its positions.
+            Gradients arrive in their layout and dtypes.
 
     Returns:
         [S, N] in x's dtype.

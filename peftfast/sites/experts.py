@@ -15,19 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.ops.experts import Groups, experts_linear
+from peftfast.ops.experts import Change, Groups, MixedGroups, experts_linear
 from peftfast.ops.function import transformed
 from peftfast.sites.site import is_plain, is_untouched
 
 #: Implementations of transformers' that compute this formula, and whether their products follow autocast.
 _IMPLEMENTATIONS = {None: True, "eager": True, "batched_mm": True, "grouped_mm": False, "deepgemm": False,
                     "sonicmoe": False}  # fmt: skip
-#: By the name of the Parameter: the down and the up factor of its change, and their scale.
-Changes = Mapping[str, tuple[Tensor, Tensor, Any]]
+#: By the name of the Parameter: its change, or one for each position that tokens may name.
+Changes = Mapping[str, Change | Sequence[Change]]
 
 
-def has_routed_form(module: nn.Module, changes: Changes, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether `routed_experts(module, changes, *args)` is what the module would compute with these changes."""
+def has_routed_form(
+    module: nn.Module, changes: Mapping[str, Sequence[Change]], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether `routed_experts` is what the module would compute with these changes."""
     if torch.compiler.is_compiling() or transformed() or kwargs or len(args) != 3:
         return False  # what is routed where is known to the host at every call, and to no graph
     if not (hasattr(module, "_apply_gate") and hasattr(type(module).forward, "__wrapped__")):
@@ -43,7 +45,9 @@ def has_routed_form(module: nn.Module, changes: Changes, args: Sequence[Any], kw
     return (
         changes.keys() <= names
         and all(w is not None and w.dim() == 3 and w.shape[0] == module.num_experts for w in weights)
-        and is_plain(x, experts, scores, *weights, *(t for a, b, _ in changes.values() for t in (a, b)))
+        and is_plain(
+            x, experts, scores, *weights, *(t for each in changes.values() for a, b, _ in each for t in (a, b))
+        )
         and not (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
         and x.dim() == 2
         and experts.shape == scores.shape == (x.shape[0], experts.shape[-1])
@@ -54,13 +58,19 @@ def _up(module: nn.Module) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
-def routed_experts(module: nn.Module, changes: Changes, x: Tensor, experts: Tensor, scores: Tensor) -> Tensor:
+def routed_experts(
+    module: nn.Module, changes: Changes, x: Tensor, experts: Tensor, scores: Tensor, owners: Tensor | None = None
+) -> Tensor:
     """The output [T, K] of experts with low-rank changes of their weights.
 
     Args:
         x: [T, K]. experts, scores: [T, k], the experts of every token, and what their outputs are multiplied by.
+        owners: [T] int64, which of several changes a token gets; -1 for none. None: there is one, for all tokens.
     """
-    groups = Groups(experts, module.num_experts)
+    if owners is None:
+        groups = Groups(experts, module.num_experts)
+    else:
+        groups = MixedGroups(experts, module.num_experts, owners, len(next(iter(changes.values()))))
     k = experts.shape[1]
     h = _linear(module, changes, _up(module), x.index_select(0, groups.order // k), groups)
     h = module._apply_gate(h) if module.has_gate else module.act_fn(h)

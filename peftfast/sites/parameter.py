@@ -3,9 +3,9 @@ module uses in its forward in whatever way it likes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from peftfast.ops.experts import per_expert
 from peftfast.sites.experts import has_routed_form, routed_experts
 from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot
+
+if TYPE_CHECKING:
+    from peftfast.many.routing import Rows
 
 
 class LowRank(NamedTuple):
@@ -114,7 +117,30 @@ def run_changed(
     change of those; any other module gets W + s B A for the time of the call."""
     parts = {site: site.together(found) for site, found in changes.items()}
     named = {site.parameter: part for site, part in parts.items()}
-    if has_routed_form(module, named, args, kwargs):
+    if has_routed_form(module, {name: [part] for name, part in named.items()}, args, kwargs):
         return routed_experts(module, named, *args)
     whole = {site.parameter: site.changed(part) for site, part in parts.items()}
     return torch.func.functional_call(module, whole, tuple(args), dict(kwargs))
+
+
+def run_mixed(
+    module: nn.Module,
+    changes: Mapping[ParameterSite, Sequence[LowRank]],
+    rows: Callable[[Tensor], Rows],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Tensor | None:
+    """`module(*args, **kwargs)` with changes of its own for every sample. None where the changed weight would have to
+    be formed, of which there is one for all.
+
+    Args:
+        changes: for every adapter, in the order in which `rows` counts them. rows: the samples of an input.
+    """
+    named = {site.parameter: each for site, each in changes.items()}
+    if not has_routed_form(module, named, args, kwargs):
+        return None
+    own = rows(args[0])
+    y = routed_experts(module, named, *args, own.index)
+    if own.host is None:  # numbers that no adapter has
+        y = y.masked_fill((own.index >= len(next(iter(named.values())))).unsqueeze(1), float("nan"))
+    return y
