@@ -54,8 +54,9 @@ class ChangingLayer(BaseTunerLayer):
         return ValueError(
             f"{key} is adapted as a Parameter (target_parameters), and lora.ParamWrapper does not support mixed "
             "adapter batches yet where the changed weight has to be formed: in a module that is not one of "
-            "transformers' experts, in experts with hooks or weights that train, and under torch.compile. This batch "
-            f"asks for {enumerate_some(names)}; give it to one adapter after another."
+            "transformers' experts and does not take one tensor of samples and give samples, in experts with hooks or "
+            f"weights that train, and under torch.compile. This batch asks for {enumerate_some(names)}; give it to one "
+            "adapter after another."
         )
 
 

@@ -129,18 +129,60 @@ def run_mixed(
     rows: Callable[[Tensor], Rows],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> Tensor | None:
-    """`module(*args, **kwargs)` with changes of its own for every sample. None where the changed weight would have to
-    be formed, of which there is one for all.
+) -> Any | None:
+    """`module(*args, **kwargs)` with changes of its own for every sample. A module of matrices that takes and gives
+    samples, as routers do, runs once an adapter, on its samples. None where neither is possible.
 
     Args:
         changes: for every adapter, in the order in which `rows` counts them. rows: the samples of an input.
     """
     named = {site.parameter: each for site, each in changes.items()}
-    if not has_routed_form(module, named, args, kwargs):
+    count = len(next(iter(named.values())))
+    if has_routed_form(module, named, args, kwargs):
+        own = rows(args[0])
+        y = routed_experts(module, named, *args, own.index)
+        return y if own.host is not None else _without_unknown(y, own, count)
+    given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    if torch.compiler.is_compiling() or any(site.weight.value.dim() != 2 for site in changes):
         return None
-    own = rows(args[0])
-    y = routed_experts(module, named, *args, own.index)
-    if own.host is None:  # numbers that no adapter has
-        y = y.masked_fill((own.index >= len(next(iter(named.values())))).unsqueeze(1), float("nan"))
-    return y
+    if len(args) != 1 or len(given) != 1 or given[0] is not args[0] or not given[0].dim():
+        return None
+
+    def call(position: int, x: Tensor) -> Any:
+        if position < 0:
+            return module(x, **kwargs)
+        return run_changed(module, {site: [each[position]] for site, each in changes.items()}, (x,), kwargs)
+
+    return _in_turns(call, rows(args[0]), args[0], count)
+
+
+def _in_turns(call: Callable[[int, Tensor], Any], rows: Rows, x: Tensor, count: int) -> Any | None:
+    """`call` for one adapter's samples after another's, -1 for the base; what it gives are samples, or several of them
+    in a tuple. None where that is not so."""
+    parts = []
+    for position in range(-1, count) if rows.host is None else sorted(set(rows.host)):
+        where = None if rows.host is None else rows.of(position)
+        own = x if where is None else x.index_select(0, where)
+        y = call(position, own)
+        each = y if isinstance(y, tuple) else (y,)
+        if not all(isinstance(t, Tensor) and t.dim() and t.shape[0] == own.shape[0] for t in each):
+            return None
+        parts.append((position, where, each))
+    results = []
+    for tensors in zip(*(each for _, _, each in parts), strict=True):
+        out = tensors[0].new_empty(x.shape[0], *tensors[0].shape[1:])
+        for (position, where, _), t in zip(parts, tensors, strict=True):
+            if where is None:
+                mask = (rows.index == position).view(-1, *(1,) * (t.dim() - 1))
+                out = torch.where(mask, t, out if position >= 0 else t)
+            else:
+                out = out.index_copy(0, where, t)
+        results.append(out if rows.host is not None else _without_unknown(out, rows, count))
+    return results[0] if len(results) == 1 and not isinstance(y, tuple) else tuple(results)
+
+
+def _without_unknown(y: Tensor, rows: Rows, count: int) -> Tensor:
+    """NaN for samples whose number no adapter has."""
+    if not y.is_floating_point():
+        return y
+    return y.masked_fill((rows.index >= count).view(-1, *(1,) * (y.dim() - 1)), float("nan"))

@@ -11,6 +11,8 @@ from experts.test_routed import PRECISIONS, Experts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
+from peftfast.many import router
+from peftfast.many.routing import Routing
 from peftfast.ops.experts import MixedGroups, experts_linear, per_expert
 
 peft = importlib.import_module("peft")
@@ -158,6 +160,35 @@ def test_every_row_as_alone(make):
         # the rows do differ by their adapters
         shifted = alone(truth, ids, [*names[1:], names[0]])
         assert (shifted - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("make", [moe.qwen3_moe, moe.mixtral], ids=lambda make: make.__name__)
+@torch.no_grad()
+def test_routers_too(make):
+    """Which `all-linear` adapts: the router's matrix decides for every token by its own row's adapter."""
+    names = ["c", BASE, "a", "b", "a"]
+    changes = {"target_modules": "all-linear", "target_parameters": None}
+    ours, truth = (
+        adapted(library, moe.eager(make), dtype=dtype, **changes)
+        for library, dtype in ((peftfast, torch.float32), (peft, torch.float64))
+    )
+    assert any(n.endswith("gate") for n in ours.base_model.inventory.layers)
+    ids = ids_of(len(names))
+    expected = alone(truth, ids, names)
+    for choice in (names, ours.base_model.adapter_numbers(names)):
+        got = ours(input_ids=ids, adapter_names=choice).logits
+        torch.testing.assert_close(got, expected.float(), rtol=1e-3, atol=2e-4)
+    tuner = ours.base_model  # numbers that the host does not know, as in a recorded graph
+    numbers = ours.base_model.adapter_numbers(names)
+    resolved = router.resolve(tuner.inventory, numbers, (ids,), {})
+    unseen = Routing(resolved.names, resolved.index, None, tokens=ids.shape[1])
+    with tuner.inventory.control.use(unseen):
+        torch.testing.assert_close(ours(input_ids=ids).logits, expected.float(), rtol=1e-3, atol=2e-4)
+    unseen.index[1] = len(unseen.names)
+    with tuner.inventory.control.use(unseen):
+        got = ours(input_ids=ids).logits
+    assert got[1].isnan().all()
+    torch.testing.assert_close(got[2:], expected[2:].float(), rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("make", [moe.qwen3_moe, moe.gpt_oss], ids=lambda make: make.__name__)
