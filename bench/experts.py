@@ -1,10 +1,14 @@
 """LoRA on the fused experts of a small Qwen3-MoE on CPU: peftfast beside PEFT and the frozen base, interleaved.
 
     python bench/experts.py [--experts 64] [--hidden 256] [--inner 128] [--implementation grouped_mm eager]
+    python bench/experts.py --rows 16      # of one batch, over 1, 4 and 16 adapters
 
 Decoding of one token after a prefill that is not timed, and forward and backward of 512 tokens. Logits, and gradients
 of all factors, are compared first: a ratio is never reported for something else. Beside the times: bytes that
 operations write and bytes that are kept for the backward pass, which do not depend on the machine.
+
+With --rows the rows of a batch take turns among the adapters. PEFT refuses such a batch for Parameters, so it gets the
+rows of one adapter after those of another, `set_adapter` included.
 """
 
 from __future__ import annotations
@@ -136,6 +140,99 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int, each: int) -> l
     return [*medians, *(median_ratio(times[a], times[b]) for a, b in pairs)]
 
 
+def with_adapters(library: object, args: argparse.Namespace, count: int) -> nn.Module:
+    options = {
+        "r": args.r, "lora_alpha": 2 * args.r, "target_modules": [],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }  # fmt: skip
+    model = library.get_peft_model(small_qwen3_moe(args, "grouped_mm"), library.LoraConfig(**options), "0")
+    for i in range(1, count):
+        model.add_adapter(str(i), library.LoraConfig(**options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+def mixed(args: argparse.Namespace) -> None:
+    """One adapter a row: the base alone, all rows at once, and one adapter after another."""
+    import peft
+
+    import peftfast
+
+    most = max(args.adapters)
+    frozen = small_qwen3_moe(args, "grouped_mm")
+    ours, theirs = (with_adapters(library, args, most) for library in (peftfast, peft))
+    for model in (ours, theirs):
+        model.base_model.set_adapter([str(i) for i in range(most)])  # all of them train
+
+    def steps_of(ids: torch.Tensor, count: int, train: bool) -> dict[str, Callable[[], torch.Tensor]]:
+        names = [str(i % count) for i in range(args.rows)]
+
+        def run(model: nn.Module, ids: torch.Tensor, **more: object) -> torch.Tensor:
+            embeds = frozen.get_input_embeddings()(ids).detach().requires_grad_(train)
+            logits = model(inputs_embeds=embeds, use_cache=False, **more).logits
+            if train:
+                logits.pow(2).mean().backward()
+            return logits.detach()
+
+        def in_turns() -> torch.Tensor:
+            out = None
+            for name in dict.fromkeys(names):
+                own = torch.tensor([i for i, n in enumerate(names) if n == name])
+                theirs.base_model.set_adapter(name)
+                logits = run(theirs, ids[own])
+                out = logits.new_empty(args.rows, *logits.shape[1:]) if out is None else out
+                out[own] = logits
+            return out
+
+        def graded(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+            def step() -> torch.Tensor:
+                for model in (ours, theirs):
+                    for parameter in model.parameters():
+                        parameter.grad = None
+                with torch.set_grad_enabled(train):
+                    return call()
+
+            return step
+
+        calls = {
+            "frozen": lambda: run(frozen, ids),
+            "peftfast": lambda: run(ours, ids, adapter_names=names),
+            "peft": in_turns,
+        }
+        return {name: graded(call) for name, call in calls.items()}
+
+    print(
+        f"torch {torch.__version__}, peft {peft.__version__}, python {platform.python_version()}, 1 thread; "
+        f"{args.experts} experts, {args.active} a token, hidden {args.hidden}, {args.inner} an expert, {args.layers} "
+        f"layers, r={args.r}, {args.dtype}; {args.rows} rows\n"
+    )
+    print(
+        "| what | tokens a row | adapters | frozen ms | peftfast/frozen | PEFT/frozen | "
+        "MiB written: peftfast, PEFT, frozen |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---|")
+    for train in (False, True):
+        for tokens in args.row_tokens:
+            for count in args.adapters:
+                steps = steps_of(torch.randint(0, 1024, (args.rows, tokens)), count, train)
+                logits = {name: step() for name, step in steps.items()}
+                tolerance = 1e-3 if args.dtype == "float32" else 5e-2
+                if not torch.allclose(logits["peft"], logits["peftfast"], rtol=tolerance, atol=tolerance):
+                    sys.exit("logits differ; no timing is reported")
+                written = ", ".join(f"{bytes_written(steps[n]):.1f}" for n in ("peftfast", "peft", "frozen"))
+                times = interleaved(dict(steps), args.rounds)
+                ratios = " | ".join(f"{median_ratio(times[n], times['frozen']):.2f}" for n in ("peftfast", "peft"))
+                print(
+                    f"| {'forward, backward' if train else 'forward'} | {tokens} | {count} | "
+                    f"{1e3 * statistics.median(times['frozen']):.1f} | {ratios} | {written} |",
+                    flush=True,
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=64)
@@ -148,9 +245,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--implementation", nargs="*", default=["grouped_mm", "eager"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", type=int, default=0)
+    parser.add_argument("--row-tokens", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--adapters", type=int, nargs="*", default=[1, 4, 16])
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if args.rows:
+        return mixed(args)
     import peft
 
     print(

@@ -244,12 +244,11 @@ class _Picked(torch.autograd.Function):
             need_a, need_b = ctx.needs_input_grad[2 * i + 3 : 2 * i + 5]
             grad_a = grad_b = None
             if need_a:
-                whole = da.new_zeros(ctx.count, r, shape[1]).index_copy(0, own, da[start:stop, :r])
-                grad_a = whole.view(shape).to(dtype)
+                grad_a = da.new_zeros(shape, dtype=dtype)
+                grad_a.view(ctx.count, r, -1).index_copy_(0, own, da[start:stop, :r].to(dtype))
             if need_b:
-                part = db[start:stop, :, :r].reshape(len(own), -1)
-                whole = db.new_zeros(ctx.count, part.shape[1]).index_copy(0, own, part)
-                grad_b = whole.t().reshape(up_shape).to(up_dtype)
+                grad_b = db.new_zeros(up_shape, dtype=up_dtype)
+                grad_b.view(-1, r, ctx.count).permute(2, 0, 1).index_copy_(0, own, db[start:stop, :, :r].to(up_dtype))
             grads += [grad_a, grad_b]
             start = stop
         return None, None, None, *grads
