@@ -3,7 +3,7 @@ other, as in PEFT: the one that the module registers first is the innermost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,10 +92,15 @@ class ParameterLayer(ChangingLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the changes of all layers around it that are in force."""
         routing = self.control.routing
-        if routing is not None and not (routing.uniform or self._disable_adapters):
-            present = tuple([name in self.adapters for name in routing.names])
-            if any(present):
-                return self._by_rows(routing, present, args, kwargs)
+        if routing is not None and not self._disable_adapters:
+            if routing.slots is not None:
+                slots = {layer.site: routing.slots.changes(layer) for layer in self.nest()}
+                if all(slots.values()):
+                    return self._by_rows(routing, (), slots, args, kwargs)
+            elif not routing.uniform:
+                present = tuple([name in self.adapters for name in routing.names])
+                if any(present):
+                    return self._by_rows(routing, present, self._changes_of(routing.names), args, kwargs)
         changes = {}
         for layer in self.nest():  # compilers cannot follow an assignment inside a comprehension
             found = layer.changes()
@@ -104,15 +109,25 @@ class ParameterLayer(ChangingLayer):
         module = self.get_base_layer()
         return run_changed(module, changes, args, kwargs) if changes else module(*args, **kwargs)
 
-    def _by_rows(self, routing: Routing, present: tuple[bool, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Every sample with the changes of its own adapter. All adapters here adapt all Parameters of the nest."""
-        names = [name for name, here in zip(routing.names, present, strict=True) if here]
+    def _changes_of(self, names: Iterable[str]) -> dict[ParameterSite, list[LowRank]]:
+        """What each of the adapters adds. All adapters here adapt all Parameters of the nest."""
         changes = {}
         for layer in self.nest():
-            own = [layer.adapters[name] for name in names]
+            own = [layer.adapters[name] for name in names if name in layer.adapters]
             changes[layer.site] = [layer.site.together(a.method.changes(layer.site, [a])) for a in own]
-        key = self.adapters[names[0]].key
+        return changes
+
+    def _by_rows(
+        self,
+        routing: Routing,
+        present: tuple[bool, ...],
+        changes: Mapping[ParameterSite, Sequence[LowRank]],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Every sample with changes of its own."""
+        key = self.site.weight.name
         y = run_mixed(self.get_base_layer(), changes, lambda x: routing.rows(x, present, self.store, key), args, kwargs)
         if y is None:
-            raise self._mixed(key, names)
+            raise self._mixed(key, [name for name in routing.names if name in self.adapters] or ["slots of a pool"])
         return y

@@ -6,6 +6,7 @@ that one compiled graph or one CUDA graph serves every mix, and loading an adapt
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,13 +21,17 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import close_matches, enumerate_some
+from peftfast.files.experts import migrate_experts
 from peftfast.files.io import load_peft_weights
+from peftfast.files.state import Entry
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.routing import BASE, Routing, batch_of
 from peftfast.method import method_for
 from peftfast.methods.lora_stack import FactorStack, apply_stack, is_segmented
-from peftfast.sites import make_site
+from peftfast.sites import Site, make_site
+from peftfast.sites.parameter import LowRank, ParameterSite
 from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.parameters import check_adaptable, full_names, matching_parameters
 
 #: Where an adapter comes from: a folder or Hub repository, or its config and tensors by file key.
 Source = str | Path | tuple[PeftConfig, Mapping[str, Tensor]]
@@ -63,13 +68,16 @@ class AdapterPool:
         model: a base model, or one with adapters; adapted modules are replaced, weights are not touched.
         slots: how many adapters can be in use at once.
         target_modules: suffixes of the modules to have slots; "all-linear" or None: every linear layer but the head.
+        target_parameters: suffixes of experts' Parameters to have slots; what adapters adapt of Parameters has to be
+            exactly these, or none.
         max_rank: the largest rank a slot takes.
         host_capacity: how many adapters stay in host memory, least recently used out.
         max_device_bytes: refuse to take more device memory than this.
         dtype: of the slots; None: the base's, fp32 for a quantised base.
 
     Raises:
-        ValueError: no module matches, or the slots would take more than `max_device_bytes`.
+        ValueError: nothing matches, a Parameter that cannot be adapted, or the slots would take more than
+            `max_device_bytes`.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class AdapterPool:
         slots: int = 8,
         *,
         target_modules: str | Iterable[str] | None = None,
+        target_parameters: Iterable[str] = (),
         max_rank: int = 16,
         host_capacity: int = 64,
         max_device_bytes: int | None = None,
@@ -92,8 +101,11 @@ class AdapterPool:
         self.inventory = _inventory_of(model)
         self.max_rank, self.host_capacity = max_rank, host_capacity
         self.statistics = PoolStatistics()
-        keys = _matching(self.inventory, target_modules)
+        target_parameters = [target_parameters] if isinstance(target_parameters, str) else list(target_parameters)
+        self._parameters = matching_parameters(self.inventory, target_parameters) if target_parameters else {}
+        keys = _matching(self.inventory, target_modules, target_parameters, self._parameters)
         self._stacks: dict[str, FactorStack] = {}
+        self._changes: dict[str, list[LowRank]] = {}
         self.device_bytes = self._allocate(keys, slots, max_device_bytes, dtype)
         self._slots = [_Slot(i) for i in range(slots)]
         self._order: OrderedDict[str, _Slot] = OrderedDict()  # adapters in slots, least recently used first
@@ -107,27 +119,43 @@ class AdapterPool:
         """Check that everything fits, then make it."""
         plan = []
         total = 0
-        for key in keys:
-            module = self.inventory.module(key)
-            site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
-            if not hasattr(site, "adapt_each"):
-                kind = type(site.module).__name__
-                raise ValueError(f"Slots are for modules; Parameters of {key} ({kind}) are adapted")
+        check_adaptable(self.inventory, self._parameters, keys)
+        for key, site in self._sites(keys):
             down, up = (slot.shape for slot in site.low_rank_slots(self.max_rank).values())
             kind = dtype or site.weight.compute_dtype
             plan.append((key, down, up, kind, site.weight.device))
             total += slots * (_count(down) + _count(up) + 1) * kind.itemsize
         if limit is not None and total > limit:
             raise ValueError(
-                f"{slots} slots of rank {self.max_rank} on {len(keys)} modules take {total:,} bytes, more than "
+                f"{slots} slots of rank {self.max_rank} on {len(plan)} modules take {total:,} bytes, more than "
                 f"max_device_bytes={limit:,}; {limit * slots // total} slots would fit"
             )
+        for key, names in self._parameters.items():
+            for layer in self.inventory.wrap_parameters(key, names):
+                layer.site.weight.name = f"{key}.{layer.site.parameter}"
         for key, down, up, kind, device in plan:
             a = torch.zeros(slots, *down, dtype=kind, device=device)
             b = torch.zeros(slots, up[1], up[0], *up[2:], dtype=kind, device=device).transpose(1, 2)
-            self._stacks[key] = FactorStack(a, b, torch.zeros(slots, dtype=kind, device=device))
+            stack = self._stacks[key] = FactorStack(a, b, torch.zeros(slots, dtype=kind, device=device))
             self.inventory.wrap(key).store.update({"slots": self, "slot key": key})
+            if self.inventory.is_nested(key):
+                self._changes[key] = [LowRank(*each) for each in zip(*stack[:3], strict=True)]
         return total
+
+    def _sites(self, keys: Iterable[str]) -> Iterator[tuple[str, Site]]:
+        """What has slots, by the names that layers have in the inventory."""
+        for key in keys:
+            module = self.inventory.module(key)
+            site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
+            if not hasattr(site, "adapt_each"):
+                raise ValueError(
+                    f"Slots are for modules, and {key} ({type(site.module).__name__}) is adapted by Parameters of it. "
+                    "Slots of experts are named in target_parameters"
+                )
+            yield key, site
+        for key, names in self._parameters.items():
+            for depth, name in enumerate(reversed(names)):  # the first is the innermost
+                yield key + ".base_layer" * depth, ParameterSite(self.inventory.base_module(key), name)
 
     # ---- what there is -----------------------------------------------------------------------------------------------
     def register(self, name: str, source: Source) -> None:
@@ -180,7 +208,8 @@ class AdapterPool:
     @contextmanager
     def use(self, names: Sequence[str], timeout: float | None = None) -> Iterator[Tensor]:
         """While this is open, the model called from this thread gives sample i the adapter `names[i]` ("__base__" for
-        none), whose slot stays where it is.
+        none), whose slot stays where it is. Experts see batches flattened; how many tokens a sample has they know from
+        the pool's own calls (`pool(...)`, `generate`, `forward`), up to 64 without.
 
         Yields:
             [len(names)] int64: the slots, -1 for the base model; see `forward`.
@@ -188,13 +217,20 @@ class AdapterPool:
         Raises:
             ValueError: an unknown adapter, more different ones than slots. TimeoutError: no slot became free.
         """
+        with self._using(names, timeout) as index:
+            yield index
+
+    @contextmanager
+    def _using(self, names: Sequence[str], timeout: float | None = None, tokens: int | None = None) -> Iterator[Tensor]:
+        """`use` for inputs of so many tokens a sample."""
         held = self._acquire(names, timeout)
         try:
             places = tuple([-1 if n == BASE else held[n].index for n in names])
             index = torch.tensor(places, dtype=torch.int64, device=next(iter(self._stacks.values())).scale.device)
             # eager calls on a CPU may be arranged around what the host knows anyway
-            seen = Routing((), index, places, copies=_COPIES, slots=self) if index.is_cpu else None
-            with self.inventory.control.use(Routing((), index, None, copies=_COPIES, slots=self, seen=seen)):
+            shape = {"copies": _COPIES, "tokens": tokens, "slots": self}
+            seen = Routing((), index, places, **shape) if index.is_cpu else None
+            with self.inventory.control.use(Routing((), index, None, **shape, seen=seen)):
                 yield index
         finally:
             self._release(held)
@@ -202,13 +238,13 @@ class AdapterPool:
     def __call__(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """The model's output with an adapter from the pool for every sample."""
         _check_length(adapter_names, args, kwargs)
-        with self.use(adapter_names):
+        with self._using(adapter_names, tokens=_tokens(args, kwargs)):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """The model's `generate` with an adapter from the pool for every prompt."""
         _check_length(adapter_names, args, kwargs)
-        with self.use(adapter_names):
+        with self._using(adapter_names, tokens=_tokens(args, kwargs)):
             return self.model.generate(*args, **kwargs)
 
     def forward(self, slots: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -218,9 +254,7 @@ class AdapterPool:
         Args:
             slots: [B] int64 on the model's device, from `use`, which has to be open around the call.
         """
-        batch = batch_of(args, kwargs)
-        tokens = batch.shape[1] if batch is not None and batch.dim() > 1 else None
-        with self.inventory.control.use(Routing((), slots, None, tokens=tokens, slots=self)):
+        with self.inventory.control.use(Routing((), slots, None, tokens=_tokens(args, kwargs), slots=self)):
             return self.model(*args, **kwargs)
 
     def layer_forward(self, layer: BaseTunerLayer, routing: Routing, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -233,6 +267,10 @@ class AdapterPool:
         if stack is None:
             return y
         return apply_stack(layer.site, x, y, stack, routing.rows(x, (), layer.store, "a layer with slots"))
+
+    def changes(self, layer: BaseTunerLayer) -> Sequence[LowRank]:
+        """What each slot adds to the Parameter of a layer; nothing where it has none."""
+        return self._changes.get(layer.store.get("slot key"), ())
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Bring adapters nearer in the background: into host memory, and into slots that nobody uses."""
@@ -257,7 +295,7 @@ class AdapterPool:
         """Take the slots out of the model again."""
         if self._background is not None:
             self._background.shutdown()
-        for key in self._stacks:
+        for key in reversed(self._stacks):  # layers inside others first
             layer = self.inventory.layers.get(key)
             if layer is not None:
                 layer.store.pop("slots", None)
@@ -367,11 +405,13 @@ class AdapterPool:
                 a[index].zero_()
                 continue
             down, up, value = new
-            r = down.shape[0]
-            a[index, :r].copy_(down, non_blocking=True)
-            a[index, r:].zero_()
-            b[index][:, :r].copy_(up, non_blocking=True)
-            b[index][:, r:].zero_()
+            # of a stack of experts each one's ranks are padded by themselves
+            experts = getattr(self.inventory.layers[key].site, "experts", 1)
+            rows, r = a[index].unflatten(0, (experts, -1)), down.shape[0] // experts
+            rows[:, :r].copy_(down.unflatten(0, (experts, -1)), non_blocking=True)
+            rows[:, r:].zero_()
+            b[index][:, : up.shape[1]].copy_(up, non_blocking=True)
+            b[index][:, up.shape[1] :].zero_()
             scale[index] = value
 
     # ---- host memory -------------------------------------------------------------------------------------------------
@@ -421,6 +461,8 @@ class AdapterPool:
         if reader is None:
             raise ValueError(f"Adapter {name} is {method.family}, which slots cannot hold")
         left = {k.removeprefix("base_model.model."): v for k, v in tensors.items()}
+        if self._parameters:
+            cfg, left = self._of_experts(name, cfg, left)
         found: Factors = {}
         for key, stack in self._stacks.items():
             layer = self.inventory.layers[key]
@@ -432,11 +474,17 @@ class AdapterPool:
             if not own:
                 continue
             try:
-                a, b, scale = reader(layer.site, cfg, key, own)
+                # patterns of a config are for the names of Parameters
+                full = layer.site.weight.name if self.inventory.is_nested(key) else key
+                a, b, scale = reader(layer.site, cfg, full, own)
             except ValueError as e:
                 raise ValueError(f"Adapter {name}: {e}") from e
-            if a.shape[0] > self.max_rank:
-                raise ValueError(f"Adapter {name} has rank {a.shape[0]} at {key}; the slots take up to {self.max_rank}")
+            experts = getattr(layer.site, "experts", 1)
+            if a.shape[0] % experts:
+                raise ValueError(f"Adapter {name} has {a.shape[0]} ranks for {experts} experts at {key}")
+            if a.shape[0] > self.max_rank * experts:
+                rank = a.shape[0] // experts
+                raise ValueError(f"Adapter {name} has rank {rank} at {key}; the slots take up to {self.max_rank}")
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise ValueError(f"Adapter {name} has NaN or infinite values at {key}")
             found[key] = (_for_host(a, stack.a), _for_host(b, stack.b), scale)
@@ -446,6 +494,32 @@ class AdapterPool:
                 f"Modules with slots: {enumerate_some(self._stacks)}"
             )
         return found
+
+    def _of_experts(
+        self, name: str, cfg: PeftConfig, tensors: Mapping[str, Tensor]
+    ) -> tuple[PeftConfig, dict[str, Tensor]]:
+        """Config and tensors in this model's names and in today's layout.
+
+        Raises:
+            ValueError: the adapter adapts other Parameters than have slots.
+        """
+        cfg, method = copy.deepcopy(cfg), method_for(cfg)
+        if hasattr(type(method), "retarget"):
+            method.retarget(cfg, self.inventory.model)
+        wanted = getattr(cfg, "target_parameters", None)
+        # which Parameter a tensor is for follows from how layers are nested
+        if wanted and matching_parameters(self.inventory, wanted) != self._parameters:
+            raise ValueError(
+                f"Adapter {name} has target_parameters={sorted(wanted)}; slots are for "
+                f"{enumerate_some(full_names(self._parameters))}"
+            )
+        entries = {}
+        for key in self._changes:
+            layer = self.inventory.layers[key]
+            for slot in layer.site.low_rank_slots(1):
+                file = f"{key}.{slot}.weight"
+                entries[file] = Entry(file, file, layer, slot, layer=layer)
+        return cfg, migrate_experts(tensors, entries, cfg, self.inventory.model)
 
 
 #: Rows a prompt may be expanded to in `generate` (beams); the pool does not see the arguments of every call.
@@ -459,6 +533,12 @@ def _check_length(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(names)} and {batch.shape[0]} respectively."
         )
+
+
+def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """How many tokens a sample has, for layers that see the batch flattened."""
+    batch = batch_of(args, kwargs)
+    return batch.shape[1] if batch is not None and batch.dim() > 1 else None
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -489,7 +569,9 @@ def _inventory_of(model: nn.Module) -> Inventory:
     return inventory
 
 
-def _matching(inventory: Inventory, targets: str | Iterable[str] | None) -> list[str]:
+def _matching(
+    inventory: Inventory, targets: str | Iterable[str] | None, parameters: Sequence[str], found: Mapping[str, Any]
+) -> list[str]:
     from peftfast.wrapping.targets import ALL_LINEAR, all_linear
 
     if targets is None or targets == ALL_LINEAR:
@@ -498,6 +580,8 @@ def _matching(inventory: Inventory, targets: str | Iterable[str] | None) -> list
     else:
         suffixes = (targets,) if isinstance(targets, str) else tuple(targets)
         keys = [n for n in inventory.names if any(n == s or n.endswith("." + s) for s in suffixes)]
-    if not keys:
+    if parameters and not found:
+        raise ValueError(f"target_parameters {parameters} match no Parameter of {type(inventory.model).__name__}")
+    if not keys and not found:
         raise ValueError(f"target_modules {targets!r} match no module of {type(inventory.model).__name__}")
     return keys

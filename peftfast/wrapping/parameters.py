@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +45,19 @@ def plan_parameters(
     if not wanted:
         return {}
     _check_others(inventory, wanted)
+    found = matching_parameters(inventory, wanted)
+    if found:
+        _check_settings(cfg, method)
+    check_adaptable(inventory, found, modules, saved)
+    return found
+
+
+def matching_parameters(inventory: Inventory, wanted: Collection[str]) -> Targets:
+    """The Parameters that have one of these names, or whose names end in one.
+
+    Raises:
+        ValueError: the model itself, not a module of it, has one.
+    """
     suffixes = tuple(f".{name}" for name in wanted)
     top = [n for n, _ in inventory.model.named_parameters(recurse=False) if f".{n}".endswith(suffixes)]
     if top:
@@ -53,13 +66,17 @@ def plan_parameters(
     for key, name in _parameters(inventory):
         if f"{key}.{name}" in wanted or f"{key}.{name}".endswith(suffixes):
             found.setdefault(key, []).append(name)
-    if found:
-        _check_settings(cfg, method)
-    for key, names in found.items():
+    return found
+
+
+def check_adaptable(
+    inventory: Inventory, targets: Targets, modules: Sequence[str] = (), saved: Sequence[str] = ()
+) -> None:
+    """ValueError where a Parameter of `targets` cannot be adapted, or not beside what is adapted already."""
+    for key, names in targets.items():
         _check_module(inventory, key, names, modules, saved)
         for name in names:
             _check_parameter(inventory.base_module(key), key, name)
-    return found
 
 
 def full_names(targets: Targets) -> list[str]:
@@ -124,7 +141,7 @@ def _check_module(
         raise ValueError(f"target_parameters match {names} of {key}, which modules_to_save trains in full")
     nest = inventory.nest(key)
     adapted = [layer.site.parameter for layer in nest]
-    if any(layer.adapters for layer in nest) and adapted != list(names):
+    if any(layer.adapters or "slots" in layer.store for layer in nest) and adapted != list(names):
         raise ValueError(f"Adapters of {key} adapt its {adapted}; the new adapter has to as well, and got {names}")
 
 
