@@ -7,7 +7,6 @@ Saved for the backward pass: the rows, t = s · x Aᵀ [S, r], and the parameter
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
@@ -197,8 +196,10 @@ class MixedGroups(Groups):
             return None, None, None
         pairs = [self._pair_experts[share.experts] for share in self._shares]
         factors = [factor for share in self._shares for factor in change[share.change][:2]]
-        gather = _Picked.apply if torch.is_grad_enabled() else partial(_Picked.forward, _NoContext())
-        a, b = gather(pairs, self.count, dtype, *factors)
+        if torch.is_grad_enabled():
+            a, b = apply(_Picked, pairs, self.count, dtype, *factors)
+        else:
+            a, b = _picked(pairs, self.count, dtype, factors)
         scales = [change[share.change][2] for share in self._shares]
         scale = scales[0]
         if len(scales) > 1 and (any(isinstance(s, Tensor) for s in scales) or len(set(scales)) > 1):
@@ -212,27 +213,34 @@ def _column(scale: Any, rows: int, like: Tensor) -> Tensor:
     return like.new_full((rows, 1), scale)
 
 
-class _Picked(torch.autograd.Function):
+def _picked(
+    experts: Sequence[Tensor], count: int, dtype: torch.dtype, factors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """a [H, R, K] and b [H, N, R] of some experts [h] each of several pairs of factors, one pair's after another's."""
+    downs, ups = factors[::2], factors[1::2]
+    ranks = [a.shape[0] // count for a in downs]
+    make = torch.empty if len(set(ranks)) == 1 else torch.zeros
+    total, rank = sum(map(len, experts)), max(ranks)
+    a = make(total, rank, downs[0].shape[1], dtype=dtype, device=downs[0].device)
+    b = make(total, ups[0].shape[0], rank, dtype=dtype, device=downs[0].device)
+    start = 0
+    for own, r, down, up in zip(experts, ranks, downs, ups, strict=True):
+        stop = start + len(own)
+        _pick(down.view(count, r, -1), own, a[start:stop, :r])
+        _pick(up.view(-1, r, count).permute(2, 0, 1), own, b[start:stop, :, :r])
+        start = stop
+    return a, b
+
+
+class _Picked(torch.autograd.Function):
+    """`_picked`, differentiable."""
 
     @staticmethod
     def forward(
         ctx: Any, experts: Sequence[Tensor], count: int, dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.experts, ctx.count, ctx.like = experts, count, [(f.shape, f.dtype) for f in factors]
-        downs, ups = factors[::2], factors[1::2]
-        ranks = [a.shape[0] // count for a in downs]
-        make = torch.empty if len(set(ranks)) == 1 else torch.zeros
-        total, rank = sum(map(len, experts)), max(ranks)
-        a = make(total, rank, downs[0].shape[1], dtype=dtype, device=downs[0].device)
-        b = make(total, ups[0].shape[0], rank, dtype=dtype, device=downs[0].device)
-        start = 0
-        for own, r, down, up in zip(experts, ranks, downs, ups, strict=True):
-            stop = start + len(own)
-            _pick(down.view(count, r, -1), own, a[start:stop, :r])
-            _pick(up.view(-1, r, count).permute(2, 0, 1), own, b[start:stop, :, :r])
-            start = stop
-        return a, b
+        return _picked(experts, count, dtype, factors)
 
     @staticmethod
     def backward(ctx: Any, da: Tensor, db: Tensor) -> tuple:
@@ -252,10 +260,6 @@ class _Picked(torch.autograd.Function):
             grads += [grad_a, grad_b]
             start = stop
         return None, None, None, *grads
-
-
-class _NoContext:
-    """In place of a Function's context where nothing is differentiated."""
 
 
 def _pick(stack: Tensor, numbers: Tensor, out: Tensor) -> None:
