@@ -20,6 +20,7 @@ from peftfast.many.routing import Routing
 from peftfast.method import Adapter, AdapterMethod
 from peftfast.sites import Site, Slot, make_site
 from peftfast.sites.bound import BoundLora
+from peftfast.training.sharding import GatheredAsOne, whole
 
 #: A Parameter by the dict it is in and its key there, behind the dict, key and value its owner was found by.
 Place = tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]
@@ -45,7 +46,7 @@ def _made_again() -> dict[str, Any]:
     return {"_plan": None, "store": {}}
 
 
-class BaseTunerLayer(HasActivation, nn.Module):
+class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
     """A module with adapters. Attribute names are PEFT's, because other libraries reach for them.
 
     Attributes:
@@ -119,7 +120,7 @@ class BaseTunerLayer(HasActivation, nn.Module):
         adapter.locate()
         self.adapters[name] = adapter
         if initialise and device.type != "meta":
-            with torch.no_grad():
+            with torch.no_grad(), whole(self):
                 method.init(self.site, adapter)
         self._plan = None
         self.changed(name)
@@ -177,6 +178,12 @@ class BaseTunerLayer(HasActivation, nn.Module):
     def inside(self) -> Mapping[str, BaseTunerLayer]:
         """Layers within this one, the outermost first, by where they are in it."""
         return {}
+
+    def read_from_outside(self) -> Iterator[nn.Parameter]:
+        """All Parameters below: methods read weights, factors and vectors where they hang."""
+        yield from self.parameters()
+        if self.merger.source is not None:  # views of its factors
+            yield from self.merger.source.parameters()
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)

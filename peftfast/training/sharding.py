@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,72 @@ def copy_whole(target: Tensor, source: Tensor) -> None:
 def whole_shape(tensor: Tensor) -> torch.Size:
     """Shape of a tensor put together; ZeRO-3 leaves an empty tensor in place of a partitioned one."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """While this is open, what ZeRO-3 has taken apart of `module` and of all below it is together; what is written to
+    it lasts, as the first process has it. All processes have to come by here. Without ZeRO-3 it does nothing."""
+    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        yield
+
+
+def check_not_partitioned(parameters: Iterable[tuple[str, Tensor]], what: str, instead: str) -> None:
+    """RuntimeError if ZeRO-3 has taken some of these apart, which are given with their names.
+
+    Args:
+        what: the user wanted to do. instead: what can be done.
+    """
+    apart = [name for name, p in parameters if hasattr(p, "ds_id")]
+    if apart:
+        raise RuntimeError(
+            f"Cannot {what}: DeepSpeed ZeRO-3 has taken {len(apart)} of its parameters apart ({apart[0]}, ...), and "
+            f"every process has its share only. {instead}"
+        )
+
+
+def is_run_by_zero3(model: nn.Module) -> bool:
+    """Whether a ZeRO-3 engine has hung its hooks on the model, and made its optimizer of what was there then."""
+    return "ds_id" in model.__dict__
+
+
+def is_stepped_by_zero3(parameter: Tensor) -> bool:
+    """Whether a ZeRO-3 engine's optimizer was given this Parameter."""
+    return hasattr(parameter, "_z3_optimizer")
+
+
+def is_stepped_by_deepspeed(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's optimizer steps a copy of this Parameter, in a flat tensor or a share of one."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+class GatheredAsOne:
+    """Mixin of modules that, in their forward, read Parameters which other modules keep.
+
+    FSDP gathers those with the block that the module is in (see `fsdp_auto_wrap_policy`). ZeRO-3 gathers for every
+    module that is called, and again for its backward pass, the Parameters that it has itself and those that it says are
+    external to it. DeepSpeed asks for them under these names, and gives them to modules that have none.
+    """
+
+    def read_from_outside(self) -> Iterable[nn.Parameter]:
+        """The Parameters of others that `forward` may read: at any time the same ones, because the order in which they
+        are used is recorded once. Those that are not taken apart may be among them."""
+        raise NotImplementedError
+
+    @property
+    def _external_params(self) -> dict[int, nn.Parameter]:
+        """What DeepSpeed adds, by id."""
+        return self.__dict__.setdefault("_zero3_external", {})
+
+    def ds_external_parameters(self) -> Iterable[tuple[int, nn.Parameter]]:
+        known = {id(p): p for p in self.read_from_outside() if hasattr(p, "ds_id")}
+        return {**self._external_params, **known}.items()
 
 
 def _distributed_tensor_class() -> Any:

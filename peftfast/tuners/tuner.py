@@ -21,6 +21,7 @@ from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
 from peftfast.quantization.quantize import dequantize_model
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
+from peftfast.training.sharding import GatheredAsOne
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
@@ -29,7 +30,7 @@ from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
-class BaseTuner(nn.Module):
+class BaseTuner(GatheredAsOne, nn.Module):
     """A base model with adapters in it; behaves as the base model in everything it does not define.
 
     Args:
@@ -351,6 +352,14 @@ class BaseTuner(nn.Module):
                 if term is not None:
                     output.loss = output.loss + term.to(output.loss.dtype)
         return output
+
+    def read_from_outside(self) -> Iterator[nn.Parameter]:
+        """What terms of the loss are made of."""
+        regularised = [name for name, cfg in self.peft_config.items() if hasattr(method_for(cfg), "loss_term")]
+        for layer in self.inventory.layers.values():
+            for name in regularised:
+                if name in layer.adapters:
+                    yield from layer.trainable(layer.adapters[name])
 
     # ---- files: what a kind of adapter does besides its tensors ------------------------------------------------------
     def before_load(self, adapter_name: str, tensors: Mapping[str, Tensor]) -> Callable[[], None] | None:
