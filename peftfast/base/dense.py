@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from peftfast.base.offload import device_of, stored_weight
 from peftfast.base.weight import kept_copy, register_format
+from peftfast.training.sharding import whole_shape
 from peftfast_kernels.decode import Operand
 
 
@@ -32,12 +33,12 @@ class DenseWeight:
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
-        return isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() >= 2
+        return isinstance(weight, Tensor) and weight.is_floating_point() and len(whole_shape(weight)) >= 2
 
     @property
     def shape(self) -> tuple[int, int]:
-        weight = self.module.weight
-        n, k = weight.shape[0], weight.numel() // weight.shape[0] if weight.shape[0] else 0
+        shape = whole_shape(self.module.weight)
+        n, k = shape[0], shape[1:].numel()
         return (k, n) if self.transposed else (n, k)
 
     @property

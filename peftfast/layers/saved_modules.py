@@ -14,6 +14,7 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.many.control import Control
 from peftfast.many.routing import Routing
+from peftfast.training.sharding import whole
 
 
 class AuxiliaryTrainingWrapper(StandIn, nn.Module):
@@ -70,7 +71,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if adapter_name in self._adapters:
             return
         if tied is None:
-            self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+            with whole(self.original_module):
+                self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
         else:
             shared = copy.copy(self.original_module)
             shared._parameters = {**self.original_module._parameters, "weight": tied}

@@ -22,6 +22,7 @@ from peftfast.sites import Site, parts_of
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
 from peftfast.tasks import model_class
+from peftfast.training.sharding import whole_shape
 from peftfast.wrapping.injection import Injection, plan_injection, site_maker
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import full_names
@@ -199,7 +200,7 @@ def plan_adapter(
 
 def _count_base(inventory: Inventory) -> int:
     """Parameters of the base model, packed weights by the shape they stand for."""
-    own: dict[int, int] = {id(p): p.numel() for p in inventory.model.parameters()}
+    own: dict[int, int] = {id(p): whole_shape(p).numel() for p in inventory.model.parameters()}
     for _, module in linear_modules(inventory.model):
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and id(weight) in own and hasattr(module, "in_features"):
@@ -296,7 +297,7 @@ def _others(injection: Injection) -> list[PlannedPart]:
     for key, rows in injection.tokens.items():
         module = inventory.module(key)
         weight = getattr(module, "original_module", module).weight
-        parts.append(_part(key, "rows", [(len(rows), weight.shape[1])], weight.dtype))
+        parts.append(_part(key, "rows", [(len(rows), whole_shape(weight)[1])], weight.dtype))
     kind = getattr(injection.cfg, "bias", "none")
     adapted = {site.module for _, _, site in _sites(injection)} if kind != "none" else ()
     targets = {id(module.bias) for module in adapted if getattr(module, "bias", None) is not None}
@@ -323,7 +324,8 @@ def _part(
 
 def _sum(module: str, kind: str, tensors: Iterable[Tensor]) -> PlannedPart:
     tensors = list(tensors)
-    count, size = sum(t.numel() for t in tensors), sum(t.numel() * t.itemsize for t in tensors)
+    counts = [whole_shape(t).numel() for t in tensors]
+    count, size = sum(counts), sum(n * t.itemsize for n, t in zip(counts, tensors, strict=True))
     return PlannedPart(module, kind, None, count, size, len(tensors))
 
 

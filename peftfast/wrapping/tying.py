@@ -15,6 +15,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import close_matches
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
+from peftfast.training.sharding import whole_shape
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.targets import name_ends
 
@@ -153,12 +154,13 @@ def plan_tokens(
         for key in found:
             module = inventory.module(key)
             weight = getattr(module, "weight", None)
-            if isinstance(module, BaseTunerLayer) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            shape = whole_shape(weight) if isinstance(weight, Tensor) else ()
+            if isinstance(module, BaseTunerLayer) or len(shape) != 2:
                 raise ValueError(f"trainable_token_indices: {key!r} is a {type(module).__name__}, not a table of rows")
-            outside = [i for i in indices if i >= weight.shape[0]]
+            outside = [i for i in indices if i >= shape[0]]
             if outside:
                 raise ValueError(
-                    f"trainable_token_indices {outside} are outside {key!r}, which has rows 0 to {weight.shape[0] - 1}"
+                    f"trainable_token_indices {outside} are outside {key!r}, which has rows 0 to {shape[0] - 1}"
                 )
             plan[key] = list(indices)
     embedding = embedding_name(inventory) if heads else None
