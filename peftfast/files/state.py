@@ -152,6 +152,10 @@ def adapter_state_dict(
             return getattr(entry.owner, entry.attribute)
         if entry.live in given:
             return given[entry.live]
+        if hasattr(entry.owner, "prompt_of"):  # made of tensors, not one of them
+            inside = entry.live.removesuffix(entry.attribute)
+            own = {k.removeprefix(inside): v for k, v in given.items() if k.startswith(inside)}
+            return entry.owner.prompt_of(own)
         tensor = getattr(entry.owner, entry.attribute)
         if isinstance(tensor, nn.Parameter):
             raise AdapterLoadError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PromptLearningConfig, TaskType
 from peftfast.errors import PeftWarning
+from peftfast.training.sharding import copy_whole, whole_shape
 
 Inputs = dict[str, Any]  # the keyword arguments of the base model's forward
 
@@ -103,6 +105,18 @@ class BasePromptEncoder(nn.Module):
         """`[rows, width]`: what the file holds."""
         return self.virtual_tokens() if self.has_network else self.embedding.weight
 
+    def prompt_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """`prompt_embeddings` of these Parameters, by their names here, instead of one's own. No hook is called: a
+        process that has gathered them may be the only one that asks."""
+        alone = copy.deepcopy(self)
+        for module in alone.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                hooks.clear()
+        with torch.no_grad():
+            for name, parameter in alone.named_parameters():
+                parameter.data = tensors[name].to(parameter.device)
+            return alone.prompt_embeddings
+
     def virtual_tokens(self) -> Tensor:
         """`[rows, width]`: the virtual tokens. What a network makes is computed once and kept while no gradient is
         wanted and no parameter changes; any forward with gradients forgets it."""
@@ -131,10 +145,10 @@ class BasePromptEncoder(nn.Module):
         Raises:
             ValueError: the shape is not that of this prompt.
         """
-        if prompt_embeddings.dim() != 2 or prompt_embeddings.shape != self.prompt_embeddings.shape:
+        expected = whole_shape(self.prompt_embeddings)
+        if prompt_embeddings.dim() != 2 or prompt_embeddings.shape != expected:
             raise ValueError(
-                f"Invalid `prompt_embeddings` shape. Expected {tuple(self.prompt_embeddings.shape)}, got "
-                f"{tuple(prompt_embeddings.shape)}."
+                f"Invalid `prompt_embeddings` shape. Expected {tuple(expected)}, got {tuple(prompt_embeddings.shape)}."
             )
         if self.has_network:
             warnings.warn(
@@ -152,8 +166,8 @@ class BasePromptEncoder(nn.Module):
             self._modules.pop(name, None)
         self._kept = None
         weight = self.embedding.weight
-        if rows.shape == weight.shape:
-            weight.copy_(rows)
+        if rows.shape == whole_shape(weight):
+            copy_whole(weight, rows)
             return
         new = rows.to(weight).clone().contiguous()
         self.embedding.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
@@ -261,7 +275,7 @@ def _word_embeddings_name(model: nn.Module) -> str:
     vocabulary = text_config_of(getattr(model, "config", None)).get("vocab_size")
     prefix, backbone = backbone_of(model)
     for name, parameter in backbone.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in place
+        shape = whole_shape(parameter)
         if len(shape) > 0 and shape[0] == vocabulary:
             name = name.removesuffix(".weight").removesuffix(".original_module")
             return name if prefix is None else f"{prefix}.{name}"
