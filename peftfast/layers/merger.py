@@ -13,9 +13,20 @@ from peftfast.base.dense import for_narrowing
 from peftfast.base.weight import kept_copy
 from peftfast.sites import Dense
 from peftfast.sites.site import parameter_name
+from peftfast.training.sharding import check_not_partitioned
 
 if TYPE_CHECKING:
     from peftfast.layers.layer import BaseTunerLayer
+
+
+def check_mergeable(module: nn.Module) -> None:
+    """RuntimeError if weights of `module`, a layer or a whole model, are not at hand."""
+    check_not_partitioned(
+        module.named_parameters(),
+        "merge or unmerge adapters of this model",
+        "Save them (model.save_pretrained(folder), called by all processes) and merge without DeepSpeed, in one "
+        "process: PeftModel.from_pretrained(base_model, folder).merge_and_unload()",
+    )
 
 
 class Merger:
@@ -58,6 +69,7 @@ class Merger:
         layer = self.layer
         if keep not in (True, False, "host"):
             raise ValueError(f"keep must be True, False or 'host', got {keep!r}")
+        check_mergeable(layer)
         names = self._names_to_merge(adapter_names)
         if not names:
             return
@@ -192,6 +204,7 @@ class Merger:
         if not layer.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
             return
+        check_mergeable(layer)
         if self.follows:
             layer.merged_adapters = []
             layer._plan = None
@@ -211,6 +224,7 @@ class Merger:
         layer = self.layer
         if adapter not in layer.adapters:
             raise ValueError(f"Adapter {adapter} not found. Present here: {sorted(layer.adapters)}")
+        check_mergeable(layer)
         view = layer.adapters[adapter]
         with torch.no_grad():
             base = Dense(layer.site.weight.dense(torch.float32), None)

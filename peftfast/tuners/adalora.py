@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from peftfast.method import Adapter
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
 from peftfast.methods.rank_allocator import Allocation, RankAllocator, put_back, replace
+from peftfast.training.sharding import check_not_partitioned, is_stepped_by_deepspeed, whole_shape
 from peftfast.tuners.tuner import BaseTuner
 
 STATE_FILE = "adalora_state.safetensors"
@@ -101,6 +102,9 @@ class AdaLoraModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and self.automatic and torch.is_grad_enabled() and self not in _watched:
+            name = self.trainable_adapter_name
+            if name is not None:
+                self._check_within_reach(self._adapters(name))
             _watch(self)
         return super().forward(*args, **kwargs)
 
@@ -111,6 +115,7 @@ class AdaLoraModel(BaseTuner):
         allocator = self._allocator(name)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if id(allocator.adapters[0][VALUES]) not in held:
+            self._check_within_reach(allocator.adapters)
             return
         self.__dict__["_optimizer"] = weakref.ref(optimizer)
         parameters = allocator.parameters()
@@ -151,7 +156,17 @@ class AdaLoraModel(BaseTuner):
                 )
         self._advance(allocator, global_step)
 
+    def _check_within_reach(self, adapters: Iterable[Adapter]) -> None:
+        """RuntimeError where DeepSpeed keeps the factors' gradients and the values that its optimizer steps."""
+        if any(is_stepped_by_deepspeed(adapter[VALUES]) for adapter in adapters):
+            raise RuntimeError(
+                "AdaLoRA cannot choose ranks under DeepSpeed ZeRO, whose optimizer steps copies of the factors: their "
+                "gradients are not there to be measured, and what is pruned would come back. Train with DDP, FSDP2 or "
+                "in one process; or without pruning, all ranks to the end: model.base_model.automatic = False"
+            )
+
     def _advance(self, allocator: RankAllocator, step: int) -> None:
+        self._check_within_reach(allocator.adapters)
         if allocator.advance(step) and self.shrink_after_final:
             optimizer = None if self._optimizer is None else self._optimizer()
             if optimizer is not None:  # without it, its state would not fit any more
@@ -234,8 +249,13 @@ class AdaLoraModel(BaseTuner):
         changed = False
         for adapter in self._adapters(adapter_name):
             rank = ranks.get(adapter.key)
-            if rank is None or rank == len(adapter[VALUES]) or rank > cfg.init_r:
+            if rank is None or rank == whole_shape(adapter[VALUES])[0] or rank > cfg.init_r:
                 continue
+            check_not_partitioned(
+                adapter.parameters().items(),
+                f"load {rank} ranks of {adapter.key}",
+                "Load the adapter before deepspeed.initialize (Accelerator.prepare, Trainer.train).",
+            )
             a, b = factors(adapter)
             for p, shape in ((a, (rank, a.shape[1])), (b, (b.shape[0], rank)), (adapter[VALUES], (rank, 1))):
                 replace(p, p.new_empty(shape))

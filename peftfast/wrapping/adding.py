@@ -8,6 +8,7 @@ from typing import Any
 from peftfast.config import PeftConfig
 from peftfast.layers.layer import check_adapter_name
 from peftfast.method import method_for
+from peftfast.training.sharding import is_run_by_zero3
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import Replication, ranges_of
@@ -44,6 +45,13 @@ def add_adapter(
     if name in inventory.configs:
         raise ValueError(f"Adapter with name '{name}' already exists.")
     cfg.validate()
+    if is_run_by_zero3(inventory.model):
+        raise RuntimeError(
+            f"Cannot add adapter {name!r}: a DeepSpeed ZeRO-3 engine runs this model, and knows the parameters that it "
+            "was made with only. Add all adapters before deepspeed.initialize (Accelerator.prepare, Trainer.train). "
+            "Weights from a file can be loaded into an adapter that is here: model.load_adapter(folder, "
+            f"{next(iter(inventory.configs), 'default')!r})"
+        )
     _check_base_is_whole(inventory, name, cfg)
     if getattr(cfg, "bias", "none") != "none" and inventory.configs:
         raise ValueError(

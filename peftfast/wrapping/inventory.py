@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
+from peftfast.errors import PeftWarning
 from peftfast.layers.layer import BaseTunerLayer, Place, make_layer
 from peftfast.layers.own import LoraLayer
 from peftfast.layers.parameter import ParameterLayer
@@ -19,6 +20,7 @@ from peftfast.layers.stand_in import StandIn
 from peftfast.many.control import Control
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
+from peftfast.training.sharding import is_stepped_by_zero3
 from peftfast.wrapping.replication import Replication
 from peftfast_kernels.op import get_backend
 
@@ -297,6 +299,7 @@ class Inventory:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge()
         trainable = set() if inference_mode else set(names)
+        self._say_if_steps_repeat([name for name in self.active if name not in names])
         for name in self._trainable.union(self.active, names):
             if not _switch(self._places_of(name), name in trainable):
                 del self._places[name]
@@ -309,6 +312,18 @@ class Inventory:
             wrapper.set_adapter(names, inference_mode)
         self._trainable = trainable
         self.active = list(names)
+
+    def _say_if_steps_repeat(self, leaving: Iterable[str]) -> None:
+        """Warn where adapters that are no longer active would be trained on by their last gradients."""
+        for name in leaving:
+            if any(is_stepped_by_zero3(parameters[leaf]) for *_, parameters, leaf in self._places_of(name)[:1]):
+                warnings.warn(
+                    f"DeepSpeed ZeRO-3 trains adapter {name!r}, which is no longer active. In a step that does not use "
+                    "a parameter, DeepSpeed (0.19.8) applies the parameter's last gradient again, so further steps "
+                    f"change {name!r}. ZeRO-1 and ZeRO-2 leave it as it is.",
+                    PeftWarning,
+                    stacklevel=4,
+                )
 
     def _places_of(self, name: str) -> list[Place]:
         places = self._places.get(name)

@@ -11,6 +11,7 @@ from torch import nn
 
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.merger import check_mergeable
 from peftfast.layers.own import LoraLayer
 from peftfast.sites.site import parameter_name
 from peftfast.wrapping.inventory import Inventory
@@ -38,6 +39,7 @@ class ModelMerger:
                 f"Nothing was merged: adapter {unknown[0]!r} not found.{close_matches(unknown[0], configs)} "
                 f"Adapters present: {sorted(configs)}"
             )
+        check_mergeable(self.inventory.model)
         layers = self.inventory.mergeable()
         merged = {n for layer in layers for n in layer.merged_adapters}
         if merged and present and set(present) <= merged:
@@ -91,6 +93,7 @@ class ModelMerger:
                        progress: Callable[[Iterable], Iterable]) -> None:  # fmt: skip
         """Merge before the adapters are taken away; nothing is kept for unmerging that is not needed on the way."""
         inventory = self.inventory
+        check_mergeable(inventory.model)
         names = self.active() if adapter_names is None else inventory.check_known(adapter_names)
         merged = {n for layer in inventory.layers.values() for n in layer.merged_adapters}
         if not merged:
