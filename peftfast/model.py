@@ -13,6 +13,7 @@ from torch import nn
 
 from peftfast import status
 from peftfast.config import PeftConfig, PeftType
+from peftfast.errors import PeftWarning
 from peftfast.files.card import write_card
 from peftfast.files.convert_init import as_plain_lora, warn_beside_others
 from peftfast.files.fingerprint import fingerprint
@@ -26,7 +27,7 @@ from peftfast.files.io import (
     read_adapter,
     save_adapter,
 )
-from peftfast.files.state import adapter_state_dict
+from peftfast.files.state import adapter_state_dict, is_in
 from peftfast.interop.counterpart import HasCounterpart
 from peftfast.many.router import Choice
 from peftfast.method import method_for
@@ -283,6 +284,17 @@ class PeftModel(HasCounterpart, nn.Module):
                 f"{list(self.peft_config)} - got {names}."
             )
         state_dict = kwargs.pop("state_dict", None)
+        if state_dict is not None and selected_adapters is None and len(names) > 1:
+            absent = [n for n in names if not is_in(state_dict, self, n)]
+            if absent and len(absent) < len(names):
+                warnings.warn(
+                    f"The given state_dict has nothing of adapters {absent}, which are not saved: frozen parameters "
+                    "are not gathered under DeepSpeed ZeRO-3. model.save_pretrained(folder), called by all processes "
+                    "and without a state_dict, saves all adapters.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+                names = [n for n in names if n not in absent]
         prepared = []
         for name in names:
             cfg = self.peft_config[name]

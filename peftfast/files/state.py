@@ -152,12 +152,12 @@ def adapter_state_dict(
             return getattr(entry.owner, entry.attribute)
         if entry.live in given:
             return given[entry.live]
-        if hasattr(entry.owner, "prompt_of"):  # made of tensors, not one of them
-            inside = entry.live.removesuffix(entry.attribute)
-            own = {k.removeprefix(inside): v for k, v in given.items() if k.startswith(inside)}
+        network = getattr(entry.owner, "has_network", False)  # what is saved is made of tensors, and none of them
+        own = _network(entry, given) if network else {}
+        if own:
             return entry.owner.prompt_of(own)
-        tensor = getattr(entry.owner, entry.attribute)
-        if isinstance(tensor, nn.Parameter):
+        tensor = None if network else getattr(entry.owner, entry.attribute)
+        if network or isinstance(tensor, nn.Parameter):
             raise AdapterLoadError(
                 f"The given state_dict has no {entry.live!r}, which adapter {adapter_name!r} needs."
                 f"{close_matches(entry.live, given)}"
@@ -187,6 +187,22 @@ def adapter_state_dict(
     result = gathered(result)  # also detaches
     method = method_for(cfg) if not cfg.is_prompt_learning else None
     return method.to_file(cfg, result) if hasattr(type(method), "to_file") else result
+
+
+def _network(entry: Entry, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a prompt encoder with a network, by their names in it."""
+    inside = entry.live.removesuffix(entry.attribute)
+    return {k.removeprefix(inside): v for k, v in given.items() if k.startswith(inside)}
+
+
+def is_in(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> bool:
+    """Whether any tensor of an adapter is among those gathered from a sharded model: DeepSpeed leaves out what is
+    frozen."""
+    given = {strip_wrappers(k): v for k, v in state_dict.items()}
+    return any(
+        entry.live in given or (getattr(entry.owner, "has_network", False) and _network(entry, given))
+        for entry in adapter_entries(model, adapter_name)
+    )
 
 
 #: Where the base module's tensors are inside what replaced it.

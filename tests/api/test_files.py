@@ -106,6 +106,28 @@ def test_modules_named_like_adapters(tmp_path):
     assert not torch.allclose(base(x), ours(x))
 
 
+def test_what_a_given_state_dict_lacks(tmp_path):
+    """Under ZeRO-3 a trainer gathers what trains only, and gives it to one process."""
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    model.add_adapter("frozen", LoraConfig(**OPTIONS))
+    gathered = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.warns(peftfast.PeftWarning, match="frozen"):
+        model.save_pretrained(tmp_path / "one", state_dict=gathered)
+    assert (tmp_path / "one" / "adapter_model.safetensors").is_file() and not (tmp_path / "one" / "frozen").exists()
+    with pytest.raises(peftfast.AdapterLoadError, match="frozen"):
+        model.save_pretrained(tmp_path / "two", state_dict=gathered, selected_adapters=["frozen"])
+    config = peftfast.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM")
+    prompted = peftfast.get_peft_model(oracle.llama(), config)
+    gathered = {n: 2 * p.detach() for n, p in prompted.named_parameters() if p.requires_grad}
+    prompt = peftfast.get_peft_model_state_dict(prompted, state_dict=gathered)["prompt_embeddings"]
+    with torch.no_grad():
+        for parameter in prompted.prompt_encoder.parameters():
+            parameter.mul_(2)
+    assert torch.equal(prompt, peftfast.get_peft_model_state_dict(prompted)["prompt_embeddings"])
+    with pytest.raises(peftfast.AdapterLoadError, match="prompt_embeddings"):
+        peftfast.get_peft_model_state_dict(prompted, state_dict={"other": torch.ones(1)})
+
+
 def test_state_dicts_as_functions():
     twins = oracle.Twins(oracle.llama, OPTIONS)
     mine, other = (lib.get_peft_model_state_dict(m) for lib, m in ((peftfast, twins.ours), (peft, twins.theirs)))
