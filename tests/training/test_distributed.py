@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -13,30 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training import workers
+from training.launcher import launch
 from training.tiny import batch
 
 import peftfast
 
-ROOT = Path(__file__).parents[2]
 FSDP1 = ["plain", "nf4"]
 FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16"]
 DRAWS = range(3)
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
-
-
-def launch(processes: int, folder: Path, *runs: str) -> list[dict]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, workers.__file__, str(folder), *runs], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
 DDP = ["plain", "nf4", "saved"]
@@ -47,14 +28,15 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
     kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"]}
-    return folder, launch(2, folder, *(f"{what}:{kind}" for what, those in kinds.items() for kind in those))
+    runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
+    return folder, launch(workers.__file__, 2, folder, *runs)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("four")
     runs = ("ddp:plain", "ddp:nf4", "fsdp2:plain+checkpointing", "fsdp2:nf4")
-    return folder, launch(4, folder, *runs)
+    return folder, launch(workers.__file__, 4, folder, *runs)
 
 
 BOTH = pytest.mark.parametrize("processes", ["two", pytest.param("four", marks=pytest.mark.slow)])
@@ -152,55 +134,3 @@ def test_empty_tensors_are_refused(tmp_path):
     with pytest.raises(peftfast.AdapterLoadError, match="q_proj.lora_A.weight"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-class Partitioned:
-    """As much of `deepspeed` as gathering uses: parameters are empty outside `GatheredParameters`."""
-
-    def __init__(self) -> None:
-        self.whole: dict[int, torch.Tensor] = {}
-        self.open = 0
-
-    def partition(self, parameter: torch.nn.Parameter) -> None:
-        self.whole[id(parameter)] = parameter.data
-        parameter.ds_id, parameter.ds_shape = id(parameter), parameter.shape
-        parameter.data = torch.empty(0)
-
-    def GatheredParameters(self, parameters, modifier_rank=None):
-        from contextlib import contextmanager
-
-        @contextmanager
-        def gather():
-            for p in parameters:
-                p.data = self.whole[p.ds_id]
-            yield
-            for p in parameters:
-                if modifier_rank is not None:
-                    self.whole[p.ds_id] = p.data.clone()
-                p.data = torch.empty(0)
-
-        return gather()
-
-
-def test_zero3_partitions_are_gathered_and_written(tmp_path, monkeypatch):
-    import types
-
-    zero = Partitioned()
-    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
-    model = workers.model_of("plain")
-    expected = {k: v.clone() for k, v in peftfast.get_peft_model_state_dict(model).items()}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            zero.partition(parameter)
-    model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert saved.keys() == expected.keys()
-    assert all(torch.equal(saved[k], expected[k]) for k in saved)
-    assert all(p.numel() == 0 for p in model.parameters() if p.requires_grad)
-
-    for key in zero.whole:
-        zero.whole[key] = torch.zeros_like(zero.whole[key])
-    model.load_adapter(tmp_path, "default", is_trainable=True)
-    assert any(t.abs().sum() > 0 for t in zero.whole.values())
-    again = peftfast.get_peft_model_state_dict(model)
-    assert all(torch.equal(again[k], expected[k]) for k in again)

@@ -1,0 +1,32 @@
+"""Starts the processes of the distributed tests, and reads what each of them found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(script: str, processes: int, folder: Path, *runs: str, timeout: int = 280, **variables: str) -> list[dict]:
+    """What every process of `torchrun script folder *runs` leaves in `folder/rank<i>.json`.
+
+    Args:
+        variables: of the environment.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        **variables,
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, script, str(folder), *runs], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
