@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peftfast.base.dense import for_narrowing
 from peftfast.base.offload import device_of, stored_weight
 from peftfast.base.weight import kept_copy
+from peftfast.training.sharding import whole_shape
 from peftfast_kernels.decode import Operand
 
 
@@ -29,7 +30,7 @@ class ParameterWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        *rows, columns = self.value.shape
+        *rows, columns = whole_shape(self.value)
         return torch.Size(rows).numel(), columns
 
     @property

@@ -15,6 +15,7 @@ from peftfast.ops.experts import per_expert
 from peftfast.sites.experts import has_routed_form, routed_experts
 from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot
+from peftfast.training.sharding import whole_shape
 
 if TYPE_CHECKING:
     from peftfast.many.routing import Rows
@@ -40,17 +41,17 @@ class ParameterSite:
     def __init__(self, module: nn.Module, parameter: str) -> None:
         self.module, self.parameter = module, parameter
         self.weight = ParameterWeight(module, parameter)
-        value = self.weight.value
-        if value.dim() not in (2, 3):
+        shape = whole_shape(self.weight.value)
+        if len(shape) not in (2, 3):
             raise ValueError(
-                f"lora.ParamWrapper was initialized with {value.dim()} dimensional Parameter, but only 2d and 3d are "
+                f"lora.ParamWrapper was initialized with {len(shape)} dimensional Parameter, but only 2d and 3d are "
                 "supported."
             )
-        self.experts = value.shape[0] if value.dim() == 3 else 1
-        self.transposed = value.dim() == 3 and bool(getattr(module, "is_transposed", False))
+        self.experts = shape[0] if len(shape) == 3 else 1
+        self.transposed = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
         #: Which of the two dimensions of a matrix the factor A reads.
         self.reads = "first" if self.transposed else "second"
-        n, k = value.shape[-2:]
+        n, k = shape[-2:]
         self.in_features, self.out_features = (n, k) if self.transposed else (k, n)
 
     def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.training.sharding import whole_shape
 from peftfast.wrapping.targets import ALL_LINEAR, all_linear, linear_modules, make_matcher, model_type
 
 
@@ -141,7 +142,11 @@ def _refuse_if_fused(cfg: PeftConfig, model: nn.Module, reason: ImportError) -> 
     known = {old for family in FAMILIES.values() for old in family.parameters if old != "gate"}
     targets = cfg.target_modules
     named = isinstance(targets, str) or any(t.rpartition(".")[2] in known for t in targets or ())
-    fused = [n for n, p in model.named_parameters() if p.dim() == 3 and n.endswith((".gate_up_proj", ".down_proj"))]
+    fused = [
+        n
+        for n, p in model.named_parameters()
+        if len(whole_shape(p)) == 3 and n.endswith((".gate_up_proj", ".down_proj"))
+    ]
     if named and fused:
         raise ValueError(
             f"target_modules={targets!r} may mean layers that are fused in this model ({enumerate_some(fused)}), and "

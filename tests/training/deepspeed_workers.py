@@ -50,6 +50,9 @@ METHODS = {
     "dora": lambda library: _lora(library, use_dora=True),
     "pissa": lambda library: _lora(library, target_modules=["q_proj"], init_lora_weights="pissa"),
     "ia3": _ia3,
+    "experts": lambda library: _lora(
+        library, r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    ),
     "adalora": _adalora,
     "prompt": lambda library: library.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     "network": lambda library: library.PromptEncoderConfig(
@@ -57,6 +60,17 @@ METHODS = {
     ),
     "prefix": lambda library: library.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
 }
+
+
+def base_of(kind: str) -> nn.Module:
+    if not kind.startswith("experts"):
+        return llama(**SIZES)
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "initializer_range": 0.2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=97, hidden_size=32, intermediate_size=32, **experts, **heads))
 
 
 def spread_out(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -73,7 +87,7 @@ def model_of(kind: str, base: nn.Module | None = None) -> nn.Module:
     method, *flags = kind.split("+")
     library = importlib.import_module("peft" if "peft" in flags else "peftfast")
     torch.manual_seed(7)
-    model = library.get_peft_model(llama(**SIZES) if base is None else base, METHODS[method](library))
+    model = library.get_peft_model(base_of(kind) if base is None else base, METHODS[method](library))
     if method == "adalora" and library is peftfast:
         model.base_model.automatic = False  # what DeepSpeed allows
     return spread_out(model).train()
@@ -176,17 +190,16 @@ def train(kind: str, folder: Path) -> dict:
 
 def init(kind: str, folder: Path) -> dict:
     """The same for a base model that zero.Init has made, with first values that only the whole weights give."""
-    from transformers import LlamaForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    plain = llama(**SIZES)
+    plain = base_of(kind)
     if dist.get_rank() == 0:
         plain.save_pretrained(folder)
     dist.barrier()
     keep = HfDeepSpeedConfig(settings(kind))
     try:
-        base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        base = type(plain).from_pretrained(folder, dtype=torch.float32)
     finally:
         unset_hf_deepspeed_config()
         del keep

@@ -20,7 +20,7 @@ TRAIN = [
     "embedding+3+checkpointing",
 ]
 BF16 = [f"{method}+3+bf16{library}" for method in ("lora", "ia3") for library in ("", "+peft")]
-INIT = ["saved", "tokens", "dora", "pissa"]
+INIT = ["saved", "tokens", "dora", "pissa", "experts"]
 PAST = ["embedding", "dora"]
 FILES = ["lora", "tokens", "network", "lora+2"]
 RUNS = {
@@ -40,7 +40,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
     runs = [f"{what}:{kind}" for what, kinds in RUNS.items() for kind in kinds]
-    return folder, launch(workers.__file__, 2, folder, *runs, DS_ACCELERATOR="cpu")
+    return folder, launch(workers.__file__, 2, folder, *runs, timeout=600, DS_ACCELERATOR="cpu")
 
 
 @pytest.fixture
