@@ -170,12 +170,14 @@ def linear_truth(size: Size, device: str, source: nn.Module, x: Tensor, dy: Tens
 
 
 # ---- layers and models -----------------------------------------------------------------------------------------------
-def llama(shape: Model, layers: int, dtype: torch.dtype, device: str, format: str = "dense") -> nn.Module:
+def llama(
+    shape: Model, layers: int, dtype: torch.dtype, device: str, format: str = "dense", vocabulary: int = 512
+) -> nn.Module:
     """A Llama of a published model's block sizes, with few layers and a small vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=512, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
         max_position_embeddings=32768, use_cache=False,
     )  # fmt: skip

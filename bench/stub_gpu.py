@@ -1,7 +1,7 @@
 """A GPU that is not there: Triton launches on CPU tensors go the whole way of a launch, except that nothing runs.
 
 What is real: the launchers, `JITFunction.run`, Triton's compiler (unless left out), its launcher in C and what that one
-asks of the driver's library. What is not: that library, which is built here from a few lines of C that say yes to
+asks of the driver's library. What is not: that library, which is built from a few lines of C that say yes to
 everything; the device; and the result, which is whatever memory held. For measuring the host's time
 (`bench/host_gpu_path.py`) and for comparing launches (`tests/kernels/test_launch.py`).
 """
@@ -25,35 +25,23 @@ import torch
 CAPABILITY = 90
 CHIP = f"sm_{CAPABILITY}"
 
+#: The driver of `tools/fake_gpu`, and what else Triton's launcher asks for.
+_DRIVER = Path(__file__).resolve().parent.parent / "tools" / "fake_gpu" / "driver.c"
 _YES = (
-    "cuInit cuCtxSetCurrent cuCtxSetLimit cuCtxGetLimit cuModuleLoadData cuModuleUnload cuFuncSetAttribute "
-    "cuFuncSetCacheConfig cuLaunchKernelEx cuOccupancyMaxActiveClusters cuTensorMapEncodeTiled "
-    "cuTensorMapEncodeIm2col cuDriverGetVersion cuStreamIsCapturing cuGetErrorString cuPointerGetAttributes"
+    "cuInit cuCtxSetCurrent cuCtxSetLimit cuCtxGetLimit cuModuleUnload cuFuncSetAttribute cuFuncSetCacheConfig "
+    "cuOccupancyMaxActiveClusters cuTensorMapEncodeTiled cuTensorMapEncodeIm2col"
 ).split()
-_LIBRARY = (
-    "".join(f"int {name}() {{ return 0; }}\n" for name in _YES)
-    + """
-#include <stdint.h>
-int cuDeviceGet(int *device, int index) { *device = 0; return 0; }
-int cuCtxGetDevice(int *device) { *device = 0; return 0; }
-int cuDeviceGetAttribute(int *value, int which, int device) { *value = 232448; return 0; }
-int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
-int cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)16; return 0; }
-int cuFuncGetAttribute(int *value, int which, void *function) { *value = 1024; return 0; }
-int cuPointerGetAttribute(void *value, int which, uint64_t pointer) { *(uint64_t *)value = pointer; return 0; }
-"""
-)
 
 
 @functools.cache
 def _library() -> Path:
     """The folder of a libcuda.so.1 that does nothing, loaded into this process."""
-    digest = hashlib.sha256(_LIBRARY.encode()).hexdigest()[:12]
+    source = _DRIVER.read_text() + "".join(f"int {name}() {{ return 0; }}\n" for name in _YES)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"peftfast-stub-cuda-{digest}"
     if not (folder / "libcuda.so.1").exists():
         work = Path(tempfile.mkdtemp())
-        (work / "stub.c").write_text(_LIBRARY)
+        (work / "stub.c").write_text(source)
         options = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
         subprocess.run(["gcc", *options, "stub.c", "-o", "libcuda.so.1"], cwd=work, check=True)
         folder.mkdir(exist_ok=True)

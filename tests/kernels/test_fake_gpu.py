@@ -1,0 +1,47 @@
+"""tools/fake_gpu: what it computes, where PyTorch is a CUDA build; what it says where it is not."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "fake_gpu"
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch is a CUDA build")
+def test_other_builds_are_refused():
+    done = run("-c", "print('ran')")
+    assert done.returncode == 1 and "not a CUDA build" in done.stderr and "ran" not in done.stdout
+
+
+@pytest.mark.skipif(torch.version.cuda is None or torch.cuda.is_available(), reason="needs a CUDA build and no GPU")
+def test_results_are_those_of_the_host(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import torch
+
+            torch.manual_seed(0)
+            here = torch.nn.Linear(8, 4)
+            there = torch.nn.Linear(8, 4).cuda()
+            there.load_state_dict(here.state_dict())
+            x = torch.randn(3, 8)
+            for module, rows in ((here, x.clone()), (there, x.cuda())):
+                module(rows.requires_grad_()).square().sum().backward()
+            assert torch.equal(there.weight.grad.cpu(), here.weight.grad)
+            assert torch.cuda.max_memory_allocated() > 0
+            print(there.weight.grad.device)
+            """
+        )
+    )
+    done = run("--compute", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "cuda:0"

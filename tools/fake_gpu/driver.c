@@ -1,0 +1,29 @@
+/* What Triton's launcher and PyTorch ask of CUDA's driver. The rest of the driver answers 0 (see __main__.py). */
+
+#include <stdint.h>
+
+static unsigned long launches;
+
+/* For whoever counts (ctypes). */
+unsigned long fake_gpu_driver_launches(void) { return launches; }
+
+int cuDeviceGet(int *device, int index) { *device = 0; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuCtxGetDevice(int *device) { *device = 0; return 0; }
+int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
+int cuDeviceGetAttribute(int *value, int which, int device)
+{
+    *value = which == 10 /* warp size */ ? 32 : which == 16 /* multiprocessors */ ? 132 : 232448 /* shared memory */;
+    return 0;
+}
+int cuModuleLoadData(void **module, const void *image) { *module = (void *)16; return 0; }
+int cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)16; return 0; }
+int cuFuncGetAttribute(int *value, int which, void *function) { *value = 1024; return 0; }
+int cuPointerGetAttribute(void *value, int which, uint64_t pointer) { *(uint64_t *)value = pointer; return 0; }
+int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
+int cuGetErrorString(int error, const char **text) { *text = "an error of a GPU that is not there"; return 0; }
+int cuGetErrorName(int error, const char **text) { *text = "FAKE"; return 0; }
+int cuLaunchKernel() { launches++; return 0; }
+int cuLaunchKernelEx(void *config, void *function, void *arguments, void *extra) { launches++; return 0; }
