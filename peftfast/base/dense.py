@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from peftfast.base.offload import device_of, stored_weight
 from peftfast.base.weight import kept_copy, register_format
-from peftfast.training.sharding import whole_shape
+from peftfast.sharding import whole_shape
 from peftfast_kernels.decode import Operand
 
 

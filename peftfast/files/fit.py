@@ -29,8 +29,8 @@ from peftfast.files.state import (
     wrapped_modules,
 )
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.sharding import copy_whole, whole_shape
 from peftfast.sites.site import is_bias
-from peftfast.training.sharding import copy_whole, whole_shape
 
 
 @dataclass

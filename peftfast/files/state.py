@@ -16,8 +16,8 @@ from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensW
 from peftfast.layers.stand_in import StandIn
 from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
+from peftfast.sharding import gathered
 from peftfast.sites.site import is_bias
-from peftfast.training.sharding import gathered
 
 _WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module(?=\.base_model))\.")
 

@@ -93,7 +93,7 @@ MODULES: dict[str, dict[str, str]] = {
         "TrainableTokensWrapper": "peftfast.layers.saved_modules:TrainableTokensWrapper",
         "WEIGHTS_NAME": "peftfast.files.io:WEIGHTS_NAME",
         "_get_submodules": "peftfast.interop.submodules:get_submodules",
-        "fsdp_auto_wrap_policy": "peftfast.training.sharding:fsdp_auto_wrap_policy",
+        "fsdp_auto_wrap_policy": "peftfast.training.fsdp:fsdp_auto_wrap_policy",
         "infer_device": "peftfast.interop.submodules:infer_device",
     },
     "peft.utils.constants": {

@@ -18,9 +18,9 @@ from peftfast.many.control import Control
 from peftfast.many.mix import Group, Mix, Verdicts
 from peftfast.many.routing import Routing
 from peftfast.method import Adapter, AdapterMethod
+from peftfast.sharding import GatheredAsOne, whole
 from peftfast.sites import Site, Slot, make_site
 from peftfast.sites.bound import BoundLora
-from peftfast.training.sharding import GatheredAsOne, whole
 
 #: A Parameter by the dict it is in and its key there, behind the dict, key and value its owner was found by.
 Place = tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from peftfast.base.dense import for_narrowing
 from peftfast.base.weight import kept_copy
+from peftfast.sharding import check_not_partitioned
 from peftfast.sites import Dense
 from peftfast.sites.site import parameter_name
-from peftfast.training.sharding import check_not_partitioned
 
 if TYPE_CHECKING:
     from peftfast.layers.layer import BaseTunerLayer

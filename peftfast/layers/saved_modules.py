@@ -14,7 +14,7 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.many.control import Control
 from peftfast.many.routing import Routing
-from peftfast.training.sharding import whole
+from peftfast.sharding import whole
 
 
 class AuxiliaryTrainingWrapper(StandIn, nn.Module):

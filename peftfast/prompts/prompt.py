@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PromptLearningConfig, TaskType
 from peftfast.errors import PeftWarning
-from peftfast.training.sharding import copy_whole, whole_shape
+from peftfast.sharding import copy_whole, whole_shape
 
 Inputs = dict[str, Any]  # the keyword arguments of the base model's forward
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from peftfast.base.parameter import ParameterWeight
 from peftfast.ops.experts import per_expert
+from peftfast.sharding import whole_shape
 from peftfast.sites.experts import has_routed_form, routed_experts
 from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot
-from peftfast.training.sharding import whole_shape
 
 if TYPE_CHECKING:
     from peftfast.many.routing import Rows

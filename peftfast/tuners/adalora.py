@@ -24,7 +24,7 @@ from peftfast.method import Adapter
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
 from peftfast.methods.rank_allocator import Allocation, RankAllocator, put_back, replace
-from peftfast.training.sharding import check_not_partitioned, is_stepped_by_deepspeed, whole_shape
+from peftfast.sharding import check_not_partitioned, is_stepped_by_deepspeed, whole_shape
 from peftfast.tuners.tuner import BaseTuner
 
 STATE_FILE = "adalora_state.safetensors"

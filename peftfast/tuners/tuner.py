@@ -20,8 +20,8 @@ from peftfast.method import method_for
 from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
 from peftfast.quantization.quantize import dequantize_model
+from peftfast.sharding import GatheredAsOne
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
-from peftfast.training.sharding import GatheredAsOne
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.model_merger import ModelMerger, say_if_untied

@@ -8,7 +8,7 @@ from typing import Any
 from peftfast.config import PeftConfig
 from peftfast.layers.layer import check_adapter_name
 from peftfast.method import method_for
-from peftfast.training.sharding import is_run_by_zero3
+from peftfast.sharding import is_run_by_zero3
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import Replication, ranges_of

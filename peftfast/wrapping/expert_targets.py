@@ -13,7 +13,7 @@ from torch import nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some
-from peftfast.training.sharding import whole_shape
+from peftfast.sharding import whole_shape
 from peftfast.wrapping.targets import ALL_LINEAR, all_linear, linear_modules, make_matcher, model_type
 
 

@@ -18,9 +18,9 @@ from peftfast.layers.own import LoraLayer
 from peftfast.layers.parameter import ParameterLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.many.control import Control
+from peftfast.sharding import is_stepped_by_zero3
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
-from peftfast.training.sharding import is_stepped_by_zero3
 from peftfast.wrapping.replication import Replication
 from peftfast_kernels.op import get_backend
 

@@ -18,11 +18,11 @@ from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import method_for
 from peftfast.model import PeftModel
+from peftfast.sharding import whole_shape
 from peftfast.sites import Site, parts_of
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
 from peftfast.tasks import model_class
-from peftfast.training.sharding import whole_shape
 from peftfast.wrapping.injection import Injection, plan_injection, site_maker
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import full_names

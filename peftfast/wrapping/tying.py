@@ -15,7 +15,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import close_matches
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.training.sharding import whole_shape
+from peftfast.sharding import whole_shape
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.targets import name_ends
 

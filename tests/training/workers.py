@@ -174,7 +174,7 @@ def fsdp2(kind: str, folder: Path) -> dict:
 def fsdp1(kind: str, folder: Path) -> dict:
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-    from peftfast.training.sharding import fsdp_auto_wrap_policy
+    from peftfast.training.fsdp import fsdp_auto_wrap_policy
 
     rank, world = dist.get_rank(), dist.get_world_size()
     model = model_of(kind)

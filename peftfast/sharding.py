@@ -1,11 +1,9 @@
-"""Sharded models (FSDP1, FSDP2, ZeRO-3): what to wrap, tensors put together from their shards and taken apart."""
+"""Sharded models (FSDP2, tensor parallelism, ZeRO-3): tensors put together from their shards and taken apart."""
 
 from __future__ import annotations
 
-import functools
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,7 +103,7 @@ def is_stepped_by_deepspeed(parameter: Tensor) -> bool:
 class GatheredAsOne:
     """Mixin of modules that, in their forward, read Parameters which other modules keep.
 
-    FSDP gathers those with the block that the module is in (see `fsdp_auto_wrap_policy`). ZeRO-3 gathers for every
+    FSDP gathers those with the block that the module is in (see `training/fsdp.py`). ZeRO-3 gathers for every
     module that is called, and again for its backward pass, the Parameters that it has itself and those that it says are
     external to it. DeepSpeed asks for them under these names, and gives them to modules that have none.
     """
@@ -129,57 +127,3 @@ def _distributed_tensor_class() -> Any:
     """torch's DTensor, if anybody has imported it; without it there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return getattr(module, "DTensor", None)
-
-
-def fsdp_auto_wrap_policy(model: nn.Module) -> Callable:
-    """Wrapping policy for FSDP1, which needs `use_orig_params=True`: every transformer block, and every leaf with a
-    trained weight that is called as a module. The factors of adapted layers are not: fused kernels read their tensors
-    from outside, where FSDP1 would leave a flat shard, so they are gathered with their block. FSDP1 then also reduces
-    zeros for the block's frozen weights; FSDP2 does not.
-
-    Args:
-        model: names its blocks in `_no_split_modules`; the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP (class
-            names joined by commas) overrides it.
-
-    Raises:
-        TypeError: the model has no module of a named class.
-    """
-    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
-
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    wanted = [n for n in named.split(",") if n] if named is not None else list(block_class_names(model))
-    found = {type(m).__name__: type(m) for m in model.modules()}
-    missing = [n for n in wanted if n not in found]
-    if missing:
-        raise TypeError(f"Could not find the transformer layer class to wrap in the model: {', '.join(missing)}")
-
-    read_from_outside = {
-        m for layer in model.modules() if hasattr(layer, "adapter_layer_names") for m in layer.modules()
-    }
-
-    def is_trained_leaf(module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
-        if module in read_from_outside or next(module.children(), None) is not None:
-            return False
-        return weight is not None and weight.requires_grad
-
-    return functools.partial(
-        _or_policy,
-        policies=[
-            functools.partial(lambda_auto_wrap_policy, lambda_fn=is_trained_leaf),
-            functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={found[n] for n in wanted}),
-        ],
-    )
-
-
-def block_class_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classes that transformers models ask not to be split: their blocks."""
-    names: dict[str, None] = {}
-    for module in model.modules():
-        names.update(
-            dict.fromkeys(
-                module.__dict__.get("_no_split_modules") or getattr(type(module), "_no_split_modules", None) or ()
-            )
-        )
-    present = {type(m).__name__ for m in model.modules()}
-    return tuple(n for n in names if n in present)
