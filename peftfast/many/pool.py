@@ -6,37 +6,21 @@ that one compiled graph or one CUDA graph serves every mix, and loading an adapt
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig
 from peftfast.errors import close_matches, enumerate_some
-from peftfast.files.experts import migrate_experts
-from peftfast.files.io import load_peft_weights
-from peftfast.files.state import Entry
-from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.routing import BASE, Routing, batch_of
-from peftfast.method import method_for
-from peftfast.methods.lora_stack import FactorStack, apply_stack, is_segmented
-from peftfast.sites import Site, make_site
-from peftfast.sites.parameter import LowRank, ParameterSite
+from peftfast.many.slots import Factors, Slots, Source
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.parameters import check_adaptable, full_names, matching_parameters
-
-#: Where an adapter comes from: a folder or Hub repository, or its config and tensors by file key.
-Source = str | Path | tuple[PeftConfig, Mapping[str, Tensor]]
-#: Layer name -> (down factor, up factor, scaling).
-Factors = dict[str, tuple[Tensor, Tensor, float]]
 
 
 @dataclass
@@ -102,11 +86,10 @@ class AdapterPool:
         self.max_rank, self.host_capacity = max_rank, host_capacity
         self.statistics = PoolStatistics()
         target_parameters = [target_parameters] if isinstance(target_parameters, str) else list(target_parameters)
-        self._parameters = matching_parameters(self.inventory, target_parameters) if target_parameters else {}
-        keys = _matching(self.inventory, target_modules, target_parameters, self._parameters)
-        self._stacks: dict[str, FactorStack] = {}
-        self._changes: dict[str, list[LowRank]] = {}
-        self.device_bytes = self._allocate(keys, slots, max_device_bytes, dtype)
+        self._places = Slots(
+            self.inventory, slots, target_modules, target_parameters, max_rank, max_device_bytes, dtype
+        )
+        self.device_bytes = self._places.device_bytes
         self._slots = [_Slot(i) for i in range(slots)]
         self._order: OrderedDict[str, _Slot] = OrderedDict()  # adapters in slots, least recently used first
         self._sources: dict[str, Source] = {}
@@ -114,48 +97,6 @@ class AdapterPool:
         self._reading: dict[str, Future] = {}
         self._changed = threading.Condition()
         self._background: ThreadPoolExecutor | None = None
-
-    def _allocate(self, keys: list[str], slots: int, limit: int | None, dtype: torch.dtype | None) -> int:
-        """Check that everything fits, then make it."""
-        plan = []
-        total = 0
-        check_adaptable(self.inventory, self._parameters, keys)
-        for key, site in self._sites(keys):
-            down, up = (slot.shape for slot in site.low_rank_slots(self.max_rank).values())
-            kind = dtype or site.weight.compute_dtype
-            plan.append((key, down, up, kind, site.weight.device))
-            total += slots * (_count(down) + _count(up) + 1) * kind.itemsize
-        if limit is not None and total > limit:
-            raise ValueError(
-                f"{slots} slots of rank {self.max_rank} on {len(plan)} modules take {total:,} bytes, more than "
-                f"max_device_bytes={limit:,}; {limit * slots // total} slots would fit"
-            )
-        for key, names in self._parameters.items():
-            for layer in self.inventory.wrap_parameters(key, names):
-                layer.site.weight.name = f"{key}.{layer.site.parameter}"
-        for key, down, up, kind, device in plan:
-            a = torch.zeros(slots, *down, dtype=kind, device=device)
-            b = torch.zeros(slots, up[1], up[0], *up[2:], dtype=kind, device=device).transpose(1, 2)
-            stack = self._stacks[key] = FactorStack(a, b, torch.zeros(slots, dtype=kind, device=device))
-            self.inventory.wrap(key).store.update({"slots": self, "slot key": key})
-            if self.inventory.is_nested(key):
-                self._changes[key] = [LowRank(*each) for each in zip(*stack[:3], strict=True)]
-        return total
-
-    def _sites(self, keys: Iterable[str]) -> Iterator[tuple[str, Site]]:
-        """What has slots, by the names that layers have in the inventory."""
-        for key in keys:
-            module = self.inventory.module(key)
-            site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
-            if not hasattr(site, "adapt_each"):
-                raise ValueError(
-                    f"Slots are for modules, and {key} ({type(site.module).__name__}) is adapted by Parameters of it. "
-                    "Slots of experts are named in target_parameters"
-                )
-            yield key, site
-        for key, names in self._parameters.items():
-            for depth, name in enumerate(reversed(names)):  # the first is the innermost
-                yield key + ".base_layer" * depth, ParameterSite(self.inventory.base_module(key), name)
 
     # ---- what there is -----------------------------------------------------------------------------------------------
     def register(self, name: str, source: Source) -> None:
@@ -193,6 +134,11 @@ class AdapterPool:
                 )
 
     @property
+    def layers(self) -> list[str]:
+        """Names of the layers that have slots; those of several Parameters of one module are inside one another."""
+        return self._places.layers
+
+    @property
     def in_slots(self) -> list[str]:
         """Adapters on the device, least recently used first."""
         with self._changed:
@@ -226,9 +172,9 @@ class AdapterPool:
         held = self._acquire(names, timeout)
         try:
             places = tuple([-1 if n == BASE else held[n].index for n in names])
-            index = torch.tensor(places, dtype=torch.int64, device=next(iter(self._stacks.values())).scale.device)
+            index = torch.tensor(places, dtype=torch.int64, device=self._places.device)
             # eager calls on a CPU may be arranged around what the host knows anyway
-            shape = {"copies": _COPIES, "tokens": tokens, "slots": self}
+            shape = {"copies": _COPIES, "tokens": tokens, "slots": self._places}
             seen = Routing((), index, places, **shape) if index.is_cpu else None
             with self.inventory.control.use(Routing((), index, None, **shape, seen=seen)):
                 yield index
@@ -254,23 +200,8 @@ class AdapterPool:
         Args:
             slots: [B] int64 on the model's device, from `use`, which has to be open around the call.
         """
-        with self.inventory.control.use(Routing((), slots, None, tokens=_tokens(args, kwargs), slots=self)):
+        with self.inventory.control.use(Routing((), slots, None, tokens=_tokens(args, kwargs), slots=self._places)):
             return self.model(*args, **kwargs)
-
-    def layer_forward(self, layer: BaseTunerLayer, routing: Routing, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        stack = self._stacks.get(layer.store.get("slot key"))
-        if stack is not None and routing.arranges(x) and not args and not kwargs and not is_segmented(layer.site, x):
-            used = len(set(routing.host))
-            each = [t[:used] for t in stack[:3]]
-            return routing.arranged(x, lambda x: layer.site.adapt_each(x, layer.base_layer(x), *each))
-        y = layer.base_layer(x, *args, **kwargs)
-        if stack is None:
-            return y
-        return apply_stack(layer.site, x, y, stack, routing.rows(x, (), layer.store, "a layer with slots"))
-
-    def changes(self, layer: BaseTunerLayer) -> Sequence[LowRank]:
-        """What each slot adds to the Parameter of a layer; nothing where it has none."""
-        return self._changes.get(layer.store.get("slot key"), ())
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Bring adapters nearer in the background: into host memory, and into slots that nobody uses."""
@@ -295,13 +226,7 @@ class AdapterPool:
         """Take the slots out of the model again."""
         if self._background is not None:
             self._background.shutdown()
-        for key in reversed(self._stacks):  # layers inside others first
-            layer = self.inventory.layers.get(key)
-            if layer is not None:
-                layer.store.pop("slots", None)
-                layer.store.pop("slot key", None)
-                self.inventory.unwrap(key)
-        self._stacks = {}
+        self._places.close()
 
     # ---- slots -------------------------------------------------------------------------------------------------------
     def _acquire(self, names: Sequence[str], timeout: float | None) -> dict[str, _Slot]:
@@ -367,7 +292,7 @@ class AdapterPool:
             for slot in held.values():
                 slot.pins -= 1
                 if slot.pins == 0:
-                    slot.last_use = _event(next(iter(self._stacks.values())).scale) if self._stacks else None
+                    slot.last_use = _event(self._places.device)
                     if slot.error is not None:
                         slot.name = None
             self._changed.notify_all()
@@ -377,7 +302,7 @@ class AdapterPool:
             factors = self._read(name)
             if slot.last_use is not None:
                 torch.cuda.current_stream().wait_event(slot.last_use)
-            self._write(factors, slot.index)
+            self._places.write(factors, slot.index)
         except BaseException as e:
             self._fail(slot, e)
             raise
@@ -393,26 +318,6 @@ class AdapterPool:
             slot.error = error
             self.statistics.failures += 1
         slot.ready.set()
-
-    @torch.no_grad()
-    def _write(self, factors: Factors, index: int) -> None:
-        for key, stack in self._stacks.items():
-            a, b, scale = stack[:3]
-            new = factors.get(key)
-            if new is None:
-                scale[index] = 0.0
-                b[index].zero_()
-                a[index].zero_()
-                continue
-            down, up, value = new
-            # of a stack of experts each one's ranks are padded by themselves
-            experts = getattr(self.inventory.layers[key].site, "experts", 1)
-            rows, r = a[index].unflatten(0, (experts, -1)), down.shape[0] // experts
-            rows[:, :r].copy_(down.unflatten(0, (experts, -1)), non_blocking=True)
-            rows[:, r:].zero_()
-            b[index][:, : up.shape[1]].copy_(up, non_blocking=True)
-            b[index][:, up.shape[1] :].zero_()
-            scale[index] = value
 
     # ---- host memory -------------------------------------------------------------------------------------------------
     def _read(self, name: str) -> Factors:
@@ -430,7 +335,7 @@ class AdapterPool:
         if not mine:
             return reading.result()
         try:
-            factors = self._factors(name, source)
+            factors = self._places.read(name, source)
         except BaseException as e:
             with self._changed:
                 del self._reading[name]
@@ -445,81 +350,6 @@ class AdapterPool:
                     self._host.popitem(last=False)
         reading.set_result(factors)
         return factors
-
-    def _factors(self, name: str, source: Source) -> Factors:
-        """Read and check an adapter.
-
-        Raises:
-            ValueError: it is not a pair of factors at modules that have slots, or its rank is too large.
-        """
-        if isinstance(source, tuple):
-            cfg, tensors = source
-        else:
-            cfg, tensors = PeftConfig.from_pretrained(str(source)), load_peft_weights(source)
-        method = method_for(cfg)
-        reader: Callable[..., tuple[Tensor, Tensor, float]] | None = getattr(method, "for_slot", None)
-        if reader is None:
-            raise ValueError(f"Adapter {name} is {method.family}, which slots cannot hold")
-        left = {k.removeprefix("base_model.model."): v for k, v in tensors.items()}
-        if self._parameters:
-            cfg, left = self._of_experts(name, cfg, left)
-        found: Factors = {}
-        for key, stack in self._stacks.items():
-            layer = self.inventory.layers[key]
-            own = {}
-            for slot_name, slot in layer.site.low_rank_slots(self.max_rank).items():
-                file = f"{key}.{slot_name}" + (".weight" if slot.holder is not None else "")
-                if file in left:
-                    own[slot_name] = left.pop(file)
-            if not own:
-                continue
-            try:
-                # patterns of a config are for the names of Parameters
-                full = layer.site.weight.name if self.inventory.is_nested(key) else key
-                a, b, scale = reader(layer.site, cfg, full, own)
-            except ValueError as e:
-                raise ValueError(f"Adapter {name}: {e}") from e
-            experts = getattr(layer.site, "experts", 1)
-            if a.shape[0] % experts:
-                raise ValueError(f"Adapter {name} has {a.shape[0]} ranks for {experts} experts at {key}")
-            if a.shape[0] > self.max_rank * experts:
-                rank = a.shape[0] // experts
-                raise ValueError(f"Adapter {name} has rank {rank} at {key}; the slots take up to {self.max_rank}")
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                raise ValueError(f"Adapter {name} has NaN or infinite values at {key}")
-            found[key] = (_for_host(a, stack.a), _for_host(b, stack.b), scale)
-        if left or not found:
-            raise ValueError(
-                f"Adapter {name} has tensors that no slot takes: {enumerate_some(left) if left else 'all of them'}. "
-                f"Modules with slots: {enumerate_some(self._stacks)}"
-            )
-        return found
-
-    def _of_experts(
-        self, name: str, cfg: PeftConfig, tensors: Mapping[str, Tensor]
-    ) -> tuple[PeftConfig, dict[str, Tensor]]:
-        """Config and tensors in this model's names and in today's layout.
-
-        Raises:
-            ValueError: the adapter adapts other Parameters than have slots.
-        """
-        cfg, method = copy.deepcopy(cfg), method_for(cfg)
-        if hasattr(type(method), "retarget"):
-            method.retarget(cfg, self.inventory.model)
-        wanted = getattr(cfg, "target_parameters", None)
-        # which Parameter a tensor is for follows from how layers are nested
-        if wanted and matching_parameters(self.inventory, wanted) != self._parameters:
-            raise ValueError(
-                f"Adapter {name} has target_parameters={sorted(wanted)}; slots are for "
-                f"{enumerate_some(full_names(self._parameters))}"
-            )
-        entries = {}
-        for key in self._changes:
-            layer = self.inventory.layers[key]
-            for slot in layer.site.low_rank_slots(1):
-                file = f"{key}.{slot}.weight"
-                entries[file] = Entry(file, file, layer, slot, layer=layer)
-        return cfg, migrate_experts(tensors, entries, cfg, self.inventory.model)
 
 
 #: Rows a prompt may be expanded to in `generate` (beams); the pool does not see the arguments of every call.
@@ -541,17 +371,8 @@ def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     return batch.shape[1] if batch is not None and batch.dim() > 1 else None
 
 
-def _count(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _for_host(tensor: Tensor, like: Tensor) -> Tensor:
-    copy = torch.empty(tensor.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-    return copy.copy_(tensor)
-
-
-def _event(like: Tensor) -> Any:
-    if not like.is_cuda:
+def _event(device: torch.device | None) -> Any:
+    if device is None or device.type != "cuda":
         return None
     event = torch.cuda.Event()
     event.record()
@@ -567,21 +388,3 @@ def _inventory_of(model: nn.Module) -> Inventory:
     if inventory is None:
         inventory = model.__dict__["_peftfast_inventory"] = Inventory(model)
     return inventory
-
-
-def _matching(
-    inventory: Inventory, targets: str | Iterable[str] | None, parameters: Sequence[str], found: Mapping[str, Any]
-) -> list[str]:
-    from peftfast.wrapping.targets import ALL_LINEAR, all_linear
-
-    if targets is None or targets == ALL_LINEAR:
-        wanted = set(all_linear(inventory.model, PeftConfig()))
-        keys = [n for n in inventory.names if n in wanted]
-    else:
-        suffixes = (targets,) if isinstance(targets, str) else tuple(targets)
-        keys = [n for n in inventory.names if any(n == s or n.endswith("." + s) for s in suffixes)]
-    if parameters and not found:
-        raise ValueError(f"target_parameters {parameters} match no Parameter of {type(inventory.model).__name__}")
-    if not keys and not found:
-        raise ValueError(f"target_modules {targets!r} match no module of {type(inventory.model).__name__}")
-    return keys

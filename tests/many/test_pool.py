@@ -267,7 +267,7 @@ def test_refusals():
 
 def test_which_modules_have_slots():
     counts = [
-        len(AdapterPool(oracle.llama(), target_modules=targets)._stacks)
+        len(AdapterPool(oracle.llama(), target_modules=targets).layers)
         for targets in (None, "all-linear", "q_proj", ["q_proj", "v_proj"])
     ]
     layers = counts[2]
