@@ -18,7 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import tomllib
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest needs it there, so it is there
 
 SIDE = os.environ.get("PEFT_SUITE_SIDE", "peftfast")
 DIFFERENCES: dict[str, str] = tomllib.loads((Path(__file__).parent / "differences.toml").read_text())
