@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from training.tiny import batch, gradients, largest_difference, llama, lora, wrapped
+from training.tiny import batch, checkpoint, gradients, largest_difference, llama, lora, wrapped
 
 import peftfast
 from peftfast.training.checkpointing import require_input_gradients
@@ -21,10 +21,6 @@ def step(model: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[floa
     found = gradients(model)
     model.zero_grad()
     return loss.item(), found
-
-
-def enable(model: torch.nn.Module, reentrant: bool) -> None:
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
 
 
 ORDERS = ["before", "after", "after, on the base model", "after the first step"]
@@ -45,12 +41,12 @@ def test_gradients_equal_those_without(order, reentrant, kind):
 
     base = llama(dtype=dtype)
     if order == "before":
-        enable(base, reentrant)
+        checkpoint(base, reentrant)
     model = wrapped(peftfast, base, **options)
     if order == "after the first step":
         step(model, cast)
     if order.startswith("after"):
-        enable(model.get_base_model() if "base" in order else model, reentrant)
+        checkpoint(model.get_base_model() if "base" in order else model, reentrant)
     checkpointed, found = step(model, cast)
     assert checkpointed == loss
     assert set(found) == set(expected)
@@ -68,7 +64,7 @@ def test_nf4_base(reentrant):
 
     loss, expected = step(wrapped(peftfast, quantise(llama(hidden_size=64, intermediate_size=128)), lora_dropout=0.3))
     model = wrapped(peftfast, quantise(llama(hidden_size=64, intermediate_size=128)), lora_dropout=0.3)
-    enable(model, reentrant)
+    checkpoint(model, reentrant)
     checkpointed, found = step(model)
     assert checkpointed == loss
     assert largest_difference(found, expected) == 0.0
@@ -79,13 +75,13 @@ def test_injected_adapters(order):
     def injected(checkpointing: str | None) -> torch.nn.Module:
         model = llama()
         if checkpointing == "before":
-            enable(model, True)
+            checkpoint(model, True)
         peftfast.inject_adapter_in_model(lora(peftfast), model)
         from training.tiny import fill
 
         fill(model)
         if checkpointing == "after":
-            enable(model, True)
+            checkpoint(model, True)
             require_input_gradients(model)  # no PeftModel whose forward would notice
         return model
 
@@ -96,7 +92,7 @@ def test_injected_adapters(order):
 
 def test_masks_differ_between_steps_and_agree_between_passes():
     model = wrapped(peftfast, lora_dropout=0.5)
-    enable(model, False)
+    checkpoint(model, False)
     model.train()
     torch.manual_seed(0)
     losses = [model(**batch()).loss.item() for _ in range(2)]
@@ -105,14 +101,14 @@ def test_masks_differ_between_steps_and_agree_between_passes():
 
 def test_copies_with_checkpointing_on():
     model = wrapped(peftfast)
-    enable(model, True)
+    checkpoint(model, True)
     _, expected = step(model)
     assert largest_difference(step(copy.deepcopy(model))[1], expected) == 0.0
 
 
 def test_no_graph_is_recorded_in_evaluation():
     model = wrapped(peftfast)
-    enable(model, True)
+    checkpoint(model, True)
     step(model)
     model.eval()
     with torch.no_grad():

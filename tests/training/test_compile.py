@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from training.nf4 import quantise
-from training.tiny import batch, fill, gradients, largest_difference, llama, lora, wrapped
+from training.tiny import batch, checkpoint, fill, gradients, largest_difference, llama, lora, wrapped
 
 import peftfast
 from peftfast_kernels import device_masks
@@ -101,7 +101,7 @@ def test_steps_after_an_update_need_no_new_graph():
 def test_with_gradient_checkpointing(eager_first):
     def checkpointing() -> torch.nn.Module:
         model = make("dropout").train()
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint(model)
         model.config.use_cache = False  # else transformers warns from inside the graph
         # nor does torch 2.13 compile what transformers hangs on the embedding, for anybody; only reentrant needs it
         model.get_base_model().disable_input_require_grads()

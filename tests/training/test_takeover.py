@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training.nf4 import quantise
-from training.tiny import batch, fill, gradients, largest_difference, llama, lora, wrapped
+from training.tiny import batch, checkpoint, fill, gradients, largest_difference, llama, lora, wrapped
 
 import peftfast
 
@@ -190,7 +190,7 @@ def test_dropout_and_checkpointing():
     model = peftfast.patch(wrapped(peft, lora_dropout=0.4)).train()
     torch.manual_seed(0)
     _, expected = step(model)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint(model)
     torch.manual_seed(0)
     _, found = step(model)
     assert largest_difference(found, expected) == 0.0

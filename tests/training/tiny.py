@@ -57,6 +57,12 @@ def wrapped(library: Any, model: nn.Module | None = None, seed: int = 3, **chang
     return model
 
 
+def checkpoint(model: nn.Module, reentrant: bool = False) -> None:
+    """Switch gradient checkpointing on, whatever this release of transformers calls the switch."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": reentrant})
+
+
 def fill(model: nn.Module, seed: int = 3, scale: float = 0.2) -> None:
     """Give every factor values that depend on its name's place only."""
     with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from training.nf4 import quantise
-from training.tiny import batch, fill, lora
+from training.tiny import batch, checkpoint, fill, lora
 
 import peftfast
 
@@ -135,7 +135,7 @@ def fsdp2(kind: str, folder: Path) -> dict:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if "+mixed" in kind else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy(pin_memory=False) if "+offload" in kind else OffloadPolicy()
     if "+checkpointing" in kind:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint(model)
     for block in model.get_base_model().model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
