@@ -479,7 +479,8 @@ def test_nothing_moves_while_decoding():
 
     def addresses() -> list[int]:
         found = [getattr(decode, n) for n in ("token", "positions", "mask", "index", "tokens", "logits", "finished")]
-        found += [t for layer in decode.cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
+        parts = ("keys", "values", "cumulative_length")  # the last one not in transformers below 5.4
+        found += [getattr(layer, n) for layer in decode.cache.layers for n in parts if hasattr(layer, n)]
         for layer in model.base_model.inventory.layers.values():
             found += [t for known in layer.control.kept(layer) for t in known.stack[:3]]
         return [t.data_ptr() for t in found]

@@ -70,8 +70,9 @@ class CapturedDecoding(CapturedToken):
             mode = (do_sample, do_sample and (top_k > 0 or top_p < 1.0))
             positions = (self.mask[:, :length].cumsum(-1) - 1).clamp(min=0)
             with self._settings():
-                self._forward(ids, self.mask[:, :length], positions)
+                self._forward(ids, self.mask[:, :length], positions, torch.arange(length, device=self.device))
             self.positions.copy_(positions[:, -1:] + 1)
+            self.place.fill_(length)
             self._choose(*mode)
             step = self._recording(*mode)
             with self._settings():

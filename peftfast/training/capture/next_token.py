@@ -27,7 +27,8 @@ class CapturedToken(Captured):
 
     Attributes:
         cache: transformers' StaticCache, [batch_size, heads, max_length, head_dim] a layer.
-        token: [B, 1] the last token. positions: [B, 1] its position. mask: [B, max_length] 0 for padding.
+        token: [B, 1] the last token. positions: [B, 1] its position. place: [1] where the cache keeps it.
+        mask: [B, max_length] 0 for padding.
         index: [B] place of every sample's adapter among `names`; -1 for the base model.
     """
 
@@ -58,14 +59,17 @@ class CapturedToken(Captured):
                 f"{autocast}, or decode without autocast"
             )
         self._cache_argument = cache_name(self.base)
-        takes_count = "logits_to_keep" in inspect.signature(self.base.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if takes_count else {}
+        parameters = inspect.signature(self.base.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        # transformers below 5.4, whose static cache otherwise takes keys of zeros, as padding may have, for free places
+        self._takes_places = "cache_position" in parameters
         self._start()
         if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
             raise ValueError("Sliding-window caches count on the host, which a captured step does not do")
         with torch.inference_mode(False), self.device:
             self.token = torch.zeros((batch_size, 1), dtype=torch.int64)
             self.positions = torch.zeros_like(self.token)
+            self.place = torch.zeros((1,), dtype=torch.int64)
             self.mask = torch.ones((batch_size, max_length), dtype=torch.int64)
             self.index = torch.full((batch_size,), -1, dtype=torch.int64)
             self.tokens = torch.zeros((batch_size, max_length), dtype=torch.int64)
@@ -91,8 +95,10 @@ class CapturedToken(Captured):
         with torch.inference_mode(False), torch.no_grad(), self._autocast():
             yield
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> None:
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor) -> None:
         arguments = {self._cache_argument: self.cache, "use_cache": True, **self._last_only}
+        if self._takes_places:
+            arguments["cache_position"] = places
         with following(self.tuner, self.index, ids.shape[1]) if self.mixed else nullcontext():
             output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments)
         logits = output.logits[:, -1]
@@ -111,8 +117,10 @@ class CapturedToken(Captured):
         self.column.add_(1)
 
     def _advance(self, sampled: bool, filtered: bool) -> None:
-        self._forward(self.token, self.mask, self.positions)
+        self._forward(self.token, self.mask, self.positions, self.place)
         self.positions.add_(1)
+        if self._takes_places:
+            self.place.add_(1)
         self._choose(sampled, filtered)
 
     def _recording(self, *mode: bool) -> Recording:
