@@ -8,7 +8,7 @@ import inspect
 import re
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ def holds_tokens(cache: Any) -> bool:
     """Whether a cache is there and not empty."""
     if cache is None:
         return False
+    if not hasattr(cache, "get_seq_length"):  # a state-space model's of before transformers 5.4; it starts with zeros
+        return bool(cache.conv_states[0].any())
     try:
         return bool(cache.get_seq_length())
     except ValueError:  # recurrent states only (Mamba's), which have no length
@@ -36,7 +38,7 @@ def grown(cache: Any, count: int, model: nn.Module) -> Any:
         return EncoderDecoderCache(grown(cache.self_attention_cache, count, model), cache.cross_attention_cache)
     if not getattr(cache, "is_compileable", False):
         return cache
-    length = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
+    length = max((getattr(layer, "max_cache_len", 0) for layer in getattr(cache, "layers", ())), default=0)
     if not length:
         return cache  # recurrent states are of fixed size whatever the length
     return type(cache)(config=model.config, max_cache_len=length + count)
@@ -221,8 +223,30 @@ def cache_name(module: nn.Module, names: Sequence[str] = CACHE_NAMES) -> str | N
     return next((name for name in names if name in parameters), None)
 
 
+@contextmanager
+def counting(cache: Any, count: int) -> Iterator[None]:
+    """`cache.crop(length)` where `length` does not count `count` virtual tokens.
+
+    transformers below 5.15 crops to what the user's tokens make when guessed ones are refused. Since then it says how
+    many are to go, as a negative number, which is right as it is.
+    """
+    crop = cache.crop
+    cache.__dict__["crop"] = lambda length: crop(length + count if length > 0 else length)
+    try:
+        yield
+    finally:
+        del cache.__dict__["crop"]  # which holds the cache too: without the collector it would not be freed
+
+
 def take_cache(inputs: dict[str, Any], model: nn.Module) -> tuple[str, Any]:
-    """The name under which `model` takes a cache, and the cache, taken out of `inputs` whatever it was called there."""
+    """The name under which `model` takes a cache, and the cache, taken out of `inputs` whatever it was called there.
+
+    The tokens' places in the cache, which transformers below 5.4 counts without the virtual ones, are taken out too:
+    a model that keeps keys then counts what its cache holds. State-space models want them, and only to see whether a
+    sequence begins.
+    """
+    if cache_name(model) is not None:
+        inputs.pop("cache_position", None)
     given = [inputs.pop(name) for name in STATE_NAMES if name in inputs]
     name = cache_name(model, STATE_NAMES) or CACHE_NAMES[0]
     return name, next((cache for cache in given if cache is not None), None)
@@ -258,7 +282,7 @@ def checkpoint_safe(model: nn.Module, cache: Any) -> Iterator[Any]:
         ValueError: the model's layers are not transformers' checkpointing layers.
     """
     layers = checkpointable_layers(model)
-    if not layers or not hasattr(type(layers[0]), "_can_checkpoint_with_cache"):
+    if not layers:
         raise ValueError(
             f"PREFIX_TUNING does not work with gradient checkpointing of {type(model).__name__}: its layers take no "
             "cache while they are checkpointed. Switch gradient checkpointing off, or use prompt tuning."
@@ -267,26 +291,47 @@ def checkpoint_safe(model: nn.Module, cache: Any) -> Iterator[Any]:
     kept = getattr(cache, "self_attention_cache", cache)
     originals, leaves = _leaves(kept) if any(_reentrant(m) for m in layers) else ([], [])
 
-    def hand_over(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def handed(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         name = cache_name(layer)
         position = list(inspect.signature(layer.forward).parameters).index(name)
         args = list(args)
         if position < len(args):
             args[position] = cache
         else:
-            kwargs[name] = cache
+            kwargs = {**kwargs, name: cache}
         if originals:
             args[0] = _Collect.apply(args[0], leaves, *originals)
         return tuple(args), kwargs
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.__dict__.pop, "_can_checkpoint_with_cache", None)
-            layer.__dict__["_can_checkpoint_with_cache"] = True
-            stack.callback(layer.register_forward_pre_hook(hand_over, with_kwargs=True).remove)
+            if layer.gradient_checkpointing:
+                # around what is computed again, where a layer's hooks are in some releases of transformers only
+                stack.enter_context(_checkpointing_with(layer, functools.partial(handed, layer)))
+            else:
+                stack.callback(layer.register_forward_pre_hook(handed, with_kwargs=True).remove)
         yield cache
         if not kept.reads:
             raise ValueError(f"{type(model).__name__} did not read the prefix under gradient checkpointing")
+
+
+@contextmanager
+def _checkpointing_with(layer: nn.Module, handed: Callable[[tuple, dict], tuple[tuple, dict]]) -> Iterator[None]:
+    """The checkpointed `layer` gets the inputs that `handed` makes of its own, instead of those without a cache."""
+    own = layer.__dict__
+    before = layer._gradient_checkpointing_func
+
+    def checkpoint(run: functools.partial, *args: Any) -> Any:
+        args, given = handed(args, run.keywords)
+        return before(functools.partial(run, **given), *args)
+
+    own["_gradient_checkpointing_func"] = checkpoint
+    own["_can_checkpoint_with_cache"] = True  # where there is this, no warning that the cache was taken away
+    try:
+        yield
+    finally:
+        own["_gradient_checkpointing_func"] = before
+        del own["_can_checkpoint_with_cache"]
 
 
 def _reentrant(layer: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig, PromptLearningConfig
 from peftfast.errors import PeftWarning, close_matches
 from peftfast.method import method_for
-from peftfast.prompts.prefix_cache import STATE_NAMES
+from peftfast.prompts.prefix_cache import CACHE_NAMES, STATE_NAMES, cache_name, counting, empty_cache
 from peftfast.prompts.prompt import (
     BasePromptEncoder,
     Inputs,
@@ -252,14 +252,23 @@ class PromptTuner:
         own = self.model.__dict__
         before = own.get("prepare_inputs_for_generation")
         original = self.model.prepare_inputs_for_generation
+        caches = ExitStack()
 
         @functools.wraps(original)  # generate reads the signature
         def prepare(*args: Any, **kwargs: Any) -> Inputs:
-            return self._prepared(source, original(*args, **kwargs), kwargs.get("attention_mask"))
+            inputs = self._prepared(source, original(*args, **kwargs), kwargs.get("attention_mask"))
+            cache = next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
+            if cache is None and inputs.get("use_cache") and self.model._supports_default_dynamic_cache():
+                # transformers below 5.4 leaves it to the model to make one, which could not be counted in
+                cache = inputs[cache_name(self.model) or CACHE_NAMES[0]] = empty_cache(self.model)
+            if hasattr(cache, "crop") and "crop" not in cache.__dict__:
+                caches.enter_context(counting(cache, source[2].num_virtual_tokens))
+            return inputs
 
         own["prepare_inputs_for_generation"] = prepare
         try:
-            yield
+            with caches:
+                yield
         finally:
             if before is None:
                 del own["prepare_inputs_for_generation"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from prompts.tiny import CAUSAL, METHODS, assert_same, batch, gradients, loss, pair, result
@@ -70,6 +72,9 @@ def test_token_classification_prompt_labels():
 @pytest.mark.parametrize("family", [*CAUSAL, "t5"])
 def test_generation(family: str, method: str, settings: dict):
     mine, other = pair(family, method)
+    base = mine.get_base_model()
+    if family == "t5" and method == "projected" and "cache_position" in inspect.signature(base.forward).parameters:
+        pytest.skip("here PEFT does not count the prefix in the places that transformers below 5.4 hands over")
     inputs = {k: v for k, v in batch(family).items() if k != "labels"}
     out = []
     for model in (mine, other):

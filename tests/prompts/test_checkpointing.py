@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 from prompts.tiny import CAUSAL, METHODS, assert_same, base, batch, gradients, loss, ours, result
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,6 +65,8 @@ def test_every_second_layer(family: str):
     model = ours(family, "prefix").double().train()
     inputs = batch(family)
     expected = gradients(model, inputs)
+    if not hasattr(model, "activation_checkpointing_enable"):
+        pytest.skip(f"transformers {transformers.__version__} checkpoints every layer")
     model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
     got = gradients(model, inputs)
     assert got.keys() == expected.keys()
