@@ -34,7 +34,7 @@ def has_routed_form(
         return False  # what is routed where is known to the host at every call, and to no graph
     if not (hasattr(module, "_apply_gate") and hasattr(type(module).forward, "__wrapped__")):
         return False
-    # releases of transformers below 5.23 do not say so of their experts
+    # transformers below 5.18 does not say so of its experts
     if getattr(module, "_is_expert_parallel", True) or not is_untouched(module):
         return False
     if getattr(module.config, "_experts_implementation", "") not in _IMPLEMENTATIONS:

@@ -45,6 +45,7 @@ def old_folder(kind, folder, router=False):
 @pytest.mark.parametrize("kind, router", [("qwen3_moe", False), ("qwen3_moe", True), ("mixtral", True),
                                           ("deepseek_v3", False)])  # fmt: skip
 def test_a_pair_an_expert(kind, router, tmp_path):
+    moe.needs_peft_to_load()
     old_folder(kind, tmp_path, router)
     theirs = oracle.quietly(peft.PeftModel.from_pretrained, moe.KINDS[kind](), tmp_path)
     ours = oracle.quietly(peftfast.PeftModel.from_pretrained, moe.KINDS[kind](), tmp_path)
@@ -106,6 +107,7 @@ def test_factors_the_other_way_round(square, version, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(oracle.logits(loaded), expected)
     loaded.save_pretrained(tmp_path / "again")  # today's layout, and says so
+    moe.needs_peft_to_load()
     for library in (peftfast, peft):
         again = oracle.quietly(library.PeftModel.from_pretrained, make(), tmp_path / "again")
         with torch.no_grad():
