@@ -34,8 +34,8 @@ def has_routed_form(
         return False  # what is routed where is known to the host at every call, and to no graph
     if not (hasattr(module, "_apply_gate") and hasattr(type(module).forward, "__wrapped__")):
         return False
-    # transformers below 5.18 does not say so of its experts
-    if getattr(module, "_is_expert_parallel", True) or not is_untouched(module):
+    # transformers below 5.18 does not say so of experts that it has spread over devices, but leaves its plan there
+    if getattr(module, "_is_expert_parallel", hasattr(module, "_hf_tp_plan")) or not is_untouched(module):
         return False
     if getattr(module.config, "_experts_implementation", "") not in _IMPLEMENTATIONS:
         return False
@@ -54,8 +54,12 @@ def has_routed_form(
     )
 
 
+def _is_gated(module: nn.Module) -> bool:
+    return getattr(module, "has_gate", "gate_up_proj" in module._parameters)  # transformers 5.0 does not say
+
+
 def _up(module: nn.Module) -> str:
-    return "gate_up_proj" if module.has_gate else "up_proj"
+    return "gate_up_proj" if _is_gated(module) else "up_proj"
 
 
 def routed_experts(
@@ -73,7 +77,7 @@ def routed_experts(
         groups = MixedGroups(experts, module.num_experts, owners, len(next(iter(changes.values()))))
     k = experts.shape[1]
     h = _linear(module, changes, _up(module), x.index_select(0, groups.order // k), groups)
-    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+    h = module._apply_gate(h) if _is_gated(module) else module.act_fn(h)
     y = _linear(module, changes, "down_proj", h, groups)
     if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)

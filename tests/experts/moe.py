@@ -16,13 +16,6 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "n
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def needs_routing() -> None:
-    """Skip where experts do not say whether they are spread over devices, as they do since transformers 5.18: there
-    changed weights are formed."""
-    if not hasattr(qwen3_moe().model.layers[0].mlp.experts, "_is_expert_parallel"):
-        pytest.skip(f"with transformers {transformers.__version__} experts with adapters are not routed")
-
-
 def needs_peft_to_load() -> None:
     """Skip where PEFT 0.21.2 calls what reads experts' files with an argument that it does not have yet."""
     from transformers.core_model_loading import WeightConverter

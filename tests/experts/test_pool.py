@@ -37,6 +37,7 @@ def alone(make, folder, ids, names, call=lambda model, ids: model(input_ids=ids)
     for i, name in enumerate(names):
         model = make()
         if name != BASE:
+            moe.needs_peft_to_load()
             model = oracle.quietly(peft.PeftModel.from_pretrained, model, folder / name)
         rows.append(call(model.eval(), ids[i : i + 1]))
     return torch.cat(rows)

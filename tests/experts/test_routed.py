@@ -168,8 +168,6 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("library", [peftfast, peft], ids=lambda library: library.__name__)
 def test_nothing_as_large_as_all_experts_is_made(library):
     """By PEFT it is, which shows that the measure works."""
-    if library is peftfast:
-        moe.needs_routing()
     model = Experts(lambda: moe.qwen3_moe(32))
     model = library.get_peft_model(model, library.LoraConfig(r=2, target_parameters=moe.BOTH, target_modules=[]))
     generator = torch.Generator().manual_seed(2)
@@ -212,7 +210,6 @@ def test_what_is_not_known_gets_changed_weights(case, monkeypatch):
     """Then the module's own forward runs, whatever that is."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    moe.needs_routing()
     calls = itertools.count()
 
     def of_somebody(self, x, chosen, weights):
