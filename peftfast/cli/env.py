@@ -10,7 +10,6 @@ import platform
 from peftfast.version import __version__
 
 PACKAGES = (
-    "torch",
     "triton",
     "transformers",
     "safetensors",
@@ -45,6 +44,7 @@ def facts() -> list[tuple[str, str]]:
         ("peftfast", __version__),
         ("python", f"{platform.python_implementation()} {platform.python_version()}"),
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        ("torch", torch.__version__),  # with the build, which the distribution's own version may leave out
         *((package, version_of(package)) for package in PACKAGES),
         ("CPU", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
         ("torch threads", str(torch.get_num_threads())),
