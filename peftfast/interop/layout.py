@@ -115,7 +115,9 @@ MODULES: dict[str, dict[str, str]] = {
         )
     },
     "peft.utils.peft_types": {},
-    "peft.utils.save_and_load": {},
+    "peft.utils.save_and_load": {
+        "_maybe_shard_state_dict_for_tp": "peftfast.interop.weight_mapping:refuse_tensor_parallel"
+    },
     "peft.utils.transformers_weight_conversion": {
         "build_peft_weight_mapping": "peftfast.interop.weight_mapping:build_peft_weight_mapping"
     },

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from torch import nn
+
 from peftfast.config import PeftType
 
 #: peft_type -> how the names of its parameters begin
@@ -38,3 +40,15 @@ def build_peft_weight_mapping(weight_conversions: list | None, adapter_name: str
         *(WeightRenaming(rf"({re.escape(p)}[^\.]*)", rf"\1.{adapter_name}") for p in prefixes),
         *(conversion for conversion in weight_conversions or () if isinstance(conversion, WeightRenaming)),
     ]
+
+
+def refuse_tensor_parallel(model: nn.Module, state_dict: dict[str, Any], adapter_name: str) -> None:
+    """`_maybe_shard_state_dict_for_tp`, which `load_adapter` of some releases of transformers (5.8 and 5.15 among them)
+    calls for every model: nothing, where no layer with adapters is spread over devices.
+
+    Raises:
+        NotImplementedError: one is.
+    """
+    for name, module in model.named_modules():
+        if name.endswith(".base_layer") and getattr(module, "_hf_tp_plan", None) is not None:
+            raise NotImplementedError(f"{name} is spread over devices: adapters are not loaded into such a model here")

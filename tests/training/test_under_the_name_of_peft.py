@@ -132,6 +132,7 @@ def test_names_that_other_libraries_import(tmp_path):
         "peft.utils.other": "AuxiliaryTrainingWrapper fsdp_auto_wrap_policy",
         "peft.utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter_from_state_dict hotswap_adapter "
         "prepare_model_for_compiled_hotswap",
+        "peft.utils.save_and_load": "_maybe_shard_state_dict_for_tp",
         "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping",
         "peft.helpers": "DoraCaching disable_input_dtype_casting rescale_adapter_scale check_if_peft_model",
         "peft.optimizers": "create_loraplus_optimizer create_lorafa_optimizer",
