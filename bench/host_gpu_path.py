@@ -3,12 +3,14 @@
     python bench/host_gpu_path.py                         all tables
     python bench/host_gpu_path.py --only ops linear       some of them
     python bench/host_gpu_path.py --profile "linear, dropout 0.1"     where peftfast's time goes in one row
+    python tools/fake_gpu bench/host_gpu_path.py          without a GPU, all contestants through PyTorch's CUDA build
 
 Everything is tiny, so that nothing but Python and dispatch takes time. Without a GPU peftfast's launches go through a
 stub driver (`bench/stub_gpu.py`): all of Triton's and our Python and Triton's launcher in C run, and the driver's
 library that it calls is a stub. PEFT and the frozen base run on CPU tensors, and so do the products that peftfast
 leaves to cuBLAS; what they take there stands for their dispatch on a GPU, and is less. Where there is a GPU the same
-calls run on it, with Triton's own driver, and nothing is pretended.
+calls run on it, with Triton's own driver, and nothing is pretended. Under `tools/fake_gpu` everybody's operations are
+dispatched to CUDA, and only CUDA and cuBLAS themselves take no time.
 
 Times are of the process, not of the wall: the minimum of many rounds, contestants taking turns.
 """
@@ -43,6 +45,7 @@ from bench.operands import Model, Size  # noqa: E402
 from peftfast_kernels import OPS, dense, use_backend  # noqa: E402
 
 WIDTH, ROWS, RANK = 32, 4, 8  # sizes at which a product on the CPU takes about what a call of cuBLAS takes the host
+LAYERS = 4  # in a row, as in a model: what is done once for all of them is shared
 LLAMA = Model("tiny", WIDTH, 2 * WIDTH, 2, 1, 16)
 HALF = torch.bfloat16
 TABLES = ("ops", "linear", "layer")
@@ -188,7 +191,7 @@ def linear_calls(library: str, dropout: float) -> Calls:
 
 def layer_calls(library: str, dropout: float) -> Calls:
     size = Size(ROWS, WIDTH, WIDTH, RANK, HALF, dropout=dropout)
-    model = llama(LLAMA, 1, HALF, device())
+    model = llama(LLAMA, LAYERS, HALF, device())
     if library != "frozen":
         model = wrap(library.partition(" ")[0], model, size, TARGETS)
     if library.endswith("blocks"):
@@ -203,12 +206,13 @@ def layer_calls(library: str, dropout: float) -> Calls:
         "position_embeddings": base.model.rotary_emb(x, torch.arange(ROWS, device=device())[None]),
         "attention_mask": None,
     }
-    layer = base.model.layers[0]
 
     def run() -> Tensor:
         with window(model):
-            y = layer(x, **options)
-            return y[0] if isinstance(y, tuple) else y
+            y = x
+            for layer in base.model.layers:
+                y = layer(y, **options)
+            return y
 
     return calls_of(run, x, [p for p in model.parameters() if p.requires_grad])
 
@@ -233,6 +237,7 @@ def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...]
         built = {library: build(library, dropout) for library in libraries}
         for what in ("forward", "forward and backward"):
             us = host_time({library: calls[what] for library, calls in built.items()})
+            us = {library: time / (LAYERS if name == "layer" else 1) for library, time in us.items()}
             best, frozen = min(us[one] for one in libraries[2:]), us["frozen"]
             shares = f"{best / us['peft']:.2f} | {(best - frozen) / (us['peft'] - frozen):.2f}"
             times = " | ".join(f"{us[one]:.0f}" for one in libraries)
