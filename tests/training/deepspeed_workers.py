@@ -259,6 +259,7 @@ def files(kind: str, folder: Path) -> dict:
             f"from {where.name}": difference(peftfast.PeftModel.from_pretrained(llama(**SIZES), where).eval())
             for where in sorted(folder.iterdir())
         }
+        dist.barrier()  # before there is one more
         engine.save_checkpoint(str(folder / "engine"), tag="t", exclude_frozen_parameters=True)
         model.train()
         with torch.enable_grad():
@@ -417,12 +418,12 @@ RUNS = {f.__name__: f for f in (train, init, past, files, several, refused, sche
 
 def main() -> None:
     import deepspeed
-    import deepspeed.comm.torch
 
     folder, *runs = sys.argv[1:]
     torch.set_num_threads(1)
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    deepspeed.comm.torch.build_shm_op = lambda: None  # would be compiled; gloo does as well
+    # would be compiled, and gloo does as well; deepspeed.comm.torch as an attribute is torch itself
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend="gloo")
     results = {}
     for run in runs:
