@@ -173,7 +173,7 @@ def linear_truth(size: Size, device: str, source: nn.Module, x: Tensor, dy: Tens
 def llama(
     shape: Model, layers: int, dtype: torch.dtype, device: str, format: str = "dense", vocabulary: int = 512
 ) -> nn.Module:
-    """A Llama of a published model's block sizes, with few layers and a small vocabulary."""
+    """A Llama of a published model's block sizes; by default its vocabulary is small."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
