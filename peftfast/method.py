@@ -90,7 +90,10 @@ class Adapter:
 
     def parameters(self) -> Mapping[str, Tensor]:
         """All tensors, by slot name."""
-        return {slot: self[slot] for slot in self._where}
+        return {  # `self[slot]`, written out: every forward under autocast asks every adapter
+            slot: getattr(owner, key) if parameters.get(key) is None else parameters[key]
+            for slot, (parameters, key, owner) in self._where.items()
+        }
 
     def cell(self, slot: str) -> tuple[dict[str, Any], str] | None:
         """The dict and the key where a slot's Parameter is kept, None if it is kept elsewhere."""

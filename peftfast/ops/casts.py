@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 _current = threading.local()
 _PLAIN = (Tensor, nn.Parameter)
 _NONE = (None, None)
+_LOOKS = attrgetter("dtype", "shape", "device")
 
 
 class CastStore:
@@ -25,6 +27,7 @@ class CastStore:
     def __init__(self) -> None:
         # by id, because hashing a tensor runs Python code; the parameter beside its copy keeps the id its own
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._asked: tuple | None = None  # what was copied last time, as `_LOOKS` sees it
 
     @property
     def copies(self) -> list[Tensor]:
@@ -43,26 +46,36 @@ class CastStore:
 
     def refreshed(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
         """Copies that are fresh as of now."""
-        # sharded parameters (DTensor) are of another type; their products are composed by torch itself
-        parameters = [p for p in parameters if p.dtype != dtype and type(p) in _PLAIN and not p.is_meta]
-        copies = []
+        parameters = [*parameters]
+        asked = (dtype, [*map(id, parameters)], [*map(_LOOKS, parameters)])
+        if asked != self._asked:  # every forward comes by here, and in most nothing but values has changed
+            self._copies = self._made_for(parameters, dtype)
+            self._asked = asked
+        if self._copies:
+            kept = self._copies.values()
+            with torch.no_grad():
+                torch._foreach_copy_([copy for _, copy in kept], [parameter for parameter, _ in kept])
+        return self._copies
+
+    def _made_for(self, parameters: list[Tensor], dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
+        """Copies whose values are not there yet."""
+        made = {}
         for p in parameters:
+            # sharded parameters (DTensor) are of another type; their products are composed by torch itself
+            if p.dtype == dtype or type(p) not in _PLAIN or p.is_meta:
+                continue
             _, copy = self._copies.get(id(p), _NONE)
             if copy is None or copy.dtype is not dtype or copy.shape != p.shape or copy.device != p.device:
                 copy = torch.empty_like(p, dtype=dtype, requires_grad=False)
                 copy.transposed = copy.t()  # the copy lives long: one view serves every forward
-            copies.append(copy)
-        if parameters:
-            with torch.no_grad():
-                torch._foreach_copy_(copies, parameters)
-        self._copies = {id(p): (p, copy) for p, copy in zip(parameters, copies, strict=True)}
-        return self._copies
+            made[id(p)] = (p, copy)
+        return made
 
     def __deepcopy__(self, memo: dict) -> CastStore:
         return CastStore()
 
     def __getstate__(self) -> dict:
-        return {"_copies": {}}
+        return {"_copies": {}, "_asked": None}
 
 
 class _Window:
@@ -72,10 +85,12 @@ class _Window:
         self._store, self._parameters, self._dtype = store, parameters, dtype
         self._copies: dict[int, tuple[Tensor, Tensor]] | None = None
 
-    def copy_of(self, parameter: Tensor) -> Tensor | None:
-        if self._copies is None:
-            self._copies = self._store.refreshed(self._parameters(), self._dtype)
-        return self._copies.get(id(parameter), _NONE)[1]
+    def copies(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Parameters and their copies, by the parameter's id."""
+        copies = self._copies
+        if copies is None:
+            copies = self._copies = self._store.refreshed(self._parameters(), self._dtype)
+        return copies
 
 
 def compute_copy(parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
@@ -85,7 +100,21 @@ def compute_copy(parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
     if not torch.compiler.is_compiling():
         window = getattr(_current, "window", None)
         if window is not None:
-            copy = window.copy_of(parameter)
+            copy = window.copies().get(id(parameter), _NONE)[1]
             if copy is not None and copy.dtype is dtype:
                 return copy, True
     return parameter.detach().to(dtype), False
+
+
+def compute_pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, bool]:
+    """`compute_copy` of both, and whether both results outlive this call; outside compilers."""
+    window = None if a.dtype is dtype else getattr(_current, "window", None)
+    if window is not None:
+        copies = window.copies()
+        _, down = copies.get(id(a), _NONE)
+        _, up = copies.get(id(b), _NONE)
+        if down is not None and up is not None and down.dtype is dtype is up.dtype:
+            return down, up, True
+    down, down_lives = compute_copy(a, dtype)
+    up, up_lives = compute_copy(b, dtype)
+    return down, up, down_lives and up_lives
