@@ -121,8 +121,8 @@ class Bnb4Weight:
         return tuple(state.shape) != self.shape
 
     # ---- reading -----------------------------------------------------------------------------------------------------
-    def operand(self, x: Tensor) -> Operand | None:
-        dtype = self._product_dtype(x)
+    def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
+        dtype = self._product_dtype(x, autocast)
         if dtype is None:
             return None
         state = self._state()
@@ -145,7 +145,7 @@ class Bnb4Weight:
         absmax = state.absmax if state.absmax.dtype == torch.float32 else state.absmax.float()
         return Operand(state.quant_type, [packed, absmax], shape, dtype, state.blocksize)
 
-    def _product_dtype(self, x: Tensor) -> torch.dtype | None:
+    def _product_dtype(self, x: Tensor, autocast: torch.dtype | None) -> torch.dtype | None:
         m = self.module
         if not m.compute_type_is_set:
             m.set_compute_type(x)  # what the module's own first forward would do
@@ -153,9 +153,7 @@ class Bnb4Weight:
         dtype = x.dtype if m.compute_dtype is None else m.compute_dtype
         if dtype != x.dtype:
             return None  # input and output are cast around the product
-        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != dtype:
-            return None
-        return dtype
+        return dtype if autocast in (None, dtype) else None
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         state = self._state()

@@ -49,16 +49,15 @@ class DenseWeight:
     def device(self) -> torch.device:
         return device_of(self.module)
 
-    def operand(self, x: Tensor) -> Operand | None:
-        weight = self._weight()
+    def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
+        # an attribute of a module is a slow lookup; sharded and parametrised modules need it
+        weight = self.module._parameters.get("weight")
+        if weight is None:
+            weight = self.module.weight
         if weight.requires_grad or weight.dim() != 2:
             return None  # a trained base needs a gradient for W, which the fused product never computes
-        kind = "cpu" if x.is_cpu else x.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        elif x.dtype is weight.dtype:
-            dtype = x.dtype
-        else:
+        dtype = weight.dtype if autocast is None else autocast
+        if autocast is None and x.dtype is not dtype:
             return None
         # graphs must not depend on whether anybody has called before
         last = None if torch.compiler.is_compiling() else self._last
@@ -69,11 +68,6 @@ class DenseWeight:
         if not torch.compiler.is_compiling():
             self._last = made
         return made
-
-    def _weight(self) -> Tensor:
-        # an attribute of a module is a slow lookup; sharded and parametrised modules need it
-        weight = self.module._parameters.get("weight")
-        return self.module.weight if weight is None else weight
 
     def readable(self) -> Operand:
         weight = self.module.weight.detach()

@@ -89,7 +89,7 @@ class Int8Weight:
             raise ValueError(f"{self.name or type(m).__name__}: {problem}")
         return holder.SCB
 
-    def operand(self, x: Tensor) -> Operand | None:
+    def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
         return None
 
     def readable(self) -> Operand:

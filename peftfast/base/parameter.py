@@ -41,7 +41,7 @@ class ParameterWeight:
     def device(self) -> torch.device:
         return device_of(self.module, self.parameter)
 
-    def operand(self, x: Tensor) -> Operand | None:
+    def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
         return None  # only the module knows what it does with it
 
     def readable(self) -> Operand:

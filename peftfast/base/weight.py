@@ -40,9 +40,10 @@ class BaseWeight(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def operand(self, x: Tensor) -> Operand | None:
-        """W for a fused product with `x`, in the dtype in which the module would multiply it, result included; None if
-        the module casts on the way or would raise, both of which are left to it, or if only it may multiply by W."""
+    def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
+        """W for a fused product with `x`, in the dtype in which the module would multiply it, result included, under
+        autocast to `autocast`; None if the module casts on the way or would raise, both of which are left to it, or if
+        only it may multiply by W."""
         ...
 
     def readable(self) -> Operand:

@@ -6,12 +6,12 @@ from a product of W with A, never from W + s B A. Saved for the backward pass: x
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from peftfast.autocast import autocast_dtype, without_autocast
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.function import first_order, transformed
 from peftfast.ops.lora import factor_grads
@@ -24,19 +24,12 @@ from peftfast_kernels.lora_gemm import lora_dx
 from peftfast_kernels.row_norm import row_norm
 
 
-def _exactly(device: torch.device) -> AbstractContextManager:
-    """No autocast: what follows chooses its dtypes itself."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
 @torch.no_grad()
 def weight_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """‖W + scale · B A‖ of every row, [N], in fp32 or wider; W [N, K] in any storage, a [r, K], b [N, r]."""
     if a.shape[0] and a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()
-    with _exactly(a.device):
+    with without_autocast(a.device):
         norm = row_norm.reference if transformed() else row_norm
         return norm(w, a, b, float(scale), None)
 
@@ -52,7 +45,7 @@ class _DoraAdd(torch.autograd.Function):
         t = lora_down(rows.to(plan.dtype), a_copy, None, 0.0)
         gb = _scaled_rows(b, g, plan.branch)
         shift = None if bias is None else bias.to(g.dtype) * (1 - g)
-        with _exactly(y.device):
+        with without_autocast(y.device):
             out = dora_add(y if y.dim() == 2 else y.reshape(-1, n), g, shift, t, gb, plan.scale)
         ctx.plan, ctx.copy = plan, a_copy if keep_a else None
         ctx.save_for_backward(y, x, t, a, b, g, bias)
@@ -61,7 +54,7 @@ class _DoraAdd(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        with _exactly(dy.device):
+        with without_autocast(dy.device):
             return _DoraAdd._gradients(ctx, dy)
 
     @staticmethod
@@ -106,7 +99,8 @@ def dora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias:
         x: [..., K]. a: [r, K]. b: [N, r]. g: [N] in fp32 or wider; all three receive gradients.
         bias: [N] or None.
     """
-    branch = branch_dtype(x, a)
-    dtype = branch if torch.is_autocast_enabled(x.device.type) else x.dtype
+    autocast = autocast_dtype(x)
+    branch = branch_dtype(x, a, autocast)
+    dtype = x.dtype if autocast is None else branch
     plan = Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), 0.0)
     return _DoraAdd.apply(y, x, a, b, g, bias, plan)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfast.autocast import autocast_dtype
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.composed import composed_add, composed_lora, composes
 from peftfast.ops.function import apply, gradients_of, second_order
@@ -208,7 +209,7 @@ def lora_linear(
     Returns:
         [..., N] in `w.dtype`.
     """
-    return lora_part(x, Part(w, bias, a, b, plan_of(w, branch_dtype(x, a), scale, dropout)))
+    return lora_part(x, Part(w, bias, a, b, plan_of(w, branch_dtype(x, a, autocast_dtype(x)), scale, dropout)))
 
 
 def lora_part(x: Tensor, part: Part) -> Tensor:
@@ -226,9 +227,10 @@ def lora_part(x: Tensor, part: Part) -> Tensor:
 
 def lora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
     """y + scale · drop(x) Aᵀ Bᵀ for y [..., N] from the base module; shapes and meaning as in `lora_linear`."""
-    branch = branch_dtype(x, a)
+    autocast = autocast_dtype(x)
+    branch = branch_dtype(x, a, autocast)
     # under autocast the input is used in the branch's dtype; otherwise as it is
-    dtype = branch if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = x.dtype if autocast is None else branch
     plan = Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), dropout)
     if composes(x):
         return composed_add(y, x, a, b, plan)

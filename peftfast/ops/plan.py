@@ -38,12 +38,11 @@ class Part(NamedTuple):
     plan: Plan
 
 
-def branch_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
+def branch_dtype(x: Tensor, factor: Tensor, autocast: torch.dtype | None) -> torch.dtype:
     """The dtype of the low-rank branch: autocast's, else the wider of input and factors, so that fp32 factors on a
     bf16 base are applied in fp32 as PEFT applies them."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    if autocast is not None:
+        return autocast
     return x.dtype if x.dtype == factor.dtype else torch.promote_types(x.dtype, factor.dtype)
 
 

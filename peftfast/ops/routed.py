@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftfast.autocast import autocast_dtype
 from peftfast.ops.function import first_order
 from peftfast.ops.plan import branch_dtype
 from peftfast_kernels.lora_routed import Route, make_route, routed_add, routed_down, routed_down_grad, routed_up_grad
@@ -47,7 +48,7 @@ class _RoutedAdd(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scales: Tensor, unknown: Tensor | None, *route: Tensor
     ) -> Tensor:
-        branch = branch_dtype(x, a)
+        branch = branch_dtype(x, a, autocast_dtype(x))
         narrow_a, narrow_b = a.to(branch), b.to(branch)
         t = routed_down(x, *route, narrow_a)
         if unknown is not None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfast.autocast import autocast_dtype
 from peftfast.ops.lora import lora_part
 from peftfast.ops.plan import Part, Plan, branch_dtype, plan_of
 from peftfast.sites.called import Holders
@@ -28,7 +29,7 @@ class BoundLora:
     """Calling it gives the layer's output, or None where `part` does.
 
     Args:
-        product: x -> weight and bias, None where calling the module is more than x Wᵀ + bias.
+        product: (x, autocast's dtype) -> weight and bias, None where calling the module is more than x Wᵀ + bias.
         down, up: where the factors are kept. holders: the modules that keep them.
         kept: what the layer keeps besides tensors. dropouts: of its adapters; `name` is this one's.
     """
@@ -37,7 +38,7 @@ class BoundLora:
 
     def __init__(
         self,
-        product: Callable[[Tensor], tuple[Operand, Tensor | None] | None],
+        product: Callable[[Tensor, torch.dtype | None], tuple[Operand, Tensor | None] | None],
         down: Cell,
         up: Cell,
         kept: Mapping[str, Any],
@@ -62,14 +63,14 @@ class BoundLora:
         scale = self.kept["scaling"][self.name]
         if a is None or b is None or not is_plain(a, b) or isinstance(scale, Tensor):
             return None
-        base = self.product(x)
+        autocast = autocast_dtype(x)
+        base = self.product(x, autocast)
         if base is None:
             return None
         operand, bias = base
         dropout = self.dropouts[self.name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and drops and dropout.training else 0.0
-        kind = a.dtype
-        branch = kind if x.dtype is kind is operand.dtype else branch_dtype(x, a)
+        branch = branch_dtype(x, a, autocast)
         known, plan = self._made
         if operand is not known or plan.branch is not branch or plan.scale != scale or plan.dropout != p:
             plan = plan_of(operand, branch, scale, p)

@@ -8,17 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from peftfast.sites.site import Site, composed_magnify
+from peftfast.sites.site import GLOBAL_HOOKS, Site, composed_magnify
 
 _PLAIN = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dropout, nn.Identity)}
-_GLOBAL = (
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_forward_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
 
 
 class Holders:
@@ -35,7 +28,7 @@ class Holders:
         self.places = tuple([(one, name, module) for one, module in zip(kept, modules, strict=True)])
         self.own = tuple([module.__dict__ for module in modules])
         self.hooks = (
-            *_GLOBAL,
+            *GLOBAL_HOOKS,
             *[
                 hooks
                 for m in modules

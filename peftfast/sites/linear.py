@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfast.autocast import autocast_dtype
 from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import base_weight
 from peftfast.ops.composed import composes
@@ -59,7 +60,7 @@ class LinearSite:
         if not is_plain(x, a, b):
             return self._composed(x, y, a, b, scale, dropout)
         if y is None:
-            base = self.product(x)
+            base = self.product(x, autocast_dtype(x))
             if base is not None:
                 return lora_linear(x, *base, a, b, scale, dropout)
             y = self.module(x)
@@ -82,15 +83,15 @@ class LinearSite:
         """`adapt_each` of the module's own output with these factors, without gradients."""
         return BoundRuns(self, self.module._parameters if type(self.module) is nn.Linear else {}, a, b, scale)
 
-    def product(self, x: Tensor) -> tuple[Operand, Tensor | None] | None:
-        """Weight and bias, if calling the module with x is x Wᵀ + bias and nothing else."""
+    def product(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Operand, Tensor | None] | None:
+        """Weight and bias, if calling the module with x, under autocast to `autocast`, is x Wᵀ + bias and no more."""
         if not self._known_forward or not is_untouched(self.module):
             return None
         # an attribute of a module is a slow lookup; sharded and parametrised modules need it
         kept = self.module._parameters
         bias = kept["bias"] if "bias" in kept else self.module.bias
         if is_plain(x, bias):
-            w = self.weight.operand(x)
+            w = self.weight.operand(x, autocast)
             if w is not None and w.tensors[0].device == x.device and is_plain(*w.tensors):
                 return w, bias
         return None

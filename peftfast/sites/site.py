@@ -12,6 +12,14 @@ from torch.nn.modules import module as torch_module
 
 from peftfast.base.weight import BaseWeight
 
+#: What torch calls with every module.
+GLOBAL_HOOKS = (
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -199,26 +207,21 @@ def is_bias(name: str) -> bool:
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling `module` runs its class's `forward` and nothing else: no hooks on it (accelerate's offloading
     replaces `forward` on the instance) and none for all modules."""
-    return not (
+    return not (  # written out, so that compilers can follow
         module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
+        or any(GLOBAL_HOOKS)
     )
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether all tensors are ordinary ones: no DTensor, no fake or functional wrapper that kernels cannot read."""
-    if torch.compiler.is_compiling():
-        return True
     for t in tensors:  # every call of every layer comes by here
         if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
-            return False
+            return torch.compiler.is_compiling()
     return True
 
 

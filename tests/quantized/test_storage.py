@@ -28,7 +28,7 @@ def test_reads_what_bitsandbytes_reads(base, dtype):
     assert type(weight) is (Int8Weight if "int8" in base else Bnb4Weight)
     assert weight.shape == (40, 96) and weight.quantization == BASES[base][0]
     assert torch.equal(weight.dense(), bnb_weight(module))
-    operand = weight.operand(torch.zeros(1, 96, dtype=dtype))
+    operand = weight.operand(torch.zeros(1, 96, dtype=dtype), None)
     assert (operand is None) == ("int8" in base)  # whose outliers only the module itself multiplies
     if operand is not None:
         assert torch.equal(dequantize(operand, dtype), bnb_weight(module))
@@ -121,7 +121,7 @@ def test_weights_quantised_in_transposed_orientation():
     module.quant_state = state
     weight = base_weight(module)
     expected = bnb.functional.dequantize_4bit(packed, state).t()
-    assert torch.equal(weight.dense(), expected) and weight.operand(torch.zeros(1, weight.shape[1])) is None
+    assert torch.equal(weight.dense(), expected) and weight.operand(torch.zeros(1, weight.shape[1]), None) is None
     config = peftfast.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False)
     model = peftfast.get_peft_model(Holder(module), config)
     x, before = torch.randn(3, 64), stored_bytes(module)
