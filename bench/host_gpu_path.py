@@ -149,7 +149,7 @@ def autocast() -> Any:
 
 
 def calls_of(run: Callable[[], Tensor], x: Tensor, trained: list[Tensor]) -> Calls:
-    """Forward, and forward with backward, of what gives one tensor."""
+    """Forward, forward with backward, and inference without autocast, of what gives one tensor."""
     with autocast():
         dy = torch.ones_like(run())
 
@@ -165,7 +165,11 @@ def calls_of(run: Callable[[], Tensor], x: Tensor, trained: list[Tensor]) -> Cal
         for p in trained:
             p.grad = None
 
-    return {"forward": forward, "forward and backward": both}
+    def inference() -> None:
+        with torch.no_grad():
+            run()
+
+    return {"forward": forward, "forward and backward": both, "inference": inference}
 
 
 def window(model: nn.Module) -> Any:
@@ -235,7 +239,7 @@ def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...]
     print(f"|---|{'---:|' * (len(libraries) + 2)}")
     for dropout in (0.0, 0.1):
         built = {library: build(library, dropout) for library in libraries}
-        for what in ("forward", "forward and backward"):
+        for what in ("forward", "forward and backward", *(() if dropout else ("inference",))):
             us = host_time({library: calls[what] for library, calls in built.items()})
             us = {library: time / (LAYERS if name == "layer" else 1) for library, time in us.items()}
             best, frozen = min(us[one] for one in libraries[2:]), us["frozen"]

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,9 +22,12 @@ for path in (ROOT, ROOT / "kernels"):
         sys.path.insert(0, str(path))
 
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
+from bench.contestants import wrap  # noqa: E402
 from bench.measure import Clock, Deadline, device_name, no_worse, relative_error, versions  # noqa: E402
 from bench.operands import MODELS, TINY, Size, arguments  # noqa: E402
+from peftfast.ops.host_bound import host_bound_up_to  # noqa: E402
 from peftfast_kernels import OPS, Op, device_masks, dispatch, use_backend  # noqa: E402
 from peftfast_kernels.configs import chip_of  # noqa: E402
 from peftfast_kernels.dispatch import point_of  # noqa: E402
@@ -126,6 +130,33 @@ def tune(device: str, seconds: float, dry: bool) -> list[dict]:
     return entries
 
 
+def host_bound(device: str, dry: bool) -> int:
+    """Multiply-adds of a product up to which `peftfast/ops/host_bound.py` is the faster way for layers in a row, in the
+    time that a program sees; 0 where it never is."""
+    width, layers = (32, 2) if dry else (2048, 16)
+    linears = [nn.Linear(width, width, bias=False, device=device, dtype=torch.bfloat16) for _ in range(layers)]
+    base = nn.Sequential(*linears).requires_grad_(False)
+    model = wrap("peftfast", base, Size(1, width, width, 16), [str(i) for i in range(layers)])
+    clock = Clock(device, seconds=1.0, least=2 if dry else 9, most=3 if dry else 31)
+    found = 0
+    for rows in (16, 32) if dry else [1 << i for i in range(6, 15)]:
+        x = torch.randn(rows, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+        def step(limit: int, x: torch.Tensor = x) -> None:
+            with host_bound_up_to(limit), torch.autocast(device, torch.bfloat16):
+                y = model(x)
+            y.backward(torch.ones_like(y))
+
+        calls = {"host bound": partial(step, 1 << 62), "kernels": partial(step, 0)}
+        times = {name: sample.median / layers for name, sample in clock.interleaved(calls, ahead=False).items()}
+        shown = ", ".join(f"{name} {time:.1f}" for name, time in times.items())
+        print(f"  {rows} rows of {width}, us a linear: {shown}", flush=True)
+        if times["host bound"] > times["kernels"]:
+            break
+        found = rows * width * width
+    return found
+
+
 def _measure(op: Op, kwargs: dict, point: dispatch.Point, clock: Clock) -> dict:
     calls = paths(op, kwargs, clock.on_gpu)
     truth = _tuple(op.reference(**kwargs))
@@ -150,11 +181,11 @@ def _tuple(value) -> tuple:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def write(entries: list[dict], path: Path, device: str, dry: bool) -> None:
+def write(entries: list[dict], products: int, path: Path, device: str, dry: bool) -> None:
     """The file that `dispatch.Table.read` reads, one entry a line."""
     head = {
         "chip": chip_of(torch.device(device)), "device": device_name(device), "dry_run": dry,
-        "measured": datetime.date.today().isoformat(), "versions": versions(),
+        "measured": datetime.date.today().isoformat(), "versions": versions(), "host_bound": products,
     }  # fmt: skip
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,11 +215,13 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run tests the tool on the CPU")
     device = "cpu" if args.dry_run else "cuda"
+    products = host_bound(device, args.dry_run)
     entries = tune(device, args.seconds, args.dry_run)
     name = f"{chip_of(torch.device(device))}.json"
     out = args.out or (dispatch.TABLES if args.install else ROOT / "bench" / "results") / name
-    write(entries, out, device, args.dry_run)
+    write(entries, products, out, device, args.dry_run)
     print(f"{len(entries)} points on {device_name(device)} -> {out}\n{summary(entries)}")
+    print(f"  linears are bound by the host up to {products:.3g} multiply-adds")
     return 0
 
 

@@ -39,6 +39,11 @@ FUSED_ROWS: dict[str, dict[str, int]] = {
     "lora_add": {"dense": 0},
 }
 
+#: chip -> multiply-adds of a linear's product up to which the host takes longer to ask for it than the GPU to do it,
+#: forward and backward, where nothing was measured: predictions, from the chips' peaks and a host of 2025
+HOST_BOUND = {"sm_90": 1 << 32, "sm_100": 1 << 32, "sm_103": 1 << 32}
+HOST_BOUND_ELSEWHERE = 1 << 31
+
 
 class Point(NamedTuple):
     """A call as the tables know it: everything that decides which path is faster, and nothing else."""
@@ -59,8 +64,8 @@ class Entry(NamedTuple):
 class Table:
     """The measurements of one chip."""
 
-    def __init__(self, chip: str, entries: dict[str, Sequence[Entry]]) -> None:
-        self.chip, self.entries = chip, entries
+    def __init__(self, chip: str, entries: dict[str, Sequence[Entry]], host_bound: int | None = None) -> None:
+        self.chip, self.entries, self.host_bound = chip, entries, host_bound
         self._choices: dict[tuple, str | None] = {}
 
     @classmethod
@@ -73,7 +78,7 @@ class Table:
                 raise ValueError(f"{path}: unknown choice {row['choice']!r}; one of {', '.join(map(repr, CHOICES))}")
             point = Point(row["format"], row["dtype"], row["drop"], tuple(row["sizes"]))
             entries.setdefault(row["op"], []).append(Entry(point, row["choice"]))
-        return cls(data["chip"], entries)
+        return cls(data["chip"], entries, data.get("host_bound"))
 
     def choice(self, op: str, point: Point) -> str | None:
         """The choice of the nearest measured point, None where the op was not measured for such operands at all."""
@@ -166,6 +171,16 @@ def measured(op: str, device: torch.device, args: Sequence[Any]) -> str | None:
         return None
     table = table_of(chip_of(device))
     return None if table is None else table.choice_of(op, args)
+
+
+@cache
+def host_bound_products(index: int) -> int:
+    """Multiply-adds of a product up to which the host takes longer than this GPU; as measured, or as predicted."""
+    chip = chip_of(torch.device("cuda", index))
+    table = table_of(chip)
+    if table is not None and table.chip == chip and table.host_bound is not None:  # a relative may be much slower
+        return table.host_bound
+    return HOST_BOUND.get(chip, HOST_BOUND_ELSEWHERE)
 
 
 def fuses(op: str, *args: Any) -> bool:

@@ -3,7 +3,7 @@
 Saved for the backward pass: the input itself (not a copy, whatever autocast does), t = drop(x) Aᵀ [M, r], and the
 parameters. Dropout masks are functions of a saved seed, never stored.
 
-Small products on a CPU are left to `composed.py`.
+Small products are left to others: on a CPU to `composed.py`, on a GPU to `host_bound.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from peftfast.autocast import autocast_dtype
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.composed import composed_add, composed_lora, composes
 from peftfast.ops.function import apply, gradients_of, second_order
+from peftfast.ops.host_bound import host_bound_lora, is_host_bound
 from peftfast.ops.plan import Part, Plan, branch_dtype, plan_of
 from peftfast_kernels.decode import Operand, weight_kn
 from peftfast_kernels.keep_mask import drop
@@ -217,6 +218,8 @@ def lora_part(x: Tensor, part: Part) -> Tensor:
     w, bias, a, b, plan = part
     if composes(x):
         return composed_lora(x, part)
+    if is_host_bound(x, plan) and not torch.compiler.is_compiling():
+        return host_bound_lora(x, part)
     seed = draw_seed(x, plan.dropout) if plan.dropout else None
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
         if a.dtype is not plan.branch or b.dtype is not plan.branch:

@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.autocast import autocast_dtype
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.ops.blocks import fit_together, gated_mlp, lora_siblings
 from peftfast.ops.composed import composes
+from peftfast.ops.host_bound import is_host_bound
 from peftfast.ops.lora import lora_part
 from peftfast.ops.plan import Part
 from peftfast.sites.site import is_untouched
@@ -53,13 +55,17 @@ def _parts(layers: Sequence[BaseTunerLayer], xs: Sequence[Tensor], dropout: bool
     return parts if fit_together(parts) else None
 
 
+def _host_bound(x: Tensor, parts: Sequence[Part]) -> bool:
+    """Whether Python would take longer than a shared read saves."""
+    return all(is_host_bound(x, part.plan) for part in parts)
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
 def _mode(x: Tensor) -> tuple:
-    kind = x.device.type
-    return torch.is_grad_enabled(), torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return torch.is_grad_enabled(), autocast_dtype(x)
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
@@ -126,9 +132,12 @@ class Siblings:
         parts = _parts(self.layers, [x] * len(self.layers))
         if parts is None:
             return None
-        if self.state == "new" and not self._check(x):
+        if _host_bound(x, parts):
+            ys = [lora_part(x, part) for part in parts]  # what is shared is that they have been looked up
+        elif self.state == "new" and not self._check(x):
             return None
-        ys = lora_siblings(x, parts)
+        else:
+            ys = lora_siblings(x, parts)
         self._ready = (x, x._version, _mode(x), {id(l): y for l, y in zip(self.layers[1:], ys[1:], strict=True)})
         return ys[0]
 
@@ -225,7 +234,12 @@ class GatedMlp:
         if self.state != "on":
             return self._plain(x)
         parts = self._fitting(x, self.candidates[0])
-        return self._plain(x) if parts is None else gated_mlp(x, *parts, self.activation)
+        if parts is None:
+            return self._plain(x)
+        if _host_bound(x, parts[:2]):
+            gate, up, down = parts
+            return lora_part(self.act(lora_part(x, gate)) * lora_part(x, up), down)
+        return gated_mlp(x, *parts, self.activation)
 
     def _fitting(self, x: Tensor, names: tuple[str, str, str], dropout: bool = True) -> list[Part] | None:
         children = self.module._modules

@@ -68,10 +68,12 @@ PRECISIONS = {
 }
 
 
-@pytest.fixture(autouse=True, params=["small", "large"])
+@pytest.fixture(autouse=True, params=["small", "large", "host-bound"])
 def size(request, monkeypatch):
-    """How linear layers take every input: on a CPU it makes a difference."""
+    """How linear layers take every input: small ones on a CPU and on a GPU, and large ones."""
     monkeypatch.setattr(composed, "SMALL", dict.fromkeys(composed.SMALL, 1 << 30 if request.param == "small" else -1))
+    if request.param == "host-bound":
+        monkeypatch.setattr(lora_ops, "is_host_bound", lambda x, plan: plan.format in ("dense", "dense_t"))
     return request.param
 
 

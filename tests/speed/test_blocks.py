@@ -231,7 +231,10 @@ def calls_of_blocks(model, monkeypatch):
     return len(count), out  # (how many, logits)
 
 
-@pytest.mark.parametrize("what", ["hook", "merged", "disabled", "two", "mixed", "dora", "compile", "replaced", "small"])
+UNFIT = ["hook", "merged", "disabled", "two", "mixed", "dora", "compile", "replaced", "small", "host"]
+
+
+@pytest.mark.parametrize("what", UNFIT)
 def test_off_where_something_does_not_fit(what, monkeypatch):
     twins = Twins(llama, {"r": 4, "target_modules": ALL})
     model = twins.ours
@@ -262,6 +265,10 @@ def test_off_where_something_does_not_fit(what, monkeypatch):
         with torch.no_grad():
             ours, theirs = (m(**inputs(m)).logits for m in (model, plain))
         count = 0 if torch.equal(ours, theirs) else None  # the layers' own numbers, to the last bit
+    elif what == "host":
+        monkeypatch.setattr("peftfast.training.blocks.is_host_bound", lambda x, plan: True)
+        count, ours = calls_of_blocks(model, monkeypatch)
+        theirs = calls_of_blocks(plain, monkeypatch)[1]
     elif what == "disabled":
         with model.disable_adapter(), plain.disable_adapter():
             count, ours = calls_of_blocks(model, monkeypatch)

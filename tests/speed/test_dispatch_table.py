@@ -93,6 +93,19 @@ def test_relatives_share_a_table(tables):
     assert dispatch.table_of("interpreter") is None
 
 
+def test_until_when_the_host_is_waited_for(tables, gpu):
+    dispatch.host_bound_products.cache_clear()
+    assert dispatch.host_bound_products(0) == dispatch.HOST_BOUND["sm_90"]
+    for chip, products in (("sm_90", 12345), ("sm_86", dispatch.HOST_BOUND_ELSEWHERE)):  # a relative says nothing
+        (tables / f"{chip}.json").write_text(json.dumps({"chip": "sm_90", "entries": [], "host_bound": 12345}))
+        dispatch.table_of.cache_clear()
+        dispatch.host_bound_products.cache_clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "chip_of", lambda device, chip=chip: chip)
+            assert dispatch.host_bound_products(0) == products
+    dispatch.host_bound_products.cache_clear()
+
+
 def test_nothing_is_shipped_that_was_not_measured():
     dispatch.table_of.cache_clear()
     for path in dispatch.TABLES.glob("*.json"):

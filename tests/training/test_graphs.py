@@ -17,6 +17,7 @@ from training.nf4 import quantise
 from training.tiny import batch, factors, fill, gradients, llama, lora, wrapped
 
 import peftfast
+from peftfast.ops import host_bound
 from peftfast.training.capture import recording as graphs
 from peftfast_kernels import device_masks
 
@@ -653,6 +654,20 @@ class Descent(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     p.sub_(p.grad * group["lr"])
+
+
+def test_what_is_recorded_is_not_bound_by_the_host(tapes):
+    """Also in the runs before, whose dropout masks and compiled kernels a recording goes on with."""
+    limits = []
+
+    def loss(model, inputs):
+        limits.append(host_bound._limit)
+        return model(**inputs).loss
+
+    step = peftfast.capture_training_step(wrapped(peftfast), batch(), loss_function=loss, warmup=2)
+    for _ in range(4):
+        step(batch())
+    assert len(tapes) == 1 and limits == [0, 0, 0] and host_bound._limit is None
 
 
 def one_tape_gave_eagers_bits(tapes, recorded, ran) -> None:

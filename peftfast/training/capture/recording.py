@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.ops.host_bound import host_bound_up_to
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -52,6 +53,10 @@ class Recording:
         if self._stream is None:
             self.function()
             return False
+        with host_bound_up_to(0):  # a replay does not wait for the host
+            return self._run_or_replay()
+
+    def _run_or_replay(self) -> bool:
         if self.graph is None and self.calls <= self.warmup:
             current = torch.cuda.current_stream(self._stream.device)
             self._stream.wait_stream(current)

@@ -1,0 +1,163 @@
+"""y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ where a GPU multiplies sooner than the host can ask it to: few operations, all of
+them torch's own, in one autograd Function with as little Python as there can be.
+
+The kernels of `lora.py` take the host longer and the device less, which is what counts for larger inputs. Saved for the
+backward pass: the input, t = s · drop(x) Aᵀ [M, r], torch's dropout mask, and the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function
+
+from peftfast.ops.casts import compute_pair
+from peftfast.ops.function import gradients_of
+from peftfast.ops.plan import Part, Plan
+from peftfast_kernels import get_backend
+from peftfast_kernels.dispatch import host_bound_products
+from peftfast_kernels.op import transposed, zero_like
+
+#: Elements of an input up to which a mask is kept; beyond, making it again is worth more than the host's time.
+MASKED = 1 << 20
+
+_limit: int | None = None  # for all threads, since checkpointing runs layers again in autograd's
+
+
+@contextmanager
+def host_bound_up_to(products: int) -> Iterator[None]:
+    """In place of what the GPU's table says; 0 where work is recorded once and replayed without the host."""
+    global _limit
+    before, _limit = _limit, products
+    try:
+        yield
+    finally:
+        _limit = before
+
+
+def is_host_bound(x: Tensor, plan: Plan) -> bool:
+    """Whether the product of x with a weight that is stored as floating-point numbers takes the host longer than the
+    GPU. Outside compilers."""
+    if not x.is_cuda:
+        return False
+    elements = x.numel()
+    limit = host_bound_products(x.get_device()) if _limit is None else _limit
+    return (
+        elements * plan.shape[0] <= limit
+        and (not plan.dropout or elements <= MASKED)
+        and plan.format in ("dense", "dense_t")
+        and get_backend() == "auto"
+    )
+
+
+def host_bound_lora(x: Tensor, part: Part) -> Tensor:
+    """`lora.lora_part` [..., N] of what `is_host_bound`."""
+    w, bias, a, b, plan = part
+    # with the same mask whether or not there will be gradients: reentrant checkpointing runs a layer in both ways
+    if torch.is_grad_enabled():
+        return _apply(x, a, b, bias, w.tensors[0], plan)
+    return _forward(x, a, b, bias, w.tensors[0], plan)[0]
+
+
+def _forward(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """The output, t, the mask, and a and b in the branch's dtype where those live anyway."""
+    dtype, branch = plan.dtype, plan.branch
+    flat = x.dim() == 2
+    rows = _as(x if flat else x.reshape(-1, plan.shape[1]), dtype)
+    down, up, kept = compute_pair(a, b, branch)
+    dropped, mask = _as(rows, branch), None
+    if plan.dropout:
+        dropped, mask = torch.native_dropout(dropped, plan.dropout, True)
+    t = torch.addmm(zero_like(dropped), dropped, transposed(down), beta=0, alpha=plan.scale)
+    y = F.linear(rows, _weight(weight, plan), None if bias is None else _as(bias, dtype))
+    if branch is dtype:
+        y.addmm_(t, transposed(up))
+    else:
+        y.add_(torch.mm(t, transposed(up)))
+    return y if flat else y.view(*x.shape[:-1], plan.shape[0]), t, mask, (down, up) if kept else None
+
+
+class _HostBound(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan) -> Tensor:
+        y, t, mask, ctx.copies = _forward(x, a, b, bias, weight, plan)
+        ctx.plan = plan
+        ctx.save_for_backward(x, a, b, weight, t, mask)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        if torch.is_grad_enabled():
+            return _again(ctx, dy)
+        x, a, b, weight, t, mask = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        n, k = plan.shape
+        dtype, branch = plan.dtype, plan.branch
+        down, up = ctx.copies or (a.to(branch), b.to(branch))
+        need_x, need_a, need_b, need_bias, _, _ = ctx.needs_input_grad
+        flat = x.dim() == 2
+        dy = dy if flat else dy.reshape(-1, n)
+        dy_branch = _as(dy, branch)
+        dx = da = db = p = None
+        if need_x or need_a:
+            # of t, nothing but its shape is used
+            p = torch.addmm(t, dy_branch, up, beta=0, alpha=plan.scale * _kept_scale(plan))
+        if need_x:
+            dx = torch.mm(dy, _weight(weight, plan))
+            if mask is None and branch is dtype:
+                dx.addmm_(p, down)
+            else:
+                update = torch.mm(p, down)
+                dx.add_(update if mask is None else update.mul_(mask))
+            dx = _as(dx, x.dtype)
+            dx = dx if flat else dx.view(x.shape)
+        if need_b:
+            db = _product(dy_branch.t(), t, b.dtype)
+        if need_a:
+            rows = _as(_as(x if flat else x.reshape(-1, k), dtype), branch)
+            da = _product(p.t(), rows if mask is None else rows * mask, a.dtype)
+        return dx, da, db, dy.sum(0) if need_bias else None, None, None
+
+
+_apply = super(Function, _HostBound).apply  # as `function.apply` does it, without asking for transforms once more
+
+
+def _kept_scale(plan: Plan) -> float:
+    """What dropout multiplies by what it keeps; 0 where it keeps nothing, so that no NaN can appear."""
+    return 1.0 / (1.0 - plan.dropout) if plan.dropout < 1.0 else 0.0
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _weight(stored: Tensor, plan: Plan) -> Tensor:
+    """W [N, K]."""
+    return _as(stored.t() if plan.format == "dense_t" else stored, plan.dtype)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right in `dtype`: on a GPU, fp32 straight from the accumulator."""
+    if left.dtype is not dtype is torch.float32 and left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return _as(torch.mm(left, right), dtype)
+
+
+def _again(ctx: Any, dy: Tensor) -> tuple:
+    """The gradients in operations that torch can differentiate in turn."""
+    x, a, b, weight, _, mask = ctx.saved_tensors
+    plan, needs = ctx.plan, ctx.needs_input_grad
+    n, k = plan.shape
+    rows, dy = x.reshape(-1, k).to(plan.dtype), dy.reshape(-1, n)
+    dropped = rows.to(plan.branch) if mask is None else rows.to(plan.branch) * mask * _kept_scale(plan)
+    update = dropped @ a.to(plan.branch).t() @ b.to(plan.branch).t()
+    y = F.linear(rows, _weight(weight, plan)) + plan.scale * update
+    dx, da, db = gradients_of(y.to(dy.dtype), (x, a, b), needs[:3], dy)
+    return dx, da, db, dy.sum(0) if needs[3] else None, None, None

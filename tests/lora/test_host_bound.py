@@ -1,0 +1,196 @@
+"""Products that the host waits for: when they are taken so, of how few operations, and that nothing else changes.
+
+Their numbers beside PEFT's are in `test_numerics.py`.
+"""
+
+from types import SimpleNamespace
+
+import oracle
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import peftfast
+from peftfast.ops import composed, host_bound
+from peftfast.ops import lora as lora_ops
+from peftfast.ops.plan import Part, Plan
+from peftfast_kernels import use_backend
+from peftfast_kernels.decode import dense, dense_t
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+WIDTH, LAYERS = 32, 3
+without_one = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, without_one])]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Linear layers on a CPU are taken as host-bound ones on a GPU."""
+    monkeypatch.setattr(composed, "SMALL", {})
+    monkeypatch.setattr(lora_ops, "is_host_bound", lambda x, plan: plan.format in ("dense", "dense_t"))
+
+
+def plan(n=64, format="dense", dtype=BF16, branch=BF16, dropout=0.0, scale=0.75):
+    return Plan(format, (n, 16), dtype, branch, scale, dropout)
+
+
+def on_gpu(elements):
+    return SimpleNamespace(is_cuda=True, numel=lambda: elements, get_device=lambda: 0)
+
+
+def test_when(monkeypatch):
+    monkeypatch.setattr(host_bound, "host_bound_products", lambda index: 64 * 1000)
+    bound = host_bound.is_host_bound
+    assert bound(on_gpu(1000), plan()) and not bound(on_gpu(1001), plan())
+    assert bound(on_gpu(500), plan(128)) and not bound(on_gpu(501), plan(128))
+    assert bound(on_gpu(1000), plan(format="dense_t")) and bound(on_gpu(1000), plan(branch=FP32))
+    assert not any(bound(on_gpu(1000), plan(format=format)) for format in ("nf4", "fp4", "int8"))
+    assert not bound(torch.empty(10), plan())
+    for backend in ("torch", "triton"):
+        with use_backend(backend):
+            assert not bound(on_gpu(1000), plan())
+    with host_bound.host_bound_up_to(0):
+        assert not bound(on_gpu(1), plan())
+        with host_bound.host_bound_up_to(1 << 62):
+            assert bound(on_gpu(1 << 40), plan())
+            # a mask as large as this is worth more than the host's time
+            assert bound(on_gpu(host_bound.MASKED), plan(dropout=0.1))
+            assert not bound(on_gpu(host_bound.MASKED + 1), plan(dropout=0.1))
+    assert bound(on_gpu(1000), plan())
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is launched on a GPU; views and empty memory are not."""
+
+    FREE = ("view", "t", "transpose", "detach", "empty", "_unsafe_view", "alias", "expand", "new_empty", "empty_like")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def model_of(library, dropout=0.0, dtype=BF16):
+    torch.manual_seed(0)
+    base = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]).to(dtype)
+    config = library.LoraConfig(
+        r=4, lora_alpha=12, target_modules=[str(i) for i in range(LAYERS)], init_lora_weights=False,
+        lora_dropout=dropout,
+    )  # fmt: skip
+    return library.get_peft_model(base, config).train()
+
+
+def operations(library, dropout):
+    """Of a forward and a backward pass, in the second step."""
+    model = model_of(library, dropout)
+    x = torch.randn(2, 5, WIDTH, dtype=BF16, requires_grad=True)
+    for _ in range(2):
+        model.zero_grad()
+        x.grad = None
+        with Operations() as forward, torch.autocast("cpu", BF16):
+            y = model(x)
+        dy = torch.ones_like(y)
+        with Operations() as backward:
+            y.backward(dy)
+    return forward.names, backward.names
+
+
+def test_how_few_operations(taken):
+    forward, backward = operations(peftfast, 0.0)
+    assert forward.count("_foreach_copy_") == 1  # the factors of all layers
+    assert sorted(forward) == sorted(["_foreach_copy_", *["addmm", "mm", "addmm_"] * LAYERS])
+    # on a GPU the two casts are part of their products
+    assert sorted(n for n in backward if n != "_to_copy") == sorted(["addmm", "mm", "addmm_", "mm", "mm"] * LAYERS)
+    dropping_forward, dropping_backward = operations(peftfast, 0.1)
+    assert len(dropping_forward) == len(forward) + LAYERS * (1 if "native_dropout" in dropping_forward else 3)
+    assert len(dropping_backward) == len(backward) + 3 * LAYERS
+    for dropout, (ours, theirs) in {
+        0.0: ((forward, backward), operations(peft, 0.0)),
+        0.1: ((dropping_forward, dropping_backward), operations(peft, 0.1)),
+    }.items():
+        print(dropout, [(len(mine) / LAYERS, len(their) / LAYERS) for mine, their in zip(ours, theirs, strict=True)])
+        assert sum(map(len, ours)) < 0.62 * sum(map(len, theirs))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
+def test_derivatives(dropout, transposed, device):
+    def made(*shape):
+        return torch.randn(shape, dtype=FP64, device=device)
+
+    n, k, r = 5, 4, 3
+    x, a, b, bias = (made(*s).requires_grad_() for s in ((2, 6, k), (r, k), (n, r), (n,)))
+    w = dense_t(made(k, n)) if transposed else dense(made(n, k))
+    made_plan = Plan(w.format, (n, k), FP64, FP64, 0.75, dropout)
+
+    def run(x, a, b, bias):
+        torch.manual_seed(3)  # the same mask every time
+        return host_bound.host_bound_lora(x, Part(w, bias, a, b, made_plan))
+
+    assert torch.autograd.gradcheck(run, (x, a, b, bias))
+    assert torch.autograd.gradgradcheck(run, (x, a, b, bias))
+    for i in range(4):  # each by itself
+        wanted = [t.detach().requires_grad_(i == j) for j, t in enumerate((x, a, b, bias))]
+        (alone,) = torch.autograd.grad(run(*wanted).square().sum(), wanted[i])
+        every = torch.autograd.grad(run(x, a, b, bias).square().sum(), (x, a, b, bias))
+        torch.testing.assert_close(alone, every[i])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, branch", [(BF16, BF16), (BF16, FP32), (torch.float16, torch.float16), (FP32, FP32)])
+def test_no_further_from_fp64_than_torch(dtype, branch, device):
+    """Values and gradients, beside the same formula in torch's own operations."""
+    torch.manual_seed(0)
+    n, k, r = 48, 64, 8
+    x, w, bias, dy = (torch.randn(s).to(device, dtype) for s in ((3, 7, k), (n, k), (n,), (3, 7, n)))
+    a, b = torch.randn(r, k, device=device) * k**-0.5, torch.randn(n, r, device=device) * r**-0.5
+    p = Plan("dense", (n, k), dtype, branch, 1.5, 0.0)
+
+    def formula(x, a, b, kind, branch):
+        update = x.to(branch) @ a.to(branch).t() @ b.to(branch).t()
+        return (x @ w.to(kind).t() + bias.to(kind) + 1.5 * update).to(kind)
+
+    def grads(run, *inputs):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        y = run(*leaves)
+        dx, da, db = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+        return {"y": y.detach(), "dx": dx, "da": da, "db": db}
+
+    ours = grads(lambda x, a, b: host_bound.host_bound_lora(x, Part(dense(w), bias, a, b, p)), x, a, b)
+    theirs = grads(lambda x, a, b: formula(x, a, b, dtype, branch), x, a, b)
+    truth = grads(lambda x, a, b: formula(x, a, b, FP64, FP64), x.to(FP64), a.to(FP64), b.to(FP64))
+    assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+    oracle.assert_no_further(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_draws_the_mask_again(reentrant, taken):
+    """The reentrant kind runs the layers first without gradients, then with them."""
+    model, grads = model_of(peftfast, 0.4, FP32), []
+    x = torch.randn(2, 5, WIDTH, requires_grad=True)
+    for through in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        model.zero_grad()
+        torch.manual_seed(7)
+        y = through(x)
+        y.square().sum().backward()
+        grads.append({"y": y.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, value in grads[0].items():
+        torch.testing.assert_close(grads[1][name], value, rtol=0, atol=0)
+
+
+def test_writing_to_a_factor_before_the_backward_pass_raises(taken):
+    model = model_of(peftfast, 0.0, FP32)
+    y = model(torch.randn(3, WIDTH))
+    with torch.no_grad():
+        model.get_base_model()[1].lora_B["default"].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
