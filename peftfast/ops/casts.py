@@ -66,8 +66,9 @@ class CastStore:
                 continue
             _, copy = self._copies.get(id(p), _NONE)
             if copy is None or copy.dtype is not dtype or copy.shape != p.shape or copy.device != p.device:
-                copy = torch.empty_like(p, dtype=dtype, requires_grad=False)
-                copy.transposed = copy.t()  # the copy lives long: one view serves every forward
+                with torch.inference_mode(False):  # a tensor of that mode could not be written to in another
+                    copy = torch.empty_like(p, dtype=dtype, requires_grad=False)
+                    copy.transposed = copy.t()  # the copy lives long: one view serves every forward
             made[id(p)] = (p, copy)
         return made
 
