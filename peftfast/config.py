@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from peftfast.errors import AdapterMismatchWarning, close_matches
 from peftfast.files.migrate import migrate_config
+from peftfast.interop.alias import take_if_vacant
 from peftfast.rules import Rule, boolean, integer, optional, sequence, table, text
 from peftfast.version import COMPATIBLE_PEFT_VERSION
 
@@ -125,6 +126,7 @@ class PeftConfigMixin:
                 f"{', '.join(t.value for t in TaskType)}.{close_matches(self.task_type, [t.value for t in TaskType])}"
             )
         self.validate()
+        take_if_vacant()
 
     def validate(self) -> None:
         """Check every field, then the combinations; subclasses add theirs. Called again before injection, because

@@ -1,16 +1,21 @@
-"""The import machinery that serves peftfast under the name `peft`, with or without the real one installed."""
+"""The import machinery that serves peftfast under the name `peft`: on request, with or without the real one installed,
+and by itself where there is no other."""
 
 from __future__ import annotations
 
 import importlib.machinery
 import importlib.metadata
+import importlib.util
+import logging
+import os
 import sys
+import threading
 import types
 from collections.abc import Iterable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from typing import Any
 
-from peftfast.interop import layout
+from peftfast.interop import early, layout
 from peftfast.version import COMPATIBLE_PEFT_VERSION
 
 
@@ -79,29 +84,69 @@ class PeftFinder(MetaPathFinder):
         return [_Distribution()] if context is None or context.name in (None, "peft") else []
 
 
-#: Modules that bind or look for peft's names while they are imported, so that the alias has to come first.
-_BINDS_AT_IMPORT = ("transformers.trainer_utils", "transformers.trainer", "trl.trainer.utils", "diffusers.loaders.peft")
+#: "auto": peftfast answers to the name `peft` where nothing else does; "never": only if asked to.
+VARIABLE = "PEFTFAST_AS_PEFT"
+CHOICES = ("auto", "never")
+
+_logger = logging.getLogger("peftfast")
+_lock = threading.Lock()
+_settled = False  # whether it is decided who answers to the name, by us or by the user
+
+
+def take_if_vacant() -> None:
+    """Serve `import peft` from peftfast if nothing else answers to that name and the user has not decided.
+
+    Libraries recognise a model with adapters by PEFT's class. Without PEFT they would take ours for any model: Trainer
+    would write, and read, whole state dicts as checkpoints. This is called when a config is made, which comes before
+    every model and is what TRL's trainers and transformers' `add_adapter` are handed, and when a model is unpickled.
+
+    Raises:
+        ValueError: the environment variable has a value that nobody knows.
+    """
+    global _settled
+    if _settled:
+        return
+    with _lock:
+        if _settled:
+            return
+        choice = os.environ.get(VARIABLE) or "auto"
+        if choice not in CHOICES:
+            raise ValueError(f"{VARIABLE}: unknown value {choice!r}; one of {', '.join(map(repr, CHOICES))}")
+        if choice == "auto" and _is_vacant():
+            told = _serve()
+            late = early.denying()
+            _logger.info(
+                "PEFT is not installed: peftfast answers to the name peft in this process, so that other libraries "
+                "recognise its models (%s=never prevents it)%s%s",
+                VARIABLE,
+                f"; modules that had found none have it now: {', '.join(told)}" if told else "",
+                f"; not told any more: {', '.join(late)} (import peftfast.as_peft before it)" if late else "",
+            )
+        _settled = True
 
 
 def install() -> None:
-    """Serve `import peft` from peftfast from now on. Calling it again changes nothing.
+    """Serve `import peft` from peftfast from now on, also where PEFT is installed. Calling it again changes nothing.
 
     Raises:
-        ImportError: the real `peft`, or a library that has looked for it, was imported before.
+        ImportError: the real `peft`, or a library that keeps having found none, was imported before.
     """
-    if is_installed():
-        return
-    early = [name for name in ("peft", *_BINDS_AT_IMPORT) if name in sys.modules]
-    if early:
-        raise ImportError(
-            f"peftfast cannot take the name 'peft' any more: {', '.join(early)} has been imported already and keeps "
-            "what it found. Put `import peftfast.as_peft` first in the script, or start it with "
-            "`python -m peftfast run script.py`."
-        )
-    for name in [n for n in sys.modules if n.startswith("peft.")]:
-        del sys.modules[name]
-    sys.meta_path.insert(0, PeftFinder())
-    _forget_availability()
+    global _settled
+    with _lock:
+        if is_installed():
+            return
+        late = ["peft"] if "peft" in sys.modules else []
+        if not late:
+            _serve()
+            late = early.denying()
+        if late:
+            _withdraw()
+            raise ImportError(
+                f"peftfast cannot take the name 'peft' any more: {', '.join(late)} has been imported already and keeps "
+                "what it found. Put `import peftfast.as_peft` first in the script, or start it with "
+                "`python -m peftfast run script.py`."
+            )
+        _settled = True
 
 
 def is_installed() -> bool:
@@ -110,16 +155,41 @@ def is_installed() -> bool:
 
 
 def uninstall() -> None:
-    """Give the name back. Libraries that have imported it meanwhile keep what they have."""
+    """Give the name back, or never take it: it is not taken again but by `install`. Libraries that have imported it
+    meanwhile keep what they have."""
+    global _settled
+    with _lock:
+        _settled = True
+        _withdraw()
+
+
+def _is_vacant() -> bool:
+    if "peft" in sys.modules:
+        return False
+    try:
+        return importlib.util.find_spec("peft") is None
+    except ImportError:  # somebody refuses the name
+        return False
+
+
+def _serve() -> list[str]:
+    """Take the name. Returns modules that had looked for it and found nothing, and have it now."""
+    missing = early.Missing()
+    for name in [n for n in sys.modules if n.startswith("peft.")]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, PeftFinder())
+    missing.bind()
+    early.forget_answers()
+    meanwhile = early.Missing(but=missing)  # other threads import too
+    meanwhile.bind()
+    return sorted(missing.modules | meanwhile.modules)
+
+
+def _withdraw() -> None:
+    if not is_installed():
+        return
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, PeftFinder)]
     for name, module in list(sys.modules.items()):
         if isinstance(module, ServedModule):
             del sys.modules[name]
-
-
-def _forget_availability() -> None:
-    """`import transformers` alone may have cached that there is no peft."""
-    utils = sys.modules.get("transformers.utils.import_utils")
-    clear = getattr(getattr(utils, "is_peft_available", None), "cache_clear", None)
-    if clear is not None:
-        clear()
+    early.forget_answers()

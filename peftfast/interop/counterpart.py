@@ -13,6 +13,8 @@ import sys
 import types
 from typing import Any
 
+from peftfast.interop.alias import take_if_vacant
+
 _object_class = object.__dict__["__class__"]
 
 #: (own class, PEFT's classes) -> the class derived from both
@@ -44,6 +46,7 @@ class HasCounterpart:
 
 
 def _new(cls: type) -> Any:
+    take_if_vacant()  # a model that comes by pickle may be the first that this process has of peftfast
     return cls.__new__(cls)
 
 
