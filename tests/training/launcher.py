@@ -1,4 +1,4 @@
-"""Starts the processes of the distributed tests, and reads what each of them found."""
+"""Starts the processes of tests that need their own, and reads what each of them found."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+
+def run(arguments: list, folder: Path, **variables: str) -> str:
+    """What `python *arguments`, started in `folder`, prints.
+
+    Args:
+        variables: of the environment.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+        **variables,
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
 
 
 def launch(script: str, processes: int, folder: Path, *runs: str, timeout: int = 280, **variables: str) -> list[dict]:

@@ -10,25 +10,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from training.launcher import ROOT, run
 from training.tiny import files, largest_difference
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
-
-
-def run(arguments: list, folder: Path) -> str:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout
 
 
 def both(script: str, folder: Path, *arguments: str) -> tuple[dict, dict]:
@@ -74,22 +59,10 @@ def test_script_gives_the_same_numbers_and_files(script, tmp_path):
 def test_without_peft_installed(tmp_path):
     """With the real package hidden, everything still finds `peft`."""
     code = f"""
-import sys, importlib.abc, importlib.metadata as md
-class Hide(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "peft":
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-hide = Hide()
-real = md.MetadataPathFinder.find_distributions
-sys.path_hooks  # the distribution is hidden below
-md.MetadataPathFinder.find_distributions = classmethod(
-    lambda cls, *a, **k: (d for d in real(*a, **k) if (d.metadata["Name"] or "") != "peft"))
-try:
-    md.version("peft"); raise SystemExit("not hidden")
-except md.PackageNotFoundError:
-    pass
+import sys, importlib.metadata as md
+from training.hide_peft import hide
+hide()
 import peftfast.as_peft
-sys.meta_path.insert(1, hide)
 import peft, peftfast
 assert peft.PeftModel is peftfast.PeftModel and md.version("peft") == peft.__version__
 sys.argv = ["sft.py"]
