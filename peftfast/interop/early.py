@@ -92,13 +92,8 @@ def _wanted(module: str) -> Iterator[tuple[str, str, str | None]]:
     try:
         source = inspect.getsource(sys.modules[module])
         tree = ast.parse(source) if _IMPORTS_PEFT.search(source) else ast.Module([], [])
-    except (
-        OSError,
-        TypeError,
-        KeyError,
-        SyntaxError,
-        ValueError,
-    ):  # typed into a prompt, shipped without source, gone again
+    except (OSError, TypeError, KeyError, SyntaxError, ValueError):
+        # typed into a prompt, shipped without source, gone again
         return
     for statement in _imports(tree):
         if isinstance(statement, ast.Import):
