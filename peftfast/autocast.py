@@ -8,21 +8,43 @@ import torch
 from torch import Tensor
 
 
+def _kind(x: Tensor) -> str | None:
+    """The type of x's device, None where there is no autocast."""
+    if x.is_cuda:
+        return "cuda"
+    if x.is_cpu:
+        return "cpu"
+    kind = x.device.type  # which takes the host longer
+    return kind if torch.amp.is_autocast_available(kind) else None
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast multiplies on x's device; None where it is off or there is none."""
-    if x.is_cuda:
-        kind = "cuda"
-    elif x.is_cpu:
-        kind = "cpu"
-    else:  # a device's type takes the host longer
-        kind = x.device.type
-        if not torch.amp.is_autocast_available(kind):
-            return None
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    kind = _kind(x)
+    return torch.get_autocast_dtype(kind) if kind is not None and torch.is_autocast_enabled(kind) else None
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+class _Off:
+    """`torch.autocast(kind, enabled=False)` takes the host as long as three small products."""
+
+    __slots__ = ("kind",)
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_autocast_enabled(self.kind, True)
+
+
+_NOTHING = nullcontext()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """A context for operations that choose their dtypes themselves."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # making a context that changes nothing takes the host as long as a small product
+    kind = _kind(x)
+    if kind is None or not torch.is_autocast_enabled(kind):
+        return _NOTHING
+    return torch.autocast(kind, enabled=False) if torch.compiler.is_compiling() else _Off(kind)

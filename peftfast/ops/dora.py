@@ -29,7 +29,7 @@ def weight_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """‖W + scale · B A‖ of every row, [N], in fp32 or wider; W [N, K] in any storage, a [r, K], b [N, r]."""
     if a.shape[0] and a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()
-    with without_autocast(a.device):
+    with without_autocast(a):
         norm = row_norm.reference if transformed() else row_norm
         return norm(w, a, b, float(scale), None)
 
@@ -45,7 +45,7 @@ class _DoraAdd(torch.autograd.Function):
         t = lora_down(rows.to(plan.dtype), a_copy, None, 0.0)
         gb = _scaled_rows(b, g, plan.branch)
         shift = None if bias is None else bias.to(g.dtype) * (1 - g)
-        with without_autocast(y.device):
+        with without_autocast(y):
             out = dora_add(y if y.dim() == 2 else y.reshape(-1, n), g, shift, t, gb, plan.scale)
         ctx.plan, ctx.copy = plan, a_copy if keep_a else None
         ctx.save_for_backward(y, x, t, a, b, g, bias)
@@ -54,7 +54,7 @@ class _DoraAdd(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        with without_autocast(dy.device):
+        with without_autocast(dy):
             return _DoraAdd._gradients(ctx, dy)
 
     @staticmethod
@@ -87,8 +87,9 @@ class _DoraAdd(torch.autograd.Function):
 
 
 def _scaled_rows(b: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """g · B [N, r] in the branch's dtype, rounded once."""
-    return (b.detach().to(g.dtype) * g.detach()[:, None]).to(dtype)
+    """g · B [N, r] in the branch's dtype, rounded once; g is the wider of the two."""
+    scaled = b * g.unsqueeze(1)
+    return scaled if scaled.dtype is dtype else scaled.to(dtype)
 
 
 def dora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -23,8 +23,9 @@ from peftfast_kernels import get_backend
 from peftfast_kernels.dispatch import host_bound_products
 from peftfast_kernels.op import transposed, zero_like
 
-#: Elements of an input up to which a mask is kept; beyond, making it again is worth more than the host's time.
-MASKED = 1 << 20
+#: Elements up to which reading and writing them a few times takes a GPU less time than a kernel of ours the host. Also
+#: how many an input may have whose dropout mask is kept: larger masks are worth more than the host's time.
+ELEMENTS = 1 << 20
 
 _limit: int | None = None  # for all threads, since checkpointing runs layers again in autograd's
 
@@ -49,10 +50,15 @@ def is_host_bound(x: Tensor, plan: Plan) -> bool:
     limit = host_bound_products(x.get_device()) if _limit is None else _limit
     return (
         elements * plan.shape[0] <= limit
-        and (not plan.dropout or elements <= MASKED)
+        and (not plan.dropout or elements <= ELEMENTS)
         and plan.format in ("dense", "dense_t")
         and get_backend() == "auto"
     )
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether an element-wise operation on x takes the host longer than the GPU. Outside compilers."""
+    return x.is_cuda and x.numel() <= ELEMENTS and _limit != 0 and get_backend() == "auto"
 
 
 def host_bound_lora(x: Tensor, part: Part) -> Tensor:

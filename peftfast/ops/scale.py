@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftfast.ops.composed import composes
 from peftfast.ops.function import first_order
+from peftfast.ops.host_bound import is_small
 from peftfast_kernels.feature_scale import feature_scale, feature_scale_grad
 
 
@@ -40,8 +41,8 @@ def scale_features(y: Tensor, s: Tensor) -> Tensor:
     """
     if type(y) not in (Tensor, torch.nn.Parameter) or y.numel() == 0:  # sharded tensors, which kernels cannot read
         return (y * s).to(y.dtype)
+    if composes(y) or is_small(y) and not torch.compiler.is_compiling():
+        return (y * s).to(y.dtype)
     if y.dtype == s.dtype and not feature_scale.runs_triton(y, s):  # torch's product keeps and moves no more than ours
         return y * s
-    if composes(y):
-        return (y * s).to(y.dtype)
     return _ScaleFeatures.apply(y, s)

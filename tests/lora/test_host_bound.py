@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftfast
-from peftfast.ops import composed, host_bound
+from peftfast.ops import composed, host_bound, scale
 from peftfast.ops import lora as lora_ops
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import use_backend
@@ -57,8 +57,8 @@ def test_when(monkeypatch):
         with host_bound.host_bound_up_to(1 << 62):
             assert bound(on_gpu(1 << 40), plan())
             # a mask as large as this is worth more than the host's time
-            assert bound(on_gpu(host_bound.MASKED), plan(dropout=0.1))
-            assert not bound(on_gpu(host_bound.MASKED + 1), plan(dropout=0.1))
+            assert bound(on_gpu(host_bound.ELEMENTS), plan(dropout=0.1))
+            assert not bound(on_gpu(host_bound.ELEMENTS + 1), plan(dropout=0.1))
     assert bound(on_gpu(1000), plan())
 
 
@@ -194,3 +194,23 @@ def test_writing_to_a_factor_before_the_backward_pass_raises(taken):
         model.get_base_model()[1].lora_B["default"].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_small_inputs_are_scaled_by_torch(monkeypatch):
+    """IA3's vectors: on a GPU with few elements, torch's product, which saves what the kernel's Function saves."""
+    small = host_bound.is_small
+    assert small(on_gpu(host_bound.ELEMENTS)) and not small(on_gpu(host_bound.ELEMENTS + 1))
+    assert not small(torch.empty(3))
+    with host_bound.host_bound_up_to(0):
+        assert not small(on_gpu(1))
+    with use_backend("triton"):
+        assert not small(on_gpu(1))
+    monkeypatch.setattr(composed, "SMALL", {})
+    y, s = torch.randn(3, 8, dtype=BF16, requires_grad=True), torch.randn(8, requires_grad=True)
+    assert type(scale.scale_features(y, s).grad_fn).__name__ == "_ScaleFeaturesBackward"
+    monkeypatch.setattr(scale, "is_small", lambda y: True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = scale.scale_features(y, s)
+    assert torch.equal(out, (y.float() * s).to(BF16)) and out.grad_fn.name().startswith("ToCopy")
+    assert sorted(t.numel() * t.element_size() for t in kept) == [8 * 4, 3 * 8 * 2]
