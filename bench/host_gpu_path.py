@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import gc
+import importlib
 import pstats
 import sys
 import time
@@ -48,7 +49,7 @@ WIDTH, ROWS, RANK = 32, 4, 8  # sizes at which a product on the CPU takes about 
 LAYERS = 4  # in a row, as in a model: what is done once for all of them is shared
 LLAMA = Model("tiny", WIDTH, 2 * WIDTH, 2, 1, 16)
 HALF = torch.bfloat16
-TABLES = ("ops", "linear", "layer")
+TABLES = ("ops", "linear", "layer", "methods")
 Calls = Mapping[str, Callable[[], object]]
 
 
@@ -193,11 +194,33 @@ def linear_calls(library: str, dropout: float) -> Calls:
     return calls_of(lambda: layer(x), x, [p for p in model.parameters() if p.requires_grad])
 
 
-def layer_calls(library: str, dropout: float) -> Calls:
-    size = Size(ROWS, WIDTH, WIDTH, RANK, HALF, dropout=dropout)
+def lora(library: str, model: nn.Module, dropout: float) -> nn.Module:
+    return wrap(library, model, Size(ROWS, WIDTH, WIDTH, RANK, HALF, dropout=dropout), TARGETS)
+
+
+#: name -> (library, model) -> the model with adapters of another method, or stored otherwise
+METHODS: dict[str, Callable[[str, nn.Module], nn.Module]] = {
+    "DoRA": lambda library, model: wrap(library, model, Size(ROWS, WIDTH, WIDTH, RANK, HALF), TARGETS, dora=True),
+    "IA3": lambda library, model: adapted(
+        library, model, "IA3Config", target_modules=TARGETS, feedforward_modules=["down_proj"]
+    ),
+    "AdaLoRA": lambda library, model: adapted(
+        library, model, "AdaLoraConfig", target_modules=TARGETS, init_r=RANK, target_r=RANK // 2, total_step=10**6
+    ),
+    "LoRA, bf16 factors": lambda library, model: lora(library, model, 0.0).to(HALF),
+}
+
+
+def adapted(library: str, model: nn.Module, config: str, **fields: Any) -> nn.Module:
+    module = importlib.import_module(library)
+    return module.get_peft_model(model, getattr(module, config)(**fields)).train()
+
+
+def layer_calls(library: str, dropout: float, method: Callable[[str, nn.Module], nn.Module] | None = None) -> Calls:
     model = llama(LLAMA, LAYERS, HALF, device())
     if library != "frozen":
-        model = wrap(library.partition(" ")[0], model, size, TARGETS)
+        name = library.partition(" ")[0]
+        model = lora(name, model, dropout) if method is None else method(name, model)
     if library.endswith("blocks"):
         import peftfast
 
@@ -248,6 +271,18 @@ def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...]
             print(f"| {what}, dropout {dropout} | {times} | {shares} |", flush=True)
 
 
+def print_methods() -> None:
+    """A decoder layer with adapters of other methods."""
+    libraries = ("frozen", "peft", "peftfast")
+    print(f"\n| layer | {' | '.join(libraries)} | peftfast / PEFT |\n|---|{'---:|' * (len(libraries) + 1)}")
+    for name, method in METHODS.items():
+        built = {library: layer_calls(library, 0.0, method) for library in libraries}
+        for what in ("forward", "forward and backward", "inference"):
+            us = host_time({library: calls[what] for library, calls in built.items()})
+            times = " | ".join(f"{us[library] / LAYERS:.0f}" for library in libraries)
+            print(f"| {name}, {what} | {times} | {us['peftfast'] / us['peft']:.2f} |", flush=True)
+
+
 def profile(row: str) -> None:
     """cProfile of peftfast's calls of one row: an op's name, or e.g. "layer, dropout 0.1"."""
     scope, _, rest = row.partition(", ")
@@ -284,6 +319,8 @@ def main(argv: list[str] | None = None) -> int:
             print_ops()
         for name, (build, libraries) in scopes(args.only).items():
             print_scope(build, libraries, name)
+        if "methods" in args.only:
+            print_methods()
     return 0
 
 

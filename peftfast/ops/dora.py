@@ -6,21 +6,22 @@ from a product of W with A, never from W + s B A. Saved for the backward pass: x
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftfast.autocast import autocast_dtype, without_autocast
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.function import first_order, transformed
-from peftfast.ops.lora import factor_grads
+from peftfast.ops.function import apply, first_order, transformed
+from peftfast.ops.host_bound import is_small
 from peftfast.ops.plan import Plan, branch_dtype
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.dora_add import dora_add
 from peftfast_kernels.feature_scale import feature_scale_grad
 from peftfast_kernels.lora_down import lora_down, lora_dt
 from peftfast_kernels.lora_gemm import lora_dx
+from peftfast_kernels.lora_grad import lora_factor_grads
 from peftfast_kernels.row_norm import row_norm
 
 
@@ -34,22 +35,39 @@ def weight_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
         return norm(w, a, b, float(scale), None)
 
 
+class _Sum(NamedTuple):
+    """What `_sum` computes."""
+
+    out: Tensor  # g (y - bias + scale · x Aᵀ Bᵀ) + bias
+    t: Tensor  # x Aᵀ
+    small: bool  # whether torch's own skinny products are used, which take the host less time and a GPU more
+    copy: Tensor | None  # A in the branch's dtype, if that lives anyway
+    gb: Tensor | None  # g · B, where keeping it is less than making it again
+
+
+def _sum(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, plan: Plan) -> _Sum:
+    n, k = plan.shape
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    a_copy, keep_a = compute_copy(a, plan.branch)
+    small = plan.branch is plan.dtype and is_small(x) and not torch.compiler.is_compiling()
+    t = (lora_down.eager if small else lora_down)(rows.to(plan.dtype), a_copy, None, 0.0)
+    gb = _scaled_rows(b, g, plan.branch)
+    shift = None if bias is None else bias.to(g.dtype) * (1 - g)
+    with without_autocast(y):
+        out = dora_add(y if y.dim() == 2 else y.reshape(-1, n), g, shift, t, gb, plan.scale)
+    out = out if y.dim() == 2 else out.view(y.shape)
+    return _Sum(out, t, small, a_copy if keep_a else None, gb if small else None)
+
+
 class _DoraAdd(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, plan: Plan
     ) -> Tensor:
-        n, k = plan.shape
-        rows = x if x.dim() == 2 else x.reshape(-1, k)
-        a_copy, keep_a = compute_copy(a, plan.branch)
-        t = lora_down(rows.to(plan.dtype), a_copy, None, 0.0)
-        gb = _scaled_rows(b, g, plan.branch)
-        shift = None if bias is None else bias.to(g.dtype) * (1 - g)
-        with without_autocast(y):
-            out = dora_add(y if y.dim() == 2 else y.reshape(-1, n), g, shift, t, gb, plan.scale)
-        ctx.plan, ctx.copy = plan, a_copy if keep_a else None
+        out, t, ctx.small, ctx.copy, ctx.gb = _sum(y, x, a, b, g, bias, plan)
+        ctx.plan = plan
         ctx.save_for_backward(y, x, t, a, b, g, bias)
-        return out if y.dim() == 2 else out.view(y.shape)
+        return out
 
     @staticmethod
     @first_order
@@ -68,10 +86,12 @@ class _DoraAdd(torch.autograd.Function):
         y_grad, dg = feature_scale_grad(dy_rows, y if y.dim() == 2 else y.reshape(-1, n), g, g.dtype)
         p = rows = None
         if need_x or need_a:
-            p = lora_dt(dy_rows, _scaled_rows(b, g, plan.branch), plan.scale)
+            gb = _scaled_rows(b, g, plan.branch) if ctx.gb is None else ctx.gb
+            p = (lora_dt.eager if ctx.small else lora_dt)(dy_rows, gb, plan.scale)
         if need_a:
             rows = (x if x.dim() == 2 else x.reshape(-1, k)).to(plan.dtype)
-        raw, da = factor_grads(dy_rows, t, rows, p, None, plan, g.dtype, a.dtype)
+        skinny = lora_factor_grads.eager if ctx.small else lora_factor_grads
+        raw, *da = skinny(dy_rows, t, rows, p if need_a else None, None, 0.0, plan.scale, g.dtype, a.dtype)
         dg = dg + (raw * b.to(g.dtype)).sum(1)
         dbias = None
         if bias is not None:
@@ -83,7 +103,7 @@ class _DoraAdd(torch.autograd.Function):
             dx = lora_dx(p, a_copy, None, 0.0, x.dtype)
             dx = dx if x.dim() == 2 else dx.view(x.shape)
         db = (raw * g[:, None]).to(b.dtype)
-        return y_grad.view(y.shape), dx, da, db, dg, dbias, None
+        return y_grad.view(y.shape), dx, da[0] if da else None, db, dg, dbias, None
 
 
 def _scaled_rows(b: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,4 +124,6 @@ def dora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias:
     branch = branch_dtype(x, a, autocast)
     dtype = x.dtype if autocast is None else branch
     plan = Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), 0.0)
-    return _DoraAdd.apply(y, x, a, b, g, bias, plan)
+    if not torch.is_grad_enabled():  # a Function takes the host as long as two small products
+        return _sum(y, x, a, b, g, bias, plan).out
+    return apply(_DoraAdd, y, x, a, b, g, bias, plan)

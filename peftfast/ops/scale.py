@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.composed import composes
-from peftfast.ops.function import first_order
+from peftfast.ops.function import apply, first_order
 from peftfast.ops.host_bound import is_small
 from peftfast_kernels.feature_scale import feature_scale, feature_scale_grad
 
@@ -45,4 +45,4 @@ def scale_features(y: Tensor, s: Tensor) -> Tensor:
         return (y * s).to(y.dtype)
     if y.dtype == s.dtype and not feature_scale.runs_triton(y, s):  # torch's product keeps and moves no more than ours
         return y * s
-    return _ScaleFeatures.apply(y, s)
+    return apply(_ScaleFeatures, y, s)

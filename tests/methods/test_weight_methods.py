@@ -201,6 +201,19 @@ def test_outputs_and_gradients_are_no_further_from_the_oracle_than_pefts(method,
         assert error <= 1.15 * peers[key] + 5e-7, (key, error, peers[key])
 
 
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("method", ["dora", "ia3"])
+def test_the_same_as_on_a_gpu(method, storage, small, monkeypatch):
+    """Where few elements are left to torch's own products, and where not; on a CPU few are composed."""
+    monkeypatch.setattr("peftfast.ops.composed.SMALL", {})
+    for module in ("dora", "scale"):
+        monkeypatch.setattr(f"peftfast.ops.{module}.is_small", lambda x: small)
+    test_outputs_and_gradients_are_no_further_from_the_oracle_than_pefts(method, "linear", storage)
+    if method == "dora" and storage == "fp32":
+        test_dora_under_autocast()
+
+
 @pytest.mark.parametrize(("method", "kind", "storage"), [c for c in cases() if peft_supports(*c)])
 def test_files_go_both_ways_with_identical_outputs(method, kind, storage, tmp_path):
     x = make_input(kind, storage)
