@@ -10,7 +10,8 @@ stub driver (`bench/stub_gpu.py`): all of Triton's and our Python and Triton's l
 library that it calls is a stub. PEFT and the frozen base run on CPU tensors, and so do the products that peftfast
 leaves to cuBLAS; what they take there stands for their dispatch on a GPU, and is less. Where there is a GPU the same
 calls run on it, with Triton's own driver, and nothing is pretended. Under `tools/fake_gpu` everybody's operations are
-dispatched to CUDA, and only CUDA and cuBLAS themselves take no time.
+dispatched to CUDA, and only CUDA and cuBLAS themselves take no time. There and on a GPU inputs as small as these are
+left to torch's products (`peftfast/ops/host_bound.py`); over the stub driver they take the kernels, as larger ones do.
 
 Times are of the process, not of the wall: the minimum of many rounds, contestants taking turns.
 """
@@ -21,12 +22,13 @@ import argparse
 import cProfile
 import gc
 import importlib
+import importlib.util
 import pstats
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,9 +63,22 @@ def device() -> str:
     return "cuda" if on_gpu() else "cpu"
 
 
-def ours() -> Any:
-    """A context in which peftfast takes the path of a GPU."""
-    return nullcontext() if on_gpu() else stub_gpu.pretended()
+@contextmanager
+def ours() -> Iterator[None]:
+    """A context in which peftfast takes the path of a GPU; of a stub, that of its kernels."""
+    if on_gpu():
+        yield
+        return
+    from peftfast import autocast
+    from peftfast.ops.host_bound import host_bound_up_to
+
+    kind_of = autocast._kind
+    with stub_gpu.pretended(), host_bound_up_to(0):
+        autocast._kind = lambda x: "cpu"  # where autocast is
+        try:
+            yield
+        finally:
+            autocast._kind = kind_of
 
 
 def host_time(calls: Calls, rounds: int = 3, seconds: float = 0.3) -> dict[str, float]:
@@ -208,6 +223,7 @@ METHODS: dict[str, Callable[[str, nn.Module], nn.Module]] = {
         library, model, "AdaLoraConfig", target_modules=TARGETS, init_r=RANK, target_r=RANK // 2, total_step=10**6
     ),
     "LoRA, bf16 factors": lambda library, model: lora(library, model, 0.0).to(HALF),
+    "LoRA on NF4": lambda library, model: lora(library, model, 0.0),
 }
 
 
@@ -216,8 +232,18 @@ def adapted(library: str, model: nn.Module, config: str, **fields: Any) -> nn.Mo
     return module.get_peft_model(model, getattr(module, config)(**fields)).train()
 
 
+def in_nf4(model: nn.Module) -> nn.Module:
+    """Quantised on the CPU, where bitsandbytes' library computes."""
+    import peftfast
+
+    peftfast.quantize_model(model.to("cpu"), "nf4", compute_dtype=HALF)
+    return model.to(device())
+
+
 def layer_calls(library: str, dropout: float, method: Callable[[str, nn.Module], nn.Module] | None = None) -> Calls:
     model = llama(LLAMA, LAYERS, HALF, device())
+    if method is METHODS["LoRA on NF4"]:
+        model = in_nf4(model)
     if library != "frozen":
         name = library.partition(" ")[0]
         model = lora(name, model, dropout) if method is None else method(name, model)
@@ -276,6 +302,8 @@ def print_methods() -> None:
     libraries = ("frozen", "peft", "peftfast")
     print(f"\n| layer | {' | '.join(libraries)} | peftfast / PEFT |\n|---|{'---:|' * (len(libraries) + 1)}")
     for name, method in METHODS.items():
+        if name.endswith("NF4") and not (on_gpu() and importlib.util.find_spec("bitsandbytes")):
+            continue  # PEFT's products would be bitsandbytes' on the CPU
         built = {library: layer_calls(library, 0.0, method) for library in libraries}
         for what in ("forward", "forward and backward", "inference"):
             us = host_time({library: calls[what] for library, calls in built.items()})
