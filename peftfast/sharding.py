@@ -36,13 +36,9 @@ def _from_zero3(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def copy_whole(target: Tensor, source: Tensor) -> None:
     """Write a whole tensor into one that may be sharded; every process has `source`."""
-    distributed = _distributed_tensor_class()
     with torch.no_grad():
-        if distributed and isinstance(target, distributed):
-            from torch.distributed.tensor import distribute_tensor
-
-            source = source.to(device=target.device, dtype=target.dtype)
-            target.copy_(distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None))
+        if is_distributed(target):
+            target.copy_(taken_apart(source.to(device=target.device, dtype=target.dtype), target))
         elif hasattr(target, "ds_id"):
             import deepspeed
 
@@ -50,6 +46,21 @@ def copy_whole(target: Tensor, source: Tensor) -> None:
                 target.copy_(source)
         else:
             target.copy_(source)
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is one of FSDP2's or tensor parallelism's (DTensor)."""
+    distributed = _distributed_tensor_class()
+    return distributed is not None and isinstance(tensor, distributed)
+
+
+def taken_apart(source: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every process has, sharded as `like` is if that is."""
+    if not is_distributed(like):
+        return source
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:

@@ -65,7 +65,7 @@ class DenseWeight:
             return last
         shape = (weight.shape[1], weight.shape[0]) if self.transposed else (weight.shape[0], weight.shape[1])
         made = Operand("dense_t" if self.transposed else "dense", [weight], shape, dtype)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # in a trace, sizes are tensors of the trace
             self._last = made
         return made
 

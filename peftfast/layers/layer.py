@@ -321,6 +321,8 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
     def _make_plan(self) -> tuple[Steps, BoundLora | None]:
         """What a call does until adapters are added, activated, merged or disabled: its steps, and their short form."""
         steps = self._steps()
+        if torch.jit.is_tracing():  # which traces twice and compares: looking up once would show
+            return steps, None
         bind = getattr(steps[0][0], "bind", None) if len(steps) == 1 else None
         self._plan = plan = (steps, None if bind is None else bind(self.site, steps[0][1]))
         return plan

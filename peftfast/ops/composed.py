@@ -1,4 +1,4 @@
-"""Low-rank linears in torch's own operations: on a CPU with small inputs, and under functorch's transforms.
+"""Low-rank linears in torch's own operations: on a CPU with small inputs, and under functorch's transforms and export.
 
 With small inputs the host takes the time, not the products. torch's derivative runs without Python, its dropout is one
 operation, and the masks and casts that it keeps for the backward pass are small. Larger inputs are for `lora.py`'s
@@ -42,7 +42,7 @@ class _FrozenProduct(torch.autograd.Function):
 def composes(x: Tensor) -> bool:
     """Whether this is how the product with x is best computed, or the only way."""
     if torch.compiler.is_compiling():
-        return False
+        return torch.compiler.is_exporting()  # a graph for others is of torch's operations, and has their derivatives
     small = x.is_cpu and x.numel() <= SMALL.get(x.dtype.itemsize, 0) and get_backend() == "auto"
     return small or transformed()
 

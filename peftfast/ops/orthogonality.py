@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfast.ops.function import first_order
+from peftfast.autocast import without_autocast
+from peftfast.ops.function import first_order, transformed
+from peftfast.sharding import is_distributed
 
 
 def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -59,12 +61,25 @@ def _stacked(factors: Sequence[Tensor], group: list[int], downs: int) -> Tensor:
     return p.float() if p.dtype in (torch.float16, torch.bfloat16) else p
 
 
+def _composed(downs: Sequence[Tensor], ups: Sequence[Tensor]) -> Tensor:
+    """The same in operations that torch differentiates itself."""
+    norms = []
+    for p in (*downs, *(b.mT for b in ups)):
+        p = p.float() if p.dtype in (torch.float16, torch.bfloat16) else p
+        gap = p @ p.mT - torch.eye(p.shape[0], dtype=p.dtype, device=p.device)
+        norms.append(torch.linalg.vector_norm(gap))
+    return torch.stack([n.to(norms[0].device) for n in norms]).mean()
+
+
 def orthogonality(downs: Sequence[Tensor], ups: Sequence[Tensor]) -> Tensor:
     """The mean of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ (Frobenius) over all factors, a scalar with gradients for all of them.
 
     Args:
         downs: A [r, K] of every layer. ups: B [N, r].
     """
-    device = downs[0].device.type
-    with torch.autocast(device, enabled=False):
+    # between blocks, FSDP2 keeps their factors sharded
+    downs, ups = ([f.full_tensor() if is_distributed(f) else f for f in factors] for factors in (downs, ups))
+    with without_autocast(downs[0]):
+        if transformed():
+            return _composed(downs, ups)
         return _Orthogonality.apply(len(downs), *downs, *ups)

@@ -74,7 +74,8 @@ class BoundLora:
         known, plan = self._made
         if operand is not known or plan.branch is not branch or plan.scale != scale or plan.dropout != p:
             plan = plan_of(operand, branch, scale, p)
-            self._made = (operand, plan)
+            if not torch.jit.is_tracing():  # in a trace, sizes are tensors of the trace
+                self._made = (operand, plan)
         return Part(operand, bias, a, b, plan)
 
 
