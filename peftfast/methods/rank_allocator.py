@@ -19,6 +19,7 @@ from peftfast.method import Adapter
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
 from peftfast.ops.orthogonality import by_shape
+from peftfast.sharding import is_distributed, taken_apart
 
 
 class Allocation(NamedTuple):
@@ -112,6 +113,7 @@ class RankAllocator:
         parameters = self.parameters()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         now = torch._foreach_mul(parameters, gradients)
+        now = [n.full_tensor() if is_distributed(n) else n for n in now]
         if any(n.dtype in (torch.float16, torch.bfloat16) for n in now):
             now = [n.float() for n in now]  # averages of half-precision numbers would not move
         torch._foreach_abs_(now)
@@ -173,7 +175,7 @@ class RankAllocator:
         masks = self._keep.to(values[0].dtype).unsqueeze(1).split(self._sizes)
         if len({v.device for v in values}) > 1:
             masks = [m.to(v.device) for m, v in zip(masks, values, strict=True)]
-        torch._foreach_mul_(values, list(masks))
+        torch._foreach_mul_(values, [taken_apart(m, v) for m, v in zip(masks, values, strict=True)])
 
     def rank_pattern(self) -> dict[str, list[bool]] | None:
         """As configs hold it: `<module>.lora_E` -> which of its ranks are kept; None before the first allocation."""
@@ -291,6 +293,49 @@ class RankAllocator:
         self.step, self.finished = int(state["step"]), bool(state["finished"])
         keep = state.get("keep")
         self._keep = None if keep is None else keep.to(parameters[0].device, copy=True)
+
+    @torch.no_grad()
+    def packed(self) -> Tensor:
+        """`state_dict` in one tensor of a size that no step changes, which any format of a model's state dict can
+        hold."""
+        parameters = self.parameters()
+        device = torch.device("cpu") if parameters[0].is_meta else parameters[0].device
+        dtype = torch.float32
+        for p in parameters:
+            dtype = torch.promote_types(dtype, p.dtype)
+        averages = [*(self.sensitivity or ()), *(self.uncertainty or ())]
+        packed = torch.zeros(sum(self._packed_sizes()), dtype=dtype, device=device)
+        head, keep, rest = packed.split(self._packed_sizes())
+        head.copy_(torch.tensor([self.step, self.finished, self._keep is not None, bool(averages)]))
+        if self._keep is not None:
+            keep.copy_(self._keep)
+        for part, average in zip(rest.split([t.numel() for t in averages]) if averages else (), averages, strict=True):
+            part.copy_(average.flatten())
+        return packed
+
+    def _packed_sizes(self) -> list[int]:
+        return [4, sum(self._sizes), 2 * sum(p.numel() for p in self.parameters())]
+
+    def unpack(self, packed: Tensor) -> None:
+        """Go on where `packed` was taken."""
+        head, keep, rest = packed.split(self._packed_sizes())
+        step, finished, keeps, known = map(int, head.tolist())
+        state = {"step": torch.tensor(step), "finished": torch.tensor(finished)}
+        if keeps:
+            state["keep"] = keep.bool()
+        if known:
+            parameters = self.parameters()
+            names = [f"{side}.{a.key}" for side in ("A", "B", "E") for a in self.adapters]
+            parts = iter(rest.split([p.numel() for p in parameters] * 2))
+            for kind in ("sensitivity", "uncertainty"):
+                state.update({f"{kind}.{n}": next(parts).view(p.shape) for n, p in zip(names, parameters, strict=True)})
+        self.load_state_dict(state)
+        self.history = [entry for entry in self.history if entry.step <= step]
+        self._before = None
+        if not finished:
+            self.cfg.rank_pattern = None
+        elif keeps:
+            self.cfg.rank_pattern = self.rank_pattern()
 
 
 @torch.no_grad()

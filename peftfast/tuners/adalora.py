@@ -3,8 +3,8 @@
 The right moment is after an optimizer's step, before gradients are cleared. torch calls
 `register_optimizer_step_post_hook` callbacks exactly there, for every optimizer, whoever drives it: Trainer, Accelerate
 (once per update under gradient accumulation, never for a step that a GradScaler skips) or a plain loop. One callback is
-registered while models with a running schedule exist; it looks for the optimizer that holds their factors and leaves
-all others alone. Nothing of torch, of the optimizer or of a trainer is replaced.
+registered while models with such adapters exist; it looks for the optimizer that holds their factors and leaves all
+others alone. Nothing of torch, of the optimizer or of a trainer is replaced.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from peftfast.errors import PeftWarning
 from peftfast.method import Adapter
@@ -67,6 +68,7 @@ class AdaLoraModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__.update(automatic=True, shrink_after_final=False, _allocators={}, _optimizer=None)
         super().__init__(*args, **kwargs)
+        _watch(self)  # now, because a graph of a forward cannot hold it
 
     # ---- schedules ---------------------------------------------------------------------------------------------------
     @property
@@ -101,11 +103,13 @@ class AdaLoraModel(BaseTuner):
         return allocator
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and self.automatic and torch.is_grad_enabled() and self not in _watched:
-            name = self.trainable_adapter_name
-            if name is not None:
-                self._check_within_reach(self._adapters(name))
-            _watch(self)
+        if not torch.compiler.is_compiling() and self.training and self.automatic and torch.is_grad_enabled():
+            if "_checked" not in self.__dict__ or self not in _watched:
+                name = self.trainable_adapter_name
+                if name is not None:
+                    self._check_within_reach(self._adapters(name))
+                self.__dict__["_checked"] = True
+                _watch(self)
         return super().forward(*args, **kwargs)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
@@ -296,5 +300,56 @@ class AdaLoraModel(BaseTuner):
         elif path.is_file():
             path.unlink()
 
+    # ---- state dicts ----------------------------------------------------------------------------------------------
+    def _packed_schedules(self) -> dict[str, Tensor]:
+        return {name: self._allocator(name).packed() for name in sorted(self.peft_config) if self._adapters(name)}
+
+    def get_extra_state(self) -> Tensor:
+        """The schedules of all adapters, one after the other.
+
+        What saves a training as a model's and an optimizer's state dict (Lightning, Accelerate, torch's checkpoints, a
+        search for a learning rate that starts anew afterwards) knows of no step that a schedule could be given, so the
+        schedule has to be in there. Always of the same size, because torch.distributed.checkpoint reads into what the
+        model has.
+        """
+        packed = list(self._packed_schedules().values())
+        return torch.cat([p.to(packed[0].device) for p in packed]) if packed else torch.empty(0)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.is_meta:
+            return
+        now = self._packed_schedules()
+        if len(state) != sum(map(len, now.values())):
+            warnings.warn(
+                "The state dict's AdaLoRA schedule belongs to other adapters or ranks; the schedule here is left as it "
+                "is.",
+                PeftWarning,
+                stacklevel=2,
+            )
+            return
+        for name, saved in zip(now, state.split([len(p) for p in now.values()]), strict=True):
+            self._allocator(name).unpack(saved)
+        self.__dict__.pop("_counted", None)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not any(self._adapters(name) for name in self.peft_config):
+            del destination[f"{prefix}{_EXTRA_STATE_KEY_SUFFIX}"]
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = f"{prefix}{_EXTRA_STATE_KEY_SUFFIX}"
+        if key in missing_keys:  # PEFT's state dicts have no schedule
+            missing_keys.remove(key)
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_optimizer": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        _watch(self)

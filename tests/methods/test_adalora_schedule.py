@@ -1,11 +1,13 @@
 """AdaLoRA's schedule against PEFT's step by step, its automatic form, resuming, cutting, and what it costs."""
 
+import copy
 import warnings
 
 import oracle
 import peft
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -338,8 +340,6 @@ def test_a_schedule_of_another_adapter_is_refused(tmp_path, damage):
 
 
 def test_a_copy_of_the_model_saves_its_schedule(tmp_path):
-    import copy
-
     _, ours = pair()
     train(ours, 5)
     copy.deepcopy(ours).save_pretrained(tmp_path)
@@ -399,6 +399,66 @@ def test_resuming_gives_the_run_that_was_not_interrupted(tmp_path, stop, existin
         assert second.peft_config["default"].rank_pattern == whole.peft_config["default"].rank_pattern
     final, other = (m.get_nb_trainable_parameters() for m in (whole, second))
     assert final == other
+
+
+def drawn():
+    torch.manual_seed(5)
+    return pair()[1]
+
+
+@pytest.mark.parametrize("stop", [2, 7, 13])
+@pytest.mark.parametrize("how", ["torch.save", "safetensors", "distributed checkpoint"])
+def test_state_dicts_carry_the_schedule(tmp_path, how, stop):
+    """As Lightning, Accelerate and torch's own checkpoints save a training; PEFT's state dicts, without it, load."""
+    model = drawn()
+    train(model, 16)
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model = drawn()
+    _, optimizer = train(model, stop)
+    saved, other = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, drawn()
+    if how == "torch.save":
+        torch.save(saved, tmp_path / "state.pt")
+        saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    elif how == "safetensors":
+        save_file(saved["model"], tmp_path / "model.safetensors")
+        saved["model"] = load_file(tmp_path / "model.safetensors")
+    else:
+        torch.distributed.checkpoint.save(saved["model"], checkpoint_id=tmp_path, no_dist=True)
+        saved["model"] = other.state_dict()
+        torch.distributed.checkpoint.load(saved["model"], checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(saved["model"])
+    optimizer = torch.optim.AdamW(trainable(other), lr=5e-2)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(other, 16 - stop, first=stop + 1, optimizer=optimizer)
+    assert other.base_model.rankallocator.finished
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert model.load_state_dict(pair()[0].state_dict()).missing_keys == []
+
+
+@pytest.mark.parametrize("steps", [7, 20])
+def test_going_back_to_a_state_dict_takes_the_schedule_back(steps):
+    """As a search for a learning rate does, and a training that starts anew after it."""
+    model = drawn()
+    train(model, 16)
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model = drawn()
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    train(model, steps)
+    model.load_state_dict(start)
+    assert model.base_model.history == [] and model.peft_config["default"].rank_pattern is None
+    train(model, 16)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_a_state_dicts_schedule_of_other_ranks_is_left_out():
+    model = drawn()
+    train(model, 5)
+    state = {**drawn().state_dict(), "base_model._extra_state": torch.zeros(7)}
+    with pytest.warns(peftfast.PeftWarning, match="other adapters or ranks"):
+        model.load_state_dict(state)
+    assert model.base_model.rankallocator.step == 5
 
 
 def test_a_checkpoint_in_mid_schedule_loads_in_peft(tmp_path):
@@ -461,6 +521,24 @@ def test_gradient_checkpointing_changes_nothing():
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_compiled_training_is_one_graph_and_has_its_schedule(copied):
+    """Of a model that nobody has called before, beside others."""
+    eager, others = drawn(), [drawn() for _ in range(3)]
+    train(eager, 8)
+    model = copy.deepcopy(others.pop(0)) if copied else others.pop(0)
+    del others
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.AdamW(trainable(model), lr=5e-2)
+    for step in range(1, 9):
+        compiled(**batch(step, model)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [entry.ranks for entry in model.base_model.history] == [entry.ranks for entry in eager.base_model.history]
+    assert len(model.base_model.history) > 3
+
+
 def test_several_adapters_may_be_trained_one_after_the_other():
     """PEFT refuses a second trainable one."""
     _, ours = pair()
@@ -473,8 +551,6 @@ def test_several_adapters_may_be_trained_one_after_the_other():
 
 
 def test_a_copied_model_goes_on_by_itself():
-    import copy
-
     _, ours = pair()
     train(ours, 5)
     other = copy.deepcopy(ours)

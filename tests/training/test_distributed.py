@@ -27,7 +27,7 @@ DDP = ["plain", "nf4", "saved"]
 def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
-    kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"]}
+    kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
 
@@ -86,6 +86,15 @@ def test_factors_as_shards_of_their_own(two):
     _, ranks = two
     for result in ranks:
         assert all(result[f"units:{version}"]["error"] < 2e-5 for version in (1, 2)), result
+
+
+def test_adalora_chooses_the_ranks_of_a_single_process(two):
+    """Sharded by FSDP2, and taken up again in the middle from torch.distributed's checkpoint."""
+    _, ranks = two
+    for result in ranks:
+        found = result["adalora:fsdp2"]
+        assert found["error"] < 1e-4
+        assert found["ranks"][0] == found["ranks"][1]
 
 
 @BOTH

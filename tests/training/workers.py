@@ -15,14 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from training.nf4 import quantise
-from training.tiny import batch, checkpoint, fill, lora
+from training.tiny import batch, checkpoint, fill, llama, lora
 
 import peftfast
 
 
 def base(kind: str) -> torch.nn.Module:
-    from training.tiny import llama
-
     if kind == "nf4":
         return quantise(llama(hidden_size=64, intermediate_size=128), storage=torch.float32)
     return llama(hidden_size=64, intermediate_size=128, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
@@ -191,6 +189,52 @@ def fsdp1(kind: str, folder: Path) -> dict:
     return {"error": error(found, expected), "loss": loss.item()}
 
 
+def adalora(kind: str, folder: Path) -> dict:
+    """AdaLoRA sharded by FSDP2, saved in the middle of its schedule and loaded again: how far its parameters are from
+    those of a single process, and which ranks are left."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def prepared(sharded: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        config = peftfast.AdaLoraConfig(
+            init_r=4, target_r=2, tinit=1, tfinal=2, total_step=8, target_modules=["q_proj", "v_proj"]
+        )
+        torch.manual_seed(0)
+        model = peftfast.get_peft_model(llama(), config)
+        fill(model)
+        if sharded:
+            for layer in model.get_base_model().model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+
+    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, parts: int) -> None:
+        for step in range(first, last):
+            rows = {k: v.chunk(parts)[rank % parts] for k, v in batch(4, seed=step).items()}
+            model(**rows).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    alone, optimizer = prepared(False)
+    train(alone, optimizer, 0, 8, 1)
+    model, optimizer = prepared(True)
+    train(model, optimizer, 0, 4, world)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.save(states, checkpoint_id=folder)
+    model, optimizer = prepared(True)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.load(states, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    train(model, optimizer, 4, 8, world)
+    found = {n: p.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
+    expected = {n: p for n, p in alone.named_parameters() if p.requires_grad}
+    ranks = [m.base_model.history[-1].ranks for m in (model, alone)]
+    return {"error": error(found, expected), "ranks": ranks}
+
+
 def units(kind: str, folder: Path) -> dict:
     """Modules of the adapters' factors as shards of their own, as a policy for whole trainable leaves makes them."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -219,7 +263,7 @@ def units(kind: str, folder: Path) -> dict:
     return {"error": error(found, expected)}
 
 
-RUNS = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2, "units": units}
+RUNS = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2, "units": units, "adalora": adalora}
 
 
 def main() -> None:
