@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfast.ops.function import apply, first_order, transformed
+from peftfast.ops.function import apply, composing, first_order, transformed
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.decode import weight_kn, weight_nk
@@ -61,7 +61,7 @@ def composed_lora(x: Tensor, part: Part) -> Tensor:
         if bias is not None:
             y.add_(bias)
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
-    if transformed():  # an update for many may not be written into an output that is one
+    if composing():  # an update for many may not be written into an output that is one
         update, alpha = _update(dropped, a, b, plan)
         y = torch.add(y, update, alpha=alpha).to(y.dtype)
     elif y.dtype.itemsize >= 4 and y.dtype is rows.dtype is a.dtype is b.dtype:

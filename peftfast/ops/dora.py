@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftfast.autocast import autocast_dtype, without_autocast
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.function import apply, first_order, transformed
+from peftfast.ops.function import apply, composing, first_order
 from peftfast.ops.host_bound import is_small
 from peftfast.ops.plan import Plan, branch_dtype
 from peftfast_kernels.decode import Operand
@@ -31,7 +31,7 @@ def weight_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     if a.shape[0] and a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()
     with without_autocast(a):
-        norm = row_norm.reference if transformed() else row_norm
+        norm = row_norm.reference if composing() else row_norm
         return norm(w, a, b, float(scale), None)
 
 

@@ -41,12 +41,14 @@ def gradients_of(y: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], dy
 
 
 def transformed() -> bool:
-    """Whether a transform of functorch's, forward-mode differentiation or `torch.export` is under way: Functions do not
-    follow them. Export would keep what a Function's `forward` does and derive that, without what it computes outside
-    the graph."""
-    return (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
-    )
+    """Whether a transform of functorch's or forward-mode differentiation is under way: Functions do not follow them."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def composing() -> bool:
+    """Whether formulas have to be of torch's own operations: where `transformed()`, and under `torch.export`, which
+    would keep what a Function's `forward` does and derive that, without what it computes outside the graph."""
+    return transformed() or torch.compiler.is_exporting()
 
 
 def apply(function: type[Function], *args: Any) -> Any:

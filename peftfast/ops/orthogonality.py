@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftfast.autocast import without_autocast
-from peftfast.ops.function import first_order, transformed
+from peftfast.ops.function import composing, first_order
 from peftfast.sharding import is_distributed
 
 
@@ -80,6 +80,6 @@ def orthogonality(downs: Sequence[Tensor], ups: Sequence[Tensor]) -> Tensor:
     # between blocks, FSDP2 keeps their factors sharded
     downs, ups = ([f.full_tensor() if is_distributed(f) else f for f in factors] for factors in (downs, ups))
     with without_autocast(downs[0]):
-        if transformed():
+        if composing():
             return _composed(downs, ups)
         return _Orthogonality.apply(len(downs), *downs, *ups)
