@@ -19,9 +19,11 @@ def _kind(x: Tensor) -> str | None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast multiplies on x's device; None where it is off or there is none."""
+    """The dtype in which autocast multiplies x; None where it is off or there is none, and for fp64: it leaves that."""
     kind = _kind(x)
-    return torch.get_autocast_dtype(kind) if kind is not None and torch.is_autocast_enabled(kind) else None
+    if kind is None or x.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class _Off:

@@ -143,6 +143,16 @@ def test_no_further_than_peft(site, precision):
     print(site, precision, {k.rpartition("lora_")[2]: round(v, 3) for k, v in ratios.items()})
 
 
+def test_autocast_leaves_fp64():
+    make, shape = SITES["linear"]
+    x = input_of(shape, torch.float64)
+    ours, theirs = (
+        step(adapted(library, make, torch.float64, False), x, torch.bfloat16) for library in (peftfast, peft)
+    )
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value)
+
+
 @pytest.mark.parametrize("site", ["linear", "linear-no-bias"])
 def test_large_products_take_the_function_and_small_ones_do_not(site, size, monkeypatch):
     made, apply = [], lora_ops.apply
