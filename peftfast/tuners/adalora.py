@@ -119,7 +119,8 @@ class AdaLoraModel(BaseTuner):
         allocator = self._allocator(name)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if id(allocator.adapters[0][VALUES]) not in held:
-            self._check_within_reach(allocator.adapters)
+            if "_checked" in self.__dict__:  # engines step others, or nothing yet, before the first forward
+                self._check_within_reach(allocator.adapters)
             return
         self.__dict__["_optimizer"] = weakref.ref(optimizer)
         parameters = allocator.parameters()
