@@ -25,7 +25,7 @@ from peftfast.method import Adapter
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
 from peftfast.methods.rank_allocator import Allocation, RankAllocator, put_back, replace
-from peftfast.sharding import check_not_partitioned, is_stepped_by_deepspeed, whole_shape
+from peftfast.sharding import check_not_partitioned, is_distributed, is_stepped_by_deepspeed, whole_shape
 from peftfast.tuners.tuner import BaseTuner
 
 STATE_FILE = "adalora_state.safetensors"
@@ -50,6 +50,23 @@ def _watch(model: AdaLoraModel) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         _handle = register_optimizer_step_post_hook(_after_step)
+
+
+def _is_trial(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], known: bool) -> bool:
+    """Whether this step, with a learning rate and gradients of zero, is how torch.distributed.checkpoint gives an
+    optimizer the state that it is to save or load.
+
+    Args:
+        known: the optimizer has stepped these parameters before; then a rate on a device is not read.
+    """
+    for group in optimizer.param_groups:
+        rate = group.get("lr", 1.0)
+        if isinstance(rate, Tensor) and rate.device.type != "cpu" and known:
+            return False
+        if rate != 0:
+            return False
+    gradients = (p.grad for p in parameters if p.grad is not None)
+    return not any((g.full_tensor() if is_distributed(g) else g).any() for g in gradients)
 
 
 class AdaLoraModel(BaseTuner):
@@ -122,10 +139,13 @@ class AdaLoraModel(BaseTuner):
             if "_checked" in self.__dict__:  # engines step others, or nothing yet, before the first forward
                 self._check_within_reach(allocator.adapters)
             return
-        self.__dict__["_optimizer"] = weakref.ref(optimizer)
         parameters = allocator.parameters()
         if all(p.grad is None for p in parameters):
             return  # a step without us: the adapter was not part of the loss
+        known = self._optimizer is not None and self._optimizer() is optimizer
+        if _is_trial(optimizer, parameters, known):
+            return
+        self.__dict__["_optimizer"] = weakref.ref(optimizer)
         gone = sum(p.requires_grad and p.grad is None and id(p) not in held for p in parameters)
         if gone and not allocator.finished:
             if "_said" not in self.__dict__:

@@ -7,7 +7,7 @@ import oracle
 import peft
 import pytest
 import torch
-import torch.distributed.checkpoint
+import torch.distributed.checkpoint.state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -450,6 +450,19 @@ def test_going_back_to_a_state_dict_takes_the_schedule_back(steps):
     train(model, 16)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+
+
+def test_steps_that_only_give_an_optimizer_its_state_do_not_count():
+    """torch.distributed.checkpoint's, at a rate of zero without gradients; a warm-up's first step counts."""
+    model = drawn()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)  # has no state, so every call steps
+    for _ in range(2):
+        train(model, 1, optimizer=optimizer)
+        torch.distributed.checkpoint.state_dict.get_state_dict(model, optimizer)
+    assert model.base_model.rankallocator.step == 2
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, 1, optimizer=optimizer)
+    assert model.base_model.rankallocator.step == 3
 
 
 def test_a_state_dicts_schedule_of_other_ranks_is_left_out():
