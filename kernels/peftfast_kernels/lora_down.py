@@ -27,7 +27,7 @@ def scaled_product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype
         if scale == 1.0:
             return torch.mm(left, right)
         return torch.addmm(zero_like(left), left, right, beta=0, alpha=scale)
-    if left.is_cuda and dtype == torch.float32:
+    if left.is_cuda and dtype == torch.float32 and left.dtype.itemsize == 2:
         # addmm has no such form with a broadcast 0-d input, so the scale is applied to the small result.
         out = torch.mm(left, right, out_dtype=torch.float32)
         return out if scale == 1.0 else out.mul_(scale)

@@ -150,8 +150,8 @@ def _weight(stored: Tensor, plan: Plan) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right in `dtype`: on a GPU, fp32 straight from the accumulator."""
-    if left.dtype is not dtype is torch.float32 and left.is_cuda:
+    """left right in `dtype`: of half-precision numbers on a GPU, fp32 straight from the accumulator."""
+    if dtype is torch.float32 and left.is_cuda and left.dtype.itemsize == 2:
         return torch.mm(left, right, out_dtype=dtype)
     return _as(torch.mm(left, right), dtype)
 

@@ -172,6 +172,19 @@ def test_no_further_from_fp64_than_torch(dtype, branch, device):
     oracle.assert_no_further(ours, theirs, truth)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp32_factors_on_an_fp64_base(device):
+    """Only sums of half-precision products leave a GPU's accumulators in fp32."""
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 16, dtype=FP64, device=device), torch.randn(12, 16, dtype=FP64, device=device)
+    a, b = torch.randn(4, 16, device=device).requires_grad_(), torch.randn(12, 4, device=device).requires_grad_()
+    y = host_bound.host_bound_lora(x, Part(dense(w), None, a, b, Plan("dense", (12, 16), FP64, FP64, 1.5, 0.0)))
+    expected = x @ w.t() + 1.5 * (x @ a.double().t() @ b.double().t())
+    torch.testing.assert_close(y, expected)
+    ours, theirs = (torch.autograd.grad(out.sum(), (a, b)) for out in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_draws_the_mask_again(reentrant, taken):
     """The reentrant kind runs the layers first without gradients, then with them."""
