@@ -18,12 +18,11 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         Plain tensors; gathered ones are copies.
     """
-    distributed = _distributed_tensor_class()
     partitioned = {k: t for k, t in tensors.items() if hasattr(t, "ds_id")}
     whole = _from_zero3(partitioned) if partitioned else {}
     for key, tensor in tensors.items():
         if key not in whole:
-            whole[key] = tensor.full_tensor() if distributed and isinstance(tensor, distributed) else tensor
+            whole[key] = put_together(tensor)
     return {key: whole[key].detach() for key in tensors}
 
 
@@ -52,6 +51,11 @@ def is_distributed(tensor: Tensor) -> bool:
     """Whether it is one of FSDP2's or tensor parallelism's (DTensor)."""
     distributed = _distributed_tensor_class()
     return distributed is not None and isinstance(tensor, distributed)
+
+
+def put_together(tensor: Tensor) -> Tensor:
+    """A DTensor whole, with its graph, so all processes have to call this; any other tensor as it is."""
+    return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
 def taken_apart(source: Tensor, like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from peftfast.method import Adapter
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
 from peftfast.ops.orthogonality import by_shape
-from peftfast.sharding import is_distributed, taken_apart
+from peftfast.sharding import put_together, taken_apart
 
 
 class Allocation(NamedTuple):
@@ -112,8 +112,7 @@ class RankAllocator:
         """Update the averages of sensitivity |p · grad| and of its variation, equations 9 and 10 of the paper."""
         parameters = self.parameters()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        now = torch._foreach_mul(parameters, gradients)
-        now = [n.full_tensor() if is_distributed(n) else n for n in now]
+        now = [put_together(n) for n in torch._foreach_mul(parameters, gradients)]
         if any(n.dtype in (torch.float16, torch.bfloat16) for n in now):
             now = [n.float() for n in now]  # averages of half-precision numbers would not move
         torch._foreach_abs_(now)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftfast.autocast import without_autocast
 from peftfast.ops.function import composing, first_order
-from peftfast.sharding import is_distributed
+from peftfast.sharding import put_together
 
 
 def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -78,7 +78,7 @@ def orthogonality(downs: Sequence[Tensor], ups: Sequence[Tensor]) -> Tensor:
         downs: A [r, K] of every layer. ups: B [N, r].
     """
     # between blocks, FSDP2 keeps their factors sharded
-    downs, ups = ([f.full_tensor() if is_distributed(f) else f for f in factors] for factors in (downs, ups))
+    downs, ups = (list(map(put_together, factors)) for factors in (downs, ups))
     with without_autocast(downs[0]):
         if composing():
             return _composed(downs, ups)

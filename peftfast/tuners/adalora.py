@@ -25,7 +25,7 @@ from peftfast.method import Adapter
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
 from peftfast.methods.rank_allocator import Allocation, RankAllocator, put_back, replace
-from peftfast.sharding import check_not_partitioned, is_distributed, is_stepped_by_deepspeed, whole_shape
+from peftfast.sharding import check_not_partitioned, is_stepped_by_deepspeed, put_together, whole_shape
 from peftfast.tuners.tuner import BaseTuner
 
 STATE_FILE = "adalora_state.safetensors"
@@ -66,7 +66,7 @@ def _is_trial(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], kn
         if rate != 0:
             return False
     gradients = (p.grad for p in parameters if p.grad is not None)
-    return not any((g.full_tensor() if is_distributed(g) else g).any() for g in gradients)
+    return not any(put_together(g).any() for g in gradients)
 
 
 class AdaLoraModel(BaseTuner):

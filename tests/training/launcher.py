@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run(arguments: list, folder: Path, **variables: str) -> str:
+def run(arguments: list, folder: Path, timeout: int = 280, **variables: str) -> str:
     """What `python *arguments`, started in `folder`, prints.
 
     Args:
@@ -26,9 +26,10 @@ def run(arguments: list, folder: Path, **variables: str) -> str:
         **variables,
     }
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 
 
@@ -38,16 +39,6 @@ def launch(script: str, processes: int, folder: Path, *runs: str, timeout: int =
     Args:
         variables: of the environment.
     """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        **variables,
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, script, str(folder), *runs], env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, script, folder, *runs]
+    run(command, folder, timeout, **variables)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
