@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from peftfast.methods.lora_config import LoraConfig
 from peftfast.ops.orthogonality import orthogonality
 from peftfast.rules import integer, number, one_of, optional, table
 from peftfast.sites import Dense, Site, Slot
+from peftfast.sites.bound import BoundLora
 from peftfast.wrapping import default_targets
 
 VALUES = "lora_E"
@@ -151,17 +153,25 @@ class AdaLora:
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         for adapter in active:
-            a, b = _weighted(adapter)
+            a, b = factors(adapter)
             if len(a):  # nothing is left of some modules
-                y = site.adapt(x, y, a, b, 1.0, adapter.dropout)
+                y = site.adapt(x, y, _weighted(adapter, a), b, adapter.scale, adapter.dropout)
         return site.base(x) if y is None else y
+
+    def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
+        """See `Bindable`: for the one adapter of a layer that most models have."""
+        bind = getattr(site, "bind", None)
+        if bind is None or len(active) != 1 or not len(factors(active[0])[0]):
+            return None
+        return bind(active[0], partial(_weighted, active[0]))
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
         return sample_by_sample(self, site, x, y, adapters, rows)
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
-        a, b = (f.to(dense.weight.dtype) for f in _weighted(adapter))
-        return dense._replace(weight=dense.weight + site.delta(a, b))
+        a, b = factors(adapter)
+        delta = site.delta(_weighted(adapter, a).to(dense.weight.dtype), b.to(dense.weight.dtype))
+        return dense._replace(weight=torch.add(dense.weight, delta, alpha=float(adapter.scale)))
 
     def loss_term(self, adapters: Sequence[Adapter]) -> Tensor | None:
         """The regulariser that keeps A's rows and B's columns orthonormal, so that E is like singular values."""
@@ -189,8 +199,6 @@ class AdaLora:
         return result
 
 
-def _weighted(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """The factor pair of a plain LoRA with scaling 1: singular values and scaling inside A."""
-    a, b = factors(adapter)
-    values = adapter[VALUES] * (adapter.scale / (adapter["ranknum"] + 1e-5))
-    return (a * values).to(a.dtype), b
+def _weighted(adapter: Adapter, a: Tensor) -> Tensor:
+    """A with the singular values over r₀ inside: with B the factors of a plain LoRA of the same scaling."""
+    return (a * (adapter[VALUES] / (adapter["ranknum"] + 1e-5))).to(a.dtype)

@@ -30,11 +30,12 @@ class BoundLora:
 
     Args:
         product: (x, autocast's dtype) -> weight and bias, None where calling the module is more than x Wᵀ + bias.
-        down, up: where the factors are kept. holders: the modules that keep them.
+        down, up: where the factors are kept. holders: the modules that keep them, if they are not bare.
         kept: what the layer keeps besides tensors. dropouts: of its adapters; `name` is this one's.
+        weighted: see `LinearSite.bind`.
     """
 
-    __slots__ = ("product", "down", "up", "kept", "dropouts", "name", "holders", "_made")
+    __slots__ = ("product", "down", "up", "kept", "dropouts", "name", "holders", "weighted", "_made")
 
     def __init__(
         self,
@@ -44,10 +45,11 @@ class BoundLora:
         kept: Mapping[str, Any],
         dropouts: Mapping[str, nn.Module],
         name: str,
-        holders: Holders,
+        holders: Holders | None,
+        weighted: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.product, self.down, self.up = product, down, up
-        self.kept, self.dropouts, self.name, self.holders = kept, dropouts, name, holders
+        self.kept, self.dropouts, self.name, self.holders, self.weighted = kept, dropouts, name, holders, weighted
         #: The last operand and the plan for it: one attribute, so that threads never see halves of two.
         self._made: tuple[Operand | None, Plan | None] = (None, None)
 
@@ -57,12 +59,15 @@ class BoundLora:
 
     def part(self, x: Tensor, drops: bool = True) -> Part | None:
         """What x is to be multiplied by, None where this call is not a plain one; `drops` False leaves dropout out."""
-        if not self.holders.are_plain():
+        holders, weighted = self.holders, self.weighted
+        if holders is not None and not holders.are_plain():
             return None
         a, b = self.down[0].get(self.down[1]), self.up[0].get(self.up[1])
         scale = self.kept["scaling"][self.name]
         if a is None or b is None or not is_plain(a, b) or isinstance(scale, Tensor):
             return None
+        if weighted is not None:
+            a = weighted(a)
         autocast = autocast_dtype(x)
         base = self.product(x, autocast)
         if base is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -66,18 +66,19 @@ class LinearSite:
             y = self.module(x)
         return lora_linear_add(y, x, a, b, scale, dropout)
 
-    def bind(self, adapter: Any) -> BoundLora | None:
+    def bind(self, adapter: Any, weighted: Callable[[Tensor], Tensor] | None = None) -> BoundLora | None:
         """`adapt` for one adapter and y None, with everything looked up that no input changes; None: not for this one.
 
         Args:
-            adapter: a `peftfast.method.Adapter` with a pair of factors and nothing else.
+            adapter: a `peftfast.method.Adapter` with a pair of factors.
+            weighted: what is multiplied by in place of the down factor, made of that.
         """
         cells = [adapter.cell(slot) for slot in adapter.pair]
         holders = adapter.holders
-        if not self._known_forward or None in cells or holders is None or holders.foreign:
+        if not self._known_forward or None in cells or holders is not None and holders.foreign:
             return None
         dropouts = adapter.settings_of("lora_dropout")._modules
-        return BoundLora(self.product, *cells, adapter.kept, dropouts, adapter.name, holders)
+        return BoundLora(self.product, *cells, adapter.kept, dropouts, adapter.name, holders, weighted)
 
     def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> BoundRuns:
         """`adapt_each` of the module's own output with these factors, without gradients."""

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import Twins, assert_no_further, inputs, llama
+from oracle import Twins, assert_no_further, copy_parameters, inputs, llama
 from torch import nn
 
 import peftfast
@@ -97,6 +97,29 @@ def test_one_block_is_no_further_than_peft(which, dtype, autocast):
     ours, theirs = results(twins.ours, autocast), results(twins.theirs, autocast)
     assert set(ours) == set(theirs) == set(truth) and len(ours) == (8 if which == "mlp" else 10)
     print({n: round(r, 2) for n, r in assert_no_further(ours, theirs, truth, slack=1.1).items()})
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_singular_values_between_the_factors(autocast):
+    """AdaLoRA's layers are low-rank linears with E in A, so blocks take them; E, too, gets its gradient."""
+    peft = pytest.importorskip("peft")
+    models = []
+    for library in (peftfast, peft):
+        torch.manual_seed(1)
+        config = library.AdaLoraConfig(target_modules=ALL, init_r=4, target_r=2, total_step=10, lora_alpha=8)
+        models.append(library.get_peft_model(llama(), config).eval())
+    ours, theirs = models
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    copy_parameters(theirs, ours)
+    blocks = attached(ours)
+    assert kinds(blocks) == FUSED, blocks.report()
+    truth = run(copy.deepcopy(theirs).double())
+    found = run(ours, autocast)
+    assert len(found) == 2 + 2 * 3 * 7
+    as_near(found, run(theirs, autocast), truth)
 
 
 def test_different_ranks_scales_and_frozen_factors():
