@@ -14,7 +14,6 @@ from torch import Tensor
 from peftfast.autocast import autocast_dtype, without_autocast
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.function import apply, composing, first_order
-from peftfast.ops.host_bound import is_small
 from peftfast.ops.plan import Plan, branch_dtype
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.dora_add import dora_add
@@ -40,23 +39,20 @@ class _Sum(NamedTuple):
 
     out: Tensor  # g (y - bias + scale · x Aᵀ Bᵀ) + bias
     t: Tensor  # x Aᵀ
-    small: bool  # whether torch's own skinny products are used, which take the host less time and a GPU more
     copy: Tensor | None  # A in the branch's dtype, if that lives anyway
-    gb: Tensor | None  # g · B, where keeping it is less than making it again
 
 
 def _sum(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, plan: Plan) -> _Sum:
     n, k = plan.shape
     rows = x if x.dim() == 2 else x.reshape(-1, k)
     a_copy, keep_a = compute_copy(a, plan.branch)
-    small = plan.branch is plan.dtype and is_small(x) and not torch.compiler.is_compiling()
-    t = (lora_down.eager if small else lora_down)(rows.to(plan.dtype), a_copy, None, 0.0)
+    t = lora_down(rows.to(plan.dtype), a_copy, None, 0.0)
     gb = _scaled_rows(b, g, plan.branch)
     shift = None if bias is None else bias.to(g.dtype) * (1 - g)
     with without_autocast(y):
         out = dora_add(y if y.dim() == 2 else y.reshape(-1, n), g, shift, t, gb, plan.scale)
     out = out if y.dim() == 2 else out.view(y.shape)
-    return _Sum(out, t, small, a_copy if keep_a else None, gb if small else None)
+    return _Sum(out, t, a_copy if keep_a else None)
 
 
 class _DoraAdd(torch.autograd.Function):
@@ -64,7 +60,7 @@ class _DoraAdd(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, plan: Plan
     ) -> Tensor:
-        out, t, ctx.small, ctx.copy, ctx.gb = _sum(y, x, a, b, g, bias, plan)
+        out, t, ctx.copy = _sum(y, x, a, b, g, bias, plan)
         ctx.plan = plan
         ctx.save_for_backward(y, x, t, a, b, g, bias)
         return out
@@ -86,12 +82,10 @@ class _DoraAdd(torch.autograd.Function):
         y_grad, dg = feature_scale_grad(dy_rows, y if y.dim() == 2 else y.reshape(-1, n), g, g.dtype)
         p = rows = None
         if need_x or need_a:
-            gb = _scaled_rows(b, g, plan.branch) if ctx.gb is None else ctx.gb
-            p = (lora_dt.eager if ctx.small else lora_dt)(dy_rows, gb, plan.scale)
+            p = lora_dt(dy_rows, _scaled_rows(b, g, plan.branch), plan.scale)
         if need_a:
             rows = (x if x.dim() == 2 else x.reshape(-1, k)).to(plan.dtype)
-        skinny = lora_factor_grads.eager if ctx.small else lora_factor_grads
-        raw, *da = skinny(dy_rows, t, rows, p if need_a else None, None, 0.0, plan.scale, g.dtype, a.dtype)
+        raw, *da = lora_factor_grads(dy_rows, t, rows, p if need_a else None, None, 0.0, plan.scale, g.dtype, a.dtype)
         dg = dg + (raw * b.to(g.dtype)).sum(1)
         dbias = None
         if bias is not None:

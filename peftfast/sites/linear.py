@@ -15,6 +15,7 @@ from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import base_weight
 from peftfast.ops.composed import composes
 from peftfast.ops.dora import dora_linear_add, weight_norm
+from peftfast.ops.host_bound import is_small
 from peftfast.ops.lora import lora_linear, lora_linear_add
 from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
 from peftfast.ops.scale import scale_features
@@ -166,7 +167,11 @@ class LinearSite:
         bias = getattr(self.module, "bias", None)
         if dropout > 0.0 or composes(x) or not is_plain(x, a, b, bias):
             return composed_magnify(self, x, y, a, b, g, scale, dropout)
-        return dora_linear_add(self.module(x) if y is None else y, x, a, b, g, bias, scale)
+        y = self.module(x) if y is None else y
+        if is_small(x) and is_small(y) and not torch.compiler.is_compiling():
+            # more launches than the Function's, but derived without Python; what is kept is small as well
+            return composed_magnify(self, x, y, a, b, g, scale, dropout)
+        return dora_linear_add(y, x, a, b, g, bias, scale)
 
     def adapted_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         return weight_norm(self.weight.readable(), a, b, scale)

@@ -205,10 +205,10 @@ def test_outputs_and_gradients_are_no_further_from_the_oracle_than_pefts(method,
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4"])
 @pytest.mark.parametrize("method", ["dora", "ia3"])
 def test_the_same_as_on_a_gpu(method, storage, small, monkeypatch):
-    """Where few elements are left to torch's own products, and where not; on a CPU few are composed."""
+    """Where few elements are left to torch's own operations, and where not."""
     monkeypatch.setattr("peftfast.ops.composed.SMALL", {})
-    for module in ("dora", "scale"):
-        monkeypatch.setattr(f"peftfast.ops.{module}.is_small", lambda x: small)
+    for module in ("peftfast.sites.linear", "peftfast.ops.scale"):
+        monkeypatch.setattr(f"{module}.is_small", lambda x: small)
     test_outputs_and_gradients_are_no_further_from_the_oracle_than_pefts(method, "linear", storage)
     if method == "dora" and storage == "fp32":
         test_dora_under_autocast()
