@@ -77,6 +77,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "model": ("PEFT_TYPE_TO_TUNER_MAPPING", "PeftModel"),
     "quantization.quantize": ("QuantizationReport", "dequantize_model", "quantize_model", "replace_lora_weights_loftq"),
     "prompts.prompt_model": ("nearest_tokens", "resize_prompt"),
+    "extraction": ("convert_to_lora", "extract_lora", "save_as_lora"),
     "many.intruders": ("reduce_intruder_dimension",),
     "many.pool": ("AdapterPool",),
     "many.router": ("Router",),

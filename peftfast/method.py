@@ -218,6 +218,14 @@ class Parametric(Protocol):
         ...
 
 
+class Additive(Protocol):
+    """Optional, known by its one function: adapters that add a matrix to the weight, as a plain LoRA could."""
+
+    def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+        """The down and the up factor of what merging adds, scaling included; None where it has none."""
+        ...
+
+
 @runtime_checkable
 class Routable(Protocol):
     """Optional: different rows of a batch, different adapters, in one go."""

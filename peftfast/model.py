@@ -250,7 +250,9 @@ class PeftModel(HasCounterpart, nn.Module):
         return status.get_model_status(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
+        """Whether `peftfast.convert_to_lora` can make a plain LoRA of this adapter."""
+        layers = self._tuner.inventory.layers.values() if isinstance(self._tuner, BaseTuner) else ()
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     # ---- saving ------------------------------------------------------------------------------------------------------
     def save_pretrained(

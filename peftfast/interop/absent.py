@@ -19,9 +19,9 @@ NAMES = frozenset(
     RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig
     SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel VeloraConfig
     VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel bloom_model_postprocess_past_key_value
-    compose_cartridge_adapters convert_to_lora create_arrow_model create_riemannian_optimizer factorization
+    compose_cartridge_adapters create_arrow_model create_riemannian_optimizer factorization
     initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text preprocess_loraga
-    prompt_embeddings_from_past_key_values save_as_lora shift_tokens_right
+    prompt_embeddings_from_past_key_values shift_tokens_right
     """.split()
 )
 

@@ -63,6 +63,7 @@ MODULES: dict[str, dict[str, str]] = {
         "preprocess_corda": "peftfast.calibration.corda:preprocess_corda",
     },
     "peft.tuners.lora.eva": {},
+    "peft.tuners.lora.conversion": {},
     "peft.tuners.lora.intruders": {"reduce_intruder_dimension": "peftfast.many.intruders:reduce_intruder_dimension"},
     "peft.tuners.lora.layer": {
         **_LORA_LAYERS,

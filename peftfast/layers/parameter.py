@@ -26,6 +26,9 @@ class ChangingLayer(BaseTunerLayer):
         super().__init__(base_layer, site)
         self.in_features, self.out_features = site.in_features, site.out_features
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
     def parameter(self) -> Tensor:
         """The Parameter as it is used now; itself where no adapter changes it."""
         changes = self.changes()

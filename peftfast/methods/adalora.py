@@ -173,6 +173,11 @@ class AdaLora:
         delta = site.delta(_weighted(adapter, a).to(dense.weight.dtype), b.to(dense.weight.dtype))
         return dense._replace(weight=torch.add(dense.weight, delta, alpha=float(adapter.scale)))
 
+    def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+        """See `Additive`."""
+        a, b = factors(adapter)
+        return _weighted(adapter, a), b * adapter.scale
+
     def loss_term(self, adapters: Sequence[Adapter]) -> Tensor | None:
         """The regulariser that keeps A's rows and B's columns orthonormal, so that E is like singular values."""
         weight = adapters[0].cfg.orth_reg_weight if adapters else 0.0

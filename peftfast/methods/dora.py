@@ -100,6 +100,10 @@ class Dora(Lora):
         tensors[MAGNITUDE] = (start + sum(changes)).view(adapters[0][MAGNITUDE].shape)
         return tensors
 
+    def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+        """None: the magnitudes change all of the weight."""
+        return None
+
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = (f.to(dense.weight.dtype) for f in factors(adapter))
         delta = adapter.scale * site.delta(a, b)

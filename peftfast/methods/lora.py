@@ -113,6 +113,11 @@ class Lora:
         """See `Parametric`."""
         return [LowRank(*factors(adapter), adapter.scale) for adapter in active]
 
+    def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+        """See `Additive`."""
+        a, b = factors(adapter)
+        return a, b * adapter.scale
+
     def _one_by_one(
         self, site: Site, sites: Sequence[Site], x: Tensor, y: Tensor | None, active: Sequence[Adapter]
     ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The weights of a model as they were before quantisation, found by the names of its modules."""
+"""The weights of another model of the same modules, as before quantisation or after training, found by their names."""
 
 from __future__ import annotations
 
@@ -50,13 +50,27 @@ class Originals:
             KeyError: it is not there; names what is close.
         """
         key = f"{name}.weight"
-        short = key.removeprefix(f"{self._prefix}.")
-        for candidate in dict.fromkeys((key, short, f"{self._prefix}.{key}")):
+        for candidate in self._candidates(key):
             if candidate in self._names:
                 weight = self._read(candidate)
                 module = self._modules.get(candidate.removesuffix(".weight"))
                 return weight.t() if module is not None and is_conv1d(module) else weight
         raise KeyError(f"The original weights have no {key!r}.{close_matches(key, self._names)}")
+
+    def tensor(self, name: str, alias: str | None = None) -> Tensor:
+        """The Parameter or buffer `name` as it is stored; that of `alias` where there is none.
+
+        Raises:
+            KeyError: it is not there; names what is close.
+        """
+        for key in (name,) if alias is None else (name, alias):
+            for candidate in self._candidates(key):
+                if candidate in self._names:
+                    return self._read(candidate)
+        raise KeyError(f"The other model has no {name!r}.{close_matches(name, self._names)}")
+
+    def _candidates(self, key: str) -> list[str]:
+        return list(dict.fromkeys((key, key.removeprefix(f"{self._prefix}."), f"{self._prefix}.{key}")))
 
 
 def _open(path: Path) -> tuple[set[str], Callable[[str], Tensor]]:

@@ -1,0 +1,285 @@
+"""LoRAs in place of other adapters and of full trainings: equal where the rank allows, else the nearest."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import oracle
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import peftfast
+
+LINEARS = ["q_proj", "o_proj", "down_proj"]
+
+
+def adapted(make=oracle.llama, config=None, library=peftfast, **options):
+    """A model with an adapter that does something."""
+    torch.manual_seed(1)
+    config = config or library.LoraConfig(**{"r": 4, "target_modules": LINEARS, **options})
+    model = library.get_peft_model(make(), config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def loaded(make, config, tensors, library=peftfast):
+    model = library.get_peft_model(make(), copy.deepcopy(config)).eval()
+    result = library.set_peft_model_state_dict(model, tensors)
+    assert not result.unexpected_keys
+    names = set(library.get_peft_model_state_dict(model, save_embedding_layers=False))
+    assert names == set(tensors), names ^ set(tensors)
+    return model
+
+
+def changes(model):
+    """W' - W of every adapted module in fp64, from merging."""
+    layers = {k: m for k, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
+    return {key: layer.get_delta_weight("default").detach().double() for key, layer in layers.items()}
+
+
+def nearest(change, rank):
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ vh[:rank]
+
+
+METHODS = {
+    "adalora": lambda **o: peftfast.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=LINEARS, **o),
+    "dora": lambda **o: peftfast.LoraConfig(r=4, target_modules=LINEARS, use_dora=True, **o),
+    "rslora": lambda **o: peftfast.LoraConfig(r=4, lora_alpha=3, target_modules=LINEARS, use_rslora=True, **o),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
+@pytest.mark.parametrize("library", [peftfast, peft], ids=["peftfast", "peft"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_function_in_a_file_that_everybody_reads(method, library, tmp_path):
+    model = adapted(config=METHODS[method](task_type="CAUSAL_LM"))
+    assert model.supports_lora_conversion()
+    rank = 32 if method == "dora" else 4
+    peftfast.save_as_lora(tmp_path, model, rank)
+    config = oracle.saved_config(tmp_path)
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["use_dora"]) == ("LORA", rank, rank, False)
+    assert config["task_type"] == "CAUSAL_LM" and set(config["target_modules"]) == set(LINEARS)
+    again = library.PeftModel.from_pretrained(oracle.llama(), tmp_path).eval()
+    torch.testing.assert_close(oracle.logits(again), oracle.logits(model), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(oracle.logits(again), oracle.logits(oracle.llama()), atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
+@pytest.mark.parametrize("method", METHODS)
+def test_no_lora_of_the_rank_is_nearer(method):
+    model = adapted(config=METHODS[method]())
+    small = loaded(oracle.llama, *peftfast.convert_to_lora(model, 2))
+    for key, change in changes(model).items():
+        best, ours = nearest(change, 2), changes(small)[key]
+        assert (ours - change).norm() <= 1.0001 * (best - change).norm()
+
+
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
+@pytest.mark.parametrize("rank", [2, 6, 0.5, 0.9, 1.0])
+def test_ranks_and_products_are_pefts(rank):
+    options = {"r": 4, "lora_alpha": 7, "target_modules": LINEARS}
+    twins = oracle.Twins(oracle.llama, options)
+    config, tensors = peftfast.convert_to_lora(twins.ours, rank)
+    their_config, theirs = peft.tuners.lora.conversion.convert_to_lora(twins.theirs, rank)
+    assert set(tensors) == set(theirs) and config.r == their_config.r
+    if rank != 1.0:  # where rounding decides how many there are
+        assert config.rank_pattern == their_config.rank_pattern == config.alpha_pattern
+    for key in theirs:
+        if "lora_A" in key:
+            up = key.replace("lora_A", "lora_B")
+            torch.testing.assert_close(tensors[up] @ tensors[key], theirs[up] @ theirs[key], rtol=1e-4, atol=1e-5)
+    if isinstance(rank, float):
+        assert max(config.rank_pattern.values()) <= 4
+    loaded(oracle.llama, config, tensors)
+
+
+KINDS = {
+    "conv1d": (oracle.gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "embedding": (oracle.llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "saved": (oracle.llama, {"modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]}),
+    "bias": (lambda: oracle.llama(bias=True), {"lora_bias": True}),
+    "excluded": (oracle.llama, {"exclude_modules": ["model.layers.0.self_attn.q_proj"]}),
+    "layers": (oracle.llama, {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    "ranks": (oracle.llama, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 1}}),
+    "regex": (oracle.llama, {"target_modules": r".*\.q_proj"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_modules_and_all_that_an_adapter_keeps(kind, tmp_path):
+    make, options = KINDS[kind]
+    model = adapted(make, **options)
+    peftfast.save_as_lora(tmp_path, model, 4)
+    again = peftfast.PeftModel.from_pretrained(make(), tmp_path, strict=True).eval()
+    torch.testing.assert_close(oracle.logits(again), oracle.logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_convolutions_and_names_that_end_alike():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.lin = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+            self.inner = nn.ModuleDict({"lin": nn.Linear(5, 5), "conv": nn.Conv2d(6, 6, 3, groups=2)})
+
+        def forward(self, x):
+            return self.inner["lin"](self.lin(self.inner["conv"](self.conv(x)).mean((2, 3))))
+
+    x = torch.randn(2, 3, 9, 9)
+    config = peftfast.LoraConfig(r=4, target_modules="conv|lin", init_lora_weights=False)
+    model = peftfast.get_peft_model(Net(), config).eval()
+    with pytest.warns(UserWarning, match="already a LoRA"):
+        small = loaded(Net, *peftfast.convert_to_lora(model, 0.999))
+    torch.testing.assert_close(small(x), model(x), rtol=0.05, atol=0.05)
+    bare = model.get_base_model()
+    del bare.peft_config  # nobody says what was meant: as little as there is
+    config, tensors = peftfast.convert_to_lora(bare, 4)
+    assert config.target_modules == "conv|lin" and len(tensors) == 4
+    grouped = peftfast.get_peft_model(Net(), peftfast.LoraConfig(r=4, target_modules=["inner.conv"]))
+    assert not grouped.supports_lora_conversion()
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion: lora.Conv2d .*inner.conv"):
+        peftfast.convert_to_lora(grouped, 2)
+
+
+def test_refusals_of_conversion():
+    model = adapted()
+    with pytest.raises(TypeError, match="Could not detect any layer that supports LoRA conversion"):
+        peftfast.convert_to_lora(oracle.llama(), 4)
+    with pytest.raises(TypeError, match="do not support LoRA conversion: ia3.Linear"):
+        peftfast.convert_to_lora(adapted(config=peftfast.IA3Config()), 4)
+    with pytest.raises(ValueError, match="Adapter 'x' not found. Adapters present: \\['default'\\]"):
+        peftfast.convert_to_lora(model, 4, "x")
+    for rank, said in ((0, "rank of 0"), (-1, "at least 1"), (1.5, "between 0 and 1 but got 1.5")):
+        with pytest.raises(ValueError, match=said):
+            peftfast.convert_to_lora(model, rank)
+    with pytest.raises(TypeError, match="rank must be an int"):
+        peftfast.convert_to_lora(model, True)
+    with pytest.raises(ValueError, match=re.escape("The chosen rank 33 is larger than the weight shape (32)")):
+        peftfast.convert_to_lora(model, 33)
+    with pytest.raises(ValueError, match="sets bias=all"):
+        peftfast.convert_to_lora(adapted(bias="all"), 4)
+
+
+# ---- of two models ---------------------------------------------------------------------------------------------------
+def tuned(make, rank=2, also=("norm", "bias")):
+    """The model after a training that changed its matrices by `rank`, and other things."""
+    model = make()
+    generator = torch.Generator().manual_seed(5)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if any(word in name for word in also):
+                p.add_(0.1 * noise(*p.shape))
+            elif p.dim() == 2:
+                p.add_(0.1 * noise(p.shape[0], rank) @ noise(rank, p.shape[1]))
+    return model
+
+
+MODELS = {
+    "llama": lambda: oracle.llama(),
+    "llama, tied": lambda: oracle.llama(tied=True),
+    "llama, biases": lambda: oracle.llama(bias=True),
+    "gpt2": oracle.gpt2,
+    "bert": oracle.bert,
+    "t5": oracle.t5,
+}
+
+
+@pytest.mark.parametrize("library", [peftfast, peft], ids=["peftfast", "peft"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_training_of_the_whole_model_as_an_adapter(kind, library):
+    make = MODELS[kind]
+    after = tuned(make)
+    config, tensors = peftfast.extract_lora(make(), after, 4)
+    if library is peft:
+        config = peft.LoraConfig(**{k: v for k, v in config.to_dict().items() if k in peft.LoraConfig().to_dict()})
+    model = loaded(make, config, tensors, library)
+    torch.testing.assert_close(oracle.logits(model), oracle.logits(after), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(oracle.logits(make()), oracle.logits(after), rtol=1e-2, atol=1e-1)
+
+
+def test_what_was_merged_comes_out_again(tmp_path):
+    model = adapted(r=3)
+    expected = oracle.logits(model)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    config, tensors = peftfast.extract_lora(oracle.llama(), tmp_path, 3)
+    assert config.modules_to_save is None and set(config.target_modules) == set(LINEARS)
+    again = loaded(oracle.llama, config, tensors)
+    torch.testing.assert_close(oracle.logits(again), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_differs_and_ranks_by_what_they_keep(caplog):
+    make = oracle.llama
+    after = make()
+    with torch.no_grad():
+        weight = after.model.layers[1].self_attn.q_proj.weight
+        weight.add_(torch.outer(torch.ones(32), torch.ones(32)))
+        weight.add_(0.01 * torch.randn(32, 32))
+    with caplog.at_level("INFO", logger="peftfast"):
+        config, tensors = peftfast.extract_lora(make(), after.state_dict(), 0.9)
+    assert config.rank_pattern == {"model.layers.1.self_attn.q_proj": 1} and len(tensors) == 2
+    assert config.target_modules == {"1.self_attn.q_proj"}
+    assert re.search(r"1 modules, 0.9\d+ to 0.9\d+ of the change kept", caplog.text)
+    assert peftfast.get_peft_model(make(), config).get_nb_trainable_parameters()[0] == 64
+
+
+def test_names_that_end_like_others():
+    def make():
+        torch.manual_seed(0)
+        inner = nn.ModuleDict({"lin": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+        return nn.ModuleDict({"lin": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "inner": inner})
+
+    after = make()
+    with torch.no_grad():
+        after["lin"].weight.add_(1)
+        after["norm"].weight.add_(1)
+    config, tensors = peftfast.extract_lora(make(), after, 1)
+    assert config.target_modules == "lin" and config.modules_to_save == ["norm"]
+    loaded(make, config, tensors)  # PEFT keeps inner.norm as well then, and so it is there
+    assert torch.equal(tensors["base_model.model.inner.norm.weight"], torch.ones(4))
+
+
+def test_refusals_of_extraction(tmp_path):
+    base, other = oracle.llama(), tuned(oracle.llama)
+    with pytest.raises(ValueError, match="do not differ in any tensor"):
+        peftfast.extract_lora(base, oracle.llama(), 4)
+    with pytest.raises(ValueError, match="models without adapters"):
+        peftfast.extract_lora(base, adapted(), 4)
+    with pytest.raises(TypeError, match="folder, a mapping of tensors or a model, got int"):
+        peftfast.extract_lora(base, 3, 4)
+    with pytest.raises(FileNotFoundError):
+        peftfast.extract_lora(base, tmp_path, 4)
+    state = other.state_dict()
+    del state["model.norm.weight"]
+    with pytest.raises(KeyError, match=r"no 'model.norm.weight'"):
+        peftfast.extract_lora(base, state, 4)
+    state = other.state_dict() | {"lm_head.weight": torch.zeros(70, 32)}
+    with pytest.raises(ValueError, match=r"lm_head.weight is \[64, 32\] in the base and \[70, 32\].*resize"):
+        peftfast.extract_lora(base, state, 4)
+    state = other.state_dict() | {"lm_head.weight": torch.full((64, 32), torch.nan)}
+    with pytest.raises(ValueError, match="lm_head.weight of the tuned model has values that are not finite"):
+        peftfast.extract_lora(base, state, 4)
+
+
+def test_of_a_quantised_base(tmp_path):
+    after = tuned(oracle.llama, also=())
+    save_file({k: v.clone() for k, v in after.state_dict().items()}, tmp_path / "model.safetensors")
+    base = oracle.llama()
+    peftfast.quantize_model(base, "nf4")
+    config, tensors = peftfast.extract_lora(base, tmp_path, 32)
+    model = loaded(lambda: copy.deepcopy(base), config, tensors)
+    # a full rank makes up for what quantising lost, too
+    torch.testing.assert_close(oracle.logits(model), oracle.logits(after), rtol=1e-3, atol=1e-3)
