@@ -95,6 +95,11 @@ def add_model(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_base(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"base model, a causal language model ({default})")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="that weights are loaded in (as they are)")
+
+
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("adapter")
     group.add_argument("--method", help="kind of adapter, as adapter_config.json names it, in lower case (lora)")
@@ -224,7 +229,35 @@ def check_output(folder: Path, resume: bool) -> None:
         raise UserError(f"--output {str(folder)!r}: cannot write to {str(existing)!r}")
 
 
-def check_model(model: str) -> str:
+def check_new(folder: Path) -> None:
+    """Refuse a folder that has something in it, or that cannot be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"--output {str(folder)!r} is there already; nothing is overwritten, name a new or empty folder"
+        )
+    check_output(folder, resume=False)
+
+
+def check_adapter(adapter: str) -> str:
+    """The folder of a saved adapter."""
+    path = Path(adapter).expanduser()
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{adapter!r} holds no {ADAPTER_CONFIG}; name the folder that an adapter was saved to")
+    return str(path)
+
+
+def base_of(adapter: str) -> str:
+    """The base model that an adapter's config names."""
+    try:
+        name = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{adapter!r}: its {ADAPTER_CONFIG} is damaged: {error}") from error
+    if not isinstance(name, str) or not name:
+        raise UserError(f"the adapter in {adapter!r} does not name its base model: give --model")
+    return name
+
+
+def check_model(model: str, option: str = "--model") -> str:
     """Where to load the model from: the embedded folder, a folder, or a Hub id."""
     if model == EMBEDDED:
         return str(EMBEDDED_BASE)
@@ -232,10 +265,10 @@ def check_model(model: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = "; it holds an adapter: name its base model" if (path / ADAPTER_CONFIG).is_file() else ""
-            raise UserError(f"--model {model!r} is a folder without config.json{hint}")
+            raise UserError(f"{option} {model!r} is a folder without config.json{hint}")
         return str(path)
     if path.exists() or looks_like_a_path(model):
-        raise UserError(f"--model {model!r}: no such folder; give a model's folder or a Hub id such as owner/name")
+        raise UserError(f"{option} {model!r}: no such folder; give a model's folder or a Hub id such as owner/name")
     return model
 
 

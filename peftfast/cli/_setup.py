@@ -127,6 +127,15 @@ def load_base(source: str, settings: dict[str, Any]) -> PreTrainedModel:
     return model if kind != "none" else model.to(settings["device"])
 
 
+def load_stored(source: str, name: str, dtype: str | None) -> PreTrainedModel:
+    """The model as it is stored, or in `dtype`, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with one_line(f"{name!r} could not be loaded"):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, DTYPES[dtype]) if dtype else "auto")
+
+
 def load_empty(source: str, name: str, dtype: str | None) -> PreTrainedModel:
     """The model's modules without its weights, on the meta device: for what looks at shapes only."""
     import torch

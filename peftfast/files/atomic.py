@@ -91,6 +91,27 @@ def write_pair(
 
 
 @contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `path`, new or empty until then, when the block ends without an error.
+
+    Raises:
+        OSError: `path` is there and not empty by then; what was written is gone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield room
+        os.chmod(room, 0o777 & ~_UMASK)
+        with suppress(FileNotFoundError):
+            path.rmdir()
+        os.rename(room, path)
+    except BaseException:
+        _remove([room])
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
 def locked(folder: str | os.PathLike, exclusive: bool = False) -> Iterator[None]:
     """Keep writers of a folder out, and with `exclusive` its readers too, in this process and in others. Where the
     file system has no locks, only this process's threads are kept out."""

@@ -1,0 +1,116 @@
+"""`peftfast merge` and `peftfast extract`: models out of adapters, adapters out of models."""
+
+import json
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import peftfast
+from peftfast.cli import USAGE_ERROR, main
+from peftfast.cli._settings import EMBEDDED_BASE
+
+IDS = torch.arange(24)[None]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """AdaLoRA on the embedded model, with some of its ranks gone."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_BASE, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = peftfast.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )  # fmt: skip
+    model = peftfast.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(0.2)
+            if "lora_E" in name:
+                parameter[::2] = 0
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS).logits
+
+
+def expected(adapter):
+    return logits(peftfast.AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32))
+
+
+def base():
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED_BASE, dtype=torch.float32)
+
+
+def test_merge_writes_a_model_with_its_tokenizer(adapter, tmp_path, capsys):
+    assert main(["merge", str(adapter), "--output", str(tmp_path / "new" / "model"), "--dtype", "fp32"]) == 0
+    said = capsys.readouterr()
+    assert "LlamaForCausalLM" in said.out and "inside" in said.out and not said.err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "model", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), expected(adapter), rtol=1e-4, atol=1e-4)
+    assert os.listdir(tmp_path / "new") == ["model"]
+    names = os.listdir(tmp_path / "new" / "model")
+    assert "tokenizer_config.json" in names and not [n for n in names if n.startswith("adapter")]
+
+
+def test_a_plain_lora_of_another_kind_and_of_the_merged_model(adapter, tmp_path, capsys):
+    assert main(["extract", "--adapter", str(adapter), "--r", "4", "--output", str(tmp_path / "plain")]) == 0
+    assert "1.0000 to 1.0000 of the change kept" in capsys.readouterr().out
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == str(EMBEDDED_BASE)
+    plain = peftfast.PeftModel.from_pretrained(base(), tmp_path / "plain", strict=True)
+    torch.testing.assert_close(logits(plain), expected(adapter), rtol=1e-4, atol=1e-4)
+    merged = ["merge", str(adapter), "--output", str(tmp_path / "model"), "--dtype", "fp32"]
+    again = ["extract", "--tuned", str(tmp_path / "model"), "--model", "embedded", "--dtype", "fp32", "--r", "2"]
+    assert main(merged) == 0 and main([*again, "--output", str(tmp_path / "again")]) == 0
+    model = peftfast.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), expected(adapter), rtol=1e-4, atol=1e-4)  # two are what pruning left
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (["merge", "ADAPTER", "--output", "FULL"], ["FULL", "nothing is overwritten"]),
+        (["merge", "FULL", "--output", "new"], ["FULL", "adapter_config.json"]),
+        (["merge", "ADAPTER", "--output", "new", "--model", "./nowhere"], ["'./nowhere'"]),
+        (["extract", "--adapter", "ADAPTER", "--output", "new"], ["--r", "--keep"]),
+        (["extract", "--adapter", "ADAPTER", "--keep", "2", "--output", "new"], ["--keep", "'2'"]),
+        (["extract", "--adapter", "ADAPTER", "--r", "4000", "--output", "new"], ["4000 is larger than the weight"]),
+        (["extract", "--tuned", "embedded", "--r", "4", "--output", "new"], ["give --model"]),
+        (["extract", "--tuned", "./no", "--model", "embedded", "--r", "4", "--output", "new"], ["--tuned", "'./no'"]),
+        (["extract", "--tuned", "embedded", "--model", "embedded", "--r", "4", "--output", "new"], ["do not differ"]),
+    ],
+)
+def test_refusals_in_one_line(adapter, tmp_path, capsys, options, parts, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    full = tmp_path / "FULL"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    options = [str(adapter) if o == "ADAPTER" else o for o in options]
+    assert main(options) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(part in err for part in parts), err
+    assert os.listdir(tmp_path) == ["FULL"] and os.listdir(full) == ["notes.txt"]
+
+
+def test_a_failing_merge_leaves_nothing(adapter, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fails)
+    with pytest.raises(OSError, match="disk full"):
+        main(["merge", str(adapter), "--output", str(tmp_path / "model")])
+    assert os.listdir(tmp_path) == []
+
+
+def test_prompts_are_in_no_weight(tmp_path, capsys):
+    model = peftfast.get_peft_model(base(), peftfast.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "prompt")
+    assert main(["merge", str(tmp_path / "prompt"), "--output", str(tmp_path / "model")]) == USAGE_ERROR
+    assert "virtual tokens are part of no weight" in capsys.readouterr().err
