@@ -64,6 +64,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "hotswap_adapter_from_state_dict",
         "prepare_model_for_compiled_hotswap",
     ),
+    "files.contents": ("Contents", "adapter_contents"),
     "files.io": ("load_peft_weights",),
     "quantization.kbit": ("prepare_model_for_kbit_training",),
     "methods.adalora": ("AdaLoraConfig",),

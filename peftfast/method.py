@@ -182,6 +182,10 @@ class AdapterMethod(Protocol):
         not been computed, and the method may fuse it."""
         ...
 
+    def describe(self, cfg: PeftConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
+        """In a few words, what an adapter from a file does to the module `key`. `tensors`: of this module, by slot."""
+        ...
+
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         """`dense` with the adapter inside; `base` is the weight without any adapter. Pure: the layer stores the
         result, and keeps the original bytes for unmerging."""

@@ -1,7 +1,8 @@
-"""show what an adapter would do to a model, without doing it
+"""show what an adapter would do to a model, without doing it, or what a saved one does
 
 Which modules the targets match, ranks, trainable parameters, memory with the optimizer's state, and which servers would
-load the saved adapter. Without options: LoRA on the embedded model.
+load the saved adapter. Without options: LoRA on the embedded model. With the folder of a saved adapter: how much it
+changes each module, and which features IA3 makes larger and smaller.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from peftfast.cli import _settings
 
+    parser.add_argument("adapter", metavar="ADAPTER", nargs="?", help="folder of a saved adapter, instead of options")
     parser.add_argument(
         "--max-lora-rank", type=_settings.whole(1), default=16, metavar="N", help="that vLLM is started with (16)"
     )
@@ -20,9 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from peftfast.cli import _settings
+    from peftfast.cli import UserError, _settings
 
-    settings = _settings.with_defaults(_settings.given(args))
+    given = _settings.given(args)
+    if args.adapter is not None:
+        if given:
+            raise UserError(
+                f"--{next(iter(given))} is about an adapter to be made, and {args.adapter!r} is a saved one"
+            )
+        return _show(_settings.check_adapter(args.adapter))
+    settings = _settings.with_defaults(given)
     source = _settings.check_model(settings["model"])
     from peftfast import plan_adapter
     from peftfast.cli import _setup
@@ -34,3 +43,12 @@ def run(args: argparse.Namespace) -> int:
             plan = plan_adapter(model, config, max_lora_rank=args.max_lora_rank)
     print(plan)
     return int(plan.refusal is not None)
+
+
+def _show(adapter: str) -> int:
+    from peftfast import adapter_contents
+    from peftfast.cli import _setup
+
+    with _setup.one_line(repr(adapter)):
+        print(adapter_contents(adapter))
+    return 0

@@ -16,7 +16,7 @@ from peftfast.config import PeftConfig, PeftType, checked, register_config, sett
 from peftfast.errors import PeftWarning
 from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method, sample_by_sample
-from peftfast.methods.lora import factors
+from peftfast.methods.lora import describe_change, factors, pair_of
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.ops.orthogonality import orthogonality
 from peftfast.rules import integer, number, one_of, optional, table
@@ -172,6 +172,12 @@ class AdaLora:
         a, b = factors(adapter)
         delta = site.delta(_weighted(adapter, a).to(dense.weight.dtype), b.to(dense.weight.dtype))
         return dense._replace(weight=torch.add(dense.weight, delta, alpha=float(adapter.scale)))
+
+    def describe(self, cfg: AdaLoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
+        a, b = pair_of(tensors)
+        values = tensors[VALUES].to(a.dtype)
+        scale = (cfg.lora_alpha if cfg.lora_alpha > 0 else cfg.init_r) / cfg.init_r
+        return f"{describe_change(a * values, b, scale)}, {int((values != 0).sum())} of {cfg.init_r} ranks in use"
 
     def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
         """See `Additive`."""

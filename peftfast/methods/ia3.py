@@ -140,6 +140,16 @@ class IA3:
             vectors.append(table[rows.index])
         return _scaled(site, x, y, *vectors, _each)
 
+    def describe(self, cfg: IA3Config, key: str, tensors: Mapping[str, Tensor]) -> str:
+        s = tensors[VECTOR].flatten().float()
+        said = [f"{len(s)} features of its {'input' if cfg.is_feedforward(key) else 'output'}"]
+        for what, chosen, order in (("grow", s > 1, s), ("shrink", s < 1, -s)):
+            count = int(chosen.sum())
+            if count:
+                most = order.topk(min(count, 3)).indices.tolist()
+                said.append(f"{count} {what}, most " + ", ".join(f"{i} (x {float(s[i]):.3g})" for i in most))
+        return "; ".join(said)
+
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         side, s = _side(adapter), adapter[VECTOR].to(dense.weight.dtype)
         weight = site.scale_weight(dense.weight, s, side)

@@ -14,7 +14,7 @@ from peftfast.config import PeftConfig, PeftType
 from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora_combine import combined, combined_fields
+from peftfast.methods.lora_combine import combined, combined_fields, svd_of_sum
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise, rank_of_factors
 from peftfast.methods.lora_stack import apply_stack, factors, is_segmented, remembered
@@ -48,12 +48,11 @@ class Lora:
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
         r = pattern_value(cfg.rank_pattern, key, cfg.r)
-        alpha = pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha)
         frozen = {FROZEN: (list(site.low_rank_slots(r))[-1],)} if cfg.init_lora_weights == "mica" else {}
         return frozen | {
             "r": r,
-            "lora_alpha": alpha,
-            "scaling": alpha / math.sqrt(r) if cfg.use_rslora else alpha / r,
+            "lora_alpha": pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha),
+            "scaling": scaling_of(cfg, key),
             "lora_dropout": nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0.0 else nn.Identity(),
             "use_rslora": cfg.use_rslora,
             "use_dora": cfg.use_dora,
@@ -112,6 +111,13 @@ class Lora:
     def changes(self, site: ParameterSite, active: Sequence[Adapter]) -> list[LowRank]:
         """See `Parametric`."""
         return [LowRank(*factors(adapter), adapter.scale) for adapter in active]
+
+    def describe(self, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
+        a, b = pair_of(tensors)
+        r = pattern_value(cfg.rank_pattern, key, cfg.r)
+        if cfg.target_parameters and len(a) > r:  # of a stack of matrices, in a layout that the file does not say
+            return f"rank {r} in each of {len(a) // r} matrices"
+        return describe_change(a, b, scaling_of(cfg, key)) + ", with magnitudes" * cfg.use_dora
 
     def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
         """See `Additive`."""
@@ -179,6 +185,29 @@ class Lora:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
         bias = adapter[_bias_slot(adapter)].to(dense.bias.dtype)
         return Dense(weight, dense.bias + adapter.scale * bias)
+
+
+def scaling_of(cfg: LoraConfig, key: str) -> float:
+    """What the product of the factors is multiplied by in the module `key`."""
+    r = pattern_value(cfg.rank_pattern, key, cfg.r)
+    return pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha) / (math.sqrt(r) if cfg.use_rslora else r)
+
+
+def pair_of(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The down and the up factor among a module's tensors by slot, as matrices in fp32 or wider."""
+    a, b = (next(t for slot, t in tensors.items() if slot.endswith(end)) for end in ("_A", "_B"))
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.flatten(1).to(wide), b.flatten(1).to(wide)
+
+
+def describe_change(a: Tensor, b: Tensor, scale: float) -> str:
+    """Rank and size of scale · B A, and in how many directions most of it lies."""
+    _, s, _ = svd_of_sum([(a, b)], [scale])
+    energy = s.double() ** 2
+    if not energy.sum():
+        return f"rank {len(a)}, no change"
+    most = int(torch.searchsorted(energy.cumsum(0), 0.9 * energy.sum())) + 1
+    return f"rank {len(a)}, change of norm {float(energy.sum().sqrt()):.3g}, nine tenths of it in {most}"
 
 
 def _same_scale(adapters: Sequence[Adapter]) -> bool:

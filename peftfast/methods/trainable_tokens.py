@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
+from peftfast.errors import enumerate_some
 from peftfast.method import Adapter, register_method
 from peftfast.rules import boolean, either, integer, optional, sequence, text
 from peftfast.sites import Dense, Site, Slot
@@ -60,6 +61,9 @@ class TrainableTokens:
                     "(get_input_embeddings), whose rows a TrainableTokensConfig trains by default"
                 )
             cfg.target_modules = name
+
+    def describe(self, cfg: TrainableTokensConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
+        return f"rows {enumerate_some(cfg.token_indices)} of the table"
 
     def tied_slots(self, site: Site) -> Mapping[str, str]:
         return {"trainable_tokens_delta": "trainable_tokens_delta"}

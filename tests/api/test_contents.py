@@ -1,0 +1,108 @@
+"""What a saved adapter does, said without its base model."""
+
+import oracle
+import pytest
+import torch
+
+import peftfast
+from peftfast.cli import USAGE_ERROR, main
+
+
+def saved(folder, config, make=oracle.llama):
+    torch.manual_seed(0)
+    model = peftfast.get_peft_model(make(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "ranknum" not in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return model
+
+
+def layer(model):
+    return model.base_model.model.model.layers[1].self_attn.q_proj
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_lora(tmp_path, use_rslora):
+    config = peftfast.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "embed_tokens"], rank_pattern={"layers.1.self_attn.q_proj": 2},
+        use_rslora=use_rslora, modules_to_save=["lm_head"],
+    )  # fmt: skip
+    model = saved(tmp_path, config)
+    contents = peftfast.adapter_contents(tmp_path)
+    change = layer(model).get_delta_weight("default")
+    s = torch.linalg.svdvals(change.double())
+    most = 1 if s[0] ** 2 >= 0.9 * (s**2).sum() else 2
+    line = contents.lines["model.layers.1.self_attn.q_proj"]
+    assert line == f"rank 2, change of norm {float(change.norm()):.3g}, nine tenths of it in {most}"
+    assert contents.lines["model.embed_tokens"].startswith("rank 4, change of norm")
+    assert contents.lines["lm_head.weight"] == "kept whole, 64 x 32"
+    assert list(contents.lines)[0] == "model.embed_tokens"
+    assert str(contents).startswith("LORA for a base model that it does not name\n  model.embed_tokens")
+
+
+def test_layers_in_their_order(tmp_path):
+    saved(tmp_path, peftfast.LoraConfig(r=1, target_modules=["q_proj"]), lambda: oracle.llama(layers=11))
+    names = list(peftfast.adapter_contents(tmp_path).lines)
+    assert names == [f"model.layers.{i}.self_attn.q_proj" for i in range(11)]
+
+
+def test_adalora_and_dora(tmp_path):
+    config = peftfast.AdaLoraConfig(init_r=4, target_r=2, total_step=10, lora_alpha=3, target_modules=["q_proj"])
+    model = saved(tmp_path / "a", config)
+    with torch.no_grad():
+        layer(model).lora_E["default"][1:3] = 0
+    model.save_pretrained(tmp_path / "a")
+    line = peftfast.adapter_contents(tmp_path / "a").lines["model.layers.1.self_attn.q_proj"]
+    norm = float(layer(model).get_delta_weight("default").norm())
+    assert line.startswith(f"rank 4, change of norm {norm:.3g}, ") and line.endswith("2 of 4 ranks in use")
+    saved(tmp_path / "d", peftfast.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    assert all(line.endswith(", with magnitudes") for line in peftfast.adapter_contents(tmp_path / "d").lines.values())
+
+
+def test_ia3_says_what_grows_and_what_shrinks(tmp_path):
+    config = peftfast.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = peftfast.get_peft_model(oracle.llama(), config)
+    with torch.no_grad():
+        layer(model).ia3_l["default"][3:5] = torch.tensor([[1.5], [0.25]])
+    model.save_pretrained(tmp_path)
+    lines = peftfast.adapter_contents(tmp_path).lines
+    said = "32 features of its output; 1 grow, most 3 (x 1.5); 1 shrink, most 4 (x 0.25)"
+    assert lines["model.layers.1.self_attn.q_proj"] == said
+    assert lines["model.layers.0.mlp.down_proj"] == "64 features of its input"
+
+
+def test_others(tmp_path):
+    saved(tmp_path / "t", peftfast.TrainableTokensConfig(token_indices=[3, 5]))
+    assert peftfast.adapter_contents(tmp_path / "t").lines == {"model.embed_tokens": "rows 3, 5 of the table"}
+    saved(tmp_path / "p", peftfast.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    assert peftfast.adapter_contents(tmp_path / "p").lines == {"prompt_embeddings": "kept whole, 3 x 32"}
+    saved(tmp_path / "l", peftfast.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    zero = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(r=2, target_modules=["q_proj"]))
+    zero.save_pretrained(tmp_path / "z")
+    assert set(peftfast.adapter_contents(tmp_path / "z").lines.values()) == {"rank 2, no change"}
+
+
+def test_a_stack_of_experts(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=4, **sizes)
+    adapter = peftfast.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    peftfast.get_peft_model(MixtralForCausalLM(config), adapter).save_pretrained(tmp_path)
+    assert set(peftfast.adapter_contents(tmp_path).lines.values()) == {"rank 2 in each of 4 matrices"}
+
+
+def test_at_the_command_line(tmp_path, capsys):
+    saved(tmp_path, peftfast.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("LORA for") and "model.layers.0.self_attn.q_proj  rank 2, change of norm" in out
+    assert main(["inspect", str(tmp_path), "--r", "3"]) == USAGE_ERROR
+    assert "--r is about an adapter to be made" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "no")]) == USAGE_ERROR
+    assert "adapter_config.json" in capsys.readouterr().err
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
+    assert main(["inspect", str(tmp_path)]) == USAGE_ERROR
+    assert capsys.readouterr().err.count("\n") == 1
