@@ -188,16 +188,22 @@ def extract_lora(
         if isinstance(model, nn.Module) and any(isinstance(m, (BaseTunerLayer, StandIn)) for m in model.modules()):
             raise ValueError("extract_lora compares models without adapters; merge_and_unload() or unload() them first")
     source = Originals(tuned, getattr(base, "base_model_prefix", ""))
-    sites, whole = _differences(base, source)
+    sites, whole, tied = _differences(base, source)
     if not sites and not whole:
         raise ValueError("The two models do not differ in any tensor, so there is nothing to extract")
 
     def changes() -> Iterator[_Change]:
         for name, (site, tensor) in sites.items():
+            if name in tied:
+                continue
             change = _matrix(site, tensor, torch.float32) - site.weight.dense(torch.float32)
             yield _Change(name, site, _svd(change.t() if is_table(site) else change), torch.float32, {})
 
     config, tensors = _as_lora(changes(), rank, None, limited=True)
+    for head, table in tied.items():  # one change under two names: the head's factors are the table's, exchanged
+        config.ensure_weight_tying = True
+        for own, theirs in (("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A")):
+            tensors[f"{PREFIX}{head}.{own}"] = tensors[f"{PREFIX}{table}.{theirs}"].t().contiguous()
     names = [name for name, _ in base.named_modules() if name]
     config.modules_to_save = sorted(whole) or None
     if sites:
@@ -210,10 +216,14 @@ def extract_lora(
     return config, tensors
 
 
-def _differences(base: nn.Module, source: Originals) -> tuple[dict[str, tuple[Site, Tensor]], list[str]]:
-    """Modules with another weight, that weight with them; and those that have to be kept whole."""
+def _differences(
+    base: nn.Module, source: Originals
+) -> tuple[dict[str, tuple[Site, Tensor]], list[str], dict[str, str]]:
+    """Modules with another weight, that weight with them; those that have to be kept whole; and of the first, heads
+    that have the weight of a table in both models, with the table's name."""
     sites: dict[str, tuple[Site, Tensor]] = {}
     whole: list[str] = []
+    tied: dict[str, str] = {}
     known: dict[int, str] = {}  # where a Parameter that several modules share was met first
     for name, module in base.named_modules():
         if any(name.startswith(f"{saved}.") for saved in whole):
@@ -229,6 +239,10 @@ def _differences(base: nn.Module, source: Originals) -> tuple[dict[str, tuple[Si
             if site is not None and key == "weight":
                 if _differ(site.weight.dense(), _matrix(site, theirs, None), full):
                     sites[name] = (site, theirs)
+                    table = first.rpartition(".")[0]
+                    if table != name and table in sites and is_table(sites[table][0]) and not is_table(site):
+                        if torch.equal(theirs, sites[table][1]):
+                            tied[name] = table
             elif not (site is not None and site.weight.quantization and key != "bias") and _differ(
                 tensor, theirs, full
             ):
@@ -240,7 +254,8 @@ def _differences(base: nn.Module, source: Originals) -> tuple[dict[str, tuple[Si
                 raise ValueError(
                     f"{type(base).__name__} itself has a Parameter that differs, which no adapter can hold: {full}"
                 )
-    return sites, whole
+    tied = {head: table for head, table in tied.items() if head in sites and table in sites}
+    return sites, whole, tied
 
 
 def _carries(module: nn.Module) -> bool:
@@ -265,7 +280,8 @@ def _differ(ours: Tensor, theirs: Tensor, name: str) -> bool:
         )
     if theirs.is_floating_point() and not torch.isfinite(theirs).all():
         raise ValueError(f"{name} of the tuned model has values that are not finite")
-    return not torch.equal(ours.detach(), theirs.detach().to(device=ours.device, dtype=ours.dtype))
+    # a model that was only stored in another dtype is the same model
+    return not torch.equal(ours.detach().to(theirs.dtype), theirs.detach().to(ours.device))
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

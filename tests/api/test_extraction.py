@@ -211,6 +211,21 @@ def test_a_training_of_the_whole_model_as_an_adapter(kind, library):
     assert not torch.allclose(oracle.logits(make()), oracle.logits(after), rtol=1e-2, atol=1e-1)
 
 
+def test_a_tied_head_stays_tied():
+    def make():
+        return oracle.llama(tied=True)
+
+    after = tuned(make)
+    config, tensors = peftfast.extract_lora(make(), after, 4)
+    assert config.ensure_weight_tying and torch.equal(
+        tensors["base_model.model.lm_head.lora_A.weight"],
+        tensors["base_model.model.model.embed_tokens.lora_embedding_B"].t(),
+    )
+    merged = loaded(make, config, tensors).merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(oracle.logits(merged), oracle.logits(after), rtol=1e-3, atol=1e-3)
+
+
 def test_what_was_merged_comes_out_again(tmp_path):
     model = adapted(r=3)
     expected = oracle.logits(model)
@@ -234,6 +249,19 @@ def test_only_what_differs_and_ranks_by_what_they_keep(caplog):
     assert config.target_modules == {"1.self_attn.q_proj"}
     assert re.search(r"1 modules, 0.9\d+ to 0.9\d+ of the change kept", caplog.text)
     assert peftfast.get_peft_model(make(), config).get_nb_trainable_parameters()[0] == 64
+
+
+def test_another_dtype_is_no_change():
+    after = oracle.llama()
+    with torch.no_grad():
+        after.lm_head.weight[0] += 1e-5  # less than a half-precision base could hold
+    base = oracle.llama().to(torch.float16)
+    for parameter in after.parameters():
+        parameter.data = parameter.data if parameter is after.lm_head.weight else parameter.data.half().float()
+    config, _ = peftfast.extract_lora(base, after, 1)
+    assert config.target_modules == {"lm_head"} and config.modules_to_save is None
+    with pytest.raises(ValueError, match="do not differ"):
+        peftfast.extract_lora(oracle.llama(), oracle.llama().to(torch.bfloat16), 1)
 
 
 def test_names_that_end_like_others():
