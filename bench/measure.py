@@ -6,6 +6,7 @@ time (`ahead`), or without that head start, as a program that waits for its host
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.metadata
 import platform
@@ -53,6 +54,9 @@ class Clock:
 
     def warm_up(self, seconds: float = 2.0) -> None:
         """Keep the chip busy until its clocks have settled."""
+        gc.collect()
+        gc.freeze()  # what the imports made takes a tenth of a second to look through, longer than most comparisons
+        atexit.register(gc.unfreeze)
         if not self.on_gpu:
             return
         x = torch.randn(4096, 4096, device=self.device, dtype=torch.bfloat16)
@@ -166,6 +170,17 @@ def versions() -> dict[str, str]:
     from peftfast.version import __version__
 
     return {"peftfast": __version__, **found}
+
+
+def is_lost(device: str) -> bool:
+    """Whether an error was one after which CUDA answers nothing but errors in this process."""
+    if not device.startswith("cuda"):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def device_name(device: str) -> str:

@@ -1,15 +1,18 @@
 """Measures every path of every op on the chip present and writes the dispatch table that a user's calls follow.
 
     python tools/tune.py [--seconds 240] [--out proposed.json]     on a GPU; --install puts it beside the shipped ones
+    python tools/tune.py --compile 8 [--seconds 60]                measures nothing: 8 processes compile what would be
     python tools/tune.py --dry-run --out table.json                tiny shapes on the CPU, to test the tool itself
 
 A path whose error is worse than plain torch's is never chosen, whatever its time; nor is a path chosen that is faster
-by less than the noise: torch keeps the point.
+by less than the noise: torch keeps the point. The table is written as it grows, so that a run that is killed leaves
+what it measured. Compiling takes more of the budget than measuring where Triton's cache is empty.
 """
 
 import argparse
 import datetime
 import json
+import multiprocessing
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +28,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bench.contestants import wrap  # noqa: E402
-from bench.measure import Clock, Deadline, device_name, no_worse, relative_error, versions  # noqa: E402
+from bench.measure import Clock, Deadline, device_name, is_lost, no_worse, relative_error, versions  # noqa: E402
 from bench.operands import MODELS, TINY, Size, arguments  # noqa: E402
 from peftfast.ops.host_bound import host_bound_up_to  # noqa: E402
 from peftfast_kernels import OPS, Op, device_masks, dispatch, use_backend  # noqa: E402
@@ -110,24 +113,51 @@ def sizes(dry: bool) -> Iterator[Size]:
                             yield Size(m, n, k, rank)
 
 
-def tune(device: str, seconds: float, dry: bool) -> list[dict]:
-    """Entries of a table, measured until the budget is spent."""
-    deadline, entries, known = Deadline(seconds), [], set()
-    clock = Clock(device, seconds=0.02 if dry else 0.06, least=2 if dry else 5, most=3 if dry else 9)
-    clock.warm_up()
+def points(dry: bool) -> Iterator[tuple[str, Size]]:
+    """Every op at every size, in every format and with dropout where that matters to it."""
     for size in sizes(dry):
         for name, (stored, drops) in TUNED.items():
             for format in ("dense", "nf4", "int8") if stored else ("dense",):
                 for dropout in (0.0, 0.1) if drops else (0.0,):
-                    if deadline.over():
-                        return entries
-                    point = size._replace(format=format, dropout=dropout)
-                    kwargs = arguments(name, point, device)
-                    key = (name, point_of(tuple(kwargs.values())))
-                    if key not in known:  # skinny ops do not see every size
-                        known.add(key)
-                        entries.append(_measure(OPS[name], kwargs, key[1], clock))
-    return entries
+                    yield name, size._replace(format=format, dropout=dropout)
+
+
+def tune(device: str, deadline: Deadline, dry: bool) -> Iterator[dict]:
+    """Entries of a table, until the budget is spent. A point that fails is reported and left out."""
+    known = set()
+    clock = Clock(device, seconds=0.02 if dry else 0.06, least=2 if dry else 5, most=3 if dry else 9)
+    clock.warm_up()
+    for name, size in points(dry):
+        if deadline.over():
+            return
+        try:
+            kwargs = arguments(name, size, device)
+            key = (name, point_of(tuple(kwargs.values())))
+            if key not in known:  # skinny ops do not see every size
+                known.add(key)
+                yield _measure(OPS[name], kwargs, key[1], clock)
+        except Exception as error:
+            print(f"  {name} {size}: {_first_line(error)}", flush=True)
+            if is_lost(device):
+                print("  the GPU answers nothing any more: the table ends here", flush=True)
+                return
+
+
+def compile_part(part: int, of: int, seconds: float, device: str, dry: bool) -> None:
+    """Run every path of every so many-th point once, which leaves its kernels in Triton's cache."""
+    deadline = Deadline(seconds)
+    for index, (name, size) in enumerate(points(dry)):
+        if index % of != part:
+            continue
+        if deadline.over():
+            return
+        try:
+            for call in paths(OPS[name], arguments(name, size, device), device == "cuda").values():
+                call()
+        except Exception as error:  # which the measurement will say as well
+            if is_lost(device):
+                print(f"  {name} {size}: {_first_line(error)}; process {part} ends", flush=True)
+                return
 
 
 def host_bound(device: str, dry: bool) -> int:
@@ -138,6 +168,7 @@ def host_bound(device: str, dry: bool) -> int:
     base = nn.Sequential(*linears).requires_grad_(False)
     model = wrap("peftfast", base, Size(1, width, width, 16), [str(i) for i in range(layers)])
     clock = Clock(device, seconds=1.0, least=2 if dry else 9, most=3 if dry else 31)
+    clock.warm_up()
     found = 0
     for rows in (16, 32) if dry else [1 << i for i in range(6, 15)]:
         x = torch.randn(rows, width, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -166,7 +197,9 @@ def _measure(op: Op, kwargs: dict, point: dispatch.Point, clock: Clock) -> dict:
             with device_masks():  # the reference's masks, in a dry run too
                 out = _tuple(call())
         except Exception as error:  # a tile that this chip refuses loses, and the table says why
-            print(f"  {op.name} {point} {name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+            if name == "torch" or is_lost(clock.device):  # nothing to compare with
+                raise
+            print(f"  {op.name} {point} {name}: {_first_line(error)}", flush=True)
             continue
         errors[name] = max(relative_error(o, t) for o, t in zip(out, truth, strict=True))
         working[name] = call
@@ -177,11 +210,33 @@ def _measure(op: Op, kwargs: dict, point: dispatch.Point, clock: Clock) -> dict:
     }  # fmt: skip
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def _tuple(value) -> tuple:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def write(entries: list[dict], products: int, path: Path, device: str, dry: bool) -> None:
+def run(path: Path, device: str, seconds: float, dry: bool) -> tuple[list[dict], int | None]:
+    """A table at `path`, written anew every few seconds: its entries, and what `host_bound` found."""
+    deadline, entries = Deadline(seconds), []
+    try:
+        products = host_bound(device, dry)
+    except Exception as error:
+        print(f"  host bound: {_first_line(error)}", flush=True)
+        products = None  # what is predicted stays
+    written = deadline.used
+    for entry in tune(device, deadline, dry):
+        entries.append(entry)
+        if deadline.used > written + 5:
+            write(entries, products, path, device, dry)
+            written = deadline.used
+    write(entries, products, path, device, dry)
+    return entries, products
+
+
+def write(entries: list[dict], products: int | None, path: Path, device: str, dry: bool) -> None:
     """The file that `dispatch.Table.read` reads, one entry a line."""
     head = {
         "chip": chip_of(torch.device(device)), "device": device_name(device), "dry_run": dry,
@@ -189,8 +244,10 @@ def write(entries: list[dict], products: int, path: Path, device: str, dry: bool
     }  # fmt: skip
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "entries": [\n{lines}\n]}}\n')
-    dispatch.Table.read(path)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(head, indent=1)[:-2] + f',\n "entries": [\n{lines}\n]}}\n')
+    dispatch.Table.read(new)
+    new.replace(path)
 
 
 def summary(entries: list[dict]) -> str:
@@ -206,7 +263,8 @@ def summary(entries: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=240)
-    parser.add_argument("--out", type=Path, help="default: bench/results/<chip>.json")
+    parser.add_argument("--out", type=Path, help="file, or folder for <chip>.json; default: bench/results")
+    parser.add_argument("--compile", type=int, metavar="N", help="compile only, in N processes")
     parser.add_argument("--install", action="store_true", help="write to the folder that peftfast reads")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny shapes, never installed")
     args = parser.parse_args(argv)
@@ -215,14 +273,22 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run tests the tool on the CPU")
     device = "cpu" if args.dry_run else "cuda"
-    products = host_bound(device, args.dry_run)
-    entries = tune(device, args.seconds, args.dry_run)
-    name = f"{chip_of(torch.device(device))}.json"
-    out = args.out or (dispatch.TABLES if args.install else ROOT / "bench" / "results") / name
-    write(entries, products, out, device, args.dry_run)
+    if args.compile:
+        spawn = multiprocessing.get_context("spawn")
+        work = [(part, args.compile, args.seconds, device, args.dry_run) for part in range(args.compile)]
+        processes = [spawn.Process(target=compile_part, args=one, daemon=True) for one in work]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        return max(abs(process.exitcode) for process in processes)
+    out = args.out or (dispatch.TABLES if args.install else ROOT / "bench" / "results")
+    out = out if out.suffix else out / f"{chip_of(torch.device(device))}.json"
+    entries, products = run(out, device, args.seconds, args.dry_run)
     print(f"{len(entries)} points on {device_name(device)} -> {out}\n{summary(entries)}")
-    print(f"  linears are bound by the host up to {products:.3g} multiply-adds")
-    return 0
+    if products is not None:
+        print(f"  linears are bound by the host up to {products:.3g} multiply-adds")
+    return 0 if entries else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Which path an op takes on a GPU: measured tables where there are any, and the rules below where there are none.
 
-A table is a file ``tables/<chip>.json``, written by ``tools/tune.py`` on that chip and shipped here: per op,
-storage format, dtype and dropout the points at which both paths were timed. A call takes the choice of the nearest
-point, by the ratios of its sizes; a chip without a table takes that of its nearest relative. Nothing is timed while a
-user's program runs.
+A table is a file ``tables/<chip>.json``, written by ``tools/tune.py`` on that chip and shipped here, or in the folder
+that ``PEFTFAST_TABLES`` names: per op, storage format, dtype and dropout the points at which both paths were timed. A
+call takes the choice of the nearest point, by the ratios of its sizes; a chip without a table takes that of its nearest
+relative. Nothing is timed while a user's program runs.
 
 Choices: ``"triton"``; ``"torch"`` (cuBLAS and in-place ``addmm_``); ``"split"``, torch's product and one Triton pass
 for a masked update.
@@ -15,6 +15,7 @@ of cuBLAS before saving one pass over y pays, and no measurement shows that yet.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -28,7 +29,7 @@ from peftfast_kernels.configs import chip_of
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.op import get_backend, register_dispatch
 
-TABLES = Path(__file__).parent / "tables"
+TABLES = Path(os.environ.get("PEFTFAST_TABLES") or Path(__file__).parent / "tables")
 REMEMBERED = 4096  # calls of which a table remembers the choice
 CHOICES = ("triton", "torch", "split")
 

@@ -157,6 +157,36 @@ def test_without_a_table_the_rules_hold(tmp_path, monkeypatch, gpu):
     dispatch.table_of.cache_clear()
 
 
+def test_a_point_that_fails_costs_itself_only(tmp_path, monkeypatch, capsys):
+    genuine = tune.arguments
+
+    def arguments(name, size, device):
+        if name == "lora_dt":
+            raise torch.OutOfMemoryError("there is no room")
+        return genuine(name, size, device)
+
+    monkeypatch.setattr(tune, "arguments", arguments)
+    monkeypatch.setattr(tune, "host_bound", lambda device, dry: 1 / 0)
+    monkeypatch.setattr(tune, "sizes", lambda dry: [tune.Size(4, 8, 8, 2)])
+    entries, products = tune.run(tmp_path / "x.json", "cpu", 60, True)
+    assert {entry["op"] for entry in entries} == set(tune.TUNED) - {"lora_dt"} and products is None
+    assert "there is no room" in capsys.readouterr().out and Table.read(tmp_path / "x.json").host_bound is None
+
+
+def test_the_table_is_written_as_it_grows(tmp_path, monkeypatch):
+    def tune_until_killed(*args):
+        yield row("lora_down", (1, 2, 3, 4), "torch")
+        monkeypatch.setattr(tune.Deadline, "used", 100.0)
+        yield row("lora_down", (2, 2, 3, 4), "torch")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "host_bound", lambda device, dry: 0)
+    monkeypatch.setattr(tune, "tune", tune_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(tmp_path / "x.json", "cpu", 60, True)
+    assert len(Table.read(tmp_path / "x.json").entries["lora_down"]) == 2
+
+
 def test_tune_writes_what_dispatch_reads(tmp_path, capsys):
     """The whole tool on the CPU: tiny shapes, the plain-torch path against itself, nothing installed."""
     out = tmp_path / "table.json"
