@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.operands import Model, Size
+from peftfast.ops.host_bound import host_bound_up_to
 
 LIMIT, OURS, PEER = "limit", "ours", "peer"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -103,8 +104,8 @@ def _results(model: nn.Module, call: Callable[[], Tensor], x: Tensor) -> Callabl
     return run
 
 
-def linear(size: Size, device: str, compiled: bool, dora: bool = False) -> list[Contestant]:
-    """Forward and backward of one linear layer."""
+def linear(size: Size, device: str, compiler: str | None = None, dora: bool = False) -> list[Contestant]:
+    """Forward and backward of one linear layer; with the name of a compiler, PEFT under torch.compile too."""
     torch.manual_seed(0)
     base = One(size, device)
     x = torch.randn(size.m, size.k, device=device).to(size.dtype).requires_grad_()
@@ -112,16 +113,16 @@ def linear(size: Size, device: str, compiled: bool, dora: bool = False) -> list[
     found = []
 
     def add(name: str, role: str, model: nn.Module, run: Callable | None = None, amp: bool = True) -> None:
-        call = _pass(run or model, x, dy, device, size.dtype, amp)
+        call = _pass(model if run is None else run, x, dy, device, size.dtype, amp)
         found.append(Contestant(name, role, call, _results(model, call, x)))
 
     add("frozen", LIMIT, base)
     add("peftfast", OURS, wrap("peftfast", copy.deepcopy(base), size, ["proj"], dora))
     add("peft", PEER, wrap("peft", copy.deepcopy(base), size, ["proj"], dora))
     add("peft, no autocast", PEER, wrap("peft", copy.deepcopy(base), size, ["proj"], dora), amp=False)
-    if compiled:
+    if compiler is not None:
         model = wrap("peft", copy.deepcopy(base), size, ["proj"], dora)
-        add("peft + compile", PEER, model, torch.compile(model))
+        add("peft + compile", PEER, model, torch.compile(model, backend=compiler))
     function = _unsloth_linear(base, size) if not (size.dropout or dora) else None
     if function is not None:
         add("unsloth", PEER, function)
@@ -193,8 +194,8 @@ def llama(
     return model
 
 
-def models(base: nn.Module, size: Size, compiled: bool) -> dict[str, tuple[str, nn.Module]]:
-    """name -> (role, model): the limit, ours with and without blocks, PEFT."""
+def models(base: nn.Module, size: Size, compiler: str | None = None) -> dict[str, tuple[str, nn.Module]]:
+    """name -> (role, model): the limit, ours with and without blocks, PEFT, also compiled where a compiler is named."""
     import peftfast
 
     found = {"frozen": (LIMIT, base), "peftfast": (OURS, wrap("peftfast", copy.deepcopy(base), size, TARGETS))}
@@ -202,23 +203,23 @@ def models(base: nn.Module, size: Size, compiled: bool) -> dict[str, tuple[str, 
     attach(peftfast.fuse_blocks(blocks), blocks)
     found["peftfast + blocks"] = (OURS, blocks)
     found["peft"] = (PEER, wrap("peft", copy.deepcopy(base), size, TARGETS))
-    if compiled:
+    if compiler is not None:
         model = wrap("peft", copy.deepcopy(base), size, TARGETS)
-        model.compile()
+        model.compile(backend=compiler)
         found["peft + compile"] = (PEER, model)
     return found
 
 
 def attach(blocks: Any, model: nn.Module) -> None:
-    """Run the passes in which blocks are found and checked; says where one is off."""
+    """Run the passes in which blocks are found and checked, with as few tokens as the host would not leave to a GPU;
+    says where one is off."""
     device = next(model.parameters()).device
     ids = torch.randint(0, 512, (1, 32), device=device)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=next(model.parameters()).dtype == torch.bfloat16)
-    with torch.no_grad(), amp:
+    with torch.no_grad(), amp, host_bound_up_to(0):
         for _ in range(3):
             model(input_ids=ids)
-    off = [group for group in blocks.groups if group.state != "on"]
-    if off or not blocks.groups:
+    if not blocks.groups or any(group.state.startswith("off") for group in blocks.groups):
         print(f"  blocks that are not used:\n{blocks.report()}", flush=True)
 
 

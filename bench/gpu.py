@@ -3,10 +3,14 @@
     python bench/gpu.py [--quick] [--seconds 560] [--only linear layer] [--out bench/results]
     python bench/gpu.py --dry-run                      everything at tiny sizes on the CPU: tests the suite itself
 
-In order: what the design rests on (`questions`), every op, one LoRA linear, one decoder layer, a training step,
-decoding and mixed adapters, and a proposed dispatch table. A comparison starts with a gate: the error against an fp64
-or fp32 oracle must be no worse than the peer's, otherwise the row is red and carries no ratio. All contestants of a row
-take turns in one process. One tidy CSV (a line per contestant) with device and versions; bench/report.py draws it.
+In order, or in that of `--only`: one LoRA linear, one decoder layer, mixed adapters, a training step, decoding, what
+the design rests on (`questions`), every op, PEFT under torch.compile, and a proposed dispatch table. A comparison
+starts with a gate: the error against an fp64 or fp32 oracle must be no worse than the peer's, otherwise the row is red
+and carries no ratio. All contestants of a row take turns in one process. One tidy CSV (a line per contestant) with
+device and versions, written row by row; bench/report.py draws it. What needs a package that is not there is left out.
+
+An error after which CUDA answers nothing (an illegal address) costs the case in which it happens: the run starts anew
+behind it, in a process of its own, into the same files.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ import argparse
 import csv
 import datetime
 import gc
+import importlib.util
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -34,8 +40,17 @@ import tune  # noqa: E402
 from bench import contestants as sides  # noqa: E402
 from bench import questions  # noqa: E402
 from bench.contestants import LIMIT, OURS, PEER, Contestant  # noqa: E402
-from bench.measure import Clock, Deadline, Sample, device_name, no_worse, relative_error, versions  # noqa: E402
-from bench.operands import BUILDERS, MODELS, TINY, Size, arguments  # noqa: E402
+from bench.measure import (  # noqa: E402
+    Clock,
+    Deadline,
+    Sample,
+    device_name,
+    is_lost,
+    no_worse,
+    relative_error,
+    versions,
+)
+from bench.operands import BUILDERS, MODELS, TINY, Model, Size, arguments  # noqa: E402
 from peftfast_kernels import OPS, device_masks  # noqa: E402
 from peftfast_kernels.configs import chip_of  # noqa: E402
 
@@ -45,23 +60,37 @@ FIELDS = (
     "device", "chip", "versions",
 )  # fmt: skip
 
-#: share of the budget that is gone when a suite has to stop
-SHARES = {"questions": 0.12, "ops": 0.32, "linear": 0.60, "layer": 0.70, "step": 0.78, "decode": 0.84, "mixed": 0.88}
+#: share of the budget that a suite may take, beside what those before it have left over
+SHARES = {
+    "linear": 0.24, "layer": 0.10, "mixed": 0.05, "step": 0.08, "decode": 0.07, "questions": 0.10, "ops": 0.16,
+    "compiled": 0.10, "tune": 0.10,
+}  # fmt: skip
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-class Bench:
-    """One run: its clock, its budget, its rows."""
+class Lost(Exception):
+    """CUDA answers nothing any more in this process: (suite, position of the case)."""
 
-    def __init__(self, device: str, seconds: float, quick: bool, dry: bool) -> None:
-        self.device, self.quick, self.dry = device, quick, dry
-        self.deadline = Deadline(seconds)
+
+class Bench:
+    """One run: its clock, its budget, its rows, which go into a file as they come.
+
+    Args:
+        after: (suite, position): the cases of that suite up to there are done.
+    """
+
+    def __init__(
+        self, device: str, seconds: float, quick: bool, dry: bool, path: Path | None = None,
+        suites: list[str] | None = None, after: tuple[str, int] = ("", -1),
+    ) -> None:  # fmt: skip
+        self.device, self.quick, self.dry, self.path, self.after = device, quick, dry, path, after
+        self.deadline, self.due = Deadline(seconds), _due(suites or list(SHARES))
         row = 0.02 if dry else 0.08 if quick else 0.25
         self.clock = Clock(device, row, least=2 if dry else 4, most=3 if dry else 25)
         self.rows: list[dict[str, Any]] = []
         self.red: list[str] = []
         self.skipped: dict[str, int] = {}
-        self.compiled = not quick and not dry
+        self.left_out: dict[str, int] = {}
         self._about = {
             "device": device_name(device), "chip": chip_of(torch.device(device)), "versions": json.dumps(versions())
         }  # fmt: skip
@@ -82,7 +111,7 @@ class Bench:
              error: float, green: bool, size: Size, more: dict[str, Any]) -> None:  # fmt: skip
         is_ours = entrant.role == OURS
         if is_ours and not green:
-            self.red.append(f"{suite} {case} {entrant.name}: error {error:.2e}")
+            self._reject(f"{suite} {case} {_shape(size)} {entrant.name}: error {error:.2e}")
         row = {
             "suite": suite, "case": case, "contestant": entrant.name, "role": entrant.role,
             "format": size.format, "dtype": str(size.dtype)[6:], "m": size.m, "n": size.n, "k": size.k, "r": size.r,
@@ -95,18 +124,37 @@ class Bench:
             **more, **self._about,
         }  # fmt: skip
         self.rows.append({name: row.get(name) for name in FIELDS})
+        if self.path is not None:
+            is_new = not self.path.exists()
+            with self.path.open("a", newline="") as f:
+                writer = csv.DictWriter(f, FIELDS)
+                if is_new:
+                    writer.writeheader()
+                writer.writerow(self.rows[-1])
 
-    def each(self, suite: str, cases: list, work: Callable[[Any], None]) -> None:
+    def _reject(self, text: str) -> None:
+        self.red.append(text)
+        print(f"  RED  {text}", flush=True)
+
+    def each(self, suite: str, cases: list, work: Callable[[Any], None], size_of: Callable[[Any], Size]) -> None:
         """Every case that the suite's share of the budget has room for. One that fails is reported and counted red."""
+        can_quantise = importlib.util.find_spec("bitsandbytes") is not None
         for position, case in enumerate(cases):
-            if self.deadline.over(SHARES[suite]):
+            if suite == self.after[0] and position <= self.after[1]:
+                continue
+            if suite not in OWN_OPERANDS and size_of(case).format != "dense" and not can_quantise:
+                self.left_out[suite] = self.left_out.get(suite, 0) + 1
+                continue
+            if self.deadline.over(self.due[suite]):
                 self.skipped[suite] = len(cases) - position
                 break
             try:
                 work(case)
             except Exception as error:
-                self.red.append(f"{suite} {case}: {type(error).__name__}: {error}")
+                self._reject(f"{suite} {case}: {type(error).__name__}: {error}")
                 traceback.print_exc(limit=3)
+                if is_lost(self.device):
+                    raise Lost(suite, position) from None
             gc.collect()
             if self.clock.on_gpu:
                 torch.cuda.empty_cache()
@@ -120,7 +168,7 @@ class Bench:
             entrants = [Contestant(n, PEER, call, dict) for n, call in calls.items()]
             self.compare("questions", question.text, entrants, {}, size, flops=question.flops, bytes=question.bytes)
 
-        self.each("questions", questions.all_questions(self.dry), ask)
+        self.each("questions", questions.all_questions(self.dry), ask, lambda question: question.size)
 
     def ops(self) -> None:
         """Every op: its plain path as the peer, Triton as ours."""
@@ -129,33 +177,39 @@ class Bench:
             name, size = case
             op = OPS[name]
             kwargs = arguments(name, size, self.device)
-            calls = tune.paths(op, kwargs, self.clock.on_gpu)
             truth = _tuple(op.reference(**kwargs))
-            gate = {}
-            for path, call in calls.items():
-                with device_masks():  # the reference's masks, in a dry run too
-                    outputs = _tuple(call())
+            calls, gate = {}, {}
+            for path, call in tune.paths(op, kwargs, self.clock.on_gpu).items():
+                try:
+                    with device_masks():  # the reference's masks, in a dry run too
+                        outputs = _tuple(call())
+                except Exception as error:  # a kernel that this chip refuses is no reason to lose the others
+                    if path == "torch" or is_lost(self.device):
+                        raise
+                    self._reject(f"ops {name} {_shape(size)} {path}: {type(error).__name__}: {error}")
+                    continue
+                calls[path] = call
                 gate[path] = max(relative_error(o, t) for o, t in zip(outputs, truth, strict=True))
+            del truth, outputs
             passed = {n: (e, n == "torch" or no_worse(e, gate["torch"], size.dtype)) for n, e in gate.items()}
             entrants = [Contestant(n, PEER if n == "torch" else OURS, c, dict) for n, c in calls.items()]
             cost = op.cost(**kwargs)
             self.compare("ops", name, entrants, passed, size, op=name, flops=cost.flops, bytes=cost.bytes)
 
-        self.each("ops", list(op_cases(self.quick, self.dry)), measure)
+        self.each("ops", list(op_cases(self.quick, self.dry)), measure, lambda case: case[1])
 
     def linear(self) -> None:
         """Forward and backward of one LoRA linear, and of one DoRA linear."""
+        self.each("linear", list(linear_cases(self.quick, self.dry)), self._linear_of("linear"), lambda case: case[2])
 
+    def _linear_of(self, suite: str, compiler: str | None = None) -> Callable[[tuple[str, str, Size, bool]], None]:
         def measure(case: tuple[str, str, Size, bool]) -> None:
             model, place, size, dora = case
-            entrants = sides.linear(size, self.device, self.compiled and size.format != "int8", dora)
-            gate = {} if dora else self._gate_linear(size, entrants)
-            if dora:
-                gate = self._gate_between(entrants, size)
-            name = f"{'DoRA ' * dora}{place} {size.k}->{size.n}"
-            self.compare("linear", name, entrants, gate, size, model=model)
+            entrants = sides.linear(size, self.device, compiler, dora)
+            gate = self._gate_between(entrants, size) if dora else self._gate_linear(size, entrants)
+            self.compare(suite, f"{'DoRA ' * dora}{place} {size.k}->{size.n}", entrants, gate, size, model=model)
 
-        self.each("linear", list(linear_cases(self.quick, self.dry)), measure)
+        return measure
 
     def _gate_linear(self, size: Size, entrants: list[Contestant]) -> dict[str, tuple[float, bool]]:
         """Against fp64, without dropout (every library has masks of its own; the op gate checks ours)."""
@@ -180,16 +234,20 @@ class Bench:
         return {"peftfast": (error, error < 8 * torch.finfo(size.dtype).eps)}
 
     def layer(self) -> None:
-        self._models("layer", layers=1, step=False)
+        cases = list(layer_cases(self.quick, self.dry))
+        self.each("layer", cases, self._model_of("layer", layers=1, step=False), lambda case: case[1])
 
     def step(self) -> None:
-        self._models("step", layers=2, step=True)
+        cases = list(layer_cases(self.quick, self.dry))
+        self.each("step", cases, self._model_of("step", layers=2, step=True), lambda case: case[1])
 
-    def _models(self, suite: str, layers: int, step: bool) -> None:
-        def measure(case: tuple[Any, Size]) -> None:
+    def _model_of(
+        self, suite: str, layers: int, step: bool, compiler: str | None = None
+    ) -> Callable[[tuple[Model, Size]], None]:
+        def measure(case: tuple[Model, Size]) -> None:
             shape, size = case
             base = sides.llama(shape, layers, size.dtype, self.device, size.format)
-            built = sides.models(base, size, self.compiled)
+            built = sides.models(base, size, compiler)
             length = min(size.m, 2048)
             ids = torch.randint(0, 512, (max(size.m // length, 1), length), device=self.device)
             calls = {n: sides.training_pass(m, ids, size.dtype, step) for n, (_, m) in built.items()}
@@ -199,7 +257,22 @@ class Bench:
             entrants = [Contestant(n, role, calls[n], dict) for n, (role, _) in built.items()]
             self.compare(suite, f"{layers} layer(s)", entrants, gate, size, ahead=False, model=shape.name)
 
-        self.each(suite, list(layer_cases(self.quick, self.dry)), measure)
+        return measure
+
+    def compiled(self) -> None:
+        """The linears and the layer that most is claimed of, with PEFT under torch.compile beside it: the first time
+        takes seconds."""
+        compiler = "eager" if self.dry else "inductor"
+        one_linear, one_layer = self._linear_of("compiled", compiler), self._model_of("compiled", 1, False, compiler)
+
+        def measure(case: tuple) -> None:
+            torch.compiler.reset()  # there is a limit to how often one code is compiled before it is left as it is
+            (one_layer if len(case) == 2 else one_linear)(case)
+
+        linears = [case for case in linear_cases(True, self.dry) if case[2].format != "int8"]
+        layers = list(layer_cases(True, self.dry))
+        cases = [] if self.quick else [*linears[:2], *layers, *linears[2:]]
+        self.each("compiled", cases, measure, lambda case: case[1 if len(case) == 2 else 2])
 
     def _gate_losses(self, built: dict, ids: torch.Tensor, size: Size) -> dict[str, tuple[float, bool]]:
         """Logits against an fp32 oracle, PEFT's model with everything widened, without dropout."""
@@ -230,7 +303,7 @@ class Bench:
         def measure(case: tuple[Any, Size]) -> None:
             shape, size = case
             base = sides.llama(shape, 2, size.dtype, self.device, size.format)
-            built = sides.models(base, size, compiled=False)
+            built = sides.models(base, size)
             ids = torch.randint(1, 512, (size.m, 16), device=self.device)
             entrants = []
             for name, (role, model) in built.items():
@@ -244,7 +317,7 @@ class Bench:
         shape = TINY if self.dry else MODELS[0]
         formats = ("dense",) if self.dry else ("dense", "nf4")
         sizes = [Size(m, 0, 0, 4 if self.dry else 16, format=f) for f in formats for m in (1, 16)]
-        self.each("decode", [(shape, s) for s in sizes], measure)
+        self.each("decode", [(shape, s) for s in sizes], measure, lambda case: case[1])
 
     def mixed(self) -> None:
         """One batch, many adapters: a forward pass."""
@@ -271,15 +344,35 @@ class Bench:
             self.compare("mixed", f"{size.adapters} adapters", entrants, gate, size, ahead=False, model=shape.name)
 
         counts = ((3, 6),) if self.dry else ((4, 16), (16, 64), (64, 64))
-        self.each("mixed", [Size(m, 0, 0, 4 if self.dry else 16, adapters=g) for g, m in counts], measure)
+        sizes = [Size(m, 0, 0, 4 if self.dry else 16, adapters=g) for g, m in counts]
+        self.each("mixed", sizes, measure, lambda size: size)
 
-    def tune(self, folder: Path) -> None:
+    def tune(self) -> None:
         """The rest of the budget goes into a proposed dispatch table."""
+        if self.quick or self.path is None:
+            return
         left = max(self.deadline.seconds - self.deadline.used, 3.0)
-        entries = tune.tune(self.device, left, self.dry)
-        path = folder / f"dispatch-{self._about['chip']}.json"
-        tune.write(entries, path, self.device, self.dry)
+        path = self.path.with_name(f"dispatch-{self._about['chip']}.json")
+        entries, _ = tune.run(path, self.device, left, self.dry)
         print(f"{self.deadline.used:6.1f} s  proposed table: {len(entries)} points -> {path}\n{tune.summary(entries)}")
+
+
+#: suites whose weights are made here, so that no other package has to quantise them
+OWN_OPERANDS = ("questions", "ops")
+
+
+def _due(suites: list[str]) -> dict[str, float]:
+    """suite -> share of the whole budget that is gone when it has to stop."""
+    whole, used, due = sum(SHARES[suite] for suite in suites), 0.0, {}
+    for suite in suites:
+        used += SHARES[suite]
+        due[suite] = used / whole
+    return due
+
+
+def _shape(size: Size) -> str:
+    dropout = f" p={size.dropout}" if size.dropout else ""
+    return f"M={size.m} N={size.n} K={size.k} r={size.r} {str(size.dtype)[6:]} {size.format}{dropout}"
 
 
 def _tuple(value: Any) -> tuple:
@@ -370,6 +463,7 @@ def summary(bench: Bench) -> str:
             lines.append(f"  {where}{row['us']:>10.1f} us  {against}{over}")
     lines += [f"  RED  {text}" for text in bench.red]
     lines += [f"  skipped for time: {count} cases of {suite}" for suite, count in bench.skipped.items()]
+    lines += [f"  left out, without bitsandbytes: {count} cases of {suite}" for suite, count in bench.left_out.items()]
     return "\n".join(lines)
 
 
@@ -378,38 +472,47 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one minute: the few rows that tell most")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, no claims")
     parser.add_argument("--seconds", type=float, help="budget (default 560, with --quick 55)")
-    parser.add_argument("--only", nargs="*", choices=[*SHARES, "tune"], help="suites to run")
+    parser.add_argument("--only", nargs="*", choices=SHARES, default=list(SHARES), help="suites to run, in this order")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of CSV, page and table")
+    parser.add_argument("--csv", type=Path, help="file of the rows; what is in it stays (default: a new one)")
+    parser.add_argument("--after", nargs=2, default=("", "-1"), help=argparse.SUPPRESS)  # of a run that starts anew
     args = parser.parse_args(argv)
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run runs everything at tiny sizes on the CPU")
     warnings.simplefilter("ignore")
     torch.backends.cuda.matmul.allow_tf32 = False
     device = "cpu" if args.dry_run else "cuda"
-    bench = Bench(device, args.seconds or (55 if args.quick else 560), args.quick, args.dry_run)
-    args.out.mkdir(parents=True, exist_ok=True)
+    seconds = args.seconds or (55 if args.quick else 560)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = args.csv or args.out / f"{chip_of(torch.device(device))}-{stamp}{'-dry' * args.dry_run}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    after = (args.after[0], int(args.after[1]))
+    bench = Bench(device, seconds, args.quick, args.dry_run, path, args.only, after)
     print(f"{bench._about['device']}, {bench._about['versions']}", flush=True)
     bench.clock.warm_up(1.0 if args.quick else 3.0)
-    for suite in args.only or [*SHARES, "tune"]:
-        if suite == "tune":
-            if not args.quick or args.only:
-                bench.tune(args.out)
-        else:
+    for suite in args.only:
+        try:
             getattr(bench, suite)()
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = args.out / f"{bench._about['chip']}-{stamp}{'-dry' * args.dry_run}.csv"
-    with path.open("w", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS)
-        writer.writeheader()
-        writer.writerows(bench.rows)
+        except Lost as lost:
+            _start_anew(args, path, bench.deadline, *lost.args)
     print(summary(bench))
     print(f"{len(bench.rows)} rows in {bench.deadline.used:.0f} s -> {path}")
     if args.dry_run:
         print("dry run: the times mean nothing")
-    from bench.report import write_page
+    if path.exists():
+        from bench.report import write_page
 
-    print(f"page -> {write_page(path)}")
+        print(f"page -> {write_page(path)}")
     return 1 if bench.red else 0
+
+
+def _start_anew(args: argparse.Namespace, path: Path, deadline: Deadline, suite: str, position: int) -> None:
+    """This program in place of this process, for the cases after the one in which the GPU was lost."""
+    rest = args.only[args.only.index(suite) :]
+    print(f"{deadline.used:6.1f} s  the GPU answers nothing any more: starting anew", flush=True)
+    left = max(deadline.seconds - deadline.used, 1.0)
+    command = [__file__, "--csv", str(path), "--seconds", f"{left:.0f}", "--after", suite, str(position)]
+    os.execv(sys.executable, [sys.executable, *command, *["--quick"] * args.quick, "--only", *rest])
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ sys.path.insert(0, str(ROOT))
 from bench import gpu, measure, report  # noqa: E402
 from bench.contestants import LIMIT, OURS, PEER, Contestant  # noqa: E402
 from bench.operands import BUILDERS, MODELS, Maker, Size, arguments  # noqa: E402
-from peftfast_kernels import OPS  # noqa: E402
+from peftfast_kernels import OPS, dispatch  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
     """One dry run in a process of its own: (output, rows, page)."""
     folder = tmp_path_factory.mktemp("results")
-    suites = list(gpu.SHARES)
+    suites = [suite for suite in gpu.SHARES if suite != "tune"]
     command = [sys.executable, str(ROOT / "bench/gpu.py"), "--dry-run", "--seconds", "400", "--out", str(folder)]
     done = subprocess.run(
         [*command, "--only", *suites], capture_output=True, text=True, timeout=500,
@@ -35,7 +35,7 @@ def dry(tmp_path_factory):
 def test_every_suite_runs(dry):
     output, rows, _ = dry
     suites = {row["suite"] for row in rows}
-    assert suites == set(gpu.SHARES), output
+    assert suites == set(gpu.SHARES) - {"tune"}, output
     assert {row["op"] for row in rows if row["suite"] == "ops"} == set(OPS)
     assert {row["format"] for row in rows if row["suite"] == "linear"} == {"dense", "nf4"}
     assert "RED" not in output and "skipped" not in output
@@ -56,7 +56,7 @@ def test_rows_carry_the_limit_and_the_gate(dry):
 
 def test_the_page(dry):
     _, rows, page = dry
-    assert page.count("<img") == 6 and "data:image/png;base64," in page
+    assert page.count("<img") == 7 and "data:image/png;base64," in page
     assert "A dry run on a CPU" in page and "not measured" in page
     assert page.count("<tr>") > len([r for r in rows if r["suite"] not in ("ops", "questions")])
     assert "http:" not in page and "https:" not in page  # nothing from elsewhere; pictures, in base64, have no colon
@@ -76,6 +76,62 @@ def test_a_red_gate_reports_no_ratio():
     sides = [{**row, "us": float(row["us"])} for row in bench.rows]
     fast = {**rows["a"], "us": 1e-9}
     assert report.speedup([fast, *(s for s in sides if s["contestant"] == "p")], "p") is None
+
+
+def test_rows_are_written_as_they_come(tmp_path):
+    path = tmp_path / "rows.csv"
+    bench = gpu.Bench("cpu", 10, quick=True, dry=True, path=path)
+    for number in (1, 2):
+        bench.compare("linear", "case", [Contestant("frozen", LIMIT, torch.ones(8).sum, dict)], {}, Size(8, 8, 8))
+        assert len(report.read(path)) == number
+
+
+def test_a_lost_gpu_costs_one_case(tmp_path, monkeypatch, capsys):
+    class Replaced(Exception):
+        pass
+
+    def replace(program, command):
+        raise Replaced(command)
+
+    def fail(*args):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    path = tmp_path / "rows.csv"
+    options = ["--dry-run", "--seconds", "30", "--csv", str(path), "--only", "tune", "questions", "ops"]
+    monkeypatch.setattr(gpu, "is_lost", lambda device: True)
+    monkeypatch.setattr(gpu.os, "execv", replace)
+    monkeypatch.setattr(gpu.Bench, "tune", lambda self: None)
+    failing = gpu.questions.Question("q", Size(1, 1, 1), fail)
+    monkeypatch.setattr(gpu.questions, "all_questions", lambda dry: [failing])
+    with pytest.raises(Replaced) as replaced:
+        gpu.main(options)
+    command = replaced.value.args[0]
+    assert command[-3:] == ["--only", "questions", "ops"] and "RED  questions" in capsys.readouterr().out
+    assert command[command.index("--after") + 1 :][:2] == ["questions", "0"]
+    monkeypatch.setattr(gpu.Bench, "ops", lambda self: None)
+    assert gpu.main([*command[2:], "--dry-run"]) == 0  # the case is not tried again
+
+
+def test_what_needs_another_package_is_left_out(monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    bench = gpu.Bench("cpu", 10, quick=True, dry=True)
+    sizes = [Size(8, 8, 8, format="nf4"), Size(8, 8, 8), Size(8, 8, 8, format="int8")]
+    seen = []
+    bench.each("linear", sizes, seen.append, lambda size: size)
+    bench.each("ops", sizes, seen.append, lambda size: size)
+    assert seen == [sizes[1], *sizes] and bench.left_out == {"linear": 2} and not bench.red
+    assert "without bitsandbytes: 2 cases of linear" in gpu.summary(bench)
+
+
+def test_the_budget_is_shared_among_the_suites_that_run(tmp_path):
+    assert sum(gpu.SHARES.values()) == pytest.approx(1)
+    due = gpu._due(["ops", "linear"])
+    assert list(due) == ["ops", "linear"] and 0 < due["ops"] < 0.5 and due["linear"] == pytest.approx(1)
+
+
+def test_the_proposed_table(tmp_path):
+    assert gpu.main(["--dry-run", "--seconds", "1", "--only", "tune", "--out", str(tmp_path)]) == 0
+    assert dispatch.Table.read(tmp_path / "dispatch-interpreter.json").entries
 
 
 def test_claims_are_judged_by_their_worst_row(tmp_path):
@@ -98,6 +154,28 @@ def test_claims_are_judged_by_their_worst_row(tmp_path):
     assert states["bf16, M >= 2048, r = 16, 4096 -> 1024, against PEFT"] == "not measured"  # its gate is red
     assert states["over the frozen base, 4096 -> 4096"] == "met"
     assert states["the same against Unsloth's function"] == "not measured"
+    assert states["NF4, M <= 128, against PEFT over bitsandbytes"] == "not measured"
+
+
+def test_every_claim_finds_its_rows():
+    """The sizes that are measured are those that are claimed of."""
+    about = {"dtype": "bfloat16", "r": 16, "dropout": 0.0}
+    rows = [
+        {
+            **about,
+            "suite": "linear",
+            "case": f"{'DoRA ' * dora}{place}",
+            "m": s.m,
+            "n": s.n,
+            "k": s.k,
+            "format": s.format,
+        }
+        for _, place, s, dora in gpu.linear_cases(quick=True, dry=False)
+    ]
+    rows += [{**about, "suite": "layer", "case": "", "m": 2048, "n": 0, "k": 0, "format": "dense"}]
+    rows += [{**about, "suite": "mixed", "case": "", "m": 16, "n": 0, "k": 0, "format": "dense"}]
+    for target in (*report.TARGETS, report.OVER_FROZEN):
+        assert any(map(target.covers, rows)), target.text
 
 
 def test_operands_are_legal_at_every_size():
