@@ -1,7 +1,7 @@
 """Host time of the path that a GPU takes: peftfast's launches, PEFT's torch operations, and the frozen base.
 
     python bench/host_gpu_path.py                         all tables
-    python bench/host_gpu_path.py --only ops linear       some of them
+    python bench/host_gpu_path.py --only ops linear       some of them; --seconds 0.1 is quicker and less sure
     python bench/host_gpu_path.py --profile "linear, dropout 0.1"     where peftfast's time goes in one row
     python tools/fake_gpu bench/host_gpu_path.py          without a GPU, all contestants through PyTorch's CUDA build
 
@@ -81,7 +81,7 @@ def ours() -> Iterator[None]:
             autocast._kind = kind_of
 
 
-def host_time(calls: Calls, rounds: int = 3, seconds: float = 0.3) -> dict[str, float]:
+def host_time(calls: Calls, seconds: float, rounds: int = 3) -> dict[str, float]:
     """Microseconds a call, the least that was seen."""
     best = dict.fromkeys(calls, float("inf"))
     for name, call in [*calls.items()] * rounds:
@@ -277,19 +277,19 @@ def scopes(only: list[str]) -> dict[str, tuple[Callable[[str, float], Calls], tu
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
-def print_ops() -> None:
+def print_ops(seconds: float) -> None:
     print("| op | us |\n|---|---:|")
-    for name, us in host_time(op_calls(), rounds=1).items():
+    for name, us in host_time(op_calls(), seconds, rounds=1).items():
         print(f"| {name.removeprefix('peftfast ')} | {us:.1f} |", flush=True)
 
 
-def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...], name: str) -> None:
+def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...], name: str, seconds: float) -> None:
     print(f"\n| {name} | {' | '.join(libraries)} | peftfast / PEFT | beyond frozen |")
     print(f"|---|{'---:|' * (len(libraries) + 2)}")
     for dropout in (0.0, 0.1):
         built = {library: build(library, dropout) for library in libraries}
         for what in ("forward", "forward and backward", *(() if dropout else ("inference",))):
-            us = host_time({library: calls[what] for library, calls in built.items()})
+            us = host_time({library: calls[what] for library, calls in built.items()}, seconds)
             us = {library: time / (LAYERS if name == "layer" else 1) for library, time in us.items()}
             best, frozen = min(us[one] for one in libraries[2:]), us["frozen"]
             shares = f"{best / us['peft']:.2f} | {(best - frozen) / (us['peft'] - frozen):.2f}"
@@ -297,7 +297,7 @@ def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...]
             print(f"| {what}, dropout {dropout} | {times} | {shares} |", flush=True)
 
 
-def print_methods() -> None:
+def print_methods(seconds: float) -> None:
     """A decoder layer with adapters of other methods."""
     libraries = ("frozen", "peft", "peftfast")
     print(f"\n| layer | {' | '.join(libraries)} | peftfast / PEFT |\n|---|{'---:|' * (len(libraries) + 1)}")
@@ -306,7 +306,7 @@ def print_methods() -> None:
             continue  # PEFT's products would be bitsandbytes' on the CPU
         built = {library: layer_calls(library, 0.0, method) for library in libraries}
         for what in ("forward", "forward and backward", "inference"):
-            us = host_time({library: calls[what] for library, calls in built.items()})
+            us = host_time({library: calls[what] for library, calls in built.items()}, seconds)
             times = " | ".join(f"{us[library] / LAYERS:.0f}" for library in libraries)
             print(f"| {name}, {what} | {times} | {us['peftfast'] / us['peft']:.2f} |", flush=True)
 
@@ -334,6 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(TABLES), choices=TABLES)
     parser.add_argument("--profile", metavar="ROW", help="print where the time of one row goes, instead of tables")
+    parser.add_argument("--seconds", type=float, default=0.3, help="that a call is repeated for, each of three times")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -344,11 +345,11 @@ def main(argv: list[str] | None = None) -> int:
             profile(args.profile)
             return 0
         if "ops" in args.only:
-            print_ops()
+            print_ops(args.seconds)
         for name, (build, libraries) in scopes(args.only).items():
-            print_scope(build, libraries, name)
+            print_scope(build, libraries, name, args.seconds)
         if "methods" in args.only:
-            print_methods()
+            print_methods(args.seconds)
     return 0
 
 

@@ -102,9 +102,6 @@ def measured(library: str, name: str, args: argparse.Namespace, checkpointing: b
     torch.cuda.synchronize()
     needed = torch.cuda.max_memory_allocated() - start
     counted = None if counted is None else launches() - counted
-    del model, step
-    gc.collect()
-    torch.cuda.empty_cache()
     return needed / 2**20, counted
 
 
@@ -127,11 +124,17 @@ def main(argv: list[str] | None = None) -> int:
     print("|---|---|---|---:|---:|---:|---:|")
     for name in args.models:
         for checkpointing in (False, True):
-            rows = {library: measured(library, name, args, checkpointing) for library in args.libraries}
+            how, rows = "yes" if checkpointing else "no", {}
+            for library in args.libraries:
+                try:
+                    rows[library] = measured(library, name, args, checkpointing)
+                except torch.OutOfMemoryError:
+                    print(f"| {name} | {how} | {library} | does not fit | | | |", flush=True)
+                gc.collect()
+                torch.cuda.empty_cache()
             for library, (needed, counted) in rows.items():
                 of_peft = f"{needed / rows['peft'][0]:.2f}" if "peft" in rows else ""
                 beyond = f"{needed - rows['frozen'][0]:.0f}" if "frozen" in rows else ""
-                how = "yes" if checkpointing else "no"
                 print(
                     f"| {name} | {how} | {library} | {needed:.0f} | {of_peft} | {beyond} | {counted or ''} |",
                     flush=True,
