@@ -16,6 +16,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid, location):
+    """After an illegal address CUDA answers nothing but errors in a process: of what follows nothing would be known."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)  # its next test runs in a new process
+        pytest.exit(f"the GPU is lost after {nodeid}: {error}", 3)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

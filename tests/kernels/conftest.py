@@ -2,9 +2,12 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+HERE = Path(__file__).parent
 
 if not torch.cuda.is_available():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
@@ -12,6 +15,15 @@ if not torch.cuda.is_available():
             "triton was imported before tests/kernels/conftest.py could choose the interpreter; set TRITON_INTERPRET=1"
         )
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What runs on a GPU here is among the tests that `-m cuda` chooses, which runs after this."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.parent == HERE and "device" in item.fixturenames:
+                item.add_marker(pytest.mark.cuda)
 
 
 @pytest.fixture(scope="session")
