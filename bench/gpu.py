@@ -98,8 +98,14 @@ class Bench:
     # ---- one comparison ----------------------------------------------------------------------------------------------
     def compare(self, suite: str, case: str, entrants: list[Contestant], gate: dict[str, tuple[float, bool]],
                 size: Size, ahead: bool = True, **more: Any) -> None:  # fmt: skip
-        """Time what is there, green or red, and add a row each. Ratios are of medians, green rows only."""
-        entrants = [e for e in entrants if gate.get(e.name, (0.0, True))[0] != float("inf")]
+        """Time what is there, green or red, and add a row each; not what gives NaN or infinities. Ratios are of medians,
+        green rows only."""
+        broken = [e for e in entrants if gate.get(e.name, (0.0, True))[0] == float("inf")]
+        for entrant in broken:
+            self._reject(f"{suite} {case} {_shape(size)} {entrant.name}: not finite")
+        entrants = [e for e in entrants if e not in broken]
+        if not entrants:
+            return
         times = self.clock.interleaved({e.name: e.call for e in entrants}, ahead)
         limit = next((times[e.name].median for e in entrants if e.role == LIMIT), None)
         peers = [times[e.name].median for e in entrants if e.role == PEER]

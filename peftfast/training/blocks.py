@@ -366,7 +366,7 @@ class Blocks:
 
     def report(self) -> str:
         """One line a block: what it is, where, and whether it is used."""
-        lines = [f"{group.kind:<13}{group.state:<8}{', '.join(group.names)}" for group in self.groups]
+        lines = [f"{group.kind:<13}{group.state:<7} {', '.join(group.names)}" for group in self.groups]
         return "\n".join(lines) or "no blocks yet: siblings are found during the first forward pass"
 
 

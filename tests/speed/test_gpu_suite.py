@@ -66,13 +66,16 @@ def test_a_red_gate_reports_no_ratio():
     bench = gpu.Bench("cpu", 10, quick=True, dry=True)
     x = torch.ones(8)
     entrants = [
-        Contestant(n, role, x.sum, dict) for n, role in (("frozen", LIMIT), ("a", OURS), ("b", OURS), ("p", PEER))
+        Contestant(n, role, x.sum, dict)
+        for n, role in (("frozen", LIMIT), ("a", OURS), ("b", OURS), ("c", OURS), ("p", PEER))
     ]
-    bench.compare("linear", "case", entrants, {"a": (0.5, False), "b": (1e-3, True)}, Size(8, 8, 8))
+    gate = {"a": (0.5, False), "b": (1e-3, True), "c": (float("inf"), False)}
+    bench.compare("linear", "case", entrants, gate, Size(8, 8, 8))
+    bench.compare("linear", "nothing", entrants[3:4], gate, Size(8, 8, 8))
     rows = {row["contestant"]: row for row in bench.rows}
     assert rows["a"]["gate"] == "red" and rows["a"]["speedup"] is None and rows["a"]["ratio_to_limit"] is None
     assert rows["b"]["gate"] == "green" and rows["b"]["speedup"] > 0
-    assert len(bench.red) == 1
+    assert len(bench.red) == 3 and "c" not in rows
     sides = [{**row, "us": float(row["us"])} for row in bench.rows]
     fast = {**rows["a"], "us": 1e-9}
     assert report.speedup([fast, *(s for s in sides if s["contestant"] == "p")], "p") is None
