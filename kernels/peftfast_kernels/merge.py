@@ -19,11 +19,11 @@ def _reference(w: Operand, a: Tensor, b: Tensor, scale: float, dtype: torch.dtyp
     return decoder_of(w).reference(w).to(wide) + b.to(wide) @ a.to(wide) * scale
 
 
-def weight_cases(build):
-    """Formats, ranks and dtypes for the ops that read a whole weight and its factors."""
+def weight_cases(build, wide=200):
+    """Formats, ranks up to `wide` and dtypes for the ops that read a whole weight and its factors."""
     for format, n, k, rank, stored, factors in (
         ("dense", 33, 70, 1, torch.float32, torch.float32),
-        ("dense", 40, 64, 200, torch.float32, torch.float32),
+        ("dense", 40, 64, wide, torch.float32, torch.float32),
         ("dense", 65, 47, 24, torch.bfloat16, torch.float32),
         ("dense_t", 20, 90, 8, torch.float16, torch.float16),
         ("nf4", 37, 96, 16, torch.float16, torch.float32),

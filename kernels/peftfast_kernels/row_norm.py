@@ -12,7 +12,7 @@ from peftfast_kernels.merge import make_weight_inputs, weight_cases
 from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks
 
 CHUNK = 1 << 20  # fp32 elements of the weight held at a time: 4 MiB
-MAX_RANK = 256  # the kernel keeps all ranks of its rows in registers
+MAX_RANK = 128  # the kernel keeps all ranks of its rows in registers, which hold no more
 
 
 def _reference(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | None) -> Tensor:
@@ -27,7 +27,7 @@ def _build(squares, *case):
 
 def _cases():
     for cached in (False, True):
-        for case in weight_cases(lambda *a, c=cached: _build(c, *a)):
+        for case in weight_cases(lambda *a, c=cached: _build(c, *a), MAX_RANK - 8):
             yield Case(case.id + "-cached" * cached, case.make)
 
 

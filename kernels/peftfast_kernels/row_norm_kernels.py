@@ -19,10 +19,13 @@ def norm_kernel(
     w0, w1, w2, w3, w4, table, a_ptr, b_ptr, gram_ptr, squares_ptr, out_ptr,
     N, K, R, stride_n, stride_k, stride_ar, stride_ak, stride_bn, stride_br, scale,
     DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
-    CACHED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
-    INTERP: tl.constexpr,
+    CACHED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program i computes BN norms. a_ptr: [R, K]; b_ptr: [N, R]; gram_ptr: fp32 [R, R]; squares_ptr, out_ptr: [N]."""
+    """Program i computes BN norms, with BS columns of the Gram matrix at a time.
+
+    a_ptr: [R, K]; b_ptr: [N, R]; gram_ptr: fp32 [R, R]; squares_ptr, out_ptr: [N].
+    """
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, BR)
     row_in = rows < N
@@ -49,11 +52,17 @@ def norm_kernel(
         mask=row_in[:, None] & (ranks[None, :] < R),
         other=0.0,
     ).to(tl.float32)
-    gram = tl.load(
-        gram_ptr + ranks[:, None] * R + ranks[None, :], mask=(ranks[:, None] < R) & (ranks[None, :] < R), other=0.0
-    )
-    cross = tl.dot(b, gram, input_precision=PRECISION) * scale * scale + product * scale * 2
-    squared += tl.sum(cross * b, axis=1)
+    squared += tl.sum(product * b, axis=1) * scale * 2
+    for r in range(0, BR, BS):
+        some = r + tl.arange(0, BS)
+        in_both = (ranks[:, None] < R) & (some[None, :] < R)
+        gram = tl.load(gram_ptr + ranks[:, None] * R + some[None, :], mask=in_both, other=0.0)
+        strip = tl.load(
+            b_ptr + rows[:, None] * stride_bn + some[None, :] * stride_br,
+            mask=row_in[:, None] & (some[None, :] < R),
+            other=0.0,
+        ).to(tl.float32)
+        squared += tl.sum(tl.dot(b, gram, input_precision=PRECISION) * strip, axis=1) * scale * scale
     tl.store(out_ptr + rows, tl.sqrt(tl.maximum(squared, 0.0)), mask=row_in)
 
 
@@ -62,16 +71,29 @@ def _precision(chip: str) -> str:
     return "tf32x3" if chip.startswith("sm_") else "ieee"
 
 
+def _blocks(rank: int, steps: int) -> dict[str, int]:
+    """BR, and as much of K and of the Gram matrix at a time as leaves a wide rank room in shared memory."""
+    ranks = rank_tile(rank, MAX_RANK)
+    return {"BK": max(16, min(steps, 4096 // ranks)), "BR": ranks, "BS": min(ranks, 8192 // ranks)}
+
+
+def _warps(chip: str, rank: int, few: int) -> int:
+    """Twice as many where a program's ranks do not fit into the registers of few."""
+    return few * 2 if rank > 64 and chip.startswith("sm_") else few
+
+
 @planned
 def _plan(
     chip: str, w: Stored, r: int, a_strides: tuple[int, ...], b_strides: tuple[int, ...], scale: float, cached: bool
 ) -> Launch:  # fmt: skip
     """A 1D grid, one program per BN rows."""
     config = tile("row_norm", chip)
+    blocks = _blocks(r, config.BK)
     return Launch(
         norm_kernel,
         (cdiv(w.shape[0], config.BM),),
-        **decode_arguments(w, config.BK),
+        **decode_arguments(w, blocks["BK"]),
+        **blocks,
         R=r,
         stride_ar=a_strides[0],
         stride_ak=a_strides[1],
@@ -80,11 +102,9 @@ def _plan(
         scale=scale,
         CACHED=cached,
         BN=config.BM,
-        BK=config.BK,
-        BR=rank_tile(r, MAX_RANK),
         PRECISION=_precision(chip),
         INTERP=is_interpreting(),
-        num_warps=config.warps,
+        num_warps=_warps(chip, r, config.warps),
         num_stages=config.stages,
         enable_fp_fusion=False,  # the decode rounds step by step
     )
@@ -106,7 +126,7 @@ def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | N
 def variants(chip: str):
     """What `row_norm` launches, for ahead-of-time checks."""
     config = tile("row_norm", chip)
-    for format, rank in (("dense", 16), ("dense", 64), ("nf4", 16)):
+    for format, rank in (("dense", 16), ("dense", 64), ("nf4", 16), ("dense", 128), ("nf4", 128)):
         pointers, constexprs = decode_variant(format, 64, format == "nf4", "bf16")
         pointers |= {"a_ptr": "fp32", "b_ptr": "fp32", "gram_ptr": "fp32", "squares_ptr": "fp32", "out_ptr": "fp32"}
         yield Variant(
@@ -119,12 +139,11 @@ def variants(chip: str):
                 "stride_br": 1,
                 "CACHED": format == "nf4",
                 "BN": config.BM,
-                "BK": config.BK,
-                "BR": rank_tile(rank, MAX_RANK),
+                **_blocks(rank, config.BK),
                 "PRECISION": _precision(chip),
                 "INTERP": False,
             },
-            warps=config.warps,
+            warps=_warps(chip, rank, config.warps),
             stages=config.stages,
             matrix=ANY_MATRIX,
             fp_fusion=False,

@@ -257,6 +257,18 @@ def test_dropped_elements_do_not_leak_nan(device):
             assert all(grad.isfinite().all() for grad in da_of(x, torch.ones(33, 2, device=device), seed, 0.5))
 
 
+def test_norms_of_wide_ranks_are_left_to_torch(device):
+    w, a, b = (
+        dense(torch.randn(20, 40, device=device)),
+        *(torch.randn(s, device=device) for s in ((130, 40), (20, 130))),
+    )
+    with use_backend("triton"):
+        out = OPS["row_norm"](w, a, b, 0.1, None)
+    torch.testing.assert_close(out, OPS["row_norm"].reference(w, a, b, 0.1, None))
+    with pytest.raises(ValueError, match="rank 130"):
+        OPS["row_norm"].launch(w, a, b, 0.1, None)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_missing_seed_is_refused(backend, device):
     x, a = torch.ones(4, 8, device=device), torch.ones(2, 8, device=device)
