@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -188,8 +189,21 @@ def has_triton_gpu(device: torch.device) -> bool:
     if device.type != "cuda":  # ROCm devices call themselves cuda as well
         return False
     if _gpu_usable is None:
-        _gpu_usable = has_triton()
+        _gpu_usable = has_triton() and (is_interpreting() or torch.compiler.is_compiling() or _has_driver())
     return _gpu_usable
+
+
+def _has_driver() -> bool:
+    """Whether Triton can talk to the GPU, for which it compiles a few lines of C; says so once where it cannot."""
+    try:
+        importlib.import_module("triton.runtime.driver").driver.active.get_current_device()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"peftfast: Triton does not work here, so plain torch computes everything ({reason})", stacklevel=2
+        )
+        return False
+    return True
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)

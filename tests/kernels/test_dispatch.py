@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import peftfast_kernels
-from peftfast_kernels import OPS, get_backend, lora_down, lora_gemm_t, set_backend, use_backend
+from peftfast_kernels import OPS, get_backend, lora_down, lora_gemm_t, op, set_backend, use_backend
 from peftfast_kernels.decode import dense
 
 
@@ -26,6 +26,22 @@ def run_python(code, **environment):
 def test_import_loads_no_triton():
     done = run_python("import sys, peftfast_kernels; assert 'triton' not in sys.modules")
     assert done.returncode == 0, done.stderr
+
+
+def test_without_a_compiler_for_triton_torch_computes(monkeypatch):
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    runtime = pytest.importorskip("triton.runtime.driver")
+    monkeypatch.setattr(runtime, "driver", Driver())
+    monkeypatch.setattr(op, "_gpu_usable", None)
+    monkeypatch.setattr(op, "is_interpreting", lambda: False)
+    gpu = torch.device("cuda")
+    with pytest.warns(UserWarning, match="plain torch.*Failed to find C compiler"):
+        assert not op.has_triton_gpu(gpu)
+    assert not op.has_triton_gpu(gpu)  # it is not tried, or said, again
 
 
 def test_everything_runs_with_triton_blocked():
