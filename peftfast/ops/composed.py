@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfast.ops.function import apply, composing, first_order, transformed
+from peftfast.ops.function import apply, composing, exporting, first_order, transformed
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.decode import weight_kn, weight_nk
@@ -42,7 +42,7 @@ class _FrozenProduct(torch.autograd.Function):
 def composes(x: Tensor) -> bool:
     """Whether this is how the product with x is best computed, or the only way."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()  # a graph for others is of torch's operations, and has their derivatives
+        return exporting()  # a graph for others is of torch's operations, and has their derivatives
     small = x.is_cpu and x.numel() <= SMALL.get(x.dtype.itemsize, 0) and get_backend() == "auto"
     return small or transformed()
 

@@ -45,10 +45,18 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _flagged_as_exporting() -> bool:
+    return torch.compiler._is_exporting_flag
+
+
+#: Whether torch.export is tracing. Inside whatever torch 2.11 compiles, its own function says yes.
+exporting = torch.compiler.is_exporting if torch.__version__ >= "2.12" else _flagged_as_exporting
+
+
 def composing() -> bool:
     """Whether formulas have to be of torch's own operations: where `transformed()`, and under `torch.export`, which
     would keep what a Function's `forward` does and derive that, without what it computes outside the graph."""
-    return transformed() or torch.compiler.is_exporting()
+    return transformed() or exporting()
 
 
 def apply(function: type[Function], *args: Any) -> Any:
