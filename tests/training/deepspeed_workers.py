@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
-from training.tiny import batch, llama, rows
+from training.tiny import batch, checkpoint, llama, rows
 
 import peftfast
 
@@ -176,7 +176,7 @@ def train(kind: str, folder: Path) -> dict:
     flags = kind.split("+")
     model = model_of(kind)
     if "checkpointing" in flags or "reentrant" in flags:
-        model.activation_checkpointing_enable({"use_reentrant": "reentrant" in flags})
+        checkpoint(model, "reentrant" in flags)
         model.enable_input_require_grads()
     if "blocks" in flags:
         peftfast.fuse_blocks(model)

@@ -179,6 +179,7 @@ def test_adapters_swapped_between_epochs():
     assert largest_difference(found[0][1], found[1][1]) < 1e-4
 
 
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="autograd's threads of a CUDA build do not survive a fork")
 @pytest.mark.parametrize("method", ["LoRA", "AdaLoRA"])
 def test_two_processes(method):
     """Each has half of every batch; afterwards the model here has the trained weights."""
