@@ -66,6 +66,7 @@ SHARES = {
     "linear": 0.24, "layer": 0.10, "mixed": 0.05, "step": 0.08, "decode": 0.07, "questions": 0.10, "ops": 0.16,
     "compiled": 0.10, "tune": 0.10,
 }  # fmt: skip
+LONG = ("compiled", "tune")  # not for a quick look
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -278,7 +279,7 @@ class Bench:
 
         linears = [case for case in linear_cases(True, self.dry) if case[2].format != "int8"]
         layers = list(layer_cases(True, self.dry))
-        cases = [] if self.quick else [*linears[:2], *layers, *linears[2:]]
+        cases = [*linears[:2], *layers, *linears[2:]]
         self.each("compiled", cases, measure, lambda case: case[1 if len(case) == 2 else 2])
 
     def _gate_losses(self, built: dict, ids: torch.Tensor, size: Size) -> dict[str, tuple[float, bool]]:
@@ -356,8 +357,6 @@ class Bench:
 
     def tune(self) -> None:
         """The rest of the budget goes into a proposed dispatch table."""
-        if self.quick or self.path is None:
-            return
         left = max(self.deadline.seconds - self.deadline.used, 3.0)
         path = self.path.with_name(f"dispatch-{self._about['chip']}.json")
         entries, _ = tune.run(path, self.device, left, self.dry)
@@ -481,7 +480,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one minute: the few rows that tell most")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, no claims")
     parser.add_argument("--seconds", type=float, help="budget (default 560, with --quick 55)")
-    parser.add_argument("--only", nargs="*", choices=SHARES, default=list(SHARES), help="suites to run, in this order")
+    parser.add_argument("--only", nargs="*", choices=SHARES, help="suites to run, in this order")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of CSV, page and table")
     parser.add_argument("--csv", type=Path, help="file of the rows; what is in it stays (default: a new one)")
     parser.add_argument("--after", nargs=2, default=("", "-1"), help=argparse.SUPPRESS)  # of a run that starts anew
@@ -492,18 +491,20 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     device = "cpu" if args.dry_run else "cuda"
     seconds = args.seconds or (55 if args.quick else 560)
+    suites = args.only or [suite for suite in SHARES if not (args.quick and suite in LONG)]
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = args.csv or args.out / f"{chip_of(torch.device(device))}-{stamp}{'-dry' * args.dry_run}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     after = (args.after[0], int(args.after[1]))
-    bench = Bench(device, seconds, args.quick, args.dry_run, path, args.only, after)
+    bench = Bench(device, seconds, args.quick, args.dry_run, path, suites, after)
     print(f"{bench._about['device']}, {bench._about['versions']}", flush=True)
     bench.clock.warm_up(1.0 if args.quick else 3.0)
-    for suite in args.only:
+    for suite in suites:
         try:
             getattr(bench, suite)()
         except Lost as lost:
-            _start_anew(args, path, bench.deadline, *lost.args)
+            rest = suites[suites.index(suite) :]
+            _start_anew(args, path, bench.deadline, rest, *lost.args)
     print(summary(bench))
     print(f"{len(bench.rows)} rows in {bench.deadline.used:.0f} s -> {path}")
     if args.dry_run:
@@ -515,9 +516,10 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if bench.red else 0
 
 
-def _start_anew(args: argparse.Namespace, path: Path, deadline: Deadline, suite: str, position: int) -> None:
+def _start_anew(
+    args: argparse.Namespace, path: Path, deadline: Deadline, rest: list[str], suite: str, position: int
+) -> None:
     """This program in place of this process, for the cases after the one in which the GPU was lost."""
-    rest = args.only[args.only.index(suite) :]
     print(f"{deadline.used:6.1f} s  the GPU answers nothing any more: starting anew", flush=True)
     left = max(deadline.seconds - deadline.used, 1.0)
     command = [__file__, "--csv", str(path), "--seconds", f"{left:.0f}", "--after", suite, str(position)]
