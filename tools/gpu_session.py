@@ -68,12 +68,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
     tune = ("tools/tune.py", *dryness)
     suites = ("questions",) if dry else TARGETED
     bench = ("bench/gpu.py", "--csv", str(out / "bench.csv"), "--only", *suites, *dryness)
-    host = (
-        "bench/host_gpu_path.py",
-        "--only",
-        "linear",
-        *(("--seconds", "0.01") if dry else ("layer", "--seconds", "0.2")),
-    )
+    host = ("bench/host_gpu_path.py", "--only", *(("linear",) if dry else ("linear", "layer")), "--seconds", "0.2")
     found = [
         Step("machine", ("tools/gpu_session.py", "--machine", "--out", str(out)), 8),
         Step("tests", tests, 24, "tests.log",

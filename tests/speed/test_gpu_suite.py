@@ -202,6 +202,7 @@ def test_what_is_measured_covers_what_is_claimed():
 def test_quartiles_and_gate():
     sample = measure._sample([4.0, 1.0, 2.0, 3.0, 100.0])
     assert sample.median == 3.0 and sample.q1 < 3.0 < sample.q3 and sample.rounds == 5
+    assert measure.head_start(1e-5) == 1_000_000 and measure.head_start(2e-3) == 8_000_000  # 4 ms at 2 GHz
     assert measure.no_worse(1.0e-3, 1e-3, torch.float32) and not measure.no_worse(1.2e-3, 1e-3, torch.float32)
     assert measure.no_worse(1e-3, 0.0, torch.bfloat16)  # below a quarter ulp
     assert measure.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
