@@ -3,6 +3,8 @@
     python tools/fake_gpu SCRIPT or -m MODULE [arguments]             kernels do nothing: host time, launches, memory
     python tools/fake_gpu --compute SCRIPT or -m MODULE [arguments]   results are right, and slow: do GPU paths work?
 
+``--chip sm_86`` lets it be another chip than sm_90, in what Triton compiles and how much shared memory a kernel may use.
+
 For instance
 
     python tools/fake_gpu bench/host_gpu_path.py --only linear
@@ -61,8 +63,23 @@ def _answers(names: set[str]) -> str:
     return "".join(f"int {name}() {{ return 0; }}\n" for name in sorted(names))
 
 
-def build() -> Path:
-    """The folder of the two libraries, built once for each state of their sources and of PyTorch."""
+def _as_chip(chip: str | None) -> list[str]:
+    """Definitions for the compiler that make the GPU this chip."""
+    if chip is None:
+        return []
+    sys.path.insert(0, str(HERE.parent.parent / "kernels"))
+    from peftfast_kernels.configs import SHARED_MEMORY
+
+    known = [name for name in SHARED_MEMORY if name.startswith("sm_")]
+    if chip not in known:
+        raise SystemExit(f"fake_gpu: --chip {chip!r}: one of {', '.join(known)}")
+    major, minor = divmod(int(chip[3:]), 10)
+    return [f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DSHARED={SHARED_MEMORY[chip]}"]
+
+
+def build(chip: str | None = None) -> Path:
+    """The folder of the two libraries, built once for each chip and each state of their sources and of PyTorch."""
+    defined = _as_chip(chip)
     libraries = _folder_of("torch") / "lib"
     asked = _symbols_asked_for(libraries)
     headers = next(_folder_of("nvidia").glob("*/include/cuda_runtime_api.h")).parent  # of the CUDA that torch brings
@@ -75,13 +92,13 @@ def build() -> Path:
         "runtime_answers.c": _answers(asked - LEFT_ALONE - _defined_in(runtime.read_text())),
         "driver.c": driver.read_text() + _answers(declared - _defined_in(driver.read_text())),
     }
-    digest = hashlib.sha256("".join(sources.values()).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("".join([*defined, *sources.values()]).encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"fake-gpu-{digest}"
     if not (folder / "libcuda.so.1").exists():
         folder.mkdir(exist_ok=True)
         for name, text in sources.items():
             (folder / name).write_text(text)
-        gcc = ["gcc", "-O2", "-shared", "-fPIC", "-w"]
+        gcc = ["gcc", "-O2", "-shared", "-fPIC", "-w", *defined]
         made = ["runtime.c", "runtime_answers.c", f"-I{headers}", f"-I{compilers}", "-o", "libruntime.so"]
         subprocess.run([*gcc, *made], cwd=folder, check=True)
         subprocess.run([*gcc, "-Wl,-soname,libcuda.so.1", "driver.c", "-o", "libcuda.so.1"], cwd=folder, check=True)
@@ -89,15 +106,19 @@ def build() -> Path:
 
 
 def main(argv: list[str]) -> None:
-    options = []
-    while argv and argv[0] in ("--compute", "--everywhere"):
-        options.append(argv.pop(0))
+    options, chip = [], None
+    while argv and argv[0] in ("--compute", "--everywhere", "--chip"):
+        option = argv.pop(0)
+        if option == "--chip":
+            chip = argv.pop(0) if argv else ""
+        else:
+            options.append(option)
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return
     if not sys.platform.startswith("linux"):
         raise SystemExit("fake_gpu: LD_PRELOAD, which this needs, is Linux's")
-    folder = build()
+    folder = build(chip)
     environment = {
         **os.environ,
         "LD_PRELOAD": str(folder / "libruntime.so"),

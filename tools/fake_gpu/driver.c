@@ -2,6 +2,10 @@
 
 #include <stdint.h>
 
+#ifndef SHARED /* an H100's */
+#define SHARED 232448
+#endif
+
 static unsigned long launches;
 
 /* For whoever counts (ctypes). */
@@ -15,7 +19,7 @@ int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
 int cuDeviceGetAttribute(int *value, int which, int device)
 {
-    *value = which == 10 /* warp size */ ? 32 : which == 16 /* multiprocessors */ ? 132 : 232448 /* shared memory */;
+    *value = which == 10 /* warp size */ ? 32 : which == 16 /* multiprocessors */ ? 132 : SHARED;
     return 0;
 }
 int cuModuleLoadData(void **module, const void *image) { *module = (void *)16; return 0; }

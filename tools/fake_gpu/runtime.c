@@ -13,6 +13,12 @@
 #define YES return cudaSuccess
 #define GIB ((size_t)1 << 30)
 
+#ifndef SHARED /* an H100's */
+#define MAJOR 9
+#define MINOR 0
+#define SHARED 232448
+#endif
+
 static const size_t total = 80 * GIB;
 static size_t used;
 static unsigned long launches, products;
@@ -21,7 +27,7 @@ static unsigned long launches, products;
 unsigned long fake_gpu_launches(void) { return launches; }
 unsigned long fake_gpu_products(void) { return products; }
 
-/* ---- the device: an H100, as far as anybody asks --------------------------------------------------------------- */
+/* ---- the device: in all but what a chip allows, an H100 --------------------------------------------------------------- */
 cudaError_t cudaGetDeviceCount(int *count) { *count = 1; YES; }
 cudaError_t cudaGetDevice(int *device) { *device = 0; YES; }
 cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; YES; }
@@ -32,14 +38,15 @@ cudaError_t cudaDeviceGetPCIBusId(char *id, int length, int device) { strncpy(id
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
 {
     memset(p, 0, sizeof *p);
-    strcpy(p->name, "a GPU that is not there (H100)");
-    p->major = 9;
+    strcpy(p->name, "a GPU that is not there");
+    p->major = MAJOR;
+    p->minor = MINOR;
     p->totalGlobalMem = total;
     p->multiProcessorCount = 132;
     p->warpSize = 32;
     p->sharedMemPerBlock = 49152;
-    p->sharedMemPerBlockOptin = 232448;
-    p->sharedMemPerMultiprocessor = 233472;
+    p->sharedMemPerBlockOptin = SHARED;
+    p->sharedMemPerMultiprocessor = SHARED + 1024;
     p->regsPerBlock = p->regsPerMultiprocessor = 65536;
     p->maxThreadsPerBlock = p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024;
     p->maxThreadsDim[2] = 64;
@@ -55,7 +62,8 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int device)
 {
     switch (which) {
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = MAJOR; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = MINOR; break;
     case cudaDevAttrMaxGridDimX: *value = 2147483647; break;
     case cudaDevAttrMaxGridDimY:
     case cudaDevAttrMaxGridDimZ: *value = 65535; break;
@@ -64,7 +72,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int de
     case cudaDevAttrMultiProcessorCount: *value = 132; break;
     case cudaDevAttrWarpSize: *value = 32; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 49152; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 232448; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = SHARED; break;
     default: *value = 0;
     }
     YES;

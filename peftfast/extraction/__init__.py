@@ -1,0 +1,1 @@
+"""A plain LoRA in place of changed weights."""

@@ -1,0 +1,137 @@
+"""A plain LoRA in place of an adapter: of another method, or of a higher rank."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig, PeftType
+from peftfast.errors import enumerate_some
+from peftfast.extraction.factors import PREFIX, Change, Svd, as_lora, check_rank, is_table, set_targets, svd
+from peftfast.files.fingerprint import fingerprint
+from peftfast.files.io import save_adapter
+from peftfast.files.state import adapter_entries, wrapped_modules
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.method import Adapter
+from peftfast.methods.lora_combine import svd_of_sum
+from peftfast.methods.lora_config import LoraConfig
+
+
+@torch.no_grad()
+def convert_to_lora(
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A plain LoRA that changes the weights as adapter `adapter_name` of `model` does, or as nearly as its rank allows:
+    AdaLoRA and DoRA for servers that know neither, a LoRA of a lower rank.
+
+    What has factors (LoRA, AdaLoRA) is decomposed through them, in no time; DoRA's change takes an SVD of the weight's
+    size. modules_to_save and trained tokens come along. The scaling is inside the factors: it is 1.
+
+    Args:
+        rank: of every module; or a share in (0, 1] of the squared singular values that each module's rank must keep.
+        compile_kwargs: arguments of `torch.compile` for the decomposition.
+
+    Returns:
+        Config and tensors as they are in files, for `get_peft_model` and `set_peft_model_state_dict`.
+
+    Raises:
+        TypeError: there are no adapters here, or some that add no matrix to a weight (IA3, prompts).
+        ValueError: a rank that is none, or larger than a weight; an adapter that trains biases of the base.
+    """
+    check_rank(rank)
+    layers = _convertible(model, adapter_name)
+    cfg = getattr(model, "peft_config", {}).get(adapter_name)
+    _check_config(cfg)
+    if isinstance(rank, int):
+        for layer in layers.values():
+            if rank > min(layer.site.weight.shape):
+                raise ValueError(
+                    f"The chosen rank {rank} is larger than the weight shape ({min(layer.site.weight.shape)}), please "
+                    "choose a lower rank."
+                )
+    decomposed = svd if compile_kwargs is None else torch.compile(svd, **compile_kwargs)
+
+    def changes() -> Iterator[Change]:
+        from tqdm.auto import tqdm
+
+        for key, layer in tqdm(layers.items(), disable=not progressbar, desc="Converting to LoRA"):
+            adapter = layer.adapters[adapter_name]
+            dtype = adapter[adapter.pair[0]].dtype
+            bias = {f"{slot}.bias": adapter[f"{slot}.bias"] * adapter.scale for slot in adapter.pair
+                    if f"{slot}.bias" in adapter}  # fmt: skip
+            yield Change(key.removeprefix(PREFIX), layer.site, _svd_of(adapter, layer, decomposed), dtype, bias)
+
+    config, tensors = as_lora(changes(), rank, cfg)
+    if cfg is None:
+        set_targets(config, [key.removeprefix(PREFIX) for key in layers], [n for n, _ in model.named_modules()])
+    inside = tuple(f"{key}." for key in layers)
+    for entry in adapter_entries(model, adapter_name) if cfg is not None else ():
+        if not entry.file.startswith(inside):
+            tensors[entry.file] = getattr(entry.owner, entry.attribute).detach().clone()
+    return config, tensors
+
+
+def save_as_lora(
+    path: str | os.PathLike,
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """`convert_to_lora`, written to the folder `path`."""
+    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    save_adapter(Path(path), config, tensors, auto_mapping=None, base=fingerprint(base))
+
+
+def _convertible(model: nn.Module, name: str) -> dict[str, BaseTunerLayer]:
+    """The layers that have the adapter, by their names in files."""
+    found = {key: module for key, module in wrapped_modules(model) if isinstance(module, BaseTunerLayer)}
+    if not found:
+        raise TypeError("Could not detect any layer that supports LoRA conversion.")
+    layers = {key: layer for key, layer in found.items() if name in layer.adapters}
+    if not layers:
+        present = sorted({a for layer in found.values() for a in layer.adapters})
+        raise ValueError(f"Adapter {name!r} not found. Adapters present: {present}")
+    unsupported = [key for key, layer in layers.items() if not layer.supports_lora_conversion(name)]
+    if unsupported:
+        kinds = sorted({layers[key]._get_name() for key in unsupported})
+        raise TypeError(
+            f"Some module types on this model do not support LoRA conversion: {', '.join(kinds)} "
+            f"({enumerate_some(unsupported)})."
+        )
+    return {key if key.startswith(PREFIX) else PREFIX + key: layer for key, layer in layers.items()}
+
+
+def _check_config(cfg: PeftConfig | None) -> None:
+    if cfg is None:
+        return
+    if getattr(cfg, "bias", "none") != "none":
+        raise ValueError(f"The adapter's config sets bias={cfg.bias}, this is not supported right now.")
+    if cfg.peft_type == PeftType.LORA and not cfg.use_dora:
+        warnings.warn(
+            "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.",
+            stacklevel=4,
+        )
+
+
+def _svd_of(adapter: Adapter, layer: BaseTunerLayer, decomposed: Callable[[Tensor], Svd]) -> Svd:
+    pair = adapter.method.as_product(adapter)
+    if pair is not None:
+        a, b = (f.flatten(1).to(torch.promote_types(f.dtype, torch.float32)) for f in pair)
+        return svd_of_sum([(a, b)], [1.0])
+    shape = layer.site.weight.shape
+    change = layer.get_delta_weight(adapter.name)
+    change = change.t() if change.dim() == 2 and change.shape != shape else change.reshape(shape)
+    return decomposed(change.t() if is_table(layer.site) else change)

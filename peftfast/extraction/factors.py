@@ -1,0 +1,118 @@
+"""From changes of weights to a LoRA's config and tensors, as files have them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftfast.config import PeftConfig
+from peftfast.errors import enumerate_some
+from peftfast.methods.lora_combine import padded
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.sites import Site
+from peftfast.wrapping.targets import make_matcher, shortest_suffixes
+
+logger = logging.getLogger("peftfast")
+
+PREFIX = "base_model.model."  # of every key in a file
+#: Fields that say which modules an adapter is in, and what else of the model it keeps.
+_WHERE = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication",
+    "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
+    "base_model_name_or_path", "revision", "task_type",
+)  # fmt: skip
+
+
+#: u [N, q], s [q], vh [q, K] with u diag(s) vh the change of a weight.
+Svd = tuple[Tensor, Tensor, Tensor]
+
+
+class Change(NamedTuple):
+    """What is to become factors in one module."""
+
+    name: str  # of the module in the base model
+    site: Site
+    svd: Svd
+    dtype: torch.dtype  # of the factors
+    bias: Mapping[str, Tensor]  # of the up factor's module, by slot
+
+
+def check_rank(rank: int | float) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise TypeError(f"rank must be an int, or a float in (0, 1], got {rank!r} of type {type(rank).__name__}")
+    if isinstance(rank, float) and not 0 < rank <= 1:
+        raise ValueError(
+            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
+        )
+    if rank == 0:
+        raise ValueError("Passing a rank of 0 doesn't make sense, please pass a valid value.")
+    if rank < 0:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+
+
+def is_table(site: Site) -> bool:
+    """Whether the site's weight is looked up: its factors make the transpose of W."""
+    return "lora_embedding_A" in site.low_rank_slots(1)
+
+
+def svd(change: Tensor) -> Svd:
+    return torch.linalg.svd(change, full_matrices=False)
+
+
+def _enough(s: Tensor, share: float) -> int:
+    """The smallest rank that keeps `share` of the squared singular values."""
+    energy = torch.cumsum(s.double() ** 2, 0)
+    return min(int(torch.searchsorted(energy, share * energy[-1])) + 1, len(s))
+
+
+def as_lora(
+    changes: Iterable[Change], rank: int | float, cfg: PeftConfig | None, limited: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Config and tensors. `limited`: ranks are at most what a weight can have."""
+    general = rank if isinstance(rank, int) else 1
+    ranks: dict[str, int] = {}
+    tensors: dict[str, Tensor] = {}
+    kept: list[float] = []
+    biased = False
+    for name, site, (u, s, vh), dtype, bias in changes:
+        most = min(site.weight.shape)
+        r = _enough(s, rank) if isinstance(rank, float) else min(rank, most) if limited else rank
+        total = float((s.double() ** 2).sum())
+        kept.append(float((s[:r].double() ** 2).sum()) / total if total else 1.0)
+        pair = (padded(vh[:r], 0, r), padded(u[:, :r] * s[:r], 1, r))
+        for (slot_name, slot), factor in zip(site.low_rank_slots(r).items(), pair, strict=True):
+            key = f"{PREFIX}{name}.{slot_name}" + (".weight" if slot.holder is not None else "")
+            tensors[key] = factor.reshape(slot.shape).to(dtype).contiguous()
+        for slot, value in bias.items():
+            biased = True
+            tensors[f"{PREFIX}{name}.{slot}"] = value.detach().to(dtype)
+        if r != general or isinstance(rank, float):
+            ranks[name] = r
+    if kept:
+        logger.info("peftfast: %d modules, %.4f to %.4f of the change kept", len(kept), min(kept), max(kept))
+    # the first name that a module's ends with counts, so longer ones stand first
+    pattern = dict(sorted(ranks.items(), key=lambda item: -item[0].count(".")))
+    fields = {} if cfg is None else {n: getattr(cfg, n) for n in _WHERE if getattr(cfg, n, None) is not None}
+    config = LoraConfig(
+        r=general, lora_alpha=general, rank_pattern=pattern, alpha_pattern=dict(pattern), lora_bias=biased, **fields
+    )
+    return config, tensors
+
+
+def set_targets(config: LoraConfig, wanted: list[str], names: Iterable[str]) -> None:
+    """Let the config's targets be these modules and no others."""
+    names, only = [n for n in names if n], set(wanted)
+    config.target_modules = shortest_suffixes(wanted, [n for n in names if n not in only])
+    if {n for n in names if make_matcher(config)(n)} != only:  # a name that another's ends with
+        config.target_modules = "|".join(re.escape(n) for n in wanted)
+    missed = only - {n for n in names if make_matcher(config)(n)}
+    if missed:
+        raise ValueError(
+            f"{enumerate_some(sorted(missed))} would be kept whole as well, because modules_to_save="
+            f"{config.modules_to_save} matches by the ends of names"
+        )

@@ -1,0 +1,143 @@
+"""A plain LoRA of what two models differ in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.extraction.factors import PREFIX, Change, as_lora, check_rank, is_table, set_targets, svd
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.stand_in import StandIn
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.quantization.originals import Originals
+from peftfast.sites import Site, make_site
+from peftfast.sites.site import has_site
+
+
+@torch.no_grad()
+def extract_lora(
+    base: nn.Module, tuned: nn.Module | str | os.PathLike | Mapping[str, Tensor], rank: int | float
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A LoRA that makes `tuned` of `base`, as nearly as its rank allows: for models that were trained in full, and
+    those that adapters have been merged into.
+
+    Every module that can carry a LoRA and whose weight differs gets one. What differs elsewhere, norms and biases, is
+    kept whole, as modules_to_save. How much of the change the ranks keep is logged.
+
+    Args:
+        base: without adapters; of a quantised one, what quantising lost is part of the change.
+        tuned: a model of the same modules without adapters, not quantised; its state dict; or a folder with
+            `model.safetensors`, whole or sharded.
+        rank: of every module, less where its weight has less; or a share in (0, 1] of the squared singular values that
+            each module's rank must keep.
+
+    Returns:
+        Config and tensors in fp32, as `convert_to_lora` gives them.
+
+    Raises:
+        ValueError: a rank that is none; adapters in one of the two; nothing differs; a tensor of `base` is missing in
+            `tuned` or has another shape there (of a resized vocabulary: resize the base first); values that are not
+            finite. TypeError, FileNotFoundError: `tuned` is nothing of the above.
+    """
+    check_rank(rank)
+    for model in (base, tuned):
+        if isinstance(model, nn.Module) and any(isinstance(m, (BaseTunerLayer, StandIn)) for m in model.modules()):
+            raise ValueError("extract_lora compares models without adapters; merge_and_unload() or unload() them first")
+    source = Originals(tuned, getattr(base, "base_model_prefix", ""))
+    sites, whole, tied = _differences(base, source)
+    if not sites and not whole:
+        raise ValueError("The two models do not differ in any tensor, so there is nothing to extract")
+
+    def changes() -> Iterator[Change]:
+        for name, (site, tensor) in sites.items():
+            if name in tied:
+                continue
+            change = _matrix(site, tensor, torch.float32) - site.weight.dense(torch.float32)
+            yield Change(name, site, svd(change.t() if is_table(site) else change), torch.float32, {})
+
+    config, tensors = as_lora(changes(), rank, None, limited=True)
+    for head, table in tied.items():  # one change under two names: the head's factors are the table's, exchanged
+        config.ensure_weight_tying = True
+        for own, theirs in (("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A")):
+            tensors[f"{PREFIX}{head}.{own}"] = tensors[f"{PREFIX}{table}.{theirs}"].t().contiguous()
+    names = [name for name, _ in base.named_modules() if name]
+    config.modules_to_save = sorted(whole) or None
+    if sites:
+        set_targets(config, list(sites), names)
+    config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+    config.fan_in_fan_out = any(getattr(site.weight, "transposed", False) for site, _ in sites.values())
+    for name in (n for n in names if any(n.endswith(saved) for saved in whole)):
+        for key in base.get_submodule(name).state_dict():
+            tensors[f"{PREFIX}{name}.{key}"] = source.tensor(f"{name}.{key}").detach().clone()
+    return config, tensors
+
+
+def _differences(
+    base: nn.Module, source: Originals
+) -> tuple[dict[str, tuple[Site, Tensor]], list[str], dict[str, str]]:
+    """Modules with another weight, that weight with them; those that have to be kept whole; and of the first, heads
+    that have the weight of a table in both models, with the table's name."""
+    sites: dict[str, tuple[Site, Tensor]] = {}
+    whole: list[str] = []
+    tied: dict[str, str] = {}
+    known: dict[int, str] = {}  # where a Parameter that several modules share was met first
+    for name, module in base.named_modules():
+        if any(name.startswith(f"{saved}.") for saved in whole):
+            continue
+        site = make_site(module) if has_site(module) and _carries(module) else None
+        own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k in module.state_dict()}}
+        for key, tensor in own.items():
+            if tensor is None:
+                continue
+            full = f"{name}.{key}" if name else key
+            first = known.setdefault(id(tensor), full)
+            theirs = source.tensor(full, first)
+            if site is not None and key == "weight":
+                if _differ(site.weight.dense(), _matrix(site, theirs, None), full):
+                    sites[name] = (site, theirs)
+                    table = first.rpartition(".")[0]
+                    if table != name and table in sites and is_table(sites[table][0]) and not is_table(site):
+                        if torch.equal(theirs, sites[table][1]):
+                            tied[name] = table
+            elif not (site is not None and site.weight.quantization and key != "bias") and _differ(
+                tensor, theirs, full
+            ):
+                whole.append(name)
+                break
+        if whole and whole[-1] == name:
+            sites = {n: s for n, s in sites.items() if n != name and not n.startswith(f"{name}.")}
+            if not name:
+                raise ValueError(
+                    f"{type(base).__name__} itself has a Parameter that differs, which no adapter can hold: {full}"
+                )
+    tied = {head: table for head, table in tied.items() if head in sites and table in sites}
+    return sites, whole, tied
+
+
+def _carries(module: nn.Module) -> bool:
+    """Whether a LoRA of any rank can be in this module."""
+    return getattr(module, "groups", 1) == 1 and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _matrix(site: Site, stored: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight in the layout of the site's module as W [N, K]."""
+    shape = site.weight.shape
+    if stored.numel() != shape[0] * shape[1]:
+        return stored
+    matrix = stored.t() if getattr(site.weight, "transposed", False) else stored.reshape(shape)
+    return matrix.to(device=site.weight.device, dtype=dtype or matrix.dtype)
+
+
+def _differ(ours: Tensor, theirs: Tensor, name: str) -> bool:
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"{name} is {list(ours.shape)} in the base and {list(theirs.shape)} in the tuned model; a vocabulary that "
+            "was resized needs base.resize_token_embeddings first"
+        )
+    if theirs.is_floating_point() and not torch.isfinite(theirs).all():
+        raise ValueError(f"{name} of the tuned model has values that are not finite")
+    # a model that was only stored in another dtype is the same model
+    return not torch.equal(ours.detach().to(theirs.dtype), theirs.detach().to(ours.device))
