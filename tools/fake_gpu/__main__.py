@@ -3,7 +3,7 @@
     python tools/fake_gpu SCRIPT or -m MODULE [arguments]             kernels do nothing: host time, launches, memory
     python tools/fake_gpu --compute SCRIPT or -m MODULE [arguments]   results are right, and slow: do GPU paths work?
 
-``--chip sm_86`` lets it be another chip than sm_90, in what Triton compiles and how much shared memory a kernel may use.
+``--chip sm_86`` makes it another chip than sm_90, in what Triton compiles and how much shared memory a kernel may use.
 
 For instance
 
