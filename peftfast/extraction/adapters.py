@@ -18,7 +18,7 @@ from peftfast.files.fingerprint import fingerprint
 from peftfast.files.io import save_adapter
 from peftfast.files.state import adapter_entries, wrapped_modules
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.method import Adapter
+from peftfast.method import Adapter, method_for
 from peftfast.methods.lora_combine import svd_of_sum
 from peftfast.methods.lora_config import LoraConfig
 
@@ -46,7 +46,8 @@ def convert_to_lora(
 
     Raises:
         TypeError: there are no adapters here, or some that add no matrix to a weight (IA3, prompts).
-        ValueError: a rank that is none, or larger than a weight; an adapter that trains biases of the base.
+        ValueError: a rank that is none, or larger than a weight; an adapter that trains biases of the base, or whose
+            initialisation changed the base (PiSSA, OLoRA, CorDA, LoftQ). RuntimeError: DoRA beside merged adapters.
     """
     check_rank(rank)
     layers = _convertible(model, adapter_name)
@@ -117,6 +118,11 @@ def _convertible(model: nn.Module, name: str) -> dict[str, BaseTunerLayer]:
 def _check_config(cfg: PeftConfig | None) -> None:
     if cfg is None:
         return
+    if method_for(cfg).changes_base(cfg):
+        raise ValueError(
+            f"init_lora_weights={cfg.init_lora_weights!r} has changed the base weights, which a plain LoRA starts from "
+            "unchanged. Save the adapter with path_initial_model_for_weight_conversion= and convert that"
+        )
     if getattr(cfg, "bias", "none") != "none":
         raise ValueError(f"The adapter's config sets bias={cfg.bias}, this is not supported right now.")
     if cfg.peft_type == PeftType.LORA and not cfg.use_dora:

@@ -226,6 +226,11 @@ class Merger:
             raise ValueError(f"Adapter {adapter} not found. Present here: {sorted(layer.adapters)}")
         check_mergeable(layer)
         view = layer.adapters[adapter]
+        if layer.merged_adapters and (not hasattr(view.method, "as_product") or view.method.as_product(view) is None):
+            raise RuntimeError(
+                f"What {adapter} changes depends on the base weight, which contains {', '.join(layer.merged_adapters)} "
+                "now. Please unmerge first."
+            )
         with torch.no_grad():
             base = Dense(layer.site.weight.dense(torch.float32), None)
             change = view.method.merged(layer.site, base, view, base).weight - base.weight

@@ -168,6 +168,12 @@ def test_refusals_of_conversion():
         peftfast.convert_to_lora(model, 33)
     with pytest.raises(ValueError, match="sets bias=all"):
         peftfast.convert_to_lora(adapted(bias="all"), 4)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' has changed the base weights"):
+        peftfast.convert_to_lora(adapted(init_lora_weights="pissa"), 4)
+    merged = adapted(use_dora=True)
+    merged.merge_adapter()
+    with pytest.raises(RuntimeError, match="depends on the base weight, which contains default now. Please unmerge"):
+        peftfast.convert_to_lora(merged, 4)
 
 
 # ---- of two models ---------------------------------------------------------------------------------------------------

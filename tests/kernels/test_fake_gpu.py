@@ -21,6 +21,11 @@ def test_other_builds_are_refused():
     assert done.returncode == 1 and "not a CUDA build" in done.stderr and "ran" not in done.stdout
 
 
+def test_chips_that_nobody_knows_are_refused():
+    done = run("--chip", "sm_75", "-c", "print('ran')")
+    assert done.returncode == 1 and "--chip 'sm_75': one of sm_80, sm_86" in done.stderr and "ran" not in done.stdout
+
+
 @pytest.mark.skipif(torch.version.cuda is None or torch.cuda.is_available(), reason="needs a CUDA build and no GPU")
 def test_results_are_those_of_the_host(tmp_path):
     script = tmp_path / "script.py"
