@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def convert_to_lora(
                     f"The chosen rank {rank} is larger than the weight shape ({min(layer.site.weight.shape)}), please "
                     "choose a lower rank."
                 )
-    decomposed = svd if compile_kwargs is None else torch.compile(svd, **compile_kwargs)
+    decomposed = partial(svd if compile_kwargs is None else torch.compile(svd, **compile_kwargs), rank=rank)
 
     def changes() -> Iterator[Change]:
         from tqdm.auto import tqdm
@@ -136,7 +137,8 @@ def _svd_of(adapter: Adapter, layer: BaseTunerLayer, decomposed: Callable[[Tenso
     pair = adapter.method.as_product(adapter)
     if pair is not None:
         a, b = (f.flatten(1).to(torch.promote_types(f.dtype, torch.float32)) for f in pair)
-        return svd_of_sum([(a, b)], [1.0])
+        u, s, vh = svd_of_sum([(a, b)], [1.0])
+        return Svd(u, s, vh, (s.double() ** 2).sum())
     shape = layer.site.weight.shape
     change = layer.get_delta_weight(adapter.name)
     change = change.t() if change.dim() == 2 and change.shape != shape else change.reshape(shape)

@@ -28,8 +28,18 @@ _WHERE = (
 )  # fmt: skip
 
 
-#: u [N, q], s [q], vh [q, K] with u diag(s) vh the change of a weight.
-Svd = tuple[Tensor, Tensor, Tensor]
+#: Weights from this size on are decomposed as far as a small rank needs: all of it takes a CPU minutes a weight.
+LARGE = 512
+ITERATIONS = 8
+
+
+class Svd(NamedTuple):
+    """u [N, q], s [q], vh [q, K] with u diag(s) vh the change of a weight, or its largest part."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    energy: Tensor  # of the whole change: the sum of its squared singular values
 
 
 class Change(NamedTuple):
@@ -60,8 +70,17 @@ def is_table(site: Site) -> bool:
     return "lora_embedding_A" in site.low_rank_slots(1)
 
 
-def svd(change: Tensor) -> Svd:
-    return torch.linalg.svd(change, full_matrices=False)
+def svd(change: Tensor, rank: int | float) -> Svd:
+    """All of a change [N, K], or for a rank that is small beside it twice that many directions, by subspace iteration
+    (Halko et al., arXiv 0909.4061). What those leave is at most 0.1 % more than what the best leave, also of noise."""
+    energy = torch.linalg.vector_norm(change).double() ** 2
+    least = min(change.shape)
+    if isinstance(rank, float) or least < LARGE or 8 * rank > least:
+        return Svd(*torch.linalg.svd(change, full_matrices=False), energy)
+    with torch.random.fork_rng(devices=[change.device] if change.is_cuda else []):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(change, q=2 * rank, niter=ITERATIONS)
+    return Svd(u, s, v.mT, energy)
 
 
 def _enough(s: Tensor, share: float) -> int:
@@ -79,11 +98,10 @@ def as_lora(
     tensors: dict[str, Tensor] = {}
     kept: list[float] = []
     biased = False
-    for name, site, (u, s, vh), dtype, bias in changes:
+    for name, site, (u, s, vh, energy), dtype, bias in changes:
         most = min(site.weight.shape)
         r = _enough(s, rank) if isinstance(rank, float) else min(rank, most) if limited else rank
-        total = float((s.double() ** 2).sum())
-        kept.append(float((s[:r].double() ** 2).sum()) / total if total else 1.0)
+        kept.append(float((s[:r].double() ** 2).sum() / energy) if energy else 1.0)
         pair = (padded(vh[:r], 0, r), padded(u[:, :r] * s[:r], 1, r))
         for (slot_name, slot), factor in zip(site.low_rank_slots(r).items(), pair, strict=True):
             key = f"{PREFIX}{name}.{slot_name}" + (".weight" if slot.holder is not None else "")

@@ -56,7 +56,7 @@ def extract_lora(
             if name in tied:
                 continue
             change = _matrix(site, tensor, torch.float32) - site.weight.dense(torch.float32)
-            yield Change(name, site, svd(change.t() if is_table(site) else change), torch.float32, {})
+            yield Change(name, site, svd(change.t() if is_table(site) else change, rank), torch.float32, {})
 
     config, tensors = as_lora(changes(), rank, None, limited=True)
     for head, table in tied.items():  # one change under two names: the head's factors are the table's, exchanged
