@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PeftType
 from peftfast.errors import enumerate_some
-from peftfast.extraction.factors import PREFIX, Change, Svd, as_lora, check_rank, is_table, set_targets, svd
+from peftfast.extraction.factors import PREFIX, Change, Svd, as_lora, check_rank, is_table, matrix, set_targets, svd
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.io import save_adapter
 from peftfast.files.state import adapter_entries, wrapped_modules
@@ -139,7 +139,5 @@ def _svd_of(adapter: Adapter, layer: BaseTunerLayer, decomposed: Callable[[Tenso
         a, b = (f.flatten(1).to(torch.promote_types(f.dtype, torch.float32)) for f in pair)
         u, s, vh = svd_of_sum([(a, b)], [1.0])
         return Svd(u, s, vh, (s.double() ** 2).sum())
-    shape = layer.site.weight.shape
-    change = layer.get_delta_weight(adapter.name)
-    change = change.t() if change.dim() == 2 and change.shape != shape else change.reshape(shape)
+    change = matrix(layer.site, layer.get_delta_weight(adapter.name))
     return decomposed(change.t() if is_table(layer.site) else change)

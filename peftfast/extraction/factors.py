@@ -70,6 +70,14 @@ def is_table(site: Site) -> bool:
     return "lora_embedding_A" in site.low_rank_slots(1)
 
 
+def matrix(site: Site, stored: Tensor) -> Tensor:
+    """What is in the layout of the site's weight as a matrix [N, K]; of another size, as it is."""
+    shape = site.weight.shape
+    if stored.numel() != shape[0] * shape[1]:
+        return stored
+    return stored.t() if getattr(site.weight, "transposed", False) else stored.reshape(shape)
+
+
 def svd(change: Tensor, rank: int | float) -> Svd:
     """All of a change [N, K], or for a rank that is small beside it twice that many directions, by subspace iteration
     (Halko et al., arXiv 0909.4061). What those leave is at most 0.1 % more than what the best leave, also of noise."""

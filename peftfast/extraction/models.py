@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from peftfast.extraction.factors import PREFIX, Change, as_lora, check_rank, is_table, set_targets, svd
+from peftfast.extraction.factors import PREFIX, Change, as_lora, check_rank, is_table, matrix, set_targets, svd
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.methods.lora_config import LoraConfig
@@ -55,7 +55,9 @@ def extract_lora(
         for name, (site, tensor) in sites.items():
             if name in tied:
                 continue
-            change = _matrix(site, tensor, torch.float32) - site.weight.dense(torch.float32)
+            change = matrix(site, tensor).to(device=site.weight.device, dtype=torch.float32) - site.weight.dense(
+                torch.float32
+            )
             yield Change(name, site, svd(change.t() if is_table(site) else change, rank), torch.float32, {})
 
     config, tensors = as_lora(changes(), rank, None, limited=True)
@@ -96,7 +98,7 @@ def _differences(
             first = known.setdefault(id(tensor), full)
             theirs = source.tensor(full, first)
             if site is not None and key == "weight":
-                if _differ(site.weight.dense(), _matrix(site, theirs, None), full):
+                if _differ(site.weight.dense(), matrix(site, theirs), full):
                     sites[name] = (site, theirs)
                     table = first.rpartition(".")[0]
                     if table != name and table in sites and is_table(sites[table][0]) and not is_table(site):
@@ -120,15 +122,6 @@ def _differences(
 def _carries(module: nn.Module) -> bool:
     """Whether a LoRA of any rank can be in this module."""
     return getattr(module, "groups", 1) == 1 and isinstance(getattr(module, "weight", None), Tensor)
-
-
-def _matrix(site: Site, stored: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A weight in the layout of the site's module as W [N, K]."""
-    shape = site.weight.shape
-    if stored.numel() != shape[0] * shape[1]:
-        return stored
-    matrix = stored.t() if getattr(site.weight, "transposed", False) else stored.reshape(shape)
-    return matrix.to(device=site.weight.device, dtype=dtype or matrix.dtype)
 
 
 def _differ(ours: Tensor, theirs: Tensor, name: str) -> bool:

@@ -125,6 +125,15 @@ def test_kinds_of_modules_and_all_that_an_adapter_keeps(kind, tmp_path):
     torch.testing.assert_close(oracle.logits(again), oracle.logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("targets", [["c_attn", "c_proj"], ["wte"]])
+def test_dora_in_every_layout(targets):
+    """Also where a transposed weight is square, and in a table."""
+    options = {"target_modules": targets, "use_dora": True, "fan_in_fan_out": targets != ["wte"]}
+    model = adapted(oracle.gpt2, **options)
+    again = loaded(oracle.gpt2, *peftfast.convert_to_lora(model, 32))
+    torch.testing.assert_close(oracle.logits(again), oracle.logits(model), rtol=1e-4, atol=1e-4)
+
+
 def test_convolutions_and_names_that_end_alike():
     class Net(nn.Module):
         def __init__(self):
