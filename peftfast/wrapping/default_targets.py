@@ -37,8 +37,8 @@ LORA: dict[str, list[str] | str] = {
 }  # fmt: skip
 
 _ADALORA_SAME = (
-    "llama", "llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "gptj", "gpt_neo", "gpt_neox", "bloom",
-    "gpt2", "gpt_bigcode", "bert", "deberta", "nemotron_h",
+    "llama", "llama4", "gemma", "gemma2", "gemma3_text", "gemma4", "qwen2", "qwen3", "gptj", "gpt_neo", "gpt_neox",
+    "bloom", "gpt2", "gpt_bigcode", "bert", "deberta", "nemotron_h",
 )  # fmt: skip
 
 ADALORA: dict[str, list[str] | str] = {

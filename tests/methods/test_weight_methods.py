@@ -463,6 +463,20 @@ def test_ia3_default_targets_are_pefts(tmp_path):
         assert peft.PeftConfig.from_pretrained(tmp_path).to_dict().keys() == ours.to_dict().keys()
 
 
+def test_tables_of_default_targets_are_pefts():
+    from peft.utils import constants
+
+    from peftfast.wrapping import default_targets
+
+    for name, ours in (
+        ("LORA_TARGET", default_targets.LORA),
+        ("ADALORA_TARGET", default_targets.ADALORA),
+        ("IA3_TARGET", default_targets.IA3),
+        ("IA3_FEEDFORWARD", default_targets.IA3_FEEDFORWARD),
+    ):
+        assert ours == getattr(constants, f"TRANSFORMERS_MODELS_TO_{name}_MODULES_MAPPING"), name
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv2"])
 @pytest.mark.parametrize("method", ["ia3", "ia3-input"])
 def test_ia3_weighted_combination_is_pefts(method, kind):
