@@ -84,6 +84,7 @@ class IA3:
     peft_layer: ClassVar[str] = "tuners.ia3.layer.IA3Layer"
     default_targets: ClassVar[Mapping[str, Any]] = default_targets.IA3
     condense_targets: ClassVar[bool] = False  # feedforward_modules has to stay a subset of the targets
+    refused_by_mamba: ClassVar[bool] = False  # PEFT refuses only what is like LoRA there
     order: ClassVar[int] = -1  # scaled inputs have to be there before anybody multiplies them
 
     def claims(self, cfg: PeftConfig) -> bool:

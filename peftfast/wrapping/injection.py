@@ -206,7 +206,7 @@ def plan_injection(
         report_matches(cfg, matcher, matched, names, strict, full_names(parameters))
     if getattr(cfg, "target_parameters", None):
         report_parameters(cfg, parameters, inventory, strict)
-    refuse_mamba(model, cfg, matched)
+    refuse_mamba(model, cfg, matched, refused=getattr(method, "refused_by_mamba", True))
     missing = [s for s in saved_names if not any(n.endswith(s) for n in names)]
     if missing and not set(missing) <= {"classifier", "score", "qa_outputs"}:
         _complain(f"modules_to_save: {missing} matched no module.{close_matches(missing[0], name_ends(names))}", strict)

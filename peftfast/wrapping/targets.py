@@ -323,16 +323,32 @@ def report_matches(
         warnings.warn("\n".join(complaints), AdapterMismatchWarning, stacklevel=5)
 
 
-def refuse_mamba(model: nn.Module, cfg: PeftConfig, matched: Iterable[str]) -> None:
-    """Mamba's fused kernels read some weights directly and would bypass an adapter on them."""
+def refuse_mamba(model: nn.Module, cfg: PeftConfig, matched: Iterable[str], refused: bool = True) -> None:
+    """Mamba's fused kernels read some weights directly and would bypass an adapter on them.
+
+    Args:
+        refused: as PEFT does with methods like LoRA; others are warned of.
+    """
     kind = model_type(model)
-    if kind in _MAMBA_TYPES:
-        for name in matched:
-            if name.rpartition(".")[2] in _MAMBA_MODULES:
-                raise ValueError(
-                    f"[PEFT:{getattr(cfg.peft_type, 'value', cfg.peft_type)}] Module '{name.rpartition('.')[2]}' is "
-                    f"incompatible with Mamba-based models (model_type='{kind}'). Incompatible module found: '{name}'."
-                )
+    if kind not in _MAMBA_TYPES:
+        return
+    for name in matched:
+        leaf = name.rpartition(".")[2]
+        if leaf not in _MAMBA_MODULES:
+            continue
+        method = f"[PEFT:{getattr(cfg.peft_type, 'value', cfg.peft_type)}] Module '{leaf}'"
+        if refused:
+            raise ValueError(
+                f"{method} is incompatible with Mamba-based models (model_type='{kind}'). Incompatible module found: "
+                f"'{name}'."
+            )
+        warnings.warn(
+            f"{method} of a Mamba-based model (model_type='{kind}') is adapted; where Mamba's fused kernels run, they "
+            f"read its weight themselves, past the adapter. Found: '{name}'.",
+            PeftWarning,
+            stacklevel=5,
+        )
+        return
 
 
 def shortest_suffixes(wanted: Sequence[str], others: Sequence[str]) -> set[str]:

@@ -154,3 +154,48 @@ def test_modules_that_their_parents_read_are_named(targets, named):
         torch.backends.mha.set_fastpath_enabled(True)
     with pytest.warns(peftfast.PeftWarning, match="out_proj.*neither used nor trained"):
         model.add_adapter("third", peftfast.LoraConfig(target_modules=["out_proj"], **options))
+
+
+def tiny_mamba(kind):
+    transformers = pytest.importorskip("transformers")
+    common = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
+    small = {
+        "Mamba": {"state_size": 4, "time_step_rank": 4},
+        "Jamba": {
+            "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 2,
+            "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        "WavLM": {
+            "num_attention_heads": 2, "intermediate_size": 24, "conv_dim": [16, 16], "conv_stride": [5, 2],
+            "conv_kernel": [10, 3], "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+        },
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**common, **small[kind])
+    torch.manual_seed(0)
+    head = {"WavLM": "WavLMModel"}.get(kind, f"{kind}ForCausalLM")
+    return getattr(transformers, head)(config).eval()
+
+
+def test_ia3_on_mamba():
+    """PEFT refuses LoRA and AdaLoRA on out_proj, and takes IA3, which is called there without fused kernels."""
+    ids = torch.arange(1, 9).view(2, 4)
+    outputs = []
+    for library in (peft, peftfast):
+        config = library.IA3Config(target_modules=["in_proj", "out_proj"], feedforward_modules=["out_proj"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = library.get_peft_model(tiny_mamba("Mamba"), config).eval()
+        said = [str(w.message) for w in caught if "past the adapter" in str(w.message)]
+        assert len(said) == (library is peftfast)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, p in sorted(model.named_parameters()):
+                if "ia3" in name:
+                    p.copy_(1 + 0.3 * torch.randn(p.shape, generator=generator))
+            outputs.append(model(ids).logits)
+    torch.testing.assert_close(outputs[1], outputs[0])
+    for config in (peftfast.LoraConfig, peftfast.AdaLoraConfig):
+        more = {"total_step": 10} if config is peftfast.AdaLoraConfig else {}
+        with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+            peftfast.get_peft_model(tiny_mamba("Mamba"), config(target_modules=["out_proj"], **more))
