@@ -17,11 +17,12 @@ from peftfast.files.state import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.method import AdapterMethod, method_for
-from peftfast.sites import Site, make_site, parts_of
+from peftfast.sites import Site, make_site
 from peftfast.wrapping.attention import plan_attention
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.own_layers import add_to_own_layer, own_layer_classes
 from peftfast.wrapping.parameters import Targets, full_names, plan_parameters, report_parameters
+from peftfast.wrapping.read_past import say_read_by_parents
 from peftfast.wrapping.targets import (
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
     make_matcher,
@@ -216,7 +217,7 @@ def plan_injection(
     classes = {key: cls for key, cls in own.items() if issubclass(cls, BaseTunerLayer)}
     own = {key: cls for key, cls in own.items() if key not in classes}
     in_place = [key for key in matched if key not in own]
-    _say_read_by_parents(inventory, in_place, parameters)
+    say_read_by_parents(inventory, in_place, parameters)
     transposed = _check_sites(inventory, cfg, method, in_place, classes)
     if matched:
         _settle_orientation(cfg, transposed)
@@ -334,37 +335,6 @@ def _check_sites(
 def site_maker(cls: type | None) -> Callable[[nn.Module], Site]:
     """What makes the site of a module whose layer is to be of class `cls`; None: of the usual one."""
     return make_site if cls is None else getattr(cls, "site_of", make_site)
-
-
-def _say_read_by_parents(inventory: Inventory, keys: Iterable[str], parameters: Targets) -> None:
-    """Warn of modules, and Parameters of modules, that torch's own modules read the weights of instead of calling
-    them."""
-    unused, in_evaluation = [], []
-    for key in (*keys, *parameters):
-        parent, _, leaf = key.rpartition(".")
-        kind = inventory.base_module(parent) if parent in inventory.names else inventory.model
-        if isinstance(kind, nn.MultiheadAttention) and leaf == "out_proj":
-            unused.append(key)
-        elif isinstance(kind, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            if key in parameters:
-                in_evaluation += full_names({key: parameters[key]})
-            elif not parts_of(inventory.base_module(key)):  # what is read of an attention has the adapters in it
-                in_evaluation.append(key)
-    if unused:
-        warnings.warn(
-            f"{enumerate_some(unused)}: torch.nn.MultiheadAttention reads the weight of its out_proj and never calls "
-            "it, so an adapter there is neither used nor trained. Leave it out (exclude_modules=['out_proj']).",
-            PeftWarning,
-            stacklevel=6,
-        )
-    if in_evaluation:
-        warnings.warn(
-            f"{enumerate_some(in_evaluation)}: in evaluation without gradients torch.nn.TransformerEncoderLayer reads "
-            "these weights itself, past any adapter. Merge before evaluating, or switch that off: "
-            "torch.backends.mha.set_fastpath_enabled(False).",
-            PeftWarning,
-            stacklevel=6,
-        )
 
 
 def _settle_orientation(cfg: PeftConfig, transposed: list[bool]) -> None:

@@ -177,6 +177,56 @@ def tiny_mamba(kind):
     return getattr(transformers, head)(config).eval()
 
 
+@pytest.mark.parametrize(
+    "kind, read, called",
+    [("Jamba", "dt_proj", "x_proj"), ("Mamba", "dt_proj", "x_proj"), ("WavLM", "q_proj", "intermediate_dense")],
+)
+def test_modules_that_transformers_reads_are_named(kind, read, called):
+    """Whose warning says that an adapter has no effect, and it has none; who is called is not named."""
+    base = tiny_mamba(kind)
+    x = torch.randn(2, 400) if kind == "WavLM" else torch.arange(1, 9).view(2, 4)
+
+    def change(target):
+        options = {"r": 4, "init_lora_weights": False}
+        model = peftfast.get_peft_model(base, peftfast.LoraConfig(target_modules=[target], **options)).eval()
+        with torch.no_grad():
+            adapted = model(x)[0]
+            with model.disable_adapter():
+                difference = (adapted - model(x)[0]).abs().max()
+        model.unload()
+        return difference
+
+    named = rf"{read}': {kind}.* reads the weight of its {read} and never calls it"
+    with pytest.warns(peftfast.PeftWarning, match=named):
+        assert change(read) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.PeftWarning)
+        assert change(called) > 0
+
+
+class Reads(torch.nn.Module):
+    """`read` is read, and all others are called in one way or another."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("read", "described", "inside", "passed", "both"):
+            setattr(self, name, torch.nn.Linear(8, 8))
+
+    def forward(self, x):
+        x = torch.nn.functional.linear(x, self.read.weight, self.read.bias).to(self.described.weight.dtype)
+        x = sum((self.inside(part) for part in (x, x + self.inside.weight.sum())), self.later(self.passed, x))
+        return self.both(x) if self.both.weight.numel() else x
+
+    def later(self, module, x):
+        return module(x) + self.passed.weight[0]
+
+
+def test_only_modules_that_nobody_calls_are_named():
+    with pytest.warns(peftfast.PeftWarning, match="never calls") as caught:
+        peftfast.get_peft_model(torch.nn.Sequential(Reads()), peftfast.LoraConfig(target_modules="all-linear"))
+    assert [str(w.message).partition(":")[0] for w in caught if "never calls" in str(w.message)] == ["'0.read'"]
+
+
 def test_ia3_on_mamba():
     """PEFT refuses LoRA and AdaLoRA on out_proj, and takes IA3, which is called there without fused kernels."""
     ids = torch.arange(1, 9).view(2, 4)

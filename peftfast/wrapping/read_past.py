@@ -1,0 +1,101 @@
+"""Modules that others read the weights of instead of calling them, so that an adapter there has no effect."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from types import CodeType
+
+import torch
+from torch import nn
+
+from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.sites import parts_of
+from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.parameters import Targets, full_names
+
+#: what is asked of a weight without using its values
+_DESCRIPTIONS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "requires_grad", "data_ptr"}
+#: called by these only where the model is quantised, and read otherwise
+_READ_UNLESS_QUANTIZED = {("JambaMambaMixer", "dt_proj"), ("FalconMambaMixer", "dt_proj")}
+
+
+def say_read_by_parents(inventory: Inventory, keys: Iterable[str], parameters: Targets) -> None:
+    """Warn of modules, and Parameters of modules, that their parents read the weights of instead of calling them."""
+    unused, in_evaluation = defaultdict(list), []
+    for key in (*keys, *parameters):
+        parent, _, leaf = key.rpartition(".")
+        kind = inventory.base_module(parent) if parent in inventory.names else inventory.model
+        if key not in parameters and _never_calls(kind, leaf):
+            unused[type(kind), leaf].append(key)
+        elif isinstance(kind, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            if key in parameters:
+                in_evaluation += full_names({key: parameters[key]})
+            elif not parts_of(inventory.base_module(key)):  # what is read of an attention has the adapters in it
+                in_evaluation.append(key)
+    for (parent_class, leaf), read in unused.items():
+        torchs = "torch.nn." if parent_class.__module__.startswith("torch.") else ""
+        warnings.warn(
+            f"{enumerate_some(read)}: {torchs}{parent_class.__name__} reads the weight of its {leaf} and never calls "
+            f"it, so an adapter there is neither used nor trained. Leave it out (exclude_modules=[{leaf!r}]).",
+            PeftWarning,
+            stacklevel=6,
+        )
+    if in_evaluation:
+        warnings.warn(
+            f"{enumerate_some(in_evaluation)}: in evaluation without gradients torch.nn.TransformerEncoderLayer reads "
+            "these weights itself, past any adapter. Merge before evaluating, or switch that off: "
+            "torch.backends.mha.set_fastpath_enabled(False).",
+            PeftWarning,
+            stacklevel=6,
+        )
+
+
+def _never_calls(parent: nn.Module, leaf: str) -> bool:
+    if isinstance(parent, nn.MultiheadAttention):
+        return leaf == "out_proj"
+    if any((cls.__name__, leaf) in _READ_UNLESS_QUANTIZED for cls in type(parent).__mro__):
+        return not hasattr(getattr(parent, "config", None), "_is_quantized")
+    return _only_reads(type(parent), leaf)
+
+
+@lru_cache(maxsize=1024)
+def _only_reads(cls: type[nn.Module], leaf: str) -> bool:
+    """Whether methods of a class use the weight of its child `leaf`, and none calls the child or passes it on."""
+    codes = [code for code in _methods(cls) if leaf in code.co_names]
+    if not any("weight" in code.co_names for code in codes):
+        return False
+    reads = False
+    for code in codes:
+        steps = list(dis.get_instructions(code))
+        for i, step in enumerate(steps):
+            path = [s.argval if s.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for s in steps[i + 1 : i + 4]]
+            if not _loads_self(step) or path[:1] != [leaf]:
+                continue
+            if path[1:2] in ([], [None]):
+                return False
+            reads |= path[1] == "weight" and not _DESCRIPTIONS.intersection(path[2:])
+    return reads
+
+
+def _methods(cls: type[nn.Module]) -> Iterator[CodeType]:
+    """The code of a class's methods, of those it inherits and of what is defined inside them."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch."):
+            continue
+        for name, member in vars(base).items():
+            code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
+            inside = [code] if code is not None and name != "__init__" else []
+            while inside:
+                yield (code := inside.pop())
+                inside += [c for c in code.co_consts if isinstance(c, CodeType)]
+
+
+def _loads_self(step: dis.Instruction) -> bool:
+    if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+        return False
+    return (step.argval[-1] if isinstance(step.argval, tuple) else step.argval) == "self"  # one or two variables
