@@ -53,7 +53,14 @@ class LinearSite:
         }
 
     def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.module(x, *args, **kwargs)
+        y = self.module(x, *args, **kwargs)
+        if not isinstance(y, Tensor):  # routers of some models derive from nn.Linear
+            kind = type(self.module).__name__
+            raise TypeError(
+                f"{kind} is a torch.nn.Linear whose output is no tensor but a {type(y).__name__}, which an adapter "
+                "cannot change: leave modules of this class out of target_modules, for example with exclude_modules."
+            )
+        return y
 
     def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
         if isinstance(scale, Tensor):  # a scale that may change inside a compiled graph
@@ -64,7 +71,7 @@ class LinearSite:
             base = self.product(x, autocast_dtype(x))
             if base is not None:
                 return lora_linear(x, *base, a, b, scale, dropout)
-            y = self.module(x)
+            y = self.base(x)
         return lora_linear_add(y, x, a, b, scale, dropout)
 
     def bind(self, adapter: Any, weighted: Callable[[Tensor], Tensor] | None = None) -> BoundLora | None:
@@ -100,7 +107,7 @@ class LinearSite:
 
     def _composed(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
         """The formula in differentiable torch, for tensors that kernels cannot read (DTensor)."""
-        y = self.module(x) if y is None else y
+        y = self.base(x) if y is None else y
         t = self.down(self.drop(x.to(a.dtype), dropout), a)
         return (y + self.up(t, b) * scale).to(y.dtype)
 
@@ -167,7 +174,7 @@ class LinearSite:
         bias = getattr(self.module, "bias", None)
         if dropout > 0.0 or composes(x) or not is_plain(x, a, b, bias):
             return composed_magnify(self, x, y, a, b, g, scale, dropout)
-        y = self.module(x) if y is None else y
+        y = self.base(x) if y is None else y
         if is_small(x) and is_small(y) and not torch.compiler.is_compiling():
             # more launches than the Function's, but derived without Python; what is kept is small as well
             return composed_magnify(self, x, y, a, b, g, scale, dropout)

@@ -229,13 +229,13 @@ def composed_magnify(
     site: Site, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
 ) -> Tensor:
     """`Site.magnify` in differentiable torch, for any kind of module."""
-    y = site.module(x) if y is None else y
+    y = site.base(x) if y is None else y
     wide = torch.promote_types(y.dtype, g.dtype)
     bias = getattr(site.module, "bias", None)
     base, inputs = y, x
     if dropout > 0.0:
         inputs = site.drop(x, dropout)
-        base = site.module(inputs)
+        base = site.base(inputs)
     base = base.to(wide)
     if bias is not None:
         base = site.add_to_output(base, -bias)

@@ -287,3 +287,22 @@ def test_loading_onto_an_offloaded_base(tmp_path):
     assert found.keys() == values.keys()
     assert all(torch.equal(found[n], p) for n, p in values.items())
     loaded(X)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_output_that_is_no_tensor_is_refused_by_its_class(method):
+    """As the routers of Llama 4 and Phi-MoE have, which "all-linear" means too."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    base = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**sizes, **heads))
+    if method == "ia3":
+        cfg = peftfast.IA3Config(target_modules=["q_proj", "router"], feedforward_modules=[])
+    else:
+        cfg = peftfast.LoraConfig(r=4, target_modules=["q_proj", "router"], use_dora=method == "dora")
+    model = oracle.quietly(peftfast.get_peft_model, base, cfg)
+    ids = torch.arange(6).view(2, 3)
+    with pytest.raises(TypeError, match="Router is a torch.nn.Linear whose output is no tensor but a tuple"):
+        model(ids)
+    with model.disable_adapter():
+        assert model(ids).logits.isfinite().all()
