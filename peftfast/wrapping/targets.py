@@ -186,17 +186,16 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def all_linear(model: nn.Module, cfg: PeftConfig) -> list[str]:
-    """Full names of all linear layers except the output head."""
+    """Full names of all linear layers except the output head: that module, not others whose names end like its."""
     names = [name for name, _ in linear_modules(model)]
     get_output = getattr(model, "get_output_embeddings", None)
     head = get_output() if get_output is not None else None
-    if head is not None:
-        last = next((n.rpartition(".")[2] for n, m in model.named_modules() if m is head), None)
-        return [n for n in names if n.rpartition(".")[2] != last]
-    if getattr(cfg, "task_type", None) == "SEQ_CLS":
-        head_name = next((h for h in SEQ_CLS_HEAD_NAMES if hasattr(model, h)), None)
-        return [n for n in names if n.rpartition(".")[2] != head_name]
-    return names
+    if head is None and getattr(cfg, "task_type", None) == "SEQ_CLS":
+        head = next((getattr(model, h) for h in SEQ_CLS_HEAD_NAMES if getattr(model, h, None) is not None), None)
+    if head is None:
+        return names
+    head_name = next((n for n, m in model.named_modules() if m is head), None)
+    return [n for n in names if n != head_name]
 
 
 _QUERY_OR_VALUE = re.compile(r"(^|_)(q|v|query|value|qv)(_|$|proj|lin)|qkv|query_key_value|Wqkv|in_proj|c_attn", re.I)

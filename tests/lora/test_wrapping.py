@@ -249,3 +249,14 @@ def test_ia3_on_mamba():
         more = {"total_step": 10} if config is peftfast.AdaLoraConfig else {}
         with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
             peftfast.get_peft_model(tiny_mamba("Mamba"), config(target_modules=["out_proj"], **more))
+
+
+def test_all_linear_leaves_out_the_head_alone():
+    """Not every module whose name ends like the head's, as the vision tower's `out_proj` in T5Gemma 2 does."""
+    names = []
+    for library in (peft, peftfast):
+        base = oracle.llama()
+        base.model.layers[0].mlp.lm_head = torch.nn.Linear(4, 4)
+        model = library.get_peft_model(base, library.LoraConfig(**OPTIONS))
+        names.append(sorted(n for n, p in model.named_parameters() if p.requires_grad))
+    assert names[0] == names[1] and any("mlp.lm_head.lora_A" in n for n in names[1])
