@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -279,6 +280,12 @@ def _word_embeddings_name(model: nn.Module) -> str:
         if len(shape) > 0 and shape[0] == vocabulary:
             name = name.removesuffix(".weight").removesuffix(".original_module")
             return name if prefix is None else f"{prefix}.{name}"
+    if "inputs_embeds" in inspect.signature(model.forward).parameters:  # a table of more rows than the vocabulary has
+        get_table = getattr(model, "get_input_embeddings", None)
+        table = None if get_table is None else get_table()
+        for name, module in model.named_modules():
+            if module is table and isinstance(module, nn.Embedding):
+                return name
     raise ValueError(
         f"No word embeddings found in {type(model).__name__}: it has no `{known}` and no parameter with "
         f"vocab_size={vocabulary} rows"

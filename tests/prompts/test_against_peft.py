@@ -100,3 +100,29 @@ def test_positions_and_token_types(family: str, method: str):
     embedded = {k: v for k, v in inputs.items() if k != "input_ids"}
     embedded["inputs_embeds"] = mine.word_embeddings(ids).detach()
     assert_same(result(mine(**embedded)), result(other(**embedded)))
+
+
+def test_a_table_of_more_rows_than_the_vocabulary():
+    """Moshi's has one more. PEFT finds no word embeddings there, and its prompt tuning fails at the first call."""
+    import peft
+    import transformers
+
+    import peftfast
+
+    sizes = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 24}
+    ids = torch.arange(8).view(2, 4)
+    outputs = {}
+    for library in (peft, peftfast):
+        for kind in (library.PrefixTuningConfig, library.PromptTuningConfig):
+            if (library, kind) == (peft, peft.PromptTuningConfig):
+                continue
+            torch.manual_seed(0)
+            base = transformers.MoshiForCausalLM(transformers.MoshiConfig(**sizes, pad_token_id=0))
+            model = library.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+            with torch.no_grad():
+                for p in model.prompt_encoder.parameters():
+                    p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+                outputs[library, kind.__name__] = model(input_ids=ids).logits
+    prefix = "PrefixTuningConfig"
+    torch.testing.assert_close(outputs[peftfast, prefix], outputs[peft, prefix])
+    assert outputs[peftfast, "PromptTuningConfig"].isfinite().all()
