@@ -2,13 +2,16 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import peftfast
-from peftfast.cli import USAGE_ERROR, main
+from peftfast.cli import BROKEN_PIPE, USAGE_ERROR, main
 from peftfast.cli._settings import EMBEDDED_BASE
 
 IDS = torch.arange(24)[None]
@@ -107,6 +110,26 @@ def test_a_failing_merge_leaves_nothing(adapter, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         main(["merge", str(adapter), "--output", str(tmp_path / "model")])
     assert os.listdir(tmp_path) == []
+
+
+def test_who_reads_a_part_of_the_output_gets_it(adapter):
+    command = [sys.executable, "-m", "peftfast", "inspect", str(adapter)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == BROKEN_PIPE
+
+
+def test_where_peft_is_not_installed_the_share_is_still_said(adapter, tmp_path):
+    """Something else is logged then."""
+    code = "from hide_peft import hide; hide(); import sys; from peftfast.cli import main; sys.exit(main(sys.argv[1:]))"
+    paths = [str(Path(__file__).parent / "training"), *sys.path]
+    command = [sys.executable, "-c", code, "extract", "--adapter", str(adapter), "--r", "4"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "new")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1.0000 to 1.0000 of the change kept" in done.stdout and "answers to the name" not in done.stdout
 
 
 def test_prompts_are_in_no_weight(tmp_path, capsys):

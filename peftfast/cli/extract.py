@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Said(logging.Handler):
-    """The last thing that peftfast has logged, while this is open."""
+    """What extracting has logged last, while this is open."""
 
     last = "nothing to keep in factors"
 
@@ -72,13 +72,13 @@ class _Said(logging.Handler):
         self.last = record.getMessage().removeprefix("peftfast: ")
 
     def __enter__(self) -> _Said:
-        log = logging.getLogger("peftfast")
+        log = logging.getLogger("peftfast.extraction")
         self._before = log.level
         log.setLevel(logging.INFO)
         log.addHandler(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        log = logging.getLogger("peftfast")
+        log = logging.getLogger("peftfast.extraction")
         log.setLevel(self._before)
         log.removeHandler(self)

@@ -50,5 +50,6 @@ def _show(adapter: str) -> int:
     from peftfast.cli import _setup
 
     with _setup.one_line(repr(adapter)):
-        print(adapter_contents(adapter))
+        contents = adapter_contents(adapter)
+    print(contents)
     return 0

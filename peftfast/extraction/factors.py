@@ -17,7 +17,7 @@ from peftfast.methods.lora_config import LoraConfig
 from peftfast.sites import Site
 from peftfast.wrapping.targets import make_matcher, shortest_suffixes
 
-logger = logging.getLogger("peftfast")
+logger = logging.getLogger("peftfast.extraction")
 
 PREFIX = "base_model.model."  # of every key in a file
 #: Fields that say which modules an adapter is in, and what else of the model it keeps.
