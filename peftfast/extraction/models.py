@@ -38,9 +38,10 @@ def extract_lora(
         Config and tensors in fp32, as `convert_to_lora` gives them.
 
     Raises:
-        ValueError: a rank that is none; adapters in one of the two; nothing differs; a tensor of `base` is missing in
-            `tuned` or has another shape there (of a resized vocabulary: resize the base first); values that are not
-            finite. TypeError, FileNotFoundError: `tuned` is nothing of the above.
+        ValueError: a rank that is none; adapters in one of the two; nothing differs; a tensor has another shape in
+            `tuned` (of a resized vocabulary: resize the base first) or values that are not finite; a bias beside a
+            quantised weight differs. KeyError: a tensor of `base` is missing in `tuned`. TypeError, FileNotFoundError:
+            `tuned` is nothing of the above.
     """
     check_rank(rank)
     for model in (base, tuned):
@@ -107,6 +108,8 @@ def _differences(
             elif not (site is not None and site.weight.quantization and key != "bias") and _differ(
                 tensor, theirs, full
             ):
+                if site is not None and site.weight.quantization:
+                    raise ValueError(f"{full} differs, and {name} is quantised, so it cannot be kept whole")
                 whole.append(name)
                 break
         if whole and whole[-1] == name:

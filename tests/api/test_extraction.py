@@ -334,6 +334,16 @@ def test_refusals_of_extraction(tmp_path):
         peftfast.extract_lora(base, state, 4)
 
 
+def test_a_bias_beside_a_quantised_weight():
+    def make():
+        return oracle.llama(bias=True)
+
+    base = make()
+    peftfast.quantize_model(base, "nf4")
+    with pytest.raises(ValueError, match="q_proj.bias differs, and model.layers.0.self_attn.q_proj is quantised"):
+        peftfast.extract_lora(base, tuned(make, also=("bias",)), 4)
+
+
 def test_of_a_quantised_base(tmp_path):
     after = tuned(oracle.llama, also=())
     save_file({k: v.clone() for k, v in after.state_dict().items()}, tmp_path / "model.safetensors")
