@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some
-from peftfast.methods.lora_combine import padded
+from peftfast.methods.lora_combine import padded, rank_keeping
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.sites import Site
 from peftfast.wrapping.targets import make_matcher, shortest_suffixes
@@ -91,12 +91,6 @@ def svd(change: Tensor, rank: int | float) -> Svd:
     return Svd(u, s, v.mT, energy)
 
 
-def _enough(s: Tensor, share: float) -> int:
-    """The smallest rank that keeps `share` of the squared singular values."""
-    energy = torch.cumsum(s.double() ** 2, 0)
-    return min(int(torch.searchsorted(energy, share * energy[-1])) + 1, len(s))
-
-
 def as_lora(
     changes: Iterable[Change], rank: int | float, cfg: PeftConfig | None, limited: bool = False
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -108,7 +102,7 @@ def as_lora(
     biased = False
     for name, site, (u, s, vh, energy), dtype, bias in changes:
         most = min(site.weight.shape)
-        r = _enough(s, rank) if isinstance(rank, float) else min(rank, most) if limited else rank
+        r = rank_keeping(s, rank) if isinstance(rank, float) else min(rank, most) if limited else rank
         kept.append(float((s[:r].double() ** 2).sum() / energy) if energy else 1.0)
         pair = (padded(vh[:r], 0, r), padded(u[:, :r] * s[:r], 1, r))
         for (slot_name, slot), factor in zip(site.low_rank_slots(r).items(), pair, strict=True):

@@ -118,7 +118,7 @@ class AdaLora:
         return {
             "r": cfg.rank_of(key),
             "lora_alpha": cfg.lora_alpha,
-            "scaling": cfg.lora_alpha if cfg.lora_alpha > 0 else float(cfg.init_r),
+            "scaling": _scaling(cfg),
             "lora_dropout": nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0.0 else nn.Identity(),
         }
 
@@ -176,8 +176,8 @@ class AdaLora:
     def describe(self, cfg: AdaLoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
         a, b = pair_of(tensors)
         values = tensors[VALUES].to(a.dtype)
-        scale = (cfg.lora_alpha if cfg.lora_alpha > 0 else cfg.init_r) / cfg.init_r
-        return f"{describe_change(a * values, b, scale)}, {int((values != 0).sum())} of {cfg.init_r} ranks in use"
+        said = describe_change(a * values, b, _scaling(cfg) / cfg.init_r)
+        return f"{said}, {int((values != 0).sum())} of {cfg.init_r} ranks in use"
 
     def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
         """See `Additive`."""
@@ -208,6 +208,10 @@ class AdaLora:
                     )
                     result[file] = tensor.index_select(dim, where)
         return result
+
+
+def _scaling(cfg: AdaLoraConfig) -> float:
+    return cfg.lora_alpha if cfg.lora_alpha > 0 else float(cfg.init_r)
 
 
 def _weighted(adapter: Adapter, a: Tensor) -> Tensor:

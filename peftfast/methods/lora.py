@@ -14,7 +14,7 @@ from peftfast.config import PeftConfig, PeftType
 from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora_combine import combined, combined_fields, svd_of_sum
+from peftfast.methods.lora_combine import combined, combined_fields, rank_keeping, svd_of_sum
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise, rank_of_factors
 from peftfast.methods.lora_stack import apply_stack, factors, is_segmented, remembered
@@ -203,11 +203,10 @@ def pair_of(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 def describe_change(a: Tensor, b: Tensor, scale: float) -> str:
     """Rank and size of scale · B A, and in how many directions most of it lies."""
     _, s, _ = svd_of_sum([(a, b)], [scale])
-    energy = s.double() ** 2
-    if not energy.sum():
+    norm = float(torch.linalg.vector_norm(s.double()))
+    if not norm:
         return f"rank {len(a)}, no change"
-    most = int(torch.searchsorted(energy.cumsum(0), 0.9 * energy.sum())) + 1
-    return f"rank {len(a)}, change of norm {float(energy.sum().sqrt()):.3g}, nine tenths of it in {most}"
+    return f"rank {len(a)}, change of norm {norm:.3g}, nine tenths of it in {rank_keeping(s, 0.9)}"
 
 
 def _same_scale(adapters: Sequence[Adapter]) -> bool:

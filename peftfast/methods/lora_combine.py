@@ -130,3 +130,9 @@ def svd_of_sum(pairs: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float
     q2, r2 = torch.linalg.qr(right.mT)
     u, s, vh = torch.linalg.svd(r1 @ r2.mT)
     return q1 @ u[..., : s.shape[-1]], s, vh[..., : s.shape[-1], :] @ q2.mT
+
+
+def rank_keeping(s: Tensor, share: float) -> int:
+    """The smallest rank that keeps `share` of the squared singular values `s`, all of them and the largest first."""
+    energy = torch.cumsum(s.double() ** 2, 0)
+    return min(int(torch.searchsorted(energy, share * energy[-1])) + 1, len(s))

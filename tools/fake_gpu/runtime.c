@@ -27,7 +27,7 @@ static unsigned long launches, products;
 unsigned long fake_gpu_launches(void) { return launches; }
 unsigned long fake_gpu_products(void) { return products; }
 
-/* ---- the device: in all but what a chip allows, an H100 --------------------------------------------------------------- */
+/* ---- the device: in all but what a chip allows, an H100 -------------------------------------------------------- */
 cudaError_t cudaGetDeviceCount(int *count) { *count = 1; YES; }
 cudaError_t cudaGetDevice(int *device) { *device = 0; YES; }
 cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; YES; }
