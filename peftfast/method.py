@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
 from peftfast.sites.called import CalledSite, Holders
 from peftfast.sites.parameter import LowRank, ParameterSite
+from peftfast.watch import Entry
 
 if TYPE_CHECKING:
     from peftfast.layers.layer import BaseTunerLayer
@@ -84,6 +85,14 @@ class Adapter:
         value = parameters.get(key)
         # parametrised or sharded modules keep the tensor elsewhere and answer by attribute
         return getattr(owner, key) if value is None else value
+
+    def places(self) -> Iterator[Entry]:
+        """Where its Parameters hang, and what hangs there; None where that is not where they are kept."""
+        for slot_name, slot in self.slots.items():
+            parameters, key, owner = self._where[slot_name]
+            yield parameters, key, parameters.get(key)
+            if slot.holder is not None:
+                yield getattr(self._layer, slot_name)._modules, self.name, owner
 
     def __contains__(self, slot: str) -> bool:
         return slot in self._where

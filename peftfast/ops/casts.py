@@ -8,16 +8,19 @@ parameter can leave them stale; outside such a forward a layer casts for itself.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
+from peftfast.watch import Entry, Watch
+
 _current = threading.local()
 _PLAIN = (Tensor, nn.Parameter)
 _NONE = (None, None)
+Find = Callable[[], tuple[Sequence[Tensor], Sequence[Entry]]]
 _LOOKS = attrgetter("dtype", "shape", "device")
 
 
@@ -27,7 +30,9 @@ class CastStore:
     def __init__(self) -> None:
         # by id, because hashing a tensor runs Python code; the parameter beside its copy keeps the id its own
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._both: list[tuple[Tensor, ...]] = []  # all parameters, all copies
         self._asked: tuple | None = None  # what was copied last time, as `_LOOKS` sees it
+        self._found: tuple[Sequence[str], Watch, Sequence[Tensor]] | None = None  # what to copy
 
     @property
     def copies(self) -> list[Tensor]:
@@ -35,29 +40,45 @@ class CastStore:
         return [copy for _, copy in self._copies.values()]
 
     @contextmanager
-    def window(self, parameters: Callable[[], Iterable[Tensor]], dtype: torch.dtype) -> Iterator[None]:
-        """While this is open, `compute_copy` answers from copies in `dtype` that are made when it is first asked."""
+    def window(self, names: Sequence[str], find: Find, dtype: torch.dtype) -> Iterator[None]:
+        """While this is open, `compute_copy` answers from copies in `dtype` that are made when it is first asked.
+
+        Args:
+            names: of the adapters.
+            find: gives their Parameters, and what has to stay for them to be these.
+        """
         before = getattr(_current, "window", None)
-        _current.window = _Window(self, parameters, dtype)
+        _current.window = _Window(self, names, find, dtype)
         try:
             yield
         finally:
             _current.window = before
 
-    def refreshed(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
+    def refreshed(self, names: Sequence[str], find: Find, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
         """Copies that are fresh as of now."""
-        parameters = [*parameters]
+        parameters = self._parameters(names, find)
         asked = (dtype, [*map(id, parameters)], [*map(_LOOKS, parameters)])
         if asked != self._asked:  # every forward comes by here, and in most nothing but values has changed
             self._copies = self._made_for(parameters, dtype)
             self._asked = asked
-        if self._copies:
-            kept = self._copies.values()
+            self._both = [*zip(*self._copies.values(), strict=True)]
+        if self._both:
+            sources, copies = self._both
             with torch.no_grad():
-                torch._foreach_copy_([copy for _, copy in kept], [parameter for parameter, _ in kept])
+                torch._foreach_copy_(copies, sources)
         return self._copies
 
-    def _made_for(self, parameters: list[Tensor], dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
+    def _parameters(self, names: Sequence[str], find: Find) -> Sequence[Tensor]:
+        if self._found is not None:
+            known, watch, parameters = self._found
+            if known == names and watch.holds():
+                return parameters
+        parameters, entries = find()
+        found = entries and all(value is not None for _, _, value in entries)  # what is kept elsewhere is not seen
+        self._found = ([*names], Watch(entries, ()), parameters) if found else None
+        return parameters
+
+    def _made_for(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
         """Copies whose values are not there yet."""
         made = {}
         for p in parameters:
@@ -76,21 +97,21 @@ class CastStore:
         return CastStore()
 
     def __getstate__(self) -> dict:
-        return {"_copies": {}, "_asked": None}
+        return {"_copies": {}, "_both": [], "_asked": None, "_found": None}
 
 
 class _Window:
     """One forward of a model."""
 
-    def __init__(self, store: CastStore, parameters: Callable[[], Iterable[Tensor]], dtype: torch.dtype) -> None:
-        self._store, self._parameters, self._dtype = store, parameters, dtype
+    def __init__(self, store: CastStore, names: Sequence[str], find: Find, dtype: torch.dtype) -> None:
+        self._store, self._names, self._find, self.dtype = store, names, find, dtype
         self._copies: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def copies(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Parameters and their copies, by the parameter's id."""
         copies = self._copies
         if copies is None:
-            copies = self._copies = self._store.refreshed(self._parameters(), self._dtype)
+            copies = self._copies = self._store.refreshed(self._names, self._find, self.dtype)
         return copies
 
 
@@ -100,22 +121,21 @@ def compute_copy(parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         return parameter, True
     if not torch.compiler.is_compiling():
         window = getattr(_current, "window", None)
-        if window is not None:
-            copy = window.copies().get(id(parameter), _NONE)[1]
-            if copy is not None and copy.dtype is dtype:
-                return copy, True
+        if window is not None and window.dtype is dtype:
+            copy = window.copies().get(id(parameter))
+            if copy is not None:
+                return copy[1], True
     return parameter.detach().to(dtype), False
 
 
-def compute_pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, bool]:
-    """`compute_copy` of both, and whether both results outlive this call; outside compilers."""
+def compute_pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """`compute_copy` of both, the second transposed as well, and whether all outlive this call; outside compilers."""
     window = None if a.dtype is dtype else getattr(_current, "window", None)
-    if window is not None:
+    if window is not None and window.dtype is dtype:
         copies = window.copies()
-        _, down = copies.get(id(a), _NONE)
-        _, up = copies.get(id(b), _NONE)
-        if down is not None and up is not None and down.dtype is dtype is up.dtype:
-            return down, up, True
+        down, up = copies.get(id(a)), copies.get(id(b))
+        if down is not None and up is not None:
+            return down[1], up[1], up[1].transposed, True
     down, down_lives = compute_copy(a, dtype)
     up, up_lives = compute_copy(b, dtype)
-    return down, up, down_lives and up_lives
+    return down, up, up.t(), down_lives and up_lives

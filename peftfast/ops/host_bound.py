@@ -21,7 +21,6 @@ from peftfast.ops.function import gradients_of
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.dispatch import host_bound_products
-from peftfast_kernels.op import transposed, zero_like
 
 #: Elements up to which reading and writing them a few times takes a GPU less time than a kernel of ours the host. Also
 #: how many an input may have whose dropout mask is kept: larger masks are worth more than the host's time.
@@ -39,6 +38,11 @@ def host_bound_up_to(products: int) -> Iterator[None]:
         yield
     finally:
         _limit = before
+
+
+def host_bound_limit() -> int | None:
+    """What `host_bound_up_to` says, None outside it."""
+    return _limit
 
 
 def is_host_bound(x: Tensor, plan: Plan) -> bool:
@@ -74,20 +78,23 @@ def _forward(
     x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     """The output, t, the mask, and a and b in the branch's dtype where those live anyway."""
-    dtype, branch = plan.dtype, plan.branch
+    form, (n, k), dtype, branch, scale, dropout, _, _ = plan
     flat = x.dim() == 2
-    rows = _as(x if flat else x.reshape(-1, plan.shape[1]), dtype)
-    down, up, kept = compute_pair(a, b, branch)
-    dropped, mask = _as(rows, branch), None
-    if plan.dropout:
-        dropped, mask = torch.native_dropout(dropped, plan.dropout, True)
-    t = torch.addmm(zero_like(dropped), dropped, transposed(down), beta=0, alpha=plan.scale)
-    y = F.linear(rows, _weight(weight, plan), None if bias is None else _as(bias, dtype))
+    rows = x if flat else x.reshape(-1, k)
+    if rows.dtype is not dtype:
+        rows = rows.to(dtype)
+    dropped, mask = rows if branch is dtype else rows.to(branch), None
+    if dropout:
+        dropped, mask = torch.native_dropout(dropped, dropout, True)
+    down, up, turned, kept = compute_pair(a, b, branch)
+    t = F.linear(dropped, down)
+    w = weight if form == "dense" and weight.dtype is dtype else _weight(weight, plan)
+    y = F.linear(rows, w, None if bias is None else _as(bias, dtype))
     if branch is dtype:
-        y.addmm_(t, transposed(up))
+        y.addmm_(t, turned, alpha=scale)
     else:
-        y.add_(torch.mm(t, transposed(up)))
-    return y if flat else y.view(*x.shape[:-1], plan.shape[0]), t, mask, (down, up) if kept else None
+        y.add_(torch.mm(t, turned), alpha=scale)
+    return y if flat else y.view(*x.shape[:-1], n), t, mask, (down, up) if kept else None
 
 
 class _HostBound(Function):
@@ -103,32 +110,32 @@ class _HostBound(Function):
         if torch.is_grad_enabled():
             return _again(ctx, dy)
         x, a, b, weight, t, mask = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        n, k = plan.shape
-        dtype, branch = plan.dtype, plan.branch
-        down, up = ctx.copies or (a.to(branch), b.to(branch))
+        plan, copies = ctx.plan, ctx.copies
+        _, (n, k), dtype, branch, scale, *_ = plan
+        down, up = (a.to(branch), b.to(branch)) if copies is None else copies
         need_x, need_a, need_b, need_bias, _, _ = ctx.needs_input_grad
-        flat = x.dim() == 2
+        flat, same = x.dim() == 2, branch is dtype
         dy = dy if flat else dy.reshape(-1, n)
-        dy_branch = _as(dy, branch)
+        wide = dy if same else dy.to(branch)
         dx = da = db = p = None
         if need_x or need_a:
             # of t, nothing but its shape is used
-            p = torch.addmm(t, dy_branch, up, beta=0, alpha=plan.scale * _kept_scale(plan))
+            p = torch.addmm(t, wide, up, beta=0, alpha=scale if mask is None else scale * _kept_scale(plan))
         if need_x:
             dx = torch.mm(dy, _weight(weight, plan))
-            if mask is None and branch is dtype:
+            if mask is None and same:
                 dx.addmm_(p, down)
             else:
                 update = torch.mm(p, down)
                 dx.add_(update if mask is None else update.mul_(mask))
-            dx = _as(dx, x.dtype)
             dx = dx if flat else dx.view(x.shape)
+            dx = dx if dx.dtype is x.dtype else dx.to(x.dtype)
         if need_b:
-            db = _product(dy_branch.t(), t, b.dtype)
+            db = _product(wide.t(), t, b, scale)
         if need_a:
-            rows = _as(_as(x if flat else x.reshape(-1, k), dtype), branch)
-            da = _product(p.t(), rows if mask is None else rows * mask, a.dtype)
+            rows = x if flat else x.reshape(-1, k)
+            rows = rows if rows.dtype is branch and same else rows.to(dtype).to(branch)
+            da = _product(p.t(), rows if mask is None else rows * mask, a, 1.0)
         return dx, da, db, dy.sum(0) if need_bias else None, None, None
 
 
@@ -149,11 +156,15 @@ def _weight(stored: Tensor, plan: Plan) -> Tensor:
     return _as(stored.t() if plan.format == "dense_t" else stored, plan.dtype)
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right in `dtype`: of half-precision numbers on a GPU, fp32 straight from the accumulator."""
-    if dtype is torch.float32 and left.is_cuda and left.dtype.itemsize == 2:
-        return torch.mm(left, right, out_dtype=dtype)
-    return _as(torch.mm(left, right), dtype)
+def _product(left: Tensor, right: Tensor, like: Tensor, scale: float) -> Tensor:
+    """scale · left right in the dtype of `like`, of which nothing else but its shape is used: of half-precision numbers
+    on a GPU, fp32 straight from the accumulator."""
+    if like.dtype is left.dtype:
+        return torch.addmm(like, left, right, beta=0, alpha=scale)
+    if like.dtype is torch.float32 and left.is_cuda and left.dtype.itemsize == 2:
+        return torch.addmm(like, left, right, beta=0, alpha=scale, out_dtype=torch.float32)
+    product = torch.mm(left, right).to(like.dtype)
+    return product if scale == 1.0 else product.mul_(scale)
 
 
 def _again(ctx: Any, dy: Tensor) -> tuple:

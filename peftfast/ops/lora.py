@@ -17,9 +17,10 @@ from torch import Tensor
 from peftfast.autocast import autocast_dtype
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.composed import composed_add, composed_lora, composes
-from peftfast.ops.function import apply, gradients_of, second_order
-from peftfast.ops.host_bound import host_bound_lora, is_host_bound
-from peftfast.ops.plan import Part, Plan, branch_dtype, plan_of
+from peftfast.ops.function import apply, gradients_of, second_order, transformed
+from peftfast.ops.host_bound import host_bound_limit, host_bound_lora, is_host_bound
+from peftfast.ops.plan import Part, Plan, Way, branch_dtype, plan_of
+from peftfast_kernels import get_backend
 from peftfast_kernels.decode import Operand, weight_kn
 from peftfast_kernels.keep_mask import drop
 from peftfast_kernels.lora_down import lora_down, lora_dt
@@ -215,11 +216,26 @@ def lora_linear(
 
 def lora_part(x: Tensor, part: Part) -> Tensor:
     """`lora_linear` of a part whose plan has been made."""
-    w, bias, a, b, plan = part
+    return way_of(x, part)(x, part)
+
+
+def circumstances(x: Tensor) -> tuple:
+    """What plans and `way_of` depend on besides the layer and how many elements x has; the first is what autocast
+    wants."""
+    return autocast_dtype(x), type(x), x.dtype, x.is_cuda, transformed(), get_backend(), host_bound_limit()
+
+
+def way_of(x: Tensor, part: Part) -> Way:
+    """The fastest way to `lora_part`."""
     if composes(x):
-        return composed_lora(x, part)
-    if is_host_bound(x, plan) and not torch.compiler.is_compiling():
-        return host_bound_lora(x, part)
+        return composed_lora
+    if is_host_bound(x, part.plan) and not torch.compiler.is_compiling():
+        return host_bound_lora
+    return _by_kernels
+
+
+def _by_kernels(x: Tensor, part: Part) -> Tensor:
+    w, bias, a, b, plan = part
     seed = draw_seed(x, plan.dropout) if plan.dropout else None
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
         if a.dtype is not plan.branch or b.dtype is not plan.branch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,10 @@ class Part(NamedTuple):
     a: Tensor  # [r, K]
     b: Tensor  # [N, r]
     plan: Plan
+
+
+#: How a product is computed: (x [..., K], part) -> [..., N].
+Way = Callable[[Tensor, Part], Tensor]
 
 
 def branch_dtype(x: Tensor, factor: Tensor, autocast: torch.dtype | None) -> torch.dtype:

@@ -8,38 +8,58 @@ that see whoever replaced a Parameter, a hook or a scaling since, and the autogr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfast.autocast import autocast_dtype
-from peftfast.ops.lora import lora_part
-from peftfast.ops.plan import Part, Plan, branch_dtype, plan_of
+from peftfast.ops.lora import circumstances, way_of
+from peftfast.ops.plan import Part, Way, branch_dtype, plan_of
 from peftfast.sites.called import Holders
 from peftfast.sites.site import Site, is_plain, is_untouched
-from peftfast_kernels.decode import Operand
+from peftfast.watch import GLOBAL_HOOKS, Watch, untouched
+
+if TYPE_CHECKING:
+    from peftfast.sites.linear import LinearSite
 
 #: The dict in which a Parameter is kept, and its key there.
 Cell = tuple[dict[str, Any], str]
 
 
+class _Look(NamedTuple):
+    """What a call found, and what has to be as it was for the next one to find the same."""
+
+    part: Part  # with the down factor as it is kept
+    way: Way
+    elements: int  # of the input; `way` depends on it
+    circumstances: tuple
+    kinds: tuple
+    dropout: nn.Dropout | None  # None where nothing is ever dropped
+    watch: Watch | None  # None where not everything can be watched
+
+
+def _kinds(part: Part) -> tuple:
+    """What `module.to` and `requires_grad_` change in place."""
+    weight = part.w.tensors[0]
+    return part.a.dtype, weight.dtype, weight.requires_grad
+
+
 class BoundLora:
-    """Calling it gives the layer's output, or None where `part` does.
+    """Calling it gives the layer's output, or None where `look` does.
 
     Args:
-        product: (x, autocast's dtype) -> weight and bias, None where calling the module is more than x Wᵀ + bias.
+        site: whose module's class computes x Wᵀ + bias.
         down, up: where the factors are kept. holders: the modules that keep them, if they are not bare.
         kept: what the layer keeps besides tensors. dropouts: of its adapters; `name` is this one's.
         weighted: see `LinearSite.bind`.
     """
 
-    __slots__ = ("product", "down", "up", "kept", "dropouts", "name", "holders", "weighted", "_made")
+    __slots__ = ("site", "down", "up", "kept", "dropouts", "name", "holders", "weighted", "_last")
 
     def __init__(
         self,
-        product: Callable[[Tensor, torch.dtype | None], tuple[Operand, Tensor | None] | None],
+        site: LinearSite,
         down: Cell,
         up: Cell,
         kept: Mapping[str, Any],
@@ -48,40 +68,76 @@ class BoundLora:
         holders: Holders | None,
         weighted: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.product, self.down, self.up = product, down, up
+        self.site, self.down, self.up = site, down, up
         self.kept, self.dropouts, self.name, self.holders, self.weighted = kept, dropouts, name, holders, weighted
-        #: The last operand and the plan for it: one attribute, so that threads never see halves of two.
-        self._made: tuple[Operand | None, Plan | None] = (None, None)
+        self._last: _Look | None = None  # one attribute, so that threads never see halves of two
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        part = self.part(x)
-        return None if part is None else lora_part(x, part)
+        look = self.look(x)
+        return None if look is None else look[1](x, look[0])
+
+    def look(self, x: Tensor) -> tuple[Part, Way] | None:
+        """What x is to be multiplied by, and how; None where this call is not a plain one."""
+        last = self._last
+        if last is None or not self._holds(last, x):
+            self._last = None  # which may have been all that kept a large weight
+            last = self._look(x)
+            if last is None:
+                return None
+            if last.watch is not None:
+                self._last = last
+        elif last.elements != x.numel():
+            self._last = last = last._replace(way=way_of(x, last.part), elements=x.numel())
+        if self.weighted is None:
+            return last[:2]
+        return last.part._replace(a=self.weighted(last.part.a)), last.way
 
     def part(self, x: Tensor, drops: bool = True) -> Part | None:
         """What x is to be multiplied by, None where this call is not a plain one; `drops` False leaves dropout out."""
-        holders, weighted = self.holders, self.weighted
+        look = self.look(x)
+        if look is None:
+            return None
+        part, _ = look
+        return part if drops or not part.plan.dropout else part._replace(plan=part.plan._replace(dropout=0.0))
+
+    @staticmethod
+    def _holds(last: _Look, x: Tensor) -> bool:
+        """Whether `_look` would find the same part again."""
+        dropout = last.dropout
+        return (
+            last.circumstances == circumstances(x)
+            and last.kinds == _kinds(last.part)
+            and (dropout.p if dropout is not None and dropout.training else 0.0) == last.part.plan.dropout
+            and last.watch.holds()
+        )
+
+    def _look(self, x: Tensor) -> _Look | None:
+        (downs, down), (ups, up), holders, scales = self.down, self.up, self.holders, self.kept["scaling"]
         if holders is not None and not holders.are_plain():
             return None
-        a, b = self.down[0].get(self.down[1]), self.up[0].get(self.up[1])
-        scale = self.kept["scaling"][self.name]
+        a, b, scale, dropout = downs.get(down), ups.get(up), scales[self.name], self.dropouts[self.name]
         if a is None or b is None or not is_plain(a, b) or isinstance(scale, Tensor):
             return None
-        if weighted is not None:
-            a = weighted(a)
-        autocast = autocast_dtype(x)
-        base = self.product(x, autocast)
+        around = circumstances(x)
+        base = self.site.product(x, around[0])
         if base is None:
             return None
-        operand, bias = base
-        dropout = self.dropouts[self.name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and drops and dropout.training else 0.0
-        branch = branch_dtype(x, a, autocast)
-        known, plan = self._made
-        if operand is not known or plan.branch is not branch or plan.scale != scale or plan.dropout != p:
-            plan = plan_of(operand, branch, scale, p)
-            if not torch.jit.is_tracing():  # in a trace, sizes are tensors of the trace
-                self._made = (operand, plan)
-        return Part(operand, bias, a, b, plan)
+        w, bias = base
+        drops = dropout if isinstance(dropout, nn.Dropout) else None
+        p = drops.p if drops is not None and drops.training else 0.0
+        part = Part(w, bias, a, b, plan_of(w, branch_dtype(x, a, around[0]), scale, p))
+        own, watch = self.site.module._parameters, None
+        # a weight that is made for the product is made again; in a trace, sizes are tensors of the trace
+        if own.get("weight") is w.tensors[0] and not torch.jit.is_tracing():
+            entries, empty = untouched(self.site.module)
+            entries += [
+                (downs, down, a), (ups, up, b), (own, "weight", w.tensors[0]), (own, "bias", bias),
+                (self.kept, "scaling", scales), (scales, self.name, scale), (self.dropouts, self.name, dropout),
+            ]  # fmt: skip
+            if holders is not None:
+                entries, empty = entries + holders.entries, empty + holders.empty
+            watch = Watch(entries, (*GLOBAL_HOOKS, *empty))
+        return _Look(part, way_of(x, part), x.numel(), around, _kinds(part), drops, watch)
 
 
 class BoundRuns:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.sites.site import GLOBAL_HOOKS, Site, composed_magnify
+from peftfast.sites.site import Site, composed_magnify
+from peftfast.watch import GLOBAL_HOOKS, HOOKS, Entry, Watch
 
 _PLAIN = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dropout, nn.Identity)}
 
@@ -21,20 +22,14 @@ class Holders:
         kept: for each of the three, the dict in which the layer keeps it by the adapter's name.
     """
 
-    __slots__ = ("places", "own", "hooks", "foreign")
+    __slots__ = ("places", "entries", "empty", "watch", "foreign")
 
     def __init__(self, kept: Sequence[Mapping[str, nn.Module]], name: str) -> None:
         modules = [one[name] for one in kept]
         self.places = tuple([(one, name, module) for one, module in zip(kept, modules, strict=True)])
-        self.own = tuple([module.__dict__ for module in modules])
-        self.hooks = (
-            *GLOBAL_HOOKS,
-            *[
-                hooks
-                for m in modules
-                for hooks in (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks, m._backward_pre_hooks)
-            ],
-        )
+        self.entries: list[Entry] = [*self.places, *[(module.__dict__, "forward", None) for module in modules]]
+        self.empty = [module.__dict__[hooks] for module in modules for hooks in HOOKS]
+        self.watch = Watch(self.entries, (*GLOBAL_HOOKS, *self.empty))
         # parametrised modules, and those that FSDP2 shards, have the forward of their class
         self.foreign = any(type(m).forward not in _PLAIN and not hasattr(type(m), "is_view") for m in modules)
 
@@ -45,13 +40,7 @@ class Holders:
 
     def are_plain(self) -> bool:
         """Whether these are the layer's modules still, and calling them is no more than their products."""
-        for kept, name, module in self.places:  # every call of every layer comes by here
-            if kept.get(name) is not module:
-                return False
-        for own in self.own:
-            if "forward" in own:
-                return False
-        return not (self.foreign or any(self.hooks))
+        return not self.foreign and self.watch.holds()
 
 
 class CalledSite:

@@ -86,7 +86,7 @@ class LinearSite:
         if not self._known_forward or None in cells or holders is not None and holders.foreign:
             return None
         dropouts = adapter.settings_of("lora_dropout")._modules
-        return BoundLora(self.product, *cells, adapter.kept, dropouts, adapter.name, holders, weighted)
+        return BoundLora(self, *cells, adapter.kept, dropouts, adapter.name, holders, weighted)
 
     def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> BoundRuns:
         """`adapt_each` of the module's own output with these factors, without gradients."""

@@ -8,17 +8,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from peftfast.base.weight import BaseWeight
-
-#: What torch calls with every module.
-GLOBAL_HOOKS = (
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_forward_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
+from peftfast.watch import GLOBAL_HOOKS
 
 
 @dataclass(frozen=True)

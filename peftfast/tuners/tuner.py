@@ -22,6 +22,7 @@ from peftfast.ops.casts import CastStore
 from peftfast.quantization.quantize import dequantize_model
 from peftfast.sharding import GatheredAsOne
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
+from peftfast.watch import Entry
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
@@ -323,17 +324,18 @@ class BaseTuner(GatheredAsOne, nn.Module):
         device = self._device().type
         if device == "meta" or not torch.is_autocast_enabled(device):
             return nullcontext()
-        return self._casts.window(self._active_factors, torch.get_autocast_dtype(device))
+        return self._casts.window(self.inventory.active, self._active_factors, torch.get_autocast_dtype(device))
 
-    def _active_factors(self) -> list[Tensor]:
-        active = set(self.inventory.active)
-        return [
-            p
+    def _active_factors(self) -> tuple[list[Tensor], list[Entry]]:
+        """The factors, and what has to stay for them to be these."""
+        names = self.inventory.active
+        adapters = [
+            (layer.adapters, name, layer.adapters[name])
             for layer in self.inventory.layers.values()
-            for name in active & layer.adapters.keys()
-            for p in layer.adapters[name].parameters().values()
-            if p.dim() == 2
+            for name in set(names) & layer.adapters.keys()
         ]
+        factors = [p for *_, adapter in adapters for p in adapter.parameters().values() if p.dim() == 2]
+        return factors, [*adapters, *[place for *_, adapter in adapters for place in adapter.places()]]
 
     def _device(self) -> torch.device:
         layer = next(iter(self.inventory.layers.values()), None)
