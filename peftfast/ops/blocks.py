@@ -222,10 +222,11 @@ def _arguments(x: Tensor, parts: Sequence[Part]) -> tuple[tuple[Plan, ...], tupl
 
 def fit_together(parts: Sequence[Part]) -> bool:
     """Whether one Function can compute these: one dtype of the products, one of the factors."""
-    first = parts[0]
-    return all(
-        p.w.dtype == first.w.dtype and p.a.dtype == first.a.dtype and p.b.dtype == first.b.dtype for p in parts[1:]
-    )
+    (w, _, a, b, _), *others = parts
+    for other in others:
+        if other.w.dtype is not w.dtype or other.a.dtype is not a.dtype or other.b.dtype is not b.dtype:
+            return False
+    return True
 
 
 def lora_siblings(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ backward pass: the input, t = s · drop(x) Aᵀ [M, r], torch's dropout mask, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,16 +71,31 @@ def host_bound_lora(x: Tensor, part: Part) -> Tensor:
     # with the same mask whether or not there will be gradients: reentrant checkpointing runs a layer in both ways
     if torch.is_grad_enabled():
         return _apply(x, a, b, bias, w.tensors[0], plan)
-    return _forward(x, a, b, bias, w.tensors[0], plan)[0]
+    if x.dim() == 2:
+        return _multiply(x, a, b, bias, w.tensors[0], plan)[0]
+    y = _multiply(x.reshape(-1, plan.shape[1]), a, b, bias, w.tensors[0], plan)[0]
+    return y.view(*x.shape[:-1], plan.shape[0])
 
 
-def _forward(
-    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """The output, t, the mask, and a and b in the branch's dtype where those live anyway."""
-    form, (n, k), dtype, branch, scale, dropout, _, _ = plan
-    flat = x.dim() == 2
-    rows = x if flat else x.reshape(-1, k)
+def host_bound_siblings(x: Tensor, parts: Sequence[Part]) -> Sequence[Tensor]:
+    """`host_bound_lora` of parts that `blocks.fit_together`, all of the same x, which gets one gradient."""
+    if not torch.is_grad_enabled():
+        return [host_bound_lora(x, part) for part in parts]
+    members: list[Tensor | None] = []
+    for w, bias, a, b, _ in parts:
+        members += (a, b, bias, w.tensors[0])
+    return _apply_siblings(x, tuple([part.plan for part in parts]), *members)
+
+
+#: t, the mask, and the factors in the branch's dtype where those live anyway.
+Kept = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
+
+
+def _multiply(
+    rows: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan
+) -> tuple[Tensor, Kept]:
+    """The output [M, N] of rows [M, K], and what the backward pass wants."""
+    form, _, dtype, branch, scale, dropout, _, _ = plan
     if rows.dtype is not dtype:
         rows = rows.to(dtype)
     dropped, mask = rows if branch is dtype else rows.to(branch), None
@@ -94,52 +109,115 @@ def _forward(
         y.addmm_(t, turned, alpha=scale)
     else:
         y.add_(torch.mm(t, turned), alpha=scale)
-    return y if flat else y.view(*x.shape[:-1], n), t, mask, (down, up) if kept else None
+    return y, (t, mask, (down, up) if kept else None)
+
+
+def _differentiate(
+    dy: Tensor, rows: Tensor, a: Tensor, b: Tensor, weight: Tensor, plan: Plan, kept: Kept,
+    needs: Sequence[bool], dx: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of rows, a, b and bias, as far as they are needed.
+
+    Args:
+        dx: what the gradient of rows is added to. It is in the product's dtype.
+    """
+    (t, mask, copies), (need_x, need_a, need_b, need_bias) = kept, needs
+    _, _, dtype, branch, scale, *_ = plan
+    down, up = (a.to(branch), b.to(branch)) if copies is None else copies
+    same = branch is dtype
+    wide = dy if same else dy.to(branch)
+    da = db = p = None
+    if need_x or need_a:
+        # of t, nothing but its shape is used
+        p = torch.addmm(t, wide, up, beta=0, alpha=scale if mask is None else scale * _kept_scale(plan))
+    if need_x:
+        w = _weight(weight, plan)
+        dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+        if mask is None and same:
+            dx.addmm_(p, down)
+        else:
+            update = torch.mm(p, down)
+            dx.add_(update if mask is None else update.mul_(mask))
+    if need_b:
+        db = _product(wide.t(), t, b, scale)
+    if need_a:
+        rows = rows if rows.dtype is branch and same else rows.to(dtype).to(branch)
+        da = _product(p.t(), rows if mask is None else rows * mask, a, 1.0)
+    return dx, da, db, dy.sum(0) if need_bias else None
 
 
 class _HostBound(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan) -> Tensor:
-        y, t, mask, ctx.copies = _forward(x, a, b, bias, weight, plan)
+        n, k = plan.shape
+        flat = x.dim() == 2
+        y, (t, mask, ctx.copies) = _multiply(x if flat else x.reshape(-1, k), a, b, bias, weight, plan)
         ctx.plan = plan
         ctx.save_for_backward(x, a, b, weight, t, mask)
-        return y
+        return y if flat else y.view(*x.shape[:-1], n)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        if torch.is_grad_enabled():
-            return _again(ctx, dy)
         x, a, b, weight, t, mask = ctx.saved_tensors
-        plan, copies = ctx.plan, ctx.copies
-        _, (n, k), dtype, branch, scale, *_ = plan
-        down, up = (a.to(branch), b.to(branch)) if copies is None else copies
-        need_x, need_a, need_b, need_bias, _, _ = ctx.needs_input_grad
-        flat, same = x.dim() == 2, branch is dtype
-        dy = dy if flat else dy.reshape(-1, n)
-        wide = dy if same else dy.to(branch)
-        dx = da = db = p = None
-        if need_x or need_a:
-            # of t, nothing but its shape is used
-            p = torch.addmm(t, wide, up, beta=0, alpha=scale if mask is None else scale * _kept_scale(plan))
-        if need_x:
-            dx = torch.mm(dy, _weight(weight, plan))
-            if mask is None and same:
-                dx.addmm_(p, down)
+        plan, needs = ctx.plan, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return *_again(dy, x, a, b, weight, plan, mask, needs), None, None
+        n, k = plan.shape
+        flat = x.dim() == 2
+        dy, rows = (dy, x) if flat else (dy.reshape(-1, n), x.reshape(-1, k))
+        dx, *grads = _differentiate(dy, rows, a, b, weight, plan, (t, mask, ctx.copies), needs[:4], None)
+        return _shaped(dx, x), *grads, None, None
+
+
+class _HostBoundSiblings(Function):
+    """The members' tensors in a row: a, b, bias, weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plans: tuple[Plan, ...], *members: Tensor | None) -> tuple[Tensor, ...]:
+        flat = x.dim() == 2
+        rows = _as(x if flat else x.reshape(-1, x.shape[-1]), plans[0].dtype)
+        ys, saved, copies = [], [x], []
+        for plan, a, b, bias, weight in zip(plans, *[iter(members)] * 4, strict=True):
+            y, (t, mask, copy) = _multiply(rows, a, b, bias, weight, plan)
+            ys.append(y if flat else y.view(*x.shape[:-1], y.shape[1]))
+            saved += (a, b, weight, t, mask)
+            copies.append(copy)
+        ctx.set_materialize_grads(False)
+        ctx.plans, ctx.copies = plans, copies
+        ctx.save_for_backward(*saved)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple:
+        x, *saved = ctx.saved_tensors
+        need_x, _, *needs = ctx.needs_input_grad
+        rows, dx, grads = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), None, []
+        for plan, copies, dy, a, b, weight, t, mask, need_a, need_b, need_bias, _ in zip(
+            ctx.plans, ctx.copies, dys, *[iter(saved)] * 5, *[iter(needs)] * 4, strict=True
+        ):
+            need = need_x, need_a, need_b, need_bias
+            if dy is None:  # nobody has used this output
+                own = (None, None, None)
+            elif torch.is_grad_enabled():
+                more, *own = _again(dy, x, a, b, weight, plan, mask, need)
+                dx = more if dx is None else dx + more
             else:
-                update = torch.mm(p, down)
-                dx.add_(update if mask is None else update.mul_(mask))
-            dx = dx if flat else dx.view(x.shape)
-            dx = dx if dx.dtype is x.dtype else dx.to(x.dtype)
-        if need_b:
-            db = _product(wide.t(), t, b, scale)
-        if need_a:
-            rows = x if flat else x.reshape(-1, k)
-            rows = rows if rows.dtype is branch and same else rows.to(dtype).to(branch)
-            da = _product(p.t(), rows if mask is None else rows * mask, a, 1.0)
-        return dx, da, db, dy.sum(0) if need_bias else None, None, None
+                dy = dy if dy.dim() == 2 else dy.reshape(-1, plan.shape[0])
+                dx, *own = _differentiate(dy, rows, a, b, weight, plan, (t, mask, copies), need, dx)
+            grads += (*own, None)
+        return _shaped(dx, x), None, *grads
 
 
-_apply = super(Function, _HostBound).apply  # as `function.apply` does it, without asking for transforms once more
+# as `function.apply` does it, without asking for transforms once more
+_apply, _apply_siblings = super(Function, _HostBound).apply, super(Function, _HostBoundSiblings).apply
+
+
+def _shaped(dx: Tensor | None, x: Tensor) -> Tensor | None:
+    """The gradient of rows as that of x."""
+    if dx is None:
+        return None
+    dx = dx if x.dim() == 2 else dx.view(x.shape)
+    return dx if dx.dtype is x.dtype else dx.to(x.dtype)
 
 
 def _kept_scale(plan: Plan) -> float:
@@ -167,14 +245,14 @@ def _product(left: Tensor, right: Tensor, like: Tensor, scale: float) -> Tensor:
     return product if scale == 1.0 else product.mul_(scale)
 
 
-def _again(ctx: Any, dy: Tensor) -> tuple:
-    """The gradients in operations that torch can differentiate in turn."""
-    x, a, b, weight, _, mask = ctx.saved_tensors
-    plan, needs = ctx.plan, ctx.needs_input_grad
+def _again(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, plan: Plan, mask: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, a, b and bias in operations that torch can differentiate in turn."""
     n, k = plan.shape
     rows, dy = x.reshape(-1, k).to(plan.dtype), dy.reshape(-1, n)
     dropped = rows.to(plan.branch) if mask is None else rows.to(plan.branch) * mask * _kept_scale(plan)
     update = dropped @ a.to(plan.branch).t() @ b.to(plan.branch).t()
     y = F.linear(rows, _weight(weight, plan)) + plan.scale * update
     dx, da, db = gradients_of(y.to(dy.dtype), (x, a, b), needs[:3], dy)
-    return dx, da, db, dy.sum(0) if needs[3] else None, None, None
+    return dx, da, db, dy.sum(0) if needs[3] else None

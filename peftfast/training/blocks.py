@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from peftfast.autocast import autocast_dtype
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.ops.blocks import fit_together, gated_mlp, lora_siblings
-from peftfast.ops.composed import composes
-from peftfast.ops.host_bound import is_host_bound
+from peftfast.ops.composed import composed_lora, composes
+from peftfast.ops.host_bound import host_bound_lora, host_bound_siblings, is_host_bound
 from peftfast.ops.lora import lora_part
 from peftfast.ops.plan import Part
+from peftfast.sites.bound import BoundLora
 from peftfast.sites.site import is_untouched
 from peftfast_kernels.gated import ACTIVATIONS
 
@@ -37,11 +38,17 @@ logger = logging.getLogger("peftfast")
 _checking = False  # while a block is compared with what it replaces, nobody counts the calls
 
 
-def part_of(layer: BaseTunerLayer, x: Tensor, dropout: bool = True) -> Part | None:
-    """The one product that `layer` would compute for x, None where it is more than a low-rank linear."""
+def bound_of(layer: BaseTunerLayer) -> BoundLora | None:
+    """The one product that `layer` computes, None where it is more than a low-rank linear."""
     if layer.control.routing is not None:
         return None
     _, bound = layer.__dict__["_plan"] or layer._make_plan()
+    return bound
+
+
+def part_of(layer: BaseTunerLayer, x: Tensor, dropout: bool = True) -> Part | None:
+    """What `layer` would multiply x by."""
+    bound = bound_of(layer)
     return None if bound is None else bound.part(x, dropout)
 
 
@@ -53,11 +60,6 @@ def _parts(layers: Sequence[BaseTunerLayer], xs: Sequence[Tensor], dropout: bool
             return None
         parts.append(part)
     return parts if fit_together(parts) else None
-
-
-def _host_bound(x: Tensor, parts: Sequence[Part]) -> bool:
-    """Whether Python would take longer than a shared read saves."""
-    return all(is_host_bound(x, part.plan) for part in parts)
 
 
 def _in_backward() -> bool:
@@ -127,13 +129,23 @@ class Siblings:
                     return y
             else:
                 self._ready = None
-        if layer is not self.layers[0] or x.is_inference() or composes(x):
-            return None  # also where Python takes longer than the shared read saves
-        parts = _parts(self.layers, [x] * len(self.layers))
-        if parts is None:
+        if layer is not self.layers[0] or x.is_inference():
             return None
-        if _host_bound(x, parts):
-            ys = [lora_part(x, part) for part in parts]  # what is shared is that they have been looked up
+        looks = []
+        for member in self.layers:
+            bound = bound_of(member)
+            look = None if bound is None else bound.look(x)
+            if look is None:
+                return None
+            part, way = look
+            if way is composed_lora or way is host_bound_lora and not (torch.is_grad_enabled() or part.plan.dropout):
+                return way(x, part) if member is layer else None  # nothing is shared there
+            looks.append(look)
+        parts = [part for part, _ in looks]
+        if not fit_together(parts):
+            return None
+        if {way for _, way in looks} == {host_bound_lora}:
+            ys = host_bound_siblings(x, parts)
         elif self.state == "new" and not self._check(x):
             return None
         else:
@@ -236,9 +248,9 @@ class GatedMlp:
         parts = self._fitting(x, self.candidates[0])
         if parts is None:
             return self._plain(x)
-        if _host_bound(x, parts[:2]):
-            gate, up, down = parts
-            return lora_part(self.act(lora_part(x, gate)) * lora_part(x, up), down)
+        if is_host_bound(x, parts[0].plan) and is_host_bound(x, parts[1].plan):
+            gate, up = host_bound_siblings(x, parts[:2])
+            return lora_part(self.act(gate) * up, parts[2])
         return gated_mlp(x, *parts, self.activation)
 
     def _fitting(self, x: Tensor, names: tuple[str, str, str], dropout: bool = True) -> list[Part] | None:
@@ -253,8 +265,9 @@ class GatedMlp:
         first = _parts((gate, up), (x, x), dropout)
         if first is None:
             return None
-        # what reaches the third layer has the products' dtype; its values do not matter here
-        third = part_of(down, x.new_empty((1, first[0].w.shape[0]), dtype=first[0].w.dtype), dropout)
+        # what reaches the third layer has the products' dtype; its sizes and values do not matter here
+        dtype = first[0].w.dtype
+        third = part_of(down, x if x.dtype is dtype else x.new_empty(1, dtype=dtype), dropout)
         if third is None or not fit_together([first[0], third]):
             return None
         return [*first, third]

@@ -185,6 +185,50 @@ def test_derivatives(dropout, transposed, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_derivatives_of_siblings(dropout, device):
+    def made(*shape):
+        return torch.randn(shape, dtype=FP64, device=device)
+
+    k, r, widths = 4, 3, (5, 2, 7)
+    leaves = [t.requires_grad_() for n in widths for t in (made(r, k), made(n, r), made(n))]
+    x = made(2, 6, k).requires_grad_()
+    ws = [dense(made(n, k)) if n != 2 else dense_t(made(k, n)) for n in widths]
+    plans = [Plan(w.format, w.shape, FP64, FP64, 0.75, dropout) for w in ws]
+
+    def parts_of(leaves):
+        return [Part(ws[i], leaves[3 * i + 2], *leaves[3 * i : 3 * i + 2], plans[i]) for i in range(3)]
+
+    def together(x, *leaves):
+        torch.manual_seed(3)
+        return tuple(host_bound.host_bound_siblings(x, parts_of(leaves)))
+
+    def alone(x, *leaves):
+        torch.manual_seed(3)
+        return tuple([host_bound.host_bound_lora(x, part) for part in parts_of(leaves)])
+
+    assert torch.autograd.gradcheck(together, (x, *leaves))
+    assert torch.autograd.gradgradcheck(together, (x, *leaves))
+    torch.testing.assert_close(together(x, *leaves), alone(x, *leaves), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(together(x, *leaves), alone(x, *leaves), rtol=0, atol=0)
+    for used in ((0,), (1, 2)):  # of others there is no gradient at all
+        ours, theirs = (
+            torch.autograd.grad(sum(run(x, *leaves)[i].square().sum() for i in used), (x, *leaves), allow_unused=True)
+            for run in (together, alone)
+        )
+        torch.testing.assert_close(ours, theirs)
+    for frozen in (0, 1, 2, 3):  # x, or one kind of leaf
+        wanted = [t.detach().requires_grad_(i % 3 + 1 != frozen) for i, t in enumerate(leaves)]
+        start = x.detach().requires_grad_(frozen != 0)
+        inputs = [t for t in (start, *wanted) if t.requires_grad]
+        ours, theirs = (
+            torch.autograd.grad(sum(y.square().sum() for y in run(start, *wanted)), inputs) for run in (together, alone)
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype, branch", [(BF16, BF16), (BF16, FP32), (torch.float16, torch.float16), (FP32, FP32)])
 def test_no_further_from_fp64_than_torch(dtype, branch, device):
     """Values and gradients, beside the same formula in torch's own operations."""

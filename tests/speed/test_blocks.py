@@ -10,7 +10,8 @@ from oracle import Twins, assert_no_further, copy_parameters, inputs, llama
 from torch import nn
 
 import peftfast
-from peftfast.ops import composed
+from peftfast.layers.layer import BaseTunerLayer
+from peftfast.ops import composed, host_bound
 from peftfast.training.blocks import GatedMlp, Siblings
 from peftfast_kernels.gated import ACTIVATIONS
 
@@ -254,6 +255,62 @@ def calls_of_blocks(model, monkeypatch):
     return len(count), out  # (how many, logits)
 
 
+def look_again(*models):
+    """Layers remember which way they took."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.activate(module.active_adapters)
+
+
+def take_all_as_host_bound(monkeypatch, *models):
+    for module in ("peftfast.training.blocks", "peftfast.ops.lora"):
+        monkeypatch.setattr(f"{module}.is_host_bound", lambda x, plan: True)
+    look_again(*models)
+
+
+@pytest.mark.parametrize("dtype, autocast", [("fp32", False), ("bf16", True), ("bf16", False)], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_host_bound_blocks_give_what_their_layers_give(dtype, autocast, dropout, monkeypatch):
+    """To the last bit but in dx, whose sum is rounded in another order; one Function for all that share an input."""
+    base = torch.bfloat16 if dtype == "bf16" else torch.float32
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "lora_dropout": dropout}
+    model = Twins(lambda: llama().to(base), config).ours
+    alone = copy.deepcopy(model).train()
+    attached(model)
+    model.train()
+    take_all_as_host_bound(monkeypatch, model, alone)
+    calls, real = [], host_bound._apply_siblings
+    monkeypatch.setattr(host_bound, "_apply_siblings", lambda *a: calls.append(len(a[1])) or real(*a))
+    found = []
+    for each in (model, alone):
+        torch.manual_seed(7)
+        found.append(run(each, autocast))
+    assert sorted(calls) == [2, 2, 3, 3]
+    ours, theirs = found
+    torch.testing.assert_close(ours["logits"], theirs["logits"], rtol=0, atol=0)
+    eps = torch.finfo(torch.bfloat16 if dtype == "bf16" else torch.float32).eps
+    for name in theirs:
+        assert (ours[name] - theirs[name]).norm() <= 16 * eps * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_host_bound_blocks_draw_their_masks_again(reentrant, monkeypatch):
+    """Reentrant checkpointing runs layers first without gradients, then with them."""
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "lora_dropout": 0.3}
+    model = Twins(llama, config).ours
+    attached(model)
+    take_all_as_host_bound(monkeypatch, model)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(7)
+        found.append(run(model.train()))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
 UNFIT = ["hook", "merged", "disabled", "two", "mixed", "dora", "compile", "replaced", "small", "host"]
 
 
@@ -285,11 +342,12 @@ def test_off_where_something_does_not_fit(what, monkeypatch):
                 each.mlp.act_fn = nn.Tanh()
     if what == "small":
         monkeypatch.setattr(composed, "SMALL", {4: 1 << 15})
+        look_again(model, plain)
         with torch.no_grad():
             ours, theirs = (m(**inputs(m)).logits for m in (model, plain))
         count = 0 if torch.equal(ours, theirs) else None  # the layers' own numbers, to the last bit
     elif what == "host":
-        monkeypatch.setattr("peftfast.training.blocks.is_host_bound", lambda x, plan: True)
+        take_all_as_host_bound(monkeypatch, model, plain)
         count, ours = calls_of_blocks(model, monkeypatch)
         theirs = calls_of_blocks(plain, monkeypatch)[1]
     elif what == "disabled":

@@ -10,6 +10,7 @@ import torch
 import peftfast
 from peftfast.ops import composed
 from peftfast.ops import lora as lora_ops
+from peftfast.training import blocks
 
 IDS = torch.arange(28).view(4, 7)
 
@@ -70,8 +71,8 @@ def test_training_goes_on(method, how, size, autocast, monkeypatch):
     if size != "small":
         monkeypatch.setattr(composed, "SMALL", {})
     if size == "host-bound":
-        monkeypatch.setattr(lora_ops, "is_host_bound", lambda x, plan: plan.format == "dense")
-        monkeypatch.setattr("peftfast.training.blocks.is_host_bound", lambda x, plan: plan.format == "dense")
+        for module in (lora_ops, blocks):
+            monkeypatch.setattr(module, "is_host_bound", lambda x, plan: plan.format == "dense")
     found = []
     for validation in (torch.inference_mode, torch.no_grad):
         torch.manual_seed(0)
