@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peftfast.calibration.ranks import drop_adapter, pattern_of, resize_adapter
 from peftfast.errors import PeftWarning
+from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora_config import EvaConfig, LoraConfig
 from peftfast.sites.linear import LinearSite
@@ -273,8 +274,7 @@ def get_eva_state_dict(
                 "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
                 f"{unknown}"
             )
-    base = "base_model.model."
-    ranks = {n: pattern_value(peft_config.rank_pattern, n.removeprefix(base), peft_config.r) for n in modules}
+    ranks = {n: pattern_value(peft_config.rank_pattern, in_base(n), peft_config.r) for n in modules}
     limit = max(1, max((max(p.shape) for p in model.parameters() if p.dim()), default=1) // peft_config.r)
     rho = min(settings.rho, limit) if settings.rho > 1000 else settings.rho
     counts = {n: min(round(r * rho), modules[n].in_features if hasattr(modules[n], "in_features") else r * 1000)
@@ -358,8 +358,7 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs, show_progress_bar,
         )  # fmt: skip
     inventory = model.base_model.inventory
-    prefix = "base_model.model."
-    found = {name.removeprefix(prefix): part for name, part in eva_state_dict.items()}
+    found = {in_base(name): part for name, part in eva_state_dict.items()}
     keys = [k for k, layer in inventory.layers.items() if adapter_name in layer.adapters]
     missing = [k for k in keys if k not in found]
     ranks, alphas = {}, {}

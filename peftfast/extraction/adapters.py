@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PeftType
 from peftfast.errors import enumerate_some
-from peftfast.extraction.factors import PREFIX, Change, Svd, as_lora, check_rank, is_table, matrix, set_targets, svd
+from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, is_table, matrix, set_targets, svd
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.io import save_adapter
 from peftfast.files.state import adapter_entries, wrapped_modules
+from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import Adapter, method_for
 from peftfast.methods.lora_combine import svd_of_sum

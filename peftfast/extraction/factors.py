@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some
+from peftfast.keys import PREFIX
 from peftfast.methods.lora_combine import padded, rank_keeping
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.sites import Site
@@ -19,7 +20,6 @@ from peftfast.wrapping.targets import make_matcher, shortest_suffixes
 
 logger = logging.getLogger("peftfast.extraction")
 
-PREFIX = "base_model.model."  # of every key in a file
 #: Fields that say which modules an adapter is in, and what else of the model it keeps.
 _WHERE = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication",

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from peftfast.extraction.factors import PREFIX, Change, as_lora, check_rank, is_table, matrix, set_targets, svd
+from peftfast.extraction.factors import Change, as_lora, check_rank, is_table, matrix, set_targets, svd
+from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.methods.lora_config import LoraConfig

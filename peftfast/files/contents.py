@@ -10,9 +10,8 @@ from torch import Tensor
 
 from peftfast.config import PeftConfig
 from peftfast.files.io import read_adapter
+from peftfast.keys import in_base
 from peftfast.method import method_for
-
-_PREFIX = "base_model.model."
 
 
 class Contents(NamedTuple):
@@ -49,12 +48,12 @@ def adapter_contents(folder: str | os.PathLike) -> Contents:
     own: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in stored.tensors.items():
-        name = key.removeprefix(_PREFIX).removesuffix(".weight")
+        name = in_base(key).removesuffix(".weight")
         module, found, slot = name.rpartition(f".{method.prefix}") if method is not None else ("", "", "")
         if found:
             own.setdefault(module, {})[method.prefix + slot] = tensor
         else:
-            others[key.removeprefix(_PREFIX)] = tensor
+            others[in_base(key)] = tensor
     lines = {
         module: method.describe(stored.config, module, tensors) for module, tensors in sorted(own.items(), key=_natural)
     }

@@ -28,6 +28,7 @@ from peftfast.files.state import (
     strip_wrappers,
     wrapped_modules,
 )
+from peftfast.keys import PREFIX, in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.sharding import copy_whole, whole_shape
 from peftfast.sites.site import is_bias
@@ -339,11 +340,10 @@ def _aligned(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dic
     tensors = {strip_wrappers(k): v for k, v in tensors.items()}
     if any(entry.store is not None for entry in entries.values()):  # prompts: the base model is not wrapped
         return {k if k in entries or k.startswith("base_model.") else f"base_model.{k}": v for k, v in tensors.items()}
-    prefix = "base_model.model."
-    wants = any(k.startswith(prefix) for k in entries)
+    wants = any(k.startswith(PREFIX) for k in entries)
     if wants:
-        return {k if k.startswith(prefix) else prefix + k: v for k, v in tensors.items()}
-    return {k.removeprefix(prefix): v for k, v in tensors.items()}
+        return {k if k.startswith(PREFIX) else PREFIX + k: v for k, v in tensors.items()}
+    return {in_base(k): v for k, v in tensors.items()}
 
 
 def _may_travel(key: str, embeddings: Iterable[str]) -> bool:

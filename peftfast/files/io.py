@@ -20,6 +20,7 @@ from peftfast.files.atomic import find_file, locked, write_atomically, write_pai
 from peftfast.files.metadata import check_sizes, config_changes, describe, lost_checksums, verify
 from peftfast.files.migrate import migrate_keys
 from peftfast.files.state import check_whole
+from peftfast.keys import PREFIX, in_base
 from peftfast.wrapping.targets import EMBEDDING_LAYER_NAMES
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -121,7 +122,7 @@ def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, asked: bool | str)
     targets = getattr(cfg, "target_modules", None)
     if isinstance(targets, str):
         names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
-        names = [n.removeprefix("base_model.model.") for n in names]
+        names = [in_base(n) for n in names]
         adapted = any(re.fullmatch(targets, n) for n in names)
     else:
         adapted = any(name in (targets or ()) for name in EMBEDDING_LAYER_NAMES)
@@ -283,10 +284,9 @@ def _mapped(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None) -> di
 
 
 def _renamed(key: str, mapping: Mapping[str, str]) -> str:
-    prefix = "base_model.model."
-    bare = key.removeprefix(prefix)
+    bare = in_base(key)
     for pattern, replacement in mapping.items():
         new, count = re.subn(pattern.lstrip("^"), replacement, bare, count=1) if re.match(pattern, bare) else (bare, 0)
         if count:
-            return prefix + new if key.startswith(prefix) else new
+            return PREFIX + new if key.startswith(PREFIX) else new
     return key

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some
+from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
@@ -58,7 +59,7 @@ def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
     (a sharding engine's wrapper) stands in a listed place by now."""
     tuner = model._modules.get("base_model")
     for holder, attribute, prefix in (  # noqa: B007 (the one found is used below)
-        (tuner, "inventory", "base_model.model."),
+        (tuner, "inventory", PREFIX),
         (model, "inventory", "model."),
         (model, "_peftfast_inventory", ""),
     ):

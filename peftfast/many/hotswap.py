@@ -17,6 +17,7 @@ from peftfast.config import PeftConfig, PeftType
 from peftfast.files.experts import migrate_experts
 from peftfast.files.io import load_peft_weights
 from peftfast.files.state import Entry, adapter_entries, strip_wrappers
+from peftfast.keys import PREFIX, in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import Adapter, method_for
 from peftfast.methods.lora_combine import padded
@@ -129,9 +130,8 @@ def _swap(
         )
     given = {strip_wrappers(k): v for k, v in tensors.items()}
     if by_file_name:
-        prefix = "base_model.model."
-        wants = next(iter(entries)).startswith(prefix)
-        given = {prefix * wants + k.removeprefix(prefix): v for k, v in given.items()}
+        wants = next(iter(entries)).startswith(PREFIX)
+        given = {PREFIX * wants + in_base(k): v for k, v in given.items()}
         given = migrate_experts(given, entries, config, _base(inner))
     unexpected = [k for k in given if k not in entries]
     if unexpected:

@@ -15,6 +15,7 @@ from peftfast.errors import enumerate_some
 from peftfast.files.experts import migrate_experts
 from peftfast.files.io import load_peft_weights
 from peftfast.files.state import Entry
+from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.routing import Routing
 from peftfast.method import method_for
@@ -166,7 +167,7 @@ class Slots:
         reader: Callable[..., tuple[Tensor, Tensor, float]] | None = getattr(method, "for_slot", None)
         if reader is None:
             raise ValueError(f"Adapter {name} is {method.family}, which slots cannot hold")
-        left = {k.removeprefix("base_model.model."): v for k, v in tensors.items()}
+        left = {in_base(k): v for k, v in tensors.items()}
         if self._parameters:
             cfg, left = self._of_experts(name, cfg, left)
         found: Factors = {}

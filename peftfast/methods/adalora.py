@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.errors import PeftWarning
+from peftfast.keys import in_base
 from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.lora import describe_change, factors, pair_of
@@ -199,7 +200,7 @@ class AdaLora:
             key = name.removesuffix(f".{VALUES}")
             for file, tensor in tensors.items():
                 owner, _, slot = file.rpartition(".")
-                if owner.removeprefix("base_model.model.") != key or not slot.startswith(self.prefix):
+                if in_base(owner) != key or not slot.startswith(self.prefix):
                     continue
                 dim = 1 if slot.endswith("_B") else 0
                 if tensor.shape[dim] == len(kept) != sum(map(bool, kept)):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from peftfast.errors import PeftWarning
+from peftfast.keys import in_base
 from peftfast.method import Adapter
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
@@ -270,7 +271,7 @@ class AdaLoraModel(BaseTuner):
         for key, tensor in tensors.items():
             owner, _, slot = key.rpartition(".")
             if slot == VALUES and tensor.dim() == 2:
-                ranks[owner.removeprefix("base_model.model.")] = len(tensor)
+                ranks[in_base(owner)] = len(tensor)
         changed = False
         for adapter in self._adapters(adapter_name):
             rank = ranks.get(adapter.key)

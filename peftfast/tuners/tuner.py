@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
+from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.merging import add_weighted_adapter, subtract
 from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
@@ -398,7 +399,7 @@ def adapted_modules(state_dict: Iterable[str], prefix: str) -> list[str]:
     """Names of the modules that the keys of an adapter's state dict belong to."""
     names = []
     for key in state_dict:
-        head, found, _ = key.removeprefix("base_model.model.").partition(f".{prefix}")
+        head, found, _ = in_base(key).partition(f".{prefix}")
         if found:
             names.append(head)
     return list(dict.fromkeys(names))
