@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from peftfast import status
 from peftfast.config import PeftConfig, PeftType
 from peftfast.errors import PeftWarning
+from peftfast.files.activation import Activation, adapters_in, read_activation, write_activation
 from peftfast.files.card import write_card
 from peftfast.files.convert_init import as_plain_lora, warn_beside_others
 from peftfast.files.fingerprint import fingerprint
@@ -318,6 +320,8 @@ class PeftModel(HasCounterpart, nn.Module):
             )  # fmt: skip
             if isinstance(self._tuner, BaseTuner):
                 self._tuner.save_beside(name, adapter_folder(save_directory, name))
+        activation = Activation(list(self.active_adapters), self._tuner.inventory.enabled)
+        write_activation(Path(save_directory), activation)
         self.create_or_update_model_card(save_directory)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
@@ -399,6 +403,34 @@ class PeftModel(HasCounterpart, nn.Module):
             wrapped.eval()
         elif isinstance(wrapped._tuner, BaseTuner):
             wrapped._tuner.after_load(adapter_name, model_id)
+        return wrapped
+
+    @classmethod
+    def from_folder(
+        cls, model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False, **options: Any
+    ) -> PeftModel:
+        """All adapters that `save_pretrained` wrote into a folder, on their base model, active as they were then.
+
+        Args:
+            model: the base model, changed in place; unchanged if an adapter is refused.
+            folder: "default" in itself, others in sub-folders of their names. One that PEFT wrote does not say which
+                were active: "default" then is, or else the first.
+            is_trainable: the active ones are for further training; otherwise all are frozen and in eval mode.
+            options: of `from_pretrained` and `load_adapter`.
+
+        Raises:
+            ValueError: no adapter there. AdapterLoadError: as `from_pretrained`, for any of them.
+        """
+        found = adapters_in(Path(folder))
+        active, enabled = read_activation(Path(folder), [*found])
+        (first, where), *others = found.items()
+        with unchanged_if_refused(model):
+            wrapped = cls.from_pretrained(model, where, first, is_trainable, **options)
+            for name, where in others:
+                wrapped.load_adapter(where, name, is_trainable, **options)
+            wrapped._tuner.set_adapter(active, inference_mode=not is_trainable)
+            if not enabled:
+                wrapped._tuner.inventory.enable(False)
         return wrapped
 
     def load_adapter(
