@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.base.offload import device_of
 from peftfast.base.weight import QUANTIZERS, Quantizer, kept_copy, register_format
+from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand, dequantize
 
 _TYPES = ("nf4", "fp4")
@@ -127,6 +128,16 @@ class Bnb4Weight:
             return None
         state = self._state()
         return None if self._is_turned(state) else self._operand(state, dtype)
+
+    def lasting(self, w: Operand) -> list[Entry] | None:
+        own, state = self.module, self._find_state()
+        weight = own._parameters.get("weight")
+        if weight is None or not w.tensors[0].is_cuda:  # on a CPU, bitsandbytes repacks weights where they are
+            return None
+        places = [(own.__dict__, "compute_dtype")]
+        places += [(one.__dict__, "quant_state") for one in (weight, own)]  # either may have it
+        places += [(vars(one), name) for one in (state, state.state2) if one is not None for name in vars(one)]
+        return [(own._parameters, "weight", weight), *[(place, key, place.get(key)) for place, key in places]]
 
     def readable(self) -> Operand:
         state = self._state()

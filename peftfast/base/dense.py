@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from peftfast.base.offload import device_of, stored_weight
 from peftfast.base.weight import kept_copy, register_format
 from peftfast.sharding import whole_shape
+from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
 
 
@@ -68,6 +69,10 @@ class DenseWeight:
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # in a trace, sizes are tensors of the trace
             self._last = made
         return made
+
+    def lasting(self, w: Operand) -> list[Entry] | None:
+        own = self.module._parameters
+        return [(own, "weight", w.tensors[0])] if own.get("weight") is w.tensors[0] else None
 
     def readable(self) -> Operand:
         weight = self.module.weight.detach()

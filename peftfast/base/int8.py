@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftfast.base.bnb4 import OFFLOADED, import_bnb, is_bnb
 from peftfast.base.offload import device_of
 from peftfast.base.weight import QUANTIZERS, Quantizer, kept_copy, register_format
+from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand, dequantize
 
 
@@ -90,6 +91,9 @@ class Int8Weight:
         return holder.SCB
 
     def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
+        return None
+
+    def lasting(self, w: Operand) -> list[Entry] | None:
         return None
 
     def readable(self) -> Operand:

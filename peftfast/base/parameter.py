@@ -10,6 +10,7 @@ from peftfast.base.dense import for_narrowing
 from peftfast.base.offload import device_of, stored_weight
 from peftfast.base.weight import kept_copy
 from peftfast.sharding import whole_shape
+from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
 
 
@@ -43,6 +44,9 @@ class ParameterWeight:
 
     def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
         return None  # only the module knows what it does with it
+
+    def lasting(self, w: Operand) -> list[Entry] | None:
+        return None
 
     def readable(self) -> Operand:
         return Operand("dense", [self.value.detach().flatten(0, -2)], self.shape, self.compute_dtype)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
 
 
@@ -44,6 +45,10 @@ class BaseWeight(Protocol):
         """W for a fused product with `x`, in the dtype in which the module would multiply it, result included, under
         autocast to `autocast`; None if the module casts on the way or would raise, both of which are left to it, or if
         only it may multiply by W."""
+        ...
+
+    def lasting(self, w: Operand) -> list[Entry] | None:
+        """What `operand` made `w` of: as long as all of it stays, w does. None: it has to be asked every time."""
         ...
 
     def readable(self) -> Operand:

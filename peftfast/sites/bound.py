@@ -126,12 +126,11 @@ class BoundLora:
         drops = dropout if isinstance(dropout, nn.Dropout) else None
         p = drops.p if drops is not None and drops.training else 0.0
         part = Part(w, bias, a, b, plan_of(w, branch_dtype(x, a, around[0]), scale, p))
-        own, watch = self.site.module._parameters, None
-        # a weight that is made for the product is made again; in a trace, sizes are tensors of the trace
-        if own.get("weight") is w.tensors[0] and not torch.jit.is_tracing():
+        watch, lasting = None, self.site.weight.lasting(w)
+        if lasting is not None and not torch.jit.is_tracing():  # in a trace, sizes are tensors of the trace
             entries, empty = untouched(self.site.module)
             entries += [
-                (downs, down, a), (ups, up, b), (own, "weight", w.tensors[0]), (own, "bias", bias),
+                *lasting, (downs, down, a), (ups, up, b), (self.site.module._parameters, "bias", bias),
                 (self.kept, "scaling", scales), (scales, self.name, scale), (self.dropouts, self.name, dropout),
             ]  # fmt: skip
             if holders is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import peftfast  # noqa: E402
 from peftfast.base.bnb4 import Bnb4Weight  # noqa: E402
 from peftfast.base.int8 import Int8Weight  # noqa: E402
 from peftfast.base.weight import base_weight, quantizer  # noqa: E402
+from peftfast.watch import Watch  # noqa: E402
 from peftfast_kernels import dequantize  # noqa: E402
 
 
@@ -288,3 +290,32 @@ def test_a_base_keeps_its_layout_before_it_has_an_adapter(kind, monkeypatch):
     assert torch.equal(base[0].weight.data, packed) and not getattr(
         base[0].weight.quant_state, "packing_format_for_cpu", False
     )
+
+
+@pytest.mark.parametrize("base", ["nf4", "nf4-nested"])
+def test_what_a_weight_was_read_from_is_watched(base):
+    """On a GPU, where layers go on with what they have read as long as nothing is replaced."""
+    module = quantised_linear(base)
+    weight = base_weight(module)
+    read = weight.operand(torch.randn(2, 64), None)
+    assert weight.lasting(read) is None  # on a CPU, bitsandbytes repacks in place
+    on_gpu = read._replace(tensors=[SimpleNamespace(is_cuda=True)])
+
+    def state():
+        return module.weight.quant_state
+
+    changes = [
+        lambda: setattr(module, "compute_dtype", torch.float16),
+        lambda: setattr(state(), "absmax", state().absmax.clone()),
+        lambda: setattr(module.weight, "quant_state", copy.copy(state())),
+        lambda: setattr(module, "quant_state", copy.copy(state())),
+        lambda: setattr(module, "weight", copy.copy(module.weight)),
+    ]
+    if state().nested:
+        changes.append(lambda: setattr(state().state2, "absmax", state().state2.absmax.clone()))
+        changes.append(lambda: setattr(state(), "offset", state().offset.clone()))
+    for change in changes:
+        watch = Watch(weight.lasting(on_gpu), ())
+        assert watch.holds()
+        change()
+        assert not watch.holds()

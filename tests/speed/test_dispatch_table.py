@@ -148,10 +148,11 @@ def test_calls_follow_the_table(tables, gpu):
 def test_without_a_table_the_rules_hold(tmp_path, monkeypatch, gpu):
     monkeypatch.setattr(dispatch, "TABLES", tmp_path)
     dispatch.table_of.cache_clear()
-    w = nf4(256, 64)
-    call = (gpu(16, 64), w, None, gpu(16, 4), gpu(256, 4), 1.0)
-    assert not lora_gemm.runs_triton(*call)
-    monkeypatch.setitem(dispatch.FUSED_ROWS["lora_gemm"], "nf4", 16)
+    packed, plain = nf4(256, 64), dense(gpu(256, 64))
+    for rows, w, runs in ((64, packed, True), (65, packed, False), (1, plain, False), (64, plain, False)):
+        call = (gpu(rows, 64), w, None, gpu(rows, 4), gpu(256, 4), 1.0)
+        assert lora_gemm.runs_triton(*call) is runs, (rows, w.format)
+    monkeypatch.setitem(dispatch.FUSED_ROWS["lora_gemm"], "dense", 64)
     assert lora_gemm.runs_triton(*call)
     assert lora_down.runs_triton(gpu(1, 64), gpu(4, 64), None, 0.0)
     dispatch.table_of.cache_clear()
