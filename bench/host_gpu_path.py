@@ -49,6 +49,7 @@ from peftfast_kernels import OPS, dense, use_backend  # noqa: E402
 
 WIDTH, ROWS, RANK = 32, 4, 8  # sizes at which a product on the CPU takes about what a call of cuBLAS takes the host
 LAYERS = 4  # in a row, as in a model: what is done once for all of them is shared
+LINEARS = 7 * LAYERS
 LLAMA = Model("tiny", WIDTH, 2 * WIDTH, 2, 1, 16)
 HALF = torch.bfloat16
 TABLES = ("ops", "linear", "layer", "methods")
@@ -151,13 +152,10 @@ def op_calls() -> Calls:
 
 
 # ---- one linear, one decoder layer -----------------------------------------------------------------------------------
-class One(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(WIDTH, WIDTH, bias=False, device=device(), dtype=HALF).requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.q_proj(x)
+def row() -> nn.Sequential:
+    """Linears, each called with the output of the one before: what a backward pass costs as a whole is shared."""
+    options: dict[str, Any] = {"bias": False, "device": device(), "dtype": HALF}
+    return nn.Sequential(*[nn.Linear(WIDTH, WIDTH, **options) for _ in range(LINEARS)]).requires_grad_(False)
 
 
 def autocast() -> Any:
@@ -193,20 +191,18 @@ def window(model: nn.Module) -> Any:
     return getattr(getattr(model, "base_model", None), "compute_copies", nullcontext)()
 
 
-_open: list[Any] = []  # a window that nobody holds closes
-
-
 def linear_calls(library: str, dropout: float) -> Calls:
-    """One layer of many: the casts have been made when it is called."""
     size = Size(ROWS, WIDTH, WIDTH, RANK, HALF, dropout=dropout)
-    model = One() if library == "frozen" else wrap(library, One(), size, ["q_proj"])
-    layer = (model if library == "frozen" else model.get_base_model()).q_proj
-    x = torch.randn(ROWS, WIDTH, device=device()).to(HALF).requires_grad_()
-    with autocast():
-        opened = window(model)
-    opened.__enter__()
-    _open.append(opened)
-    return calls_of(lambda: layer(x), x, [p for p in model.parameters() if p.requires_grad])
+    names = [str(i) for i in range(LINEARS)]
+    model = row() if library == "frozen" else wrap(library, row(), size, names)
+    base = model if library == "frozen" else model.get_base_model()
+    x = torch.randn(1, ROWS, WIDTH, device=device()).to(HALF).requires_grad_()
+
+    def run() -> Tensor:
+        with window(model):
+            return base(x)
+
+    return calls_of(run, x, [p for p in model.parameters() if p.requires_grad])
 
 
 def lora(library: str, model: nn.Module, dropout: float) -> nn.Module:
@@ -290,7 +286,7 @@ def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...]
         built = {library: build(library, dropout) for library in libraries}
         for what in ("forward", "forward and backward", *(() if dropout else ("inference",))):
             us = host_time({library: calls[what] for library, calls in built.items()}, seconds)
-            us = {library: time / (LAYERS if name == "layer" else 1) for library, time in us.items()}
+            us = {library: time / (LAYERS if name == "layer" else LINEARS) for library, time in us.items()}
             best, frozen = min(us[one] for one in libraries[2:]), us["frozen"]
             shares = f"{best / us['peft']:.2f} | {(best - frozen) / (us['peft'] - frozen):.2f}"
             times = " | ".join(f"{us[one]:.0f}" for one in libraries)
