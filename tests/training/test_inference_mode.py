@@ -66,7 +66,7 @@ def cases():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("method, how, size", cases())
+@pytest.mark.parametrize("method, how, size", list(cases()))
 def test_training_goes_on(method, how, size, autocast, monkeypatch):
     if size != "small":
         monkeypatch.setattr(composed, "SMALL", {})
