@@ -178,6 +178,7 @@ def test_quantised_on_a_cpu_that_bitsandbytes_repacks_for(tmp_path, kind, monkey
     assert train(tmp_path, *QUICK, "--quantize", kind) == 0
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_changes_no_number(tmp_path):
     train(tmp_path / "a", *QUICK)
     train(tmp_path / "b", *QUICK, "--gradient-checkpointing")

@@ -99,6 +99,7 @@ def train(given: dict[str, Any], folder: Path) -> int:
     from peftfast.cli._data import collate
     from peftfast.cli._loop import Run, evaluate
     from peftfast.cli._setup import one_line
+    from peftfast.training.checkpointing import switch_on
 
     job = prepare(given, folder)
     settings, device, base = job.settings, job.settings["device"], job.base
@@ -113,7 +114,7 @@ def train(given: dict[str, Any], folder: Path) -> int:
     untrained = logits(base, batch)
 
     if settings["gradient_checkpointing"]:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        switch_on(base, {"use_reentrant": False})
     torch.manual_seed(settings["seed"])
     with one_line("the adapter does not fit this model"):
         model = get_peft_model(base, job.config)

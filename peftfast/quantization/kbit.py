@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
+
+from peftfast.training.checkpointing import switch_on
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -75,11 +76,4 @@ def _checkpoint(model: nn.Module, kwargs: dict[str, Any]) -> None:
             model.enable_input_require_grads()
         else:
             model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
-    accepted = inspect.signature(model.gradient_checkpointing_enable).parameters
-    if kwargs and "gradient_checkpointing_kwargs" not in accepted:
-        raise TypeError(
-            f"{type(model).__name__}.gradient_checkpointing_enable takes no arguments; gradient_checkpointing_kwargs="
-            f"{kwargs} cannot be honoured"
-        )
-    arguments = {"gradient_checkpointing_kwargs": kwargs} if "gradient_checkpointing_kwargs" in accepted else {}
-    model.gradient_checkpointing_enable(**arguments)
+    switch_on(model, kwargs)

@@ -4,6 +4,7 @@ and whenever."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -48,3 +49,30 @@ def checkpointing_switches(model: nn.Module) -> list[nn.Module]:
 
 def is_checkpointing(switches: list[nn.Module]) -> bool:
     return any(module.gradient_checkpointing for module in switches)
+
+
+def switch_on(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Checkpointing of transformers' models and others like them, by the method that is not deprecated.
+
+    Args:
+        kwargs: of `torch.utils.checkpoint.checkpoint`.
+
+    Raises:
+        TypeError: the model's method takes none, and some are given.
+    """
+    from transformers import PreTrainedModel
+
+    # transformers 5.23 renames the method; where somebody wrote one of the old name, that is what is meant
+    old = getattr(model, "gradient_checkpointing_enable", None)
+    is_transformers = getattr(old, "__func__", None) is getattr(PreTrainedModel, "gradient_checkpointing_enable", None)
+    if is_transformers and hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        return
+    accepted = inspect.signature(model.gradient_checkpointing_enable).parameters
+    if kwargs and "gradient_checkpointing_kwargs" not in accepted:
+        raise TypeError(
+            f"{type(model).__name__}.gradient_checkpointing_enable takes no arguments; gradient_checkpointing_kwargs="
+            f"{kwargs} cannot be honoured"
+        )
+    arguments = {"gradient_checkpointing_kwargs": kwargs} if "gradient_checkpointing_kwargs" in accepted else {}
+    model.gradient_checkpointing_enable(**arguments)

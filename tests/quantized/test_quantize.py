@@ -444,7 +444,6 @@ def test_prepare_leaves_dense_models_without_checkpointing():
     assert not model.is_gradient_checkpointing and not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_prepared_model_trains_with_checkpointing():
     """Same gradients with and without, in both forms of checkpointing."""
     gradients = []
@@ -465,3 +464,23 @@ def test_prepared_model_trains_with_checkpointing():
     for other in gradients[1:]:
         for name, gradient in gradients[0].items():
             assert torch.equal(other[name], gradient), name
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_checkpointing_is_switched_on_by_the_name_that_is_not_deprecated():
+    model = llama(hidden=64)
+    peftfast.quantize_model(model, "nf4")
+    peftfast.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    assert model.model._gradient_checkpointing_func.keywords == {"use_reentrant": False}
+
+
+def test_a_method_of_the_old_name_that_somebody_wrote_is_called():
+    model = llama(hidden=64)
+    peftfast.quantize_model(model, "nf4")
+    calls = []
+    model.gradient_checkpointing_enable = lambda: calls.append("called")
+    peftfast.prepare_model_for_kbit_training(model)
+    assert calls == ["called"]
+    with pytest.raises(TypeError, match="takes no arguments"):
+        peftfast.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
