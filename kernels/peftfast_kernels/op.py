@@ -189,7 +189,7 @@ def has_triton_gpu(device: torch.device) -> bool:
     if device.type != "cuda":  # ROCm devices call themselves cuda as well
         return False
     if _gpu_usable is None:
-        _gpu_usable = has_triton() and (is_interpreting() or torch.compiler.is_compiling() or _has_driver())
+        _gpu_usable = has_triton() and (torch.compiler.is_compiling() or is_interpreting() or _has_driver())
     return _gpu_usable
 
 

@@ -229,7 +229,7 @@ def way_of(x: Tensor, part: Part) -> Way:
     """The fastest way to `lora_part`."""
     if composes(x):
         return composed_lora
-    if is_host_bound(x, part.plan) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and is_host_bound(x, part.plan):
         return host_bound_lora
     return _by_kernels
 

@@ -41,7 +41,7 @@ def scale_features(y: Tensor, s: Tensor) -> Tensor:
     """
     if type(y) not in (Tensor, torch.nn.Parameter) or y.numel() == 0:  # sharded tensors, which kernels cannot read
         return (y * s).to(y.dtype)
-    if composes(y) or is_small(y) and not torch.compiler.is_compiling():
+    if composes(y) or not torch.compiler.is_compiling() and is_small(y):
         return (y * s).to(y.dtype)
     if y.dtype == s.dtype and not feature_scale.runs_triton(y, s):  # torch's product keeps and moves no more than ours
         return y * s

@@ -175,7 +175,7 @@ class LinearSite:
         if dropout > 0.0 or composes(x) or not is_plain(x, a, b, bias):
             return composed_magnify(self, x, y, a, b, g, scale, dropout)
         y = self.base(x) if y is None else y
-        if is_small(x) and is_small(y) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and is_small(x) and is_small(y):
             # more launches than the Function's, but derived without Python; what is kept is small as well
             return composed_magnify(self, x, y, a, b, g, scale, dropout)
         return dora_linear_add(y, x, a, b, g, bias, scale)
