@@ -152,6 +152,12 @@ class Compute(TorchDispatchMode):
 
     _bmm_ = _mm_
 
+    @staticmethod
+    def _addmm_(function: Any, x: Tensor, left: Tensor, right: Tensor, dtype: Any = None, **factors: Any) -> Any:
+        if dtype is None:
+            return NotImplemented
+        return to_gpu(torch.addmm(*(on_host(one).to(dtype) for one in (x, left, right)), **factors))
+
 
 def _print_from_the_host() -> None:
     """Printing switches modes off, and looks at values."""
