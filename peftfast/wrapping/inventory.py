@@ -446,7 +446,7 @@ class Inventory:
         return self.model
 
     def __deepcopy__(self, memo: dict) -> Inventory:
-        new = Inventory.__new__(Inventory)
+        new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
         return new

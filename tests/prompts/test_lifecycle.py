@@ -259,6 +259,19 @@ def test_copies_are_whole(how: str):
     assert not torch.allclose(result(other(**inputs)), expected)
 
 
+@pytest.mark.parametrize("how", ["copy", "pickle"])
+def test_adapters_of_a_copy_are_switched_and_deleted(how: str):
+    model = ours("llama", "prompt")
+    other = copy.deepcopy(model) if how == "copy" else pickle.loads(pickle.dumps(model))
+    other.add_adapter("second", config(peftfast, "prompt", "llama"))
+    other.set_adapter("second")
+    assert {n for n, p in other.named_parameters() if p.requires_grad} == {"prompt_encoder.second.embedding.weight"}
+    with pytest.raises(ValueError, match="Only one prompt can be active"):
+        other._tuner.set_adapter(["default", "second"])
+    other.delete_adapter("default")
+    assert list(other.prompt_encoder) == ["second"] and list(model.prompt_encoder) == ["default"]
+
+
 # ---- training loops --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", METHODS)
