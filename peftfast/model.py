@@ -210,7 +210,8 @@ class PeftModel(HasCounterpart, nn.Module):
         self._tuner.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was active, the alphabetically first remaining one becomes active."""
+        """Delete an adapter; if it was active, the alphabetically first remaining one becomes active, with prompts the
+        oldest."""
         self._tuner.delete_adapter(adapter_name)
 
     @contextmanager

@@ -64,6 +64,10 @@ class PromptInventory(Inventory):
             f"{getattr(kind, 'value', kind)}. set_adapter(name, inference_mode=...) freezes and unfreezes."
         )
 
+    def successor(self, others: list[str]) -> str:
+        """The oldest one, as in PEFT, where adapters of weights are followed by the alphabetically first."""
+        return others[0]
+
     def delete(self, name: str) -> None:
         # the parent switches to another adapter, so the encoder has to go first
         encoder = self.encoders[name] if name in self.encoders else None

@@ -374,6 +374,10 @@ class Inventory:
         if merged:
             raise ValueError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
 
+    def successor(self, others: list[str]) -> str:
+        """Which adapter becomes active when the only active one is deleted; `others` are in the order of adding."""
+        return min(others)
+
     def delete(self, name: str) -> None:
         """Delete an adapter everywhere. Nothing is changed if it cannot be."""
         if name not in self.configs:
@@ -382,7 +386,7 @@ class Inventory:
         remaining = [n for n in self.active if n != name]
         others = [n for n in self.configs if n != name]
         if name in self.active and not remaining and others:
-            remaining = [min(others)]
+            remaining = [self.successor(others)]
             warnings.warn(
                 f"Adapter {name} was active which is now deleted. Setting active adapter to {remaining[0]}.",
                 stacklevel=3,

@@ -229,6 +229,18 @@ def test_switching_and_deleting(family: str, method: str):
     assert torch.equal(result(model(**inputs)), result(base(family)(**inputs)))
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .* was active")
+def test_who_follows_a_deleted_prompt():
+    for library, model in zip((peftfast, peft), pair("llama", "prompt"), strict=True):
+        for name in ("c", "b", "a"):
+            model.add_adapter(name, config(library, "prompt", "llama"))
+        model.delete_adapter("default")
+        assert model.active_adapter == "c"
+        model.set_adapter("a")
+        model.delete_adapter("a")
+        assert model.active_adapter == "c"
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama", "t5", "bert-seq"])
 def test_disabled_is_the_base_model(family: str, method: str):
