@@ -127,7 +127,8 @@ class Injection:
                 wrapper.token_adapter.trainable_tokens_delta = source.trainable_tokens_delta
             rows = self.tokens[key if source is None else embedding_name(inventory)]
             cfg = TrainableTokensConfig(token_indices=list(rows))
-            wrapper.add(self.name, cfg, method_for(cfg), device=self.device, initialise=source is None)
+            dtype = self.dtype(wrapper.token_adapter.site)
+            wrapper.add(self.name, cfg, method_for(cfg), dtype=dtype, device=self.device, initialise=source is None)
             if source is not None:
                 wrapper.token_adapter.token_source[self.name] = source
 

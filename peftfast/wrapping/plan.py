@@ -19,7 +19,7 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import method_for
 from peftfast.model import PeftModel
 from peftfast.sharding import whole_shape
-from peftfast.sites import Site, parts_of
+from peftfast.sites import Site, make_site, parts_of
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
 from peftfast.tasks import model_class
@@ -296,8 +296,8 @@ def _others(injection: Injection) -> list[PlannedPart]:
         parts.append(_sum(key, "copy", own))
     for key, rows in injection.tokens.items():
         module = inventory.module(key)
-        weight = getattr(module, "original_module", module).weight
-        parts.append(_part(key, "rows", [(len(rows), whole_shape(weight)[1])], weight.dtype))
+        site = make_site(getattr(module, "original_module", module))
+        parts.append(_part(key, "rows", [(len(rows), site.weight.shape[1])], injection.dtype(site)))
     kind = getattr(injection.cfg, "bias", "none")
     adapted = {site.module for _, _, site in _sites(injection)} if kind != "none" else ()
     targets = {id(module.bias) for module in adapted if getattr(module, "bias", None) is not None}

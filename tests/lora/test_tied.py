@@ -132,6 +132,21 @@ def test_rows_beside_lora_reach_every_module_of_the_weight(name, tmp_path):
     compare(MODELS[name], config, tmp_path)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("name", ["llama", "llama tied"])
+@pytest.mark.filterwarnings("ignore")
+def test_rows_of_a_half_precision_base_are_kept_in_fp32(name, autocast):
+    """As the factors beside them are: steps that are small beside a row would be rounded away."""
+    config = {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}
+    found = []
+    for library in (peftfast, peft):
+        base = seeded(MODELS[name]).bfloat16()
+        model = library.get_peft_model(base, library.LoraConfig(**config), autocast_adapter_dtype=autocast)
+        found.append({n: p.dtype for n, p in model.named_parameters() if p.requires_grad})
+        assert logits(model).dtype == torch.bfloat16
+    assert found[0] == found[1] and set(found[0].values()) == {torch.float32 if autocast else torch.bfloat16}
+
+
 @pytest.mark.parametrize("order", [("wte", "wpe"), ("wpe", "wte")])
 def test_the_head_follows_the_embedding_not_the_first_of_a_dict(order, tmp_path):
     rows = {"wte": [5, 9, 11], "wpe": [0, 1]}
