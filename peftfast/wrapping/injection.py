@@ -228,19 +228,7 @@ def plan_injection(
             cfg.target_modules = shortest_suffixes(matched, [n for n in names if n not in set(matched)])
     targets = [key for key in dict.fromkeys((*matched, *tie.targets)) if key not in own]
     tokens, tokens_tied = plan_tokens(inventory, cfg, rows, tied_heads)
-    adapted = [key for key in (*tokens, *tokens_tied) if key in set(targets)]
-    if adapted:
-        raise TypeError(
-            "trainable_token_indices cannot be applied to modules of type "
-            f"{type(inventory.module(adapted[0]))} that the same adapter adapts by `target_modules`: "
-            f"{enumerate_some(adapted)}"
-        )
-    both = set(tokens) & set(saved)
-    if both:
-        raise ValueError(
-            f"The embedding layer is already marked to be trained fully: {sorted(both)} cannot be in modules_to_save "
-            "and in trainable_token_indices at once"
-        )
+    _check_tokens(inventory, {**tokens, **dict.fromkeys(tokens_tied)}, targets, (*saved, *tie.saved))
     _check_wrappers(inventory, (*saved, *tie.saved), ModulesToSaveWrapper)
     _check_wrappers(inventory, (*tokens, *tokens_tied), TrainableTokensWrapper)
     return Injection(
@@ -267,6 +255,24 @@ def _without_saved(cfg: PeftConfig, matched: Sequence[str], saved: Sequence[str]
             if not any(n == t or n.endswith("." + t) for n in both) or any(n == t or n.endswith("." + t) for n in kept)
         }
     return kept
+
+
+def _check_tokens(inventory: Inventory, tokens: Iterable[str], targets: Sequence[str], saved: Sequence[str]) -> None:
+    """Refuse to train rows of what the same adapter trains in another way; a tied head has the embedding's rows."""
+    tokens = list(tokens)
+    adapted = [key for key in tokens if key in set(targets)]
+    if adapted:
+        raise TypeError(
+            "trainable_token_indices cannot be applied to modules of type "
+            f"{type(inventory.module(adapted[0]))} that the same adapter adapts by `target_modules`: "
+            f"{enumerate_some(adapted)}. A head that is tied to the embedding has the embedding's rows."
+        )
+    both = set(tokens) & set(saved)
+    if both:
+        raise ValueError(
+            f"The embedding layer is already marked to be trained fully: {sorted(both)} cannot be in modules_to_save "
+            "and in trainable_token_indices, or share the weight of what is, at once"
+        )
 
 
 def _check_wrappers(inventory: Inventory, keys: Iterable[str], kind: type[AuxiliaryTrainingWrapper]) -> None:

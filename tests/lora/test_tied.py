@@ -252,6 +252,15 @@ def test_two_ways_of_training_one_module_are_refused(first):
     assert list(model.peft_config) == ["default"] and model.state_dict().keys() == before.keys()
 
 
+def test_a_saved_head_that_shares_the_trained_rows_is_refused():
+    """PEFT makes such a model, whose forward then fails."""
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [1]}
+    model = oracle.llama(tied=True)
+    with pytest.raises(ValueError, match=r"lm_head.*modules_to_save.*share the weight"):
+        peftfast.get_peft_model(model, peftfast.LoraConfig(**config))
+    assert model.state_dict().keys() == oracle.llama(tied=True).state_dict().keys()
+
+
 def test_rows_that_two_adapters_replace_are_not_merged_together():
     """Whichever came last would win, and nobody could say what unmerging one of them means."""
     config = {"target_modules": ["q_proj"], "init_lora_weights": False}
