@@ -169,10 +169,10 @@ def inject_adapter_in_model(
     add_adapter(inventory, adapter_name, peft_config, keys=keys, device="meta" if low_cpu_mem_usage else None)
     if first:
         inventory.set_adapter([adapter_name], inference_mode=peft_config.inference_mode)
-    if not peft_config.inference_mode:
-        inventory.train_biases(peft_config)
-        if is_checkpointing(checkpointing_switches(model)):
-            require_input_gradients(model)
+        if not peft_config.inference_mode:
+            inventory.train_biases(peft_config)
+    if not peft_config.inference_mode and is_checkpointing(checkpointing_switches(model)):
+        require_input_gradients(model)
     return model
 
 

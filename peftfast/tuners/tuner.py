@@ -104,8 +104,8 @@ class BaseTuner(GatheredAsOne, nn.Module):
         )  # fmt: skip
         if first:
             self.inventory.set_adapter([adapter_name], inference_mode=cfg.inference_mode)
-        if not cfg.inference_mode:
-            self.inventory.train_biases(cfg)
+            if not cfg.inference_mode:
+                self.inventory.train_biases(cfg)
 
     @property
     def targeted_module_names(self) -> list[str]:

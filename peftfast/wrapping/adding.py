@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from peftfast.config import PeftConfig
+from peftfast.errors import PeftWarning, enumerate_some
 from peftfast.layers.layer import check_adapter_name
 from peftfast.method import method_for
 from peftfast.sharding import is_run_by_zero3
@@ -39,7 +41,7 @@ def add_adapter(
         options: `device`, `initialise`, `keys`, `modules` of `injection.plan_injection`.
 
     Raises:
-        ValueError: the name is taken, nothing matches, a second adapter would train biases.
+        ValueError: the name is taken, nothing matches, a second adapter has biases.
     """
     check_adapter_name(name)
     if name in inventory.configs:
@@ -53,11 +55,7 @@ def add_adapter(
             f"{next(iter(inventory.configs), 'default')!r})"
         )
     _check_base_is_whole(inventory, name, cfg)
-    if getattr(cfg, "bias", "none") != "none" and inventory.configs:
-        raise ValueError(
-            f"{type(cfg).__name__.removesuffix('Config')}Model supports only 1 adapter with bias. When using "
-            "multiple adapters, set bias to 'none' for all adapters."
-        )
+    _check_biases(inventory, name, cfg)
     first = not inventory.configs and not any(layer.adapters for layer in inventory.layers.values())
     fields_before = dict(cfg.__dict__)
     present = {wrapper for _, wrapper in inventory.wrappers()}
@@ -97,6 +95,23 @@ def _replicate(inventory: Inventory, name: str, cfg: PeftConfig) -> bool:
         )
     inventory.replicate_layers(Replication(inventory.model, ranges))
     return True
+
+
+def _check_biases(inventory: Inventory, name: str, cfg: PeftConfig) -> None:
+    """The base's biases are one set for all adapters, so they belong to one adapter at most."""
+    if getattr(cfg, "bias", "none") == "none" or not inventory.configs:
+        return
+    if any(getattr(other, "bias", "none") != "none" for other in inventory.configs.values()):
+        raise ValueError(
+            f"{type(cfg).__name__.removesuffix('Config')}Model supports only 1 adapter with bias. When using "
+            "multiple adapters, set bias to 'none' for all adapters."
+        )
+    warnings.warn(
+        f"Adapter {name} has bias={cfg.bias!r}, but is not the first one of this model: the base's biases are not "
+        f"trained with it, as in PEFT, and those of its file act on {enumerate_some(inventory.configs)} too.",
+        PeftWarning,
+        stacklevel=4,
+    )
 
 
 def _check_base_is_whole(inventory: Inventory, name: str, cfg: PeftConfig) -> None:

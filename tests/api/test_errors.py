@@ -244,7 +244,7 @@ def test_not_a_model_or_not_a_config():
 
 
 def test_second_adapter_with_bias():
-    model = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(target_modules=QV))
+    model = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(target_modules=QV, bias="lora_only"))
     before = picture(model)
     with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
         model.add_adapter("other", LoraConfig(target_modules=QV, bias="all"))

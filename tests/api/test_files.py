@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from contextlib import nullcontext
 
 import oracle
 import pytest
@@ -432,6 +433,26 @@ def test_biases_are_loaded_whatever_the_config_says(kind, tmp_path):
     with pytest.warns(peftfast.AdapterMismatchWarning, match=r"biases that its config \(bias='none'\) does not"):
         loaded = peftfast.PeftModel.from_pretrained(oracle.llama(bias=True), tmp_path)
     assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("kind", ["all", "lora_only"])
+def test_an_adapter_with_biases_beside_others_without(kind, tmp_path):
+    """PEFT loads it, biases and all, and trains no biases with it."""
+    trained = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**{**OPTIONS, "bias": kind}))
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if name.endswith(".bias") and parameter.requires_grad:
+                parameter.fill_(1.25)
+    trained.save_pretrained(tmp_path)
+    trainable = []
+    for library in (peftfast, peft):
+        model = library.get_peft_model(oracle.llama(bias=True), library.LoraConfig(**OPTIONS))
+        with pytest.warns(peftfast.PeftWarning, match="not trained with it") if library is peftfast else nullcontext():
+            model.load_adapter(tmp_path, "second", is_trainable=True)
+        model.set_adapter("second")
+        trainable.append({n for n, p in model.named_parameters() if p.requires_grad})
+        torch.testing.assert_close(logits(model), logits(trained))
+    assert trainable[0] == trainable[1] and not [n for n in trainable[0] if n.endswith(".bias")]
 
 
 def test_asking_for_embeddings_that_nobody_can_find_is_said(tmp_path):
