@@ -19,8 +19,9 @@ def make_slot(slot: Slot, device: torch.device, dtype: torch.dtype) -> nn.Module
     """What a slot holds: a Parameter, or a module with a weight and perhaps a bias. Values are not set, save `fill`."""
 
     def parameter(shape: tuple[int, ...]) -> nn.Parameter:
-        if slot.fill is not None:
-            return nn.Parameter(torch.full(shape, slot.fill, device=device, dtype=torch.float32), requires_grad=False)
+        if slot.fill is not None:  # exact in fp32, and of no less precision than what it is computed with
+            exact = torch.promote_types(dtype, torch.float32)
+            return nn.Parameter(torch.full(shape, slot.fill, device=device, dtype=exact), requires_grad=False)
         return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
     if slot.holder is None:

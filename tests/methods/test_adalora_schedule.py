@@ -220,6 +220,20 @@ def test_ranks_really_shrink_if_asked_to_and_training_goes_on():
     assert seen["trained"] == sum(p.numel() for p in trainable(ours)), sizes
 
 
+def test_a_model_in_fp64_computes_in_fp64():
+    """The number of ranks that singular values are divided by included."""
+    outputs = []
+    for library in (peftfast, peft):
+        model = library.get_peft_model(oracle.llama().double(), library.AdaLoraConfig(**OPTIONS)).eval()
+        g = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64))
+            outputs.append(oracle.logits(model))
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+
+
 def test_cutting_does_not_change_the_output():
     _, ours = pair()
     train(ours, 12)
