@@ -49,9 +49,11 @@ class Remembered:
         self.pairs = [factors(adapter) for adapter in adapters]
         tensors = [t for pair in self.pairs for t in pair]
         first, second = tensors[0], tensors[1]
-        #: Whether one batched product can do it: one dtype and device, no bias.
+        #: Whether one batched product can do it: one dtype and device, no bias, ranks that zeros can be added to (the
+        #: up factor of a grouped convolution has the rank of one group).
         self.alike = all(
-            a.dtype == first.dtype and b.dtype == second.dtype and a.device == first.device for a, b in self.pairs
+            a.dtype == first.dtype and b.dtype == second.dtype and a.device == first.device and len(a) == b.shape[1]
+            for a, b in self.pairs
         ) and not any(adapter.cfg.lora_bias for adapter in adapters)
         self.dropping = [adapter for adapter in adapters if isinstance(adapter.setting("lora_dropout"), nn.Dropout)]
         self.scales = [adapter.scale for adapter in adapters]

@@ -58,6 +58,12 @@ def loop(model: nn.Module, names: list[str], batch: dict) -> torch.Tensor:
     return torch.cat([alone(model, name, i, batch) for i, name in enumerate(names)])
 
 
+def grouped() -> nn.Module:
+    model = oracle.net()
+    model.conv1 = nn.Conv1d(24, 16, 3, padding=1, groups=2)
+    return model
+
+
 MIXES = {
     "one each": ["one", "two", "three"],
     "runs": ["two", "two", "one", "one", "three", "three"],
@@ -84,6 +90,14 @@ LORAS = {
             LoraConfig(r=4, target_modules=CONV),
             LoraConfig(r=2, target_modules=CONV[1:]),
             LoraConfig(r=8, target_modules=CONV[:4]),
+        ],
+    ),
+    "grouped": (
+        grouped,
+        [
+            LoraConfig(r=4, target_modules=CONV[:2]),
+            LoraConfig(r=2, target_modules=["conv1", "linear"]),
+            LoraConfig(r=8, target_modules=["conv1", "conv2"]),
         ],
     ),
 }
@@ -154,7 +168,7 @@ def train_loop(model: nn.Module, names: list[str], batch: dict, target: torch.Te
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "conv"])
+@pytest.mark.parametrize("kind", ["llama", "conv", "grouped"])
 def test_adapters_trained_in_one_batch_get_the_gradients_they_get_alone(kind, checkpointing):
     make, configs = LORAS[kind]
     if checkpointing and kind != "llama":
