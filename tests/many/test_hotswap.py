@@ -126,6 +126,20 @@ def test_convolutions_and_groups(tmp_path, groups):
     torch.testing.assert_close(model(x), outputs[0], rtol=1e-4, atol=1e-5)
 
 
+def test_rows_of_tokens_are_no_factors(tmp_path):
+    """A file of rows is refused by the name of its key; an adapter that has rows keeps them."""
+    rows, _ = saved(tmp_path, "rows", r=4, trainable_token_indices=[1, 2])
+    plain, _ = saved(tmp_path, "plain", r=4)
+    for folder in (plain, rows):
+        model = peftfast.PeftModel.from_pretrained(oracle.llama(), folder)
+        with pytest.raises(RuntimeError, match=r"unexpected keys found: .*embed_tokens.*trainable_tokens_delta"):
+            hotswap.hotswap_adapter(model, rows, "default")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    hotswap.hotswap_adapter(model, plain, "default")
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[n], p) for n, p in before.items() if "trainable_tokens_delta" in n)
+
+
 def test_refusals_change_nothing(tmp_path):
     first, expected = saved(tmp_path, "first", r=4)
     model = peftfast.PeftModel.from_pretrained(oracle.llama(), first)
