@@ -152,8 +152,15 @@ class Adapter:
         )
 
 
-def _rebuild_adapter(*parts: Any) -> Adapter:
-    return Adapter(*parts)  # `locate` runs when the layer, which is still being unpickled, first makes its plan
+def _rebuild_adapter(name: str, cfg: PeftConfig, key: str, method: AdapterMethod, *rest: Any) -> Adapter:
+    # `locate` runs when the layer, which is still being unpickled, first makes its plan
+    return Adapter(name, cfg, key, _registered(method), *rest)
+
+
+def _registered(method: AdapterMethod) -> AdapterMethod:
+    """The one object that there is of this method: the one in a pickle would pass for another method than that of the
+    adapters which are added later."""
+    return next((known for known in METHODS if type(known) is type(method)), method)
 
 
 class AdapterMethod(Protocol):

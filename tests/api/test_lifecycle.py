@@ -333,6 +333,27 @@ def test_copies_are_whole_and_independent(options):
         twin.merge_and_unload()
 
 
+def test_adapters_added_to_a_pickled_model_are_of_the_same_method():
+    """Two of them that act on one input act as one step, and rows that both train are refused."""
+    config = {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}
+    outputs = []
+    for copied in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        model = copied(peftfast.get_peft_model(oracle.llama(), peftfast.IA3Config(**config)))
+        model.add_adapter("other", peftfast.IA3Config(**config))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "ia3_" in name:
+                    parameter.fill_(1.5)
+        model.base_model.set_adapter(["default", "other"])
+        outputs.append(oracle.logits(model.eval()).detach())
+    assert torch.equal(*outputs)
+
+    model = pickle.loads(pickle.dumps(peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**TOKENS))))
+    model.add_adapter("other", peftfast.LoraConfig(**TOKENS))
+    with pytest.raises(ValueError, match="already defined and would result in undefined merging"):
+        model.merge_adapter(["default", "other"])
+
+
 def test_training_goes_on_alike():
     """The same losses step for step, and the same factors at the end."""
     pair = Pair({**FIRST, "init_lora_weights": True})
