@@ -2,7 +2,8 @@
 them torch's own, in one autograd Function with as little Python as there can be.
 
 The kernels of `lora.py` take the host longer and the device less, which is what counts for larger inputs. Saved for the
-backward pass: the input, t = s · drop(x) Aᵀ [M, r], torch's dropout mask, and the parameters.
+backward pass: the input, t = drop(x) Aᵀ [M, r], torch's dropout mask, and the parameters. Layers that share an input
+are one Function, in which its gradient is summed.
 """
 
 from __future__ import annotations

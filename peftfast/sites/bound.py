@@ -1,8 +1,8 @@
 """Low-rank adapters on one linear layer, one or one for every run of samples, with everything looked up beforehand that
 no input changes.
 
-At small batches a training step waits for Python, so the usual call of a layer is made of few steps: dictionary lookups
-that see whoever replaced a Parameter, a hook or a scaling since, and the autograd Function.
+At small batches a training step waits for Python, so the usual call of a layer is made of few steps: asking whether
+anybody has replaced a Parameter, a hook or a scaling since the call before, and the autograd Function.
 """
 
 from __future__ import annotations
