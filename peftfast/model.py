@@ -414,8 +414,8 @@ class PeftModel(HasCounterpart, nn.Module):
 
         Args:
             model: the base model, changed in place; unchanged if an adapter is refused.
-            folder: "default" in itself, others in sub-folders of their names. One that PEFT wrote does not say which
-                were active: "default" then is, or else the first.
+            folder: "default" in itself, others in sub-folders of their names, all that are there (also checkpoints of a
+                trainer). One that PEFT wrote does not say which were active: "default" then is, or else the first.
             is_trainable: the active ones are for further training; otherwise all are frozen and in eval mode.
             options: of `from_pretrained` and `load_adapter`.
 

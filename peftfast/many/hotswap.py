@@ -120,7 +120,8 @@ def _swap(
     entries = {
         e.file if by_file_name else e.live: e
         for e in adapter_entries(inner, adapter_name)
-        if e.layer is not None and _has_factors(e.layer.adapters[adapter_name])
+        # trained rows of tokens are no factors; like copies of modules, they stay as they are
+        if e.layer is not None and e.layer.adapters[adapter_name].pair
     }
     if not entries:
         raise ValueError(f"Adapter {adapter_name} not found in the model")
@@ -163,11 +164,6 @@ def _swap(
             _rescale(layer, layer.adapters[adapter_name], config)
             layer.changed(adapter_name)
     _record(_configs(inner).get(adapter_name), [e.layer.adapters[adapter_name] for e in entries.values()])
-
-
-def _has_factors(adapter: Adapter) -> bool:
-    """Not so the rows of tokens that an adapter trains; like copies of modules, they stay as they are."""
-    return any(slot.endswith("_A") for slot in adapter.slots)
 
 
 def _rank_axis(entry: Entry, adapter_name: str) -> int:

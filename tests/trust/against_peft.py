@@ -20,7 +20,7 @@ import peft
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from trust.attacks import quiet
+from trust.operations import run_at_random
 
 import peftfast
 
@@ -261,19 +261,4 @@ OPERATIONS = ("add", "add", "switch", "switch", "delete", "toggle", "merge", "un
 
 def run_against_peft(count: int, seed: int, length: int = 20) -> tuple[int, list[str]]:
     """`count` operations in runs of `length`; (operations done, failures)."""
-    done, failures, run = 0, [], 0
-    while done < count and len(failures) < 20:
-        history: list[str] = []
-        with quiet(), tempfile.TemporaryDirectory() as root:
-            try:
-                pair = Pair(seed * 1_000_003 + run, Path(root))
-                pair.compare()
-                while len(history) < length:
-                    name = pair.chance.choice(OPERATIONS)
-                    if getattr(pair, name)():
-                        history.append(name)
-                        pair.compare()
-            except Exception as e:
-                failures.append(f"run {run}: {type(e).__name__}: {e} after {' '.join([*history, name])}")
-        done, run = done + max(len(history), 1), run + 1
-    return done, failures
+    return run_at_random(Pair, OPERATIONS, count, seed, length)
