@@ -127,7 +127,7 @@ def _check_config(cfg: PeftConfig | None) -> None:
         )
     if getattr(cfg, "bias", "none") != "none":
         raise ValueError(f"The adapter's config sets bias={cfg.bias}, this is not supported right now.")
-    if cfg.peft_type == PeftType.LORA and not cfg.use_dora:
+    if cfg.peft_type == PeftType.LORA and cfg.variant is None:
         warnings.warn(
             "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.",
             stacklevel=4,

@@ -21,11 +21,11 @@ from peftfast.keys import PREFIX, in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import Adapter, method_for
 from peftfast.methods.lora_combine import padded
-from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora_config import VARIANTS, LoraConfig
 from peftfast.methods.lora_stack import factor_slots
 
 #: Fields that change the output and are neither in the weights nor in the scaling, which every swap sets anew.
-_MUST_AGREE = ("use_rslora", "lora_dropout", "use_dora")
+_MUST_AGREE = ("use_rslora", "lora_dropout", *VARIANTS)
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:

@@ -51,10 +51,11 @@ def reduce_intruder_dimension(
     if new_adapter_name in configs:
         raise ValueError(f"Adapter with name '{new_adapter_name}' already exists.")
     cfg = configs[old_adapter_name]
-    if cfg.peft_type != PeftType.LORA or cfg.use_dora:
+    variant = getattr(cfg, "variant", None)
+    if cfg.peft_type != PeftType.LORA or variant is not None:
         raise ValueError(
-            f"The provided model is not using LoRA and is therefore not supported: {old_adapter_name} is "
-            f"{'DoRA' if getattr(cfg, 'use_dora', False) else cfg.peft_type}."
+            "The provided model is not using LoRA and is therefore not supported: "
+            f"{old_adapter_name} is {cfg.peft_type}{f' with {variant}' if variant else ''}."
         )
     if cfg.target_parameters:
         raise ValueError(

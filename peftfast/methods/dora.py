@@ -59,7 +59,7 @@ class Dora(Lora):
     """Several active adapters act one after the other, each on the output so far."""
 
     def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and cfg.use_dora
+        return type(cfg) is LoraConfig and cfg.variant == "use_dora"
 
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
         magnitude = Slot(site.vector_shape("magnitude"), holder=_Magnitude, bare_in_file=True)

@@ -40,7 +40,7 @@ class Lora:
     default_targets: ClassVar[Mapping[str, Any]] = default_targets.LORA
 
     def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and not cfg.use_dora
+        return type(cfg) is LoraConfig and cfg.variant is None
 
     def retarget(self, cfg: LoraConfig, model: nn.Module) -> None:
         """Called with a new config before its targets are looked up, to bring them to the model's own names."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from peftfast.config import CheckedFields, PeftConfig, PeftType, checked, register_config, setting
+from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
+from peftfast.methods.lora_settings import CordaConfig, EvaConfig, LoftQConfig, LoraRuntimeConfig
 from peftfast.rules import (
     boolean,
     either,
@@ -26,75 +26,21 @@ from peftfast.rules import (
 _NAMES = optional(either(text(), sequence(text())))
 _UNSUPPORTED = "peftfast does not implement this variant; train or run such adapters with PEFT itself"
 
+#: fields that hold a sub-config, which files have as dicts
+_PARTS: Mapping[str, type] = {"eva_config": EvaConfig, "corda_config": CordaConfig}
 
-@checked
-class LoftQConfig(CheckedFields):
-    """Initialisation for quantised bases (Li et al., arXiv 2310.08659).
-
-    Args:
-        loftq_bits: bits of the base. loftq_iter: alternating steps of quantisation and SVD.
-    """
-
-    loftq_bits: int = setting(4, one_of(2, 4, 8))
-    loftq_iter: int = setting(1, integer(1))
-
-
-@checked
-class EvaConfig(CheckedFields):
-    """Initialisation from the explained variance of layer inputs (Paischer et al., arXiv 2410.07170).
-
-    Args:
-        rho: a layer's rank may grow to rho times the config's r; 1 keeps all ranks equal.
-        tau: a layer is done when the cosine similarity of its components between batches exceeds this.
-        use_label_mask, label_mask_value: leave out positions whose label has this value.
-        whiten: scale components to unit variance.
-        adjust_scaling_factors: keep alpha / r as it was when ranks are redistributed.
-    """
-
-    rho: float = setting(2.0, number(1.0))
-    tau: float = setting(0.99, number(0.0, 1.0))
-    use_label_mask: bool = setting(True, boolean())
-    label_mask_value: int = setting(-100, integer())
-    whiten: bool = setting(False, boolean())
-    adjust_scaling_factors: bool = setting(True, boolean())
-
-
-@checked
-class CordaConfig(CheckedFields):
-    """Initialisation from the covariance of layer inputs (Yang et al., arXiv 2406.05223).
-
-    Args:
-        cache_file: where the decomposition is kept. covariance_file: where covariances are kept. Paths become strings,
-            which files can hold.
-        corda_method: "ipm" (instruction-previewed: adapts the directions the task uses) or "kpm"
-            (knowledge-preserving: adapts those it does not).
-        verbose: show progress. use_float16_for_covariance: half the memory.
-        prune_temporary_fields: False leaves `covariance_matrix` and `sample_count` on the modules, to be looked at.
-    """
-
-    cache_file: str | None = setting(None, optional(text()))
-    covariance_file: str | None = setting(None, optional(text()))
-    corda_method: Literal["ipm", "kpm"] = setting("ipm", one_of("ipm", "kpm"))
-    verbose: bool = setting(False, boolean())
-    use_float16_for_covariance: bool = setting(False, boolean())
-    prune_temporary_fields: bool = setting(True, boolean())
-
-    def __post_init__(self) -> None:
-        for name in ("cache_file", "covariance_file"):
-            if isinstance(getattr(self, name), os.PathLike):
-                setattr(self, name, os.fspath(getattr(self, name)))
-        super().__post_init__()
-
-
-@dataclass
-class LoraRuntimeConfig:
-    """Settings of one process, never saved.
-
-    Args:
-        ephemeral_gpu_offload: accepted for PEFT's sake; initialisations run where the base weight is.
-    """
-
-    ephemeral_gpu_offload: bool = False
+#: Fields that make more of an adapter than a product of two factors that is added: each a method of its own, and at
+#: most one of them set.
+VARIANTS = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "velora_config",
+    "use_qalora",
+    "monteclora_config",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+)
 
 
 def _is_named(value: Any) -> bool:
@@ -174,8 +120,7 @@ class LoraConfig(PeftConfig):
     _custom_modules = None  # no field: a file cannot hold classes
 
     def __post_init__(self) -> None:
-        # files hold sub-configs as dicts
-        for name, cls in (("eva_config", EvaConfig), ("corda_config", CordaConfig)):
+        for name, cls in _PARTS.items():
             if _is_named(getattr(self, name)):
                 setattr(self, name, cls(**getattr(self, name)))
         if self.loftq_config and _is_named(self.loftq_config):
@@ -189,6 +134,14 @@ class LoraConfig(PeftConfig):
         super().__post_init__()
         self.rank_pattern = self.rank_pattern if self.rank_pattern is not None else self._no_pattern()
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+
+    @property
+    def variant(self) -> str | None:
+        """Which of `VARIANTS` is set; None for a plain LoRA."""
+        return next(iter(self._variants()), None)
+
+    def _variants(self) -> list[str]:
+        return [name for name in VARIANTS if getattr(self, name)]
 
     def _register_custom_module(self, mapping: dict[type, type]) -> None:
         """Adapt modules of these kinds by layers of one's own, as PEFT's experimental interface does. Not saved.
@@ -213,6 +166,11 @@ class LoraConfig(PeftConfig):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        variants = self._variants()
+        if len(variants) > 1:
+            raise ValueError(
+                f"Invalid or unsupported variant combination: {', '.join(variants)}; set one of them at most"
+            )
         if self.lora_bias:
             if self.init_lora_weights not in (True, False):
                 raise ValueError(

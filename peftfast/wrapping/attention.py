@@ -46,6 +46,8 @@ def _check_settings(names: str, cfg: PeftConfig, method: AdapterMethod) -> None:
         raise ValueError(f"{what} {type(cfg).__name__}, only LoRA")
     if cfg.use_dora:
         raise ValueError(f"{what} DoRA (yet), please set use_dora to False")
+    if cfg.variant is not None:
+        raise ValueError(f"{what} {cfg.variant}, please leave it out")
     if cfg.lora_bias:
         raise ValueError(f"{what} lora_bias=True, please set it to False")
     if cfg.init_lora_weights not in (True, False, "gaussian"):

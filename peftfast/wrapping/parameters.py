@@ -22,6 +22,7 @@ _IDLE: Mapping[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
     "lora_bias": (False,),
     "use_dora": (False,),
+    "variant": (None,),
     "init_lora_weights": (True, False, "gaussian"),
 }
 

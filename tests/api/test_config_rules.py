@@ -7,7 +7,7 @@ import pytest
 
 import peftfast
 from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, config_class
-from peftfast.methods.lora_config import CordaConfig, EvaConfig, LoftQConfig
+from peftfast.methods.lora_settings import CordaConfig, EvaConfig, LoftQConfig
 
 config_class("LORA")  # registers every method
 

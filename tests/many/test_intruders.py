@@ -100,7 +100,7 @@ def test_refused_before_anything_changes():
     convolution = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1, groups=2))
     grouped = peftfast.get_peft_model(convolution, LoraConfig(target_modules=["0"], r=2))
     for error, message, options in (
-        (ValueError, "not using LoRA.*DoRA", {"old_adapter_name": "dora"}),
+        (ValueError, "not using LoRA.*LORA with use_dora", {"old_adapter_name": "dora"}),
         (ValueError, "nobody not found.*default", {"old_adapter_name": "nobody"}),
         (ValueError, "'dora' already exists", {"new_adapter_name": "dora"}),
     ):

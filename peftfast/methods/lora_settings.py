@@ -1,0 +1,80 @@
+"""Sub-configs of LoraConfig: PEFT's fields, names and defaults, each checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from peftfast.config import CheckedFields, checked, setting
+from peftfast.rules import boolean, integer, number, one_of, optional, text
+
+
+@checked
+class LoftQConfig(CheckedFields):
+    """Initialisation for quantised bases (Li et al., arXiv 2310.08659).
+
+    Args:
+        loftq_bits: bits of the base. loftq_iter: alternating steps of quantisation and SVD.
+    """
+
+    loftq_bits: int = setting(4, one_of(2, 4, 8))
+    loftq_iter: int = setting(1, integer(1))
+
+
+@checked
+class EvaConfig(CheckedFields):
+    """Initialisation from the explained variance of layer inputs (Paischer et al., arXiv 2410.07170).
+
+    Args:
+        rho: a layer's rank may grow to rho times the config's r; 1 keeps all ranks equal.
+        tau: a layer is done when the cosine similarity of its components between batches exceeds this.
+        use_label_mask, label_mask_value: leave out positions whose label has this value.
+        whiten: scale components to unit variance.
+        adjust_scaling_factors: keep alpha / r as it was when ranks are redistributed.
+    """
+
+    rho: float = setting(2.0, number(1.0))
+    tau: float = setting(0.99, number(0.0, 1.0))
+    use_label_mask: bool = setting(True, boolean())
+    label_mask_value: int = setting(-100, integer())
+    whiten: bool = setting(False, boolean())
+    adjust_scaling_factors: bool = setting(True, boolean())
+
+
+@checked
+class CordaConfig(CheckedFields):
+    """Initialisation from the covariance of layer inputs (Yang et al., arXiv 2406.05223).
+
+    Args:
+        cache_file: where the decomposition is kept. covariance_file: where covariances are kept. Paths become strings,
+            which files can hold.
+        corda_method: "ipm" (instruction-previewed: adapts the directions the task uses) or "kpm"
+            (knowledge-preserving: adapts those it does not).
+        verbose: show progress. use_float16_for_covariance: half the memory.
+        prune_temporary_fields: False leaves `covariance_matrix` and `sample_count` on the modules, to be looked at.
+    """
+
+    cache_file: str | None = setting(None, optional(text()))
+    covariance_file: str | None = setting(None, optional(text()))
+    corda_method: Literal["ipm", "kpm"] = setting("ipm", one_of("ipm", "kpm"))
+    verbose: bool = setting(False, boolean())
+    use_float16_for_covariance: bool = setting(False, boolean())
+    prune_temporary_fields: bool = setting(True, boolean())
+
+    def __post_init__(self) -> None:
+        for name in ("cache_file", "covariance_file"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
+        super().__post_init__()
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of one process, never saved.
+
+    Args:
+        ephemeral_gpu_offload: accepted for PEFT's sake; initialisations run where the base weight is.
+    """
+
+    ephemeral_gpu_offload: bool = False
