@@ -3,11 +3,11 @@ the question than for the answer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from operator import is_
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import attrgetter, is_
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 #: What torch calls with every module.
@@ -20,7 +20,9 @@ GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 #: A dict, a key, and what has to be there; None: nothing.
-Entry = tuple[Mapping[str, Any], str, Any]
+Entry = tuple[Mapping[Any, Any], Any, Any]
+
+_VERSION = attrgetter("_version")
 
 
 class Watch:
@@ -34,6 +36,27 @@ class Watch:
 
     def holds(self) -> bool:
         return all(map(is_, map(dict.get, self.dicts, self.keys), self.values)) and not any(self.empty)
+
+
+class ContentWatch(Watch):
+    """Besides, tensors that nobody may write to or give other memory. Writing through `tensor.data` leaves no trace to
+    see; none of them may be an inference tensor, which does not count writes."""
+
+    __slots__ = ("tensors", "versions", "addresses", "_aliases")
+
+    def __init__(self, entries: Iterable[Entry], tensors: Sequence[Tensor]) -> None:
+        super().__init__(entries, ())
+        self.tensors = list(tensors)
+        self.versions, self.addresses = list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))
+        # the aliases keep the storage alive, so that no other tensor can appear at its address
+        self._aliases = [t.detach() for t in tensors]
+
+    def holds(self) -> bool:
+        return (
+            Watch.holds(self)
+            and list(map(_VERSION, self.tensors)) == self.versions
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+        )
 
 
 def untouched(module: nn.Module) -> tuple[list[Entry], list[Collection]]:

@@ -100,7 +100,7 @@ class Control:
     def _drop_changed(self) -> list[str]:
         """Keep nothing that was made of something that has changed since; says of what."""
         groups = [group for mixes in list(self._mixes.values()) for group in groups_of(mixes)]
-        changed = [group for group in groups if group.kept is not None and not group.kept.watch.unchanged()]
+        changed = [group for group in groups if group.kept is not None and not group.kept.watch.holds()]
         for group in changed:
             group.kept = None
         return [f"{group[0].key} (one of {', '.join(a.name for a in group)})" for group in changed]

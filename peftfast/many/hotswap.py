@@ -22,7 +22,6 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import Adapter, method_for
 from peftfast.methods.lora_combine import padded
 from peftfast.methods.lora_config import VARIANTS, LoraConfig
-from peftfast.methods.lora_stack import factor_slots
 
 #: Fields that change the output and are neither in the weights nor in the scaling, which every swap sets anew.
 _MUST_AGREE = ("use_rslora", "lora_dropout", *VARIANTS)
@@ -169,7 +168,7 @@ def _swap(
 def _rank_axis(entry: Entry, adapter_name: str) -> int:
     """Which dimension of this tensor the rank is; -1 if none is."""
     adapter = entry.layer.adapters[adapter_name]
-    down, up = factor_slots(adapter)
+    down, up = adapter.pair
     if entry.live.endswith(".bias"):
         return -1
     slot = next((s for s in (down, up) if f".{s}.{adapter_name}" in entry.live), None)
@@ -211,7 +210,7 @@ def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> Non
 
 
 def _rank(layer: BaseTunerLayer, adapter: Adapter) -> int:
-    return adapter[factor_slots(adapter)[0]].shape[0] // _experts(layer)
+    return adapter[adapter.pair[0]].shape[0] // _experts(layer)
 
 
 def _record(config: LoraConfig | None, adapters: list[Adapter]) -> None:
@@ -301,7 +300,7 @@ def prepare_model_for_compiled_hotswap(
 
 def _resize_holders(layer: BaseTunerLayer, adapter: Adapter, rank: int) -> None:
     """The sizes that the modules around the factors report."""
-    down, up = factor_slots(adapter)
+    down, up = adapter.pair
     for slot, names in ((down, ("out_features", "out_channels")), (up, ("in_features", "in_channels"))):
         if adapter.slots[slot].holder is not None:
             holder = getattr(layer, slot)[adapter.name]

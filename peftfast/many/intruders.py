@@ -14,7 +14,7 @@ from peftfast.method import Adapter
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import svd_of_sum
 from peftfast.methods.lora_init import is_lookup
-from peftfast.methods.lora_stack import factor_slots, factors
+from peftfast.methods.lora_stack import factors
 from peftfast.sites import Site
 
 
@@ -75,7 +75,7 @@ def reduce_intruder_dimension(
             count, pair = _reduced(layer.site, old, top_k, threshold_epsilon, mitigation_lambda)
             log(f"{key}: Intruders: {count}" if count else f"{key}: No intruders")
             new = layer.adapters[new_adapter_name]
-            for slot, value in zip(factor_slots(new), pair or factors(new), strict=True):
+            for slot, value in zip(new.pair, pair or factors(new), strict=True):
                 new[slot].data = value.to(old[slot].dtype)
             layer.changed(new_adapter_name)
     except BaseException:

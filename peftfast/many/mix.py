@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from peftfast.many.watch import Watch
 from peftfast.method import Adapter, AdapterMethod, sample_by_sample
 from peftfast.sites import Site
+from peftfast.watch import ContentWatch
 
 if TYPE_CHECKING:
     from peftfast.many.routing import Routing
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Kept(Protocol):
     """What a method makes of several adapters together and keeps from forward to forward."""
 
-    watch: Watch | None  # of what it was made of; never None where it is kept
+    watch: ContentWatch | None  # of what it was made of; never None where it is kept
 
     @property
     def quick(self) -> bool:
@@ -124,5 +124,5 @@ class Verdicts:
             return group.kept
         if group not in self._known:
             kept = [(other, other.kept) for other in groups_of(self.mixes)]
-            self._known = {other: k if k.watch.unchanged() else None for other, k in kept if k is not None}
+            self._known = {other: k if k.watch.holds() else None for other, k in kept if k is not None}
         return self._known.pop(group, None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftfast.method import Adapter
 from peftfast.methods.combination import Combination, split_weight
-from peftfast.methods.lora_stack import factor_slots, factors
+from peftfast.methods.lora_stack import factors
 from peftfast.sites import Site
 
 
@@ -38,7 +38,7 @@ def combined(
 ) -> dict[str, Tensor]:
     """The result's factors at one site, of `rank`; what they have less is zero. Each matrix of a stack (`Site.split`)
     is combined by itself."""
-    down, up = factor_slots(adapters[0])
+    down, up = adapters[0].pair
     pairs = [tuple(f.detach() for f in factors(a)) for a in adapters]
     # in the factors' own precision, or fp32 where that is less
     wide = torch.promote_types(pairs[0][0].dtype, torch.float32)

@@ -11,16 +11,10 @@ from torch import Tensor, nn
 
 from peftfast.many.mix import Verdicts
 from peftfast.many.routing import Routing, Rows
-from peftfast.many.watch import Watch
 from peftfast.method import Adapter
 from peftfast.ops.routed import runs_segmented
 from peftfast.sites import Site
-
-
-def factor_slots(adapter: Adapter) -> tuple[str, str]:
-    """Names of the down and the up factor's slots, whatever the site calls them."""
-    down, up = (slot for slot in adapter.slots if slot.endswith(("_A", "_B")))
-    return down, up
+from peftfast.watch import ContentWatch
 
 
 def factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -58,7 +52,7 @@ class Remembered:
         self.dropping = [adapter for adapter in adapters if isinstance(adapter.setting("lora_dropout"), nn.Dropout)]
         self.scales = [adapter.scale for adapter in adapters]
         self.tensor_scales = [scale for scale in self.scales if isinstance(scale, Tensor)]  # are written in place
-        self.watch: Watch | None = None  # None: changes cannot be seen
+        self.watch: ContentWatch | None = None  # None: changes cannot be seen
         self.stack: FactorStack | None = None
         self.call: Callable[[Tensor], Tensor] | None = None
         #: The last order of one sample an adapter, and the call with factors in that order if it came twice.
@@ -68,16 +62,17 @@ class Remembered:
     def quick(self) -> bool:
         return not (self.dropping and any(a.dropout for a in self.dropping)) and not runs_segmented(self.stack.a)
 
-    def watch_of(self, adapters: Sequence[Adapter]) -> Watch | None:
+    def watch_of(self, adapters: Sequence[Adapter]) -> ContentWatch | None:
         """What sees changes of factors and scales; None where one is kept elsewhere or does not count writes."""
         tensors = [t for pair in self.pairs for t in pair]
-        cells = [adapter.cell(slot) for adapter in adapters for slot in factor_slots(adapter)]
+        cells = [adapter.cell(slot) for adapter in adapters for slot in adapter.pair]
         written = [*tensors, *self.tensor_scales]
         if None in cells or any(t.is_inference() for t in written):
             return None
         scaling = adapters[0].settings_of("scaling")
         kept = [(adapters[0].kept, "scaling", scaling), *((*c, t) for c, t in zip(cells, tensors, strict=True))]
-        return Watch([*kept, *((scaling, a.name, s) for a, s in zip(adapters, self.scales, strict=True))], written)
+        scales = [(scaling, a.name, s) for a, s in zip(adapters, self.scales, strict=True)]
+        return ContentWatch([*kept, *scales], written)
 
     def short(self, site: Site, x: Tensor, routing: Routing) -> Tensor:
         if routing.order is not None and len(routing.host) == len(self.pairs) and self._is_small():

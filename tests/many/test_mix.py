@@ -16,8 +16,8 @@ from peftfast import LoraConfig
 from peftfast.many.control import LOOKS_EVERY, MIXES
 from peftfast.many.hotswap import hotswap_adapter
 from peftfast.many.routing import BASE
-from peftfast.many.watch import Watch
 from peftfast.methods import lora_stack
+from peftfast.watch import ContentWatch
 
 NAMES = [f"n{i}" for i in range(6)]
 VIEWS = ("view", "t", "transpose", "expand", "_unsafe_view", "detach", "alias", "slice", "unsqueeze", "reshape")
@@ -93,10 +93,10 @@ def test_every_layer_is_checked_once_a_forward_and_before_all_products(monkeypat
     model = several()
     batch = oracle.inputs(model, batch=len(NAMES))
     events = []
-    check, product = Watch.unchanged, torch.bmm
+    check, product = ContentWatch.holds, torch.bmm
     with torch.no_grad():
         model(**batch, adapter_names=NAMES)
-        monkeypatch.setattr(Watch, "unchanged", lambda self: (events.append("check"), check(self))[1])
+        monkeypatch.setattr(ContentWatch, "holds", lambda self: (events.append("check"), check(self))[1])
         monkeypatch.setattr(torch, "bmm", lambda *a, **k: (events.append("product"), product(*a, **k))[1])
         for _ in range(2):
             events.clear()
@@ -202,9 +202,9 @@ def test_where_adapters_are_promised_not_to_change_nobody_looks(monkeypatch):
     mixed(model)
     expected = mixed(model)
     looks = []
-    check = Watch.unchanged
+    check = ContentWatch.holds
     with model.base_model.unchanging_adapters():
-        monkeypatch.setattr(Watch, "unchanged", lambda self: (looks.append(self), check(self))[1])
+        monkeypatch.setattr(ContentWatch, "holds", lambda self: (looks.append(self), check(self))[1])
         for _ in range(5):
             assert torch.equal(mixed(model), expected)
         assert not looks
