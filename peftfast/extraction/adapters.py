@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PeftType
 from peftfast.errors import enumerate_some
-from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, is_table, matrix, set_targets, svd
+from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, matrix, set_targets, svd
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.io import save_adapter
 from peftfast.files.state import adapter_entries, wrapped_modules
@@ -23,6 +23,7 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import Adapter, method_for
 from peftfast.methods.lora_combine import svd_of_sum
 from peftfast.methods.lora_config import LoraConfig
+from peftfast.sites.site import looks_up
 
 
 @torch.no_grad()
@@ -141,4 +142,4 @@ def _svd_of(adapter: Adapter, layer: BaseTunerLayer, decomposed: Callable[[Tenso
         u, s, vh = svd_of_sum([(a, b)], [1.0])
         return Svd(u, s, vh, (s.double() ** 2).sum())
     change = matrix(layer.site, layer.get_delta_weight(adapter.name))
-    return decomposed(change.t() if is_table(layer.site) else change)
+    return decomposed(change.t() if looks_up(layer.site) else change)

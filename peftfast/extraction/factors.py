@@ -65,11 +65,6 @@ def check_rank(rank: int | float) -> None:
         raise ValueError(f"rank must be at least 1, got {rank}")
 
 
-def is_table(site: Site) -> bool:
-    """Whether the site's weight is looked up: its factors make the transpose of W."""
-    return "lora_embedding_A" in site.low_rank_slots(1)
-
-
 def matrix(site: Site, stored: Tensor) -> Tensor:
     """What is in the layout of the site's weight as a matrix [N, K]; of another size, as it is."""
     shape = site.weight.shape

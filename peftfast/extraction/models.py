@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from peftfast.extraction.factors import Change, as_lora, check_rank, is_table, matrix, set_targets, svd
+from peftfast.extraction.factors import Change, as_lora, check_rank, matrix, set_targets, svd
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.quantization.originals import Originals
 from peftfast.sites import Site, make_site
-from peftfast.sites.site import has_site
+from peftfast.sites.site import has_site, looks_up
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def extract_lora(
             change = matrix(site, tensor).to(device=site.weight.device, dtype=torch.float32) - site.weight.dense(
                 torch.float32
             )
-            yield Change(name, site, svd(change.t() if is_table(site) else change, rank), torch.float32, {})
+            yield Change(name, site, svd(change.t() if looks_up(site) else change, rank), torch.float32, {})
 
     config, tensors = as_lora(changes(), rank, None, limited=True)
     for head, table in tied.items():  # one change under two names: the head's factors are the table's, exchanged
@@ -103,7 +103,7 @@ def _differences(
                 if _differ(site.weight.dense(), matrix(site, theirs), full):
                     sites[name] = (site, theirs)
                     table = first.rpartition(".")[0]
-                    if table != name and table in sites and is_table(sites[table][0]) and not is_table(site):
+                    if table != name and table in sites and looks_up(sites[table][0]) and not looks_up(site):
                         if torch.equal(theirs, sites[table][1]):
                             tied[name] = table
             elif not (site is not None and site.weight.quantization and key != "bias") and _differ(

@@ -14,7 +14,7 @@ from peftfast.method import Adapter
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.random_stream import draws_of_normal, draws_of_uniform, skip
 from peftfast.sites import Site
-from peftfast.sites.site import parameter_name
+from peftfast.sites.site import looks_up, parameter_name
 
 #: Fill a [r, ...] and b [..., r] in place; may assign the site's weight. Runs under no_grad.
 Initialiser = Callable[[Site, Tensor, Tensor, Adapter], None]
@@ -36,7 +36,7 @@ def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialis
             built = [f.device.type == "cpu" and f.dtype == torch.get_default_dtype() for f in (a, b)]
             down, up = (f if same else torch.empty(f.shape) for f, same in zip((a, b), built, strict=True))
             if after_building:
-                _build(down, up, adapter)
+                _build(site, down, up, adapter)
             fn(site, down, up, adapter)
             stored = getattr(site.module, parameter_name(site), None)
             through = stored.dtype if isinstance(stored, Tensor) and stored.dtype.is_floating_point else down.dtype
@@ -49,9 +49,9 @@ def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialis
     return decorate
 
 
-def _build(down: Tensor, up: Tensor, adapter: Adapter) -> None:
+def _build(site: Site, down: Tensor, up: Tensor, adapter: Adapter) -> None:
     """Move the generator on by what `nn.Linear`, `nn.Conv` or `torch.randn` draw for factors of these shapes."""
-    if not is_lookup(adapter):
+    if not looks_up(site):
         bias = up.shape[0] if getattr(adapter.cfg, "lora_bias", False) else 0
         skip(draws_of_uniform(down.numel() + up.numel() + bias))
         return
@@ -81,15 +81,10 @@ def initialise(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     choice = str(adapter.cfg.init_lora_weights)
     for pattern, fn, lookups in _TABLE:
         if pattern.fullmatch(choice):
-            if is_lookup(adapter) and not lookups:
+            if looks_up(site) and not lookups:
                 fn = _default  # a table of rows has no input whose statistics or spectrum could guide the factors
             return fn(site, a, b, adapter)
     raise ValueError(f"Unknown initialization init_lora_weights={adapter.cfg.init_lora_weights!r}")
-
-
-def is_lookup(adapter: Adapter) -> bool:
-    """Whether the down factor is a table that is looked up, as an embedding's is, which keeps W [in, out]."""
-    return "lora_embedding_A" in adapter.slots
 
 
 def rank_of_factors(site: Site, cfg: LoraConfig, r: int) -> int:
@@ -109,7 +104,7 @@ def rank_of_factors(site: Site, cfg: LoraConfig, r: int) -> int:
 @_drawn_as_in_peft(after_building=True)
 def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """The adapter starts as the identity. The data-driven kinds start here too and are filled in a second call."""
-    if is_lookup(adapter):
+    if looks_up(site):
         a.zero_()
         b.normal_()
     else:
@@ -121,7 +116,7 @@ def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
 @_drawn_as_in_peft(after_building=False)
 def _random(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Not the identity; for tests."""
-    if is_lookup(adapter):
+    if looks_up(site):
         a.normal_()
         b.normal_()
     else:
@@ -220,6 +215,6 @@ def _mica(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """B is the left singular vectors of W's smallest singular values and stays so (Minor Component Adaptation, arXiv
     2604.01694); A starts at zero and is all that is trained."""
     weight = _wide_weight(site, "MiCA")
-    u, _, _ = torch.linalg.svd(weight.t() if is_lookup(adapter) else weight, full_matrices=False)
+    u, _, _ = torch.linalg.svd(weight.t() if looks_up(site) else weight, full_matrices=False)
     b.copy_(u[:, -b.shape[1] :])
     a.zero_()

@@ -20,6 +20,8 @@ from peftfast_kernels.decode import Operand
 class EmbeddingSite:
     """y = W[ids] with ids [...] and y [..., K]; W [N, K] is N tokens of K features."""
 
+    looks_up = True
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.weight = base_weight(module)

@@ -53,6 +53,7 @@ class Site(Protocol):
         stacks: optional, False where factor pairs stacked on the rank are not the sum of the pairs (grouped
             convolutions, whose groups each take a run of ranks).
         groups: optional, how many such runs there are.
+        looks_up: optional, True where rows of W are looked up by number (embeddings), so that factors make Wᵀ.
         segmented, adapt_rows: optional, see `LinearSite`: kernels that pick every row's own factors.
         bind: optional, see `LinearSite`: `adapt` of one adapter with its lookups done beforehand.
         parameter: optional, the name of the adapted Parameter in the module, where it is not `weight`.
@@ -141,6 +142,11 @@ class Site(Protocol):
 def parameter_name(site: Site) -> str:
     """Under which name the site's module has the adapted Parameter."""
     return getattr(site, "parameter", "weight")
+
+
+def looks_up(site: Site) -> bool:
+    """Whether the down factor is a table that is looked up, and the factors make the transpose of W."""
+    return getattr(site, "looks_up", False)
 
 
 S = TypeVar("S", bound=type)
