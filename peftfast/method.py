@@ -17,7 +17,7 @@ from peftfast.watch import Entry
 
 if TYPE_CHECKING:
     from peftfast.layers.layer import BaseTunerLayer
-    from peftfast.many.routing import Rows
+    from peftfast.rows.routing import Rows
 
 
 class Adapter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftfast.interop.counterpart import HasCounterpart
-from peftfast.many.control import Control
+from peftfast.rows.control import Control
 
 
 class HasActivation(HasCounterpart):

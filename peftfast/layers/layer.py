@@ -14,10 +14,10 @@ from peftfast.config import PeftConfig
 from peftfast.layers.activation import HasActivation
 from peftfast.layers.merger import Merger
 from peftfast.layers.slots import SlotDict, TransposedView, make_slot
-from peftfast.many.control import Control
-from peftfast.many.mix import Group, Mix, Verdicts
-from peftfast.many.routing import Routing
 from peftfast.method import Adapter, AdapterMethod
+from peftfast.rows.control import Control
+from peftfast.rows.mix import Group, Mix, Verdicts
+from peftfast.rows.routing import Routing
 from peftfast.sharding import GatheredAsOne, whole
 from peftfast.sites import Site, Slot, make_site
 from peftfast.sites.bound import BoundLora

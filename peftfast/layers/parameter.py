@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer, Steps
-from peftfast.many.routing import Routing
+from peftfast.rows.routing import Routing
 from peftfast.sites.parameter import LowRank, ParameterSite, run_changed, run_mixed
 
 

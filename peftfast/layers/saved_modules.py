@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.many.control import Control
-from peftfast.many.routing import Routing
+from peftfast.rows.control import Control
+from peftfast.rows.routing import Routing
 from peftfast.sharding import whole
 
 

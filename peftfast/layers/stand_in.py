@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from peftfast.layers.activation import HasActivation
-from peftfast.many.control import Control
+from peftfast.rows.control import Control
 
 
 class StandIn(HasActivation):

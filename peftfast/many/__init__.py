@@ -1,1 +1,1 @@
-"""Many adapters on one base: routing per row, routers, a pool with slots, combining, hot-swapping."""
+"""Many adapters on one base: routers, a pool with slots, combining, hot-swapping."""

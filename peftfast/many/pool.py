@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import close_matches, enumerate_some
-from peftfast.many.routing import BASE, Routing, batch_of
 from peftfast.many.slots import Factors, Slots, Source
+from peftfast.rows.routing import BASE, Routing, batch_of
 from peftfast.wrapping.inventory import Inventory
 
 

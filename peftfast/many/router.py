@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import close_matches
-from peftfast.many.routing import BASE, Routing, batch_of
+from peftfast.rows.routing import BASE, Routing, batch_of
 
 if TYPE_CHECKING:
     from peftfast.wrapping.inventory import Inventory

@@ -17,9 +17,9 @@ from peftfast.files.io import load_peft_weights
 from peftfast.files.state import Entry
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.many.routing import Routing
 from peftfast.method import method_for
 from peftfast.methods.lora_stack import FactorStack, apply_stack, is_segmented
+from peftfast.rows.routing import Routing
 from peftfast.sites import Site, make_site
 from peftfast.sites.parameter import LowRank, ParameterSite
 from peftfast.wrapping.inventory import Inventory

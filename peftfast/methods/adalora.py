@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.errors import PeftWarning
 from peftfast.keys import in_base
-from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.lora import describe_change, factors, pair_of
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.ops.orthogonality import orthogonality
+from peftfast.rows.routing import Rows
 from peftfast.rules import integer, number, one_of, optional, table
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora

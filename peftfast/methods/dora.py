@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, factors
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise, rank_of_factors
+from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 
 MAGNITUDE = "lora_magnitude_vector"

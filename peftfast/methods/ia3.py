@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.errors import PeftWarning
-from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method
 from peftfast.methods.combination import Combination
+from peftfast.rows.routing import Rows
 from peftfast.rules import boolean, either, optional, sequence, text
 from peftfast.sites import Dense, Site, Slot
 from peftfast.wrapping import default_targets

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PeftType
-from peftfast.many.routing import Rows
 from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import combined, combined_fields, rank_keeping, svd_of_sum
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise, rank_of_factors
 from peftfast.methods.lora_stack import apply_stack, factors, is_segmented, remembered
+from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
 from peftfast.sites.parameter import LowRank, ParameterSite

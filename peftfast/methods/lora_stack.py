@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfast.many.mix import Verdicts
-from peftfast.many.routing import Routing, Rows
 from peftfast.method import Adapter
 from peftfast.ops.routed import runs_segmented
+from peftfast.rows.mix import Verdicts
+from peftfast.rows.routing import Routing, Rows
 from peftfast.sites import Site
 from peftfast.watch import ContentWatch
 

@@ -25,7 +25,7 @@ from peftfast.sites.site import Slot, composed_magnify, is_plain, is_untouched, 
 from peftfast_kernels.decode import Operand
 
 if TYPE_CHECKING:
-    from peftfast.many.routing import Rows
+    from peftfast.rows.routing import Rows
 
 
 def _claims(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot
 
 if TYPE_CHECKING:
-    from peftfast.many.routing import Rows
+    from peftfast.rows.routing import Rows
 
 
 class LowRank(NamedTuple):

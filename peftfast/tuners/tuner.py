@@ -16,11 +16,11 @@ from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.merging import add_weighted_adapter, subtract
 from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
-from peftfast.many.routing import BASE
 from peftfast.method import method_for
 from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
 from peftfast.quantization.quantize import dequantize_model
+from peftfast.rows.routing import BASE
 from peftfast.sharding import GatheredAsOne
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
 from peftfast.watch import Entry

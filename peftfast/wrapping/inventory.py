@@ -17,7 +17,7 @@ from peftfast.layers.layer import BaseTunerLayer, Place, make_layer
 from peftfast.layers.own import LoraLayer
 from peftfast.layers.parameter import ParameterLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.many.control import Control
+from peftfast.rows.control import Control
 from peftfast.sharding import is_stepped_by_zero3
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
 from peftfast.many import router
-from peftfast.many.routing import Routing
 from peftfast.ops.experts import MixedGroups, experts_linear, per_expert
+from peftfast.rows.routing import Routing
 
 peft = importlib.import_module("peft")
 BASE = "__base__"

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
 from peftfast import LoraConfig
-from peftfast.many.control import LOOKS_EVERY, MIXES
 from peftfast.many.hotswap import hotswap_adapter
-from peftfast.many.routing import BASE
 from peftfast.methods import lora_stack
+from peftfast.rows.control import LOOKS_EVERY, MIXES
+from peftfast.rows.routing import BASE
 from peftfast.watch import ContentWatch
 
 NAMES = [f"n{i}" for i in range(6)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftfast.many.router import Choice, resolve
-from peftfast.many.routing import BASE, Routing
+from peftfast.rows.routing import BASE, Routing
 
 
 def chosen_adapters(

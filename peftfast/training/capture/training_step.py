@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.many.router import Choice
-from peftfast.many.routing import batch_of
 from peftfast.method import method_for
+from peftfast.rows.routing import batch_of
 from peftfast.training.capture.captured import Captured
 from peftfast.training.capture.gradients import Gradients
 from peftfast.training.capture.inputs import buffers_for, check_batch, copy_batch

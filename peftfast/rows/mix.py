@@ -14,7 +14,7 @@ from peftfast.sites import Site
 from peftfast.watch import ContentWatch
 
 if TYPE_CHECKING:
-    from peftfast.many.routing import Routing
+    from peftfast.rows.routing import Routing
 
 
 class Kept(Protocol):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfast.many.mix import Kept, Mixes, Verdicts, groups_of
-from peftfast.many.routing import Routing
+from peftfast.rows.mix import Kept, Mixes, Verdicts, groups_of
+from peftfast.rows.routing import Routing
 
 #: For how many sets of adapters a model keeps what layers make of them; for one more the oldest is made again.
 MIXES = 2

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfast.many.mix import Verdicts
+from peftfast.rows.mix import Verdicts
 
 #: In place of an adapter's name: this sample gets the base model.
 BASE = "__base__"

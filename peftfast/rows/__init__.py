@@ -1,0 +1,1 @@
+"""An adapter for every row of a batch: the mix of a forward, and how layers learn of it and what they keep of it."""
