@@ -254,7 +254,7 @@ class PeftModel(HasCounterpart, nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peftfast.convert_to_lora` can make a plain LoRA of this adapter."""
-        layers = self._tuner.inventory.layers.values() if isinstance(self._tuner, BaseTuner) else ()
+        layers = self._tuner.inventory.layers.values()
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     # ---- saving ------------------------------------------------------------------------------------------------------
@@ -319,8 +319,7 @@ class PeftModel(HasCounterpart, nn.Module):
                 adapter_folder(save_directory, name), cfg, tensors,
                 auto_mapping=auto_mapping_of(self.get_base_model(), cfg), safe=safe_serialization, base=base_record,
             )  # fmt: skip
-            if isinstance(self._tuner, BaseTuner):
-                self._tuner.save_beside(name, adapter_folder(save_directory, name))
+            self._tuner.save_beside(name, adapter_folder(save_directory, name))
         activation = Activation(list(self.active_adapters), self._tuner.inventory.enabled)
         write_activation(Path(save_directory), activation)
         self.create_or_update_model_card(save_directory)
@@ -402,7 +401,7 @@ class PeftModel(HasCounterpart, nn.Module):
             wrapped._load_tensors(stored._replace(tensors=tensors), adapter_name, strict, ignore_mismatched_sizes, True)
         if not is_trainable:
             wrapped.eval()
-        elif isinstance(wrapped._tuner, BaseTuner):
+        else:
             wrapped._tuner.after_load(adapter_name, model_id)
         return wrapped
 
@@ -485,11 +484,11 @@ class PeftModel(HasCounterpart, nn.Module):
                 self._tuner.inventory.remove_empty(except_for=before)
             raise
         if not is_trainable:
-            if self.training or not isinstance(self._tuner, BaseTuner):
+            if self.training:
                 self.eval()
             else:
                 self._tuner.inventory.eval()
-        elif isinstance(self._tuner, BaseTuner):
+        else:
             if new:
                 self.set_requires_grad(adapter_name)
             self._tuner.after_load(adapter_name, model_id)
@@ -499,10 +498,8 @@ class PeftModel(HasCounterpart, nn.Module):
         self, stored: Stored, adapter_name: str, strict: bool | str, ignore_mismatched_sizes: bool, new: bool
     ) -> Fit:
         cfg, tensors = self.peft_config[adapter_name], stored.tensors
-        undo = None
-        if isinstance(self._tuner, BaseTuner):
-            self._tuner.inventory.check_not_merged(adapter_name, "load weights into")
-            undo = self._tuner.before_load(adapter_name, tensors)
+        self._tuner.inventory.check_not_merged(adapter_name, "load weights into")
+        undo = self._tuner.before_load(adapter_name, tensors)
         try:
             fit = fit_state_dict(self, cfg, tensors, adapter_name, finite=strict != "off")
             judge(fit, stored.config, self.get_base_model(), stored.metadata, stored.changes)

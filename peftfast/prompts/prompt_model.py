@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PromptLearningConfig
 from peftfast.errors import PeftWarning, close_matches
+from peftfast.files.beside import KeepsBeside
 from peftfast.method import method_for
 from peftfast.prompts.prefix_cache import CACHE_NAMES, STATE_NAMES, cache_name, counting, empty_cache
 from peftfast.prompts.prompt import (
@@ -80,6 +81,10 @@ class PromptInventory(Inventory):
                 self.encoders[name] = encoder
             raise
 
+    def eval(self) -> None:
+        super().eval()
+        self.encoders.eval()
+
     def unload(self, merged: bool = False, safe_merge: bool = False, names: list[str] | None = None) -> nn.Module:
         self.encoders.clear()
         return super().unload(merged, safe_merge, names)
@@ -102,7 +107,7 @@ def encode(inventory: PromptInventory, name: str, cfg: PeftConfig, strict: bool,
     return injection
 
 
-class PromptTuner:
+class PromptTuner(KeepsBeside):
     """What PeftModel asks of a tuner, for prompts. Not a module: `model` and `inventory.encoders` are the PeftModel's.
 
     Args:

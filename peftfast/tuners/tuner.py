@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
+from peftfast.files.beside import KeepsBeside
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.merging import add_weighted_adapter, subtract
@@ -32,7 +33,7 @@ from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
-class BaseTuner(GatheredAsOne, nn.Module):
+class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
     """A base model with adapters in it; behaves as the base model in everything it does not define.
 
     Args:
@@ -365,16 +366,6 @@ class BaseTuner(GatheredAsOne, nn.Module):
                     yield from layer.trainable(layer.adapters[name])
 
     # ---- files: what a kind of adapter does besides its tensors ------------------------------------------------------
-    def before_load(self, adapter_name: str, tensors: Mapping[str, Tensor]) -> Callable[[], None] | None:
-        """Called with the tensors of a file before they are compared with the model's; returns how to undo what it did,
-        should they be refused."""
-
-    def after_load(self, adapter_name: str, folder: Any) -> None:
-        """Called when an adapter has been loaded for training from a local folder."""
-
-    def save_beside(self, adapter_name: str, folder: Any) -> None:
-        """Called when an adapter has been written to a folder."""
-
     # ---- the wrapped model, as others see it -------------------------------------------------------------------------
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
