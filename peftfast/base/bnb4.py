@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.offload import device_of
-from peftfast.base.weight import QUANTIZERS, Quantizer, kept_copy, register_format
+from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, kept_copy, register_format
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand, dequantize
 
@@ -39,7 +39,7 @@ def import_bnb(purpose: str) -> Any:
 
 
 @register_format
-class Bnb4Weight:
+class Bnb4Weight(UsualWeight):
     """`bitsandbytes.nn.Linear4bit` and `Embedding4bit`: two codes per byte, kept by a Params4bit with a quant_state.
 
     FSDP and others replace the Params4bit by a plain Parameter; the state is then taken from the module. The state is

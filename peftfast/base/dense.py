@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.offload import device_of, stored_weight
-from peftfast.base.weight import kept_copy, register_format
+from peftfast.base.weight import UsualWeight, kept_copy, register_format
 from peftfast.sharding import whole_shape
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
@@ -19,11 +19,9 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 @register_format
-class DenseWeight:
+class DenseWeight(UsualWeight):
     """fp64, fp32, bf16 or fp16, `[N, K, ...]` as in `nn.Linear`, `nn.Embedding` and `nn.ConvNd`, or `[K, N]` as in
     transformers' `Conv1D`."""
-
-    quantization: str | None = None
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

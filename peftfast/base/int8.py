@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from peftfast.base.bnb4 import OFFLOADED, import_bnb, is_bnb
 from peftfast.base.offload import device_of
-from peftfast.base.weight import QUANTIZERS, Quantizer, kept_copy, register_format
+from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, kept_copy, register_format
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand, dequantize
 
 
 @register_format
-class Int8Weight:
+class Int8Weight(UsualWeight):
     """`bitsandbytes.nn.Linear8bitLt` and `Embedding8bit` with quantised weights: int8 [N, K] and a scale [N], which
     the first forward moves from the Parameter to the module's `state`.
 

@@ -8,18 +8,16 @@ from torch import Tensor, nn
 
 from peftfast.base.dense import for_narrowing
 from peftfast.base.offload import device_of, stored_weight
-from peftfast.base.weight import kept_copy
+from peftfast.base.weight import UsualWeight, kept_copy
 from peftfast.sharding import whole_shape
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
 
 
-class ParameterWeight:
+class ParameterWeight(UsualWeight):
     """A floating-point Parameter [N, K] or [E, N, K] behind the protocol of `BaseWeight`; a stack is seen as one
     matrix, the experts below each other: [E·N, K]. Not registered, because no module is of this format: a config names
     the Parameter."""
-
-    quantization: str | None = None
 
     def __init__(self, module: nn.Module, parameter: str) -> None:
         self.module, self.parameter = module, parameter

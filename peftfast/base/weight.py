@@ -12,14 +12,33 @@ from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
 
 
+class UsualWeight:
+    """What is so of most formats; a format of which it is not says so.
+
+    Attributes:
+        quantization: key of `QUANTIZERS` ("nf4"); None where the weight is stored as it is computed with.
+        transposed: the module keeps W [N, K] as [K, N].
+        merge_dtype: in which W is summed with what is merged into it.
+        fusable_modules: kinds of module besides `nn.Linear` whose forward is the product with W, and no more.
+    """
+
+    quantization: str | None = None
+    transposed: bool = False
+    merge_dtype: torch.dtype = torch.float32
+    fusable_modules: tuple[type[nn.Module], ...] = ()
+
+
 class BaseWeight(Protocol):
     """The weight of one module as a matrix W [N, K]: N output features, K input features (an embedding: N tokens of
     K features; a convolution: N output channels, K input channels times kernel). Never trained; written only by
-    `assign` and `restore`."""
+    `assign` and `restore`. Attributes: see `UsualWeight`."""
 
     module: nn.Module
     name: str  # of the module inside its model, for messages; empty until somebody knows it
-    quantization: str | None  # key of QUANTIZERS ("nf4"); None where the weight is stored as it is computed with
+    quantization: str | None
+    transposed: bool
+    merge_dtype: torch.dtype
+    fusable_modules: tuple[type[nn.Module], ...]
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:

@@ -23,7 +23,6 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import Adapter, method_for
 from peftfast.methods.lora_combine import svd_of_sum
 from peftfast.methods.lora_config import LoraConfig
-from peftfast.sites.site import looks_up
 
 
 @torch.no_grad()
@@ -142,4 +141,4 @@ def _svd_of(adapter: Adapter, layer: BaseTunerLayer, decomposed: Callable[[Tenso
         u, s, vh = svd_of_sum([(a, b)], [1.0])
         return Svd(u, s, vh, (s.double() ** 2).sum())
     change = matrix(layer.site, layer.get_delta_weight(adapter.name))
-    return decomposed(change.t() if looks_up(layer.site) else change)
+    return decomposed(change.t() if layer.site.looks_up else change)

@@ -70,7 +70,7 @@ def matrix(site: Site, stored: Tensor) -> Tensor:
     shape = site.weight.shape
     if stored.numel() != shape[0] * shape[1]:
         return stored
-    return stored.t() if getattr(site.weight, "transposed", False) else stored.reshape(shape)
+    return stored.t() if site.weight.transposed else stored.reshape(shape)
 
 
 def svd(change: Tensor, rank: int | float) -> Svd:

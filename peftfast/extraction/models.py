@@ -15,7 +15,7 @@ from peftfast.layers.stand_in import StandIn
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.quantization.originals import Originals
 from peftfast.sites import Site, make_site
-from peftfast.sites.site import has_site, looks_up
+from peftfast.sites.site import has_site
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def extract_lora(
             change = matrix(site, tensor).to(device=site.weight.device, dtype=torch.float32) - site.weight.dense(
                 torch.float32
             )
-            yield Change(name, site, svd(change.t() if looks_up(site) else change, rank), torch.float32, {})
+            yield Change(name, site, svd(change.t() if site.looks_up else change, rank), torch.float32, {})
 
     config, tensors = as_lora(changes(), rank, None, limited=True)
     for head, table in tied.items():  # one change under two names: the head's factors are the table's, exchanged
@@ -72,7 +72,7 @@ def extract_lora(
     if sites:
         set_targets(config, list(sites), names)
     config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
-    config.fan_in_fan_out = any(getattr(site.weight, "transposed", False) for site, _ in sites.values())
+    config.fan_in_fan_out = any(site.weight.transposed for site, _ in sites.values())
     for name in (n for n in names if any(n.endswith(saved) for saved in whole)):
         for key in base.get_submodule(name).state_dict():
             tensors[f"{PREFIX}{name}.{key}"] = source.tensor(f"{name}.{key}").detach().clone()
@@ -103,7 +103,7 @@ def _differences(
                 if _differ(site.weight.dense(), matrix(site, theirs), full):
                     sites[name] = (site, theirs)
                     table = first.rpartition(".")[0]
-                    if table != name and table in sites and looks_up(sites[table][0]) and not looks_up(site):
+                    if table != name and table in sites and sites[table][0].looks_up and not site.looks_up:
                         if torch.equal(theirs, sites[table][1]):
                             tied[name] = table
             elif not (site is not None and site.weight.quantization and key != "bias") and _differ(

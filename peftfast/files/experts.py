@@ -47,7 +47,7 @@ def _stacks(entries: Mapping[str, Entry]) -> dict[str, tuple[ParameterSite, str]
     found = {}
     for key, entry in entries.items():
         site = None if entry.layer is None else entry.layer.site
-        if hasattr(site, "parameter"):
+        if site is not None and not site.adapts_output:
             prefix = key.rpartition(".lora_")[0]
             found[f"{prefix.replace('.base_layer', '')}.{site.parameter}"] = (site, prefix)
     return found

@@ -443,7 +443,7 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a plain LoRA can stand for the adapter; see `peftfast.convert_to_lora`."""
         adapter = self.adapters.get(adapter_name)
-        fits = getattr(self.site, "stacks", True)  # an SVD knows nothing of a convolution's groups
+        fits = self.site.groups == 1  # an SVD knows nothing of a convolution's groups
         return adapter is None or fits and hasattr(adapter.method, "as_product")
 
     def __getattr__(self, name: str) -> Any:

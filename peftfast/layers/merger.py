@@ -13,7 +13,6 @@ from peftfast.base.dense import for_narrowing
 from peftfast.base.weight import kept_copy
 from peftfast.sharding import check_not_partitioned
 from peftfast.sites import Dense
-from peftfast.sites.site import parameter_name
 
 if TYPE_CHECKING:
     from peftfast.layers.layer import BaseTunerLayer
@@ -46,11 +45,11 @@ class Merger:
 
     @property
     def _parameter(self) -> nn.Parameter:
-        return getattr(self.layer.get_base_layer(), parameter_name(self.layer.site))
+        return getattr(self.layer.get_base_layer(), self.layer.site.parameter)
 
     @_parameter.setter
     def _parameter(self, parameter: nn.Parameter) -> None:
-        setattr(self.layer.get_base_layer(), parameter_name(self.layer.site), parameter)
+        setattr(self.layer.get_base_layer(), self.layer.site.parameter, parameter)
 
     @property
     def follows(self) -> bool:
@@ -156,7 +155,7 @@ class Merger:
     def merged(self, names: Sequence[str], check: bool) -> Dense:
         """The base with these adapters, wide; ValueError, if `check`, for one that makes a value not finite."""
         layer = self.layer
-        wide = getattr(layer.site.weight, "merge_dtype", torch.float32)
+        wide = layer.site.weight.merge_dtype
         bias = getattr(layer.base_layer, "bias", None)
         base = Dense(layer.site.weight.dense(wide), None if bias is None else bias.detach().to(wide))
         dense = base
@@ -237,6 +236,6 @@ class Merger:
         stored = self._parameter
         return (
             change.t()
-            if getattr(layer.site.weight, "transposed", False)
+            if layer.site.weight.transposed
             else change.reshape(stored.shape if stored.numel() == change.numel() else change.shape)
         )

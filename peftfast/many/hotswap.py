@@ -145,7 +145,7 @@ def _swap(
             raise ValueError(
                 f"Incompatible shapes found for LoRA weights {key}: {tuple(old.shape)} vs {tuple(new.shape)}."
             )
-        experts = _experts(entries[key].layer)
+        experts = entries[key].layer.site.experts
         if axis >= 0 and new.shape[axis] % experts:
             raise ValueError(
                 f"Incompatible shapes found for LoRA weights {key}: {tuple(new.shape)} is no whole rank for each of "
@@ -184,18 +184,10 @@ def _replace(entry: Entry, old: Tensor, new: Tensor, axis: int) -> None:
         old.copy_(padded(new, axis, old.shape[axis], _runs(entry.layer) if axis == 0 else 1))
 
 
-def _experts(layer: BaseTunerLayer) -> int:
-    return getattr(layer.site, "experts", 1)
-
-
-def _groups(layer: BaseTunerLayer) -> int:
-    return getattr(layer.site, "groups", 1)
-
-
 def _runs(layer: BaseTunerLayer) -> int:
     """Of how many runs the down factor's ranks consist. In the up factor ranks are the slowest, whatever is beside
     them."""
-    return _experts(layer) * _groups(layer)
+    return layer.site.experts * layer.site.groups
 
 
 def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> None:
@@ -210,7 +202,7 @@ def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> Non
 
 
 def _rank(layer: BaseTunerLayer, adapter: Adapter) -> int:
-    return adapter[adapter.pair[0]].shape[0] // _experts(layer)
+    return adapter[adapter.pair[0]].shape[0] // layer.site.experts
 
 
 def _record(config: LoraConfig | None, adapters: list[Adapter]) -> None:
@@ -273,11 +265,11 @@ def prepare_model_for_compiled_hotswap(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
                     f"({rank}). This is not possible."
                 )
-            if target_rank % _groups(layer):
+            if target_rank % layer.site.groups:
                 raise ValueError(
                     f"{adapter.key}: Trying to pad a {type(layer.get_base_layer()).__name__} LoRA adapter with "
-                    f"groups={_groups(layer)} to target rank {target_rank}, but the target rank is not divisible by "
-                    f"{_groups(layer)}. Please choose a target rank that is divisible by {_groups(layer)}."
+                    f"groups={layer.site.groups} to target rank {target_rank}, but the target rank is not divisible by "
+                    f"{layer.site.groups}. Please choose a target rank that is divisible by {layer.site.groups}."
                 )
     with torch.no_grad():
         for layer, adapter in pairs:

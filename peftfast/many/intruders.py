@@ -15,7 +15,6 @@ from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import svd_of_sum
 from peftfast.methods.lora_stack import factors
 from peftfast.sites import Site
-from peftfast.sites.site import looks_up
 
 
 @torch.no_grad()
@@ -92,7 +91,7 @@ def _reduced(
     a, b = (f.float() for f in factors(adapter))
     site.delta(a, b)  # raises where the product of the factors is no weight
     weight = site.weight.dense(torch.float32)
-    weight = weight.t() if looks_up(site) else weight
+    weight = weight.t() if site.looks_up else weight
     down, up = a.flatten(1), adapter.scale * b.flatten(1)
     known, _, _ = torch.linalg.svd(weight, full_matrices=False)
     u, s, vh = torch.linalg.svd(weight + up @ down, full_matrices=False)

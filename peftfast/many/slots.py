@@ -106,7 +106,7 @@ class Slots:
         for key in keys:
             module = self._inventory.module(key)
             site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
-            if not hasattr(site, "adapt_each"):
+            if not site.adapts_output:
                 raise ValueError(
                     f"Slots are for modules, and {key} ({type(site.module).__name__}) is adapted by Parameters of it. "
                     "Slots of experts are named in target_parameters"
@@ -145,7 +145,7 @@ class Slots:
                 continue
             down, up, value = new
             # of a stack of experts each one's ranks are padded by themselves
-            experts = getattr(self._inventory.layers[key].site, "experts", 1)
+            experts = self._inventory.layers[key].site.experts
             rows, r = a[index].unflatten(0, (experts, -1)), down.shape[0] // experts
             rows[:, :r].copy_(down.unflatten(0, (experts, -1)), non_blocking=True)
             rows[:, r:].zero_()
@@ -186,7 +186,7 @@ class Slots:
                 a, b, scale = reader(layer.site, cfg, full, own)
             except ValueError as e:
                 raise ValueError(f"Adapter {name}: {e}") from e
-            experts = getattr(layer.site, "experts", 1)
+            experts = layer.site.experts
             if a.shape[0] % experts:
                 raise ValueError(f"Adapter {name} has {a.shape[0]} ranks for {experts} experts at {key}")
             if a.shape[0] > self._max_rank * experts:

@@ -124,9 +124,9 @@ class AdaLora:
         }
 
     def slots(self, site: Site, cfg: AdaLoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
-        if getattr(site.module, "groups", 1) > 1:
+        if site.groups > 1:
             raise ValueError(
-                f"AdaLoRA on a {type(site.module).__name__} with groups={site.module.groups} is not defined: its "
+                f"AdaLoRA on a {type(site.module).__name__} with groups={site.groups} is not defined: its "
                 "factors' product is no weight of a grouped convolution"
             )
         r = settings["r"]

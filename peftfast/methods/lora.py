@@ -92,7 +92,7 @@ class Lora:
         if len(active) == 1:
             (adapter,) = active
             y = sites[0].adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout)
-        elif getattr(site, "stacks", True) and _stackable(active) and all(own is site for own in sites):
+        elif site.groups == 1 and _stackable(active) and all(own is site for own in sites):
             y = site.adapt(x, y, *stacked(active))
         else:
             y = self._one_by_one(site, sites, x, y, active)

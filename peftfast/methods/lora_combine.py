@@ -42,10 +42,10 @@ def combined(
     pairs = [tuple(f.detach() for f in factors(a)) for a in adapters]
     # in the factors' own precision, or fp32 where that is less
     wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
-    pairs = [_split(site, a.to(wide), b.to(wide)) for a, b in pairs]
+    pairs = [site.split(a.to(wide), b.to(wide)) for a, b in pairs]
     strengths = [w * float(a.scale) for a, w in zip(adapters, weights, strict=True)]
     result = {}
-    groups = getattr(site, "groups", 1)
+    groups = site.groups
     if how.kind == "cat":
         # each group of a convolution has its run of ranks, in which all adapters' ranks for it come together
         parts = [(a * s).unflatten(1, (groups, -1)) for (a, _), s in zip(pairs, strengths, strict=True)]
@@ -60,7 +60,7 @@ def combined(
         a = how.combine([padded(a, 1, most, groups) for a, _ in pairs], [d for d, _ in each])
         b = how.combine([padded(b, 2, most // groups) for _, b in pairs], [u for _, u in each])
     a, b = padded(a, 1, rank, groups), padded(b, 2, rank // groups)
-    result[down], result[up] = site.joined(a, b) if hasattr(site, "joined") else (a.squeeze(0), b.squeeze(0))
+    result[down], result[up] = site.joined(a, b)
     bias = f"{up}.bias"
     if any(bias in adapter for adapter in adapters):
         result[bias] = sum(
@@ -80,11 +80,6 @@ def padded(tensor: Tensor, axis: int, size: int, groups: int = 1) -> Tensor:
     wide = tensor.new_zeros(shape)
     wide.narrow(axis + 1, 0, tensor.shape[axis] // groups).copy_(tensor.unflatten(axis, (groups, -1)))
     return wide.flatten(axis, axis + 1)
-
-
-def _split(site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """[P, r, ...] and [P, N, r, ...], the factors of each of the matrices that are adapted."""
-    return site.split(a, b) if hasattr(site, "split") else (a.unsqueeze(0), b.unsqueeze(0))
 
 
 def _decomposed(

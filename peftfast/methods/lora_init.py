@@ -14,7 +14,6 @@ from peftfast.method import Adapter
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.random_stream import draws_of_normal, draws_of_uniform, skip
 from peftfast.sites import Site
-from peftfast.sites.site import looks_up, parameter_name
 
 #: Fill a [r, ...] and b [..., r] in place; may assign the site's weight. Runs under no_grad.
 Initialiser = Callable[[Site, Tensor, Tensor, Adapter], None]
@@ -38,7 +37,7 @@ def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialis
             if after_building:
                 _build(site, down, up, adapter)
             fn(site, down, up, adapter)
-            stored = getattr(site.module, parameter_name(site), None)
+            stored = getattr(site.module, site.parameter, None)
             through = stored.dtype if isinstance(stored, Tensor) and stored.dtype.is_floating_point else down.dtype
             for factor, made in ((a, down), (b, up)):
                 if factor is not made or through != made.dtype:
@@ -51,7 +50,7 @@ def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialis
 
 def _build(site: Site, down: Tensor, up: Tensor, adapter: Adapter) -> None:
     """Move the generator on by what `nn.Linear`, `nn.Conv` or `torch.randn` draw for factors of these shapes."""
-    if not looks_up(site):
+    if not site.looks_up:
         bias = up.shape[0] if getattr(adapter.cfg, "lora_bias", False) else 0
         skip(draws_of_uniform(down.numel() + up.numel() + bias))
         return
@@ -81,7 +80,7 @@ def initialise(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     choice = str(adapter.cfg.init_lora_weights)
     for pattern, fn, lookups in _TABLE:
         if pattern.fullmatch(choice):
-            if looks_up(site) and not lookups:
+            if site.looks_up and not lookups:
                 fn = _default  # a table of rows has no input whose statistics or spectrum could guide the factors
             return fn(site, a, b, adapter)
     raise ValueError(f"Unknown initialization init_lora_weights={adapter.cfg.init_lora_weights!r}")
@@ -104,7 +103,7 @@ def rank_of_factors(site: Site, cfg: LoraConfig, r: int) -> int:
 @_drawn_as_in_peft(after_building=True)
 def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """The adapter starts as the identity. The data-driven kinds start here too and are filled in a second call."""
-    if looks_up(site):
+    if site.looks_up:
         a.zero_()
         b.normal_()
     else:
@@ -116,7 +115,7 @@ def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
 @_drawn_as_in_peft(after_building=False)
 def _random(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Not the identity; for tests."""
-    if looks_up(site):
+    if site.looks_up:
         a.normal_()
         b.normal_()
     else:
@@ -215,6 +214,6 @@ def _mica(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """B is the left singular vectors of W's smallest singular values and stays so (Minor Component Adaptation, arXiv
     2604.01694); A starts at zero and is all that is trained."""
     weight = _wide_weight(site, "MiCA")
-    u, _, _ = torch.linalg.svd(weight.t() if looks_up(site) else weight, full_matrices=False)
+    u, _, _ = torch.linalg.svd(weight.t() if site.looks_up else weight, full_matrices=False)
     b.copy_(u[:, -b.shape[1] :])
     a.zero_()

@@ -137,7 +137,7 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer | None
         inside = None
         if isinstance(module, BaseTunerLayer):
             inside = name + "."
-            if not hasattr(module.site, "parameter"):  # a Parameter that is adapted by itself stays what it is
+            if module.site.adapts_output:  # a Parameter that is adapted by itself stays what it is
                 yield name, module, module.get_base_layer()
         elif isinstance(module, StandIn):
             inside = name + "."  # modules trained in full stay dense

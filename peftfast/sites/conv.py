@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.ops.dora import weight_norm
 from peftfast.sites.holders import conv_holder
-from peftfast.sites.site import Slot, composed_magnify, register_site
+from peftfast.sites.site import Slot, UsualSite, composed_magnify, register_site
 
 _CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
-class ConvSite:
+class ConvSite(UsualSite):
     """y = W * x + bias with x [B, Cin, ...] and y [B, Cout, ...]; W is seen as [Cout, Cin · kernel]."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -27,7 +27,6 @@ class ConvSite:
         self._conv = next(f for cls, f in _CONV.items() if isinstance(module, cls))
         self._ones = (1,) * len(module.kernel_size)
         self.groups = module.groups
-        self.stacks = module.groups == 1
 
     def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
         m = self.module

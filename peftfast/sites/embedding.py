@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.ops.dora import weight_norm
 from peftfast.ops.scale import scale_features
-from peftfast.sites.site import Slot, composed_magnify, register_site
+from peftfast.sites.site import Slot, UsualSite, composed_magnify, register_site
 from peftfast_kernels.decode import Operand
 
 
 @register_site("torch.nn.Embedding", lambda module: isinstance(module, nn.Embedding))
-class EmbeddingSite:
+class EmbeddingSite(UsualSite):
     """y = W[ids] with ids [...] and y [..., K]; W [N, K] is N tokens of K features."""
 
     looks_up = True

@@ -21,7 +21,7 @@ from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
 from peftfast.ops.scale import scale_features
 from peftfast.sites.bound import BoundLora, BoundRuns
 from peftfast.sites.holders import linear_holder
-from peftfast.sites.site import Slot, composed_magnify, is_plain, is_untouched, register_site
+from peftfast.sites.site import Slot, UsualSite, composed_magnify, is_plain, is_untouched, register_site
 from peftfast_kernels.decode import Operand
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ def _claims(module: nn.Module) -> bool:
 
 
 @register_site("torch.nn.Linear", _claims)
-class LinearSite:
+class LinearSite(UsualSite):
     """y = x Wᵀ + bias with x [..., K] and y [..., N]."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.weight = base_weight(module)
         # a subclass may compute anything in its forward; only the classes themselves are known to be a plain product
-        self._known_forward = type(module) in (nn.Linear, *getattr(self.weight, "fusable_modules", ())) or (
+        self._known_forward = type(module) in (nn.Linear, *self.weight.fusable_modules) or (
             type(module).__name__ == "Conv1D" and is_conv1d(module)
         )
 

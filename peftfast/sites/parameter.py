@@ -15,7 +15,7 @@ from peftfast.ops.experts import per_expert
 from peftfast.sharding import whole_shape
 from peftfast.sites.experts import has_routed_form, routed_experts
 from peftfast.sites.holders import linear_holder
-from peftfast.sites.site import Slot
+from peftfast.sites.site import Slot, UsualSite
 
 if TYPE_CHECKING:
     from peftfast.rows.routing import Rows
@@ -29,7 +29,7 @@ class LowRank(NamedTuple):
     scale: Any
 
 
-class ParameterSite:
+class ParameterSite(UsualSite):
     """W [N, K] or [E, N, K], or [E, K, N] where the module says `is_transposed`. What is adapted is the Parameter while
     its module runs, not the module's output: see `run_changed`. So there is no `adapt` here, and a method is asked for
     its `changes`.
@@ -37,6 +37,8 @@ class ParameterSite:
     Attributes:
         parameter: its name in the module. experts: E; 1 for a matrix.
     """
+
+    adapts_output = False
 
     def __init__(self, module: nn.Module, parameter: str) -> None:
         self.module, self.parameter = module, parameter

@@ -46,25 +46,49 @@ class Dense(NamedTuple):
     bias: Tensor | None
 
 
-class Site(Protocol):
-    """One adaptable module.
+class UsualSite:
+    """What is so at most sites; a site where it is not says so.
 
     Attributes:
-        stacks: optional, False where factor pairs stacked on the rank are not the sum of the pairs (grouped
-            convolutions, whose groups each take a run of ranks).
-        groups: optional, how many such runs there are.
-        looks_up: optional, True where rows of W are looked up by number (embeddings), so that factors make Wᵀ.
+        parameter: name of the adapted Parameter in the module.
+        adapts_output: adapters act on the module's output; False: on the Parameter, for as long as its module runs.
+        looks_up: rows of W are looked up by number (embeddings): the down factor is a table, and the factors make Wᵀ.
+        groups: in how many runs the ranks are cut, of which each acts on channels of its own (grouped convolutions).
+        experts: of how many matrices the weight is a stack, whose factors are in one pair of tensors.
+        parts: names of children that are adapted with the module and never by themselves; `part(name)` is the site of
+            one.
+    """
+
+    parameter: str = "weight"
+    adapts_output: bool = True
+    looks_up: bool = False
+    groups: int = 1
+    experts: int = 1
+    parts: tuple[str, ...] = ()
+
+    def split(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of every matrix of the stack, [E, r, ...] and [E, N, r, ...]."""
+        return a.unsqueeze(0), b.unsqueeze(0)
+
+    def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """`split`, undone."""
+        return a.squeeze(0), b.squeeze(0)
+
+
+class Site(Protocol):
+    """One adaptable module. Besides what is here, a site has what `UsualSite` says.
+
+    Attributes:
         segmented, adapt_rows: optional, see `LinearSite`: kernels that pick every row's own factors.
         bind: optional, see `LinearSite`: `adapt` of one adapter with its lookups done beforehand.
-        parameter: optional, the name of the adapted Parameter in the module, where it is not `weight`.
-        experts: optional, of how many matrices the weight is a stack; their factors are in one pair of tensors, which
-            `split(a, b)` makes [E, r, K] and [E, N, r], and `joined` one pair again.
-        parts: optional, of the class: names of children that are adapted with the module and never by themselves;
-            `part(name)` is the site of one.
     """
 
     module: nn.Module
     weight: BaseWeight
+    parameter: str
+    looks_up: bool
+    groups: int
+    experts: int
 
     def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
         """Names and shapes of a factor pair here: the down factor first, then the up factor."""
@@ -139,16 +163,6 @@ class Site(Protocol):
         ...
 
 
-def parameter_name(site: Site) -> str:
-    """Under which name the site's module has the adapted Parameter."""
-    return getattr(site, "parameter", "weight")
-
-
-def looks_up(site: Site) -> bool:
-    """Whether the down factor is a table that is looked up, and the factors make the transpose of W."""
-    return getattr(site, "looks_up", False)
-
-
 S = TypeVar("S", bound=type)
 
 _SITES: list[tuple[Callable[[nn.Module], bool], type]] = []
@@ -178,7 +192,7 @@ def has_site(module: nn.Module) -> bool:
 
 def parts_of(module: nn.Module) -> tuple[str, ...]:
     """Names of the children that an adapter of `module` adapts as well."""
-    return next((getattr(cls, "parts", ()) for claims, cls in _SITES if claims(module)), ())
+    return next((cls.parts for claims, cls in _SITES if claims(module)), ())
 
 
 def make_site(module: nn.Module) -> Site:

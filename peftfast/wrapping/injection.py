@@ -334,8 +334,8 @@ def _check_sites(
                 PeftWarning,
                 stacklevel=6,
             )
-        if isinstance(site.module, nn.Linear) or getattr(site.weight, "transposed", False):
-            transposed.append(getattr(site.weight, "transposed", False))
+        if isinstance(site.module, nn.Linear) or site.weight.transposed:
+            transposed.append(site.weight.transposed)
     return transposed
 
 

@@ -13,7 +13,6 @@ from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.merger import check_mergeable
 from peftfast.layers.own import LoraLayer
-from peftfast.sites.site import parameter_name
 from peftfast.wrapping.inventory import Inventory
 
 
@@ -118,10 +117,10 @@ class ModelMerger:
         for layer in layers:
             if layer.merger.source is not None or layer not in self.inventory.layers.values():
                 continue  # tied on purpose: one change for all of them
-            own = layer.get_base_layer()._parameters.get(parameter_name(layer.site))
+            own = layer.get_base_layer()._parameters.get(layer.site.parameter)
             others = users.get(id(own), set()) - {layer.get_base_layer()}
             others -= {o.base_layer for o in self.inventory.layers.values() if o.merger.source is layer}
-            if others and getattr(layer.site.weight, "quantization", None) is None:
+            if others and layer.site.weight.quantization is None:
                 found.add(layer)
         if found:
             keys = [key for key, layer in self.inventory.layers.items() if layer in found]
@@ -162,7 +161,7 @@ class ModelMerger:
         followers = {id(layer.base_layer) for layer in self.inventory.layers.values() if layer.merger.follows}
         for layer in self.inventory.layers.values():
             own = layer.get_base_layer()
-            weight = own._parameters.get(parameter_name(layer.site))
+            weight = own._parameters.get(layer.site.parameter)
             if weight is None or id(own) in followers or not set(names) & layer.adapters.keys():
                 continue
             for other, name in owners.get(id(weight), ()):
