@@ -172,7 +172,7 @@ def _up_build(device, route, x, dy, t, a, b, scales):
 
 @op(
     reference=_up_reference,
-    module="lora_routed_kernels",
+    module="lora_routed_grad_kernels",
     cases=lambda: _cases(_up_build),
     cost=lambda dy, t, rows, order, starts, b, scales, grad_dtype: routed_cost(dy, b, 2),
     fake=lambda dy, t, rows, order, starts, b, scales, grad_dtype: (
@@ -223,7 +223,7 @@ def _down_grad_build(device, route, x, dy, t, a, b, scales):
 
 @op(
     reference=_down_grad_reference,
-    module="lora_routed_kernels",
+    module="lora_routed_grad_kernels",
     cases=lambda: _cases(_down_grad_build),
     cost=lambda x, p, rows, order, starts, grad_dtype: Cost(
         2.0 * x.numel() * p.shape[1], float(x.numel() * x.element_size() + p.numel() * p.element_size())

@@ -168,46 +168,6 @@ def row_expand_kernel(
     tl.store(out_ptr + m * N + wide_cols, narrow(y + total, out_ptr.dtype.element_ty, INTERP), mask=cols < N)
 
 
-@triton.jit
-def routed_outer_kernel(
-    x_ptr, p_ptr, order_ptr, starts_ptr, scales_ptr, out_ptr,
-    C, R, stride_xm, stride_xc, stride_pm, stride_pr, stride_og, stride_or, stride_oc,
-    SCALED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
-    INTERP: tl.constexpr,
-):  # fmt: skip
-    """Program (i, j, g) owns BC columns and BR ranks of adapter g: the sum over its rows of p_m x_mᵀ, in their order.
-
-    x_ptr: [M, C]; p_ptr: [M, R]; out_ptr: [G, R, C] through strides.
-    """
-    cols = tl.program_id(0) * BC + tl.arange(0, BC)
-    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
-    g = tl.program_id(2)
-    first = tl.load(starts_ptr + g)
-    last = tl.load(starts_ptr + g + 1)
-    wide_cols = cols.to(tl.int64)
-    acc = tl.zeros((BR, BC), tl.float32)
-    for m in range(first, last, BM):
-        places = m + tl.arange(0, BM)
-        rows = tl.load(order_ptr + places, mask=places < last, other=0).to(tl.int64)
-        x = tl.load(
-            x_ptr + rows[:, None] * stride_xm + wide_cols[None, :] * stride_xc,
-            mask=(places[:, None] < last) & (cols[None, :] < C),
-            other=0.0,
-        )
-        p = tl.load(
-            p_ptr + rows[None, :] * stride_pm + ranks[:, None] * stride_pr,
-            mask=(places[None, :] < last) & (ranks[:, None] < R),
-            other=0.0,
-        )
-        p = operand(p, INTERP)
-        acc = tl.dot(p, operand(x, INTERP).to(p.dtype), acc, input_precision=PRECISION)
-    if SCALED:
-        acc = acc * tl.load(scales_ptr + g)
-    offsets = g.to(tl.int64) * stride_og + ranks[:, None].to(tl.int64) * stride_or + wide_cols[None, :] * stride_oc
-    inside = (ranks[:, None] < R) & (cols[None, :] < C)
-    tl.store(out_ptr + offsets, narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
-
-
 #: Up to so many rows a program a row: predicted from bytes read out of L2 (M adapters' factors instead of G), to be
 #: measured. The interpreter's test shapes have rows on both sides of its own.
 ROW_BY_ROW, ROW_BY_ROW_INTERPRETED = 512, 48
@@ -252,8 +212,8 @@ def _shrink_plan(
     return Launch(routed_shrink_kernel, grid, **arguments, **options), False
 
 
-def _shrink(x: Tensor, rows: Tensor, order: Tensor, factors: Tensor, scales: Tensor | None, dtype) -> Tensor:
-    """factors is [G, R, C] through any strides."""
+def shrink(x: Tensor, rows: Tensor, order: Tensor, factors: Tensor, scales: Tensor | None, dtype) -> Tensor:
+    """t [M, R]: row m by the factors of its own adapter, [G, R, C] through any strides, times its scale if any."""
     (m, c), rank = x.shape, factors.shape[1]
     t = torch.empty(m, rank, dtype=dtype, device=x.device)
     if m == 0:
@@ -269,51 +229,9 @@ def _shrink(x: Tensor, rows: Tensor, order: Tensor, factors: Tensor, scales: Ten
     return t
 
 
-@planned
-def _outer_plan(
-    chip: str, adapters: int, c: int, rank: int, x_strides: tuple[int, ...], p_strides: tuple[int, ...],
-    out_strides: tuple[int, ...], scaled: bool, precision: str,
-) -> Launch:  # fmt: skip
-    """A 3D grid (column tiles, rank tiles, adapters)."""
-    config = tile("routed", chip)
-    br = rank_tile(rank, 64)
-    return Launch(
-        routed_outer_kernel,
-        (cdiv(c, config.BN), cdiv(rank, br), adapters),
-        C=c,
-        R=rank,
-        stride_xm=x_strides[0],
-        stride_xc=x_strides[1],
-        stride_pm=p_strides[0],
-        stride_pr=p_strides[1],
-        stride_og=out_strides[0],
-        stride_or=out_strides[1],
-        stride_oc=out_strides[2],
-        SCALED=scaled,
-        BM=config.BM,
-        BC=config.BN,
-        BR=br,
-        PRECISION=precision,
-        INTERP=is_interpreting(),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-
-
-def _outer(x: Tensor, p: Tensor, order: Tensor, starts: Tensor, scales: Tensor | None, out: Tensor) -> None:
-    """out is [G, R, C] through any strides; adapters without rows are written as zeros."""
-    chip = chip_of(x.device)
-    adapters, rank, c = out.shape
-    launch = _outer_plan(
-        chip, adapters, c, rank, x.stride(), p.stride(), out.stride(), scales is not None,
-        dot_precision(chip, x.dtype, p.dtype),
-    )  # fmt: skip
-    launch(x, p, order, starts, starts if scales is None else scales, out)
-
-
 def routed_down(x: Tensor, rows: Tensor, order: Tensor, starts: Tensor, a: Tensor) -> Tensor:
     """One launch."""
-    return _shrink(x, rows, order, a, None, a.dtype)
+    return shrink(x, rows, order, a, None, a.dtype)
 
 
 @planned
@@ -364,37 +282,11 @@ def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor
     return out
 
 
-def routed_up_grad(
-    dy: Tensor,
-    t: Tensor,
-    rows: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    grad_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The shrink with bᵀ as its factors, then one owner per (adapter, column tile) for db."""
-    p = _shrink(dy, rows, order, b.transpose(1, 2), scales, t.dtype)
-    db = torch.empty(b.shape, dtype=grad_dtype, device=b.device)
-    _outer(dy, t, order, starts, scales, db.transpose(1, 2))
-    return p, db
-
-
-def routed_down_grad(
-    x: Tensor, p: Tensor, rows: Tensor, order: Tensor, starts: Tensor, grad_dtype: torch.dtype
-) -> Tensor:
-    """One launch."""
-    da = torch.empty(starts.shape[0] - 1, p.shape[1], x.shape[1], dtype=grad_dtype, device=x.device)
-    _outer(x, p, order, starts, None, da)
-    return da
-
-
 def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
     config = tile("routed", chip)
     common = {"PRECISION": dot_precision(chip, torch.float32), "INTERP": False, "BM": config.BM}
-    indices = {"rows_ptr": "i32", "order_ptr": "i32", "starts_ptr": "i32", "scales_ptr": "fp32"}
+    indices = {"rows_ptr": "i32", "order_ptr": "i32", "scales_ptr": "fp32"}
     for rank in (16, 64):
         br = rank_tile(rank, 64)
         yield Variant(
@@ -451,21 +343,4 @@ def variants(chip: str):
             },
             warps=config.warps,
             quick=rank == 16,
-        )
-        yield Variant(
-            name=f"routed_outer R{rank}",
-            kernel=routed_outer_kernel,
-            pointers={**indices, "x_ptr": "bf16", "p_ptr": "bf16", "out_ptr": "fp32"},
-            constexprs={
-                **common,
-                "stride_xc": 1,
-                "stride_pr": 1,
-                "stride_oc": 1,
-                "SCALED": False,
-                "BC": config.BN,
-                "BR": br,
-            },
-            warps=config.warps,
-            stages=config.stages,
-            matrix=ANY_MATRIX,
         )

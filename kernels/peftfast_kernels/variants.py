@@ -15,6 +15,7 @@ MODULES = (
     "feature_scale_kernels",
     "gated_kernels",
     "row_norm_kernels",
+    "lora_routed_grad_kernels",
     "lora_routed_kernels",
     "dora_add_kernels",
     "siblings_kernels",
