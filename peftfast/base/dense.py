@@ -32,7 +32,10 @@ class DenseWeight(UsualWeight):
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
-        return isinstance(weight, Tensor) and weight.is_floating_point() and len(whole_shape(weight)) >= 2
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or len(whole_shape(weight)) < 2:
+            return False
+        # one byte a weight means its value only in torch's own modules, where somebody widens it for every call
+        return weight.element_size() > 1 or type(module).__module__.startswith("torch.nn.")
 
     @property
     def shape(self) -> tuple[int, int]:

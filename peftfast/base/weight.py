@@ -20,12 +20,18 @@ class UsualWeight:
         transposed: the module keeps W [N, K] as [K, N].
         merge_dtype: in which W is summed with what is merged into it.
         fusable_modules: kinds of module besides `nn.Linear` whose forward is the product with W, and no more.
+        cuts_gradients: the module may multiply in a way that has no derivative.
+        known: W can be read; False: the module alone can multiply by it.
+        foreign_linear: the modules that it claims are linear layers, though none of torch's.
     """
 
     quantization: str | None = None
     transposed: bool = False
     merge_dtype: torch.dtype = torch.float32
     fusable_modules: tuple[type[nn.Module], ...] = ()
+    cuts_gradients: bool = False
+    known: bool = True
+    foreign_linear: bool = False
 
 
 class BaseWeight(Protocol):
@@ -39,6 +45,8 @@ class BaseWeight(Protocol):
     transposed: bool
     merge_dtype: torch.dtype
     fusable_modules: tuple[type[nn.Module], ...]
+    cuts_gradients: bool
+    known: bool
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
@@ -141,6 +149,11 @@ def quantizer(name: str) -> Quantizer:
 def quantise_and_back(weight: Tensor, name: str, **options: Any) -> Tensor:
     """`weight` [N, K] as the format `name` would keep it, in fp32."""
     return base_weight(quantizer(name).module(weight, None, **options)).dense(torch.float32)
+
+
+def is_foreign_linear(module: nn.Module) -> bool:
+    """Whether a format knows this as a linear layer of another library, which need not derive from torch's."""
+    return any(fmt.foreign_linear and fmt.claims(module) for fmt in FORMATS)
 
 
 def base_weight(module: nn.Module) -> BaseWeight:

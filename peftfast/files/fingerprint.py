@@ -41,7 +41,7 @@ FACTS = (
 )  # fmt: skip
 
 #: Largest relative distance between two samples of the same weight, by storage.
-QUANTISED = {"int8": 0.15, "nf4": 0.5, "fp4": 0.6}
+QUANTISED = {"int8": 0.15, "nf4": 0.5, "fp4": 0.6, "fp8": 0.2, "torchao": 0.5, "hqq": 0.6}
 _STEP = {torch.float64: 2.0**-24, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 Place = tuple[nn.Module, BaseTunerLayer | None]  # a module of the base, and the layer that stands there
@@ -172,26 +172,25 @@ def _sample(place: Place) -> Sample | None:
         return None
     if weight.is_meta or weight.numel() == 0 or hasattr(weight, "full_tensor"):
         return None
-    stored = weight.detach()
-    if layer is not None and layer.merged:
-        stored = (layer.merger.kept or {}).get("weight")
-        if not isinstance(stored, Tensor) or stored.shape != weight.shape:
-            return None
-    if stored.is_floating_point():
-        kind, matrix = str(stored.dtype).removeprefix("torch."), stored
-    else:
-        if layer is not None and layer.merged:
-            return None
-        try:
-            held = base_weight(module)
-        except TypeError:
-            return None
-        if held.quantization is None or held.shape[0] * held.shape[1] > LARGEST_DECODED:
+    try:
+        held = base_weight(module) if weight.dim() > 1 else None
+    except (TypeError, ValueError):  # nobody knows what its weight means
+        return None
+    merged = layer is not None and layer.merged
+    if held is not None and held.quantization is not None:
+        if merged or not held.known or held.shape[0] * held.shape[1] > LARGEST_DECODED:
             return None
         kind, matrix = held.quantization, held.dense(torch.float32)
+    else:
+        stored = weight.detach()
+        if merged:
+            stored = (layer.merger.kept or {}).get("weight")
+        if not isinstance(stored, Tensor) or stored.shape != weight.shape:
+            return None
+        kind, matrix = str(stored.dtype).removeprefix("torch."), stored
     matrix = matrix[:ROWS].reshape(-1)
     places = torch.arange(VALUES, device=matrix.device) * (matrix.numel() - 1) // max(VALUES - 1, 1)
-    shape = list(held.shape) if kind in QUANTISED else list(stored.shape)
+    shape = list(held.shape) if kind in QUANTISED else list(weight.shape)
     return Sample(shape, kind, matrix[places].float().tolist())
 
 

@@ -233,7 +233,7 @@ class Merger:
         with torch.no_grad():
             base = Dense(layer.site.weight.dense(torch.float32), None)
             change = view.method.merged(layer.site, base, view, base).weight - base.weight
-        stored = self._parameter
+        stored = getattr(layer.get_base_layer(), layer.site.parameter, change)  # some formats have no such Parameter
         return (
             change.t()
             if layer.site.weight.transposed

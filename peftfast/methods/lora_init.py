@@ -146,12 +146,11 @@ def _orthogonal(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
 
 def _wide_weight(site: Site, name: str) -> Tensor:
     """W [N, K] in fp32, for decompositions."""
-    dtype = getattr(site.module.weight, "dtype", None)
-    quantised = site.weight.quantization is not None  # 4 bits may be stored as a float dtype
-    if name != "OLoRA" and (quantised or dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)):
+    stored = site.weight.quantization or site.module.weight.dtype
+    if name != "OLoRA" and stored not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
             f"Please initialize {name} under float32, float16, or bfloat16; the base weight of "
-            f"{type(site.module).__name__} is stored as {dtype}. Quantise after the initialisation."
+            f"{type(site.module).__name__} is stored as {stored}. Quantise after the initialisation."
         )
     return site.weight.dense(torch.float32)
 

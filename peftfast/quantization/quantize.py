@@ -20,6 +20,7 @@ from peftfast.methods.loftq import best_factors, loftq_factors
 from peftfast.methods.lora import factors
 from peftfast.quantization.originals import Originals
 from peftfast.sites import make_site
+from peftfast.sites.linear import is_linear
 from peftfast.sites.site import is_untouched
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.targets import SEQ_CLS_HEAD_NAMES, name_ends
@@ -234,6 +235,12 @@ def dequantize_model(
     merged = [name for name, layer, _ in places if layer is not None and layer.merged]
     if merged:
         raise ValueError(f"Adapters are merged into {enumerate_some(merged)}; unmerge first")
+    unknown = [name for name, _, module in places if not base_weight(module).known]
+    if unknown and originals is None:
+        raise ValueError(
+            f"The weights of {enumerate_some(unknown)} are in a format that only their modules read; pass `originals`, "
+            "the weights before quantisation"
+        )
     source = None if originals is None else Originals(originals, getattr(base, "base_model_prefix", ""))
     if source is not None:
         for name, _, module in places:
@@ -243,10 +250,13 @@ def dequantize_model(
     for name, layer, module in places:
         stored = base_weight(module)
         kept = dtype or _dense_dtype(base, stored)
-        weight = stored.dense(kept) if source is None else source.weight(name).to(module.weight.device, kept)
+        weight = stored.dense(kept) if source is None else source.weight(name).to(stored.device, kept)
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        new.bias = module.bias
+        bias = getattr(module, "bias", None)
+        if bias is not None and not isinstance(bias, nn.Parameter):  # HQQ keeps a plain tensor
+            bias = nn.Parameter(bias.detach(), requires_grad=False)
+        new.bias = bias
         new.train(module.training)
         _put(base, name, layer, new)
     if not any(_is_quantised(module) for _, _, module in _base_modules(base)):
@@ -255,7 +265,7 @@ def dequantize_model(
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and base_weight(module).quantization is not None
+    return is_linear(module) and base_weight(module).quantization is not None
 
 
 def _dense_dtype(model: nn.Module, stored: BaseWeight) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from peftfast.autocast import autocast_dtype
 from peftfast.base.dense import is_conv1d
-from peftfast.base.weight import base_weight
+from peftfast.base.weight import base_weight, is_foreign_linear
+from peftfast.errors import PeftWarning
 from peftfast.ops.composed import composes
 from peftfast.ops.dora import dora_linear_add, weight_norm
 from peftfast.ops.host_bound import is_small
@@ -28,12 +30,12 @@ if TYPE_CHECKING:
     from peftfast.rows.routing import Rows
 
 
-def _claims(module: nn.Module) -> bool:
-    # subclasses count: quantised linears derive from nn.Linear
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer: `nn.Linear`, what derives from it, `Conv1D`, and those of other libraries."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_foreign_linear(module)
 
 
-@register_site("torch.nn.Linear", _claims)
+@register_site("torch.nn.Linear", is_linear)
 class LinearSite(UsualSite):
     """y = x Wᵀ + bias with x [..., K] and y [..., N]."""
 
@@ -59,6 +61,14 @@ class LinearSite(UsualSite):
             raise TypeError(
                 f"{kind} is a torch.nn.Linear whose output is no tensor but a {type(y).__name__}, which an adapter "
                 "cannot change: leave modules of this class out of target_modules, for example with exclude_modules."
+            )
+        if self.weight.cuts_gradients and not y.requires_grad and x.requires_grad and torch.is_grad_enabled():
+            warnings.warn(
+                f"{self.weight.name or type(self.module).__name__}: this {self.weight.quantization} weight multiplies "
+                "without a derivative, so that what comes before it gets the gradient of the adapter alone, not that "
+                "of the layer. Choose a format that trains (weight-only quantisation does).",
+                PeftWarning,
+                stacklevel=2,
             )
         return y
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from peftfast.base.dense import is_conv1d
 from peftfast.config import PeftConfig
 from peftfast.errors import (
     AdapterMismatchWarning,
@@ -21,6 +20,7 @@ from peftfast.errors import (
     close_matches,
     enumerate_some,
 )
+from peftfast.sites.linear import is_linear
 
 ALL_LINEAR = "all-linear"
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
@@ -179,9 +179,9 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             # an adapted layer counts as the linear layer it was
             inside.append(name + ".")
             base = getattr(module, "base_layer", None)
-            if isinstance(base, nn.Linear) or (base is not None and is_conv1d(base)):
+            if base is not None and is_linear(base):
                 yield name, base
-        elif isinstance(module, nn.Linear) or is_conv1d(module):
+        elif is_linear(module):
             yield name, module
 
 
