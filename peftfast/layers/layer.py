@@ -58,6 +58,7 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
     other_param_names: tuple[str, ...] = ()  # names of the per-adapter settings present
     quantization_backend: str | None = None
     cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
+    spread: str | None = None  # how processes share the layer, if they do (see tensor_parallel.py)
     block: Any = None  # computes this layer together with others (see blocks.py): (layer, x) -> output, or None
 
     def __init__(self, base_layer: nn.Module, site: Site | None = None) -> None:

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 def check_mergeable(module: nn.Module) -> None:
     """RuntimeError if weights of `module`, a layer or a whole model, are not at hand."""
+    if any(getattr(m, "spread", None) for m in module.modules()):
+        raise RuntimeError(
+            "Cannot merge or unmerge adapters of this model: it is spread over processes by a tp_plan. Save the "
+            "adapter (model.save_pretrained(folder), called by all processes) and merge in one process: "
+            "PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
+        )
     check_not_partitioned(
         module.named_parameters(),
         "merge or unmerge adapters of this model",

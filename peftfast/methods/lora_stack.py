@@ -13,6 +13,7 @@ from peftfast.method import Adapter
 from peftfast.ops.routed import runs_segmented
 from peftfast.rows.mix import Verdicts
 from peftfast.rows.routing import Routing, Rows
+from peftfast.sharding import is_distributed
 from peftfast.sites import Site
 from peftfast.watch import ContentWatch
 
@@ -46,7 +47,11 @@ class Remembered:
         #: Whether one batched product can do it: one dtype and device, no bias, ranks that zeros can be added to (the
         #: up factor of a grouped convolution has the rank of one group).
         self.alike = all(
-            a.dtype == first.dtype and b.dtype == second.dtype and a.device == first.device and len(a) == b.shape[1]
+            a.dtype == first.dtype
+            and b.dtype == second.dtype
+            and a.device == first.device
+            and len(a) == b.shape[1]
+            and is_distributed(a) == is_distributed(b)
             for a, b in self.pairs
         ) and not any(adapter.cfg.lora_bias for adapter in adapters)
         self.dropping = [adapter for adapter in adapters if isinstance(adapter.setting("lora_dropout"), nn.Dropout)]

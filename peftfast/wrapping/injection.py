@@ -32,6 +32,7 @@ from peftfast.wrapping.targets import (
     resolve_targets,
     shortest_suffixes,
 )
+from peftfast.wrapping.tensor_parallel import Spread, plan_spreading
 from peftfast.wrapping.tying import Tying, embedding_name, plan_tokens, plan_tying, tied_module_names
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -65,6 +66,7 @@ class Injection:
     autocast_adapter_dtype: bool = True
     classes: dict[str, type] = field(default_factory=dict)
     own: dict[str, type] = field(default_factory=dict)
+    spread: dict[str, Spread] = field(default_factory=dict)
 
     def dtype(self, site: Site) -> torch.dtype:
         """fp32 for the factors on a half-precision base, unless that is switched off."""
@@ -83,6 +85,8 @@ class Injection:
                 self.name, self.method, self.cfg, key,
                 dtype=self.dtype(layer.site), device=self.device, initialise=self.initialise and key not in self.tied,
             )  # fmt: skip
+            if key in self.spread:
+                self.spread[key].take_apart(layer, self.name)
         for key, names in self.parameters.items():
             for layer in inventory.wrap_parameters(key, names):
                 layer.add_adapter(
@@ -231,9 +235,11 @@ def plan_injection(
     _check_tokens(inventory, {**tokens, **dict.fromkeys(tokens_tied)}, targets, (*saved, *tie.saved))
     _check_wrappers(inventory, (*saved, *tie.saved), ModulesToSaveWrapper)
     _check_wrappers(inventory, (*tokens, *tokens_tied), TrainableTokensWrapper)
+    beside = (*saved, *tie.saved, *tokens, *tokens_tied, *parameters)
+    spread = plan_spreading(inventory, cfg, method, targets, beside)
     return Injection(
         inventory, name, cfg, method, targets, tie.targets, parameters, saved, tie.saved, tokens, tokens_tied,
-        device, initialise, autocast_adapter_dtype, classes, own,
+        None if spread else device, initialise, autocast_adapter_dtype, classes, own, spread,
     )  # fmt: skip
 
 
