@@ -91,7 +91,7 @@ def _differences(
     for name, module in base.named_modules():
         if any(name.startswith(f"{saved}.") for saved in whole):
             continue
-        site = make_site(module) if has_site(module) and _carries(module) else None
+        site = _site_of(module)
         own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k in module.state_dict()}}
         for key, tensor in own.items():
             if tensor is None:
@@ -123,9 +123,18 @@ def _differences(
     return sites, whole, tied
 
 
-def _carries(module: nn.Module) -> bool:
-    """Whether a LoRA of any rank can be in this module."""
-    return getattr(module, "groups", 1) == 1 and isinstance(getattr(module, "weight", None), Tensor)
+def _site_of(module: nn.Module) -> Site | None:
+    """Where a LoRA of any rank can be in this module; None: it cannot."""
+    if (
+        not has_site(module)
+        or getattr(module, "groups", 1) > 1
+        or not isinstance(getattr(module, "weight", None), Tensor)
+    ):
+        return None
+    try:
+        return make_site(module)
+    except TypeError:  # embeddings that are more than their tables
+        return None
 
 
 def _differ(ours: Tensor, theirs: Tensor, name: str) -> bool:

@@ -12,19 +12,53 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.ops.dora import weight_norm
 from peftfast.ops.scale import scale_features
-from peftfast.sites.site import Slot, UsualSite, composed_magnify, register_site
+from peftfast.sites.site import Slot, UsualSite, composed_magnify, is_plain, is_untouched, register_site
 from peftfast_kernels.decode import Operand
 
 
 @register_site("torch.nn.Embedding", lambda module: isinstance(module, nn.Embedding))
 class EmbeddingSite(UsualSite):
-    """y = W[ids] with ids [...] and y [..., K]; W [N, K] is N tokens of K features."""
+    """y = W[ids] with ids [...] and y [..., K]; W [N, K] is N tokens of K features.
+
+    Raises:
+        TypeError: the module gives something else than rows of its table for the numbers that it is called with.
+    """
 
     looks_up = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.weight = base_weight(module)
+        if type(module).forward is not nn.Embedding.forward:
+            self._check_looks_up()
+
+    @torch.no_grad()
+    def _check_looks_up(self) -> None:
+        """Positions computed from the input, norms after the table and the like: there the change of an output is not
+        that of rows, which training would not notice and merging would get wrong."""
+        m, table = self.module, self.module.weight
+        if self.weight.quantization is not None or table.is_meta or not is_plain(table) or not is_untouched(m):
+            return
+        ids = torch.arange(min(8, len(table)), device=table.device)
+        want, training = self._scaled(table[ids]), m.training
+        try:
+            found = m.eval()(ids)
+        except Exception as e:
+            found, why = None, f"raises {type(e).__name__}"
+        else:
+            why = "gives something else"
+        finally:
+            m.train(training)
+        if (
+            not isinstance(found, Tensor)
+            or found.shape != want.shape
+            or not torch.allclose(found.float(), want.float(), rtol=1e-2, atol=1e-5)
+        ):
+            raise TypeError(
+                f"{type(m).__name__} derives from torch.nn.Embedding, but for the numbers of rows it {why}, not these "
+                "rows of its table, so that no adapter of the table can act on its output. Leave it out of "
+                "target_modules; modules_to_save trains such a module in full."
+            )
 
     def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
         if bias:
