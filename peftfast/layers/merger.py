@@ -87,6 +87,8 @@ class Merger:
                 f"Adapters {layer.merged_adapters} were merged for good; nothing can be merged on top of them"
             )
         first = self.kept is None
+        if first:
+            self._check_output(names)
         kept = self._snapshot(keep, untie) if first else self.kept
         if not first:
             self._restore(kept)
@@ -120,6 +122,7 @@ class Merger:
 
         layer = self.layer
         self._check_together(names)
+        self._check_output(names)
         with FakeTensorMode(allow_non_fake_inputs=True):
             bias = getattr(layer.base_layer, "bias", None)
             weight = torch.empty(layer.site.weight.shape)
@@ -130,6 +133,40 @@ class Merger:
                 except RuntimeError as e:
                     if type(e) in (RuntimeError, NotImplementedError):  # others say that values would be needed
                         raise
+
+    @torch.no_grad()
+    def _check_output(self, names: Sequence[str]) -> None:
+        """RuntimeError if the module, one of a user's or another library's, makes something else of its weight than
+        its kind does: with the adapters inside, its output would not be the one that they were trained for."""
+        layer, x = self.layer, self.layer.site.probe()
+        if x is None:
+            return
+        training = {module: module.training for module in layer.modules()}
+        layer.eval()
+        try:
+            before = y = layer.site.base(x)
+            for name in names:
+                y = layer.adapters[name].method.forward(layer.site, x, y, [layer.adapters[name]])
+            kept = self._snapshot(True, False)
+            try:
+                self._store(self.merged(names, check=False))
+                after = layer.site.base(x)
+            finally:
+                self._restore(kept)
+                self.error = None
+        except (TypeError, ValueError, IndexError):  # called with more than this input: nobody can tell
+            return
+        finally:
+            for module, was in training.items():
+                module.training = was
+        change, off = (y - before).float().norm(), (after - y).float().norm()
+        if off > 0.1 * change + 0.02 * before.float().norm() * (x.dtype.itemsize < 4) + 1e-4 * before.float().norm():
+            kind = type(layer.get_base_layer()).__name__
+            raise RuntimeError(
+                f"{layer.site.weight.name or kind}: a {kind} computes something else than the product with its weight, "
+                f"so that with {', '.join(names)} merged its output would not be the adapted one. Leave the adapter "
+                "beside it, or name other modules in target_modules."
+            )
 
     def _check_together(self, names: Sequence[str]) -> None:
         """ValueError if these cannot be in one weight beside what is in it."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.ops.dora import weight_norm
 from peftfast.sites.holders import conv_holder
-from peftfast.sites.site import Slot, UsualSite, composed_magnify, register_site
+from peftfast.sites.site import Slot, UsualSite, composed_magnify, probe_of, register_site
 
 _CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -27,6 +27,11 @@ class ConvSite(UsualSite):
         self._conv = next(f for cls, f in _CONV.items() if isinstance(module, cls))
         self._ones = (1,) * len(module.kernel_size)
         self.groups = module.groups
+
+    def probe(self) -> Tensor | None:
+        m = self.module
+        sizes = [2 * d * (k - 1) + 2 for k, d in zip(m.kernel_size, m.dilation, strict=True)]
+        return probe_of(m, self.weight.quantization is not None, 1, m.in_channels, *sizes)
 
     def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
         m = self.module

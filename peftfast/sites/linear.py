@@ -23,7 +23,7 @@ from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
 from peftfast.ops.scale import scale_features
 from peftfast.sites.bound import BoundLora, BoundRuns
 from peftfast.sites.holders import linear_holder
-from peftfast.sites.site import Slot, UsualSite, composed_magnify, is_plain, is_untouched, register_site
+from peftfast.sites.site import Slot, UsualSite, composed_magnify, is_plain, is_untouched, probe_of, register_site
 from peftfast_kernels.decode import Operand
 
 if TYPE_CHECKING:
@@ -101,6 +101,11 @@ class LinearSite(UsualSite):
     def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> BoundRuns:
         """`adapt_each` of the module's own output with these factors, without gradients."""
         return BoundRuns(self, self.module._parameters if type(self.module) is nn.Linear else {}, a, b, scale)
+
+    def probe(self) -> Tensor | None:
+        if self._known_forward:
+            return None
+        return probe_of(self.module, self.weight.quantization is not None, 2, self.weight.shape[1])
 
     def product(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Operand, Tensor | None] | None:
         """Weight and bias, if calling the module with x, under autocast to `autocast`, is x Wᵀ + bias and no more."""

@@ -66,6 +66,10 @@ class UsualSite:
     experts: int = 1
     parts: tuple[str, ...] = ()
 
+    def probe(self) -> Tensor | None:
+        """An input by which to see whether the module's output is made of its weight as this kind of module makes it;
+        None where that is known."""
+
     def split(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of every matrix of the stack, [E, r, ...] and [E, N, r, ...]."""
         return a.unsqueeze(0), b.unsqueeze(0)
@@ -227,6 +231,19 @@ def is_untouched(module: nn.Module) -> bool:
         or "forward" in module.__dict__
         or any(GLOBAL_HOOKS)
     )
+
+
+def probe_of(module: nn.Module, quantised: bool, *shape: int) -> Tensor | None:
+    """Random numbers of this shape for a module that has a forward of its own kind; None for torch's own, and where a
+    call would mean more than a product (hooks, sharded weights) or less (none on the meta device)."""
+    usual = type(module).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    if usual or quantised or not is_untouched(module):
+        return None
+    weight = module.weight
+    if weight.is_meta or not is_plain(weight):
+        return None
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return numbers.to(device=weight.device, dtype=weight.dtype)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

@@ -1,5 +1,5 @@
-"""Modules that derive from nn.Embedding: some are their table, scaled or not; others are more, and no adapter of the
-table can act on their output."""
+"""Modules that derive from torch's and compute something else than their weight and their kind say: embeddings that are
+more than a table are no targets, linear layers and convolutions are not merged into."""
 
 from __future__ import annotations
 
@@ -87,3 +87,75 @@ def test_what_a_tuned_model_changed_of_one_is_kept_whole():
     peftfast.set_peft_model_state_dict(model, tensors)
     ids = torch.zeros(2, 5, dtype=torch.int64)
     assert torch.allclose(model(ids), tuned(ids), atol=1e-4)
+
+
+class Ternary(nn.Linear):
+    """As 1.58-bit models train: the weight is rounded in every forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.weight.abs().mean()
+        return nn.functional.linear(x, (self.weight / step).round().clamp(-1, 1) * step, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    """As BiT has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.flatten(1)
+        w = (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True)
+        return self._conv_forward(x, w.view_as(self.weight), self.bias)
+
+
+class Same(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t() + self.bias
+
+
+class Two(nn.Module):
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x)
+
+
+def two(first: nn.Module, **changes) -> nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["first", "second"], **changes)
+    model = peftfast.get_peft_model(Two(first), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+MADE = {
+    "linear": (lambda: Ternary(16, 8), (3, 16)),
+    "convolution": (lambda: Standardised(4, 8, 3, padding=1), (2, 4, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "layer"])
+def test_what_merging_would_change_is_not_merged_into(made, changes, call):
+    make, shape = MADE[made]
+    model = two(make(), **changes).train()
+    x, weight = torch.randn(shape), model.base_model.model.second.weight.clone()
+    y = model(x)
+    with pytest.raises(RuntimeError, match="computes something else than the product with its weight.*default merged"):
+        (model.base_model.model.second.merge if call == "layer" else getattr(model, call))()
+    assert torch.equal(model(x), y) and torch.equal(model.base_model.model.second.weight, weight)
+    assert not any(layer.merged for layer in model.base_model.inventory.layers.values())
+    assert all(module.training for module in model.modules())
+
+
+def test_a_forward_of_one_s_own_that_is_the_product_is_merged_into():
+    model, x = two(Same(16, 8)), torch.randn(3, 16)
+    y = model(x)
+    model.merge_adapter()
+    assert torch.allclose(model(x), y, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), y)
