@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
+from peftfast.embeddings import input_embeddings, output_embeddings
 from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
@@ -217,11 +218,7 @@ _BASE_INSIDE: dict[type, str] = {
 def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Input and output embedding of a transformers model, as they stand in `model` now, by name."""
     found: dict[str, nn.Module] = {}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
+    for module in (input_embeddings(model), output_embeddings(model)):
         name = None if module is None else next((n for n, m in model.named_modules() if m is module), None)
         if name:
             found[strip_wrappers(name)] = module

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
+from peftfast.embeddings import input_embeddings
 from peftfast.errors import enumerate_some
 from peftfast.method import Adapter, register_method
 from peftfast.rules import boolean, either, integer, optional, sequence, text
@@ -48,7 +49,7 @@ class TrainableTokens:
     def choose_targets(self, cfg: TrainableTokensConfig, model: nn.Module) -> None:
         """None is the input embedding, by its whole name; of a model that does not say which, what is called so."""
         if cfg.target_modules is None:
-            embedding = getattr(model, "get_input_embeddings", lambda: None)()
+            embedding = input_embeddings(model)
             name = next((n for n, m in model.named_modules() if m is embedding), None)
             usual = "embed_tokens"
             if name is None and any(n.rpartition(".")[2] == usual for n, _ in model.named_modules()):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PromptLearningConfig, TaskType
+from peftfast.embeddings import input_embeddings
 from peftfast.errors import PeftWarning
 from peftfast.sharding import copy_whole, whole_shape
 
@@ -281,8 +282,7 @@ def _word_embeddings_name(model: nn.Module) -> str:
             name = name.removesuffix(".weight").removesuffix(".original_module")
             return name if prefix is None else f"{prefix}.{name}"
     if "inputs_embeds" in inspect.signature(model.forward).parameters:  # a table of more rows than the vocabulary has
-        get_table = getattr(model, "get_input_embeddings", None)
-        table = None if get_table is None else get_table()
+        table = input_embeddings(model)
         for name, module in model.named_modules():
             if module is table and isinstance(module, nn.Embedding):
                 return name

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import BaseWeight, Quantizer, base_weight, quantizer
+from peftfast.embeddings import output_embeddings
 from peftfast.errors import close_matches, enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
@@ -165,7 +166,7 @@ def _skipped(model: nn.Module, places: list[tuple[str, Any, nn.Module]], skip: I
                 raise ValueError(f"skip: no linear layer is named {wanted!r}.{close_matches(wanted, known)}")
             chosen |= found
         return chosen
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_embeddings(model)
     head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
     owners: dict[int, int] = {}
     for _, _, module in _base_modules(model):

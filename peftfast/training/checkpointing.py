@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.embeddings import input_embeddings
+
 _SWITCH = "gradient_checkpointing"
 _DONE = "_peftfast_inputs_require_gradients"
 
@@ -22,12 +24,8 @@ def require_input_gradients(model: nn.Module) -> bool:
     # a compiler takes neither a flag set on an intermediate nor the reentrant way, and the other way needs no flag
     if model.__dict__.get(_DONE) or torch.compiler.is_compiling():
         return True
-    get_inputs = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = None if get_inputs is None else get_inputs()
-    except NotImplementedError:
-        embedding = None
-    if not isinstance(embedding, nn.Module):
+    embedding = input_embeddings(model)
+    if embedding is None:
         return False
     embedding.register_forward_hook(_require_gradient)
     model.__dict__[_DONE] = True  # not the hook's handle: a compiler can read a flag

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from peftfast.embeddings import input_embeddings, output_embeddings
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.merger import check_mergeable
@@ -174,7 +175,7 @@ def say_if_untied(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    inputs, outputs = input_embeddings(model), output_embeddings(model)
     if outputs is not None and inputs is not None and outputs.weight is not inputs.weight:
         if outputs.weight.shape != inputs.weight.shape or not torch.equal(outputs.weight, inputs.weight):
             config.tie_word_embeddings = False

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from peftfast.config import PeftConfig
+from peftfast.embeddings import output_embeddings
 from peftfast.errors import (
     AdapterMismatchWarning,
     NoMatchingPeftModuleError,
@@ -188,8 +189,7 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def all_linear(model: nn.Module, cfg: PeftConfig) -> list[str]:
     """Full names of all linear layers except the output head: that module, not others whose names end like its."""
     names = [name for name, _ in linear_modules(model)]
-    get_output = getattr(model, "get_output_embeddings", None)
-    head = get_output() if get_output is not None else None
+    head = output_embeddings(model)
     if head is None and getattr(cfg, "task_type", None) == "SEQ_CLS":
         head = next((getattr(model, h) for h in SEQ_CLS_HEAD_NAMES if getattr(model, h, None) is not None), None)
     if head is None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
+from peftfast.embeddings import input_embeddings
 from peftfast.errors import close_matches
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
@@ -30,7 +31,7 @@ class Tying:
 
 def embedding_name(inventory: Inventory) -> str:
     """Name of the input embedding inside the model."""
-    embedding = inventory.model.get_input_embeddings()
+    embedding = input_embeddings(inventory.model)
     for name in inventory.names:
         if inventory.module(name) is embedding:
             return name
@@ -47,7 +48,7 @@ def tied_module_names(inventory: Inventory) -> list[str]:
     """Modules whose weight is the input embedding's, other than the embedding itself."""
     model = inventory.model
     config = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_input_embeddings"):
+    if not getattr(config, "tie_word_embeddings", False) or input_embeddings(model) is None:
         return []
     embedding = embedding_name(inventory)
     own = {key.rpartition(".")[0]: source for key, source in _tied_keys(inventory).items()}
@@ -137,7 +138,7 @@ def plan_tokens(
     if rows is None:
         return {}, []
     if not isinstance(rows, dict):
-        if not hasattr(inventory.model, "get_input_embeddings"):
+        if input_embeddings(inventory.model) is None:
             raise ValueError(
                 "trainable_token_indices as a list needs a model with get_input_embeddings(); give a dict "
                 "{module name: rows} instead"

@@ -304,3 +304,28 @@ def test_the_usual_name_of_an_embedding(named):
     else:
         with pytest.raises(ValueError, match="Target modules embed_tokens not found.*get_input_embeddings"):
             peftfast.get_peft_model(Model(), config)
+
+
+def test_a_model_that_does_not_say_which_its_embeddings_are():
+    """FLAVA's methods raise: adapters of its linear layers do not need them."""
+
+    class Silent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = type("Config", (), {"tie_word_embeddings": True, "model_type": "silent"})()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def get_input_embeddings(self):
+            raise NotImplementedError("no")
+
+        def get_output_embeddings(self):
+            raise NotImplementedError("no")
+
+        def forward(self, x):
+            return self.linear(x)
+
+    model = peftfast.get_peft_model(Silent(), peftfast.LoraConfig(target_modules="all-linear"))
+    assert list(model.base_model.inventory.layers) == ["linear"]
+    assert oracle.quietly(model.merge_and_unload).config.tie_word_embeddings
+    with pytest.raises(ValueError, match="needs a model with get_input_embeddings"):
+        peftfast.get_peft_model(Silent(), peftfast.LoraConfig(target_modules=["linear"], trainable_token_indices=[0]))

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.embeddings import output_embeddings
 from peftfast.training.blocks import _comparing, _without_dropout
-from peftfast.training.liger.head import head_of, head_trouble, name_of
+from peftfast.training.liger.head import head_trouble, name_of
 from peftfast.training.liger.losses import other_loss, token_loss
 from peftfast.training.liger.part import Part
 
@@ -34,7 +35,7 @@ class FusedHead(Part):
     kind = "fused linear cross-entropy"
 
     def __init__(self, base: nn.Module, operations: ModuleType, explicit: bool) -> None:
-        self.base, self.head, self.explicit = base, head_of(base), explicit
+        self.base, self.head, self.explicit = base, output_embeddings(base), explicit
         super().__init__("the model" if self.head is None else name_of(base, self.head))
         self.operation = operations.liger_fused_linear_cross_entropy
 

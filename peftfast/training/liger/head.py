@@ -7,15 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from peftfast.embeddings import output_embeddings
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper
 from peftfast.sites.site import is_untouched
-
-
-def head_of(base: nn.Module) -> nn.Module | None:
-    """What makes logits over a vocabulary; None if nothing does."""
-    find = getattr(base, "get_output_embeddings", None)
-    return None if find is None else find()
 
 
 def name_of(base: nn.Module, module: nn.Module) -> str:
@@ -29,7 +24,7 @@ def head_trouble(base: nn.Module, installed: Any = None) -> str | None:
     Args:
         installed: whose method in place of the head's `forward` is known not to matter.
     """
-    head = head_of(base)
+    head = output_embeddings(base)
     if head is None:
         return f"{type(base).__name__} has no head over a vocabulary"
     trouble = _trouble_of(head, installed)

@@ -1,0 +1,24 @@
+"""Which modules of a model are its embeddings, by transformers' own methods, which not every model has."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """None: the model has none, or does not say which it is."""
+    return _ask(model, "get_input_embeddings")
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The head; None: the model has none, or does not say which it is."""
+    return _ask(model, "get_output_embeddings")
+
+
+def _ask(model: nn.Module, method: str) -> nn.Module | None:
+    ask = getattr(model, method, None)
+    try:
+        found = None if ask is None else ask()
+    except (AttributeError, NotImplementedError):  # models of several parts (FLAVA) do not say
+        return None
+    return found if isinstance(found, nn.Module) else None
