@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,11 @@ class Adapter:
     def change(self, name: str, value: Any) -> None:
         """Write what the layer keeps under `name`."""
         getattr(self._layer, name)[self.name] = value
+
+    @property
+    def noted(self) -> Any:
+        """What its method noted of the call of the model under way; None: nothing, see `Noting`."""
+        return self._layer.control.noted(self.name)
 
     @property
     def scale(self) -> float:
@@ -288,6 +293,31 @@ class Exclusive(Protocol):
 
     def check_together(self, adapters: Sequence[Adapter]) -> None:
         """ValueError if these, on one module, cannot act together."""
+        ...
+
+
+class Call(NamedTuple):
+    """A call of a model."""
+
+    model: nn.Module  # the base model
+    inputs: Mapping[str, Any]  # its arguments by name, and those that are for adapters
+    generates: bool  # a `generate`, which calls the model many times
+    copies: tuple[int, ...]  # how many neighbouring rows may belong to one of the samples given
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """Optional, known by its one function: adapters that act by what the model was given, which layers do not see.
+    Layers that compute only from an `Adapter` and the routing (kept stacks of mixed batches, captured decoding) do not
+    do for these."""
+
+    def note(self, name: str, cfg: PeftConfig, call: Call) -> Any:
+        """What the adapters `name` are to find as `Adapter.noted` while `call` is under way; None: nothing. If it
+        generates, the answer's `step` is called with the arguments of every call of the model by name.
+
+        Raises:
+            ValueError: the call is one that these adapters cannot serve.
+        """
         ...
 
 

@@ -75,7 +75,7 @@ class PeftModel(HasCounterpart, nn.Module):
     ) -> None:
         super().__init__()
         refuse_peft_model(model)
-        self.special_peft_forward_args = {"adapter_names"}
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._is_prompt_learning = peft_config.is_prompt_learning
         self.peft_type = peft_config.peft_type
         if getattr(model, "peft_config", None):

@@ -71,6 +71,15 @@ MODULES: dict[str, dict[str, str]] = {
         "ParamWrapper": "peftfast.layers.parameter:ParameterLayer",
     },
     "peft.tuners.lora.model": {},
+    "peft.tuners.lora.variants": {
+        name: f"peftfast.methods.alora:{name}"
+        for name in (
+            "calculate_alora_offsets",
+            "get_alora_offsets_for_forward",
+            "get_alora_offsets_for_generate",
+            "is_alora_relevant_in_batch",
+        )
+    },
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},
     "peft.tuners.prompt_tuning": {},

@@ -445,7 +445,7 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
         """Whether a plain LoRA can stand for the adapter; see `peftfast.convert_to_lora`."""
         adapter = self.adapters.get(adapter_name)
         fits = self.site.groups == 1  # an SVD knows nothing of a convolution's groups
-        return adapter is None or fits and hasattr(adapter.method, "as_product")
+        return adapter is None or fits and getattr(adapter.method, "as_product", None) is not None
 
     def __getattr__(self, name: str) -> Any:
         try:

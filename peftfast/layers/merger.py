@@ -268,7 +268,8 @@ class Merger:
             raise ValueError(f"Adapter {adapter} not found. Present here: {sorted(layer.adapters)}")
         check_mergeable(layer)
         view = layer.adapters[adapter]
-        if layer.merged_adapters and (not hasattr(view.method, "as_product") or view.method.as_product(view) is None):
+        as_product = getattr(view.method, "as_product", None)
+        if layer.merged_adapters and (as_product is None or as_product(view) is None):
             raise RuntimeError(
                 f"What {adapter} changes depends on the base weight, which contains {', '.join(layer.merged_adapters)} "
                 "now. Please unmerge first."

@@ -69,7 +69,7 @@ class Lora:
         a, b = factors(adapter)
         initialise(site, a, b, adapter)
         if adapter.cfg.lora_bias:
-            adapter[_bias_slot(adapter)].zero_()
+            bias_of(adapter).zero_()
 
     def tied_slots(self, site: Site) -> Mapping[str, str]:
         """A head multiplies by the transposed table, so its factors are the table's, transposed and exchanged."""
@@ -95,10 +95,10 @@ class Lora:
         elif site.groups == 1 and _stackable(active) and all(own is site for own in sites):
             y = site.adapt(x, y, *stacked(active))
         else:
-            y = self._one_by_one(site, sites, x, y, active)
+            y = self.one_by_one(site, sites, x, y, active)
         for adapter, own in zip(active, sites, strict=True):
             if adapter.cfg.lora_bias and own is site:  # a module that is called adds its bias itself
-                y = site.add_to_output(y, adapter[_bias_slot(adapter)] * adapter.scale)
+                y = site.add_to_output(y, bias_of(adapter) * adapter.scale)
         return y
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
@@ -124,29 +124,49 @@ class Lora:
         a, b = factors(adapter)
         return a, b * adapter.scale
 
-    def _one_by_one(
-        self, site: Site, sites: Sequence[Site], x: Tensor, y: Tensor | None, active: Sequence[Adapter]
+    def one_by_one(
+        self,
+        site: Site,
+        sites: Sequence[Site],
+        x: Tensor,
+        y: Tensor | None,
+        active: Sequence[Adapter],
+        gates: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
-        """Sums, also that of the input's gradient, in the factors' dtype, rounded to the activations' once."""
+        """Sums, also that of the input's gradient, in the factors' dtype, rounded to the activations' once.
+
+        Args:
+            gates: one for every adapter, for a site with `gates`.
+        """
         y = site.base(x) if y is None else y
         dtype = y.dtype
         if not torch.is_autocast_enabled(y.device.type):
             wide = torch.promote_types(dtype, factors(active[0])[0].dtype)
             y, x = y.to(wide), x.to(wide) if x.is_floating_point() else x
-        for adapter, own in zip(active, sites, strict=True):
-            y = own.adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout)
+        for place, (adapter, own) in enumerate(zip(active, sites, strict=True)):
+            gate = () if gates is None else (gates[place],)
+            y = own.adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout, *gate)
         return y.to(dtype)
 
-    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
+    def routed(
+        self,
+        site: Site,
+        x: Tensor,
+        y: Tensor | None,
+        adapters: Sequence[Adapter],
+        rows: Rows,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         known = remembered(adapters, rows.verdicts)
         dropout = {adapter.dropout for adapter in adapters} if known.dropping else {0.0}
-        host = rows.host
+        host = rows.host if gate is None else None
         many_each = host is not None and len(host) > 4 * len(adapters) and not rows.run and not is_segmented(site, x)
         if many_each or not known.alike or len(dropout) > 1:
-            return sample_by_sample(self, site, x, y, adapters, rows)
+            # with a gate, which `forward` makes for all samples, every adapter gets all of them
+            return sample_by_sample(self, site, x, y, adapters, rows if gate is None else Rows(rows.index, None))
         y = site.base(x) if y is None else y
         x = site.drop(x, dropout.pop())
-        return apply_stack(site, x, y, known.stack, rows)
+        return apply_stack(site, x, y, known.stack, rows, gate)
 
     def for_slot(
         self, site: Site, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]
@@ -183,7 +203,7 @@ class Lora:
             return dense._replace(weight=weight)
         if dense.bias is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-        bias = adapter[_bias_slot(adapter)].to(dense.bias.dtype)
+        bias = bias_of(adapter).to(dense.bias.dtype)
         return Dense(weight, dense.bias + adapter.scale * bias)
 
 
@@ -231,5 +251,6 @@ def stacked(adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor, float, float]:
     return a, torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], dim=1), 1.0, 0.0
 
 
-def _bias_slot(adapter: Adapter) -> str:
-    return next(slot for slot in adapter.parameters() if slot.endswith(".bias"))
+def bias_of(adapter: Adapter) -> Tensor:
+    """The bias of the up factor, where the config asks for one (`lora_bias`)."""
+    return adapter[next(slot for slot in adapter.parameters() if slot.endswith(".bias"))]

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
+from peftfast.config import PeftConfig, PeftType, TaskType, checked, register_config, setting
+from peftfast.errors import PeftWarning
 from peftfast.methods.lora_settings import CordaConfig, EvaConfig, LoftQConfig, LoraRuntimeConfig
 from peftfast.rules import (
     boolean,
@@ -69,6 +70,8 @@ class LoraConfig(PeftConfig):
         rank_pattern, alpha_pattern: module name or regex -> its own r or alpha; the first match wins.
         trainable_token_indices: rows of the input embedding to train, or {module: rows}.
         use_dora: weight-decomposed adaptation (arXiv 2402.09353).
+        alora_invocation_tokens: the tokens from whose last occurrence on the adapter acts (aLoRA, arXiv 2504.12397);
+            linear layers and embeddings of causal language models.
         lora_bias: a bias on the up factor.
         target_parameters: names of Parameters (suffixes) to adapt by themselves: matrices, and the stacks of matrices
             in which mixture-of-experts models keep their experts. Without dropout, DoRA and biases.
@@ -104,7 +107,7 @@ class LoraConfig(PeftConfig):
     lora_ga_config: Any = setting(None, only(None, _UNSUPPORTED))
     use_dora: bool = setting(False, boolean())
     velora_config: Any = setting(None, only(None, _UNSUPPORTED))
-    alora_invocation_tokens: list[int] | None = setting(None, only(None, _UNSUPPORTED))
+    alora_invocation_tokens: list[int] | None = setting(None, optional(sequence(integer(0))))
     use_qalora: bool = setting(False, only(False, _UNSUPPORTED))
     qalora_group_size: int = setting(16, integer(1))
     monteclora_config: Any = setting(None, only(None, _UNSUPPORTED))
@@ -179,7 +182,25 @@ class LoraConfig(PeftConfig):
                 )
             if self.use_dora:
                 raise ValueError("The argument lora_bias=True is not supported together with use_dora=True")
+        self._validate_invocation()
         self._validate_initialisation()
+
+    def _validate_invocation(self) -> None:
+        tokens = self.alora_invocation_tokens
+        if tokens is None:
+            return
+        if not tokens or not isinstance(tokens, (list, tuple)):
+            raise ValueError(f"alora_invocation_tokens is a list of at least one token in their order, got {tokens!r}")
+        if self.task_type != TaskType.CAUSAL_LM:
+            warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", stacklevel=5)
+        init = self.init_lora_weights
+        if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq")):
+            warnings.warn(
+                f"init_lora_weights={init!r} changes the base weights, so that what comes before the invocation of an "
+                "aLoRA is not the base model's output any more.",
+                PeftWarning,
+                stacklevel=5,
+            )
 
     def _validate_initialisation(self) -> None:
         init = self.init_lora_weights

@@ -198,20 +198,22 @@ def is_segmented(site: Site, x: Tensor) -> bool:
     return segmented is not None and segmented(x)
 
 
-def apply_stack(site: Site, x: Tensor, y: Tensor, stack: FactorStack, rows: Rows) -> Tensor:
-    """The output `y` of the base with every sample's own factors added to it."""
+def apply_stack(site: Site, x: Tensor, y: Tensor, stack: FactorStack, rows: Rows, gate: Tensor | None = None) -> Tensor:
+    """The output `y` of the base with every sample's own factors added to it, at a site with `gates` on those tokens
+    that `gate` [..., 1] lets through."""
     if rows.host is not None and not rows.used:
         return y
+    gates = () if gate is None else (gate,)
     if is_segmented(site, x):
-        return site.adapt_rows(x, y, *stack[:3], rows)
+        return site.adapt_rows(x, y, *stack[:3], rows, *gates)
     mine = chosen(stack, rows)
     if rows.host is None:
-        out = site.adapt_each(x, y, *mine)
+        out = site.adapt_each(x, y, *mine, *gates)
         return torch.where((rows.index < 0).view(-1, *(1,) * (y.dim() - 1)), y, out)
     taken = rows.taken
     if taken is None:
-        return site.adapt_each(x, y, *mine)
-    out = site.adapt_each(x[taken], y[taken], *mine)
+        return site.adapt_each(x, y, *mine, *gates)
+    out = site.adapt_each(x[taken], y[taken], *mine, *(gate[taken] for gate in gates))
     if isinstance(taken, slice):
         return torch.cat([y[: taken.start], out, y[taken.stop :]])
     return y.index_copy(0, taken, out)

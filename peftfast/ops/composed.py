@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfast.ops.function import apply, composing, exporting, first_order, transformed
+from peftfast.ops.gate import gated
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.decode import weight_kn, weight_nk
@@ -47,8 +48,12 @@ def composes(x: Tensor) -> bool:
     return small or transformed()
 
 
-def composed_lora(x: Tensor, part: Part) -> Tensor:
-    """x Wᵀ + bias + s drop(x) Aᵀ Bᵀ [..., N]: the update in the factors' precision, or in autocast's."""
+def composed_lora(x: Tensor, part: Part, gate: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias + s gate(drop(x) Aᵀ) Bᵀ [..., N]: the update in the factors' precision, or in autocast's.
+
+    Args:
+        gate: see `gated`, of the flattened input.
+    """
     w, bias, a, b, plan = part
     n, k = plan.shape
     rows = x if x.dim() == 2 else x.reshape(-1, k)
@@ -62,26 +67,29 @@ def composed_lora(x: Tensor, part: Part) -> Tensor:
             y.add_(bias)
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
     if composing():  # an update for many may not be written into an output that is one
-        update, alpha = _update(dropped, a, b, plan)
+        update, alpha = _update(dropped, a, b, plan, gate)
         y = torch.add(y, update, alpha=alpha).to(y.dtype)
     elif y.dtype.itemsize >= 4 and y.dtype is rows.dtype is a.dtype is b.dtype:
-        y.addmm_(F.linear(dropped, a), b.t(), alpha=plan.scale)  # y is new, so it may be written to
+        t = F.linear(dropped, a)
+        if gate is not None:
+            t = gated(t, gate)
+        y.addmm_(t, b.t(), alpha=plan.scale)  # y is new, so it may be written to
     else:
-        update, alpha = _update(dropped, a, b, plan)
+        update, alpha = _update(dropped, a, b, plan, gate)
         y.add_(update, alpha=alpha)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
-def composed_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan) -> Tensor:
-    """y + s drop(x) Aᵀ Bᵀ, for an output y [..., N] that others may have."""
-    update, alpha = _update(F.dropout(x, plan.dropout) if plan.dropout else x, a, b, plan)
+def composed_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: Tensor | None = None) -> Tensor:
+    """y + s gate(drop(x) Aᵀ) Bᵀ, for an output y [..., N] that others may have; `gate` as of x."""
+    update, alpha = _update(F.dropout(x, plan.dropout) if plan.dropout else x, a, b, plan, gate)
     return torch.add(y, update, alpha=alpha).to(y.dtype)
 
 
-def _update(dropped: Tensor, a: Tensor, b: Tensor, plan: Plan) -> tuple[Tensor, float]:
-    """An update and its factor, whose product is s drop(x) Aᵀ Bᵀ."""
+def _update(dropped: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: Tensor | None) -> tuple[Tensor, float]:
+    """An update and its factor, whose product is s gate(drop(x) Aᵀ) Bᵀ."""
     if torch.is_autocast_enabled(dropped.device.type):
-        return F.linear(F.linear(dropped, a), b), plan.scale
+        return F.linear(gated(F.linear(dropped, a), gate), b), plan.scale
     # t is scaled, not the gradients, which would be rounded once more
     t = F.linear(dropped.to(plan.branch), a.to(plan.branch)) * plan.scale
-    return F.linear(t, b.to(plan.branch)), 1.0
+    return F.linear(gated(t, gate), b.to(plan.branch)), 1.0

@@ -1,7 +1,8 @@
 """y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ with a frozen W, as autograd Functions (Hu et al., arXiv 2106.09685).
 
 Saved for the backward pass: the input itself (not a copy, whatever autocast does), t = drop(x) Aᵀ [M, r], and the
-parameters. Dropout masks are functions of a saved seed, never stored.
+parameters. Dropout masks are functions of a saved seed, never stored. With a gate g [M, 1] or [M, r], g t takes the
+place of t.
 
 Small products are left to others: on a CPU to `composed.py`, on a GPU to `host_bound.py`.
 """
@@ -18,6 +19,7 @@ from peftfast.autocast import autocast_dtype
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.composed import composed_add, composed_lora, composes
 from peftfast.ops.function import apply, gradients_of, second_order, transformed
+from peftfast.ops.gate import gate_grad, gate_rows, gated
 from peftfast.ops.host_bound import host_bound_limit, host_bound_lora, is_host_bound
 from peftfast.ops.plan import Part, Plan, Way, branch_dtype, plan_of
 from peftfast_kernels import get_backend
@@ -49,15 +51,24 @@ def draw_seeds(x: Tensor, plans: Sequence[Plan]) -> list[Tensor | None]:
 
 
 def _product(
-    x: Tensor, w: Operand, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, scale: float, dropout: float
+    x: Tensor,
+    w: Operand,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output [..., N] and t, for factors in the branch's dtype."""
+    """The output [..., N] and t before it is gated, for factors in the branch's dtype."""
     n, k = w.shape
     rows = x if x.dim() == 2 else x.reshape(-1, k)
     if rows.dtype is not w.dtype:
         rows = rows.to(w.dtype)
     t = lora_down(rows, a, seed, dropout)
-    y = lora_gemm(rows, w, None if bias is None else bias.to(w.dtype), t, b, scale)
+    acting = t if gate is None else gated(t, gate)
+    y = lora_gemm(rows, w, None if bias is None else bias.to(w.dtype), acting, b, scale)
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], n)), t
 
 
@@ -78,29 +89,33 @@ def factor_grads(
     return db, da
 
 
-def _update(x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, plan: Plan) -> Tensor:
+def _update(x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, plan: Plan, gate: Tensor | None) -> Tensor:
     """s drop(x) Aᵀ Bᵀ of rows x, in operations that torch can differentiate as often as it is asked to."""
     if plan.dropout:
         x = x * drop(torch.ones_like(x), seed, plan.dropout)
-    return plan.scale * (x.to(plan.branch) @ a.to(plan.branch).t() @ b.to(plan.branch).t())
+    return plan.scale * (gated(x.to(plan.branch) @ a.to(plan.branch).t(), gate) @ b.to(plan.branch).t())
 
 
 def _linear_again(ctx: Any, dy: Tensor) -> tuple:
-    x, _, a, b, seed, *stored = ctx.saved_tensors
+    x, _, a, b, seed, gate, *stored = ctx.saved_tensors
     plan, needs = ctx.plan, ctx.needs_input_grad
     n, k = plan.shape
+    x = x.view_as(x)  # a gate may be made of x itself, which is not this product's business
     rows, dy_rows = x.reshape(-1, k).to(plan.dtype), dy.reshape(-1, n)
-    y = rows @ weight_kn(plan.weight(stored), plan.dtype) + _update(rows, a, b, seed, plan)
-    dx, da, db = gradients_of(y.to(dy.dtype), (x, a, b), needs[:3], dy_rows)
-    return (dx, da, db, dy_rows.sum(0) if needs[3] else None, None, None, *(None,) * len(stored))
+    y = rows @ weight_kn(plan.weight(stored), plan.dtype) + _update(rows, a, b, seed, plan, gate)
+    dx, da, db, dg = gradients_of(y.to(dy.dtype), (x, a, b, gate), (*needs[:3], needs[5]), dy_rows)
+    return (dx, da, db, dy_rows.sum(0) if needs[3] else None, None, dg, None, *(None,) * len(stored))
 
 
 def _add_again(ctx: Any, dy: Tensor) -> tuple:
-    x, _, a, b, seed = ctx.saved_tensors
-    plan = ctx.plan
+    x, _, a, b, seed, gate = ctx.saved_tensors
+    plan, needs = ctx.plan, ctx.needs_input_grad
     n, k = plan.shape
-    update = _update(x.reshape(-1, k).to(plan.dtype), a, b, seed, plan)
-    return dy, *gradients_of(update.to(dy.dtype), (x, a, b), ctx.needs_input_grad[1:4], dy.reshape(-1, n)), None, None
+    x = x.view_as(x)
+    update = _update(x.reshape(-1, k).to(plan.dtype), a, b, seed, plan, gate)
+    wanted = (*needs[1:4], needs[5])
+    dx, da, db, dg = gradients_of(update.to(dy.dtype), (x, a, b, gate), wanted, dy.reshape(-1, n))
+    return dy, dx, da, db, None, dg, None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -114,30 +129,34 @@ class _LoraLinear(torch.autograd.Function):
         b: Tensor,
         bias: Tensor | None,
         seed: Tensor | None,
+        gate: Tensor | None,
         plan: Plan,
         *stored: Tensor,
     ) -> Tensor:
         a_copy, keep_a = compute_copy(a, plan.branch)
         b_copy, keep_b = compute_copy(b, plan.branch)
-        y, t = _product(x, plan.weight(stored), bias, a_copy, b_copy, seed, plan.scale, plan.dropout)
+        y, t = _product(x, plan.weight(stored), bias, a_copy, b_copy, seed, plan.scale, plan.dropout, gate)
         ctx.plan = plan
         # the copies that live anyway are kept; others are a rank-sized cast away
         ctx.copies = (a_copy if keep_a else None, b_copy if keep_b else None)
-        ctx.save_for_backward(x, t, a, b, seed, *stored)
+        ctx.save_for_backward(x, t, a, b, seed, gate, *stored)
         return y
 
     @staticmethod
     @second_order(_linear_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, t, a, b, seed, *stored = ctx.saved_tensors
+        x, t, a, b, seed, gate, *stored = ctx.saved_tensors
         plan: Plan = ctx.plan
         n, k = plan.shape
         a_copy, b_copy = ctx.copies
         a_copy = a.to(plan.branch) if a_copy is None else a_copy
         b_copy = b.to(plan.branch) if b_copy is None else b_copy
         dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
-        need_x, need_a, need_b, need_bias = ctx.needs_input_grad[:4]
-        p = lora_dt(dy_rows, b_copy, plan.scale) if need_x or need_a else None
+        need_x, need_a, need_b, need_bias, _, need_gate = ctx.needs_input_grad[:6]
+        p = lora_dt(dy_rows, b_copy, plan.scale) if need_x or need_a or need_gate else None
+        dgate = gate_grad(p, t, gate) if need_gate else None
+        if gate is not None:
+            t, p = gated(t, gate), None if p is None else gated(p, gate)
         dx = rows = dbias = None
         if need_x:
             w = plan.weight(stored)
@@ -152,38 +171,44 @@ class _LoraLinear(torch.autograd.Function):
             db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
         if need_bias:
             dbias = dy_rows.sum(0)
-        return (dx, da, db, dbias, None, None, *(None,) * len(stored))
+        return (dx, da, db, dbias, None, dgate, None, *(None,) * len(stored))
 
 
 class _LoraAdd(torch.autograd.Function):
     """The adapter on top of an output that the base module has computed."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, plan: Plan) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, gate: Tensor | None, plan: Plan
+    ) -> Tensor:
         n, k = plan.shape
         rows = x if x.dim() == 2 else x.reshape(-1, k)
         rows = rows.to(plan.dtype)
         a_copy, keep_a = compute_copy(a, plan.branch)
         b_copy, keep_b = compute_copy(b, plan.branch)
         t = lora_down(rows, a_copy, seed, plan.dropout)
-        out = lora_add(y if y.dim() == 2 else y.reshape(-1, n), t, b_copy, plan.scale)
+        acting = t if gate is None else gated(t, gate)
+        out = lora_add(y if y.dim() == 2 else y.reshape(-1, n), acting, b_copy, plan.scale)
         ctx.plan = plan
         ctx.copies = (a_copy if keep_a else None, b_copy if keep_b else None)
-        ctx.save_for_backward(x, t, a, b, seed)
+        ctx.save_for_backward(x, t, a, b, seed, gate)
         return out if y.dim() == 2 else out.view(y.shape)
 
     @staticmethod
     @second_order(_add_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, t, a, b, seed = ctx.saved_tensors
+        x, t, a, b, seed, gate = ctx.saved_tensors
         plan: Plan = ctx.plan
         n, k = plan.shape
         a_copy, b_copy = ctx.copies
         a_copy = a.to(plan.branch) if a_copy is None else a_copy
         b_copy = b.to(plan.branch) if b_copy is None else b_copy
         dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
-        need_x, need_a, need_b = ctx.needs_input_grad[1:4]
-        p = lora_dt(dy_rows, b_copy, plan.scale) if need_x or need_a else None
+        need_x, need_a, need_b, _, need_gate = ctx.needs_input_grad[1:6]
+        p = lora_dt(dy_rows, b_copy, plan.scale) if need_x or need_a or need_gate else None
+        dgate = gate_grad(p, t, gate) if need_gate else None
+        if gate is not None:
+            t, p = gated(t, gate), None if p is None else gated(p, gate)
         dx = rows = db = da = None
         if need_x:
             dx = lora_dx(p, a_copy, seed, plan.dropout, x.dtype)
@@ -193,13 +218,20 @@ class _LoraAdd(torch.autograd.Function):
             rows = rows.to(plan.dtype)
         if need_a or need_b:
             db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
-        return dy, dx, da, db, None, None
+        return dy, dx, da, db, None, dgate, None
 
 
 def lora_linear(
-    x: Tensor, w: Operand, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float
+    x: Tensor,
+    w: Operand,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout: float,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ.
+    """x Wᵀ + bias + scale · gate(drop(x) Aᵀ) Bᵀ.
 
     Args:
         x: [..., K].
@@ -207,16 +239,19 @@ def lora_linear(
         bias: [N] or None.
         a: [r, K]. b: [N, r]. Gradients arrive in their dtypes.
         scale: factor of the adapter. dropout: probability in [0, 1]; 0 outside training.
+        gate: see `gated`; with the leading dimensions of x. None: none.
 
     Returns:
         [..., N] in `w.dtype`.
     """
-    return lora_part(x, Part(w, bias, a, b, plan_of(w, branch_dtype(x, a, autocast_dtype(x)), scale, dropout)))
+    return lora_part(x, Part(w, bias, a, b, plan_of(w, branch_dtype(x, a, autocast_dtype(x)), scale, dropout)), gate)
 
 
-def lora_part(x: Tensor, part: Part) -> Tensor:
+def lora_part(x: Tensor, part: Part, gate: Tensor | None = None) -> Tensor:
     """`lora_linear` of a part whose plan has been made."""
-    return way_of(x, part)(x, part)
+    if gate is None:
+        return way_of(x, part)(x, part)
+    return (composed_lora if composes(x) else _by_kernels)(x, part, gate_rows(gate))
 
 
 def circumstances(x: Tensor) -> tuple:
@@ -234,23 +269,25 @@ def way_of(x: Tensor, part: Part) -> Way:
     return _by_kernels
 
 
-def _by_kernels(x: Tensor, part: Part) -> Tensor:
+def _by_kernels(x: Tensor, part: Part, gate: Tensor | None = None) -> Tensor:
     w, bias, a, b, plan = part
     seed = draw_seed(x, plan.dropout) if plan.dropout else None
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
         if a.dtype is not plan.branch or b.dtype is not plan.branch:
             a, b = compute_copy(a, plan.branch)[0], compute_copy(b, plan.branch)[0]
-        return _product(x, w, bias, a, b, seed, plan.scale, plan.dropout)[0]
-    return apply(_LoraLinear, x, a, b, bias, seed, plan, *w.tensors)
+        return _product(x, w, bias, a, b, seed, plan.scale, plan.dropout, gate)[0]
+    return apply(_LoraLinear, x, a, b, bias, seed, gate, plan, *w.tensors)
 
 
-def lora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
-    """y + scale · drop(x) Aᵀ Bᵀ for y [..., N] from the base module; shapes and meaning as in `lora_linear`."""
+def lora_linear_add(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, gate: Tensor | None = None
+) -> Tensor:
+    """y + scale · gate(drop(x) Aᵀ) Bᵀ for y [..., N] from the base module; shapes and meaning as in `lora_linear`."""
     autocast = autocast_dtype(x)
     branch = branch_dtype(x, a, autocast)
     # under autocast the input is used in the branch's dtype; otherwise as it is
     dtype = x.dtype if autocast is None else branch
     plan = Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), dropout)
     if composes(x):
-        return composed_add(y, x, a, b, plan)
-    return apply(_LoraAdd, y, x, a, b, draw_seed(x, dropout), plan)
+        return composed_add(y, x, a, b, plan, gate)
+    return apply(_LoraAdd, y, x, a, b, draw_seed(x, dropout), gate_rows(gate), plan)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +20,30 @@ MIXES = 2
 LOOKS_EVERY = 128
 
 
+class _Batch(NamedTuple):
+    """What layers have to know of the batch that they compute."""
+
+    routing: Routing | None
+    notes: Mapping[str, Any]  # by adapter
+
+
+_NO_NOTES: Mapping[str, Any] = MappingProxyType({})
+_PLAIN = _Batch(None, _NO_NOTES)
+
+
 class _ThisThread(threading.local):
     def __init__(self) -> None:  # runs in every thread: an attribute that comes and goes would cost compilers a graph
         self.routing: Routing | None = None
+        self.notes: Mapping[str, Any] = _NO_NOTES
 
 
 class Control:
-    """The routing that is in force, shared by all layers of one model and separate for every thread."""
+    """The routing that is in force and what was noted of the inputs, shared by all layers of one model and separate for
+    every thread."""
 
     def __init__(self) -> None:
         self._local = _ThisThread()
-        self._recomputing: dict[int, Routing | None] = {}
+        self._recomputing: dict[int, _Batch | None] = {}  # by backward pass; None: it goes through several batches
         self._has_followed = False
         self._mixes: dict[tuple[str, ...], Mixes] = {}
         self._promises = self._unseen = 0
@@ -39,12 +53,49 @@ class Control:
     def routing(self) -> Routing | None:
         routing = self._local.routing
         if routing is None and self._recomputing:
-            # gradient checkpointing runs layers again, in the engine's own thread
-            routing = self._recomputing.get(torch._C._current_graph_task_id())
+            routing = self._recomputed().routing
         # compiled layers of a model that is not compiled itself must not see what the host knows
         if routing is None or torch.compiler.is_compiling() or routing.seen is None:
             return routing
         return routing.seen
+
+    def noted(self, name: str) -> Any:
+        """What the method of adapter `name` noted of the inputs of the call under way; None: nothing."""
+        notes = self._local.notes
+        if not notes and self._recomputing:
+            notes = self._recomputed().notes
+        return notes.get(name)
+
+    @contextmanager
+    def noting(self, notes: Mapping[str, Any]) -> Iterator[None]:
+        """While this is open, layers called from this thread find these notes."""
+        before = self._local.notes
+        self._local.notes = notes
+        try:
+            yield
+        finally:
+            self._local.notes = before
+
+    def is_noting(self, notes: Mapping[str, Any]) -> bool:
+        """Whether it is these that layers called from this thread find."""
+        return self._local.notes is notes
+
+    def _recomputed(self) -> _Batch:
+        """The batch that a layer is run again for: gradient checkpointing does that, in the engine's own thread.
+
+        Raises:
+            RuntimeError: the backward pass under way goes through several batches.
+        """
+        task = torch._C._current_graph_task_id()
+        batch = self._recomputing.get(task, _PLAIN)
+        if batch is None:
+            del self._recomputing[task]  # this backward pass ends here, without what it does at its end
+            raise RuntimeError(
+                "One backward pass goes through two batches with different `adapter_names` or `alora_offsets` (or one "
+                "with and one without). With gradient checkpointing there is no telling which batch a layer is run "
+                "again for; call backward for each batch."
+            )
+        return batch
 
     @contextmanager
     def use(self, routing: Routing | None) -> Iterator[None]:
@@ -117,22 +168,20 @@ class Control:
                 mixes.pop(layer, None)
 
     def follow(self, output: Any) -> None:
-        """Let layers that are run again during the backward pass from `output` follow the routing in force now."""
-        routing = self._local.routing
+        """Let layers that are run again during the backward pass from `output` follow what is in force now."""
+        batch = _Batch(self._local.routing, self._local.notes)
         if torch.compiler.is_compiling():  # whatever a compiled graph computes again is in the graph
             return
-        if not torch.is_grad_enabled() or (routing is None and not self._has_followed):
+        plain = batch.routing is None and not batch.notes
+        if not torch.is_grad_enabled() or (plain and not self._has_followed):
             return
         self._has_followed = True
+        batch = _PLAIN if plain else batch
 
         def arrived(grad: Tensor) -> None:
             task = torch._C._current_graph_task_id()
-            if self._recomputing.setdefault(task, routing) is not routing:
-                raise RuntimeError(
-                    "One backward pass goes through two batches with different `adapter_names` (or one with and one "
-                    "without). With gradient checkpointing there is no telling which batch a layer is run again for; "
-                    "call backward for each batch."
-                )
+            if self._recomputing.setdefault(task, batch) is not batch:
+                self._recomputing[task] = None
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._recomputing.pop(task, None))
 
         for tensor in _tensors(output):

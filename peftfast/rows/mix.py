@@ -57,7 +57,8 @@ class Mix:
         present: for each of the names, whether the layer has it.
         adapters: those it has, in order.
         steps: methods in the order in which they act.
-        single: the one group, if the layer has all of the adapters and they are of one method.
+        single: the one group, if the layer has all of the adapters and they are of one method, which acts on all inputs
+            alike.
 
     Args:
         group: makes the adapters of one method a sequence.
@@ -88,7 +89,9 @@ class Mix:
             if run is None:  # compilers of torch 2.11 cannot ask a method whether it is true
                 run = partial(sample_by_sample, method)
             self.steps.append(MixedStep(run, own, positions if len(groups) > 1 else None))
-        self.single = self.steps[0].adapters if len(self.steps) == 1 and all(self.present) else None
+        alone = len(self.steps) == 1 and all(self.present)
+        # what is kept of adapters says nothing of the inputs, which some act by (see `Noting`)
+        self.single = self.steps[0].adapters if alone and not hasattr(self.adapters[0].method, "note") else None
 
 
 def _order(group: tuple[AdapterMethod, Any]) -> int:

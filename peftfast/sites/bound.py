@@ -52,10 +52,10 @@ class BoundLora:
         site: whose module's class computes x Wᵀ + bias.
         down, up: where the factors are kept. holders: the modules that keep them, if they are not bare.
         kept: what the layer keeps besides tensors. dropouts: of its adapters; `name` is this one's.
-        weighted: see `LinearSite.bind`.
+        weighted, when: see `LinearSite.bind`.
     """
 
-    __slots__ = ("site", "down", "up", "kept", "dropouts", "name", "holders", "weighted", "_last")
+    __slots__ = ("site", "down", "up", "kept", "dropouts", "name", "holders", "weighted", "when", "_last")
 
     def __init__(
         self,
@@ -67,9 +67,11 @@ class BoundLora:
         name: str,
         holders: Holders | None,
         weighted: Callable[[Tensor], Tensor] | None,
+        when: Callable[[Tensor], bool] | None = None,
     ) -> None:
         self.site, self.down, self.up = site, down, up
         self.kept, self.dropouts, self.name, self.holders, self.weighted = kept, dropouts, name, holders, weighted
+        self.when = when
         self._last: _Look | None = None  # one attribute, so that threads never see halves of two
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -78,6 +80,8 @@ class BoundLora:
 
     def look(self, x: Tensor) -> tuple[Part, Way] | None:
         """What x is to be multiplied by, and how; None where this call is not a plain one."""
+        if self.when is not None and not self.when(x):
+            return None
         last = self._last
         if last is None or not self._holds(last, x):
             self._last = None  # which may have been all that kept a large weight

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.ops.gate import gated
 from peftfast.sites.site import Site, composed_magnify
 from peftfast.watch import GLOBAL_HOOKS, HOOKS, Entry, Watch
 
@@ -70,9 +71,22 @@ class CalledSite:
         """B A of a linear layer, which the modules make of the columns of an identity."""
         return self.up(self.down(torch.eye(a.shape[1], dtype=a.dtype, device=a.device), a), b).t()
 
-    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+    def adapt(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         y = self.site.base(x) if y is None else y
-        branch = self.up(self.down(self.drop(x.to(a.dtype) if self._casts else x, dropout), a), b)
+        t = self.down(self.drop(x.to(a.dtype) if self._casts else x, dropout), a)
+        if gate is None or gate.shape[-1] == 1:  # what the up factor's module adds besides is behind the gate as well
+            branch = gated(self.up(t, b), gate)
+        else:
+            branch = self.up(gated(t, gate), b)
         return (y + branch * scale).to(y.dtype)
 
     def magnify(

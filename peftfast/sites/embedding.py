@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.ops.dora import weight_norm
+from peftfast.ops.gate import gated
 from peftfast.ops.scale import scale_features
 from peftfast.sites.site import Slot, UsualSite, composed_magnify, is_plain, is_untouched, register_site
 from peftfast_kernels.decode import Operand
@@ -25,6 +26,7 @@ class EmbeddingSite(UsualSite):
     """
 
     looks_up = True
+    gates = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -69,11 +71,22 @@ class EmbeddingSite(UsualSite):
     def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.module(x, *args, **kwargs)
 
-    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+    def adapt(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         y = self.module(x) if y is None else y
-        return (y + self.up(self.down(x, a), b) * scale).to(y.dtype)
+        return (y + self.up(gated(self.down(x, a), gate), b) * scale).to(y.dtype)
 
-    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+    def adapt_each(
+        self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float, gate: Tensor | None = None
+    ) -> Tensor:
         m = self.module
         runs, r, n = a.shape
         ids = x.reshape(runs, -1)
@@ -86,6 +99,8 @@ class EmbeddingSite(UsualSite):
             if m.padding_idx is not None and t.requires_grad:
                 padding = (x.reshape(runs, -1) == m.padding_idx).unsqueeze(-1)
                 t = torch.where(padding, t.detach(), t)  # no gradient for padding, as in the module itself
+        if gate is not None:
+            t = gated(t, gate.reshape(runs, -1, 1))
         t = t * (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale)
         delta = self._scaled(torch.bmm(t, b.transpose(1, 2)))
         return (y + delta.view(y.shape)).to(y.dtype)

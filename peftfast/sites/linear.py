@@ -17,6 +17,7 @@ from peftfast.base.weight import base_weight, is_foreign_linear
 from peftfast.errors import PeftWarning
 from peftfast.ops.composed import composes
 from peftfast.ops.dora import dora_linear_add, weight_norm
+from peftfast.ops.gate import gated
 from peftfast.ops.host_bound import is_small
 from peftfast.ops.lora import lora_linear, lora_linear_add
 from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
@@ -38,6 +39,8 @@ def is_linear(module: nn.Module) -> bool:
 @register_site("torch.nn.Linear", is_linear)
 class LinearSite(UsualSite):
     """y = x Wᵀ + bias with x [..., K] and y [..., N]."""
+
+    gates = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -72,31 +75,46 @@ class LinearSite(UsualSite):
             )
         return y
 
-    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+    def adapt(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         if isinstance(scale, Tensor):  # a scale that may change inside a compiled graph
             b, scale = b * scale.to(b.dtype), 1.0
         if not is_plain(x, a, b):
-            return self._composed(x, y, a, b, scale, dropout)
+            return self._composed(x, y, a, b, scale, dropout, gate)
         if y is None:
             base = self.product(x, autocast_dtype(x))
             if base is not None:
-                return lora_linear(x, *base, a, b, scale, dropout)
+                return lora_linear(x, *base, a, b, scale, dropout, gate)
             y = self.base(x)
-        return lora_linear_add(y, x, a, b, scale, dropout)
+        return lora_linear_add(y, x, a, b, scale, dropout, gate)
 
-    def bind(self, adapter: Any, weighted: Callable[[Tensor], Tensor] | None = None) -> BoundLora | None:
+    def bind(
+        self,
+        adapter: Any,
+        weighted: Callable[[Tensor], Tensor] | None = None,
+        when: Callable[[Tensor], bool] | None = None,
+    ) -> BoundLora | None:
         """`adapt` for one adapter and y None, with everything looked up that no input changes; None: not for this one.
 
         Args:
             adapter: a `peftfast.method.Adapter` with a pair of factors.
             weighted: what is multiplied by in place of the down factor, made of that.
+            when: whether it is all that is to be done with this input; None: always.
         """
         cells = [adapter.cell(slot) for slot in adapter.pair]
         holders = adapter.holders
         if not self._known_forward or None in cells or holders is not None and holders.foreign:
             return None
         dropouts = adapter.settings_of("lora_dropout")._modules
-        return BoundLora(self, *cells, adapter.kept, dropouts, adapter.name, holders, weighted)
+        return BoundLora(self, *cells, adapter.kept, dropouts, adapter.name, holders, weighted, when)
 
     def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> BoundRuns:
         """`adapt_each` of the module's own output with these factors, without gradients."""
@@ -120,17 +138,30 @@ class LinearSite(UsualSite):
                 return w, bias
         return None
 
-    def _composed(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+    def _composed(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float,
+        gate: Tensor | None,
+    ) -> Tensor:
         """The formula in differentiable torch, for tensors that kernels cannot read (DTensor)."""
         y = self.base(x) if y is None else y
-        t = self.down(self.drop(x.to(a.dtype), dropout), a)
+        t = gated(self.down(self.drop(x.to(a.dtype), dropout), a), gate)
         return (y + self.up(t, b) * scale).to(y.dtype)
 
-    def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+    def adapt_each(
+        self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float, gate: Tensor | None = None
+    ) -> Tensor:
         runs, shape = a.shape[0], y.shape
         if x.dim() != 3 or x.shape[0] != runs:
             x, y = x.reshape(runs, -1, x.shape[-1]), y.reshape(runs, -1, shape[-1])
         t = torch.bmm(x if x.dtype is a.dtype else x.to(a.dtype), a.transpose(1, 2))
+        if gate is not None:
+            t = gated(t, gate.reshape(runs, -1, 1))
         alpha = 1.0
         if isinstance(scale, Tensor):
             t = t * scale.view(-1, 1, 1)
@@ -146,13 +177,19 @@ class LinearSite(UsualSite):
         """Whether `adapt_rows` is how this input is best served."""
         return is_plain(x) and runs_segmented(x)
 
-    def adapt_rows(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+    def adapt_rows(
+        self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor, rows: Rows, gate: Tensor | None = None
+    ) -> Tensor:
         """`adapt_each` by segmented kernels, every row by its own adapter's factors: a [G, r, K], b [G, N, r],
         scale [G]. Nothing is gathered, and nothing of the host's depends on the mix."""
         samples, adapters = rows.index.shape[0], a.shape[0]
         tokens = x.numel() // (samples * x.shape[-1]) if samples else 1
         known = rows.host is not None
-        route = rows.derived(("route", adapters, tokens), lambda: row_route(rows.index, adapters, tokens, known))
+        if gate is None:
+            route = rows.derived(("route", adapters, tokens), lambda: row_route(rows.index, adapters, tokens, known))
+        else:  # a token that its adapter leaves alone is one of the base model's
+            each = torch.where(gate.reshape(-1), rows.index.repeat_interleave(tokens), -1)
+            route = row_route(each, adapters, 1, known)
         return routed_linear_add(y, x, a, b, scale, route)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:

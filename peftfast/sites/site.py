@@ -53,6 +53,8 @@ class UsualSite:
         parameter: name of the adapted Parameter in the module.
         adapts_output: adapters act on the module's output; False: on the Parameter, for as long as its module runs.
         looks_up: rows of W are looked up by number (embeddings): the down factor is a table, and the factors make Wᵀ.
+        gates: `adapt` and `adapt_each` take a `gate` [..., 1] (and `adapt` one [..., r]) of the input's tokens, which
+            multiplies the down factor's product; see `peftfast.ops.gate`.
         groups: in how many runs the ranks are cut, of which each acts on channels of its own (grouped convolutions).
         experts: of how many matrices the weight is a stack, whose factors are in one pair of tensors.
         parts: names of children that are adapted with the module and never by themselves; `part(name)` is the site of
@@ -62,6 +64,7 @@ class UsualSite:
     parameter: str = "weight"
     adapts_output: bool = True
     looks_up: bool = False
+    gates: bool = False
     groups: int = 1
     experts: int = 1
     parts: tuple[str, ...] = ()
@@ -91,6 +94,7 @@ class Site(Protocol):
     weight: BaseWeight
     parameter: str
     looks_up: bool
+    gates: bool
     groups: int
     experts: int
 

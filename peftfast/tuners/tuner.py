@@ -17,7 +17,7 @@ from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.merging import add_weighted_adapter, subtract
 from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
-from peftfast.method import method_for
+from peftfast.method import Call, method_for
 from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
 from peftfast.quantization.quantize import dequantize_model
@@ -28,6 +28,9 @@ from peftfast.watch import Entry
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
+
+#: What may be passed as `alora_offsets`: a number of tokens for every sample.
+Offsets = Sequence[int | None] | Tensor
 
 #: What stands for the config of a model without one.
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
@@ -249,24 +252,80 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
         return model
 
     # ---- forward -----------------------------------------------------------------------------------------------------
-    def forward(self, *args: Any, adapter_names: Choice | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, adapter_names: Choice | None = None, alora_offsets: Offsets | None = None, **kwargs: Any
+    ) -> Any:
         """The base model's output with the active adapters.
 
         Args:
             adapter_names: instead of the active ones, an adapter for every sample: its name or "__base__", or its
                 number or -1 in a tensor. Allowed in training as well: each adapter gets the gradient of its samples.
+            alora_offsets: for every sample, how many tokens at its end aLoRAs act on, None or 0 for none; without it,
+                those from the last occurrence of an adapter's `alora_invocation_tokens` in `input_ids` on.
         """
         if self.training and is_checkpointing(self._checkpointing):
             require_input_gradients(self.model)
-        with self.routed(adapter_names, args, kwargs), self.compute_copies():
+        with (
+            self.routed(adapter_names, args, kwargs),
+            self.noting(args, kwargs, alora_offsets),
+            self.compute_copies(),
+        ):
             output = self.model(*args, **kwargs)
             self.inventory.control.follow(output)
             return self._with_loss_terms(output)
 
-    def generate(self, *args: Any, adapter_names: Choice | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate`, with the active adapters or, by `adapter_names`, with one for each prompt."""
-        with self.routed(adapter_names, args, kwargs, copies_of_a_sample(self.model, args, kwargs)):
+    def generate(
+        self, *args: Any, adapter_names: Choice | None = None, alora_offsets: Offsets | None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's `generate`, with the active adapters or, by `adapter_names`, with one for each prompt;
+        `alora_offsets` as in `forward`, of the prompts."""
+        copies = copies_of_a_sample(self.model, args, kwargs)
+        with (
+            self.routed(adapter_names, args, kwargs, copies),
+            self.noting(args, kwargs, alora_offsets, copies, generates=True),
+        ):
             return self.model.generate(*args, **kwargs)
+
+    def noting(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        alora_offsets: Offsets | None,
+        copies: tuple[int, ...] = (1,),
+        generates: bool = False,
+    ) -> AbstractContextManager[None]:
+        """A context in which the adapters in force find what their methods note of these inputs (see `Noting`)."""
+        inventory = self.inventory
+        routing = inventory.control.routing
+        if not inventory.enabled or routing is not None and routing.slots is not None:
+            return nullcontext()
+        notes: dict[str, Any] = {}
+        call = None
+        for name in inventory.active if routing is None else routing.names:
+            cfg = self.peft_config[name]
+            method = method_for(cfg)
+            if hasattr(method, "note"):
+                if call is None:
+                    inputs = {**named_inputs(self.model, args, kwargs), "alora_offsets": alora_offsets}
+                    call = Call(self.model, inputs, generates, copies)
+                notes[name] = method.note(name, cfg, call)
+        if not notes:
+            return nullcontext()
+        return self._following_steps(notes) if generates else inventory.control.noting(notes)
+
+    @contextmanager
+    def _following_steps(self, notes: Mapping[str, Any]) -> Iterator[None]:
+        """`Control.noting`, with notes that are told of every call of the model."""
+        control = self.inventory.control
+
+        def step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if control.is_noting(notes):  # another thread may be generating with the same model
+                for note in notes.values():
+                    if note is not None:
+                        note.step(named_inputs(module, args, kwargs))
+
+        with control.noting(notes), self.model.register_forward_pre_hook(step, with_kwargs=True):
+            yield
 
     @contextmanager
     def routed(

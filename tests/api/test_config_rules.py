@@ -104,7 +104,7 @@ def test_values_written_later_are_checked_before_anything_changes():
         ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights"),
         ({"bias": "lora"}, "Did you mean 'lora_only'"),
         ({"task_type": "CAUSAL"}, "Invalid task type: 'CAUSAL'.*CAUSAL_LM"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens.*does not implement"),
+        ({"alora_invocation_tokens": []}, "alora_invocation_tokens.*at least one"),
         ({"layer_replication": [[0, -1]]}, "layer_replication.*at least 0"),
     ],
 )

@@ -12,6 +12,7 @@ import transformers
 from packaging import version
 from torch import Tensor, nn
 
+from peftfast.method import method_for
 from peftfast.prompts.prefix_cache import cache_name
 from peftfast.training.capture.captured import Captured, check_count
 from peftfast.training.capture.mix import check_routable, following
@@ -83,6 +84,13 @@ class CapturedToken(Captured):
         self.logits: Tensor | None = None  # [B, vocabulary] fp32, of the last position
 
     def _start(self) -> None:
+        for name, cfg in (getattr(self.tuner, "peft_config", None) or {}).items():
+            method = method_for(cfg)
+            if hasattr(method, "note"):
+                raise ValueError(
+                    f"Adapter {name} ({type(method).__name__}) acts by what the whole prompt is, which a captured step does not "
+                    "see: use model.generate, or delete it first"
+                )
         self._recordings: dict[Any, Recording] = {}
         # anew as well, because the model's dtype may be another one
         self.cache = transformers.StaticCache(config=self.base.config, max_cache_len=self.max_length)
