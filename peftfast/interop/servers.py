@@ -70,8 +70,12 @@ _NO_LORA = Rule(REFUSES, lambda f: f.kind != "LORA", "knows LORA only, this is {
 
 _FUSED = Rule(UNKNOWN, lambda f: f.parameters, "adapters of Parameters: not in that file, and releases differ in them")
 
-# the files named below read fields of the config by name, none of them this one
+# the files named below read fields of the config by name; of these two, llama.cpp's reads the second
 _STACKED = Rule(WRONG, lambda f: f.field("layer_replication"), "leaves the base's layers as they are; serve it merged")
+
+_INVOKED = Rule(
+    WRONG, lambda f: f.field("alora_invocation_tokens"), "applies it to all tokens, not from its invocation sequence on"
+)
 
 SERVERS: dict[str, tuple[Rule, ...]] = {
     # vllm-project/vllm, vllm/lora/peft_helper.py, e745bafffc44744aa601169f8c6f325e47ca7cd5: validate_legal and
@@ -80,6 +84,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _INVOKED,
         Rule(REFUSES, lambda f: f.saved, "supports no modules_to_save, this has {f.saved}"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
         Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "supports no bias={f.cfg.bias!r} by default"),
@@ -96,6 +101,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _INVOKED,
         Rule(REFUSES, lambda f: f.uneven_scale, "takes no rank_pattern or alpha_pattern that changes a value"),
         Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / r, rsLoRA by its root"),
         Rule(
@@ -105,7 +111,8 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         ),
     ),
     # ggml-org/llama.cpp, convert_lora_to_gguf.py, 0b03adaa632b76c7651dd1f6fa3b7a0b5eda479c: get_tensors exits at every
-    # tensor that is no factor (or norm); one lora_alpha is written, and divided by the rank that the tensor has
+    # tensor that is no factor (or norm); one lora_alpha is written, and divided by the rank that the tensor has; so are
+    # alora_invocation_tokens (set_gguf_parameters)
     "llama.cpp": (
         _NO_LORA,
         _FUSED,
@@ -129,6 +136,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _INVOKED,
         Rule(REFUSES, lambda f: f.uneven_scale, "knows one rank and one scale, whatever the file is converted to"),
         Rule(CONVERT, lambda f: True, "reads its own adapters.safetensors and config, not a PEFT folder"),
     ),

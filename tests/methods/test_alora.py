@@ -536,3 +536,12 @@ def test_pefts_functions():
     model.set_adapter("plain")
     assert not alora.is_alora_relevant_in_batch(model, ["plain", "__base__"])
     assert alora.is_alora_relevant_in_batch(model, ["plain", "other"])
+
+
+def test_what_servers_do_with_it():
+    from peftfast.interop.servers import Facts, judge_servers
+
+    config = peftfast.LoraConfig(**OPTIONS)
+    verdicts = {v.server: v for v in judge_servers(Facts(config, [4], [8], 16))}
+    assert {name for name, v in verdicts.items() if v.verdict == "loads, wrong output"} == {"vLLM", "SGLang", "MLX"}
+    assert not any("invocation" in reason for reason in verdicts["llama.cpp"].reasons)

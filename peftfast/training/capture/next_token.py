@@ -88,8 +88,8 @@ class CapturedToken(Captured):
             method = method_for(cfg)
             if hasattr(method, "note"):
                 raise ValueError(
-                    f"Adapter {name} ({type(method).__name__}) acts by what the whole prompt is, which a captured step does not "
-                    "see: use model.generate, or delete it first"
+                    f"Adapter {name} ({type(method).__name__}) acts by what the whole prompt is, which a captured step "
+                    "does not see: use model.generate, or delete it first"
                 )
         self._recordings: dict[Any, Recording] = {}
         # anew as well, because the model's dtype may be another one
