@@ -127,6 +127,17 @@ class Adapter:
         getattr(self._layer, name)[self.name] = value
 
     @property
+    def others(self) -> Mapping[str, Adapter]:
+        """All adapters here by name, this one among them, live."""
+        return self._layer.adapters
+
+    @property
+    def derived(self) -> dict[Any, Any]:
+        """What methods make of the adapters here and keep from call to call; emptied when something other than training
+        wrote to one, and never copied or saved."""
+        return self._layer.derived
+
+    @property
     def noted(self) -> Any:
         """What its method noted of the call of the model under way; None: nothing, see `Noting`."""
         return self._layer.control.noted(self.name)
@@ -176,6 +187,7 @@ class AdapterMethod(Protocol):
     family: ClassVar[str]  # "lora": what reprs and status reports call its layers, before the kind of module; instead
     # of both, where PEFT has another name for them, a method may have a `layer_name`
     default_targets: ClassVar[Mapping[str, Any]]  # model type -> target modules
+    # `recordable`, if it has that and it is False: captured steps would not see what its adapters are made of
 
     def claims(self, cfg: PeftConfig) -> bool:
         """Whether this method is what `cfg` asks for."""

@@ -9,7 +9,7 @@ from typing import Any
 #: In any module under the name `peft`.
 NAMES = frozenset(
     """
-    AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig BOFTConfig BOFTModel
+    AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel BOFTConfig BOFTModel
     BdLoraConfig BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder
     DeftConfig DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig
     GloraModel GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel KasaConfig LNTuningConfig
@@ -19,7 +19,7 @@ NAMES = frozenset(
     RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig
     SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel VeloraConfig
     VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel bloom_model_postprocess_past_key_value
-    compose_cartridge_adapters create_arrow_model create_riemannian_optimizer factorization
+    compose_cartridge_adapters create_riemannian_optimizer factorization
     initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text preprocess_loraga
     prompt_embeddings_from_past_key_values shift_tokens_right
     """.split()

@@ -57,6 +57,10 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.lokr": {},
     "peft.tuners.lokr.layer": {},
     "peft.tuners.lora": {**_LORA_LAYERS},
+    "peft.tuners.lora.arrow": {
+        "_resolve_adapter_source": "peftfast.arrow:source_of",
+        "create_arrow_model": "peftfast.arrow:create_arrow_model",
+    },
     "peft.tuners.lora.config": {},
     "peft.tuners.lora.corda": {
         "CordaEigens": "peftfast.methods.corda:CordaEigens",

@@ -77,6 +77,12 @@ _INVOKED = Rule(
     WRONG, lambda f: f.field("alora_invocation_tokens"), "applies it to all tokens, not from its invocation sequence on"
 )
 
+_ROUTER = Rule(
+    WRONG,
+    lambda f: f.field("arrow_config"),
+    "routes among other adapters, which are not in the file: it would do nothing",
+)
+
 SERVERS: dict[str, tuple[Rule, ...]] = {
     # vllm-project/vllm, vllm/lora/peft_helper.py, e745bafffc44744aa601169f8c6f325e47ca7cd5: validate_legal and
     # __post_init__; fields that the class does not declare (the patterns) are dropped in from_dict
@@ -84,6 +90,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _ROUTER,
         _INVOKED,
         Rule(REFUSES, lambda f: f.saved, "supports no modules_to_save, this has {f.saved}"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
@@ -101,6 +108,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _ROUTER,
         _INVOKED,
         Rule(REFUSES, lambda f: f.uneven_scale, "takes no rank_pattern or alpha_pattern that changes a value"),
         Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / r, rsLoRA by its root"),
@@ -117,6 +125,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _ROUTER,
         Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved}"),
         Rule(REFUSES, lambda f: f.tokens, "its converter takes factors only, this trains single tokens"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "its converter takes factors only, DoRA has magnitudes"),
@@ -136,6 +145,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _ROUTER,
         _INVOKED,
         Rule(REFUSES, lambda f: f.uneven_scale, "knows one rank and one scale, whatever the file is converted to"),
         Rule(CONVERT, lambda f: True, "reads its own adapters.safetensors and config, not a PEFT folder"),

@@ -41,9 +41,10 @@ def check_adapter_name(name: Any) -> None:
 def _made_again() -> dict[str, Any]:
     """What a layer looks up once and keeps, empty: copies and pickles of a layer go without it.
 
-    `_plan`: what a call does with the active adapters; `store`: what routings and pools keep here between forwards.
+    `_plan`: what a call does with the active adapters; `store`: what routings and pools keep here between forwards;
+    `derived`: what methods made of adapters.
     """
-    return {"_plan": None, "store": {}}
+    return {"_plan": None, "store": {}, "derived": {}}
 
 
 class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
@@ -385,8 +386,9 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
         """The change that merging `adapter` alone would make, in the layout of the stored weight, in fp32."""
         return self.merger.change(adapter)
 
-    def changed(self, adapter_name: str) -> None:
-        """Something other than training wrote to an adapter: nothing that was made of it holds."""
+    def changed(self, adapter_name: str | None = None) -> None:
+        """Something other than training wrote to an adapter, with None to any: nothing that was made of it holds."""
+        self.derived.clear()
         self.control.forget(self, adapter_name)
 
     # ---- scaling -----------------------------------------------------------------------------------------------------

@@ -10,5 +10,6 @@ from peftfast.methods import trainable_tokens as trainable_tokens
 from peftfast.methods import dora as dora  # isort: skip
 from peftfast.methods import adalora as adalora
 from peftfast.methods import alora as alora
+from peftfast.methods import arrow as arrow
 from peftfast.methods import corda as corda
 from peftfast.methods import ia3 as ia3

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from peftfast.config import PeftConfig, PeftType, TaskType, checked, register_config, setting
 from peftfast.errors import PeftWarning
-from peftfast.methods.lora_settings import CordaConfig, EvaConfig, LoftQConfig, LoraRuntimeConfig
+from peftfast.methods.lora_settings import ArrowConfig, CordaConfig, EvaConfig, LoftQConfig, LoraRuntimeConfig
 from peftfast.rules import (
     boolean,
     either,
@@ -28,7 +28,7 @@ _NAMES = optional(either(text(), sequence(text())))
 _UNSUPPORTED = "peftfast does not implement this variant; train or run such adapters with PEFT itself"
 
 #: fields that hold a sub-config, which files have as dicts
-_PARTS: Mapping[str, type] = {"eva_config": EvaConfig, "corda_config": CordaConfig}
+_PARTS: Mapping[str, type] = {"eva_config": EvaConfig, "corda_config": CordaConfig, "arrow_config": ArrowConfig}
 
 #: Fields that make more of an adapter than a product of two factors that is added: each a method of its own, and at
 #: most one of them set.
@@ -73,6 +73,7 @@ class LoraConfig(PeftConfig):
         alora_invocation_tokens: the tokens from whose last occurrence on the adapter acts (aLoRA, arXiv 2504.12397);
             linear layers and embeddings of causal language models.
         lora_bias: a bias on the up factor.
+        arrow_config: the adapter is a router among the model's others; see `create_arrow_model`.
         target_parameters: names of Parameters (suffixes) to adapt by themselves: matrices, and the stacks of matrices
             in which mixture-of-experts models keep their experts. Without dropout, DoRA and biases.
         ensure_weight_tying: share adapters between tied embeddings.
@@ -116,7 +117,7 @@ class LoraConfig(PeftConfig):
     lora_bias: bool = setting(False, boolean())
     target_parameters: list[str] | None = setting(None, optional(sequence(text())))
     use_bdlora: Any = setting(None, only(None, _UNSUPPORTED))
-    arrow_config: Any = setting(None, only(None, _UNSUPPORTED))
+    arrow_config: ArrowConfig | None = setting(None, optional(instance(ArrowConfig)))
     kasa_config: Any = setting(None, only(None, _UNSUPPORTED))
     ensure_weight_tying: bool = setting(False, boolean())
 
@@ -183,6 +184,12 @@ class LoraConfig(PeftConfig):
             if self.use_dora:
                 raise ValueError("The argument lora_bias=True is not supported together with use_dora=True")
         self._validate_invocation()
+        if self.arrow_config is not None:
+            for name in ("lora_dropout", "lora_bias"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r}: a router (arrow_config) has no factors of its own"
+                    )
         self._validate_initialisation()
 
     def _validate_invocation(self) -> None:

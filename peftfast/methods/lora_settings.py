@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftfast.config import CheckedFields, checked, setting
-from peftfast.rules import boolean, integer, number, one_of, optional, text
+from peftfast.rules import boolean, integer, number, one_of, optional, sequence, text
 
 
 @checked
@@ -67,6 +67,32 @@ class CordaConfig(CheckedFields):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
         super().__post_init__()
+
+
+@checked
+class ArrowConfig(CheckedFields):
+    """Routing of tokens among LoRAs (Ostapenko et al., arXiv 2405.11157), with GenKnowSub
+    (aclanthology.org/2025.acl-short.54); for `create_arrow_model`.
+
+    Args:
+        top_k: how many experts a token is sent through. router_temperature: of the softmax over their similarities.
+        use_gks: take the mean of the adapters of general knowledge from every expert.
+        rng_seed: accepted for PEFT's sake; experts' prototypes are computed exactly, nothing is drawn.
+        task_adapter_names, gks_adapter_names: filled in by `create_arrow_model`. Experts are all plain LoRAs beside the
+            router but those of general knowledge, which are these and whatever is called gks_0, gks_1, ...
+    """
+
+    top_k: int = setting(3, integer(1))
+    router_temperature: float = setting(1.0, number(0.0))
+    use_gks: bool = setting(False, boolean())
+    rng_seed: int | None = setting(None, optional(integer()))
+    task_adapter_names: list[str] | None = setting(None, optional(sequence(text())))
+    gks_adapter_names: list[str] | None = setting(None, optional(sequence(text())))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.router_temperature == 0:
+            raise ValueError("router_temperature must be greater than 0.")
 
 
 @dataclass

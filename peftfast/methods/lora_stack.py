@@ -107,7 +107,7 @@ class Remembered:
         return FactorStack(
             torch.stack([_padded(a, rank) for a, _ in self.pairs]),
             torch.stack([_padded(b.transpose(0, 1), rank) for _, b in self.pairs]).transpose(1, 2),
-            _as_tensor(self.scales, like),
+            as_tensor(self.scales, like),
             float(self.scales[0]) if not self.tensor_scales and len(set(self.scales)) == 1 else None,
         )
 
@@ -155,7 +155,8 @@ def _padded(t: Tensor, rank: int) -> Tensor:
     return t if missing == 0 else F.pad(t, [0, 0] * (t.dim() - 1) + [0, missing])
 
 
-def _as_tensor(values: Sequence[Any], like: Tensor) -> Tensor:
+def as_tensor(values: Sequence[Any], like: Tensor) -> Tensor:
+    """Numbers, some of them tensors already, as one tensor of the dtype and device of `like`."""
     if _has_values_at_hand(like) and not any(isinstance(v, Tensor) for v in values):
         return torch.tensor(values, dtype=like.dtype)
     # filled on the device: a copy from the host would wait for it, in every layer of a mixed training step

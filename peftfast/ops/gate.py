@@ -15,7 +15,7 @@ def gated(t: Tensor, gate: Tensor | None) -> Tensor:
         return t
     if gate.dtype is torch.bool:
         return torch.where(gate, t, 0.0)
-    return t * gate.to(t.dtype)
+    return (t * gate).to(t.dtype)
 
 
 def gate_grad(p: Tensor, t: Tensor, gate: Tensor) -> Tensor:

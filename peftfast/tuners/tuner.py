@@ -374,9 +374,10 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
         return self.inventory.control.unchanging()
 
     def forget_stacks(self) -> None:
-        """Make the stacked factors of mixed batches anew: needed after factors were written through `.data`."""
+        """Make anew what is made of factors and kept, as the stacks of mixed batches and of experts: needed after
+        factors were written through `.data`."""
         for layer in self.inventory.layers.values():
-            layer.control.forget(layer)
+            layer.changed()
 
     def compute_copies(self) -> Any:
         """A context in which the active factors are cast to autocast's dtype once for all layers."""

@@ -422,7 +422,7 @@ def test_where_it_never_acts_gradients_are_zeros():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(dynamic):
-    model = wrap()
+    model = wrap(base=oracle.llama(layers=1), target_modules=["q_proj", "down_proj"])
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic or None)

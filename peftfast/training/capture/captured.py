@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftfast.method import method_for
 from peftfast.training.capture import recording
 from peftfast.training.capture.freshness import Snapshot
 
@@ -49,6 +50,13 @@ class Captured:
 
     def _start(self) -> None:
         """Forget what is recorded; the model as it is now is what will be."""
+        for name, cfg in (getattr(self.tuner, "peft_config", None) or {}).items():
+            method = method_for(cfg)
+            if not getattr(method, "recordable", True):
+                raise ValueError(
+                    f"Adapter {name} ({type(method).__name__}) is made of others that a recording would go on using as "
+                    "they were: call the model, or delete it first"
+                )
         self._snapshot = Snapshot(self.model, self.mixed)
 
     def _change(self) -> str | None:

@@ -89,5 +89,5 @@ def _kept(model: nn.Module) -> list[Any]:
     factors, and what layers remember."""
     casts = getattr(tuner_of(model), "_casts", None)
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    kept = [(dict(layer.store), layer.control.kept(layer)) for layer in layers]
+    kept = [(dict(layer.store), dict(layer.derived), layer.control.kept(layer)) for layer in layers]
     return [None if casts is None else dict(casts._copies), kept]

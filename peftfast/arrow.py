@@ -1,0 +1,127 @@
+"""Models that send every token through some of many LoRAs (see `peftfast.methods.arrow`), made of saved adapters."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftfast.config import CONFIG_NAME
+from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.methods.arrow import GENERAL
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora_settings import ArrowConfig
+from peftfast.model import PeftModel
+from peftfast.sites.site import looks_up
+from peftfast.wrapping.undo import unchanged_if_refused
+
+TASK = "task_"
+ROUTER = "arrow_router"
+
+
+def create_arrow_model(
+    base_model: nn.Module,
+    task_specific_adapter_paths: Sequence[str | os.PathLike],
+    arrow_config: ArrowConfig,
+    general_adapter_paths: Sequence[str | os.PathLike] | None = None,
+    **adapter_kwargs: Any,
+) -> PeftModel:
+    """The base model with saved LoRAs as experts ("task_0", "task_1", ...), those of general knowledge ("gks_0", ...)
+    and an active router among them, "arrow_router". What is loaded or added later is an expert as well.
+
+    Args:
+        base_model: changed in place; unchanged if anything is refused.
+        task_specific_adapter_paths: folders or Hub repositories, "user/repo/folder" for a folder in one.
+        arrow_config: its names of adapters are filled in.
+        general_adapter_paths: the same for general knowledge, where `arrow_config.use_gks` asks for it.
+        adapter_kwargs: of `PeftModel.from_pretrained`.
+
+    Raises:
+        ValueError: no adapters; adapters of different ranks or for different modules.
+        TypeError: adapters of other modules than linear layers.
+    """
+    if isinstance(task_specific_adapter_paths, str) or not task_specific_adapter_paths:
+        raise ValueError("`task_specific_adapter_paths` should contain at least one adapter path")
+    general = list(general_adapter_paths or ())
+    if arrow_config.use_gks and not general:
+        raise ValueError("You should provide general LoRA paths if you want to use GenKnowSub.")
+    if general and not arrow_config.use_gks:
+        warnings.warn("general_adapter_paths are not loaded: arrow_config.use_gks is False.", PeftWarning, stacklevel=2)
+        general = []
+    tasks = {f"{TASK}{i}": path for i, path in enumerate(task_specific_adapter_paths)}
+    knowledge = {f"{GENERAL}{i}": path for i, path in enumerate(general)}
+    model: PeftModel | None = None
+    with unchanged_if_refused(base_model):
+        for name, path in {**tasks, **knowledge}.items():
+            source, subfolder = source_of(path)
+            options = dict(adapter_kwargs) if subfolder is None else {"subfolder": subfolder, **adapter_kwargs}
+            if model is None:
+                model = PeftModel.from_pretrained(base_model, source, adapter_name=name, **options)
+            else:
+                model.load_adapter(source, adapter_name=name, **options)
+        assert model is not None
+        modules, rank = _common(model, [*tasks, *knowledge])
+        arrow_config.task_adapter_names, arrow_config.gks_adapter_names = list(tasks), list(knowledge)
+        first = model.peft_config[f"{TASK}0"]
+        router = LoraConfig(
+            arrow_config=arrow_config, target_modules=modules, r=rank, fan_in_fan_out=first.fan_in_fan_out
+        )
+        model.add_adapter(ROUTER, router)
+        model.set_adapter(ROUTER)
+    return model
+
+
+def source_of(path: str | os.PathLike) -> tuple[str, str | None]:
+    """A local folder, or a Hub repository and the folder in it, None for its root.
+
+    Raises:
+        ValueError: a local folder without an adapter.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        if not (Path(path) / CONFIG_NAME).is_file():
+            raise ValueError(f"Local adapter path '{path}' does not contain '{CONFIG_NAME}'.")
+        return path, None
+    owner, slash, rest = path.strip("/").partition("/")
+    if not slash:
+        return path, None
+    repository, _, folder = rest.partition("/")
+    return f"{owner}/{repository}", folder or None
+
+
+def _common(model: PeftModel, names: Sequence[str]) -> tuple[list[str], int]:
+    """The modules that all of the adapters adapt, by their shortest names, and the rank of all."""
+    inventory = model.base_model.inventory
+    layers = {name: {k: v for k, v in inventory.layers.items() if name in v.adapters} for name in names}
+    wrong = {
+        key: layer
+        for found in layers.values()
+        for key, layer in found.items()
+        if not getattr(layer.site, "gates", False) or looks_up(layer.site)
+    }
+    if wrong:
+        kinds = sorted({type(layer.site.module).__name__ for layer in wrong.values()})
+        raise TypeError(
+            f"LoRA adapters must only target Linear-like layers, as Arrow compares the features of tokens. Found: "
+            f"{', '.join(kinds)} ({enumerate_some(wrong)})"
+        )
+    first, *others = names
+    reference = layers[first]
+    for name in others:
+        if layers[name].keys() != reference.keys():
+            odd = sorted(layers[name].keys() ^ reference.keys())
+            raise ValueError(
+                f"[{name}] target_modules mismatch: it and {first} differ in {enumerate_some(odd)}; experts have to "
+                "adapt the same modules"
+            )
+        for key, layer in reference.items():
+            own, other = layer.adapters[name].setting("r"), layer.adapters[first].setting("r")
+            if own != other:
+                raise ValueError(f"[{name}] rank mismatch: {own} != {other} of {first} at {key}")
+    short = sorted({key.rpartition(".")[2] for key in reference})
+    matched = {key for key in inventory.names if key.rpartition(".")[2] in short}
+    return (short if matched == reference.keys() else sorted(reference)), model.peft_config[first].r
