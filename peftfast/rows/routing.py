@@ -41,6 +41,13 @@ class Rows:
             self._memo[name] = make()
         return self._memo[name]
 
+    def latest(self, name: Any, of: Any, make: Callable[[], Any]) -> Any:
+        """`make()` for these samples and the object `of`, until another one is asked for."""
+        known = self._memo.get(name)
+        if known is None or known[0] is not of:
+            known = self._memo[name] = (of, make())
+        return known[1]
+
     def of(self, position: int) -> Tensor:
         """Indices [n] of the samples of one adapter; needs `host`."""
         return self.derived(

@@ -20,7 +20,7 @@ from peftfast.ops.dora import dora_linear_add, weight_norm
 from peftfast.ops.gate import gated
 from peftfast.ops.host_bound import is_small
 from peftfast.ops.lora import lora_linear, lora_linear_add
-from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
+from peftfast.ops.routed import RowRoute, routed_linear_add, row_route, runs_segmented
 from peftfast.ops.scale import scale_features
 from peftfast.sites.bound import BoundLora, BoundRuns
 from peftfast.sites.holders import linear_holder
@@ -188,8 +188,12 @@ class LinearSite(UsualSite):
         if gate is None:
             route = rows.derived(("route", adapters, tokens), lambda: row_route(rows.index, adapters, tokens, known))
         else:  # a token that its adapter leaves alone is one of the base model's
-            each = torch.where(gate.reshape(-1), rows.index.repeat_interleave(tokens), -1)
-            route = row_route(each, adapters, 1, known)
+
+            def make() -> RowRoute:
+                each = torch.where(gate.reshape(-1), rows.index.repeat_interleave(tokens), -1)
+                return row_route(each, adapters, 1, known)
+
+            route = rows.latest(("gated route", adapters), gate, make)
         return routed_linear_add(y, x, a, b, scale, route)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:

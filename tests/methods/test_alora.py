@@ -16,6 +16,7 @@ from torch import nn
 import peftfast
 from peftfast.methods import alora
 from peftfast.rows.invoked import last_occurrences
+from peftfast_kernels import use_backend
 
 CALL = [5, 6]
 OPTIONS = {"r": 4, "target_modules": "all-linear", "alora_invocation_tokens": CALL, "task_type": "CAUSAL_LM"}
@@ -335,6 +336,25 @@ def test_mixed_rows_train_each_adapter_as_if_alone(names):
             torch.testing.assert_close(
                 found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
             )
+
+
+@pytest.mark.parametrize("by_number", [False, True])
+def test_the_routed_kernels_leave_tokens_out(by_number):
+    """As a GPU computes mixed rows: a token before its sample's invocation has no adapter."""
+    small = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    model = wrap(base=oracle.llama(layers=1), **small)
+    model.add_adapter("other", peftfast.LoraConfig(**{**OPTIONS, **small, "alora_invocation_tokens": [7]}))
+    ids, names = mixed_ids()[:3], ["default", "other", "__base__"]
+    model.set_requires_grad(["default", "other"])
+    found = []
+    for backend in ("torch", "triton"):
+        choice = model.base_model.adapter_numbers(names) if by_number else names
+        with use_backend(backend):
+            model.zero_grad()
+            logits = model(input_ids=ids, adapter_names=choice).logits
+            logits.square().mean().backward()
+        found.append((logits, [p.grad.clone() for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_mixed_rows_that_cannot_be_stacked():
