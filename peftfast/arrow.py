@@ -16,7 +16,6 @@ from peftfast.methods.arrow import GENERAL
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_settings import ArrowConfig
 from peftfast.model import PeftModel
-from peftfast.sites.site import looks_up
 from peftfast.wrapping.undo import unchanged_if_refused
 
 TASK = "task_"
@@ -101,7 +100,7 @@ def _common(model: PeftModel, names: Sequence[str]) -> tuple[list[str], int]:
         key: layer
         for found in layers.values()
         for key, layer in found.items()
-        if not getattr(layer.site, "gates", False) or looks_up(layer.site)
+        if not layer.site.gates or layer.site.looks_up
     }
     if wrong:
         kinds = sorted({type(layer.site.module).__name__ for layer in wrong.values()})

@@ -27,7 +27,7 @@ from peftfast.rows.invoked import Invoked, gate_of, last_occurrences
 from peftfast.rows.routing import BASE, Rows, batch_of
 from peftfast.sites import Dense, Site
 from peftfast.sites.bound import BoundLora
-from peftfast.sites.site import is_plain, looks_up
+from peftfast.sites.site import is_plain
 
 _UNKNOWN_IN_FORWARD = (
     "Cannot calculate aLoRA offsets when only inputs_embeds are provided. Disabling aLoRA for this forward pass."
@@ -151,7 +151,7 @@ class Alora(Lora):
 
 def _shape(site: Site, x: Tensor) -> tuple[int, ...]:
     """The input's dimensions without that of the features."""
-    return tuple(x.shape if looks_up(site) else x.shape[:-1])
+    return tuple(x.shape if site.looks_up else x.shape[:-1])
 
 
 def _acts_everywhere(adapter: Adapter, x: Tensor) -> bool:

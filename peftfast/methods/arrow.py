@@ -26,7 +26,6 @@ from peftfast.ops.similarity import similarities
 from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site
 from peftfast.sites.bound import BoundLora
-from peftfast.sites.site import looks_up
 
 #: How adapters of general knowledge are called, with a number behind; all others are experts.
 GENERAL = "gks_"
@@ -58,7 +57,7 @@ class Arrow(Lora):
         return type(cfg) is LoraConfig and cfg.variant == "arrow_config"
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
-        if not getattr(site, "gates", False) or looks_up(site):
+        if not site.gates or site.looks_up:
             raise TypeError(
                 f"arrow_config: {key} is a {type(site.module).__name__}; Arrow compares the features of tokens, which "
                 "linear layers have. Leave it out of target_modules"
