@@ -70,6 +70,7 @@ MODULES: dict[str, dict[str, str]] = {
         "MultiheadAttention": "peftfast.layers.attention:AttentionLayer",
         "ParamWrapper": "peftfast.layers.parameter:ParameterLayer",
     },
+    "peft.tuners.lora.loraga": {},
     "peft.tuners.lora.model": {},
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},

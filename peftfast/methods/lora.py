@@ -84,7 +84,7 @@ class Lora:
 
     def changes_base(self, cfg: LoraConfig) -> bool:
         return isinstance(cfg.init_lora_weights, str) and cfg.init_lora_weights.startswith(
-            ("pissa", "olora", "corda", "loftq")
+            ("pissa", "olora", "corda", "loftq", "lora_ga")
         )
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:

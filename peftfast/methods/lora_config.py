@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
-from peftfast.methods.lora_settings import CordaConfig, EvaConfig, LoftQConfig, LoraRuntimeConfig
+from peftfast.methods.lora_settings import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 from peftfast.rules import (
     boolean,
     either,
@@ -27,7 +27,7 @@ _NAMES = optional(either(text(), sequence(text())))
 _UNSUPPORTED = "peftfast does not implement this variant; train or run such adapters with PEFT itself"
 
 #: fields that hold a sub-config, which files have as dicts
-_PARTS: Mapping[str, type] = {"eva_config": EvaConfig, "corda_config": CordaConfig}
+_PARTS: Mapping[str, type] = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
 
 #: Fields that make more of an adapter than a product of two factors that is added: each a method of its own, and at
 #: most one of them set.
@@ -64,7 +64,7 @@ class LoraConfig(PeftConfig):
         modules_to_save: names of modules trained in full and saved with the adapter.
         init_lora_weights: True (A Kaiming-uniform, B zero), False (both random), "gaussian", "orthogonal",
             "pissa" or "pissa_niter_[n]" (arXiv 2404.02948), "olora" (arXiv 2406.01775), "mica" (arXiv 2604.01694:
-            B is frozen), "eva", "corda", "loftq"; in any case of letters.
+            B is frozen), "eva", "corda", "loftq", "lora_ga" (arXiv 2407.05000); in any case of letters.
         layers_to_transform: indices of the layers to adapt. layers_pattern: name(s) of the list they are in.
         rank_pattern, alpha_pattern: module name or regex -> its own r or alpha; the first match wins.
         trainable_token_indices: rows of the input embedding to train, or {module: rows}.
@@ -87,7 +87,7 @@ class LoraConfig(PeftConfig):
     init_lora_weights: bool | str = setting(
         True,
         one_of(True, False, "gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "loftq",
-               patterns=[r"pissa_niter_\d+"]),
+               "lora_ga", patterns=[r"pissa_niter_\d+"]),
     )  # fmt: skip
     layers_to_transform: list[int] | int | None = setting(None, optional(either(integer(0), sequence(integer(0)))))
     layers_pattern: list[str] | str | None = setting(None, _NAMES)
@@ -101,7 +101,7 @@ class LoraConfig(PeftConfig):
     loftq_config: LoftQConfig | dict = setting({}, optional(either(instance(LoftQConfig), table())))
     eva_config: EvaConfig | None = setting(None, optional(instance(EvaConfig)))
     corda_config: CordaConfig | None = setting(None, optional(instance(CordaConfig)))
-    lora_ga_config: Any = setting(None, only(None, _UNSUPPORTED))
+    lora_ga_config: LoraGAConfig | None = setting(None, optional(instance(LoraGAConfig)))
     use_dora: bool = setting(False, boolean())
     velora_config: Any = setting(None, only(None, _UNSUPPORTED))
     alora_invocation_tokens: list[int] | None = setting(None, only(None, _UNSUPPORTED))
@@ -193,14 +193,15 @@ class LoraConfig(PeftConfig):
             self.eva_config = EvaConfig()
         if init == "corda" and self.corda_config is None:
             raise ValueError("`corda_config` must be specified when `init_lora_weights` is 'corda'.")
-        for name in ("loftq", "eva", "corda"):
+        for name in ("loftq", "eva", "corda", "lora_ga"):
             if getattr(self, f"{name}_config") and init != name:
                 warnings.warn(
                     f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.",
                     stacklevel=5,
                 )
         patterns = self.rank_pattern or self.alpha_pattern
-        if self.use_rslora and patterns and isinstance(init, str) and init.startswith(("pissa", "olora", "corda")):
+        changes = isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga"))
+        if self.use_rslora and patterns and changes:
             warnings.warn(
                 "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion to a plain "
                 "LoRA does not go together: save_pretrained(path_initial_model_for_weight_conversion=...) will refuse "

@@ -69,6 +69,27 @@ class CordaConfig(CheckedFields):
         super().__post_init__()
 
 
+@checked
+class LoraGAConfig(CheckedFields):
+    """Initialisation from the gradient of the weight (Wang et al., arXiv 2407.05000).
+
+    Args:
+        direction: which of the gradient's 2 r first singular directions A and B take: "ArBr" (A the second, fourth,
+            ..., B the others), "A2rBr" (A the second half), "ArB2r" (B the second half), or "random" (both the same).
+        scale: of B, which has the singular values in it: "stable" (times N^(1/4) / sqrt(stable_gamma), N being the
+            output features), "weight_svd" (its first singular value becomes the weight's), "unit" (as it is); or
+            "gd_scale": A and B divided by the adapter's scaling.
+    """
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = setting(
+        "ArB2r", one_of("ArBr", "A2rBr", "ArB2r", "random")
+    )
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = setting(
+        "stable", one_of("stable", "weight_svd", "gd_scale", "unit")
+    )
+    stable_gamma: int = setting(16, integer(1))
+
+
 @dataclass
 class LoraRuntimeConfig:
     """Settings of one process, never saved.
