@@ -47,19 +47,23 @@ def composes(x: Tensor) -> bool:
     return small or transformed()
 
 
+def frozen_product(rows: Tensor, part: Part) -> Tensor:
+    """x Wᵀ + bias of rows [M, K], a new tensor [M, N]."""
+    w, bias = part.w, part.bias
+    if w.format == "dense":
+        return F.linear(rows, w.tensors[0], bias)
+    if w.format == "dense_t":
+        return F.linear(rows, w.tensors[0].t(), bias)
+    y = apply(_FrozenProduct, rows.to(part.plan.dtype), part.plan, *w.tensors)
+    return y if bias is None else y.add_(bias)
+
+
 def composed_lora(x: Tensor, part: Part) -> Tensor:
     """x Wᵀ + bias + s drop(x) Aᵀ Bᵀ [..., N]: the update in the factors' precision, or in autocast's."""
-    w, bias, a, b, plan = part
+    _, _, a, b, plan = part
     n, k = plan.shape
     rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if w.format == "dense":
-        y = F.linear(rows, w.tensors[0], bias)
-    elif w.format == "dense_t":
-        y = F.linear(rows, w.tensors[0].t(), bias)
-    else:
-        y = apply(_FrozenProduct, rows.to(plan.dtype), plan, *w.tensors)
-        if bias is not None:
-            y.add_(bias)
+    y = frozen_product(rows, part)
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
     if composing():  # an update for many may not be written into an output that is one
         update, alpha = _update(dropped, a, b, plan)

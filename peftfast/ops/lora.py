@@ -231,10 +231,11 @@ def way_of(x: Tensor, part: Part) -> Way:
         return composed_lora
     if not torch.compiler.is_compiling() and is_host_bound(x, part.plan):
         return host_bound_lora
-    return _by_kernels
+    return by_kernels
 
 
-def _by_kernels(x: Tensor, part: Part) -> Tensor:
+def by_kernels(x: Tensor, part: Part) -> Tensor:
+    """The way of many tokens."""
     w, bias, a, b, plan = part
     seed = draw_seed(x, plan.dropout) if plan.dropout else None
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
