@@ -72,6 +72,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "peft.tuners.lora.loraga": {},
     "peft.tuners.lora.model": {},
+    "peft.tuners.lora.variants": {"BlockDiagonalLinear": "peftfast.methods.bdlora:BlockDiagonalLinear"},
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},
     "peft.tuners.prompt_tuning": {},

@@ -9,6 +9,7 @@ from peftfast.methods import trainable_tokens as trainable_tokens
 
 from peftfast.methods import dora as dora  # isort: skip
 from peftfast.methods import adalora as adalora
+from peftfast.methods import bdlora as bdlora
 from peftfast.methods import corda as corda
 from peftfast.methods import ia3 as ia3
 from peftfast.methods import lora_ga as lora_ga

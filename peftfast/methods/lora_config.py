@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
-from peftfast.methods.lora_settings import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from peftfast.methods.lora_settings import (
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+)
 from peftfast.rules import (
     boolean,
     either,
@@ -27,7 +34,12 @@ _NAMES = optional(either(text(), sequence(text())))
 _UNSUPPORTED = "peftfast does not implement this variant; train or run such adapters with PEFT itself"
 
 #: fields that hold a sub-config, which files have as dicts
-_PARTS: Mapping[str, type] = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
+_PARTS: Mapping[str, type] = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "use_bdlora": BdLoraConfig,
+}
 
 #: Fields that make more of an adapter than a product of two factors that is added: each a method of its own, and at
 #: most one of them set.
@@ -72,6 +84,7 @@ class LoraConfig(PeftConfig):
         lora_bias: a bias on the up factor.
         target_parameters: names of Parameters (suffixes) to adapt by themselves: matrices, and the stacks of matrices
             in which mixture-of-experts models keep their experts. Without dropout, DoRA and biases.
+        use_bdlora: block-diagonal A or B.
         ensure_weight_tying: share adapters between tied embeddings.
     """
 
@@ -112,7 +125,7 @@ class LoraConfig(PeftConfig):
     runtime_config: LoraRuntimeConfig = setting(None, optional(instance(LoraRuntimeConfig)))
     lora_bias: bool = setting(False, boolean())
     target_parameters: list[str] | None = setting(None, optional(sequence(text())))
-    use_bdlora: Any = setting(None, only(None, _UNSUPPORTED))
+    use_bdlora: BdLoraConfig | None = setting(None, optional(instance(BdLoraConfig)))
     arrow_config: Any = setting(None, only(None, _UNSUPPORTED))
     kasa_config: Any = setting(None, only(None, _UNSUPPORTED))
     ensure_weight_tying: bool = setting(False, boolean())

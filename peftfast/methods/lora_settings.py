@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftfast.config import CheckedFields, checked, setting
-from peftfast.rules import boolean, integer, number, one_of, optional, text
+from peftfast.rules import boolean, integer, number, one_of, optional, sequence, text
 
 
 @checked
@@ -88,6 +88,32 @@ class LoraGAConfig(CheckedFields):
         "stable", one_of("stable", "weight_svd", "gd_scale", "unit")
     )
     stable_gamma: int = setting(16, integer(1))
+
+
+@checked
+class BdLoraConfig(CheckedFields):
+    """Block-diagonal factors, so that layers which are sharded over devices need no communication for their adapters.
+
+    Args:
+        target_modules_bd_a, target_modules_bd_b: parts of the names of modules whose A, whose B is block-diagonal. For
+            tensor parallelism: B of what is sharded by its output (q, k, v, gate, up), A of what is sharded by its
+            input (o, down).
+        nblocks: how many blocks, the number of devices.
+        match_strict: refuse targets of which neither is block-diagonal; False makes them plain LoRAs.
+    """
+
+    target_modules_bd_a: list[str] | None = setting(None, optional(sequence(text())))
+    target_modules_bd_b: list[str] | None = setting(None, optional(sequence(text())))
+    nblocks: int = setting(1, integer(1))
+    match_strict: bool = setting(True, boolean())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
+        if both:
+            raise ValueError(
+                f"Found overlapping modules in target_modules_bd lists: {both} cannot have both A and B block-diagonal"
+            )
 
 
 @dataclass

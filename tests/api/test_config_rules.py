@@ -7,13 +7,20 @@ import pytest
 
 import peftfast
 from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, config_class
-from peftfast.methods.lora_settings import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from peftfast.methods.lora_settings import BdLoraConfig, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
 config_class("LORA")  # registers every method
 
 #: What each class needs besides the field under test.
 NEEDED = {"AdaLoraConfig": {"total_step": 100}}
-CLASSES = [*dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING.values()), LoftQConfig, EvaConfig, CordaConfig, LoraGAConfig]
+CLASSES = [
+    *dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING.values()),
+    LoftQConfig,
+    EvaConfig,
+    CordaConfig,
+    LoraGAConfig,
+    BdLoraConfig,
+]
 
 ANYTHING = [
     None, True, False, -1, 0, 1, 3, -0.5, 0.5, 1.5, float("nan"), float("inf"), "", "text", "lora_onyl", b"bytes",
@@ -117,7 +124,15 @@ def test_the_same_config_as_peft():
     """Fields, order-free, defaults and the written file."""
     import peft
 
-    for name in ("LoraConfig", "LoftQConfig", "EvaConfig", "CordaConfig", "LoraGAConfig", "TrainableTokensConfig"):
+    for name in (
+        "LoraConfig",
+        "LoftQConfig",
+        "EvaConfig",
+        "CordaConfig",
+        "LoraGAConfig",
+        "BdLoraConfig",
+        "TrainableTokensConfig",
+    ):
         ours, theirs = getattr(peftfast, name), getattr(peft, name, None) or peft.tuners.lora.config.CordaConfig
         mine, other = ({f.name for f in dataclasses.fields(cls)} for cls in (ours, theirs))
         assert other <= mine, name
