@@ -5,29 +5,23 @@ by them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig
 from peftfast.method import Adapter, register_method
-from peftfast.methods.combination import Combination
-from peftfast.methods.lora import Lora, describe_change, pair_of, scaling_of
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise
 from peftfast.methods.lora_stack import factors
+from peftfast.methods.packed import PackedLora
 from peftfast.ops.block_diagonal import by_blocks, grouped_lora, spread
+from peftfast.ops.plan import Way
 from peftfast.sites import Site, Slot
-from peftfast.sites.bound import BoundLora
 from peftfast.sites.called import register_plain
 from peftfast.sites.holders import empty_module
-
-#: What a layer keeps: of how many blocks A and B are, None for a whole factor.
-BLOCKS = "bdlora_blocks"
-_STARTS = (True, False, "gaussian")
 
 
 @register_plain
@@ -100,53 +94,50 @@ def blocks_of(cfg: LoraConfig, key: str) -> tuple[int | None, int | None]:
     return bd.nblocks if down else None, bd.nblocks if up else None
 
 
-def _whole(blocks: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    down, up = blocks
-    return a if down is None else spread(a, down), b if up is None else spread(b, up)
-
-
 @register_method
-class BdLora(Lora):
+class BdLora(PackedLora):
+    variant: ClassVar[str] = "use_bdlora"
+    by: ClassVar[str] = "bdlora_blocks"  # of how many blocks A and B are, None for a whole factor
     pads: ClassVar[bool] = False  # ranks lie in one run for each block, none at a factor's end
 
-    def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and cfg.variant == "use_bdlora"
-
     @staticmethod
-    def pair(adapter: Adapter) -> tuple[Tensor, Tensor]:
-        return _whole(adapter.setting(BLOCKS), *factors(adapter))
+    def whole(how: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        down, up = how
+        return a if down is None else spread(a, down), b if up is None else spread(b, up)
 
-    def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
-        return {**super().settings(site, cfg, key), BLOCKS: blocks_of(cfg, key)}
+    def few(self, how: tuple[int | None, int | None]) -> Way:
+        return grouped_lora
 
-    def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
-        if cfg.init_lora_weights not in _STARTS:
-            raise ValueError(
-                f"use_bdlora does not go with init_lora_weights={cfg.init_lora_weights!r}, which makes whole factors; "
-                f"use one of {', '.join(map(repr, _STARTS))}"
-            )
-        slots = dict(super().slots(site, cfg, settings))
-        n, k = site.weight.shape
-        r, (down, up) = settings["r"], settings[BLOCKS]
-        if [(name, slot.shape) for name, slot in slots.items()] != [("lora_A", (r, k)), ("lora_B", (n, r))]:
-            raise ValueError(f"use_bdlora is for linear layers, not for a {type(site.module).__name__}")
+    def how(self, cfg: LoraConfig, key: str) -> tuple[int | None, int | None]:
+        return blocks_of(cfg, key)
+
+    def said(self, how: tuple[int | None, int | None]) -> str:
+        return "".join(
+            f", {name} in {count} blocks" for name, count in zip("AB", how, strict=True) if count is not None
+        )
+
+    def small_slots(
+        self, cfg: LoraConfig, settings: Mapping[str, Any], shape: tuple[int, int], slots: Mapping[str, Slot]
+    ) -> Mapping[str, Slot]:
+        (n, k), r, (down, up) = shape, settings["r"], settings[self.by]
+        small = {}
         if down is not None:
             _check_sizes(k, r, down)
-            slots["lora_A"] = Slot((r, k // down), holder=partial(_holder, k, r, down))
+            small["lora_A"] = Slot((r, k // down), holder=partial(_holder, k, r, down))
         if up is not None:
             if cfg.lora_bias:
                 raise ValueError("lora_bias=True: a block-diagonal B has no bias")
             _check_sizes(r, n, up)
-            slots["lora_B"] = Slot((n, r // up), holder=partial(_holder, r, n, up))
-        return slots
+            small["lora_B"] = Slot((n, r // up), holder=partial(_holder, r, n, up))
+        return small
 
     def init(self, site: Site, adapter: Adapter) -> None:
         """As a plain LoRA begins, but for a block-diagonal A, which is uniform over what a block reads, as in PEFT."""
         whole = [torch.empty_like(factor) for factor in self.pair(adapter)]
-        initialise(site, *whole, adapter)
+        initialise(site, *whole, adapter)  # which draws as PEFT does, also what is not used
         if adapter.cfg.lora_bias:
             adapter["lora_B.bias"].zero_()
-        (a, b), (down, up), start = factors(adapter), adapter.setting(BLOCKS), adapter.cfg.init_lora_weights
+        (a, b), (down, up), start = factors(adapter), adapter.setting(self.by), adapter.cfg.init_lora_weights
         if down is None:
             a.copy_(whole[0])
         elif start == "gaussian":
@@ -159,34 +150,3 @@ class BdLora(Lora):
             nn.init.kaiming_uniform_(b)
         else:
             b.zero_()
-
-    def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
-        bind = getattr(site, "bind", None)
-        if bind is None or len(active) != 1 or active[0].cfg.lora_bias:
-            return None
-        blocks = active[0].setting(BLOCKS)
-        return bind(active[0], partial(_whole, blocks), grouped_lora)
-
-    def describe(self, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
-        down, up = blocks_of(cfg, key)
-        said = describe_change(*_whole((down, up), *pair_of(tensors)), scaling_of(cfg, key))
-        return said + f", A in {down} blocks" * (down is not None) + f", B in {up} blocks" * (up is not None)
-
-    def for_slot(
-        self, site: Site, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, float]:
-        """Slots hold whole factors."""
-        settings = self.settings(site, cfg, key)
-        for name, slot in self.slots(site, cfg, settings).items():
-            if name in tensors and tensors[name].shape != slot.shape:
-                raise ValueError(f"{name} of {key} is {list(tensors[name].shape)}, its config means {list(slot.shape)}")
-        blocks = dict(zip(("lora_A", "lora_B"), settings[BLOCKS], strict=True))
-        whole = {n: t if blocks.get(n) is None else spread(t, blocks[n]) for n, t in tensors.items()}
-        return _PLAIN.for_slot(site, cfg, key, whole)
-
-    def combined_fields(self, adapters: Sequence[Sequence[Adapter]], how: Combination) -> Mapping[str, Any]:
-        """The result is a plain LoRA: most combinations of block-diagonal factors are not block-diagonal."""
-        return {**super().combined_fields(adapters, how), "use_bdlora": None}
-
-
-_PLAIN = Lora()
