@@ -13,3 +13,4 @@ from peftfast.methods import bdlora as bdlora
 from peftfast.methods import corda as corda
 from peftfast.methods import ia3 as ia3
 from peftfast.methods import lora_ga as lora_ga
+from peftfast.methods import qalora as qalora

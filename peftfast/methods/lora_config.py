@@ -84,6 +84,7 @@ class LoraConfig(PeftConfig):
         lora_bias: a bias on the up factor.
         target_parameters: names of Parameters (suffixes) to adapt by themselves: matrices, and the stacks of matrices
             in which mixture-of-experts models keep their experts. Without dropout, DoRA and biases.
+        use_qalora, qalora_group_size: A reads groups of input features pooled (arXiv 2309.14717).
         use_bdlora: block-diagonal A or B.
         ensure_weight_tying: share adapters between tied embeddings.
     """
@@ -118,7 +119,7 @@ class LoraConfig(PeftConfig):
     use_dora: bool = setting(False, boolean())
     velora_config: Any = setting(None, only(None, _UNSUPPORTED))
     alora_invocation_tokens: list[int] | None = setting(None, only(None, _UNSUPPORTED))
-    use_qalora: bool = setting(False, only(False, _UNSUPPORTED))
+    use_qalora: bool = setting(False, boolean())
     qalora_group_size: int = setting(16, integer(1))
     monteclora_config: Any = setting(None, only(None, _UNSUPPORTED))
     layer_replication: list[tuple[int, int]] | None = setting(None, optional(sequence(pair(integer(0)))))

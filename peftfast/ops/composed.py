@@ -7,6 +7,7 @@ Function, which has no forward mode and no rule for vmap.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,13 +59,19 @@ def frozen_product(rows: Tensor, part: Part) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def composed_lora(x: Tensor, part: Part) -> Tensor:
-    """x Wᵀ + bias + s drop(x) Aᵀ Bᵀ [..., N]: the update in the factors' precision, or in autocast's."""
+def composed_lora(x: Tensor, part: Part, read: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """x Wᵀ + bias + s drop(x) Aᵀ Bᵀ [..., N]: the update in the factors' precision, or in autocast's.
+
+    Args:
+        read: what A reads in place of drop(x), made of that.
+    """
     _, _, a, b, plan = part
     n, k = plan.shape
     rows = x if x.dim() == 2 else x.reshape(-1, k)
     y = frozen_product(rows, part)
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
+    if read is not None:
+        dropped = read(dropped if torch.is_autocast_enabled(x.device.type) else dropped.to(plan.branch))
     if composing():  # an update for many may not be written into an output that is one
         update, alpha = _update(dropped, a, b, plan)
         y = torch.add(y, update, alpha=alpha).to(y.dtype)
