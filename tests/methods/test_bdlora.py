@@ -131,7 +131,7 @@ def test_a_seed_gives_pefts_names_factors_and_logits(side, tmp_path):
     oracle.same_files(tmp_path / "ours", tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("tokens", [3, 40, 2000])  # by blocks, and with the factors whole
+@pytest.mark.parametrize("tokens", [3, 40, 5000])  # by blocks, and with the factors whole
 @pytest.mark.parametrize("storage", FORMATS)
 @pytest.mark.parametrize("side", SIDES)
 def test_outputs_and_gradients_are_those_of_the_whole_factors(side, storage, tokens):
@@ -150,7 +150,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_factors(side, storage, tok
         torch.testing.assert_close(grad, whole, rtol=1e-3, atol=2e-2 if storage == "bf16" else 1e-3)
 
 
-@pytest.mark.parametrize("tokens", [3, 2000])
+@pytest.mark.parametrize("tokens", [3, 5000])
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 @pytest.mark.parametrize("side", SIDES)
 def test_no_further_from_fp64_than_peft(side, storage, tokens):
