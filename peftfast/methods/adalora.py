@@ -78,6 +78,8 @@ class AdaLoraConfig(LoraConfig):
         super().validate()
         if self.use_dora:
             raise ValueError(f"{self.peft_type} does not support DoRA.")
+        if self.variant is not None:
+            raise ValueError(f"{self.peft_type} does not support {self.variant}.")
         if self.loftq_config:
             raise ValueError(f"{self.peft_type} does not support LOFTQ.")
         if self.total_step is None or self.total_step <= 0:

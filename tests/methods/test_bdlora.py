@@ -400,3 +400,8 @@ def test_not_strict_makes_plain_loras():
     kinds = {n.split(".")[-3]: type(m) for n, m in model.named_modules() if n.endswith("lora_A.default")}
     assert kinds == {"q_proj": nn.Linear, "down_proj": BlockDiagonalLinear}
     assert all(type(m) is nn.Linear for n, m in model.named_modules() if n.endswith("lora_B.default"))
+
+
+def test_adalora_has_none():
+    with pytest.raises(ValueError, match="ADALORA does not support use_bdlora"):
+        peftfast.AdaLoraConfig(total_step=10, use_bdlora=peftfast.BdLoraConfig())
