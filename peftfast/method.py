@@ -333,6 +333,13 @@ class Noting(Protocol):
         ...
 
 
+class Unpadded(Protocol):
+    """Optional, known by its attribute: adapters whose factors mean something else with zeros at their ends, so that
+    one of another rank cannot take their place."""
+
+    pads: ClassVar[bool]  # False; methods without it can be padded
+
+
 class TrainingHooks(Protocol):
     """Optional, known by its one function: a term of the loss (AdaLoRA's regulariser)."""
 

@@ -311,7 +311,8 @@ class PeftModel(HasCounterpart, nn.Module):
         if not is_main_process:
             return
         os.makedirs(save_directory, exist_ok=True)
-        base_record = fingerprint(self.get_base_model())
+        # what was rewritten is for the weights before the initialisation, which are not here
+        base_record = "" if path_initial_model_for_weight_conversion else fingerprint(self.get_base_model())
         for name, cfg, tensors in prepared:
             base = cfg.base_model_name_or_path or getattr(self.get_base_model(), "name_or_path", None) or None
             cfg.base_model_name_or_path = base

@@ -3,15 +3,14 @@ et al., arXiv 2406.05223)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
+from peftfast.calibration.cache import cache, cached
 from peftfast.methods.corda import CordaEigens, oriented_eigens
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_value
@@ -46,9 +45,8 @@ def preprocess_corda(
     if settings is None:
         raise ValueError("preprocess_corda needs a config with `corda_config`")
     modules = _targets(model, lora_config)
-    cache = settings.cache_file
-    if cache is not None and os.path.isfile(cache) and os.path.getsize(cache) > 0:
-        stored = torch.load(cache, map_location="cpu", weights_only=True)
+    stored = cached(settings.cache_file)
+    if stored is not None:
         for name, module in modules.items():
             parts = [stored[f"{name}.eigens.{part}"] for part in ("S_WC", "U_WC", "V_WC")]
             module.eigens = CordaEigens(*(part.to(module.weight.device) for part in parts))
@@ -75,7 +73,7 @@ def preprocess_corda(
             module.covariance_matrix = covariances[name]
             if name in samples:
                 module.sample_count = samples[name]
-    _save(result, cache)
+    cache(result, settings.cache_file)
 
 
 def _covariances(
@@ -84,8 +82,9 @@ def _covariances(
     """The mean over samples of XᵀX of every target's input, each X scaled by its largest entry; and how many samples
     that were, which a file does not know."""
     settings, path = cfg.corda_config, cfg.corda_config.covariance_file
-    if path is not None and os.path.isfile(path) and os.path.getsize(path) > 0:
-        return torch.load(path, map_location="cpu", weights_only=True), {}
+    stored = cached(path)
+    if stored is not None:
+        return stored, {}
     if run_model is None:
         raise ValueError("run_model must be specified when covariance file and cache file aren't built.")
     hooked = model if hooked_model is None else hooked_model
@@ -119,11 +118,5 @@ def _covariances(
     if unseen:
         raise ValueError(f"run_model gave these targets no input: {unseen[:5]}")
     result = {name: total / counts[name] for name, total in sums.items()}
-    _save(result, path)
+    cache(result, path)
     return result, counts
-
-
-def _save(tensors: dict[str, Tensor], path: str | None) -> None:
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(tensors, path)

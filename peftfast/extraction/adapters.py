@@ -49,7 +49,8 @@ def convert_to_lora(
     Raises:
         TypeError: there are no adapters here, or some that add no matrix to a weight (IA3, prompts).
         ValueError: a rank that is none, or larger than a weight; an adapter that trains biases of the base, or whose
-            initialisation changed the base (PiSSA, OLoRA, CorDA, LoftQ). RuntimeError: DoRA beside merged adapters.
+            initialisation changed the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA). RuntimeError: DoRA beside merged
+            adapters.
     """
     check_rank(rank)
     layers = _convertible(model, adapter_name)

@@ -1,4 +1,5 @@
-"""Adapters whose initialisation changed the base (PiSSA, OLoRA) rewritten as plain LoRA for the unchanged base.
+"""Adapters whose initialisation changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) rewritten as plain LoRA for the
+unchanged base.
 
 With the initial factors A0, B0 taken out of the base and A, B trained, the change of the original weight is
 s (B A - B0 A0) = s [B, -B0] [A; A0]: a LoRA of twice the rank.
@@ -61,10 +62,11 @@ def as_plain_lora(
         ValueError: rsLoRA together with rank or alpha patterns, whose scaling cannot be doubled consistently, or an
             initialisation that did not change the base.
     """
-    if changes_base(cfg) is None:
+    # True is what saving the initial adapter needs, and what loading the result does; some leave it so in between
+    if changes_base(cfg) is None and cfg.init_lora_weights is not True:
         raise ValueError(
             "`path_initial_model_for_weight_conversion` only works for `init_lora_weights` that change the base "
-            f"('pissa', 'olora', 'corda'), got {getattr(cfg, 'init_lora_weights', None)!r}"
+            f"('pissa', 'olora', 'corda', 'lora_ga'), got {getattr(cfg, 'init_lora_weights', None)!r}"
         )
     if cfg.use_rslora and (cfg.rank_pattern or cfg.alpha_pattern):
         raise ValueError(
@@ -89,6 +91,7 @@ def as_plain_lora(
         result[key] = torch.cat(parts, dim=ranks)
     plain: Any = copy.deepcopy(cfg)
     plain.init_lora_weights = True
+    plain.corda_config = plain.lora_ga_config = None  # how it began means nothing any more
     plain.r = cfg.r * 2
     plain.rank_pattern = {k: v * 2 for k, v in cfg.rank_pattern.items()}
     if cfg.use_rslora:

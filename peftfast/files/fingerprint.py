@@ -2,8 +2,8 @@
 the metadata of the adapter's file.
 
 The sample is the same whether adapters are attached, switched or merged, and it leaves out weights that an
-initialisation (PiSSA, OLoRA, CorDA, LoftQ) has changed. Numbers are compared, not hashes, so a base stored in bf16,
-int8 or 4 bits still counts as the one in fp32; what that storage cannot tell apart, the comparison cannot either.
+initialisation (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) has changed. Numbers are compared, not hashes, so a base stored in
+bf16, int8 or 4 bits still counts as the one in fp32; what that storage cannot tell apart, the comparison cannot either.
 """
 
 from __future__ import annotations

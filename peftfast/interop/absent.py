@@ -10,17 +10,17 @@ from typing import Any
 NAMES = frozenset(
     """
     AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel BOFTConfig BOFTModel
-    BdLoraConfig BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder
+    BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder
     DeftConfig DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig
     GloraModel GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel KasaConfig LNTuningConfig
-    LNTuningModel LilyConfig LilyModel LoHaConfig LoHaLayer LoHaModel LoKrConfig LoKrLayer LoKrModel LoraGAConfig
+    LNTuningModel LilyConfig LilyModel LoHaConfig LoHaLayer LoHaModel LoKrConfig LoKrLayer LoKrModel
     MissConfig MissModel MontecloraConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel
     OSFConfig OSFModel PeanutConfig PeanutModel PolyConfig PolyModel PsoftConfig PsoftModel PveraConfig PveraModel
     RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig
     SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel VeloraConfig
     VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel bloom_model_postprocess_past_key_value
     compose_cartridge_adapters create_riemannian_optimizer factorization
-    initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text preprocess_loraga
+    initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
     prompt_embeddings_from_past_key_values shift_tokens_right
     """.split()
 )

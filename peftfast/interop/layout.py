@@ -74,15 +74,19 @@ MODULES: dict[str, dict[str, str]] = {
         "MultiheadAttention": "peftfast.layers.attention:AttentionLayer",
         "ParamWrapper": "peftfast.layers.parameter:ParameterLayer",
     },
+    "peft.tuners.lora.loraga": {},
     "peft.tuners.lora.model": {},
     "peft.tuners.lora.variants": {
-        name: f"peftfast.methods.alora:{name}"
-        for name in (
-            "calculate_alora_offsets",
-            "get_alora_offsets_for_forward",
-            "get_alora_offsets_for_generate",
-            "is_alora_relevant_in_batch",
-        )
+        "BlockDiagonalLinear": "peftfast.methods.bdlora:BlockDiagonalLinear",
+        **{
+            name: f"peftfast.methods.alora:{name}"
+            for name in (
+                "calculate_alora_offsets",
+                "get_alora_offsets_for_forward",
+                "get_alora_offsets_for_generate",
+                "is_alora_relevant_in_batch",
+            )
+        },
     },
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},

@@ -83,6 +83,13 @@ _ROUTER = Rule(
     "routes among other adapters, which are not in the file: it would do nothing",
 )
 
+# of these the files named below say something about DoRA only
+_VARIANT = Rule(
+    UNKNOWN,
+    lambda f: f.field("variant") not in (None, "use_dora", "alora_invocation_tokens", "arrow_config"),
+    "{f.cfg.variant}: not known from that file",
+)
+
 SERVERS: dict[str, tuple[Rule, ...]] = {
     # vllm-project/vllm, vllm/lora/peft_helper.py, e745bafffc44744aa601169f8c6f325e47ca7cd5: validate_legal and
     # __post_init__; fields that the class does not declare (the patterns) are dropped in from_dict
@@ -92,6 +99,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _STACKED,
         _ROUTER,
         _INVOKED,
+        _VARIANT,
         Rule(REFUSES, lambda f: f.saved, "supports no modules_to_save, this has {f.saved}"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
         Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "supports no bias={f.cfg.bias!r} by default"),
@@ -110,6 +118,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _STACKED,
         _ROUTER,
         _INVOKED,
+        _VARIANT,
         Rule(REFUSES, lambda f: f.uneven_scale, "takes no rank_pattern or alpha_pattern that changes a value"),
         Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / r, rsLoRA by its root"),
         Rule(
@@ -126,6 +135,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _FUSED,
         _STACKED,
         _ROUTER,
+        _VARIANT,
         Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved}"),
         Rule(REFUSES, lambda f: f.tokens, "its converter takes factors only, this trains single tokens"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "its converter takes factors only, DoRA has magnitudes"),
@@ -147,6 +157,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _STACKED,
         _ROUTER,
         _INVOKED,
+        _VARIANT,
         Rule(REFUSES, lambda f: f.uneven_scale, "knows one rank and one scale, whatever the file is converted to"),
         Rule(CONVERT, lambda f: True, "reads its own adapters.safetensors and config, not a PEFT folder"),
     ),

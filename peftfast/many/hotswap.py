@@ -145,6 +145,11 @@ def _swap(
             raise ValueError(
                 f"Incompatible shapes found for LoRA weights {key}: {tuple(old.shape)} vs {tuple(new.shape)}."
             )
+        if new.shape != old.shape and not _pads(entries[key].layer.adapters[adapter_name]):
+            raise ValueError(
+                f"Incompatible shapes found for LoRA weights {key}: {tuple(old.shape)} vs {tuple(new.shape)}; factors "
+                "of this kind cannot be padded to another rank."
+            )
         experts = entries[key].layer.site.experts
         if axis >= 0 and new.shape[axis] % experts:
             raise ValueError(
@@ -163,6 +168,11 @@ def _swap(
             _rescale(layer, layer.adapters[adapter_name], config)
             layer.changed(adapter_name)
     _record(_configs(inner).get(adapter_name), [e.layer.adapters[adapter_name] for e in entries.values()])
+
+
+def _pads(adapter: Adapter) -> bool:
+    """See `method.Unpadded`."""
+    return getattr(adapter.method, "pads", True)
 
 
 def _rank_axis(entry: Entry, adapter_name: str) -> int:
@@ -264,6 +274,11 @@ def prepare_model_for_compiled_hotswap(
                 raise ValueError(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
                     f"({rank}). This is not possible."
+                )
+            if not _pads(adapter):
+                raise ValueError(
+                    f"{adapter.key}: Trying to pad the adapter to the target rank {target_rank}, but factors of this "
+                    "kind cannot be padded. Leave target_rank out."
                 )
             if target_rank % layer.site.groups:
                 raise ValueError(

@@ -11,5 +11,8 @@ from peftfast.methods import dora as dora  # isort: skip
 from peftfast.methods import adalora as adalora
 from peftfast.methods import alora as alora
 from peftfast.methods import arrow as arrow
+from peftfast.methods import bdlora as bdlora
 from peftfast.methods import corda as corda
 from peftfast.methods import ia3 as ia3
+from peftfast.methods import lora_ga as lora_ga
+from peftfast.methods import qalora as qalora

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -80,7 +79,7 @@ class AdaLoraConfig(LoraConfig):
         if self.use_dora:
             raise ValueError(f"{self.peft_type} does not support DoRA.")
         if self.variant is not None:
-            raise ValueError(f"{self.peft_type} does not support {self.variant}")
+            raise ValueError(f"{self.peft_type} does not support {self.variant}.")
         if self.loftq_config:
             raise ValueError(f"{self.peft_type} does not support LOFTQ.")
         if self.total_step is None or self.total_step <= 0:
@@ -166,7 +165,8 @@ class AdaLora:
         bind = getattr(site, "bind", None)
         if bind is None or len(active) != 1 or not len(factors(active[0])[0]):
             return None
-        return bind(active[0], partial(_weighted, active[0]))
+        (adapter,) = active
+        return bind(adapter, lambda a, b: (_weighted(adapter, a), b))
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
         return sample_by_sample(self, site, x, y, adapters, rows)

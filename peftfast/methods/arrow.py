@@ -179,7 +179,8 @@ def _listed(router: Adapter, cfg: ArrowConfig) -> tuple[list[Adapter], list[Adap
 
 def _made(known: Remembered, experts: Sequence[Adapter], present: tuple[str, ...], how: tuple[Any, ...]) -> _Experts:
     count = len(experts)
-    pairs, general = known.pairs[:count], known.pairs[count:]
+    every = list(zip(known.kept[::2], known.kept[1::2], strict=True))
+    pairs, general = every[:count], every[count:]
     if general:
         a0, b0 = (torch.stack(factors).mean(0) for factors in zip(*general, strict=True))
         pairs = [(a - a0, b - b0) for a, b in pairs]

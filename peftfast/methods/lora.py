@@ -39,6 +39,9 @@ class Lora:
     peft_layer: ClassVar[str] = "tuners.lora.layer.LoraLayer"  # what isinstance checks of other libraries look for
     default_targets: ClassVar[Mapping[str, Any]] = default_targets.LORA
 
+    #: adapter -> A [r, ...] and B [N, r, ...] that its module is adapted by: as they are kept, or made of that
+    pair = staticmethod(factors)
+
     def claims(self, cfg: PeftConfig) -> bool:
         return type(cfg) is LoraConfig and cfg.variant is None
 
@@ -84,16 +87,16 @@ class Lora:
 
     def changes_base(self, cfg: LoraConfig) -> bool:
         return isinstance(cfg.init_lora_weights, str) and cfg.init_lora_weights.startswith(
-            ("pissa", "olora", "corda", "loftq")
+            ("pissa", "olora", "corda", "loftq", "lora_ga")
         )
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         sites = [adapter.through(site) for adapter in active]
         if len(active) == 1:
             (adapter,) = active
-            y = sites[0].adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout)
+            y = sites[0].adapt(x, y, *self.pair(adapter), adapter.scale, adapter.dropout)
         elif site.groups == 1 and _stackable(active) and all(own is site for own in sites):
-            y = site.adapt(x, y, *stacked(active))
+            y = site.adapt(x, y, *_stacked([self.pair(adapter) for adapter in active], active))
         else:
             y = self.one_by_one(site, sites, x, y, active)
         for adapter, own in zip(active, sites, strict=True):
@@ -110,7 +113,7 @@ class Lora:
 
     def changes(self, site: ParameterSite, active: Sequence[Adapter]) -> list[LowRank]:
         """See `Parametric`."""
-        return [LowRank(*factors(adapter), adapter.scale) for adapter in active]
+        return [LowRank(*self.pair(adapter), adapter.scale) for adapter in active]
 
     def describe(self, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
         a, b = pair_of(tensors)
@@ -121,7 +124,7 @@ class Lora:
 
     def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
         """See `Additive`."""
-        a, b = factors(adapter)
+        a, b = self.pair(adapter)
         return a, b * adapter.scale
 
     def one_by_one(
@@ -145,7 +148,7 @@ class Lora:
             y, x = y.to(wide), x.to(wide) if x.is_floating_point() else x
         for place, (adapter, own) in enumerate(zip(active, sites, strict=True)):
             gate = () if gates is None else (gates[place],)
-            y = own.adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout, *gate)
+            y = own.adapt(x, y, *self.pair(adapter), adapter.scale, adapter.dropout, *gate)
         return y.to(dtype)
 
     def routed(
@@ -157,7 +160,7 @@ class Lora:
         rows: Rows,
         gate: Tensor | None = None,
     ) -> Tensor:
-        known = remembered(adapters, rows.verdicts)
+        known = remembered(adapters, rows.verdicts, self.pair)
         dropout = {adapter.dropout for adapter in adapters} if known.dropping else {0.0}
         host = rows.host if gate is None else None
         many_each = host is not None and len(host) > 4 * len(adapters) and not rows.run and not is_segmented(site, x)
@@ -194,10 +197,11 @@ class Lora:
     def combine(
         self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination, into: Adapter
     ) -> Mapping[str, Tensor]:
-        return combined(site, adapters, weights, how, into.setting("r"))
+        pairs = [self.pair(adapter) for adapter in adapters]
+        return combined(site, adapters, pairs, weights, how, into.setting("r"))
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
-        a, b = (f.to(dense.weight.dtype) for f in factors(adapter))
+        a, b = (f.to(dense.weight.dtype) for f in self.pair(adapter))
         weight = torch.add(dense.weight, site.delta(a, b), alpha=float(adapter.scale))
         if not adapter.cfg.lora_bias:
             return dense._replace(weight=weight)
@@ -241,9 +245,10 @@ def _stackable(adapters: Sequence[Adapter]) -> bool:
     return factors(adapters[0])[1].dtype.itemsize >= 4 or _same_scale(adapters)
 
 
-def stacked(adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor, float, float]:
+def _stacked(
+    pairs: Sequence[tuple[Tensor, Tensor]], adapters: Sequence[Adapter]
+) -> tuple[Tensor, Tensor, float, float]:
     """Arguments of `site.adapt` for the sum of several: A stacked on the rank; scales that differ go into B."""
-    pairs = [factors(adapter) for adapter in adapters]
     scales = [adapter.scale for adapter in adapters]
     a = torch.cat([a for a, _ in pairs], dim=0)
     if _same_scale(adapters):

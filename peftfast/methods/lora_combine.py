@@ -10,7 +10,6 @@ from torch import Tensor
 
 from peftfast.method import Adapter
 from peftfast.methods.combination import Combination, split_weight
-from peftfast.methods.lora_stack import factors
 from peftfast.sites import Site
 
 
@@ -34,14 +33,24 @@ def combined_fields(adapters: Sequence[Sequence[Adapter]], how: Combination) -> 
 
 
 def combined(
-    site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination, rank: int
+    site: Site,
+    adapters: Sequence[Adapter],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence[float],
+    how: Combination,
+    rank: int,
 ) -> dict[str, Tensor]:
     """The result's factors at one site, of `rank`; what they have less is zero. Each matrix of a stack (`Site.split`)
-    is combined by itself."""
+    is combined by itself.
+
+    Args:
+        pairs: down and up factor of every adapter.
+    """
     down, up = adapters[0].pair
-    pairs = [tuple(f.detach() for f in factors(a)) for a in adapters]
+    pairs = [tuple(f.detach() for f in pair) for pair in pairs]
     # in the factors' own precision, or fp32 where that is less
     wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
+    first = pairs[0]
     pairs = [site.split(a.to(wide), b.to(wide)) for a, b in pairs]
     strengths = [w * float(a.scale) for a, w in zip(adapters, weights, strict=True)]
     result = {}
@@ -52,7 +61,7 @@ def combined(
         a = torch.cat(parts, dim=2).flatten(1, 2)
         b = torch.cat([b for _, b in pairs], dim=2)
     elif how.on_products:
-        site.delta(*(f.to("meta") for f in factors(adapters[0])))  # raises where the product is no weight
+        site.delta(*(f.to("meta") for f in first))  # raises where the product is no weight
         a, b = _decomposed(adapters, weights, pairs, strengths, how)
     else:
         most = max(a.shape[1] for a, _ in pairs)

@@ -8,7 +8,15 @@ from typing import Any, Literal
 
 from peftfast.config import PeftConfig, PeftType, TaskType, checked, register_config, setting
 from peftfast.errors import PeftWarning
-from peftfast.methods.lora_settings import ArrowConfig, CordaConfig, EvaConfig, LoftQConfig, LoraRuntimeConfig
+from peftfast.methods.lora_settings import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+)
 from peftfast.rules import (
     boolean,
     either,
@@ -28,7 +36,13 @@ _NAMES = optional(either(text(), sequence(text())))
 _UNSUPPORTED = "peftfast does not implement this variant; train or run such adapters with PEFT itself"
 
 #: fields that hold a sub-config, which files have as dicts
-_PARTS: Mapping[str, type] = {"eva_config": EvaConfig, "corda_config": CordaConfig, "arrow_config": ArrowConfig}
+_PARTS: Mapping[str, type] = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "use_bdlora": BdLoraConfig,
+    "arrow_config": ArrowConfig,
+}
 
 #: Fields that make more of an adapter than a product of two factors that is added: each a method of its own, and at
 #: most one of them set.
@@ -65,7 +79,7 @@ class LoraConfig(PeftConfig):
         modules_to_save: names of modules trained in full and saved with the adapter.
         init_lora_weights: True (A Kaiming-uniform, B zero), False (both random), "gaussian", "orthogonal",
             "pissa" or "pissa_niter_[n]" (arXiv 2404.02948), "olora" (arXiv 2406.01775), "mica" (arXiv 2604.01694:
-            B is frozen), "eva", "corda", "loftq"; in any case of letters.
+            B is frozen), "eva", "corda", "loftq", "lora_ga" (arXiv 2407.05000); in any case of letters.
         layers_to_transform: indices of the layers to adapt. layers_pattern: name(s) of the list they are in.
         rank_pattern, alpha_pattern: module name or regex -> its own r or alpha; the first match wins.
         trainable_token_indices: rows of the input embedding to train, or {module: rows}.
@@ -76,6 +90,8 @@ class LoraConfig(PeftConfig):
         arrow_config: the adapter is a router among the model's others; see `create_arrow_model`.
         target_parameters: names of Parameters (suffixes) to adapt by themselves: matrices, and the stacks of matrices
             in which mixture-of-experts models keep their experts. Without dropout, DoRA and biases.
+        use_qalora, qalora_group_size: A reads groups of input features pooled (arXiv 2309.14717).
+        use_bdlora: block-diagonal A or B.
         ensure_weight_tying: share adapters between tied embeddings.
     """
 
@@ -91,7 +107,7 @@ class LoraConfig(PeftConfig):
     init_lora_weights: bool | str = setting(
         True,
         one_of(True, False, "gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "loftq",
-               patterns=[r"pissa_niter_\d+"]),
+               "lora_ga", patterns=[r"pissa_niter_\d+"]),
     )  # fmt: skip
     layers_to_transform: list[int] | int | None = setting(None, optional(either(integer(0), sequence(integer(0)))))
     layers_pattern: list[str] | str | None = setting(None, _NAMES)
@@ -105,18 +121,18 @@ class LoraConfig(PeftConfig):
     loftq_config: LoftQConfig | dict = setting({}, optional(either(instance(LoftQConfig), table())))
     eva_config: EvaConfig | None = setting(None, optional(instance(EvaConfig)))
     corda_config: CordaConfig | None = setting(None, optional(instance(CordaConfig)))
-    lora_ga_config: Any = setting(None, only(None, _UNSUPPORTED))
+    lora_ga_config: LoraGAConfig | None = setting(None, optional(instance(LoraGAConfig)))
     use_dora: bool = setting(False, boolean())
     velora_config: Any = setting(None, only(None, _UNSUPPORTED))
     alora_invocation_tokens: list[int] | None = setting(None, optional(sequence(integer(0))))
-    use_qalora: bool = setting(False, only(False, _UNSUPPORTED))
+    use_qalora: bool = setting(False, boolean())
     qalora_group_size: int = setting(16, integer(1))
     monteclora_config: Any = setting(None, only(None, _UNSUPPORTED))
     layer_replication: list[tuple[int, int]] | None = setting(None, optional(sequence(pair(integer(0)))))
     runtime_config: LoraRuntimeConfig = setting(None, optional(instance(LoraRuntimeConfig)))
     lora_bias: bool = setting(False, boolean())
     target_parameters: list[str] | None = setting(None, optional(sequence(text())))
-    use_bdlora: Any = setting(None, only(None, _UNSUPPORTED))
+    use_bdlora: BdLoraConfig | None = setting(None, optional(instance(BdLoraConfig)))
     arrow_config: ArrowConfig | None = setting(None, optional(instance(ArrowConfig)))
     kasa_config: Any = setting(None, only(None, _UNSUPPORTED))
     ensure_weight_tying: bool = setting(False, boolean())
@@ -221,14 +237,15 @@ class LoraConfig(PeftConfig):
             self.eva_config = EvaConfig()
         if init == "corda" and self.corda_config is None:
             raise ValueError("`corda_config` must be specified when `init_lora_weights` is 'corda'.")
-        for name in ("loftq", "eva", "corda"):
+        for name in ("loftq", "eva", "corda", "lora_ga"):
             if getattr(self, f"{name}_config") and init != name:
                 warnings.warn(
                     f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.",
                     stacklevel=5,
                 )
         patterns = self.rank_pattern or self.alpha_pattern
-        if self.use_rslora and patterns and isinstance(init, str) and init.startswith(("pissa", "olora", "corda")):
+        changes = isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga"))
+        if self.use_rslora and patterns and changes:
             warnings.warn(
                 "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion to a plain "
                 "LoRA does not go together: save_pretrained(path_initial_model_for_weight_conversion=...) will refuse "

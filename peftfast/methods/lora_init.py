@@ -6,6 +6,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,22 @@ from peftfast.sites import Site
 
 #: Fill a [r, ...] and b [..., r] in place; may assign the site's weight. Runs under no_grad.
 Initialiser = Callable[[Site, Tensor, Tensor, Adapter], None]
+#: Raise ValueError or TypeError where an adapter of this rank cannot start so, before anything is changed.
+Check = Callable[[Site, LoraConfig, int], None]
 
-_TABLE: list[tuple[re.Pattern[str], Initialiser, bool]] = []
+
+class _Kind(NamedTuple):
+    pattern: re.Pattern[str]
+    fill: Initialiser
+    lookups: bool
+    check: Check | None
+
+    def serves(self, site: Site) -> bool:
+        """Whether it knows what to do at `site`; a table of rows has no input whose statistics could guide it."""
+        return self.lookups or not site.looks_up
+
+
+_TABLE: list[_Kind] = []
 
 
 def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialiser]:
@@ -35,7 +50,7 @@ def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialis
             built = [f.device.type == "cpu" and f.dtype == torch.get_default_dtype() for f in (a, b)]
             down, up = (f if same else torch.empty(f.shape) for f, same in zip((a, b), built, strict=True))
             if after_building:
-                _build(site, down, up, adapter)
+                draw_as_building(site, down, up, adapter)
             fn(site, down, up, adapter)
             stored = getattr(site.module, site.parameter, None)
             through = stored.dtype if isinstance(stored, Tensor) and stored.dtype.is_floating_point else down.dtype
@@ -48,7 +63,7 @@ def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialis
     return decorate
 
 
-def _build(site: Site, down: Tensor, up: Tensor, adapter: Adapter) -> None:
+def draw_as_building(site: Site, down: Tensor, up: Tensor, adapter: Adapter) -> None:
     """Move the generator on by what `nn.Linear`, `nn.Conv` or `torch.randn` draw for factors of these shapes."""
     if not site.looks_up:
         bias = up.shape[0] if getattr(adapter.cfg, "lora_bias", False) else 0
@@ -61,29 +76,35 @@ def _build(site: Site, down: Tensor, up: Tensor, adapter: Adapter) -> None:
             skip(draws_of_normal(factor.numel()))
 
 
-def initialiser(pattern: str, *, lookups: bool = False) -> Callable[[Initialiser], Initialiser]:
+def initialiser(
+    pattern: str, *, lookups: bool = False, check: Check | None = None
+) -> Callable[[Initialiser], Initialiser]:
     """Decorator: the function serves values of `init_lora_weights` that match `pattern`.
 
     Args:
         lookups: it serves embeddings as well, which start in the default way otherwise.
+        check: asked for every module before any is changed.
     """
 
     def register(fn: Initialiser) -> Initialiser:
-        _TABLE.append((re.compile(pattern), fn, lookups))
+        _TABLE.append(_Kind(re.compile(pattern), fn, lookups, check))
         return fn
 
     return register
 
 
+def _kind_of(cfg: LoraConfig) -> _Kind:
+    choice = str(cfg.init_lora_weights)
+    for kind in _TABLE:
+        if kind.pattern.fullmatch(choice):
+            return kind
+    raise ValueError(f"Unknown initialization init_lora_weights={cfg.init_lora_weights!r}")
+
+
 def initialise(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Fill the factors as the adapter's config asks."""
-    choice = str(adapter.cfg.init_lora_weights)
-    for pattern, fn, lookups in _TABLE:
-        if pattern.fullmatch(choice):
-            if site.looks_up and not lookups:
-                fn = _default  # a table of rows has no input whose statistics or spectrum could guide the factors
-            return fn(site, a, b, adapter)
-    raise ValueError(f"Unknown initialization init_lora_weights={adapter.cfg.init_lora_weights!r}")
+    kind = _kind_of(adapter.cfg)
+    (kind.fill if kind.serves(site) else start_as_identity)(site, a, b, adapter)
 
 
 def rank_of_factors(site: Site, cfg: LoraConfig, r: int) -> int:
@@ -91,18 +112,19 @@ def rank_of_factors(site: Site, cfg: LoraConfig, r: int) -> int:
     and W has fewer. So they are in PEFT and in its files; the scaling stays that of `r`.
 
     Raises:
-        ValueError: MiCA with more ranks than directions, or on a convolution.
+        ValueError: the initialisation cannot be done here, for example MiCA with more ranks than directions.
     """
-    if cfg.init_lora_weights == "mica":
-        _check_mica(site, r)
+    kind = _kind_of(cfg)
+    if kind.check is not None and kind.serves(site):
+        kind.check(site, cfg, r)
     bounded = _OF_WEIGHT.fullmatch(str(cfg.init_lora_weights)) and "lora_A" in site.low_rank_slots(r)
     return min(r, *site.weight.shape) if bounded else r
 
 
 @initialiser("True|eva", lookups=True)
 @_drawn_as_in_peft(after_building=True)
-def _default(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
-    """The adapter starts as the identity. The data-driven kinds start here too and are filled in a second call."""
+def start_as_identity(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+    """The adapter changes nothing at first. The data-driven kinds start here too and are filled in a second call."""
     if site.looks_up:
         a.zero_()
         b.normal_()
@@ -144,7 +166,7 @@ def _orthogonal(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     b.copy_((torch.randn(r // 2, out_features).t().mm(even) / 10.0).reshape(b.shape))
 
 
-def _wide_weight(site: Site, name: str) -> Tensor:
+def wide_weight(site: Site, name: str) -> Tensor:
     """W [N, K] in fp32, for decompositions."""
     stored = site.weight.quantization or site.module.weight.dtype
     if name != "OLoRA" and stored not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -155,7 +177,7 @@ def _wide_weight(site: Site, name: str) -> Tensor:
     return site.weight.dense(torch.float32)
 
 
-def _take_out(site: Site, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+def take_out(site: Site, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     """W := W - s B A, so that the adapted module starts with the output it had."""
     site.weight.assign(weight - scale * site.delta(a.float(), b.float()))
 
@@ -168,7 +190,7 @@ _OF_WEIGHT = re.compile(r"pissa(_niter_\d+)?|olora")
 def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Principal singular vectors and values of W (Meng et al., arXiv 2404.02948); `_niter_n` takes a randomised SVD
     with n power iterations."""
-    weight = _wide_weight(site, "PiSSA")
+    weight = wide_weight(site, "PiSSA")
     r, scale = a.shape[0], adapter.setting("scaling")
     choice = adapter.cfg.init_lora_weights
     if choice == "pissa":
@@ -180,21 +202,21 @@ def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     root = (s / scale).sqrt()
     a.copy_((root[:, None] * vh).reshape(a.shape))
     b.copy_((u * root).reshape(b.shape))
-    _take_out(site, weight, a, b, scale)
+    take_out(site, weight, a, b, scale)
 
 
 @initialiser("olora")
 def _olora(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Orthonormal basis of W's columns (Büyükakyüz, arXiv 2406.01775)."""
-    weight = _wide_weight(site, "OLoRA")
+    weight = wide_weight(site, "OLoRA")
     r = a.shape[0]
     q, upper = torch.linalg.qr(weight)
     b.copy_(q[:, :r].reshape(b.shape))
     a.copy_(upper[:r].reshape(a.shape))
-    _take_out(site, weight, a, b, adapter.setting("scaling"))
+    take_out(site, weight, a, b, adapter.setting("scaling"))
 
 
-def _check_mica(site: Site, r: int) -> None:
+def _check_mica(site: Site, cfg: LoraConfig, r: int) -> None:
     if hasattr(site.module, "kernel_size"):
         raise ValueError(
             "init_lora_weights='mica' is defined for linear layers and embeddings, not for a "
@@ -208,11 +230,11 @@ def _check_mica(site: Site, r: int) -> None:
         )
 
 
-@initialiser("mica", lookups=True)
+@initialiser("mica", lookups=True, check=_check_mica)
 def _mica(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """B is the left singular vectors of W's smallest singular values and stays so (Minor Component Adaptation, arXiv
     2604.01694); A starts at zero and is all that is trained."""
-    weight = _wide_weight(site, "MiCA")
+    weight = wide_weight(site, "MiCA")
     u, _, _ = torch.linalg.svd(weight.t() if site.looks_up else weight, full_matrices=False)
     b.copy_(u[:, -b.shape[1] :])
     a.zero_()

@@ -95,6 +95,53 @@ class ArrowConfig(CheckedFields):
             raise ValueError("router_temperature must be greater than 0.")
 
 
+@checked
+class LoraGAConfig(CheckedFields):
+    """Initialisation from the gradient of the weight (Wang et al., arXiv 2407.05000).
+
+    Args:
+        direction: which of the gradient's 2 r first singular directions A and B take: "ArBr" (A the second, fourth,
+            ..., B the others), "A2rBr" (A the second half), "ArB2r" (B the second half), or "random" (both the same).
+        scale: of B, which has the singular values in it: "stable" (times N^(1/4) / sqrt(stable_gamma), N being the
+            output features), "weight_svd" (its first singular value becomes the weight's), "unit" (as it is); or
+            "gd_scale": A and B divided by the adapter's scaling.
+    """
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = setting(
+        "ArB2r", one_of("ArBr", "A2rBr", "ArB2r", "random")
+    )
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = setting(
+        "stable", one_of("stable", "weight_svd", "gd_scale", "unit")
+    )
+    stable_gamma: int = setting(16, integer(1))
+
+
+@checked
+class BdLoraConfig(CheckedFields):
+    """Block-diagonal factors, so that layers which are sharded over devices need no communication for their adapters.
+
+    Args:
+        target_modules_bd_a, target_modules_bd_b: parts of the names of modules whose A, whose B is block-diagonal. For
+            tensor parallelism: B of what is sharded by its output (q, k, v, gate, up), A of what is sharded by its
+            input (o, down).
+        nblocks: how many blocks, the number of devices.
+        match_strict: refuse targets of which neither is block-diagonal; False makes them plain LoRAs.
+    """
+
+    target_modules_bd_a: list[str] | None = setting(None, optional(sequence(text())))
+    target_modules_bd_b: list[str] | None = setting(None, optional(sequence(text())))
+    nblocks: int = setting(1, integer(1))
+    match_strict: bool = setting(True, boolean())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
+        if both:
+            raise ValueError(
+                f"Found overlapping modules in target_modules_bd lists: {both} cannot have both A and B block-diagonal"
+            )
+
+
 @dataclass
 class LoraRuntimeConfig:
     """Settings of one process, never saved.

@@ -19,10 +19,13 @@ from peftfast.watch import ContentWatch
 
 
 def factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """The down and the up factor, whatever the site calls them."""
+    """The down and the up factor as they are kept, whatever the site calls them."""
     down, up = adapter.pair
     return adapter[down], adapter[up]
 
+
+#: Makes the pair that a module is adapted by of an adapter.
+Pair = Callable[[Adapter], tuple[Tensor, Tensor]]
 
 #: Bytes of a layer's stacked factors up to which a second copy of them, in another order, is not missed.
 SMALL = 1 << 20
@@ -40,10 +43,12 @@ class FactorStack(NamedTuple):
 class Remembered:
     """The stack of some adapters of one layer, and what must not have changed for it to be still right."""
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
-        self.pairs = [factors(adapter) for adapter in adapters]
-        tensors = [t for pair in self.pairs for t in pair]
-        first, second = tensors[0], tensors[1]
+    def __init__(self, adapters: Sequence[Adapter], pair: Pair = factors) -> None:
+        self.kept = [t for adapter in adapters for t in factors(adapter)]
+        self.count = len(adapters)
+        pairs = [pair(adapter) for adapter in adapters]
+        self._pairs: list[tuple[Tensor, Tensor]] | None = pairs  # until the stack is made of them
+        first, second = pairs[0]
         #: Whether one batched product can do it: one dtype and device, no bias, ranks that zeros can be added to (the
         #: up factor of a grouped convolution has the rank of one group).
         self.alike = all(
@@ -52,7 +57,7 @@ class Remembered:
             and a.device == first.device
             and len(a) == b.shape[1]
             and is_distributed(a) == is_distributed(b)
-            for a, b in self.pairs
+            for a, b in pairs
         ) and not any(adapter.cfg.lora_bias for adapter in adapters)
         self.dropping = [adapter for adapter in adapters if isinstance(adapter.setting("lora_dropout"), nn.Dropout)]
         self.scales = [adapter.scale for adapter in adapters]
@@ -69,18 +74,17 @@ class Remembered:
 
     def watch_of(self, adapters: Sequence[Adapter]) -> ContentWatch | None:
         """What sees changes of factors and scales; None where one is kept elsewhere or does not count writes."""
-        tensors = [t for pair in self.pairs for t in pair]
         cells = [adapter.cell(slot) for adapter in adapters for slot in adapter.pair]
-        written = [*tensors, *self.tensor_scales]
+        written = [*self.kept, *self.tensor_scales]
         if None in cells or any(t.is_inference() for t in written):
             return None
         scaling = adapters[0].settings_of("scaling")
-        kept = [(adapters[0].kept, "scaling", scaling), *((*c, t) for c, t in zip(cells, tensors, strict=True))]
+        kept = [(adapters[0].kept, "scaling", scaling), *((*c, t) for c, t in zip(cells, self.kept, strict=True))]
         scales = [(scaling, a.name, s) for a, s in zip(adapters, self.scales, strict=True)]
         return ContentWatch([*kept, *scales], written)
 
     def short(self, site: Site, x: Tensor, routing: Routing) -> Tensor:
-        if routing.order is not None and len(routing.host) == len(self.pairs) and self._is_small():
+        if routing.order is not None and len(routing.host) == self.count and self._is_small():
             # decoding asks for one order again and again: rather than x every time, the factors are moved once
             order, call = self.ordered
             if order != routing.host:
@@ -99,20 +103,21 @@ class Remembered:
         return self.stack.a.nbytes + self.stack.b.nbytes <= SMALL
 
     def wants_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(t.requires_grad for pair in self.pairs for t in pair)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self.kept)
 
     def build(self) -> FactorStack:
-        rank = max(a.shape[0] for a, _ in self.pairs)
-        like = self.pairs[0][0]
+        pairs, self._pairs = self._pairs, None
+        rank = max(a.shape[0] for a, _ in pairs)
+        like = pairs[0][0]
         return FactorStack(
-            torch.stack([_padded(a, rank) for a, _ in self.pairs]),
-            torch.stack([_padded(b.transpose(0, 1), rank) for _, b in self.pairs]).transpose(1, 2),
+            torch.stack([_padded(a, rank) for a, _ in pairs]),
+            torch.stack([_padded(b.transpose(0, 1), rank) for _, b in pairs]).transpose(1, 2),
             as_tensor(self.scales, like),
             float(self.scales[0]) if not self.tensor_scales and len(set(self.scales)) == 1 else None,
         )
 
 
-def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None) -> Remembered:
+def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None, pair: Pair = factors) -> Remembered:
     """What is known about these adapters together, with their stack in it.
 
     Where no gradient is wanted the stack is kept from forward to forward and made again when a factor was written to,
@@ -123,13 +128,13 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None) -> Rememb
         verdicts: whether what is kept still holds; None: nothing is kept, and `adapters` may be any sequence.
     """
     if verdicts is None:
-        known = Remembered(adapters)
+        known = Remembered(adapters, pair)
         known.stack = known.build() if known.alike else None
         return known
     known = adapters.kept
     if known is not None and not known.wants_grad() and verdicts.current(adapters) is known:
         return known
-    known = Remembered(adapters)
+    known = Remembered(adapters, pair)
     if not known.alike:
         return known
     if known.wants_grad():

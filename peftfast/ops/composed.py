@@ -7,6 +7,7 @@ Function, which has no forward mode and no rule for vmap.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,24 +49,33 @@ def composes(x: Tensor) -> bool:
     return small or transformed()
 
 
-def composed_lora(x: Tensor, part: Part, gate: Tensor | None = None) -> Tensor:
+def frozen_product(rows: Tensor, part: Part) -> Tensor:
+    """x Wᵀ + bias of rows [M, K], a new tensor [M, N]."""
+    w, bias = part.w, part.bias
+    if w.format == "dense":
+        return F.linear(rows, w.tensors[0], bias)
+    if w.format == "dense_t":
+        return F.linear(rows, w.tensors[0].t(), bias)
+    y = apply(_FrozenProduct, rows.to(part.plan.dtype), part.plan, *w.tensors)
+    return y if bias is None else y.add_(bias)
+
+
+def composed_lora(
+    x: Tensor, part: Part, gate: Tensor | None = None, read: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """x Wᵀ + bias + s gate(drop(x) Aᵀ) Bᵀ [..., N]: the update in the factors' precision, or in autocast's.
 
     Args:
         gate: see `gated`, of the flattened input.
+        read: what A reads in place of drop(x), made of that.
     """
-    w, bias, a, b, plan = part
+    _, _, a, b, plan = part
     n, k = plan.shape
     rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if w.format == "dense":
-        y = F.linear(rows, w.tensors[0], bias)
-    elif w.format == "dense_t":
-        y = F.linear(rows, w.tensors[0].t(), bias)
-    else:
-        y = apply(_FrozenProduct, rows.to(plan.dtype), plan, *w.tensors)
-        if bias is not None:
-            y.add_(bias)
+    y = frozen_product(rows, part)
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
+    if read is not None:
+        dropped = read(dropped if torch.is_autocast_enabled(x.device.type) else dropped.to(plan.branch))
     if composing():  # an update for many may not be written into an output that is one
         update, alpha = _update(dropped, a, b, plan, gate)
         y = torch.add(y, update, alpha=alpha).to(y.dtype)

@@ -251,7 +251,7 @@ def lora_part(x: Tensor, part: Part, gate: Tensor | None = None) -> Tensor:
     """`lora_linear` of a part whose plan has been made."""
     if gate is None:
         return way_of(x, part)(x, part)
-    return (composed_lora if composes(x) else _by_kernels)(x, part, gate_rows(gate))
+    return (composed_lora if composes(x) else by_kernels)(x, part, gate_rows(gate))
 
 
 def circumstances(x: Tensor) -> tuple:
@@ -266,10 +266,11 @@ def way_of(x: Tensor, part: Part) -> Way:
         return composed_lora
     if not torch.compiler.is_compiling() and is_host_bound(x, part.plan):
         return host_bound_lora
-    return _by_kernels
+    return by_kernels
 
 
-def _by_kernels(x: Tensor, part: Part, gate: Tensor | None = None) -> Tensor:
+def by_kernels(x: Tensor, part: Part, gate: Tensor | None = None) -> Tensor:
+    """The way of many tokens."""
     w, bias, a, b, plan = part
     seed = draw_seed(x, plan.dropout) if plan.dropout else None
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products

@@ -320,6 +320,14 @@ def replace_lora_weights_loftq(
     ]
     if not places:
         raise ValueError(f"No LoRA layer with adapter {adapter_name!r} on a quantised weight found on the model")
+    for name, layer in places:
+        adapter = layer.adapters[adapter_name]
+        for slot, whole in layer.site.low_rank_slots(adapter.setting("r")).items():
+            if tuple(adapter[slot].shape) != whole.shape:
+                raise ValueError(
+                    f"{name}: LoftQ makes factors such as {slot} {list(whole.shape)}, this adapter keeps "
+                    f"{list(adapter[slot].shape)}"
+                )
     source = Originals(_folder(base) if model_path is None else model_path, getattr(base, "base_model_prefix", ""))
     errors = {}
     for name, layer in places:

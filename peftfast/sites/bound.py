@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfast.ops.composed import composed_lora
 from peftfast.ops.lora import circumstances, way_of
 from peftfast.ops.plan import Part, Way, branch_dtype, plan_of
 from peftfast.sites.called import Holders
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 
 #: The dict in which a Parameter is kept, and its key there.
 Cell = tuple[dict[str, Any], str]
+#: (down, up) as they are kept -> what is multiplied by.
+Weighted = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class _Look(NamedTuple):
     """What a call found, and what has to be as it was for the next one to find the same."""
 
-    part: Part  # with the down factor as it is kept
+    part: Part  # with the factors as they are kept
     way: Way
     elements: int  # of the input; `way` depends on it
     circumstances: tuple
@@ -52,10 +55,10 @@ class BoundLora:
         site: whose module's class computes x Wᵀ + bias.
         down, up: where the factors are kept. holders: the modules that keep them, if they are not bare.
         kept: what the layer keeps besides tensors. dropouts: of its adapters; `name` is this one's.
-        weighted, when: see `LinearSite.bind`.
+        weighted, few, when: see `LinearSite.bind`.
     """
 
-    __slots__ = ("site", "down", "up", "kept", "dropouts", "name", "holders", "weighted", "when", "_last")
+    __slots__ = ("site", "down", "up", "kept", "dropouts", "name", "holders", "weighted", "few", "when", "_last")
 
     def __init__(
         self,
@@ -66,12 +69,13 @@ class BoundLora:
         dropouts: Mapping[str, nn.Module],
         name: str,
         holders: Holders | None,
-        weighted: Callable[[Tensor], Tensor] | None,
+        weighted: Weighted | None = None,
+        few: Way | None = None,
         when: Callable[[Tensor], bool] | None = None,
     ) -> None:
         self.site, self.down, self.up = site, down, up
-        self.kept, self.dropouts, self.name, self.holders, self.weighted = kept, dropouts, name, holders, weighted
-        self.when = when
+        self.kept, self.dropouts, self.name, self.holders = kept, dropouts, name, holders
+        self.weighted, self.few, self.when = weighted, few, when
         self._last: _Look | None = None  # one attribute, so that threads never see halves of two
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -82,6 +86,18 @@ class BoundLora:
         """What x is to be multiplied by, and how; None where this call is not a plain one."""
         if self.when is not None and not self.when(x):
             return None
+        last = self._current(x)
+        if last is None or self.weighted is None:
+            return None if last is None else last[:2]
+        if self.few is not None and last.way is composed_lora:
+            return last.part, self.few
+        return self._weighted(last.part), last.way
+
+    def _weighted(self, part: Part) -> Part:
+        a, b = self.weighted(part.a, part.b)
+        return part._replace(a=a, b=b)
+
+    def _current(self, x: Tensor) -> _Look | None:
         last = self._last
         if last is None or not self._holds(last, x):
             self._last = None  # which may have been all that kept a large weight
@@ -92,16 +108,14 @@ class BoundLora:
                 self._last = last
         elif last.elements != x.numel():
             self._last = last = last._replace(way=way_of(x, last.part), elements=x.numel())
-        if self.weighted is None:
-            return last[:2]
-        return last.part._replace(a=self.weighted(last.part.a)), last.way
+        return last
 
     def part(self, x: Tensor, drops: bool = True) -> Part | None:
         """What x is to be multiplied by, None where this call is not a plain one; `drops` False leaves dropout out."""
-        look = self.look(x)
-        if look is None:
+        last = self._current(x)
+        if last is None:
             return None
-        part, _ = look
+        part = last.part if self.weighted is None else self._weighted(last.part)
         return part if drops or not part.plan.dropout else part._replace(plan=part.plan._replace(dropout=0.0))
 
     @staticmethod

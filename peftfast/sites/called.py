@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,14 @@ from peftfast.sites.site import Site, composed_magnify
 from peftfast.watch import GLOBAL_HOOKS, HOOKS, Entry, Watch
 
 _PLAIN = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dropout, nn.Identity)}
+
+M = TypeVar("M", bound=type[nn.Module])
+
+
+def register_plain(cls: M) -> M:
+    """Class decorator: calling such a module is no more than what its method makes of its weight."""
+    _PLAIN.add(cls.forward)
+    return cls
 
 
 class Holders:

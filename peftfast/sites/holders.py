@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 
-def _empty(cls: type[nn.Module], **attributes: object) -> nn.Module:
+def empty_module(cls: type[nn.Module], **attributes: object) -> nn.Module:
+    """A module with these attributes, whose weight and bias are still to be set."""
     module = cls.__new__(cls)
     nn.Module.__init__(module)
     for name, value in attributes.items():
@@ -17,7 +18,7 @@ def _empty(cls: type[nn.Module], **attributes: object) -> nn.Module:
 
 def linear_holder(in_features: int, out_features: int) -> nn.Module:
     """An `nn.Linear` whose weight and bias are still to be set."""
-    return _empty(nn.Linear, in_features=in_features, out_features=out_features)
+    return empty_module(nn.Linear, in_features=in_features, out_features=out_features)
 
 
 def conv_holder(base: nn.Module, in_channels: int, out_channels: int, **changes: object) -> nn.Module:
@@ -34,4 +35,4 @@ def conv_holder(base: nn.Module, in_channels: int, out_channels: int, **changes:
         "output_padding",
     )
     attributes = {name: getattr(base, name) for name in same} | {"groups": 1} | changes
-    return _empty(cls, in_channels=in_channels, out_channels=out_channels, **attributes)
+    return empty_module(cls, in_channels=in_channels, out_channels=out_channels, **attributes)

@@ -20,9 +20,10 @@ from peftfast.ops.dora import dora_linear_add, weight_norm
 from peftfast.ops.gate import gated
 from peftfast.ops.host_bound import is_small
 from peftfast.ops.lora import lora_linear, lora_linear_add
+from peftfast.ops.plan import Way
 from peftfast.ops.routed import RowRoute, routed_linear_add, row_route, runs_segmented
 from peftfast.ops.scale import scale_features
-from peftfast.sites.bound import BoundLora, BoundRuns
+from peftfast.sites.bound import BoundLora, BoundRuns, Weighted
 from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot, UsualSite, composed_magnify, is_plain, is_untouched, probe_of, register_site
 from peftfast_kernels.decode import Operand
@@ -99,14 +100,16 @@ class LinearSite(UsualSite):
     def bind(
         self,
         adapter: Any,
-        weighted: Callable[[Tensor], Tensor] | None = None,
+        weighted: Weighted | None = None,
+        few: Way | None = None,
         when: Callable[[Tensor], bool] | None = None,
     ) -> BoundLora | None:
         """`adapt` for one adapter and y None, with everything looked up that no input changes; None: not for this one.
 
         Args:
             adapter: a `peftfast.method.Adapter` with a pair of factors.
-            weighted: what is multiplied by in place of the down factor, made of that.
+            weighted: what is multiplied by in place of the factors, made of them. few: a way to do the same with the
+                factors as they are kept, for few tokens on a CPU.
             when: whether it is all that is to be done with this input; None: always.
         """
         cells = [adapter.cell(slot) for slot in adapter.pair]
@@ -114,7 +117,7 @@ class LinearSite(UsualSite):
         if not self._known_forward or None in cells or holders is not None and holders.foreign:
             return None
         dropouts = adapter.settings_of("lora_dropout")._modules
-        return BoundLora(self, *cells, adapter.kept, dropouts, adapter.name, holders, weighted, when)
+        return BoundLora(self, *cells, adapter.kept, dropouts, adapter.name, holders, weighted, few, when)
 
     def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> BoundRuns:
         """`adapt_each` of the module's own output with these factors, without gradients."""

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from peftfast.autocast import autocast_dtype
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.ops.blocks import fit_together, gated_mlp, lora_siblings
-from peftfast.ops.composed import composed_lora, composes
+from peftfast.ops.composed import composes
 from peftfast.ops.host_bound import host_bound_lora, host_bound_siblings, is_host_bound
-from peftfast.ops.lora import lora_part
+from peftfast.ops.lora import by_kernels, lora_part
 from peftfast.ops.plan import Part
 from peftfast.sites.bound import BoundLora
 from peftfast.sites.site import is_untouched
@@ -138,7 +138,8 @@ class Siblings:
             if look is None:
                 return None
             part, way = look
-            if way is composed_lora or way is host_bound_lora and not (torch.is_grad_enabled() or part.plan.dropout):
+            shared = way is by_kernels or way is host_bound_lora and (torch.is_grad_enabled() or part.plan.dropout)
+            if not shared:
                 return way(x, part) if member is layer else None  # nothing is shared there
             looks.append(look)
         parts = [part for part, _ in looks]

@@ -7,13 +7,30 @@ import pytest
 
 import peftfast
 from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, config_class
-from peftfast.methods.lora_settings import ArrowConfig, CordaConfig, EvaConfig, LoftQConfig
+from peftfast.methods.lora_settings import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+)
 
 config_class("LORA")  # registers every method
 
+#: Fields whose dicts become objects.
+SUB_CONFIGS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_bdlora", "runtime_config")
 #: What each class needs besides the field under test.
 NEEDED = {"AdaLoraConfig": {"total_step": 100}}
-CLASSES = [*dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING.values()), LoftQConfig, EvaConfig, CordaConfig, ArrowConfig]
+CLASSES = [
+    *dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING.values()),
+    LoftQConfig,
+    EvaConfig,
+    CordaConfig,
+    LoraGAConfig,
+    BdLoraConfig,
+    ArrowConfig,
+]
 
 ANYTHING = [
     None, True, False, -1, 0, 1, 3, -0.5, 0.5, 1.5, float("nan"), float("inf"), "", "text", "lora_onyl", b"bytes",
@@ -43,7 +60,7 @@ def test_wrong_values(cls, name, rule):
         try:
             rule.enforce(value, "x")
         except (TypeError, ValueError):
-            if name == "peft_type" or (name.endswith("_config") and isinstance(value, dict)):
+            if name == "peft_type" or (name in SUB_CONFIGS and isinstance(value, dict)):
                 continue  # set by the class itself; a sub-config, whose own fields are checked
             refused += 1
             with pytest.raises((TypeError, ValueError)) as error:
@@ -117,7 +134,16 @@ def test_the_same_config_as_peft():
     """Fields, order-free, defaults and the written file."""
     import peft
 
-    for name in ("LoraConfig", "LoftQConfig", "EvaConfig", "CordaConfig", "ArrowConfig", "TrainableTokensConfig"):
+    for name in (
+        "LoraConfig",
+        "LoftQConfig",
+        "EvaConfig",
+        "CordaConfig",
+        "LoraGAConfig",
+        "BdLoraConfig",
+        "ArrowConfig",
+        "TrainableTokensConfig",
+    ):
         ours, theirs = getattr(peftfast, name), getattr(peft, name, None) or peft.tuners.lora.config.CordaConfig
         mine, other = ({f.name for f in dataclasses.fields(cls)} for cls in (ours, theirs))
         assert other <= mine, name

@@ -248,9 +248,9 @@ def test_conversion_where_a_layer_has_fewer_directions_than_the_rank(init, tmp_p
 
 
 def test_conversions_that_make_no_sense(tmp_path):
-    plain = wrap(peftfast, True)
+    plain = wrap(peftfast, "gaussian")
     plain.save_pretrained(tmp_path / "initial")
-    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion.*True"):
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion.*gaussian"):
         plain.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     both = wrap(peftfast, "pissa", use_rslora=True, rank_pattern={"down_proj": 2})
     with pytest.raises(ValueError, match="rsLoRA"):

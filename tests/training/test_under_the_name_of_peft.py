@@ -120,15 +120,18 @@ def test_every_method_of_ours_is_the_real_one(tmp_path):
     import peft
 
     places = {
-        "peft": "AdaLoraConfig AdaLoraModel CordaConfig EvaConfig IA3Config IA3Model PrefixEncoder PrefixTuningConfig "
+        "peft": "AdaLoraConfig AdaLoraModel BdLoraConfig CordaConfig EvaConfig IA3Config IA3Model LoraGAConfig "
+        "PrefixEncoder PrefixTuningConfig preprocess_loraga "
         "PromptEmbedding PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig "
         "PromptTuningInit get_eva_state_dict initialize_lora_eva_weights prepare_model_for_kbit_training "
         "replace_lora_weights_loftq",
         "peft.tuners.adalora": "AdaLoraConfig AdaLoraModel",
         "peft.tuners.ia3.config": "IA3Config",
         "peft.tuners.ia3.model": "IA3Model",
-        "peft.tuners.lora.config": "CordaConfig EvaConfig LoftQConfig",
+        "peft.tuners.lora.config": "BdLoraConfig CordaConfig EvaConfig LoftQConfig LoraGAConfig",
         "peft.tuners.lora.corda": "preprocess_corda CordaEigens",
+        "peft.tuners.lora.loraga": "preprocess_loraga",
+        "peft.tuners.lora.variants": "BlockDiagonalLinear",
         "peft.tuners.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
         "peft.tuners.p_tuning.model": "PromptEncoder",
         "peft.tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",

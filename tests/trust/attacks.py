@@ -194,7 +194,8 @@ def hostile_configs(count: int, seed: int) -> tuple[int, list[str]]:
     values = (None, True, False, 0, -1, 1, 3, 10**9, 10**30, 0.5, -1.0, 1e308, float("nan"), float("inf"), "", "x",
               "q_proj", "(", ".*", "all-linear", "__import__('os').system('true')", "../..", [], [1], ["q_proj"],
               [None], [[]], {}, {"a": 1}, {"q_proj": 10**9}, {"(": 3}, {"": {}}, "LORA", "IA3", "ADALORA",
-              "PROMPT_TUNING", "CAUSAL_LM", "pissa", "olora", "gaussian", "eva", "loftq", "corda")  # fmt: skip
+              "PROMPT_TUNING", "CAUSAL_LM", "pissa", "olora", "gaussian", "eva", "loftq", "corda",
+              "lora_ga")  # fmt: skip
 
     def damage(chance: random.Random, folder: Path) -> object:
         data = json.loads((folder / CONFIG).read_text())
