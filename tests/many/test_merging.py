@@ -264,6 +264,18 @@ def test_what_changes_an_adapter_while_it_is_merged_is_refused_or_handled(tmp_pa
             base.unmerge_adapter()
 
 
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_layer_merged_by_itself_says_nothing_of_the_others(call):
+    model = two()
+    layers = list(model.base_model.inventory.layers.values())
+    with torch.no_grad():
+        expected = oracle.logits(model)
+        layers[1].merge()
+        merged = getattr(model, call)() or model
+        torch.testing.assert_close(oracle.logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert all(layer.merged_adapters == [n for n in layer.adapters if n == "default"] for layer in layers)
+
+
 def test_disabled_while_merged_and_merged_for_good():
     model = two()
     with torch.no_grad(), warnings.catch_warnings():
