@@ -231,12 +231,12 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
 
     def trainable(self, adapter: Adapter) -> Iterator[nn.Parameter]:
         """The Parameters of an adapter that training may change; none where they are another layer's."""
-        for slot, tensor in adapter.parameters().items():
-            if adapter.slots[slot.partition(".")[0]].trainable and isinstance(tensor, nn.Parameter):
-                yield tensor
+        for *_, parameters, leaf in self.places(adapter.name):
+            yield parameters[leaf]
 
     def places(self, name: str) -> Iterator[Place]:
-        """Where the Parameters of adapter `name` hang that training may change."""
+        """Where the Parameters of adapter `name` hang that training may change, also those that others have put into
+        its modules: a parametrization's, a bias."""
         for slot_name, slot in self.adapters[name].slots.items():
             if not slot.trainable:
                 continue
@@ -245,9 +245,10 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
                 yield self._modules, slot_name, container, container._parameters, name
                 continue
             holder = container[name]
-            for leaf in ("weight", "bias") if slot.bias is not None else ("weight",):
-                if leaf in holder._parameters:  # what is parametrised or another layer's is switched where it is kept
-                    yield container._modules, name, holder, holder._parameters, leaf
+            for module in holder.modules():
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None:
+                        yield container._modules, name, holder, module._parameters, leaf
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of this layer on or off; off also freezes them."""

@@ -3,12 +3,13 @@ sizes of both ways of computing; and so do transforms of functorch's and forward
 
 import copy
 
+import oracle
 import peft
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import peftfast
 
@@ -90,6 +91,14 @@ def replaced(model):
     layer(model).lora_B["default"] = new
 
 
+def replaced_with_bias(model):
+    layer(model).lora_A["default"] = nn.Linear(64, 4).requires_grad_(layer(model).lora_A["default"].weight.requires_grad)
+
+
+def parametrised(model):
+    parametrizations.orthogonal(layer(model).lora_A["default"])
+
+
 def pruned(model):
     for one in (model.base_model.model[0], model.base_model.model[2]):
         prune.l1_unstructured(one.lora_A["default"], "weight", 0.5)
@@ -153,6 +162,31 @@ def test_hooks_and_modules_that_come_and_go():
     assert one._make_plan()[1] is not None and torch.equal(model(x), changed)  # a plain module is read, not called
     one.lora_B["default"] = old
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("change", [pruned, normalised, replaced_with_bias, parametrised], ids=lambda c: c.__name__)
+def test_what_others_put_into_the_modules_trains_with_the_adapter(change):
+    ours, theirs = models()
+
+    def trains():
+        found = [{n: p.requires_grad for n, p in model.named_parameters()} for model in (ours, theirs)]
+        assert found[0] == found[1]
+
+    for library, model in ((peftfast, ours), (peft, theirs)):
+        model.add_adapter("second", library.LoraConfig(r=3, target_modules=["0"]))
+        model.set_adapter("second")
+        model.set_adapter("default")
+    for step in (
+        change, lambda m: m.set_adapter("second"), lambda m: m.set_adapter("default"),
+        lambda m: m.base_model.disable_adapter_layers(), lambda m: m.base_model.enable_adapter_layers(),
+    ):  # fmt: skip
+        oracle.quietly(step, ours), oracle.quietly(step, theirs)
+        trains()
+    for model in (ours, theirs):
+        if change is parametrised:
+            parametrize.remove_parametrizations(layer(model).lora_A["default"], "weight")
+        model.set_adapter("second")
+    trains()
 
 
 def test_global_hooks_see_the_modules():
