@@ -64,8 +64,9 @@ class Adapter:
                 self._where[slot_name] = (holder._parameters, "weight", holder)
                 if slot.bias is not None:
                     self._where[f"{slot_name}.bias"] = (holder._parameters, "bias", holder)
-        held = [getattr(self._layer, slot)._modules for slot in self.pair if self.slots[slot].holder is not None]
-        self.holders = Holders((*held, self._dropouts), self.name) if len(held) == 2 else None
+        held = {slot: getattr(self._layer, slot)._modules for slot in self.pair if self.slots[slot].holder is not None}
+        biased = [modules for slot, modules in held.items() if self.slots[slot].bias is not None]
+        self.holders = Holders((*held.values(), self._dropouts), self.name, biased) if len(held) == 2 else None
 
     def through(self, site: Site) -> Site:
         """`site`, or, where calling this adapter's modules is more than a product with their weights, one that calls

@@ -92,7 +92,9 @@ def replaced(model):
 
 
 def replaced_with_bias(model):
-    layer(model).lora_A["default"] = nn.Linear(64, 4).requires_grad_(layer(model).lora_A["default"].weight.requires_grad)
+    old = layer(model).lora_A["default"]
+    torch.manual_seed(4)
+    layer(model).lora_A["default"] = nn.Linear(64, 4).requires_grad_(old.weight.requires_grad)
 
 
 def parametrised(model):
@@ -112,7 +114,17 @@ def dropped(model):
     layer(model).lora_dropout["default"] = nn.Hardtanh(-0.5, 0.5)
 
 
-CHANGES = [zero_down, scale_input, clip_backward, own_forward, replaced, pruned, normalised, dropped]
+CHANGES = [
+    zero_down,
+    scale_input,
+    clip_backward,
+    own_forward,
+    replaced,
+    replaced_with_bias,
+    pruned,
+    normalised,
+    dropped,
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
@@ -124,7 +136,9 @@ def test_modules_of_an_adapter_are_called(change, rows):
     assert not torch.allclose(ours(x), plain(x), atol=1e-4)  # the change is one
 
 
-@pytest.mark.parametrize("change", [zero_down, scale_input, replaced, dropped], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [zero_down, scale_input, replaced, replaced_with_bias, dropped], ids=lambda change: change.__name__
+)
 @pytest.mark.parametrize("config", [{"dora": True}, {"bias": True}], ids=str)
 def test_with_dora_and_a_bias(change, config):
     assert_same(change, 8, **config)
