@@ -278,3 +278,16 @@ def test_second_derivatives_with_dropout():
     b.data -= 2 * step
     low = penalty(False)
     torch.testing.assert_close(gradient[3, 1], (high - low) / 2e-5, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("what", ["vmap", "jvp of a parametrised module"])
+def test_a_model_can_be_copied_after_a_transform(what):
+    model, _ = models()
+    x = torch.randn(4, 64)
+    if what == "vmap":  # over what the base module has as well
+        twice = {n: torch.stack([p.detach()] * 2) for n, p in model.named_parameters()}
+        vmap(lambda own: functional_call(model, own, (x,)))(twice)
+    else:
+        parametrize.register_parametrization(layer(model).base_layer, "weight", nn.Identity())
+        jvp(model, (x,), (x,))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
