@@ -203,6 +203,17 @@ def test_what_others_put_into_the_modules_trains_with_the_adapter(change):
     trains()
 
 
+@pytest.mark.parametrize("config", [{}, {"dora": True}, {"bias": True}], ids=str)
+def test_another_plain_module_is_read_at_once(config):
+    ours, theirs = models(**config)
+    x = torch.randn(4, 64)
+    for model in (ours, theirs):
+        model(x)
+        torch.manual_seed(5)
+        layer(model).lora_A["default"] = nn.Linear(64, 4, bias=False)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
 def test_global_hooks_see_the_modules():
     model, _ = models()
     seen = []
