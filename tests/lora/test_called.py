@@ -203,15 +203,31 @@ def test_what_others_put_into_the_modules_trains_with_the_adapter(change):
     trains()
 
 
+def merged(model, x):
+    return model.merge_and_unload()(x)
+
+
+def merged_by_itself(model, x):
+    model.base_model.model[0].merge()
+    return model(x)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda model, x: model(x), merged, merged_by_itself], ids=["called", "merged", "layer"]
+)
 @pytest.mark.parametrize("config", [{}, {"dora": True}, {"bias": True}], ids=str)
-def test_another_plain_module_is_read_at_once(config):
+def test_another_plain_module_is_read_at_once(config, use):
     ours, theirs = models(**config)
     x = torch.randn(4, 64)
     for model in (ours, theirs):
         model(x)
         torch.manual_seed(5)
         layer(model).lora_A["default"] = nn.Linear(64, 4, bias=False)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        if "dora" in config:
+            magnitude = copy.deepcopy(layer(model).lora_magnitude_vector["default"])
+            magnitude.weight = nn.Parameter(2 * magnitude.weight)
+            layer(model).lora_magnitude_vector["default"] = magnitude
+    torch.testing.assert_close(use(ours, x), use(theirs, x), rtol=1e-4, atol=1e-4)
 
 
 def test_global_hooks_see_the_modules():
