@@ -43,7 +43,8 @@ class Adapter:
         layer: BaseTunerLayer,
     ) -> None:
         self.name, self.cfg, self.key, self.method, self.slots, self._layer = name, cfg, key, method, slots, layer
-        self._where: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
+        # of every slot: the dict and key of its Parameter, the module of that dict, and the dict and key of this module
+        self._where: dict[str, tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]] = {}
         self._dropouts: Mapping[str, nn.Module] = {}
         #: the modules of the factors and of dropout, None where the factors are bare Parameters
         self.holders: Holders | None = None
@@ -58,14 +59,15 @@ class Adapter:
         for slot_name, slot in self.slots.items():
             container = getattr(self._layer, slot_name)
             if slot.holder is None:
-                self._where[slot_name] = (container._parameters, self.name, container)
+                self._where[slot_name] = (container._parameters, self.name, container, self._layer._modules, slot_name)
             else:
-                holder = container[self.name]
-                self._where[slot_name] = (holder._parameters, "weight", holder)
+                holder, place = container[self.name], (container._modules, self.name)
+                self._where[slot_name] = (holder._parameters, "weight", holder, *place)
                 if slot.bias is not None:
-                    self._where[f"{slot_name}.bias"] = (holder._parameters, "bias", holder)
-        held = [getattr(self._layer, slot)._modules for slot in self.pair if self.slots[slot].holder is not None]
-        self.holders = Holders((*held, self._dropouts), self.name) if len(held) == 2 else None
+                    self._where[f"{slot_name}.bias"] = (holder._parameters, "bias", holder, *place)
+        held = {slot: getattr(self._layer, slot)._modules for slot in self.pair if self.slots[slot].holder is not None}
+        biased = [modules for slot, modules in held.items() if self.slots[slot].bias is not None]
+        self.holders = Holders((*held.values(), self._dropouts), self.name, biased) if len(held) == 2 else None
 
     def through(self, site: Site) -> Site:
         """`site`, or, where calling this adapter's modules is more than a product with their weights, one that calls
@@ -79,9 +81,18 @@ class Adapter:
             holders = self.holders
         return site if holders.are_plain() else CalledSite(site, holders, self._layer.cast_input_dtype_enabled)
 
+    def _found(self, slot: str) -> tuple[dict[str, Any], str, nn.Module]:
+        """Where a slot's Parameter is kept now: others may have put another module there."""
+        parameters, key, owner, above, name = self._where[slot]
+        if above.get(name) is not owner:
+            self.locate()
+            self._layer._plan = None
+            parameters, key, owner, _, _ = self._where[slot]
+        return parameters, key, owner
+
     def __getitem__(self, slot: str) -> Tensor:
         """The tensor of a slot ("lora_A"), or the bias of a slot's holder ("lora_B.bias")."""
-        parameters, key, owner = self._where[slot]
+        parameters, key, owner = self._found(slot)
         value = parameters.get(key)
         # parametrised or sharded modules keep the tensor elsewhere and answer by attribute
         return getattr(owner, key) if value is None else value
@@ -89,7 +100,7 @@ class Adapter:
     def places(self) -> Iterator[Entry]:
         """Where its Parameters hang, and what hangs there; None where that is not where they are kept."""
         for slot_name, slot in self.slots.items():
-            parameters, key, owner = self._where[slot_name]
+            parameters, key, owner = self._found(slot_name)
             yield parameters, key, parameters.get(key)
             if slot.holder is not None:
                 yield getattr(self._layer, slot_name)._modules, self.name, owner
@@ -99,14 +110,11 @@ class Adapter:
 
     def parameters(self) -> Mapping[str, Tensor]:
         """All tensors, by slot name."""
-        return {  # `self[slot]`, written out: every forward under autocast asks every adapter
-            slot: getattr(owner, key) if parameters.get(key) is None else parameters[key]
-            for slot, (parameters, key, owner) in self._where.items()
-        }
+        return {slot: self[slot] for slot in tuple(self._where)}
 
     def cell(self, slot: str) -> tuple[dict[str, Any], str] | None:
         """The dict and the key where a slot's Parameter is kept, None if it is kept elsewhere."""
-        parameters, key, _ = self._where[slot]
+        parameters, key, _ = self._found(slot)
         return (parameters, key) if parameters.get(key) is not None else None
 
     def settings_of(self, name: str) -> Mapping[str, Any]:

@@ -105,7 +105,7 @@ def is_run_by_zero3(model: nn.Module) -> bool:
     return "ds_id" in model.__dict__
 
 
-def is_stepped_by_zero3(parameter: Tensor) -> bool:
+def is_stepped_by_zero3(parameter: Tensor | None) -> bool:
     """Whether a ZeRO-3 engine's optimizer was given this Parameter."""
     return hasattr(parameter, "_z3_optimizer")
 

@@ -29,6 +29,9 @@ class DenseWeight(UsualWeight):
         self.transposed = is_conv1d(module)
         self._last: Operand | None = None  # of the weight that was there last time
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_last": None}  # what functorch's transforms put there cannot be copied
+
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)

@@ -19,7 +19,7 @@ from peftfast.rows.control import Control
 from peftfast.rows.mix import Group, Mix, Verdicts
 from peftfast.rows.routing import Routing
 from peftfast.sharding import GatheredAsOne, whole
-from peftfast.sites import Site, Slot, make_site
+from peftfast.sites import Site, Slot, has_site, make_site
 from peftfast.sites.bound import BoundLora
 
 #: A Parameter by the dict it is in and its key there, behind the dict, key and value its owner was found by.
@@ -128,6 +128,31 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
         self.changed(name)
         return adapter
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Others may put modules of their own in the place of the base module, and of what keeps adapters' tensors."""
+        known = isinstance(value, nn.Module) and "adapters" in self.__dict__
+        if known and name == "base_layer":
+            self._look_at(value)
+        super().__setattr__(name, value)
+        if known:
+            for adapter in self.adapters.values():
+                adapter.locate()
+                self.changed(adapter.name)
+            self._plan = None
+
+    def _look_at(self, module: nn.Module) -> None:
+        """Compute with another base module from now on. Wrappers of the one before, which have its weight, leave it."""
+        if not has_site(module):
+            return
+        if self.merged_adapters:
+            raise RuntimeError(
+                f"Adapters {self.merged_adapters} are inside the weight of the base layer. Please unmerge them before "
+                "another module takes its place."
+            )
+        key = self.site.weight.name
+        self.__dict__["site"] = make_site(module)
+        self.site.weight.name = key
+
     def _container(self, name: str, kind: type) -> Any:
         container = self.__dict__.get(name)
         if container is None:
@@ -146,8 +171,6 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
         if not isinstance(container, (kind, SlotDict)):
             container = SlotDict(container)
             setattr(self, name, container)
-            for adapter in self.adapters.values():
-                adapter.locate()
         return container
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -231,12 +254,12 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
 
     def trainable(self, adapter: Adapter) -> Iterator[nn.Parameter]:
         """The Parameters of an adapter that training may change; none where they are another layer's."""
-        for slot, tensor in adapter.parameters().items():
-            if adapter.slots[slot.partition(".")[0]].trainable and isinstance(tensor, nn.Parameter):
-                yield tensor
+        for *_, parameters, leaf in self.places(adapter.name):
+            yield parameters[leaf]
 
     def places(self, name: str) -> Iterator[Place]:
-        """Where the Parameters of adapter `name` hang that training may change."""
+        """Where the Parameters of adapter `name` hang that training may change, also those that others have put into
+        its modules: a parametrization's, a bias."""
         for slot_name, slot in self.adapters[name].slots.items():
             if not slot.trainable:
                 continue
@@ -245,9 +268,10 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
                 yield self._modules, slot_name, container, container._parameters, name
                 continue
             holder = container[name]
-            for leaf in ("weight", "bias") if slot.bias is not None else ("weight",):
-                if leaf in holder._parameters:  # what is parametrised or another layer's is switched where it is kept
-                    yield container._modules, name, holder, holder._parameters, leaf
+            for module in holder.modules():
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None:
+                        yield container._modules, name, holder, module._parameters, leaf
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of this layer on or off; off also freezes them."""

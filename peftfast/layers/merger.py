@@ -198,16 +198,18 @@ class Merger:
     def merged(self, names: Sequence[str], check: bool) -> Dense:
         """The base with these adapters, wide; ValueError, if `check`, for one that makes a value not finite."""
         layer = self.layer
-        wide = layer.site.weight.merge_dtype
-        bias = getattr(layer.base_layer, "bias", None)
-        base = Dense(layer.site.weight.dense(wide), None if bias is None else bias.detach().to(wide))
-        dense = base
+        base = dense = self._dense(layer.site.weight.merge_dtype)
         for name in names:
             adapter = layer.adapters[name]
             dense = adapter.method.merged(layer.site, dense, adapter, base)
             if check:
                 self._check_finite(dense, name)
         return dense
+
+    def _dense(self, dtype: torch.dtype) -> Dense:
+        """The base layer as it is."""
+        bias = getattr(self.layer.base_layer, "bias", None)
+        return Dense(self.layer.site.weight.dense(dtype), None if bias is None else bias.detach().to(dtype))
 
     def _check_finite(self, dense: Dense, name: str) -> None:
         """ValueError for values that are not finite, or that storing would make infinite."""
@@ -275,7 +277,7 @@ class Merger:
                 "now. Please unmerge first."
             )
         with torch.no_grad():
-            base = Dense(layer.site.weight.dense(torch.float32), None)
+            base = self._dense(torch.float32)
             change = view.method.merged(layer.site, base, view, base).weight - base.weight
         stored = getattr(layer.get_base_layer(), layer.site.parameter, change)  # some formats have no such Parameter
         return (

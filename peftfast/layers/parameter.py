@@ -26,6 +26,9 @@ class ChangingLayer(BaseTunerLayer):
         super().__init__(base_layer, site)
         self.in_features, self.out_features = site.in_features, site.out_features
 
+    def _look_at(self, module: nn.Module) -> None:
+        """The site is of the innermost module, whatever is around it."""
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 

@@ -75,8 +75,8 @@ class Dora(Lora):
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         for adapter in active:
+            own = adapter.through(site)  # which finds factors that hang elsewhere by now
             a, b = factors(adapter)
-            own = adapter.through(site)
             if own is not site and a.dim() == 2:
                 norm = _norm_by_calls(own, adapter)
             else:

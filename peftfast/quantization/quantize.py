@@ -20,7 +20,6 @@ from peftfast.method import Adapter
 from peftfast.methods.loftq import best_factors, loftq_factors
 from peftfast.methods.lora import factors
 from peftfast.quantization.originals import Originals
-from peftfast.sites import make_site
 from peftfast.sites.linear import is_linear
 from peftfast.sites.site import is_untouched
 from peftfast.wrapping.inventory import Inventory
@@ -189,9 +188,6 @@ def _put(model: nn.Module, name: str, layer: BaseTunerLayer | None, module: nn.M
                     parent._modules[attribute] = module
         return
     layer.base_layer = module
-    layer.__dict__["site"] = make_site(module)
-    layer.site.weight.name = name
-    layer.__dict__["_plan"] = None
 
 
 def _mark_quantised(model: nn.Module, config: Mapping[str, Any], skipped: Iterable[str]) -> None:

@@ -29,14 +29,19 @@ class Holders:
 
     Args:
         kept: for each of the three, the dict in which the layer keeps it by the adapter's name.
+        biased: those of the dicts whose module has a bias that the method adds.
     """
 
     __slots__ = ("places", "entries", "empty", "watch", "foreign")
 
-    def __init__(self, kept: Sequence[Mapping[str, nn.Module]], name: str) -> None:
+    def __init__(
+        self, kept: Sequence[Mapping[str, nn.Module]], name: str, biased: Sequence[Mapping[str, nn.Module]] = ()
+    ) -> None:
         modules = [one[name] for one in kept]
+        added = [one[name] for one in biased]
         self.places = tuple([(one, name, module) for one, module in zip(kept, modules, strict=True)])
         self.entries: list[Entry] = [*self.places, *[(module.__dict__, "forward", None) for module in modules]]
+        self.entries += [(module._parameters, "bias", None) for module in modules if module not in added]
         self.empty = [module.__dict__[hooks] for module in modules for hooks in HOOKS]
         self.watch = Watch(self.entries, (*GLOBAL_HOOKS, *self.empty))
         # parametrised modules, and those that FSDP2 shards, have the forward of their class

@@ -302,7 +302,7 @@ class Inventory:
         self._say_if_steps_repeat([name for name in self.active if name not in names])
         for name in self._trainable.union(self.active, names):
             if not _switch(self._places_of(name), name in trainable):
-                del self._places[name]
+                self._places.pop(name, None)
                 _switch(self._places_of(name), name in trainable)
         for layer in self.layers.values():
             state = layer.__dict__
@@ -316,7 +316,7 @@ class Inventory:
     def _say_if_steps_repeat(self, leaving: Iterable[str]) -> None:
         """Warn where adapters that are no longer active would be trained on by their last gradients."""
         for name in leaving:
-            if any(is_stepped_by_zero3(parameters[leaf]) for *_, parameters, leaf in self._places_of(name)[:1]):
+            if any(is_stepped_by_zero3(parameters.get(leaf)) for *_, parameters, leaf in self._places_of(name)[:1]):
                 warnings.warn(
                     f"DeepSpeed ZeRO-3 trains adapter {name!r}, which is no longer active. In a step that does not use "
                     "a parameter, DeepSpeed (0.19.8) applies the parameter's last gradient again, so further steps "
@@ -329,7 +329,10 @@ class Inventory:
         places = self._places.get(name)
         if places is None:
             layers = (layer for layer in self.layers.values() if name in layer.adapters)
-            places = self._places[name] = [place for layer in layers for place in layer.places(name)]
+            places = [place for layer in layers for place in layer.places(name)]
+            # what hangs deeper, under a parametrization, may be taken apart without a trace
+            if all(parameters is held._parameters for _, _, held, parameters, _ in places):
+                self._places[name] = places
         return places
 
     def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -469,7 +472,7 @@ def _switch(places: Iterable[Place], requires_grad: bool) -> bool:
     """Freeze or unfreeze the Parameters at `places`; False if something was replaced since they were listed. Dict
     look-ups and nothing else: switching adapters is on the path of a served request."""
     for container, key, held, parameters, leaf in places:
-        if container[key] is not held:
+        if container[key] is not held or leaf not in parameters:
             return False
         parameters[leaf].requires_grad = requires_grad
     return True

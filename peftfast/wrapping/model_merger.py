@@ -16,6 +16,9 @@ from peftfast.layers.merger import check_mergeable
 from peftfast.layers.own import LoraLayer
 from peftfast.wrapping.inventory import Inventory
 
+#: A layer, and the adapters that are to go into its weight.
+Work = tuple[BaseTunerLayer | LoraLayer, list[str]]
+
 
 class ModelMerger:
     """Merges in all layers of an inventory together; each layer's `Merger` does the arithmetic."""
@@ -40,24 +43,18 @@ class ModelMerger:
                 f"Adapters present: {sorted(configs)}"
             )
         check_mergeable(self.inventory.model)
-        layers = self.inventory.mergeable()
-        merged = {n for layer in layers for n in layer.merged_adapters}
-        if merged and present and set(present) <= merged:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
-            return
-        if merged and present:
-            new = [n for n in present if n not in merged]
+        work, own_work = self._unmerged(adapter_names)
+        merged = self._merged()
+        new = list(dict.fromkeys(n for _, wanted in (*work, *own_work) for n in wanted))
+        if merged and new:
             warnings.warn(
                 f"Already following adapters were merged {','.join(sorted(merged))}. "
                 f"You are now additionally merging {','.join(new)}.",
                 stacklevel=4,
             )
-        work = []
-        for layer in layers:
-            asked = layer.active_adapters if adapter_names is None else present
-            wanted = [n for n in asked if n in layer.adapters and n not in layer.merged_adapters]
-            if wanted:
-                work.append((layer, wanted))
+        elif merged and present:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+            return
         if not keep:  # there is no way back, so nothing may fail half-way
             for layer, wanted in work:
                 layer.merger.check(wanted)
@@ -67,12 +64,9 @@ class ModelMerger:
         before: list[tuple[BaseTunerLayer, list[str]]] = []
         own: list[LoraLayer] = []
         try:
-            for layer in self.inventory.own_layers():
-                asked = layer.active_adapters if adapter_names is None else present
-                wanted = [n for n in asked if n in layer._adapters and n not in layer.merged_adapters]
-                if wanted:
-                    layer.merge(safe_merge=safe_merge, adapter_names=wanted)
-                    own.append(layer)
+            for layer, wanted in own_work:
+                layer.merge(safe_merge=safe_merge, adapter_names=wanted)
+                own.append(layer)
             for layer, wanted in progress(work):
                 before.append((layer, layer.merged_adapters))
                 with warnings.catch_warnings():
@@ -95,12 +89,29 @@ class ModelMerger:
         inventory = self.inventory
         check_mergeable(inventory.model)
         names = self.active() if adapter_names is None else inventory.check_known(adapter_names)
-        merged = {n for layer in inventory.layers.values() for n in layer.merged_adapters}
+        merged = self._merged()
         if not merged:
             self._untie_one_sided(names)
-        if not set(names) <= merged:
+        if not merged or any(self._unmerged(adapter_names)):
             # a check that may refuse half-way needs the bytes to go back to
             self.merge(adapter_names, safe_merge, keep=bool(merged) or safe_merge, progress=progress)
+
+    def _merged(self) -> set[str]:
+        """Names of the adapters that are inside some weight."""
+        return {n for layer in self.inventory.mergeable() for n in layer.merged_adapters}
+
+    def _unmerged(self, adapter_names: list[str] | None) -> tuple[list[Work], list[Work]]:
+        """The layers that have adapters to merge, and those among the layers that a user has written: a layer that was
+        merged by itself says nothing of the others."""
+        found: tuple[list[Work], list[Work]] = [], []
+        for layers, work in zip((self.inventory.mergeable(), self.inventory.own_layers()), found, strict=True):
+            for layer in layers:
+                asked = layer.active_adapters if adapter_names is None else adapter_names
+                present = layer._get_available_adapters()
+                wanted = [n for n in asked if n in present and n not in layer.merged_adapters]
+                if wanted:
+                    work.append((layer, wanted))
+        return found
 
     def active(self) -> list[str]:
         """Names of the adapters that are active in some layer; layers may have been told so one by one."""

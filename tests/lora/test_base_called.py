@@ -28,12 +28,12 @@ def config(library=peftfast, **changes):
     return library.LoraConfig(r=4, target_modules=["first", "second"], init_lora_weights=False, **changes)
 
 
-def pair(base):
+def pair(base, **changes):
     """The same adapters over the same base, here and in PEFT; the bases are made by calling `base`."""
     models = []
     for library in (peftfast, peft):
         torch.manual_seed(0)
-        models.append(oracle.quietly(library.get_peft_model, base(), config(library)))
+        models.append(oracle.quietly(library.get_peft_model, base(), config(library, **changes)))
     ours, theirs = models
     values = dict(theirs.named_parameters())
     with torch.no_grad():
@@ -137,6 +137,41 @@ def test_unknown_subclass():
     with torch.no_grad():
         expected = ours(X)
         torch.testing.assert_close(ours.merge_and_unload()(X), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Shifted])
+@pytest.mark.parametrize("dora", [False, True])
+def test_another_base_module_in_its_place(kind, dora):
+    ours, theirs = pair(Net, use_dora=dora)
+    for model in (ours, theirs):
+        model(X)
+        torch.manual_seed(1)
+        layer = model.base_model.model.first
+        layer.base_layer = kind(16, 24).requires_grad_(False)
+    agree(ours, theirs, X)
+    if dora and kind is Shifted:
+        return  # a shift of the output is not in the weight that the magnitudes multiply
+    with torch.no_grad():
+        expected = ours(X)
+        ours.merge_adapter()
+        with pytest.raises(RuntimeError, match="unmerge them before"):
+            ours.base_model.model.first.base_layer = nn.Linear(16, 24)
+        torch.testing.assert_close(ours(X), expected, rtol=1e-4, atol=1e-4)
+        ours.unmerge_adapter()
+        torch.testing.assert_close(ours(X), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "lora_dropout"])
+def test_another_dict_of_an_adapters_modules(name):
+    ours, theirs = pair(Net)
+    for model in (ours, theirs):
+        model(X)
+        layer = model.base_model.model.first
+        torch.manual_seed(1)
+        old = getattr(layer, name)["default"]
+        new = nn.Hardtanh() if name == "lora_dropout" else nn.Linear(old.in_features, old.out_features, bias=False)
+        setattr(layer, name, nn.ModuleDict({"default": new}))
+    agree(ours, theirs, X)
 
 
 class Doubled(nn.Module):

@@ -3,12 +3,13 @@ sizes of both ways of computing; and so do transforms of functorch's and forward
 
 import copy
 
+import oracle
 import peft
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import peftfast
 
@@ -90,6 +91,16 @@ def replaced(model):
     layer(model).lora_B["default"] = new
 
 
+def replaced_with_bias(model):
+    old = layer(model).lora_A["default"]
+    torch.manual_seed(4)
+    layer(model).lora_A["default"] = nn.Linear(64, 4).requires_grad_(old.weight.requires_grad)
+
+
+def parametrised(model):
+    parametrizations.orthogonal(layer(model).lora_A["default"])
+
+
 def pruned(model):
     for one in (model.base_model.model[0], model.base_model.model[2]):
         prune.l1_unstructured(one.lora_A["default"], "weight", 0.5)
@@ -103,7 +114,17 @@ def dropped(model):
     layer(model).lora_dropout["default"] = nn.Hardtanh(-0.5, 0.5)
 
 
-CHANGES = [zero_down, scale_input, clip_backward, own_forward, replaced, pruned, normalised, dropped]
+CHANGES = [
+    zero_down,
+    scale_input,
+    clip_backward,
+    own_forward,
+    replaced,
+    replaced_with_bias,
+    pruned,
+    normalised,
+    dropped,
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
@@ -115,7 +136,9 @@ def test_modules_of_an_adapter_are_called(change, rows):
     assert not torch.allclose(ours(x), plain(x), atol=1e-4)  # the change is one
 
 
-@pytest.mark.parametrize("change", [zero_down, scale_input, replaced, dropped], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [zero_down, scale_input, replaced, replaced_with_bias, dropped], ids=lambda change: change.__name__
+)
 @pytest.mark.parametrize("config", [{"dora": True}, {"bias": True}], ids=str)
 def test_with_dora_and_a_bias(change, config):
     assert_same(change, 8, **config)
@@ -153,6 +176,58 @@ def test_hooks_and_modules_that_come_and_go():
     assert one._make_plan()[1] is not None and torch.equal(model(x), changed)  # a plain module is read, not called
     one.lora_B["default"] = old
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("change", [pruned, normalised, replaced_with_bias, parametrised], ids=lambda c: c.__name__)
+def test_what_others_put_into_the_modules_trains_with_the_adapter(change):
+    ours, theirs = models()
+
+    def trains():
+        found = [{n: p.requires_grad for n, p in model.named_parameters()} for model in (ours, theirs)]
+        assert found[0] == found[1]
+
+    for library, model in ((peftfast, ours), (peft, theirs)):
+        model.add_adapter("second", library.LoraConfig(r=3, target_modules=["0"]))
+        model.set_adapter("second")
+        model.set_adapter("default")
+    for step in (
+        change, lambda m: m.set_adapter("second"), lambda m: m.set_adapter("default"),
+        lambda m: m.base_model.disable_adapter_layers(), lambda m: m.base_model.enable_adapter_layers(),
+    ):  # fmt: skip
+        oracle.quietly(step, ours), oracle.quietly(step, theirs)
+        trains()
+    for model in (ours, theirs):
+        if change is parametrised:
+            parametrize.remove_parametrizations(layer(model).lora_A["default"], "weight")
+        model.set_adapter("second")
+    trains()
+
+
+def merged(model, x):
+    return model.merge_and_unload()(x)
+
+
+def merged_by_itself(model, x):
+    model.base_model.model[0].merge()
+    return model(x)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda model, x: model(x), merged, merged_by_itself], ids=["called", "merged", "layer"]
+)
+@pytest.mark.parametrize("config", [{}, {"dora": True}, {"bias": True}], ids=str)
+def test_another_plain_module_is_read_at_once(config, use):
+    ours, theirs = models(**config)
+    x = torch.randn(4, 64)
+    for model in (ours, theirs):
+        model(x)
+        torch.manual_seed(5)
+        layer(model).lora_A["default"] = nn.Linear(64, 4, bias=False)
+        if "dora" in config:
+            magnitude = copy.deepcopy(layer(model).lora_magnitude_vector["default"])
+            magnitude.weight = nn.Parameter(2 * magnitude.weight)
+            layer(model).lora_magnitude_vector["default"] = magnitude
+    torch.testing.assert_close(use(ours, x), use(theirs, x), rtol=1e-4, atol=1e-4)
 
 
 def test_global_hooks_see_the_modules():
@@ -230,3 +305,16 @@ def test_second_derivatives_with_dropout():
     b.data -= 2 * step
     low = penalty(False)
     torch.testing.assert_close(gradient[3, 1], (high - low) / 2e-5, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("what", ["vmap", "jvp of a parametrised module"])
+def test_a_model_can_be_copied_after_a_transform(what):
+    model, _ = models()
+    x = torch.randn(4, 64)
+    if what == "vmap":  # over what the base module has as well
+        twice = {n: torch.stack([p.detach()] * 2) for n, p in model.named_parameters()}
+        vmap(lambda own: functional_call(model, own, (x,)))(twice)
+    else:
+        parametrize.register_parametrization(layer(model).base_layer, "weight", nn.Identity())
+        jvp(model, (x,), (x,))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))

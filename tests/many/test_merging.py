@@ -264,6 +264,25 @@ def test_what_changes_an_adapter_while_it_is_merged_is_refused_or_handled(tmp_pa
             base.unmerge_adapter()
 
 
+def test_the_change_of_an_adapter_that_has_a_bias():
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["lin"], lora_bias=True)
+    layer = random_adapters(peftfast.get_peft_model(One(nn.Linear(8, 4)), config)).base_model.model.lin
+    expected = 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer.get_delta_weight("default"), expected.detach())
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_layer_merged_by_itself_says_nothing_of_the_others(call):
+    model = two()
+    layers = list(model.base_model.inventory.layers.values())
+    with torch.no_grad():
+        expected = oracle.logits(model)
+        layers[1].merge()
+        merged = getattr(model, call)() or model
+        torch.testing.assert_close(oracle.logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert all(layer.merged_adapters == [n for n in layer.adapters if n == "default"] for layer in layers)
+
+
 def test_disabled_while_merged_and_merged_for_good():
     model = two()
     with torch.no_grad(), warnings.catch_warnings():
