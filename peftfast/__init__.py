@@ -70,7 +70,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "methods.adalora": ("AdaLoraConfig",),
     "methods.ia3": ("IA3Config",),
     "methods.lora_config": ("LoraConfig",),
-    "methods.lora_settings": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraRuntimeConfig"),
+    "methods.lora_settings": ("CordaConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraRuntimeConfig"),
     "methods.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
     "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),

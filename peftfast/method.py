@@ -291,10 +291,31 @@ class Exclusive(Protocol):
         ...
 
 
+class Repeated(Protocol):
+    """Optional, known by its one function: adapters of which loading repeats `init` though it leaves the base as it is.
+    Without it, those of which `changes_base`."""
+
+    def repeats_init(self, cfg: PeftConfig) -> bool: ...
+
+
+class Refining(Protocol):
+    """Optional, known by its one function: adapters that change the base once, however many of them there are."""
+
+    def before_merging(self, site: Site, base: Dense, adapters: Sequence[Adapter]) -> Dense:
+        """The weight that all of `adapters` are merged into, of the `base` without any adapter. Pure."""
+        ...
+
+
 class TrainingHooks(Protocol):
     """Optional, known by its one function: a term of the loss (AdaLoRA's regulariser)."""
 
     def loss_term(self, adapters: Sequence[Adapter]) -> Tensor | None: ...
+
+
+def repeats_init(cfg: PeftConfig) -> bool:
+    """Whether an adapter of this config has to be initialised where it is loaded, before its tensors are."""
+    method = method_for(cfg)
+    return getattr(method, "repeats_init", method.changes_base)(cfg)
 
 
 M = TypeVar("M", bound=type)

@@ -12,7 +12,7 @@ NAMES = frozenset(
     AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig BOFTConfig BOFTModel
     BdLoraConfig BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder
     DeftConfig DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig
-    GloraModel GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel KasaConfig LNTuningConfig
+    GloraModel GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel LNTuningConfig
     LNTuningModel LilyConfig LilyModel LoHaConfig LoHaLayer LoHaModel LoKrConfig LoKrLayer LoKrModel LoraGAConfig
     MissConfig MissModel MontecloraConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel
     OSFConfig OSFModel PeanutConfig PeanutModel PolyConfig PolyModel PsoftConfig PsoftModel PveraConfig PveraModel

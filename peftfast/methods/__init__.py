@@ -11,3 +11,4 @@ from peftfast.methods import dora as dora  # isort: skip
 from peftfast.methods import adalora as adalora
 from peftfast.methods import corda as corda
 from peftfast.methods import ia3 as ia3
+from peftfast.methods import kasa as kasa

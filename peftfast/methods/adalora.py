@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -164,7 +163,8 @@ class AdaLora:
         bind = getattr(site, "bind", None)
         if bind is None or len(active) != 1 or not len(factors(active[0])[0]):
             return None
-        return bind(active[0], partial(_weighted, active[0]))
+        (adapter,) = active
+        return bind(adapter, lambda part: part._replace(a=_weighted(adapter, part.a)))
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
         return sample_by_sample(self, site, x, y, adapters, rows)

@@ -69,7 +69,7 @@ class Lora:
         a, b = factors(adapter)
         initialise(site, a, b, adapter)
         if adapter.cfg.lora_bias:
-            adapter[_bias_slot(adapter)].zero_()
+            adapter[bias_slot(adapter)].zero_()
 
     def tied_slots(self, site: Site) -> Mapping[str, str]:
         """A head multiplies by the transposed table, so its factors are the table's, transposed and exchanged."""
@@ -87,6 +87,10 @@ class Lora:
             ("pissa", "olora", "corda", "loftq")
         )
 
+    def down(self, adapter: Adapter) -> Tensor:
+        """What the input is multiplied by; another than the down factor where a variant says so."""
+        return factors(adapter)[0]
+
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         sites = [adapter.through(site) for adapter in active]
         if len(active) == 1:
@@ -98,7 +102,7 @@ class Lora:
             y = self._one_by_one(site, sites, x, y, active)
         for adapter, own in zip(active, sites, strict=True):
             if adapter.cfg.lora_bias and own is site:  # a module that is called adds its bias itself
-                y = site.add_to_output(y, adapter[_bias_slot(adapter)] * adapter.scale)
+                y = site.add_to_output(y, adapter[bias_slot(adapter)] * adapter.scale)
         return y
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
@@ -121,8 +125,7 @@ class Lora:
 
     def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
         """See `Additive`."""
-        a, b = factors(adapter)
-        return a, b * adapter.scale
+        return self.down(adapter), factors(adapter)[1] * adapter.scale
 
     def _one_by_one(
         self, site: Site, sites: Sequence[Site], x: Tensor, y: Tensor | None, active: Sequence[Adapter]
@@ -130,9 +133,7 @@ class Lora:
         """Sums, also that of the input's gradient, in the factors' dtype, rounded to the activations' once."""
         y = site.base(x) if y is None else y
         dtype = y.dtype
-        if not torch.is_autocast_enabled(y.device.type):
-            wide = torch.promote_types(dtype, factors(active[0])[0].dtype)
-            y, x = y.to(wide), x.to(wide) if x.is_floating_point() else x
+        x, y = widened(x, y, factors(active[0])[0])
         for adapter, own in zip(active, sites, strict=True):
             y = own.adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout)
         return y.to(dtype)
@@ -177,14 +178,22 @@ class Lora:
         return combined(site, adapters, weights, how, into.setting("r"))
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
-        a, b = (f.to(dense.weight.dtype) for f in factors(adapter))
+        a, b = (f.to(dense.weight.dtype) for f in (self.down(adapter), factors(adapter)[1]))
         weight = torch.add(dense.weight, site.delta(a, b), alpha=float(adapter.scale))
         if not adapter.cfg.lora_bias:
             return dense._replace(weight=weight)
         if dense.bias is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-        bias = adapter[_bias_slot(adapter)].to(dense.bias.dtype)
+        bias = adapter[bias_slot(adapter)].to(dense.bias.dtype)
         return Dense(weight, dense.bias + adapter.scale * bias)
+
+
+def widened(x: Tensor, y: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output in the factors' dtype, for sums of several that are rounded once; under autocast as they are."""
+    if torch.is_autocast_enabled(y.device.type):
+        return x, y
+    wide = torch.promote_types(y.dtype, factor.dtype)
+    return x.to(wide) if x.is_floating_point() else x, y.to(wide)
 
 
 def scaling_of(cfg: LoraConfig, key: str) -> float:
@@ -231,5 +240,6 @@ def stacked(adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor, float, float]:
     return a, torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], dim=1), 1.0, 0.0
 
 
-def _bias_slot(adapter: Adapter) -> str:
+def bias_slot(adapter: Adapter) -> str:
+    """Where the bias of the up factor is."""
     return next(slot for slot in adapter.parameters() if slot.endswith(".bias"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
-from peftfast.methods.lora_settings import CordaConfig, EvaConfig, LoftQConfig, LoraRuntimeConfig
+from peftfast.methods.lora_settings import CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraRuntimeConfig
 from peftfast.rules import (
     boolean,
     either,
@@ -27,7 +27,7 @@ _NAMES = optional(either(text(), sequence(text())))
 _UNSUPPORTED = "peftfast does not implement this variant; train or run such adapters with PEFT itself"
 
 #: fields that hold a sub-config, which files have as dicts
-_PARTS: Mapping[str, type] = {"eva_config": EvaConfig, "corda_config": CordaConfig}
+_PARTS: Mapping[str, type] = {"eva_config": EvaConfig, "corda_config": CordaConfig, "kasa_config": KasaConfig}
 
 #: Fields that make more of an adapter than a product of two factors that is added: each a method of its own, and at
 #: most one of them set.
@@ -72,6 +72,8 @@ class LoraConfig(PeftConfig):
         lora_bias: a bias on the up factor.
         target_parameters: names of Parameters (suffixes) to adapt by themselves: matrices, and the stacks of matrices
             in which mixture-of-experts models keep their experts. Without dropout, DoRA and biases.
+        kasa_config: the base without its r smallest singular components, and trained singular values between the
+            factors (KaSA, arXiv 2412.06071).
         ensure_weight_tying: share adapters between tied embeddings.
     """
 
@@ -114,7 +116,7 @@ class LoraConfig(PeftConfig):
     target_parameters: list[str] | None = setting(None, optional(sequence(text())))
     use_bdlora: Any = setting(None, only(None, _UNSUPPORTED))
     arrow_config: Any = setting(None, only(None, _UNSUPPORTED))
-    kasa_config: Any = setting(None, only(None, _UNSUPPORTED))
+    kasa_config: KasaConfig | None = setting(None, optional(instance(KasaConfig)))
     ensure_weight_tying: bool = setting(False, boolean())
 
     _custom_modules = None  # no field: a file cannot hold classes
@@ -183,8 +185,11 @@ class LoraConfig(PeftConfig):
 
     def _validate_initialisation(self) -> None:
         init = self.init_lora_weights
-        if init == "mica" and self.use_dora:
-            raise ValueError("init_lora_weights='mica' is not supported together with use_dora=True")
+        if init == "mica" and self.variant is not None:
+            raise ValueError(
+                "init_lora_weights='mica' is not supported together with "
+                f"{self.variant}={getattr(self, self.variant)!r}"
+            )
         if init == "loftq" and not self.loftq_config:
             raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
         if init == "eva" and self.eva_config is None:

@@ -69,6 +69,21 @@ class CordaConfig(CheckedFields):
         super().__post_init__()
 
 
+@checked
+class KasaConfig(CheckedFields):
+    """Adaptation in the directions of the base weight's smallest singular values (Wang et al., arXiv 2412.06071).
+
+    The two coefficients have an effect where the training adds `model._get_kasa_loss()` to its loss, and only there.
+
+    Args:
+        beta: of the sum of squares of the trained singular values.
+        gamma: of how far the factors are from orthonormal, ‖Bᵀ B - I‖ + ‖A Aᵀ - I‖.
+    """
+
+    beta: float = setting(1e-4, number(0.0))
+    gamma: float = setting(1e-3, number(0.0))
+
+
 @dataclass
 class LoraRuntimeConfig:
     """Settings of one process, never saved.

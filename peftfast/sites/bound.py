@@ -66,7 +66,7 @@ class BoundLora:
         dropouts: Mapping[str, nn.Module],
         name: str,
         holders: Holders | None,
-        weighted: Callable[[Tensor], Tensor] | None,
+        weighted: Callable[[Part], Part | None] | None,
     ) -> None:
         self.site, self.down, self.up = site, down, up
         self.kept, self.dropouts, self.name, self.holders, self.weighted = kept, dropouts, name, holders, weighted
@@ -90,7 +90,8 @@ class BoundLora:
             self._last = last = last._replace(way=way_of(x, last.part), elements=x.numel())
         if self.weighted is None:
             return last[:2]
-        return last.part._replace(a=self.weighted(last.part.a)), last.way
+        part = self.weighted(last.part)
+        return None if part is None else (part, last.way)
 
     def part(self, x: Tensor, drops: bool = True) -> Part | None:
         """What x is to be multiplied by, None where this call is not a plain one; `drops` False leaves dropout out."""

@@ -70,9 +70,14 @@ class CalledSite:
         """B A of a linear layer, which the modules make of the columns of an identity."""
         return self.up(self.down(torch.eye(a.shape[1], dtype=a.dtype, device=a.device), a), b).t()
 
-    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+    def adapt(
+        self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float,
+        between: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `Site.adapt`; `between` [r] is what each rank is multiplied by between the two."""
         y = self.site.base(x) if y is None else y
-        branch = self.up(self.down(self.drop(x.to(a.dtype) if self._casts else x, dropout), a), b)
+        t = self.down(self.drop(x.to(a.dtype) if self._casts else x, dropout), a)
+        branch = self.up(t if between is None else t * between, b)
         return (y + branch * scale).to(y.dtype)
 
     def magnify(

@@ -17,6 +17,7 @@ from peftfast.ops.composed import composes
 from peftfast.ops.dora import dora_linear_add, weight_norm
 from peftfast.ops.host_bound import is_small
 from peftfast.ops.lora import lora_linear, lora_linear_add
+from peftfast.ops.plan import Part
 from peftfast.ops.routed import routed_linear_add, row_route, runs_segmented
 from peftfast.ops.scale import scale_features
 from peftfast.sites.bound import BoundLora, BoundRuns
@@ -74,12 +75,12 @@ class LinearSite:
             y = self.base(x)
         return lora_linear_add(y, x, a, b, scale, dropout)
 
-    def bind(self, adapter: Any, weighted: Callable[[Tensor], Tensor] | None = None) -> BoundLora | None:
+    def bind(self, adapter: Any, weighted: Callable[[Part], Part | None] | None = None) -> BoundLora | None:
         """`adapt` for one adapter and y None, with everything looked up that no input changes; None: not for this one.
 
         Args:
             adapter: a `peftfast.method.Adapter` with a pair of factors.
-            weighted: what is multiplied by in place of the down factor, made of that.
+            weighted: what is multiplied by instead, made of what has been looked up; None: not in this call.
         """
         cells = [adapter.cell(slot) for slot in adapter.pair]
         holders = adapter.holders

@@ -19,6 +19,7 @@ from peftfast.many.merging import add_weighted_adapter, subtract
 from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
 from peftfast.method import method_for
 from peftfast.methods.combination import Combination
+from peftfast.methods.kasa import DIAGONAL, kasa_loss
 from peftfast.ops.casts import CastStore
 from peftfast.quantization.quantize import dequantize_model
 from peftfast.rows.routing import BASE
@@ -400,6 +401,18 @@ class LoraModel(BaseTuner):
     """A model with LoRA, QLoRA or DoRA adapters."""
 
     prefix = "lora_"
+
+    def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """What a training with KaSA adds to its loss, as in PEFT: see `peftfast.methods.kasa.kasa_loss`.
+
+        Args:
+            adapter_names: of which adapters; None: the active ones. Others than KaSA's count for nothing.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [names] if isinstance(names, str) else names
+        layers = self.inventory.layers.values()
+        found = [layer.adapters[name] for layer in layers for name in names if name in layer.adapters]
+        return kasa_loss([adapter for adapter in found if DIAGONAL in adapter])
 
 
 class TrainableTokensModel(BaseTuner):
