@@ -58,7 +58,8 @@ class Adapter:
         for slot_name, slot in self.slots.items():
             container = getattr(self._layer, slot_name)
             if slot.holder is None:
-                self._where[slot_name] = (container._parameters, self.name, container)
+                kept = container._buffers if slot.buffer else container._parameters
+                self._where[slot_name] = (kept, self.name, container)
             else:
                 holder = container[self.name]
                 self._where[slot_name] = (holder._parameters, "weight", holder)

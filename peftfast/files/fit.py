@@ -165,8 +165,9 @@ class Fit:
                     device = torch.device("cpu") if entry.layer is None else entry.layer.site.weight.device
                     device = torch.device("cpu") if device.type == "meta" else device
                     value = tensor.to(device=device, dtype=current.dtype, copy=True)
-                    new = nn.Parameter(value, requires_grad=current.requires_grad)
-                    setattr(entry.owner, entry.attribute, new)
+                    if entry.attribute not in entry.owner._buffers:
+                        value = nn.Parameter(value, requires_grad=current.requires_grad)
+                    setattr(entry.owner, entry.attribute, value)
                 else:
                     copy_whole(current, tensor)
             targets = dict(model.named_parameters(remove_duplicate=False)) if self.base else {}

@@ -17,7 +17,7 @@ NAMES = frozenset(
     MissConfig MissModel MontecloraConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel
     OSFConfig OSFModel PeanutConfig PeanutModel PolyConfig PolyModel PsoftConfig PsoftModel PveraConfig PveraModel
     RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig
-    SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel VeloraConfig
+    SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel
     VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel bloom_model_postprocess_past_key_value
     compose_cartridge_adapters create_arrow_model create_riemannian_optimizer factorization
     initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text preprocess_loraga

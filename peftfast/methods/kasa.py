@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.method import Adapter, register_method, sample_by_sample
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora import Lora, bias_slot, describe_change, factors, pair_of, scaling_of, widened
+from peftfast.methods.lora import Lora, bias_slot, check_linear, describe_change, factors, pair_of, scaling_of, widened
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import drawn_through
 from peftfast.ops.orthogonality import orthogonality
@@ -61,13 +61,9 @@ class Kasa(Lora):
         return {**super().settings(site, cfg, key), DROPPED: _Dropped()}
 
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
+        check_linear(site, "KaSA", "kasa_config")
         pair = super().slots(site, cfg, settings)
         r, directions = settings["r"], min(site.weight.shape)
-        if "lora_A" not in pair or hasattr(site.module, "kernel_size"):
-            raise ValueError(
-                f"KaSA is defined for linear layers, not for a {type(site.module).__name__}; leave it out of "
-                "target_modules or set kasa_config=None"
-            )
         if r >= directions:
             raise ValueError(
                 f"KaSA requires `r` ({r}) to be smaller than min(in_features, out_features) ({directions}), so that "

@@ -196,6 +196,15 @@ def widened(x: Tensor, y: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(wide) if x.is_floating_point() else x, y.to(wide)
 
 
+def check_linear(site: Site, variant: str, field: str) -> None:
+    """ValueError for a module that is no linear layer."""
+    if "lora_A" not in site.low_rank_slots(1) or hasattr(site.module, "kernel_size"):
+        raise ValueError(
+            f"{variant} is defined for linear layers, not for a {type(site.module).__name__}; leave it out of "
+            f"target_modules or set {field}=None"
+        )
+
+
 def scaling_of(cfg: LoraConfig, key: str) -> float:
     """What the product of the factors is multiplied by in the module `key`."""
     r = pattern_value(cfg.rank_pattern, key, cfg.r)

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
-from peftfast.methods.lora_settings import CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraRuntimeConfig
+from peftfast.methods.lora_settings import (
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraRuntimeConfig,
+    VeloraConfig,
+)
 from peftfast.rules import (
     boolean,
     either,
@@ -27,7 +34,12 @@ _NAMES = optional(either(text(), sequence(text())))
 _UNSUPPORTED = "peftfast does not implement this variant; train or run such adapters with PEFT itself"
 
 #: fields that hold a sub-config, which files have as dicts
-_PARTS: Mapping[str, type] = {"eva_config": EvaConfig, "corda_config": CordaConfig, "kasa_config": KasaConfig}
+_PARTS: Mapping[str, type] = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "kasa_config": KasaConfig,
+    "velora_config": VeloraConfig,
+}
 
 #: Fields that make more of an adapter than a product of two factors that is added: each a method of its own, and at
 #: most one of them set.
@@ -69,6 +81,7 @@ class LoraConfig(PeftConfig):
         rank_pattern, alpha_pattern: module name or regex -> its own r or alpha; the first match wins.
         trainable_token_indices: rows of the input embedding to train, or {module: rows}.
         use_dora: weight-decomposed adaptation (arXiv 2402.09353).
+        velora_config: keep compressed inputs for the backward pass (VeLoRA, arXiv 2405.17991).
         lora_bias: a bias on the up factor.
         target_parameters: names of Parameters (suffixes) to adapt by themselves: matrices, and the stacks of matrices
             in which mixture-of-experts models keep their experts. Without dropout, DoRA and biases.
@@ -105,7 +118,7 @@ class LoraConfig(PeftConfig):
     corda_config: CordaConfig | None = setting(None, optional(instance(CordaConfig)))
     lora_ga_config: Any = setting(None, only(None, _UNSUPPORTED))
     use_dora: bool = setting(False, boolean())
-    velora_config: Any = setting(None, only(None, _UNSUPPORTED))
+    velora_config: VeloraConfig | None = setting(None, optional(instance(VeloraConfig)))
     alora_invocation_tokens: list[int] | None = setting(None, only(None, _UNSUPPORTED))
     use_qalora: bool = setting(False, only(False, _UNSUPPORTED))
     qalora_group_size: int = setting(16, integer(1))

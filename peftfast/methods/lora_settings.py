@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftfast.config import CheckedFields, checked, setting
-from peftfast.rules import boolean, integer, number, one_of, optional, text
+from peftfast.rules import boolean, integer, number, one_of, optional, positive, text
 
 
 @checked
@@ -82,6 +82,24 @@ class KasaConfig(CheckedFields):
 
     beta: float = setting(1e-4, number(0.0))
     gamma: float = setting(1e-3, number(0.0))
+
+
+@checked
+class VeloraConfig(CheckedFields):
+    """Training that keeps of a layer's input one number for each group of features (Miles et al., arXiv 2405.17991).
+
+    Args:
+        num_groups: how many groups; more are closer to LoRA's own gradient and take more memory.
+        scale: what the reconstructed input is multiplied by, and so A's gradient.
+        init_type: the direction that groups are projected on: "batch_average", their mean in every forward;
+            "batch_average_once", that of the first one; "random".
+    """
+
+    num_groups: int = setting(64, integer(1))
+    scale: float = setting(1.0, positive())
+    init_type: Literal["batch_average", "batch_average_once", "random"] = setting(
+        "batch_average", one_of("batch_average", "batch_average_once", "random")
+    )
 
 
 @dataclass

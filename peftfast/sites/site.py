@@ -28,6 +28,7 @@ class Slot:
         trainable: False for what training never changes (MiCA's up factor).
         saved: False for bookkeeping that no file has.
         fill: its value, where no file and no initialisation gives one.
+        buffer: True for a bare buffer in place of a Parameter. dtype: where it is not that of the others.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +38,8 @@ class Slot:
     trainable: bool = True
     saved: bool = True
     fill: float | None = None
+    buffer: bool = False
+    dtype: torch.dtype | None = None
 
 
 class Dense(NamedTuple):

@@ -272,6 +272,7 @@ def test_compiled_is_eager():
         function(ids).backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
         model.zero_grad()
+    torch._dynamo.reset()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
 
