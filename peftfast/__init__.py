@@ -76,6 +76,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "KasaConfig",
         "LoftQConfig",
         "LoraRuntimeConfig",
+        "MontecloraConfig",
         "VeloraConfig",
     ),
     "methods.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),

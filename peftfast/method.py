@@ -62,9 +62,9 @@ class Adapter:
                 self._where[slot_name] = (kept, self.name, container)
             else:
                 holder = container[self.name]
-                self._where[slot_name] = (holder._parameters, "weight", holder)
-                if slot.bias is not None:
-                    self._where[f"{slot_name}.bias"] = (holder._parameters, "bias", holder)
+                for leaf in slot.parameters():
+                    where = slot_name if leaf == "weight" else f"{slot_name}.{leaf}"
+                    self._where[where] = (holder._parameters, leaf, holder)
         held = [getattr(self._layer, slot)._modules for slot in self.pair if self.slots[slot].holder is not None]
         self.holders = Holders((*held, self._dropouts), self.name) if len(held) == 2 else None
 
@@ -89,10 +89,10 @@ class Adapter:
 
     def places(self) -> Iterator[Entry]:
         """Where its Parameters hang, and what hangs there; None where that is not where they are kept."""
-        for slot_name, slot in self.slots.items():
-            parameters, key, owner = self._where[slot_name]
+        for where, (parameters, key, owner) in self._where.items():
             yield parameters, key, parameters.get(key)
-            if slot.holder is not None:
+            slot_name, _, leaf = where.partition(".")
+            if not leaf and self.slots[slot_name].holder is not None:
                 yield getattr(self._layer, slot_name)._modules, self.name, owner
 
     def __contains__(self, slot: str) -> bool:
@@ -165,7 +165,12 @@ def _registered(method: AdapterMethod) -> AdapterMethod:
 
 
 class AdapterMethod(Protocol):
-    """Stateless: every tensor lives in the layer, every choice in the config."""
+    """Stateless: every tensor lives in the layer, every choice in the config.
+
+    Attributes:
+        only_for_training: optional, slots of which a pool that serves the adapter has no use.
+        uncapturable: optional, why a training step cannot be recorded once and replayed.
+    """
 
     peft_type: ClassVar[str]
     prefix: ClassVar[str]  # "lora_": the parameters that are this method's start with it

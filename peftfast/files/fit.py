@@ -148,7 +148,9 @@ class Fit:
             for entry in entries:
                 current = getattr(entry.owner, entry.attribute)
                 if current.is_meta:
-                    new = nn.Parameter(torch.empty_like(current, device=device), requires_grad=current.requires_grad)
+                    new = torch.empty_like(current, device=device)
+                    if entry.attribute not in entry.owner._buffers:
+                        new = nn.Parameter(new, requires_grad=current.requires_grad)
                     setattr(entry.owner, entry.attribute, new)
             with torch.no_grad():
                 adapter.method.init(layer.site, adapter)

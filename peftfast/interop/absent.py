@@ -14,7 +14,7 @@ NAMES = frozenset(
     DeftConfig DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig
     GloraModel GraloraConfig GraloraModel HRAConfig HRAModel HiraConfig HiraModel LNTuningConfig
     LNTuningModel LilyConfig LilyModel LoHaConfig LoHaLayer LoHaModel LoKrConfig LoKrLayer LoKrModel LoraGAConfig
-    MissConfig MissModel MontecloraConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel
+    MissConfig MissModel MultitaskPromptTuningConfig MultitaskPromptTuningInit OFTConfig OFTModel
     OSFConfig OSFModel PeanutConfig PeanutModel PolyConfig PolyModel PsoftConfig PsoftModel PveraConfig PveraModel
     RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig
     SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel

@@ -72,7 +72,7 @@ class Rule:
 
 
 #: Fields of variants of LoRA that save more than a pair of factors a module, beside `use_dora`.
-_MORE_TENSORS = ("kasa_config", "velora_config")
+_MORE_TENSORS = ("kasa_config", "velora_config", "monteclora_config")
 
 _NO_LORA = Rule(REFUSES, lambda f: f.kind != "LORA", "knows LORA only, this is {f.kind}")
 

@@ -243,7 +243,7 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
                 yield self._modules, slot_name, container, container._parameters, name
                 continue
             holder = container[name]
-            for leaf in ("weight", "bias") if slot.bias is not None else ("weight",):
+            for leaf in slot.parameters():
                 if leaf in holder._parameters:  # what is parametrised or another layer's is switched where it is kept
                     yield container._modules, name, holder, holder._parameters, leaf
 

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def make_slot(slot: Slot, device: torch.device, dtype: torch.dtype) -> nn.Module | Tensor:
-    """What a slot holds: a Parameter or buffer, or a module with a weight and perhaps a bias. Values are not set, save
+    """What a slot holds: a Parameter or buffer, or a module with Parameters and buffers. Values are not set, save
     `fill`."""
-    dtype = slot.dtype or dtype
+    own = slot.dtype or dtype
     if slot.buffer:
-        return torch.full(slot.shape, slot.fill or 0.0, device=device, dtype=dtype)
+        return torch.full(slot.shape, slot.fill or 0.0, device=device, dtype=own)
 
     def parameter(shape: tuple[int, ...]) -> nn.Parameter:
         if slot.fill is not None:  # exact in fp32, and of no less precision than what it is computed with
@@ -31,9 +31,10 @@ def make_slot(slot: Slot, device: torch.device, dtype: torch.dtype) -> nn.Module
     if slot.holder is None:
         return parameter(slot.shape)
     holder = slot.holder()
-    holder.weight = parameter(slot.shape)
-    if slot.bias is not None:
-        holder.bias = parameter(slot.bias)
+    for leaf, shape in slot.parameters().items():
+        setattr(holder, leaf, parameter(shape))
+    for name, shape in (slot.buffers or {}).items():
+        holder.register_buffer(name, torch.empty(shape, device=device, dtype=own))
     return holder
 
 

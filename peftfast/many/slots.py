@@ -168,7 +168,7 @@ class Slots:
         if reader is None:
             raise ValueError(f"Adapter {name} is {method.family}, which slots cannot hold")
         idle = getattr(method, "only_for_training", ())
-        left = {in_base(k): v for k, v in tensors.items() if k.rpartition(".")[2] not in idle}
+        left = {in_base(k): v for k, v in tensors.items() if not any(f".{slot}." in f"{k}." for slot in idle)}
         if self._parameters:
             cfg, left = self._of_experts(name, cfg, left)
         found: Factors = {}

@@ -12,4 +12,5 @@ from peftfast.methods import adalora as adalora
 from peftfast.methods import corda as corda
 from peftfast.methods import ia3 as ia3
 from peftfast.methods import kasa as kasa
+from peftfast.methods import monteclora as monteclora
 from peftfast.methods import velora as velora

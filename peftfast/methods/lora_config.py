@@ -13,6 +13,7 @@ from peftfast.methods.lora_settings import (
     KasaConfig,
     LoftQConfig,
     LoraRuntimeConfig,
+    MontecloraConfig,
     VeloraConfig,
 )
 from peftfast.rules import (
@@ -39,6 +40,7 @@ _PARTS: Mapping[str, type] = {
     "corda_config": CordaConfig,
     "kasa_config": KasaConfig,
     "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
 }
 
 #: Fields that make more of an adapter than a product of two factors that is added: each a method of its own, and at
@@ -82,6 +84,7 @@ class LoraConfig(PeftConfig):
         trainable_token_indices: rows of the input embedding to train, or {module: rows}.
         use_dora: weight-decomposed adaptation (arXiv 2402.09353).
         velora_config: keep compressed inputs for the backward pass (VeLoRA, arXiv 2405.17991).
+        monteclora_config: train with samples around the down factor (MonteCLoRA, arXiv 2411.04358).
         lora_bias: a bias on the up factor.
         target_parameters: names of Parameters (suffixes) to adapt by themselves: matrices, and the stacks of matrices
             in which mixture-of-experts models keep their experts. Without dropout, DoRA and biases.
@@ -122,7 +125,7 @@ class LoraConfig(PeftConfig):
     alora_invocation_tokens: list[int] | None = setting(None, only(None, _UNSUPPORTED))
     use_qalora: bool = setting(False, only(False, _UNSUPPORTED))
     qalora_group_size: int = setting(16, integer(1))
-    monteclora_config: Any = setting(None, only(None, _UNSUPPORTED))
+    monteclora_config: MontecloraConfig | None = setting(None, optional(instance(MontecloraConfig)))
     layer_replication: list[tuple[int, int]] | None = setting(None, optional(sequence(pair(integer(0)))))
     runtime_config: LoraRuntimeConfig = setting(None, optional(instance(LoraRuntimeConfig)))
     lora_bias: bool = setting(False, boolean())

@@ -102,6 +102,30 @@ class VeloraConfig(CheckedFields):
     )
 
 
+@checked
+class MontecloraConfig(CheckedFields):
+    """Training with samples around the down factor, whose spread is trained (Sengupta et al., arXiv 2411.04358).
+
+    The loss terms have an effect where the training adds `model._get_monteclora_loss()` to its loss, as
+    `helpers.MontecloraTrainerMixin` does, and only there.
+
+    Args:
+        num_samples: how many samples are averaged in a call.
+        use_entropy: add the sum of squares of their weights to the loss term.
+        dirichlet_prior: concentration of the weights' prior; large: even, small: few samples.
+        sample_scaler: size of the samples' distance from the factor.
+        kl_loss_weight: of the divergence from the priors.
+        buffer_size: for how many calls random numbers are drawn at once; on a CPU the stream of a seed depends on it.
+    """
+
+    num_samples: int = setting(8, integer(1))
+    use_entropy: bool = setting(False, boolean())
+    dirichlet_prior: float = setting(0.1, positive())
+    sample_scaler: float = setting(1e-4, number())
+    kl_loss_weight: float = setting(1e-5, number())
+    buffer_size: int = setting(150, integer(1))
+
+
 @dataclass
 class LoraRuntimeConfig:
     """Settings of one process, never saved.
