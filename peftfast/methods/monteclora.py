@@ -72,6 +72,8 @@ class MontecloraSampler(nn.Module):
 
     def noise(self) -> Tensor | None:
         """A' - A [r, K] for new samples; None, with a warning, where the trained weights are no numbers."""
+        if torch.compiler.is_compiling():  # which would put draws into the graph that are to be in torch's own stream
+            torch._dynamo.graph_break()
         z, draw = self._draw()
         with torch.autocast(z.device.type, enabled=False):
             v, w = self._variances(draw.wishart), self._weights(draw.dirichlet)
@@ -148,7 +150,6 @@ class MontecloraSampler(nn.Module):
             return False
         return self._ahead is None or self._ahead.used >= self.buffer_size
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _draw(self) -> tuple[Tensor, Draw]:
         """Z [S, K, r] and the rest."""
