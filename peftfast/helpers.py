@@ -16,6 +16,7 @@ from peftfast.config import PeftConfig
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.dora import cache_norms
 from peftfast.model import PeftModel
+from peftfast.tuners.tuner import LoraModel
 
 
 def update_forward_signature(model: PeftModel) -> None:
@@ -131,3 +132,20 @@ class DoraCaching:
 
     def __call__(self, enabled: bool = True) -> None:
         cache_norms(enabled)
+
+
+class MontecloraTrainerMixin:
+    """To derive a trainer from, before transformers' or TRL's: adds MonteCLoRA's loss term, of several models with
+    adapters the mean of theirs, to what `compute_loss` gives."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """See the trainer's; the loss, or with `return_outputs` the loss and the model's outputs."""
+        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        terms = [module._get_monteclora_loss() for module in model.modules() if isinstance(module, LoraModel)]
+        term = sum(terms) / len(terms) if terms else 0.0
+        if not return_outputs:
+            return found + term
+        loss, outputs = found
+        return loss + term, outputs

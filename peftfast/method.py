@@ -59,12 +59,13 @@ class Adapter:
         for slot_name, slot in self.slots.items():
             container = getattr(self._layer, slot_name)
             if slot.holder is None:
-                self._where[slot_name] = (container._parameters, self.name, container, self._layer._modules, slot_name)
+                kept = container._buffers if slot.buffer else container._parameters
+                self._where[slot_name] = (kept, self.name, container, self._layer._modules, slot_name)
             else:
                 holder, place = container[self.name], (container._modules, self.name)
-                self._where[slot_name] = (holder._parameters, "weight", holder, *place)
-                if slot.bias is not None:
-                    self._where[f"{slot_name}.bias"] = (holder._parameters, "bias", holder, *place)
+                for leaf in slot.parameters():
+                    where = slot_name if leaf == "weight" else f"{slot_name}.{leaf}"
+                    self._where[where] = (holder._parameters, leaf, holder, *place)
         held = {slot: getattr(self._layer, slot)._modules for slot in self.pair if self.slots[slot].holder is not None}
         biased = [modules for slot, modules in held.items() if self.slots[slot].bias is not None]
         self.holders = Holders((*held.values(), self._dropouts), self.name, biased) if len(held) == 2 else None
@@ -99,10 +100,11 @@ class Adapter:
 
     def places(self) -> Iterator[Entry]:
         """Where its Parameters hang, and what hangs there; None where that is not where they are kept."""
-        for slot_name, slot in self.slots.items():
-            parameters, key, owner = self._found(slot_name)
+        for where in tuple(self._where):
+            parameters, key, owner = self._found(where)
             yield parameters, key, parameters.get(key)
-            if slot.holder is not None:
+            slot_name, _, leaf = where.partition(".")
+            if not leaf and self.slots[slot_name].holder is not None:
                 yield getattr(self._layer, slot_name)._modules, self.name, owner
 
     def __contains__(self, slot: str) -> bool:
@@ -188,7 +190,12 @@ def _registered(method: AdapterMethod) -> AdapterMethod:
 
 
 class AdapterMethod(Protocol):
-    """Stateless: every tensor lives in the layer, every choice in the config."""
+    """Stateless: every tensor lives in the layer, every choice in the config.
+
+    Attributes:
+        only_for_training: optional, slots of which a pool that serves the adapter has no use.
+        uncapturable: optional, why a training step cannot be recorded once and replayed.
+    """
 
     peft_type: ClassVar[str]
     prefix: ClassVar[str]  # "lora_": the parameters that are this method's start with it
@@ -348,10 +355,31 @@ class Unpadded(Protocol):
     pads: ClassVar[bool]  # False; methods without it can be padded
 
 
+class Repeated(Protocol):
+    """Optional, known by its one function: adapters of which loading repeats `init` though it leaves the base as it is.
+    Without it, those of which `changes_base`."""
+
+    def repeats_init(self, cfg: PeftConfig) -> bool: ...
+
+
+class Refining(Protocol):
+    """Optional, known by its one function: adapters that change the base once, however many of them there are."""
+
+    def before_merging(self, site: Site, base: Dense, adapters: Sequence[Adapter]) -> Dense:
+        """The weight that all of `adapters` are merged into, of the `base` without any adapter. Pure."""
+        ...
+
+
 class TrainingHooks(Protocol):
     """Optional, known by its one function: a term of the loss (AdaLoRA's regulariser)."""
 
     def loss_term(self, adapters: Sequence[Adapter]) -> Tensor | None: ...
+
+
+def repeats_init(cfg: PeftConfig) -> bool:
+    """Whether an adapter of this config has to be initialised where it is loaded, before its tensors are."""
+    method = method_for(cfg)
+    return getattr(method, "repeats_init", method.changes_base)(cfg)
 
 
 M = TypeVar("M", bound=type)

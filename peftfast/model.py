@@ -32,7 +32,7 @@ from peftfast.files.io import (
 from peftfast.files.state import adapter_state_dict, is_in
 from peftfast.interop.counterpart import HasCounterpart
 from peftfast.many.router import Choice
-from peftfast.method import method_for
+from peftfast.method import repeats_init
 from peftfast.prompts.prompt_model import PromptTuner, resize_saved_prompt
 from peftfast.training.checkpointing import require_input_gradients
 from peftfast.tuners.adalora import AdaLoraModel
@@ -509,7 +509,7 @@ class PeftModel(HasCounterpart, nn.Module):
             if undo is not None:
                 undo()
             raise
-        fit.fill_gaps(self, everywhere=new and method_for(cfg).changes_base(cfg))
+        fit.fill_gaps(self, everywhere=new and repeats_init(cfg))
         fit.apply(self)
         return fit
 

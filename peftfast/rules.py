@@ -71,6 +71,16 @@ def number(minimum: float = -math.inf, maximum: float = math.inf) -> Rule:
     return Rule(f"a finite number{bounds}", _is_number, lambda v: math.isfinite(v) and minimum <= v <= maximum, schema)
 
 
+def positive() -> Rule:
+    """A finite real number above 0."""
+    return Rule(
+        "a finite number above 0",
+        _is_number,
+        lambda v: math.isfinite(v) and v > 0,
+        {"type": "number", "exclusiveMinimum": 0},
+    )
+
+
 def one_of(*choices: Any, patterns: Iterable[str] = ()) -> Rule:
     """One of some constants, or a string that fully matches one of `patterns`."""
     shown = ", ".join(repr(c) for c in (*choices, *patterns))

@@ -148,7 +148,9 @@ class Fit:
             for entry in entries:
                 current = getattr(entry.owner, entry.attribute)
                 if current.is_meta:
-                    new = nn.Parameter(torch.empty_like(current, device=device), requires_grad=current.requires_grad)
+                    new = torch.empty_like(current, device=device)
+                    if entry.attribute not in entry.owner._buffers:
+                        new = nn.Parameter(new, requires_grad=current.requires_grad)
                     setattr(entry.owner, entry.attribute, new)
             with torch.no_grad():
                 adapter.method.init(layer.site, adapter)
@@ -165,8 +167,9 @@ class Fit:
                     device = torch.device("cpu") if entry.layer is None else entry.layer.site.weight.device
                     device = torch.device("cpu") if device.type == "meta" else device
                     value = tensor.to(device=device, dtype=current.dtype, copy=True)
-                    new = nn.Parameter(value, requires_grad=current.requires_grad)
-                    setattr(entry.owner, entry.attribute, new)
+                    if entry.attribute not in entry.owner._buffers:
+                        value = nn.Parameter(value, requires_grad=current.requires_grad)
+                    setattr(entry.owner, entry.attribute, value)
                 else:
                     copy_whole(current, tensor)
             targets = dict(model.named_parameters(remove_duplicate=False)) if self.base else {}

@@ -112,7 +112,7 @@ def _layer_entries(key: str, layer: BaseTunerLayer, adapter_name: str) -> Iterat
             yield Entry(f"{key}.{slot_name}", live, container, adapter_name, layer=layer)
             continue
         holder = container[adapter_name]
-        for leaf in ("weight", "bias") if slot.bias is not None else ("weight",):
+        for leaf in (*slot.parameters(), *(slot.buffers or ())):
             file = f"{key}.{slot_name}" if slot.bare_in_file else f"{key}.{slot_name}.{leaf}"
             yield Entry(file, f"{key}.{slot_name}.{adapter_name}.{leaf}", holder, leaf, layer=layer)
 

@@ -27,6 +27,7 @@ MODULES: dict[str, dict[str, str]] = {
         name: f"peftfast.helpers:{name}"
         for name in (
             "DoraCaching",
+            "MontecloraTrainerMixin",
             "check_if_peft_model",
             "disable_input_dtype_casting",
             "rescale_adapter_scale",
@@ -88,6 +89,7 @@ MODULES: dict[str, dict[str, str]] = {
             )
         },
     },
+    "peft.tuners.lora.monteclora": {"MontecloraSampler": "peftfast.methods.monteclora:MontecloraSampler"},
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},
     "peft.tuners.prompt_tuning": {},

@@ -53,6 +53,11 @@ class Facts:
         return self.field("bias") not in (None, "none") or bool(self.field("lora_bias"))
 
     @property
+    def beside_factors(self) -> str | None:
+        """The variant of LoRA whose files have tensors beside the factors, if it is one."""
+        return next((name for name in _MORE_TENSORS if self.field(name)), None)
+
+    @property
     def saved_not_norms(self) -> list[str]:
         return [name for name in self.saved if "_layernorm" not in name and ".norm" not in f".{name}"]
 
@@ -65,6 +70,9 @@ class Rule:
     applies: Callable[[Facts], Any]
     reason: str
 
+
+#: Fields of variants of LoRA that save more than a pair of factors a module, beside `use_dora`.
+_MORE_TENSORS = ("kasa_config", "velora_config", "monteclora_config")
 
 _NO_LORA = Rule(REFUSES, lambda f: f.kind != "LORA", "knows LORA only, this is {f.kind}")
 
@@ -102,6 +110,8 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _VARIANT,
         Rule(REFUSES, lambda f: f.saved, "supports no modules_to_save, this has {f.saved}"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
+        # vllm/lora/utils.py: parse_fine_tuned_lora_name raises at every tensor that is no factor
+        Rule(REFUSES, lambda f: f.beside_factors, "takes factors only, {f.beside_factors} saves more"),
         Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "supports no bias={f.cfg.bias!r} by default"),
         Rule(REFUSES, lambda f: (f.field("r") or 0) > f.max_rank, "r={f.cfg.r} is above max_lora_rank={f.max_rank}"),
         Rule(
@@ -123,7 +133,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / r, rsLoRA by its root"),
         Rule(
             UNKNOWN,
-            lambda f: f.saved or f.tokens or f.biased or f.field("use_dora"),
+            lambda f: f.saved or f.tokens or f.biased or f.field("use_dora") or f.beside_factors,
             "what it does with more than two factors a layer is not in these files",
         ),
     ),
@@ -139,6 +149,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved}"),
         Rule(REFUSES, lambda f: f.tokens, "its converter takes factors only, this trains single tokens"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "its converter takes factors only, DoRA has magnitudes"),
+        Rule(REFUSES, lambda f: f.beside_factors, "its converter takes factors only, {f.beside_factors} saves more"),
         Rule(REFUSES, lambda f: f.field("lora_bias"), "its converter takes factors only, this has lora_bias"),
         Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "its converter takes no bias={f.cfg.bias!r}"),
         Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / rank, rsLoRA by its root"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.layers.activation import HasActivation
 from peftfast.layers.merger import Merger
-from peftfast.layers.slots import SlotDict, TransposedView, make_slot
+from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
 from peftfast.method import Adapter, AdapterMethod
 from peftfast.rows.control import Control
 from peftfast.rows.mix import Group, Mix, Verdicts
@@ -164,9 +164,9 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
             setattr(self, name, container)
         return container
 
-    def _slot(self, name: str, slot: Slot) -> nn.ModuleDict | nn.ParameterDict:
+    def _slot(self, name: str, slot: Slot) -> nn.Module:
         """The container of a slot, made fit for a method that fills it in another way than those before."""
-        kind = nn.ParameterDict if slot.holder is None else nn.ModuleDict
+        kind = container_of(slot)
         container = self._container(name, kind)
         if not isinstance(container, (kind, SlotDict)):
             container = SlotDict(container)

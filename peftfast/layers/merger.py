@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,10 +126,10 @@ class Merger:
         with FakeTensorMode(allow_non_fake_inputs=True):
             bias = getattr(layer.base_layer, "bias", None)
             weight = torch.empty(layer.site.weight.shape)
-            base = dense = Dense(weight, None if bias is None else torch.empty(bias.shape))
+            base = Dense(weight, None if bias is None else torch.empty(bias.shape))
             for name in names:
                 try:
-                    dense = layer.adapters[name].method.merged(layer.site, dense, layer.adapters[name], base)
+                    list(self._steps(base, [name]))
                 except RuntimeError as e:
                     if type(e) in (RuntimeError, NotImplementedError):  # others say that values would be needed
                         raise
@@ -168,6 +168,18 @@ class Merger:
                 "beside it, or name other modules in target_modules."
             )
 
+    def _steps(self, base: Dense, names: Sequence[str]) -> Iterator[tuple[str, Dense]]:
+        """The adapters, each with the weight that it and those before it are in."""
+        layer = self.layer
+        adapters = [layer.adapters[name] for name in names]
+        dense = base
+        for method in dict.fromkeys(adapter.method for adapter in adapters):
+            if hasattr(type(method), "before_merging"):
+                dense = method.before_merging(layer.site, dense, [one for one in adapters if one.method is method])
+        for adapter in adapters:
+            dense = adapter.method.merged(layer.site, dense, adapter, base)
+            yield adapter.name, dense
+
     def _check_together(self, names: Sequence[str]) -> None:
         """ValueError if these cannot be in one weight beside what is in it."""
         adapters = [self.layer.adapters[n] for n in (*self.layer.merged_adapters, *names)]
@@ -199,9 +211,7 @@ class Merger:
         """The base with these adapters, wide; ValueError, if `check`, for one that makes a value not finite."""
         layer = self.layer
         base = dense = self._dense(layer.site.weight.merge_dtype)
-        for name in names:
-            adapter = layer.adapters[name]
-            dense = adapter.method.merged(layer.site, dense, adapter, base)
+        for name, dense in self._steps(base, names):
             if check:
                 self._check_finite(dense, name)
         return dense
@@ -278,7 +288,8 @@ class Merger:
             )
         with torch.no_grad():
             base = self._dense(torch.float32)
-            change = view.method.merged(layer.site, base, view, base).weight - base.weight
+            ((_, dense),) = self._steps(base, [adapter])
+            change = dense.weight - base.weight
         stored = getattr(layer.get_base_layer(), layer.site.parameter, change)  # some formats have no such Parameter
         return (
             change.t()

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from peftfast.layers.layer import BaseTunerLayer
 
 
-def make_slot(slot: Slot, device: torch.device, dtype: torch.dtype) -> nn.Module | nn.Parameter:
-    """What a slot holds: a Parameter, or a module with a weight and perhaps a bias. Values are not set, save `fill`."""
+def make_slot(slot: Slot, device: torch.device, dtype: torch.dtype) -> nn.Module | Tensor:
+    """What a slot holds: a Parameter or buffer, or a module with Parameters and buffers. Values are not set, save
+    `fill`."""
+    own = slot.dtype or dtype
+    if slot.buffer:
+        return torch.full(slot.shape, slot.fill or 0.0, device=device, dtype=own)
 
     def parameter(shape: tuple[int, ...]) -> nn.Parameter:
         if slot.fill is not None:  # exact in fp32, and of no less precision than what it is computed with
@@ -27,10 +31,52 @@ def make_slot(slot: Slot, device: torch.device, dtype: torch.dtype) -> nn.Module
     if slot.holder is None:
         return parameter(slot.shape)
     holder = slot.holder()
-    holder.weight = parameter(slot.shape)
-    if slot.bias is not None:
-        holder.bias = parameter(slot.bias)
+    for leaf, shape in slot.parameters().items():
+        setattr(holder, leaf, parameter(shape))
+    for name, shape in (slot.buffers or {}).items():
+        holder.register_buffer(name, torch.empty(shape, device=device, dtype=own))
     return holder
+
+
+class BufferDict(nn.Module):
+    """Buffers by the adapters' names."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._buffers[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        if key in self._buffers:
+            self._buffers[key] = value
+        else:
+            self.register_buffer(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        delattr(self, key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def keys(self) -> KeysView[str]:
+        return self._buffers.keys()
+
+    def values(self) -> ValuesView[Tensor]:
+        return self._buffers.values()
+
+    def items(self) -> ItemsView[str, Tensor]:
+        return self._buffers.items()
+
+
+def container_of(slot: Slot) -> type[nn.Module]:
+    """In what a layer keeps such slots of all adapters."""
+    if slot.buffer:
+        return BufferDict
+    return nn.ParameterDict if slot.holder is None else nn.ModuleDict
 
 
 class SlotDict(nn.ModuleDict):

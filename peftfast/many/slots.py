@@ -167,7 +167,8 @@ class Slots:
         reader: Callable[..., tuple[Tensor, Tensor, float]] | None = getattr(method, "for_slot", None)
         if reader is None:
             raise ValueError(f"Adapter {name} is {method.family}, which slots cannot hold")
-        left = {in_base(k): v for k, v in tensors.items()}
+        idle = getattr(method, "only_for_training", ())
+        left = {in_base(k): v for k, v in tensors.items() if not any(f".{slot}." in f"{k}." for slot in idle)}
         if self._parameters:
             cfg, left = self._of_experts(name, cfg, left)
         found: Factors = {}

@@ -14,5 +14,8 @@ from peftfast.methods import arrow as arrow
 from peftfast.methods import bdlora as bdlora
 from peftfast.methods import corda as corda
 from peftfast.methods import ia3 as ia3
+from peftfast.methods import kasa as kasa
 from peftfast.methods import lora_ga as lora_ga
+from peftfast.methods import monteclora as monteclora
 from peftfast.methods import qalora as qalora
+from peftfast.methods import velora as velora

@@ -166,7 +166,7 @@ class AdaLora:
         if bind is None or len(active) != 1 or not len(factors(active[0])[0]):
             return None
         (adapter,) = active
-        return bind(adapter, lambda a, b: (_weighted(adapter, a), b))
+        return bind(adapter, lambda part: part._replace(a=_weighted(adapter, part.a)))
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
         return sample_by_sample(self, site, x, y, adapters, rows)

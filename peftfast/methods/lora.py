@@ -143,9 +143,7 @@ class Lora:
         """
         y = site.base(x) if y is None else y
         dtype = y.dtype
-        if not torch.is_autocast_enabled(y.device.type):
-            wide = torch.promote_types(dtype, factors(active[0])[0].dtype)
-            y, x = y.to(wide), x.to(wide) if x.is_floating_point() else x
+        x, y = widened(x, y, factors(active[0])[0])
         for place, (adapter, own) in enumerate(zip(active, sites, strict=True)):
             gate = () if gates is None else (gates[place],)
             y = own.adapt(x, y, *self.pair(adapter), adapter.scale, adapter.dropout, *gate)
@@ -209,6 +207,23 @@ class Lora:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
         bias = bias_of(adapter).to(dense.bias.dtype)
         return Dense(weight, dense.bias + adapter.scale * bias)
+
+
+def widened(x: Tensor, y: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output in the factors' dtype, for sums of several that are rounded once; under autocast as they are."""
+    if torch.is_autocast_enabled(y.device.type):
+        return x, y
+    wide = torch.promote_types(y.dtype, factor.dtype)
+    return x.to(wide) if x.is_floating_point() else x, y.to(wide)
+
+
+def check_linear(site: Site, variant: str, field: str) -> None:
+    """ValueError for a module that is no linear layer."""
+    if "lora_A" not in site.low_rank_slots(1) or hasattr(site.module, "kernel_size"):
+        raise ValueError(
+            f"{variant} is defined for linear layers, not for a {type(site.module).__name__}; leave it out of "
+            f"target_modules or set {field}=None"
+        )
 
 
 def scaling_of(cfg: LoraConfig, key: str) -> float:

@@ -13,9 +13,12 @@ from peftfast.methods.lora_settings import (
     BdLoraConfig,
     CordaConfig,
     EvaConfig,
+    KasaConfig,
     LoftQConfig,
     LoraGAConfig,
     LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
 )
 from peftfast.rules import (
     boolean,
@@ -42,6 +45,9 @@ _PARTS: Mapping[str, type] = {
     "lora_ga_config": LoraGAConfig,
     "use_bdlora": BdLoraConfig,
     "arrow_config": ArrowConfig,
+    "kasa_config": KasaConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
 }
 
 #: Fields that make more of an adapter than a product of two factors that is added: each a method of its own, and at
@@ -86,12 +92,16 @@ class LoraConfig(PeftConfig):
         use_dora: weight-decomposed adaptation (arXiv 2402.09353).
         alora_invocation_tokens: the tokens from whose last occurrence on the adapter acts (aLoRA, arXiv 2504.12397);
             linear layers and embeddings of causal language models.
+        velora_config: keep compressed inputs for the backward pass (VeLoRA, arXiv 2405.17991).
+        monteclora_config: train with samples around the down factor (MonteCLoRA, arXiv 2411.04358).
         lora_bias: a bias on the up factor.
         arrow_config: the adapter is a router among the model's others; see `create_arrow_model`.
         target_parameters: names of Parameters (suffixes) to adapt by themselves: matrices, and the stacks of matrices
             in which mixture-of-experts models keep their experts. Without dropout, DoRA and biases.
         use_qalora, qalora_group_size: A reads groups of input features pooled (arXiv 2309.14717).
         use_bdlora: block-diagonal A or B.
+        kasa_config: the base without its r smallest singular components, and trained singular values between the
+            factors (KaSA, arXiv 2412.06071).
         ensure_weight_tying: share adapters between tied embeddings.
     """
 
@@ -123,18 +133,18 @@ class LoraConfig(PeftConfig):
     corda_config: CordaConfig | None = setting(None, optional(instance(CordaConfig)))
     lora_ga_config: LoraGAConfig | None = setting(None, optional(instance(LoraGAConfig)))
     use_dora: bool = setting(False, boolean())
-    velora_config: Any = setting(None, only(None, _UNSUPPORTED))
+    velora_config: VeloraConfig | None = setting(None, optional(instance(VeloraConfig)))
     alora_invocation_tokens: list[int] | None = setting(None, optional(sequence(integer(0))))
     use_qalora: bool = setting(False, boolean())
     qalora_group_size: int = setting(16, integer(1))
-    monteclora_config: Any = setting(None, only(None, _UNSUPPORTED))
+    monteclora_config: MontecloraConfig | None = setting(None, optional(instance(MontecloraConfig)))
     layer_replication: list[tuple[int, int]] | None = setting(None, optional(sequence(pair(integer(0)))))
     runtime_config: LoraRuntimeConfig = setting(None, optional(instance(LoraRuntimeConfig)))
     lora_bias: bool = setting(False, boolean())
     target_parameters: list[str] | None = setting(None, optional(sequence(text())))
     use_bdlora: BdLoraConfig | None = setting(None, optional(instance(BdLoraConfig)))
     arrow_config: ArrowConfig | None = setting(None, optional(instance(ArrowConfig)))
-    kasa_config: Any = setting(None, only(None, _UNSUPPORTED))
+    kasa_config: KasaConfig | None = setting(None, optional(instance(KasaConfig)))
     ensure_weight_tying: bool = setting(False, boolean())
 
     _custom_modules = None  # no field: a file cannot hold classes
@@ -227,8 +237,11 @@ class LoraConfig(PeftConfig):
 
     def _validate_initialisation(self) -> None:
         init = self.init_lora_weights
-        if init == "mica" and self.use_dora:
-            raise ValueError("init_lora_weights='mica' is not supported together with use_dora=True")
+        if init == "mica" and self.variant is not None:
+            raise ValueError(
+                "init_lora_weights='mica' is not supported together with "
+                f"{self.variant}={getattr(self, self.variant)!r}"
+            )
         if init == "loftq" and not self.loftq_config:
             raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
         if init == "eva" and self.eva_config is None:

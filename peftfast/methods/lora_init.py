@@ -52,8 +52,7 @@ def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialis
             if after_building:
                 draw_as_building(site, down, up, adapter)
             fn(site, down, up, adapter)
-            stored = getattr(site.module, site.parameter, None)
-            through = stored.dtype if isinstance(stored, Tensor) and stored.dtype.is_floating_point else down.dtype
+            through = drawn_through(site, down)
             for factor, made in ((a, down), (b, up)):
                 if factor is not made or through != made.dtype:
                     factor.copy_(made.to(through))
@@ -61,6 +60,12 @@ def _drawn_as_in_peft(after_building: bool) -> Callable[[Initialiser], Initialis
         return draw
 
     return decorate
+
+
+def drawn_through(site: Site, drawn: Tensor) -> torch.dtype:
+    """The dtype that PEFT moves its layers through: the base weight's, or that of `drawn` where it is packed."""
+    stored = getattr(site.module, site.parameter, None)
+    return stored.dtype if isinstance(stored, Tensor) and stored.dtype.is_floating_point else drawn.dtype
 
 
 def draw_as_building(site: Site, down: Tensor, up: Tensor, adapter: Adapter) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftfast.config import CheckedFields, checked, setting
-from peftfast.rules import boolean, integer, number, one_of, optional, sequence, text
+from peftfast.rules import boolean, integer, number, one_of, optional, positive, sequence, text
 
 
 @checked
@@ -140,6 +140,63 @@ class BdLoraConfig(CheckedFields):
             raise ValueError(
                 f"Found overlapping modules in target_modules_bd lists: {both} cannot have both A and B block-diagonal"
             )
+
+
+@checked
+class KasaConfig(CheckedFields):
+    """Adaptation in the directions of the base weight's smallest singular values (Wang et al., arXiv 2412.06071).
+
+    The two coefficients have an effect where the training adds `model._get_kasa_loss()` to its loss, and only there.
+
+    Args:
+        beta: of the sum of squares of the trained singular values.
+        gamma: of how far the factors are from orthonormal, ‖Bᵀ B - I‖ + ‖A Aᵀ - I‖.
+    """
+
+    beta: float = setting(1e-4, number(0.0))
+    gamma: float = setting(1e-3, number(0.0))
+
+
+@checked
+class VeloraConfig(CheckedFields):
+    """Training that keeps of a layer's input one number for each group of features (Miles et al., arXiv 2405.17991).
+
+    Args:
+        num_groups: how many groups; more are closer to LoRA's own gradient and take more memory.
+        scale: what the reconstructed input is multiplied by, and so A's gradient.
+        init_type: the direction that groups are projected on: "batch_average", their mean in every forward;
+            "batch_average_once", that of the first one; "random".
+    """
+
+    num_groups: int = setting(64, integer(1))
+    scale: float = setting(1.0, positive())
+    init_type: Literal["batch_average", "batch_average_once", "random"] = setting(
+        "batch_average", one_of("batch_average", "batch_average_once", "random")
+    )
+
+
+@checked
+class MontecloraConfig(CheckedFields):
+    """Training with samples around the down factor, whose spread is trained (Sengupta et al., arXiv 2411.04358).
+
+    The loss terms have an effect where the training adds `model._get_monteclora_loss()` to its loss, as
+    `helpers.MontecloraTrainerMixin` does, and only there.
+
+    Args:
+        num_samples: how many samples are averaged in a call.
+        use_entropy: add the sum of squares of their weights to the loss term.
+        dirichlet_prior: concentration of the weights' prior; large: even, small: few samples.
+        sample_scaler: size of the samples' distance from the factor.
+        kl_loss_weight: of the divergence from the priors.
+        buffer_size: for how many calls random numbers are drawn at once; on a CPU the stream of a seed depends on it.
+    """
+
+    num_samples: int = setting(8, integer(1))
+    use_entropy: bool = setting(False, boolean())
+    dirichlet_prior: float = setting(0.1, positive())
+    sample_scaler: float = setting(1e-4, number())
+    kl_loss_weight: float = setting(1e-5, number())
+    buffer_size: int = setting(150, integer(1))
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, describe_change, pair_of, scaling_of
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_stack import factors
-from peftfast.ops.plan import Way
+from peftfast.ops.plan import Part, Way
 from peftfast.sites import Site, Slot
 from peftfast.sites.bound import BoundLora
 
@@ -76,7 +75,12 @@ class PackedLora(Lora):
         if bind is None or len(active) != 1 or active[0].cfg.lora_bias:
             return None
         how = active[0].setting(self.by)
-        return bind(active[0], partial(self.whole, how), self.few(how))
+
+        def made(part: Part) -> Part:
+            a, b = self.whole(how, part.a, part.b)
+            return part._replace(a=a, b=b)
+
+        return bind(active[0], made, self.few(how))
 
     def describe(self, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
         how = self.how(cfg, key)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 #: The dict in which a Parameter is kept, and its key there.
 Cell = tuple[dict[str, Any], str]
-#: (down, up) as they are kept -> what is multiplied by.
-Weighted = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+#: What was looked up -> what is multiplied by instead; None: not in this call.
+Weighted = Callable[[Part], Part | None]
 
 
 class _Look(NamedTuple):
@@ -91,11 +91,8 @@ class BoundLora:
             return None if last is None else last[:2]
         if self.few is not None and last.way is composed_lora:
             return last.part, self.few
-        return self._weighted(last.part), last.way
-
-    def _weighted(self, part: Part) -> Part:
-        a, b = self.weighted(part.a, part.b)
-        return part._replace(a=a, b=b)
+        part = self.weighted(last.part)
+        return None if part is None else (part, last.way)
 
     def _current(self, x: Tensor) -> _Look | None:
         last = self._last
@@ -115,7 +112,9 @@ class BoundLora:
         last = self._current(x)
         if last is None:
             return None
-        part = last.part if self.weighted is None else self._weighted(last.part)
+        part = last.part if self.weighted is None else self.weighted(last.part)
+        if part is None:
+            return None
         return part if drops or not part.plan.dropout else part._replace(plan=part.plan._replace(dropout=0.0))
 
     @staticmethod

@@ -93,9 +93,12 @@ class CalledSite:
         scale: float,
         dropout: float,
         gate: Tensor | None = None,
+        between: Tensor | None = None,
     ) -> Tensor:
+        """See `Site.adapt`; `between` [r] is what each rank is multiplied by between the two."""
         y = self.site.base(x) if y is None else y
         t = self.down(self.drop(x.to(a.dtype) if self._casts else x, dropout), a)
+        t = t if between is None else t * between
         if gate is None or gate.shape[-1] == 1:  # what the up factor's module adds besides is behind the gate as well
             branch = gated(self.up(t, b), gate)
         else:

@@ -108,8 +108,8 @@ class LinearSite(UsualSite):
 
         Args:
             adapter: a `peftfast.method.Adapter` with a pair of factors.
-            weighted: what is multiplied by in place of the factors, made of them. few: a way to do the same with the
-                factors as they are kept, for few tokens on a CPU.
+            weighted: what is multiplied by instead, made of what has been looked up; None: not in this call.
+            few: a way to do the same with the factors as they are kept, for few tokens on a CPU.
             when: whether it is all that is to be done with this input; None: always.
         """
         cells = [adapter.cell(slot) for slot in adapter.pair]

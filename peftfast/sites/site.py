@@ -28,6 +28,9 @@ class Slot:
         trainable: False for what training never changes (MiCA's up factor).
         saved: False for bookkeeping that no file has.
         fill: its value, where no file and no initialisation gives one.
+        buffer: True for a bare buffer in place of a Parameter. dtype: of buffers, where it is not that of the others.
+        leaves: names and shapes of the holder's Parameters, where they are not `weight` and `bias`. buffers: the same
+            of its buffers.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +40,16 @@ class Slot:
     trainable: bool = True
     saved: bool = True
     fill: float | None = None
+    buffer: bool = False
+    dtype: torch.dtype | None = None
+    leaves: Mapping[str, tuple[int, ...]] | None = None
+    buffers: Mapping[str, tuple[int, ...]] | None = None
+
+    def parameters(self) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of what a holder has to train."""
+        if self.leaves is not None:
+            return self.leaves
+        return {"weight": self.shape} if self.bias is None else {"weight": self.shape, "bias": self.bias}
 
 
 class Dense(NamedTuple):

@@ -276,8 +276,7 @@ def _factors(injection: Injection) -> list[PlannedPart]:
             for slot_name, slot in slots.items()
             # the factors of a tied head are the embedding's
             if slot.trainable and not (key in injection.tied and slot_name in ("lora_A", "lora_B"))
-            for shape in (slot.shape, slot.bias)
-            if shape is not None
+            for shape in ([slot.shape] if slot.holder is None else slot.parameters().values())
         ]
         rank = settings.get("r")
         kind = getattr(injection.method, "family", injection.method.peft_type)

@@ -1,4 +1,5 @@
-"""DoRA, AdaLoRA and IA3 on every kind of module and every storage: outputs, gradients, merging, files, next to PEFT."""
+"""DoRA, AdaLoRA, IA3 and KaSA on every kind of module and every storage: outputs, gradients, merging, files, next to
+PEFT."""
 
 import copy
 import warnings
@@ -14,7 +15,7 @@ import peftfast
 
 N, K, TOKENS = 48, 64, 50
 FORMATS = ("fp32", "bf16", "nf4", "fp4", "int8")
-METHODS = ("dora", "adalora", "ia3", "ia3-input")
+METHODS = ("dora", "adalora", "ia3", "ia3-input", "kasa")
 
 
 class One(nn.Module):
@@ -70,6 +71,8 @@ def make_input(kind, storage):
 def make_config(library, method, **changes):
     if method == "dora":
         return library.LoraConfig(target_modules=["m"], r=4, lora_alpha=8, use_dora=True, **changes)
+    if method == "kasa":
+        return library.LoraConfig(target_modules=["m"], r=4, lora_alpha=8, kasa_config=library.KasaConfig(), **changes)
     if method == "adalora":
         return library.AdaLoraConfig(target_modules=["m"], init_r=4, lora_alpha=3, total_step=10, **changes)
     inputs = ["m"] if method == "ia3-input" else []
@@ -101,7 +104,16 @@ def fill(model, seed, adapter="default"):
                 p.copy_(noise * 0.3)
 
 
+def exists(method, kind):
+    """KaSA is of linear layers; an embedding has no input that IA3 could scale."""
+    if method == "kasa":
+        return kind in ("linear", "conv1d-hf")
+    return kind != "embedding" or method != "ia3-input"
+
+
 def peft_supports(method, kind, storage):
+    if method == "kasa":
+        return kind == "linear" and storage in ("fp32", "bf16")
     if kind == "embedding":
         return method == "dora"
     if kind in ("conv1", "conv3") and method == "adalora":
@@ -133,6 +145,9 @@ def exact(model, method, kind, x):
         if method == "adalora":
             delta = b @ (a * slots["lora_E"]) * (3 / (4 + 1e-5))
             weight = weight + (delta.t() if features else delta)
+        elif method == "kasa":
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+            weight = (u[:, :-4] * s[:-4]) @ vh[:-4] + 2.0 * b @ (a * slots["lora_diag"][:, None])
         else:
             delta = 2.0 * b @ a
             weight = weight + (delta.t() if features else delta)
@@ -170,7 +185,7 @@ def distance(own, oracle):
 def cases():
     for method in METHODS:
         for kind in ("linear", "conv1d-hf", "embedding", "conv1", "conv2", "conv3"):
-            if kind == "embedding" and method == "ia3-input":
+            if not exists(method, kind):
                 continue
             for storage in FORMATS if kind == "linear" else FORMATS[:2]:
                 yield method, kind, storage
@@ -264,6 +279,8 @@ def test_peft_cannot_merge_these(method, storage):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["linear", "conv2"])
 def test_several_active_adapters_and_their_merging(method, kind):
+    if not exists(method, kind):
+        return
     x = make_input(kind, "fp32")
     models = []
     for library in (peft, peftfast):
@@ -285,7 +302,7 @@ def test_several_active_adapters_and_their_merging(method, kind):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv2"])
 def test_every_sample_may_have_its_own_adapter(method, kind):
-    if kind == "embedding" and method == "ia3-input":
+    if not exists(method, kind):
         return
     x = make_input(kind, "fp32")
     model = make(peftfast, method, kind, "fp32")

@@ -31,7 +31,7 @@ FILES = (
     "arrow", "bdlora", "config", "custom_models", "decoder_models", "encoder_decoder_models",
     "feature_extraction_models", "helpers", "initialization", "integrations", "lora_ga", "lora_variants", "lorafa",
     "loraplus", "lora_conversion", "lora_intruders", "low_level_api", "mapping", "mixed", "other", "seq_classifier",
-    "target_parameters", "token_classification_qa", "trainable_tokens", "tuners_utils",
+    "target_parameters", "token_classification_qa", "trainable_tokens", "tuners_utils", "velora",
 )  # fmt: skip
 HERE = Path(__file__).resolve().parent
 

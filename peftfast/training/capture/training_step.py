@@ -73,7 +73,14 @@ class CapturedTrainingStep(Captured):
                 "capturable=True; without that, leave it outside and call optimizer.step() after every step"
             )
 
+    def _check_recordable(self) -> None:
+        for name in getattr(self.tuner, "active_adapters", ()):
+            why = getattr(method_for(self.tuner.peft_config[name]), "uncapturable", None)
+            if why is not None:
+                raise ValueError(f"A training step with adapter {name} cannot be captured: {why}")
+
     def _start(self) -> None:
+        self._check_recordable()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("The model has no trainable parameter; activate an adapter with set_adapter first")

@@ -1,0 +1,238 @@
+"""KaSA: y = W' x + s B diag(d) A drop(x), where W' is W without its r smallest singular components (Wang et al., arXiv
+2412.06071).
+
+W itself stays as it is. What W' lacks is a product of rank r, which the layer keeps beside the adapter and takes off
+the output, so that disabling, deleting and unloading give the untouched base, adapters of other methods can stand
+beside this one, and a quantised weight is not rounded a second time. Of several KaSA adapters the base lacks what the
+one of the largest rank leaves out, once, as if it had been truncated for one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.method import Adapter, register_method, sample_by_sample
+from peftfast.methods.combination import Combination
+from peftfast.methods.lora import Lora, bias_of, check_linear, describe_change, factors, pair_of, scaling_of, widened
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora_init import drawn_through
+from peftfast.ops.orthogonality import orthogonality
+from peftfast.rows.routing import Rows
+from peftfast.sharding import put_together
+from peftfast.sites import Dense, Site, Slot
+from peftfast.sites.bound import BoundLora
+
+DIAGONAL = "lora_diag"
+#: under what name a layer keeps what W' lacks
+DROPPED = "kasa_dropped"
+
+#: V [r, K] and -U S [N, r] of the components of W with the smallest singular values, the largest of these first: what
+#: their product adds to W takes them out.
+Components = tuple[Tensor, Tensor]
+
+
+class _Dropped(nn.Module):
+    """Keeps `Components` and moves them with the model. They are no buffers, which data-parallel training would send to
+    all processes in every step and state dicts would have to hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["components"] = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        if self.components is not None:
+            self.__dict__["components"] = tuple(map(fn, self.components))
+        return super()._apply(fn, recurse)
+
+
+@register_method
+class Kasa(Lora):
+    """Several active adapters act one after the other, on a base that is truncated once."""
+
+    def claims(self, cfg: PeftConfig) -> bool:
+        return type(cfg) is LoraConfig and cfg.variant == "kasa_config"
+
+    def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
+        return {**super().settings(site, cfg, key), DROPPED: _Dropped()}
+
+    def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
+        check_linear(site, "KaSA", "kasa_config")
+        pair = super().slots(site, cfg, settings)
+        r, directions = settings["r"], min(site.weight.shape)
+        if r >= directions:
+            raise ValueError(
+                f"KaSA requires `r` ({r}) to be smaller than min(in_features, out_features) ({directions}), so that "
+                "something of the base weight is left"
+            )
+        return {**pair, DIAGONAL: Slot((pair["lora_A"].shape[0],))}
+
+    def reads_base(self, cfg: LoraConfig) -> bool:
+        return True
+
+    def repeats_init(self, cfg: LoraConfig) -> bool:
+        """See `Repeated`: what is left out of the base is in no file."""
+        return True
+
+    def init(self, site: Site, adapter: Adapter) -> None:
+        super().init(site, adapter)
+        diagonal = adapter[DIAGONAL]
+        diagonal.copy_(torch.randn(diagonal.shape, dtype=drawn_through(site, diagonal), device=site.weight.device))
+        adapter.setting(DROPPED).__dict__["components"] = None  # an initialisation may have changed the base
+        _components(site, adapter)
+
+    def pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        a, b = factors(adapter)
+        return adapter[DIAGONAL].unsqueeze(1) * a, b
+
+    def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
+        apart = [one for one in active if one.dropout or one.through(site) is not site]
+        lacking = self._lacking(site, active, self._merged(active[0]))
+        if not apart:
+            y = site.adapt(x, y, *self._together(active, lacking), 1.0, 0.0)
+        else:
+            y = site.base(x) if y is None else y
+            dtype, (wide_x, wide) = y.dtype, widened(x, y, factors(apart[0])[0])
+            for adapter in apart:
+                wide = self._adapt(adapter.through(site), site, wide_x, wide, adapter)
+            rest = [one for one in active if one not in apart]
+            if rest or lacking is not None:
+                wide = site.adapt(wide_x, wide, *self._together(rest, lacking), 1.0, 0.0)
+            y = wide.to(dtype)
+        for adapter in active:
+            if adapter.cfg.lora_bias and adapter.through(site) is site:  # a module that is called adds its bias itself
+                y = site.add_to_output(y, bias_of(adapter) * adapter.scale)
+        return y
+
+    def _adapt(self, own: Site, site: Site, x: Tensor, y: Tensor, adapter: Adapter) -> Tensor:
+        """One adapter's change, without what is left out of the base."""
+        a, b = factors(adapter)
+        if own is site:
+            return site.adapt(x, y, *self.pair(adapter), adapter.scale, adapter.dropout)
+        return own.adapt(x, y, a, b, adapter.scale, adapter.dropout, between=adapter[DIAGONAL])
+
+    def _together(self, adapters: Sequence[Adapter], lacking: Components | None) -> tuple[Tensor, Tensor]:
+        """All changes as one pair of factors: one product, rounded once."""
+        downs = [adapter[DIAGONAL].mul(adapter.scale).unsqueeze(1) * factors(adapter)[0] for adapter in adapters]
+        ups = [factors(adapter)[1] for adapter in adapters]
+        if lacking is not None:
+            downs.append(lacking[0])
+            ups.append(lacking[1])
+        return torch.cat(downs), torch.cat(ups, dim=1)
+
+    def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
+        """See `Bindable`: for one adapter without dropout."""
+        bind = getattr(site, "bind", None)
+        (adapter, *others) = active
+        if bind is None or others or adapter.cfg.lora_bias or self._merged(adapter):
+            return None
+
+        def weighted(part: Any) -> Any:
+            if part.plan.dropout:  # what the base lacks is not dropped
+                return None
+            a, b = self._together(active, self._lacking(site, active))
+            return part._replace(a=a, b=b, plan=part.plan._replace(scale=1.0))
+
+        return bind(adapter, weighted)
+
+    def _merged(self, adapter: Adapter) -> list[Adapter]:
+        """Those of this method that are inside the weight, which has been truncated with them."""
+        layer = adapter.kept
+        present = [layer["adapters"][name] for name in layer["merged_adapters"]]
+        return [other for other in present if other.method is self]
+
+    @staticmethod
+    def _lacking(
+        site: Site, adapters: Sequence[Adapter], inside: Sequence[Adapter] = (), weight: Tensor | None = None
+    ) -> Components | None:
+        """What the base still has and `adapters` leave out; `inside` have been taken care of."""
+        down, up = _components(site, adapters[0], weight)
+        for adapter in adapters[1:]:
+            other = _components(site, adapter, weight)
+            if len(other[0]) > len(down):
+                down, up = other
+        count = len(down)
+        for adapter in inside:  # the smallest components, which all leave out, come last
+            count = min(count, len(down) - len(_components(site, adapter)[0]))
+        if count <= 0:
+            return None
+        return (down, up) if count == len(down) else (down[:count], up[:, :count])
+
+    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
+        return sample_by_sample(self, site, x, y, adapters, rows)
+
+    def before_merging(self, site: Site, base: Dense, adapters: Sequence[Adapter]) -> Dense:
+        """See `Refining`."""
+        down, up = self._lacking(site, adapters, weight=base.weight)
+        wide = base.weight.dtype
+        return base._replace(weight=base.weight + site.delta(down.to(wide), up.to(wide)))
+
+    def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+        """See `Additive`: of twice the rank, for the base as it is."""
+        a, b = super().as_product(adapter)
+        down, up = _components(adapter.kept["site"], adapter)
+        return torch.cat([a, down.to(a.dtype)]), torch.cat([b, up.to(b.dtype)], dim=1)
+
+    def describe(self, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
+        a, b = pair_of(tensors)
+        said = describe_change(a * tensors[DIAGONAL].to(a).unsqueeze(1), b, scaling_of(cfg, key))
+        return f"{said}; the base without its {len(a)} smallest singular values"
+
+    def combined_fields(self, adapters: Sequence[Sequence[Adapter]], how: Combination) -> Mapping[str, Any]:
+        raise TypeError(
+            "KaSA (kasa_config) does not support add_weighted_adapter: how much of the base is left out follows from "
+            "the rank, which a combination changes. Combine what peftfast.save_as_lora makes of the adapters."
+        )
+
+
+def _components(site: Site, adapter: Adapter, weight: Tensor | None = None) -> Components:
+    """What the base lacks with this adapter, computed where nobody has needed it yet.
+
+    Args:
+        weight: W [N, K] without adapters in it; None: what the module has.
+
+    Raises:
+        RuntimeError: the base's weight has no values yet, or has other adapters inside.
+    """
+    keeper = adapter.setting(DROPPED)
+    if keeper.components is not None:
+        return keeper.components
+    if weight is None:
+        inside = adapter.kept["merged_adapters"]
+        if inside:
+            raise RuntimeError(
+                f"Adapter {adapter.name} leaves out a part of the base weight of {adapter.key}, which contains "
+                f"{', '.join(inside)} now. Please unmerge first."
+            )
+        weight = site.weight.dense(torch.promote_types(site.weight.compute_dtype, torch.float32))
+    dtype = factors(adapter)[0].dtype
+    with torch.no_grad():
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        r = int(adapter.setting("r"))
+        components = vh[-r:].to(dtype).contiguous(), (u[:, -r:] * -s[-r:]).to(dtype).contiguous()
+    if type(components[0]) is Tensor and not components[0].is_meta:
+        keeper.__dict__["components"] = components
+    return components
+
+
+def kasa_loss(adapters: Sequence[Adapter]) -> Tensor | float:
+    """The sum over layers of beta ‖d‖² + gamma (‖Bᵀ B - I‖ + ‖A Aᵀ - I‖) (equations 9 to 11), a scalar in fp32 or wider
+    with gradients; 0.0 without adapters."""
+    total: Tensor | float = 0.0
+    by_config: dict[int, list[Adapter]] = {}
+    for adapter in adapters:
+        by_config.setdefault(id(adapter.cfg), []).append(adapter)
+    for group in by_config.values():
+        weights = group[0].cfg.kasa_config
+        pairs = [factors(adapter) for adapter in group]
+        # the mean over all factors
+        together = orthogonality([a for a, _ in pairs], [b for _, b in pairs]) * (2 * len(pairs))
+        diagonals = [put_together(adapter[DIAGONAL]) for adapter in group]
+        squares = [d.to(torch.promote_types(d.dtype, torch.float32)).square().sum() for d in diagonals]
+        small = torch.stack([square.to(together.device) for square in squares]).sum()
+        total = total + weights.beta * small + weights.gamma * together
+    return total

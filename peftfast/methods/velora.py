@@ -1,0 +1,140 @@
+"""VeLoRA: a LoRA whose training keeps, of every group of an input's features, one number (Miles et al., arXiv
+2405.17991).
+
+What it computes, merges and saves is a LoRA's; what training keeps and how A is differentiated is in `ops/velora.py`.
+Where the factors' modules have to be called, because of hooks on them or other modules in their place, the gradient is
+LoRA's own and the input is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfast.config import PeftConfig
+from peftfast.method import Adapter, register_method, sample_by_sample
+from peftfast.methods.lora import Lora, bias_of, check_linear, factors, widened
+from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora_init import drawn_through
+from peftfast.ops.velora import direction, mean_direction, velora_linear_add
+from peftfast.rows.routing import Rows
+from peftfast.sites import Site, Slot
+from peftfast.sites.bound import BoundLora
+from peftfast.sites.site import is_plain
+
+#: the direction on which groups of features are projected
+EMBED = "lora_velora_embed"
+_INITIALISED, _INIT_TYPE = "lora_velora_initialized", "lora_velora_init_type"
+_GROUPS, _SCALE = "lora_velora_num_groups", "lora_velora_scale"
+
+
+@register_method
+class Velora(Lora):
+    """What of a file a pool has no use for is in `only_for_training`."""
+
+    only_for_training = (EMBED,)
+
+    def claims(self, cfg: PeftConfig) -> bool:
+        return type(cfg) is LoraConfig and cfg.variant == "velora_config"
+
+    def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
+        own = cfg.velora_config
+        return {
+            **super().settings(site, cfg, key),
+            _GROUPS: own.num_groups,
+            _INIT_TYPE: own.init_type,
+            _SCALE: own.scale,
+            _INITIALISED: False,
+        }
+
+    def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
+        check_linear(site, "VeLoRA", "velora_config")
+        size = -(-site.weight.shape[1] // settings[_GROUPS])
+        embed = Slot((size,), buffer=True, trainable=False, fill=0.0, dtype=site.weight.compute_dtype)
+        return {**super().slots(site, cfg, settings), EMBED: embed}
+
+    def init(self, site: Site, adapter: Adapter) -> None:
+        super().init(site, adapter)
+        if adapter.setting(_INIT_TYPE) == "random":
+            _draw(site, adapter)
+
+    def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
+        if not any(map(_compresses, active)):
+            return super().forward(site, x, y, active)
+        y = site.base(x) if y is None else y
+        dtype = y.dtype
+        if len(active) > 1:
+            x, y = widened(x, y, factors(active[0])[0])
+        for adapter in active:
+            own, (a, b) = adapter.through(site), factors(adapter)
+            if own is not site or not _compresses(adapter) or not is_plain(x, y, a, b):
+                y = own.adapt(x, y, a, b, adapter.scale, adapter.dropout)
+            else:
+                if isinstance(scale := adapter.scale, Tensor):  # a scale that may change inside a compiled graph
+                    b, scale = b * scale.to(b.dtype), 1.0
+                y = velora_linear_add(
+                    y, x, a, b, scale, adapter.dropout, lambda rows, of=adapter: _project(site, of, rows),
+                    adapter.setting(_SCALE),
+                )  # fmt: skip
+            if adapter.cfg.lora_bias and own is site:
+                y = site.add_to_output(y, bias_of(adapter) * adapter.scale)
+        return y.to(dtype)
+
+    def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
+        """See `Bindable`: for calls that are a LoRA's."""
+        bind = getattr(site, "bind", None)
+        (adapter, *others) = active
+        if bind is None or others or adapter.cfg.lora_bias:
+            return None
+        return bind(adapter, lambda part: None if _compresses(adapter) else part)
+
+    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
+        if any(map(_compresses, adapters)):
+            return sample_by_sample(self, site, x, y, adapters, rows)
+        return super().routed(site, x, y, adapters, rows)
+
+    def for_slot(
+        self, site: Site, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float]:
+        """See `Lora.for_slot`, to which nothing of `only_for_training` comes."""
+        return _PLAIN.for_slot(site, cfg, key, tensors)
+
+
+_PLAIN = Lora()
+
+
+def _compresses(adapter: Adapter) -> bool:
+    """Whether this call keeps compressed inputs for the backward pass."""
+    return adapter.kept["training"] and torch.is_grad_enabled() and factors(adapter)[0].requires_grad
+
+
+def _project(site: Site, adapter: Adapter, rows: Tensor) -> Tensor:
+    """The direction for these rows, which becomes the adapter's where that is what its `init_type` says."""
+    kind, embed = adapter.setting(_INIT_TYPE), adapter[EMBED]
+    if kind == "random":
+        if not _is_initialised(adapter):
+            _draw(site, adapter)
+        return embed
+    if kind == "batch_average_once" and _is_initialised(adapter):
+        return embed
+    found = mean_direction(rows, len(embed))
+    embed.copy_(found)
+    adapter.change(_INITIALISED, True)
+    return embed if kind == "batch_average_once" else found
+
+
+def _is_initialised(adapter: Adapter) -> bool:
+    """Whether there is a direction, made here or loaded."""
+    if not adapter.setting(_INITIALISED) and not torch.compiler.is_compiling() and bool(adapter[EMBED].any()):
+        adapter.change(_INITIALISED, True)
+    return adapter.setting(_INITIALISED)
+
+
+@torch.no_grad()
+def _draw(site: Site, adapter: Adapter) -> None:
+    embed = adapter[EMBED]
+    embed.copy_(direction(torch.randn(embed.shape, dtype=drawn_through(site, embed), device=embed.device)))
+    adapter.change(_INITIALISED, True)
