@@ -19,7 +19,18 @@ from peftfast.methods.lora_settings import (
 config_class("LORA")  # registers every method
 
 #: Fields whose dicts become objects.
-SUB_CONFIGS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_bdlora", "runtime_config")
+SUB_CONFIGS = (
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "use_bdlora",
+    "runtime_config",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
 #: What each class needs besides the field under test.
 NEEDED = {"AdaLoraConfig": {"total_step": 100}}
 CLASSES = [
