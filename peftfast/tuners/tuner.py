@@ -304,13 +304,12 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
         notes: dict[str, Any] = {}
         call = None
         for name in inventory.active if routing is None else routing.names:
-            cfg = self.peft_config[name]
-            method = method_for(cfg)
+            method = inventory.method_of(name)
             if hasattr(method, "note"):
                 if call is None:
                     inputs = {**named_inputs(self.model, args, kwargs), "alora_offsets": alora_offsets}
                     call = Call(self.model, inputs, generates, copies)
-                notes[name] = method.note(name, cfg, call)
+                notes[name] = method.note(name, self.peft_config[name], call)
         if not notes:
             return nullcontext()
         return self._following_steps(notes) if generates else inventory.control.noting(notes)

@@ -17,6 +17,7 @@ from peftfast.layers.layer import BaseTunerLayer, Place, make_layer
 from peftfast.layers.own import LoraLayer
 from peftfast.layers.parameter import ParameterLayer
 from peftfast.layers.stand_in import StandIn
+from peftfast.method import AdapterMethod, method_for
 from peftfast.rows.control import Control
 from peftfast.sharding import is_stepped_by_zero3
 from peftfast.sites.parameter import ParameterSite
@@ -53,6 +54,7 @@ class Inventory:
         self.control = Control()
         self.replication: Replication | None = None
         self._next_number = 0
+        self._methods: dict[str, tuple[PeftConfig, AdapterMethod]] = {}
         self._places: dict[str, list[Place]] = {}
         self._number_tables: dict[torch.device, tuple[tuple[str, ...], Tensor]] = {}
         self._trainable: set[str] = set()  # adapters that set_adapter or set_requires_grad made trainable
@@ -188,6 +190,13 @@ class Inventory:
         """The adapter is whole: it has a config here from now on, and a number."""
         self.configs[name] = cfg
         self._give_number(name)
+
+    def method_of(self, name: str) -> AdapterMethod:
+        """The method of an adapter; every forward of the model asks, and the methods would be asked one by one."""
+        cfg, known = self.configs[name], self._methods.get(name)
+        if known is None or known[0] is not cfg:
+            known = self._methods[name] = cfg, method_for(cfg)
+        return known[1]
 
     def _give_number(self, name: str) -> None:
         self.numbers[name] = self._next_number
@@ -455,8 +464,11 @@ class Inventory:
     def __deepcopy__(self, memo: dict) -> Inventory:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
         return new
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_methods": {}}  # there is one object of every method
 
 
 def _own_parameters(wrapper: Wrapper) -> Iterator[nn.Parameter]:
