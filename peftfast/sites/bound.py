@@ -58,7 +58,20 @@ class BoundLora:
         weighted, few, when: see `LinearSite.bind`.
     """
 
-    __slots__ = ("site", "down", "up", "kept", "dropouts", "name", "holders", "weighted", "few", "when", "_last")
+    __slots__ = (
+        "site",
+        "down",
+        "up",
+        "kept",
+        "dropouts",
+        "name",
+        "holders",
+        "weighted",
+        "few",
+        "when",
+        "alters",
+        "_last",
+    )
 
     def __init__(
         self,
@@ -76,6 +89,7 @@ class BoundLora:
         self.site, self.down, self.up = site, down, up
         self.kept, self.dropouts, self.name, self.holders = kept, dropouts, name, holders
         self.weighted, self.few, self.when = weighted, few, when
+        self.alters = not (weighted is None and few is None and when is None)
         self._last: _Look | None = None  # one attribute, so that threads never see halves of two
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -84,17 +98,24 @@ class BoundLora:
 
     def look(self, x: Tensor) -> tuple[Part, Way] | None:
         """What x is to be multiplied by, and how; None where this call is not a plain one."""
+        last = self._last  # the usual call ends here
+        if last is None or last.elements != x.numel() or not self._holds(last, x):
+            last = self._current(x)
+            if last is None:
+                return None
+        return self._altered(x, last) if self.alters else last[:2]
+
+    def _altered(self, x: Tensor, last: _Look) -> tuple[Part, Way] | None:
+        """What `weighted`, `few` and `when` make of what was found."""
         if self.when is not None and not self.when(x):
             return None
-        last = self._current(x)
-        if last is None or self.weighted is None:
-            return None if last is None else last[:2]
         if self.few is not None and last.way is composed_lora:
             return last.part, self.few
-        part = self.weighted(last.part)
+        part = last.part if self.weighted is None else self.weighted(last.part)
         return None if part is None else (part, last.way)
 
     def _current(self, x: Tensor) -> _Look | None:
+        """What was found last, if that still holds, or is found now."""
         last = self._last
         if last is None or not self._holds(last, x):
             self._last = None  # which may have been all that kept a large weight

@@ -193,7 +193,10 @@ class Inventory:
 
     def method_of(self, name: str) -> AdapterMethod:
         """The method of an adapter; every forward of the model asks, and the methods would be asked one by one."""
-        cfg, known = self.configs[name], self._methods.get(name)
+        cfg = self.configs[name]
+        if torch.compiler.is_compiling():  # a graph would depend on whether anybody has asked before
+            return method_for(cfg)
+        known = self._methods.get(name)
         if known is None or known[0] is not cfg:
             known = self._methods[name] = cfg, method_for(cfg)
         return known[1]
