@@ -196,7 +196,7 @@ def _sample(place: Place) -> Sample | None:
 
 def _same(a: Sample, b: Sample) -> bool:
     limits = [QUANTISED[s.storage] for s in (a, b) if s.storage in QUANTISED]
-    x, y = torch.tensor(a.values, dtype=torch.float64), torch.tensor(b.values, dtype=torch.float64)
+    x, y = (torch.tensor(s.values, dtype=torch.float64, device="cpu") for s in (a, b))  # whatever the default is
     if x.shape != y.shape:
         return False
     if limits:

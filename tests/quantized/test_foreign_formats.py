@@ -433,3 +433,12 @@ def test_a_llama_by_torchao_trains_and_merges():
     moved = rms_error(before.eval()(input_ids=ids).logits.detach(), tuned)
     merged = quietly(model.merge_and_unload)
     assert rms_error(merged(input_ids=ids).logits, tuned) < 0.2 * moved
+
+
+def test_a_base_is_compared_whatever_the_default_device_is(tmp_path):
+    model = patched("fp8-blocks")
+    model.save_pretrained(tmp_path)
+    base = Holder(made("fp8-blocks"))
+    with torch.device("meta"):
+        again = peftfast.PeftModel.from_pretrained(base, tmp_path, strict=True)
+    assert torch.equal(again(x_of()), model(x_of()))
