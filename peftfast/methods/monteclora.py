@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning
-from peftfast.method import Adapter, register_method, sample_by_sample
-from peftfast.methods.lora import Lora, bias_of, check_linear, factors, widened
+from peftfast.method import Adapter, register_method
+from peftfast.methods.lora import bias_of, check_linear, factors, widened
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import drawn_through
 from peftfast.methods.random_stream import NormalSlices
-from peftfast.rows.routing import Rows
+from peftfast.methods.trained_otherwise import TrainedOtherwise
 from peftfast.sites import Site, Slot
-from peftfast.sites.bound import BoundLora
 
 SAMPLER = "lora_monteclora_sampler"
 
@@ -212,7 +211,7 @@ def _wishart_diagonal(r: int, device: torch.device | None = None, generator: tor
 
 
 @register_method
-class Monteclora(Lora):
+class Monteclora(TrainedOtherwise):
     """In training several active adapters act one after the other."""
 
     only_for_training = (SAMPLER,)
@@ -248,9 +247,11 @@ class Monteclora(Lora):
         sampler.expert_weights.fill_(1 / sampler.num_samples)
         sampler.prepare(dtype)
 
-    def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
-        if not active[0].kept["training"]:
-            return super().forward(site, x, y, active)
+    @staticmethod
+    def trains(adapter: Adapter) -> bool:
+        return adapter.kept["training"]
+
+    def forward_training(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         if len(active) > 1:
             y = site.base(x) if y is None else y
             dtype, (x, y) = y.dtype, widened(x, y, factors(active[0])[0])
@@ -274,28 +275,6 @@ class Monteclora(Lora):
                 t = t if noise is None else t + F.linear(dropped, noise.to(dropped.dtype))
                 y = (y + own.up(t, b) * adapter.scale).to(y.dtype)
         return y.to(dtype) if len(active) > 1 else y
-
-    def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
-        """See `Bindable`: for calls that are a LoRA's."""
-        bind = getattr(site, "bind", None)
-        (adapter, *others) = active
-        if bind is None or others or adapter.cfg.lora_bias:
-            return None
-        return bind(adapter, lambda part: None if adapter.kept["training"] else part)
-
-    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
-        if adapters[0].kept["training"]:
-            return sample_by_sample(self, site, x, y, adapters, rows)
-        return super().routed(site, x, y, adapters, rows)
-
-    def for_slot(
-        self, site: Site, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, float]:
-        """See `Lora.for_slot`, to which nothing of `only_for_training` comes."""
-        return _PLAIN.for_slot(site, cfg, key, tensors)
-
-
-_PLAIN = Lora()
 
 
 def monteclora_loss(adapters: Sequence[Adapter]) -> Tensor | float:

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from peftfast.config import PeftConfig
-from peftfast.method import Adapter, register_method, sample_by_sample
-from peftfast.methods.lora import Lora, bias_of, check_linear, factors, widened
+from peftfast.method import Adapter, register_method
+from peftfast.methods.lora import bias_of, check_linear, factors, widened
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import drawn_through
+from peftfast.methods.trained_otherwise import TrainedOtherwise
 from peftfast.ops.velora import direction, mean_direction, velora_linear_add
-from peftfast.rows.routing import Rows
 from peftfast.sites import Site, Slot
-from peftfast.sites.bound import BoundLora
 from peftfast.sites.site import is_plain
 
 #: the direction on which groups of features are projected
@@ -32,7 +31,7 @@ _GROUPS, _SCALE = "lora_velora_num_groups", "lora_velora_scale"
 
 
 @register_method
-class Velora(Lora):
+class Velora(TrainedOtherwise):
     """What of a file a pool has no use for is in `only_for_training`."""
 
     only_for_training = (EMBED,)
@@ -61,16 +60,19 @@ class Velora(Lora):
         if adapter.setting(_INIT_TYPE) == "random":
             _draw(site, adapter)
 
-    def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
-        if not any(map(_compresses, active)):
-            return super().forward(site, x, y, active)
+    @staticmethod
+    def trains(adapter: Adapter) -> bool:
+        """Whether this call keeps compressed inputs for the backward pass."""
+        return adapter.kept["training"] and torch.is_grad_enabled() and factors(adapter)[0].requires_grad
+
+    def forward_training(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         y = site.base(x) if y is None else y
         dtype = y.dtype
         if len(active) > 1:
             x, y = widened(x, y, factors(active[0])[0])
         for adapter in active:
             own, (a, b) = adapter.through(site), factors(adapter)
-            if own is not site or not _compresses(adapter) or not is_plain(x, y, a, b):
+            if own is not site or not self.trains(adapter) or not is_plain(x, y, a, b):
                 y = own.adapt(x, y, a, b, adapter.scale, adapter.dropout)
             else:
                 if isinstance(scale := adapter.scale, Tensor):  # a scale that may change inside a compiled graph
@@ -82,33 +84,6 @@ class Velora(Lora):
             if adapter.cfg.lora_bias and own is site:
                 y = site.add_to_output(y, bias_of(adapter) * adapter.scale)
         return y.to(dtype)
-
-    def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
-        """See `Bindable`: for calls that are a LoRA's."""
-        bind = getattr(site, "bind", None)
-        (adapter, *others) = active
-        if bind is None or others or adapter.cfg.lora_bias:
-            return None
-        return bind(adapter, lambda part: None if _compresses(adapter) else part)
-
-    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
-        if any(map(_compresses, adapters)):
-            return sample_by_sample(self, site, x, y, adapters, rows)
-        return super().routed(site, x, y, adapters, rows)
-
-    def for_slot(
-        self, site: Site, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, float]:
-        """See `Lora.for_slot`, to which nothing of `only_for_training` comes."""
-        return _PLAIN.for_slot(site, cfg, key, tensors)
-
-
-_PLAIN = Lora()
-
-
-def _compresses(adapter: Adapter) -> bool:
-    """Whether this call keeps compressed inputs for the backward pass."""
-    return adapter.kept["training"] and torch.is_grad_enabled() and factors(adapter)[0].requires_grad
 
 
 def _project(site: Site, adapter: Adapter, rows: Tensor) -> Tensor:
