@@ -194,7 +194,8 @@ class AdapterMethod(Protocol):
 
     Attributes:
         only_for_training: optional, slots of which a pool that serves the adapter has no use.
-        uncapturable: optional, why a training step cannot be recorded once and replayed.
+        uncapturable: optional, why a model with such adapters cannot be recorded once and replayed.
+        uncapturable_training: optional, the same of training steps in which they are active.
     """
 
     peft_type: ClassVar[str]
@@ -202,7 +203,6 @@ class AdapterMethod(Protocol):
     family: ClassVar[str]  # "lora": what reprs and status reports call its layers, before the kind of module; instead
     # of both, where PEFT has another name for them, a method may have a `layer_name`
     default_targets: ClassVar[Mapping[str, Any]]  # model type -> target modules
-    # `recordable`, if it has that and it is False: captured steps would not see what its adapters are made of
 
     def claims(self, cfg: PeftConfig) -> bool:
         """Whether this method is what `cfg` asks for."""

@@ -51,7 +51,9 @@ class Arrow(Lora):
     is made again when one was written to or replaced (see `remembered` about writes through `.data`)."""
 
     as_product = None  # type: ignore[assignment]  # what it adds depends on the token
-    recordable = False
+    uncapturable = (
+        "it is made of others, which a recording would go on using as they were: call the model, or delete it"
+    )
 
     def claims(self, cfg: PeftConfig) -> bool:
         return type(cfg) is LoraConfig and cfg.variant == "arrow_config"

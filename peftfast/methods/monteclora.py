@@ -215,7 +215,7 @@ class Monteclora(TrainedOtherwise):
     """In training several active adapters act one after the other."""
 
     only_for_training = (SAMPLER,)
-    uncapturable = "MonteCLoRA draws new samples on the host in every step"
+    uncapturable_training = "MonteCLoRA draws new samples on the host in every step"
 
     def claims(self, cfg: PeftConfig) -> bool:
         return type(cfg) is LoraConfig and cfg.variant == "monteclora_config"

@@ -51,12 +51,9 @@ class Captured:
     def _start(self) -> None:
         """Forget what is recorded; the model as it is now is what will be."""
         for name, cfg in (getattr(self.tuner, "peft_config", None) or {}).items():
-            method = method_for(cfg)
-            if not getattr(method, "recordable", True):
-                raise ValueError(
-                    f"Adapter {name} ({type(method).__name__}) is made of others that a recording would go on using as "
-                    "they were: call the model, or delete it first"
-                )
+            why = getattr(method_for(cfg), "uncapturable", None)
+            if why is not None:
+                raise ValueError(f"A model with adapter {name} cannot be captured: {why}")
         self._snapshot = Snapshot(self.model, self.mixed)
 
     def _change(self) -> str | None:

@@ -75,7 +75,7 @@ class CapturedTrainingStep(Captured):
 
     def _check_recordable(self) -> None:
         for name in getattr(self.tuner, "active_adapters", ()):
-            why = getattr(method_for(self.tuner.peft_config[name]), "uncapturable", None)
+            why = getattr(method_for(self.tuner.peft_config[name]), "uncapturable_training", None)
             if why is not None:
                 raise ValueError(f"A training step with adapter {name} cannot be captured: {why}")
 
