@@ -161,8 +161,7 @@ def test_loading_beside_merged_and_onto_the_meta_device(tmp_path):
         other.merge_adapter()
         with pytest.raises(ValueError, match="starts from the base weights, which contain default"):
             other.load_adapter(tmp_path, "kasa")
-        with torch.device("meta"):
-            late = peftfast.PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True)
+        late = peftfast.PeftModel.from_pretrained(llama().to("meta"), tmp_path, low_cpu_mem_usage=True)
         with pytest.raises(ValueError, match="on the meta device and has no values"):
             logits(late)
         for module in late.modules():
