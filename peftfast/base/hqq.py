@@ -22,6 +22,8 @@ class HqqWeight(ByModule):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
+        if isinstance(module, nn.Linear):
+            return False
         kinds = type(module).__mro__
         return any(c.__name__ == "HQQLinear" and c.__module__.partition(".")[0] == "hqq" for c in kinds)
 

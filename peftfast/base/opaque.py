@@ -46,7 +46,8 @@ def _tensors(module: nn.Module):
 
 def is_packed_linear(module: nn.Module) -> bool:
     """Whether this is a linear layer, but none of torch's, with integers in place of a weight."""
-    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    own = module.__dict__  # every module of a model is asked, and most have neither
+    sizes = [own.get(name) for name in ("in_features", "out_features")]
     if any(type(size) is not int for size in sizes) or module._modules:
         return False
     if isinstance(module, nn.Linear):

@@ -126,6 +126,8 @@ _INTEGERS = {f"torch.int{bits}": bits for bits in range(2, 9)}
 
 def _is_torchao(weight: Tensor | None) -> bool:
     """Asked by name, so that torchao is not imported for it."""
+    if type(weight) is nn.Parameter:
+        return False
     return any(c.__name__ == "TorchAOBaseTensor" for c in type(weight).__mro__)
 
 
