@@ -362,6 +362,13 @@ class Repeated(Protocol):
     def repeats_init(self, cfg: PeftConfig) -> bool: ...
 
 
+class Reading(Protocol):
+    """Optional, known by its one function: adapters that start from the weight, or go by it, though they leave it as it
+    is. Without it, those of which `changes_base`."""
+
+    def reads_base(self, cfg: PeftConfig) -> bool: ...
+
+
 class Refining(Protocol):
     """Optional, known by its one function: adapters that change the base once, however many of them there are."""
 
@@ -380,6 +387,12 @@ def repeats_init(cfg: PeftConfig) -> bool:
     """Whether an adapter of this config has to be initialised where it is loaded, before its tensors are."""
     method = method_for(cfg)
     return getattr(method, "repeats_init", method.changes_base)(cfg)
+
+
+def reads_base(cfg: PeftConfig) -> bool:
+    """Whether adding an adapter of this config takes the base weight as it is then, whole."""
+    method = method_for(cfg)
+    return getattr(method, "reads_base", method.changes_base)(cfg)
 
 
 M = TypeVar("M", bound=type)

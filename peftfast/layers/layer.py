@@ -524,6 +524,17 @@ def register_layer(site: type) -> Callable[[L], L]:
     return register
 
 
+def site_of(module: nn.Module, cls: type | None = None) -> Site:
+    """Where an adapter of `module` acts: as its layer says, if it has one, or as a layer of class `cls` would say.
+
+    Raises:
+        ValueError: the kind of module is not supported.
+    """
+    if isinstance(module, BaseTunerLayer):
+        return module.site
+    return getattr(cls, "site_of", make_site)(module)
+
+
 def make_layer(module: nn.Module) -> BaseTunerLayer:
     """The layer, without adapters, that is to stand in the module's place."""
     site = make_site(module)

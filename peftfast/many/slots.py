@@ -16,11 +16,11 @@ from peftfast.files.experts import migrate_experts
 from peftfast.files.io import load_peft_weights
 from peftfast.files.state import Entry
 from peftfast.keys import in_base
-from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.method import method_for
-from peftfast.methods.lora_stack import FactorStack, apply_stack, is_segmented
+from peftfast.methods.lora_stack import FactorStack, apply_stack
 from peftfast.rows.routing import Routing
-from peftfast.sites import Site, make_site
+from peftfast.sites import Site
 from peftfast.sites.parameter import LowRank, ParameterSite
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import check_adaptable, full_names, matching_parameters
@@ -104,8 +104,7 @@ class Slots:
     def _sites(self, keys: Iterable[str]) -> Iterator[tuple[str, Site]]:
         """What has slots, by the names that layers have in the inventory."""
         for key in keys:
-            module = self._inventory.module(key)
-            site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
+            site = site_of(self._inventory.module(key))
             if not site.adapts_output:
                 raise ValueError(
                     f"Slots are for modules, and {key} ({type(site.module).__name__}) is adapted by Parameters of it. "
@@ -119,7 +118,7 @@ class Slots:
     def layer_forward(self, layer: BaseTunerLayer, routing: Routing, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """What a layer gives for a batch whose `routing` names slots."""
         stack = self._stacks.get(layer.store.get("slot key"))
-        if stack is not None and routing.arranges(x) and not args and not kwargs and not is_segmented(layer.site, x):
+        if stack is not None and routing.arranges(x) and not args and not kwargs and not layer.site.segmented(x):
             used = len(set(routing.host))
             each = [t[:used] for t in stack[:3]]
             return routing.arranged(x, lambda x: layer.site.adapt_each(x, layer.base_layer(x), *each))

@@ -162,11 +162,10 @@ class AdaLora:
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         """See `Bindable`: for the one adapter of a layer that most models have."""
-        bind = getattr(site, "bind", None)
-        if bind is None or len(active) != 1 or not len(factors(active[0])[0]):
+        if len(active) != 1 or not len(factors(active[0])[0]):
             return None
         (adapter,) = active
-        return bind(adapter, lambda part: part._replace(a=_weighted(adapter, part.a)))
+        return site.bind(adapter, lambda part: part._replace(a=_weighted(adapter, part.a)))
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
         return sample_by_sample(self, site, x, y, adapters, rows)

@@ -105,10 +105,9 @@ class Alora(Lora):
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         """See `Bindable`: for calls all of whose tokens come after the invocation."""
-        bind = getattr(site, "bind", None)
-        if bind is None or len(active) != 1 or active[0].cfg.lora_bias or len(active[0].slots) != 2:
+        if len(active) != 1 or active[0].cfg.lora_bias or len(active[0].slots) != 2:
             return None
-        return bind(active[0], when=partial(_acts_everywhere, active[0]))
+        return site.bind(active[0], when=partial(_acts_everywhere, active[0]))
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
         shape = _shape(site, x)

@@ -126,9 +126,8 @@ class Kasa(Lora):
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         """See `Bindable`: for one adapter without dropout."""
-        bind = getattr(site, "bind", None)
         (adapter, *others) = active
-        if bind is None or others or adapter.cfg.lora_bias or self._merged(adapter):
+        if others or adapter.cfg.lora_bias or self._merged(adapter):
             return None
 
         def weighted(part: Any) -> Any:
@@ -137,7 +136,7 @@ class Kasa(Lora):
             a, b = self._together(active, self._lacking(site, active))
             return part._replace(a=a, b=b, plan=part.plan._replace(scale=1.0))
 
-        return bind(adapter, weighted)
+        return site.bind(adapter, weighted)
 
     def _merged(self, adapter: Adapter) -> list[Adapter]:
         """Those of this method that are inside the weight, which has been truncated with them."""

@@ -16,7 +16,7 @@ from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import combined, combined_fields, rank_keeping, svd_of_sum
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise, rank_of_factors
-from peftfast.methods.lora_stack import apply_stack, factors, is_segmented, remembered
+from peftfast.methods.lora_stack import apply_stack, factors, remembered
 from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
@@ -106,10 +106,9 @@ class Lora:
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         """See `Bindable`: for the one plain adapter of a layer that most models have."""
-        bind = getattr(site, "bind", None)
-        if bind is None or len(active) != 1 or active[0].cfg.lora_bias or len(active[0].slots) != 2:
+        if len(active) != 1 or active[0].cfg.lora_bias or len(active[0].slots) != 2:
             return None
-        return bind(active[0])
+        return site.bind(active[0])
 
     def changes(self, site: ParameterSite, active: Sequence[Adapter]) -> list[LowRank]:
         """See `Parametric`."""
@@ -161,7 +160,7 @@ class Lora:
         known = remembered(adapters, rows.verdicts, self.pair)
         dropout = {adapter.dropout for adapter in adapters} if known.dropping else {0.0}
         host = rows.host if gate is None else None
-        many_each = host is not None and len(host) > 4 * len(adapters) and not rows.run and not is_segmented(site, x)
+        many_each = host is not None and len(host) > 4 * len(adapters) and not rows.run and not site.segmented(x)
         if many_each or not known.alike or len(dropout) > 1:
             # with a gate, which `forward` makes for all samples, every adapter gets all of them
             return sample_by_sample(self, site, x, y, adapters, rows if gate is None else Rows(rows.index, None))

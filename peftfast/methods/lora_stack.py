@@ -150,9 +150,7 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None, pair: Pai
 
 def _bound(site: Site, stack: FactorStack) -> Callable[[Tensor], Tensor]:
     a, b, scale, factor = stack
-    scale = scale if factor is None else factor
-    bind = getattr(site, "bind_runs", None)
-    return (lambda x: site.adapt_each(x, site.base(x), a, b, scale)) if bind is None else bind(a, b, scale)
+    return site.bind_runs(a, b, scale if factor is None else factor)
 
 
 def _padded(t: Tensor, rank: int) -> Tensor:
@@ -198,19 +196,13 @@ def _picked(stack: FactorStack, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return stack.a.index_select(0, index), b, stack.scale.index_select(0, index)
 
 
-def is_segmented(site: Site, x: Tensor) -> bool:
-    """Whether kernels that pick every row's own factors serve this input."""
-    segmented = getattr(site, "segmented", None)
-    return segmented is not None and segmented(x)
-
-
 def apply_stack(site: Site, x: Tensor, y: Tensor, stack: FactorStack, rows: Rows, gate: Tensor | None = None) -> Tensor:
     """The output `y` of the base with every sample's own factors added to it, at a site with `gates` on those tokens
     that `gate` [..., 1] lets through."""
     if rows.host is not None and not rows.used:
         return y
     gates = () if gate is None else (gate,)
-    if is_segmented(site, x):
+    if site.segmented(x):
         return site.adapt_rows(x, y, *stack[:3], rows, *gates)
     mine = chosen(stack, rows)
     if rows.host is None:

@@ -71,8 +71,7 @@ class PackedLora(Lora):
         return {**slots, **self.small_slots(cfg, settings, (n, k), slots)}
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
-        bind = getattr(site, "bind", None)
-        if bind is None or len(active) != 1 or active[0].cfg.lora_bias:
+        if len(active) != 1 or active[0].cfg.lora_bias:
             return None
         how = active[0].setting(self.by)
 
@@ -80,7 +79,7 @@ class PackedLora(Lora):
             a, b = self.whole(how, part.a, part.b)
             return part._replace(a=a, b=b)
 
-        return bind(active[0], made, self.few(how))
+        return site.bind(active[0], made, self.few(how))
 
     def describe(self, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
         how = self.how(cfg, key)

@@ -42,11 +42,10 @@ class TrainedOtherwise(Lora):
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         """See `Bindable`: for calls that are a LoRA's."""
-        bind = getattr(site, "bind", None)
         (adapter, *others) = active
-        if bind is None or others or adapter.cfg.lora_bias:
+        if others or adapter.cfg.lora_bias:
             return None
-        return bind(adapter, when=lambda x: not self.trains(adapter))
+        return site.bind(adapter, when=lambda x: not self.trains(adapter))
 
     def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
         if any(map(self.trains, adapters)):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from peftfast.base.weight import BaseWeight
 from peftfast.watch import GLOBAL_HOOKS
+
+if TYPE_CHECKING:
+    from peftfast.sites.bound import BoundLora
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,17 @@ class UsualSite:
     experts: int = 1
     parts: tuple[str, ...] = ()
 
+    def bind(self, adapter: Any, *how: Any, **more: Any) -> BoundLora | None:
+        """`adapt` of one adapter with its lookups done beforehand, see `LinearSite`; None: not here."""
+
+    def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> Callable[[Tensor], Tensor]:
+        """The module's own output with `adapt_each` of these factors, without gradients, as a function of the input."""
+        return lambda x: self.adapt_each(x, self.base(x), a, b, scale)
+
+    def segmented(self, x: Tensor) -> bool:
+        """Whether kernels that pick every row's own factors serve this input, by `adapt_rows` (see `LinearSite`)."""
+        return False
+
     def probe(self) -> Tensor | None:
         """An input by which to see whether the module's output is made of its weight as this kind of module makes it;
         None where that is known."""
@@ -96,12 +110,7 @@ class UsualSite:
 
 
 class Site(Protocol):
-    """One adaptable module. Besides what is here, a site has what `UsualSite` says.
-
-    Attributes:
-        segmented, adapt_rows: optional, see `LinearSite`: kernels that pick every row's own factors.
-        bind: optional, see `LinearSite`: `adapt` of one adapter with its lookups done beforehand.
-    """
+    """One adaptable module. Besides what is here, a site has what `UsualSite` says."""
 
     module: nn.Module
     weight: BaseWeight

@@ -9,7 +9,7 @@ from typing import Any
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some
 from peftfast.layers.layer import check_adapter_name
-from peftfast.method import method_for
+from peftfast.method import method_for, reads_base
 from peftfast.sharding import is_run_by_zero3
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
@@ -117,8 +117,7 @@ def _check_biases(inventory: Inventory, name: str, cfg: PeftConfig) -> None:
 def _check_base_is_whole(inventory: Inventory, name: str, cfg: PeftConfig) -> None:
     """ValueError if the adapter would start from a weight that others are merged into."""
     merged = {n for layer in inventory.layers.values() for n in layer.merged_adapters}
-    method = method_for(cfg) if merged else None
-    if merged and getattr(method, "reads_base", method.changes_base)(cfg):
+    if merged and reads_base(cfg):
         raise ValueError(
             f"Adapter {name} starts from the base weights, which contain {', '.join(sorted(merged))} now. Please "
             "unmerge first."

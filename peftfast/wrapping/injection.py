@@ -4,7 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import nn
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.files.state import strip_wrappers
-from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.method import AdapterMethod, method_for
-from peftfast.sites import Site, make_site
+from peftfast.sites import Site
 from peftfast.wrapping.attention import plan_attention
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.own_layers import add_to_own_layer, own_layer_classes
@@ -328,7 +328,7 @@ def _check_sites(
                 f"{key} is kept by modules_to_save or trainable tokens of another adapter; it cannot be adapted"
             )
         try:
-            site = module.site if isinstance(module, BaseTunerLayer) else site_maker(classes.get(key))(module)
+            site = site_of(module, classes.get(key))
             method.slots(site, cfg, method.settings(site, cfg, key))
         except (TypeError, ValueError) as e:
             kind = TypeError if isinstance(e, TypeError) else ValueError
@@ -343,11 +343,6 @@ def _check_sites(
         if isinstance(site.module, nn.Linear) or site.weight.transposed:
             transposed.append(site.weight.transposed)
     return transposed
-
-
-def site_maker(cls: type | None) -> Callable[[nn.Module], Site]:
-    """What makes the site of a module whose layer is to be of class `cls`; None: of the usual one."""
-    return make_site if cls is None else getattr(cls, "site_of", make_site)
 
 
 def _settle_orientation(cfg: PeftConfig, transposed: list[bool]) -> None:

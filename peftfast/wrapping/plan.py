@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.errors import close_matches, every_name
 from peftfast.interop.servers import Facts, Verdict, judge_servers
-from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.layer import site_of
 from peftfast.method import method_for
 from peftfast.model import PeftModel
 from peftfast.sharding import whole_shape
@@ -23,7 +23,7 @@ from peftfast.sites import Site, make_site, parts_of
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
 from peftfast.tasks import model_class
-from peftfast.wrapping.injection import Injection, plan_injection, site_maker
+from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import full_names
 from peftfast.wrapping.replication import replicated
@@ -256,8 +256,7 @@ def _parameter_targets(resolved: PeftConfig, adapted: Sequence[str]) -> list[Pla
 def _sites(injection: Injection) -> Iterator[tuple[str, str, Site]]:
     """What is adapted: its name, the name that the config's patterns are compared with, the site."""
     for key in injection.targets:
-        module = injection.inventory.module(key)
-        site = module.site if isinstance(module, BaseTunerLayer) else site_maker(injection.classes.get(key))(module)
+        site = site_of(injection.inventory.module(key), injection.classes.get(key))
         yield key, key, site
         yield from ((f"{key}.{part}", key, site.part(part)) for part in parts_of(site.module))
     for key, names in injection.parameters.items():

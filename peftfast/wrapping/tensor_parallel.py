@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some
-from peftfast.layers.layer import BaseTunerLayer
-from peftfast.method import AdapterMethod
-from peftfast.sites import make_site
+from peftfast.layers.layer import BaseTunerLayer, site_of
+from peftfast.method import AdapterMethod, reads_base
 from peftfast.wrapping.inventory import Inventory
 from peftfast_kernels import keep_mask, keep_scale
 
@@ -93,7 +92,7 @@ def plan_spreading(
         problem = f"{enumerate_some(spread)} cannot be trained in full or in part"
     elif unknown := {key: style for key, style in found.items() if style not in _SPREAD}:
         problem = f"{enumerate_some(list(unknown))}, spread by {sorted(set(unknown.values()))}, cannot be adapted"
-    elif found and getattr(method, "reads_base", method.changes_base)(cfg):
+    elif found and reads_base(cfg):
         problem = f"{type(cfg).__name__} with these settings starts from the weight, which no process has whole"
     elif bad := [key for key in found if not _is_a_pair(inventory, cfg, method, key)]:
         problem = f"{enumerate_some(bad)} can have a plain LoRA only, no {type(cfg).__name__} with other tensors"
@@ -129,7 +128,6 @@ def _plan_of(model: nn.Module) -> tuple[dict[str, str], Any]:
 
 def _is_a_pair(inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, key: str) -> bool:
     """Whether all that the adapter keeps there are two factors in modules of their own."""
-    module = inventory.module(key)
-    site = module.site if isinstance(module, BaseTunerLayer) else make_site(module)
+    site = site_of(inventory.module(key))
     slots = method.slots(site, cfg, method.settings(site, cfg, key))
     return len(slots) == 2 and all(slot.holder is not None for slot in slots.values())
