@@ -110,7 +110,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
     ),
-    "tuners.tuner": ("LoraModel", "TrainableTokensModel"),
+    "tuners.lora": ("LoraModel",),
+    "tuners.trainable_tokens": ("TrainableTokensModel",),
     "wrapping.plan": ("AdapterPlan", "plan_adapter"),
 }
 

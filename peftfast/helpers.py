@@ -16,7 +16,7 @@ from peftfast.config import PeftConfig
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.dora import cache_norms
 from peftfast.model import PeftModel
-from peftfast.tuners.tuner import LoraModel
+from peftfast.tuners.lora import LoraModel
 
 
 def update_forward_signature(model: PeftModel) -> None:

@@ -37,7 +37,9 @@ from peftfast.prompts.prompt_model import PromptTuner, resize_saved_prompt
 from peftfast.training.checkpointing import require_input_gradients
 from peftfast.tuners.adalora import AdaLoraModel
 from peftfast.tuners.ia3 import IA3Model
-from peftfast.tuners.tuner import BaseTuner, LoraModel, TrainableTokensModel
+from peftfast.tuners.lora import LoraModel
+from peftfast.tuners.trainable_tokens import TrainableTokensModel
+from peftfast.tuners.tuner import BaseTuner
 from peftfast.wrapping.undo import unchanged_if_refused
 
 #: Tuner classes by peft_type; a method without a class of its own gets the common one.

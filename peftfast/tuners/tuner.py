@@ -1,4 +1,4 @@
-"""The module around a base model that carries weight adapters: PEFT's `LoraModel` and its kin, all one class."""
+"""The module around a base model that carries weight adapters, of whatever method."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.merging import add_weighted_adapter, subtract
 from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
-from peftfast.method import Adapter, Call, method_for
+from peftfast.method import Call, method_for
 from peftfast.methods.combination import Combination
-from peftfast.methods.kasa import DIAGONAL, kasa_loss
-from peftfast.methods.monteclora import SAMPLER, monteclora_loss
 from peftfast.ops.casts import CastStore
 from peftfast.quantization.quantize import dequantize_model
 from peftfast.rows.routing import BASE
@@ -455,36 +453,6 @@ def adapted_modules(state_dict: Iterable[str], prefix: str) -> list[str]:
         if found:
             names.append(head)
     return list(dict.fromkeys(names))
-
-
-class LoraModel(BaseTuner):
-    """A model with LoRA, QLoRA or DoRA adapters."""
-
-    prefix = "lora_"
-
-    def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """What a training with KaSA adds to its loss, as in PEFT: see `peftfast.methods.kasa.kasa_loss`.
-
-        Args:
-            adapter_names: of which adapters; None: the active ones. Others than KaSA's count for nothing.
-        """
-        return kasa_loss([adapter for adapter in self._adapters_of(adapter_names) if DIAGONAL in adapter.slots])
-
-    def _get_monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """The same for MonteCLoRA: see `peftfast.methods.monteclora.monteclora_loss`."""
-        return monteclora_loss([adapter for adapter in self._adapters_of(adapter_names) if SAMPLER in adapter.slots])
-
-    def _adapters_of(self, names: str | Sequence[str] | None) -> list[Adapter]:
-        """These adapters, or the active ones, in every layer that has them."""
-        names = self.active_adapters if names is None else [names] if isinstance(names, str) else names
-        layers = self.inventory.layers.values()
-        return [layer.adapters[name] for layer in layers for name in names if name in layer.adapters]
-
-
-class TrainableTokensModel(BaseTuner):
-    """A model some of whose token rows are trained."""
-
-    prefix = "trainable_tokens_"
 
 
 def layers_of(model: nn.Module) -> dict[str, BaseTunerLayer]:
