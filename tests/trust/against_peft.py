@@ -1,7 +1,8 @@
 """Random configs and operations, done to a model here and to one in PEFT that holds the same numbers: after every one
 names, what trains, which adapters are active, outputs and gradients are the same, and so are files.
 
-What README says is different from PEFT is kept out of the configs and operations, or done where it does not show.
+What `interop/DIFFERENCES.md` says is different from PEFT is kept out of the configs and operations, or done where it
+does not show.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-    """A refusal that README lists is a skip."""
+    """A refusal that `interop/DIFFERENCES.md` lists is a skip."""
     if call.excinfo is not None and _UNSUPPORTED in str(call.excinfo.value):
         try:
             _skip(str(call.excinfo.value).split(" must be ")[0])
