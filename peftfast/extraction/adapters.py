@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType
 from peftfast.errors import enumerate_some
 from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, matrix, set_targets, svd
@@ -20,7 +21,7 @@ from peftfast.files.io import save_adapter
 from peftfast.files.state import adapter_entries, wrapped_modules
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.method import Adapter, method_for
+from peftfast.method import method_for
 from peftfast.methods.lora_combine import svd_of_sum
 from peftfast.methods.lora_config import LoraConfig
 

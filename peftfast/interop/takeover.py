@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.method import Adapter, method_for
+from peftfast.method import method_for
 from peftfast.sites import Site, make_site
 from peftfast.sites.site import is_untouched
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer, register_layer
 from peftfast.layers.parameter import ChangingLayer
-from peftfast.method import Adapter, AdapterMethod
+from peftfast.method import AdapterMethod
 from peftfast.sites.attention import AttentionSite, OutProjectionSite, attend
 
 

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.layers.activation import HasActivation
 from peftfast.layers.merger import Merger
 from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
-from peftfast.method import Adapter, AdapterMethod
+from peftfast.method import AdapterMethod
 from peftfast.rows.control import Control
 from peftfast.rows.mix import Group, Mix, Verdicts
 from peftfast.rows.routing import Routing

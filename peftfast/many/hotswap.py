@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType
 from peftfast.files.experts import migrate_experts
 from peftfast.files.io import load_peft_weights
 from peftfast.files.state import Entry, adapter_entries, strip_wrappers
 from peftfast.keys import PREFIX, in_base
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.method import Adapter, method_for
+from peftfast.method import method_for
 from peftfast.methods.lora_combine import padded
 from peftfast.methods.lora_config import VARIANTS, LoraConfig
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftType
 from peftfast.many.merging import add_weighted_adapter
-from peftfast.method import Adapter
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import svd_of_sum
 from peftfast.methods.lora_stack import factors

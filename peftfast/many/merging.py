@@ -12,10 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some
 from peftfast.layers.saved_modules import ModulesToSaveWrapper
-from peftfast.method import Adapter, method_for
+from peftfast.method import method_for
 from peftfast.methods.combination import Combination
 from peftfast.sites import Site
 from peftfast.wrapping.adding import add_adapter

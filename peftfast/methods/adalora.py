@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.errors import PeftWarning
 from peftfast.keys import in_base
-from peftfast.method import Adapter, register_method, sample_by_sample
+from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.lora import describe_change, factors, pair_of
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.ops.orthogonality import orthogonality

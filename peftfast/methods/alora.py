@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning
-from peftfast.method import Adapter, Call, register_method
+from peftfast.method import Call, register_method
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, bias_of, factors
 from peftfast.methods.lora_config import LoraConfig

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.method import Adapter, register_method, sample_by_sample
+from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora
 from peftfast.methods.lora_combine import svd_of_sum

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftfast.method import Adapter, register_method
+from peftfast.adapter import Adapter
+from peftfast.method import register_method
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialise
 from peftfast.methods.lora_stack import factors

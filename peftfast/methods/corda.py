@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfast.method import Adapter
+from peftfast.adapter import Adapter
 from peftfast.methods.lora_init import initialiser
 from peftfast.sites import Site
 

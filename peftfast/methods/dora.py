@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.method import Adapter, register_method, sample_by_sample
+from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, factors
 from peftfast.methods.lora_config import LoraConfig

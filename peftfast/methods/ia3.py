@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.errors import PeftWarning
-from peftfast.method import Adapter, register_method
+from peftfast.method import register_method
 from peftfast.methods.combination import Combination
 from peftfast.rows.routing import Rows
 from peftfast.rules import boolean, either, optional, sequence, text

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.method import Adapter, register_method, sample_by_sample
+from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, bias_of, check_linear, describe_change, factors, pair_of, scaling_of, widened
 from peftfast.methods.lora_config import LoraConfig

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.base.weight import quantise_and_back
 from peftfast.errors import PeftWarning
-from peftfast.method import Adapter
 from peftfast.methods.lora_init import initialiser
 from peftfast.sites import Site
 

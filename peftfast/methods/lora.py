@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType
-from peftfast.method import Adapter, register_method, sample_by_sample
+from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import combined, combined_fields, rank_keeping, svd_of_sum
 from peftfast.methods.lora_config import LoraConfig

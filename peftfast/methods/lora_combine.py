@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfast.method import Adapter
+from peftfast.adapter import Adapter
 from peftfast.methods.combination import Combination, split_weight
 from peftfast.sites import Site
 

@@ -9,8 +9,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from peftfast.adapter import Adapter
 from peftfast.errors import PeftWarning
-from peftfast.method import Adapter
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import draw_as_building, initialiser, start_as_identity, take_out, wide_weight
 from peftfast.methods.lora_settings import LoraGAConfig

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfast.method import Adapter
+from peftfast.adapter import Adapter
 from peftfast.ops.routed import runs_segmented
 from peftfast.rows.mix import Verdicts
 from peftfast.rows.routing import Routing, Rows

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning
-from peftfast.method import Adapter, register_method
+from peftfast.method import register_method
 from peftfast.methods.lora import bias_of, check_linear, factors, widened
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import drawn_through

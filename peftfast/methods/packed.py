@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.method import Adapter
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, describe_change, pair_of, scaling_of
 from peftfast.methods.lora_config import LoraConfig

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import enumerate_some
-from peftfast.method import Adapter, register_method
+from peftfast.method import register_method
 from peftfast.rules import boolean, either, integer, optional, sequence, text
 from peftfast.sites import Dense, Site, Slot
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from peftfast.method import Adapter, sample_by_sample
+from peftfast.adapter import Adapter
+from peftfast.method import sample_by_sample
 from peftfast.methods.lora import Lora
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.rows.routing import Rows

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.method import Adapter, register_method
+from peftfast.method import register_method
 from peftfast.methods.lora import bias_of, check_linear, factors, widened
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import drawn_through

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import BaseWeight, Quantizer, base_weight, quantizer
 from peftfast.embeddings import output_embeddings
 from peftfast.errors import close_matches, enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.method import Adapter
 from peftfast.methods.loftq import best_factors, loftq_factors
 from peftfast.methods.lora import factors
 from peftfast.quantization.originals import Originals

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from peftfast.method import Adapter, AdapterMethod, sample_by_sample
+from peftfast.adapter import Adapter
+from peftfast.method import AdapterMethod, sample_by_sample
 from peftfast.sites import Site
 from peftfast.watch import ContentWatch
 

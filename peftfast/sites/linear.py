@@ -107,7 +107,7 @@ class LinearSite(UsualSite):
         """`adapt` for one adapter and y None, with everything looked up that no input changes; None: not for this one.
 
         Args:
-            adapter: a `peftfast.method.Adapter` with a pair of factors.
+            adapter: a `peftfast.adapter.Adapter` with a pair of factors.
             weighted: what is multiplied by instead, made of what has been looked up; None: not in this call.
             few: a way to do the same with the factors as they are kept, for few tokens on a CPU.
             when: whether it is all that is to be done with this input; None: always.

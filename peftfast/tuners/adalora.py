@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
+from peftfast.adapter import Adapter
 from peftfast.errors import PeftWarning
 from peftfast.keys import in_base
-from peftfast.method import Adapter
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
 from peftfast.methods.rank_allocator import Allocation, RankAllocator, put_back, replace

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from peftfast.method import Adapter
+from peftfast.adapter import Adapter
 from peftfast.methods.kasa import DIAGONAL, kasa_loss
 from peftfast.methods.monteclora import SAMPLER, monteclora_loss
 from peftfast.tuners.tuner import BaseTuner

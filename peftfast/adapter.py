@@ -1,0 +1,176 @@
+"""One adapter at one site, as methods see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from peftfast.config import PeftConfig
+from peftfast.sites import Site, Slot
+from peftfast.sites.called import CalledSite, Holders
+from peftfast.watch import Entry
+
+if TYPE_CHECKING:
+    from peftfast.layers.layer import BaseTunerLayer
+    from peftfast.method import AdapterMethod
+
+
+class Adapter:
+    """One named adapter at one site: a view of what the layer keeps for it, read live, because users and other
+    libraries write to `layer.scaling[name]` and replace parameters.
+
+    Attributes:
+        name: the adapter's name.
+        cfg: its config, shared by all layers.
+        key: name of the adapted module inside the model.
+        slots: slot name -> Slot, in the method's order.
+    """
+
+    __slots__ = ("name", "cfg", "key", "slots", "method", "_layer", "_where", "pair", "_dropouts", "holders")
+
+    def __init__(
+        self,
+        name: str,
+        cfg: PeftConfig,
+        key: str,
+        method: AdapterMethod,
+        slots: Mapping[str, Slot],
+        layer: BaseTunerLayer,
+    ) -> None:
+        self.name, self.cfg, self.key, self.method, self.slots, self._layer = name, cfg, key, method, slots, layer
+        # of every slot: the dict and key of its Parameter, the module of that dict, and the dict and key of this module
+        self._where: dict[str, tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]] = {}
+        self._dropouts: Mapping[str, nn.Module] = {}
+        #: the modules of the factors and of dropout, None where the factors are bare Parameters
+        self.holders: Holders | None = None
+        #: names of the down and the up factor, whatever the site calls them
+        self.pair = tuple(slot for slot in slots if slot.endswith(("_A", "_B")))
+
+    def locate(self) -> None:
+        """Find the Parameters' places anew, after modules were added or replaced."""
+        self._where.clear()
+        container = self._layer._modules.get("lora_dropout")
+        self._dropouts = {} if container is None else container._modules
+        for slot_name, slot in self.slots.items():
+            container = getattr(self._layer, slot_name)
+            if slot.holder is None:
+                kept = container._buffers if slot.buffer else container._parameters
+                self._where[slot_name] = (kept, self.name, container, self._layer._modules, slot_name)
+            else:
+                holder, place = container[self.name], (container._modules, self.name)
+                for leaf in slot.parameters():
+                    where = slot_name if leaf == "weight" else f"{slot_name}.{leaf}"
+                    self._where[where] = (holder._parameters, leaf, holder, *place)
+        held = {slot: getattr(self._layer, slot)._modules for slot in self.pair if self.slots[slot].holder is not None}
+        biased = [modules for slot, modules in held.items() if self.slots[slot].bias is not None]
+        self.holders = Holders((*held.values(), self._dropouts), self.name, biased) if len(held) == 2 else None
+
+    def through(self, site: Site) -> Site:
+        """`site`, or, where calling this adapter's modules is more than a product with their weights, one that calls
+        them."""
+        holders = self.holders
+        if holders is None or holders.are_plain():
+            return site
+        if holders.replaced:
+            self.locate()
+            self._layer._plan = None
+            holders = self.holders
+        return site if holders.are_plain() else CalledSite(site, holders, self._layer.cast_input_dtype_enabled)
+
+    def _found(self, slot: str) -> tuple[dict[str, Any], str, nn.Module]:
+        """Where a slot's Parameter is kept now: others may have put another module there."""
+        parameters, key, owner, above, name = self._where[slot]
+        if above.get(name) is not owner:
+            self.locate()
+            self._layer._plan = None
+            parameters, key, owner, _, _ = self._where[slot]
+        return parameters, key, owner
+
+    def __getitem__(self, slot: str) -> Tensor:
+        """The tensor of a slot ("lora_A"), or the bias of a slot's holder ("lora_B.bias")."""
+        parameters, key, owner = self._found(slot)
+        value = parameters.get(key)
+        # parametrised or sharded modules keep the tensor elsewhere and answer by attribute
+        return getattr(owner, key) if value is None else value
+
+    def places(self) -> Iterator[Entry]:
+        """Where its Parameters hang, and what hangs there; None where that is not where they are kept."""
+        for where in tuple(self._where):
+            parameters, key, owner = self._found(where)
+            yield parameters, key, parameters.get(key)
+            slot_name, _, leaf = where.partition(".")
+            if not leaf and self.slots[slot_name].holder is not None:
+                yield getattr(self._layer, slot_name)._modules, self.name, owner
+
+    def __contains__(self, slot: str) -> bool:
+        return slot in self._where
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """All tensors, by slot name."""
+        return {slot: self[slot] for slot in tuple(self._where)}
+
+    def cell(self, slot: str) -> tuple[dict[str, Any], str] | None:
+        """The dict and the key where a slot's Parameter is kept, None if it is kept elsewhere."""
+        parameters, key, _ = self._found(slot)
+        return (parameters, key) if parameters.get(key) is not None else None
+
+    def settings_of(self, name: str) -> Mapping[str, Any]:
+        """What the layer keeps under `name` for every adapter."""
+        return getattr(self._layer, name)
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """All that the layer keeps besides tensors, by name. Others may put a new dict in the place of one in it."""
+        return self._layer.__dict__
+
+    def setting(self, name: str) -> Any:
+        """What the layer keeps for this adapter under `name`: a rank, a scaling, a dropout module."""
+        return getattr(self._layer, name)[self.name]
+
+    def change(self, name: str, value: Any) -> None:
+        """Write what the layer keeps under `name`."""
+        getattr(self._layer, name)[self.name] = value
+
+    @property
+    def others(self) -> Mapping[str, Adapter]:
+        """All adapters here by name, this one among them, live."""
+        return self._layer.adapters
+
+    @property
+    def derived(self) -> dict[Any, Any]:
+        """What methods make of the adapters here and keep from call to call; emptied when something other than training
+        wrote to one, and never copied or saved."""
+        return self._layer.derived
+
+    @property
+    def noted(self) -> Any:
+        """What its method noted of the call of the model under way; None: nothing, see `Noting`."""
+        return self._layer.control.noted(self.name)
+
+    @property
+    def scale(self) -> float:
+        return self._layer.scaling[self.name]
+
+    @property
+    def dropout(self) -> float:
+        """Probability; 0 outside training."""
+        module = self._dropouts[self.name]
+        return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+
+    def __reduce__(self) -> tuple:
+        # `locate` runs when the layer, which is still being unpickled, first makes its plan
+        return Adapter, (self.name, self.cfg, self.key, self.method, self.slots, self._layer)
+
+    def __deepcopy__(self, memo: dict) -> Adapter:
+        import copy
+
+        return Adapter(
+            self.name,
+            copy.deepcopy(self.cfg, memo),
+            self.key,
+            self.method,
+            self.slots,
+            copy.deepcopy(self._layer, memo),
+        )
