@@ -375,6 +375,7 @@ class PeftModel(HasCounterpart, nn.Module):
             model_id: folder or Hub repository.
             is_trainable: for further training; otherwise frozen and in eval mode.
             config: instead of the saved one.
+            ephemeral_gpu_offload: as in `LoraRuntimeConfig`, without effect.
             key_mapping: regex -> replacement for keys, None: the base model's own conversion of old checkpoints.
             strict: True refuses missing and unexpected tensors, False warns, "off" is silent about everything.
             num_virtual_tokens: cut a saved prompt to this length, or extend it by repeating it.
@@ -452,7 +453,11 @@ class PeftModel(HasCounterpart, nn.Module):
         num_virtual_tokens: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load an adapter beside the present ones, inactive; or, for a name that is present, its weights again.
+        """Load an adapter beside the present ones, inactive; or, for a name that is present, its weights again. Arguments
+        as of `from_pretrained`.
+
+        Args:
+            torch_device: where the file is read to; None: where the model is.
 
         Returns:
             (missing_keys, unexpected_keys) of this adapter only.

@@ -424,7 +424,6 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
                 if name in layer.adapters:
                     yield from layer.trainable(layer.adapters[name])
 
-    # ---- files: what a kind of adapter does besides its tensors ------------------------------------------------------
     # ---- the wrapped model, as others see it -------------------------------------------------------------------------
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
