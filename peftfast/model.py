@@ -453,11 +453,11 @@ class PeftModel(HasCounterpart, nn.Module):
         num_virtual_tokens: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load an adapter beside the present ones, inactive; or, for a name that is present, its weights again. Arguments
-        as of `from_pretrained`.
+        """Load an adapter beside the present ones, inactive; or, for a name that is present, its weights again.
+        Arguments as of `from_pretrained`.
 
         Args:
-            torch_device: where the file is read to; None: where the model is.
+            torch_device: where the file is read to; None: the CPU, from which tensors are copied to their layers.
 
         Returns:
             (missing_keys, unexpected_keys) of this adapter only.
