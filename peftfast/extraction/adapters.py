@@ -82,7 +82,7 @@ def convert_to_lora(
     inside = tuple(f"{key}." for key in layers)
     for entry in adapter_entries(model, adapter_name) if cfg is not None else ():
         if not entry.file.startswith(inside):
-            tensors[entry.file] = getattr(entry.owner, entry.attribute).detach().clone()
+            tensors[entry.file] = entry.tensor().detach().clone()
     return config, tensors
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, enumerate_some
+from peftfast.files.entry import Entry
 from peftfast.files.migrate import expert_layout
-from peftfast.files.state import Entry
 from peftfast.sites.parameter import ParameterSite
 from peftfast.version import COMPATIBLE_PEFT_VERSION
 from peftfast.wrapping.expert_targets import family_of

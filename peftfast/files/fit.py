@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, every_name
+from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.fingerprint import METADATA_KEY as BASE_KEY
 from peftfast.files.fingerprint import differences
 from peftfast.files.metadata import CONFIG_KEY
 from peftfast.files.state import (
-    Entry,
     _layer_entries,
     adapter_entries,
     embedding_modules,
@@ -43,7 +43,8 @@ class Fit:
         missing: file keys the adapter has and the file has not. unexpected: the other way round, `foreign` included.
         foreign: of these, the ones for modules that the base model does not have.
         mismatched: "key: shape in the file, shape here". mistyped: the same for kinds of numbers. broken: keys with NaN
-            or infinite values, or with values that the dtype here cannot hold.
+            or infinite values, or with values that the dtype here cannot hold. fixed: "key why" of tensors that cannot
+            be written.
         doubts: what else speaks against this adapter on this model (another base, another task, a changed config).
         remarks: what could not be checked.
     """
@@ -57,6 +58,7 @@ class Fit:
     mismatched: list[str] = field(default_factory=list)
     mistyped: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    fixed: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -69,6 +71,8 @@ class Fit:
             lines.append(f"numbers of another kind in {every_name(self.mistyped)}")
         if self.broken:
             lines.append(f"NaN or infinite values in {every_name(self.broken)}")
+        if self.fixed:
+            lines.append(f"tensors that cannot be written: {every_name(self.fixed)}")
         if self.foreign:
             lines.append(f"the base model has no such modules: {every_name(self.foreign)}")
         if self.missing and not (self.found or self.base or self.mismatched or lines):
@@ -104,7 +108,7 @@ class Fit:
             return
         wrong, odd = self.wrong(), self.odd()
         if only_tensors:
-            wrong, odd = wrong[: sum(map(bool, (self.mismatched, self.mistyped, self.broken)))], []
+            wrong, odd = wrong[: sum(map(bool, (self.mismatched, self.mistyped, self.broken, self.fixed)))], []
         if self.mismatched and ignore_mismatched_sizes:
             wrong = wrong[1:]
             odd.append(f"Some weights were not loaded because their shapes differ: {every_name(self.mismatched)}.")
@@ -146,12 +150,9 @@ class Fit:
             if device.type == "meta":
                 continue
             for entry in entries:
-                current = getattr(entry.owner, entry.attribute)
+                current = entry.tensor()
                 if current.is_meta:
-                    new = torch.empty_like(current, device=device)
-                    if entry.attribute not in entry.owner._buffers:
-                        new = nn.Parameter(new, requires_grad=current.requires_grad)
-                    setattr(entry.owner, entry.attribute, new)
+                    entry.replace(torch.empty_like(current, device=device))
             with torch.no_grad():
                 adapter.method.init(layer.site, adapter)
 
@@ -159,19 +160,13 @@ class Fit:
         """Copy the tensors in; tensors on the meta device are replaced."""
         with torch.no_grad():
             for entry, tensor in self.found:
-                if entry.store is not None:
-                    entry.store(tensor)
-                    continue
-                current = getattr(entry.owner, entry.attribute)
-                if current.is_meta or assign:
+                current = entry.tensor() if entry.store is None and entry.is_kept else None
+                if current is not None and (current.is_meta or assign):
                     device = torch.device("cpu") if entry.layer is None else entry.layer.site.weight.device
                     device = torch.device("cpu") if device.type == "meta" else device
-                    value = tensor.to(device=device, dtype=current.dtype, copy=True)
-                    if entry.attribute not in entry.owner._buffers:
-                        value = nn.Parameter(value, requires_grad=current.requires_grad)
-                    setattr(entry.owner, entry.attribute, value)
+                    entry.replace(tensor.to(device=device, dtype=current.dtype, copy=True))
                 else:
-                    copy_whole(current, tensor)
+                    entry.write(tensor)
             targets = dict(model.named_parameters(remove_duplicate=False)) if self.base else {}
             targets = {strip_wrappers(k): v for k, v in targets.items()}
             for key, tensor in self.base:
@@ -210,14 +205,9 @@ def fit_state_dict(
                 fit.unexpected.append(key)
                 continue
         else:
-            owner = entry.owner
-            if (
-                entry.store is None
-                and entry.attribute not in owner._parameters
-                and entry.attribute not in owner._buffers
-            ):
-                continue  # a view of a factor that is loaded under its own name
-            here = getattr(owner, entry.attribute)
+            if entry.is_view:
+                continue  # the factor is loaded under its own name
+            here = entry.tensor()
         if whole_shape(here) != tensor.shape:
             fit.mismatched.append(
                 f"{key}: copying a param with shape {tuple(tensor.shape)} from checkpoint, the shape in current model "
@@ -227,7 +217,11 @@ def fit_state_dict(
         if here.is_floating_point() != tensor.is_floating_point() or tensor.is_complex() != here.is_complex():
             fit.mistyped.append(f"{key}: {tensor.dtype} in the file, {here.dtype} here")
             continue
-        if finite and not _holds(here.dtype, tensor):
+        why = None if entry is None else entry.refusal(tensor)
+        if why is not None:
+            fit.fixed.append(f"{key} {why}")
+            continue
+        if finite and not holds(here.dtype, tensor):
             fit.broken.append(key)
         if entry is None:
             fit.base.append((key, tensor))
@@ -319,7 +313,7 @@ _HEADS = {
 }
 
 
-def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
+def holds(dtype: torch.dtype, tensor: Tensor) -> bool:
     """Whether all values are finite, also in `dtype`."""
     if not tensor.is_floating_point() or tensor.is_meta:
         return True

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.embeddings import input_embeddings, output_embeddings
 from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some
+from peftfast.files.entry import Entry
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -24,17 +24,6 @@ from peftfast.sites.site import is_bias
 _WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module(?=\.base_model))\.")
 
 _FACTOR = re.compile(r"lora_(embedding_)?[AB](\.weight)?$")
-
-
-class Entry(NamedTuple):
-    """One tensor of an adapter."""
-
-    file: str  # its key in the file
-    live: str  # its name in the model
-    owner: nn.Module  # the module that has it
-    attribute: str  # under this name
-    store: Callable[[Tensor], None] | None = None  # how it is loaded, where copying does not do
-    layer: BaseTunerLayer | None = None  # that it belongs to
 
 
 def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -151,14 +140,14 @@ def adapter_state_dict(
 
     def value(entry: Entry) -> Tensor:
         if given is None:
-            return getattr(entry.owner, entry.attribute)
+            return entry.tensor()
         if entry.live in given:
             return given[entry.live]
         network = getattr(entry.owner, "has_network", False)  # what is saved is made of tensors, and none of them
         own = _network(entry, given) if network else {}
         if own:
             return entry.owner.prompt_of(own)
-        tensor = None if network else getattr(entry.owner, entry.attribute)
+        tensor = None if network else entry.tensor()
         if network or isinstance(tensor, nn.Parameter):
             raise AdapterLoadError(
                 f"The given state_dict has no {entry.live!r}, which adapter {adapter_name!r} needs."

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType
+from peftfast.errors import AdapterMismatchWarning
+from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
-from peftfast.files.io import load_peft_weights
-from peftfast.files.state import Entry, adapter_entries, strip_wrappers
+from peftfast.files.fit import holds
+from peftfast.files.io import read_adapter
+from peftfast.files.state import adapter_entries, strip_wrappers
 from peftfast.keys import PREFIX, in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import method_for
@@ -58,21 +61,22 @@ def hotswap_adapter(
 
     Args:
         torch_device: of the tensors while they are read.
-        kwargs: of `hf_hub_download` (revision, subfolder, token, ...).
+        kwargs: of `hf_hub_download` (revision, subfolder, token, ...), `key_mapping` and `strict` as in `load_adapter`.
 
     Raises:
-        ValueError: incompatible configs, a merged adapter. RuntimeError: weights for modules that are not adapted.
-            Nothing is changed then.
+        ValueError: incompatible configs, a merged adapter, tensors that are no pairs of factors of these layers.
+            RuntimeError: weights for modules that are not adapted. AdapterLoadError: a damaged file. Nothing is changed
+            then.
     """
-    config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    stored = read_adapter(model_name_or_path, device=torch_device, **kwargs)
     present = _configs(model)
     if adapter_name not in present:
         raise ValueError(f"Adapter {adapter_name} not found. Adapters present: {sorted(present)}")
-    config = _in_names_of(model, config)
+    config = _in_names_of(model, stored.config)
     check_hotswap_configs_compatible(present[adapter_name], config)
-    arguments, _ = PeftConfig._split_hub_arguments(kwargs)
-    tensors = load_peft_weights(model_name_or_path, device=torch_device, **arguments)
-    _swap(model, tensors, adapter_name, config, by_file_name=True)
+    if stored.changes:
+        warnings.warn(" ".join(stored.changes), AdapterMismatchWarning, stacklevel=2)
+    _swap(model, stored.tensors, adapter_name, config, by_file_name=True)
 
 
 def hotswap_adapter_from_state_dict(
@@ -140,7 +144,7 @@ def _swap(
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     for key, new in given.items():
-        old = getattr(entries[key].owner, entries[key].attribute)
+        old = entries[key].tensor()
         axis = _rank_axis(entries[key], adapter_name)
         if [n for i, n in enumerate(new.shape) if i != axis] != [n for i, n in enumerate(old.shape) if i != axis]:
             raise ValueError(
@@ -157,9 +161,11 @@ def _swap(
                 f"Incompatible shapes found for LoRA weights {key}: {tuple(new.shape)} is no whole rank for each of "
                 f"{experts} experts."
             )
+    _check_writable(entries, given)
+    _check_pairs(entries, given, adapter_name)
     with torch.no_grad():
         for key, entry in entries.items():
-            old = getattr(entry.owner, entry.attribute)
+            old = entry.tensor()
             new = given.get(key)
             if new is None:
                 old.zero_()
@@ -169,6 +175,43 @@ def _swap(
             _rescale(layer, layer.adapters[adapter_name], config)
             layer.changed(adapter_name)
     _record(_configs(inner).get(adapter_name), [e.layer.adapters[adapter_name] for e in entries.values()])
+
+
+def _check_writable(entries: Mapping[str, Entry], given: Mapping[str, Tensor]) -> None:
+    """ValueError for tensors that cannot become what is given."""
+    for key, entry in entries.items():
+        old, new = entry.tensor(), given.get(key)
+        if not entry.is_kept and not entry.is_view:
+            raise ValueError(
+                f"{entry.live} is made of other tensors (parametrized, pruned), so that nothing can be swapped into "
+                "it; load_adapter may do"
+            )
+        if new is None:
+            continue
+        if new.is_floating_point() != old.is_floating_point() or new.is_complex() != old.is_complex():
+            raise ValueError(f"{key} has {new.dtype} numbers, {entry.live} is {old.dtype}")
+        if not holds(old.dtype, new):
+            raise ValueError(f"{key} has NaN or infinite values, or some that {old.dtype} cannot hold")
+
+
+def _check_pairs(entries: Mapping[str, Entry], given: Mapping[str, Tensor], adapter_name: str) -> None:
+    """ValueError where the factors of a layer do not go together."""
+    factors: dict[BaseTunerLayer, dict[int, str]] = {}
+    for key, entry in entries.items():
+        axis = _rank_axis(entry, adapter_name)
+        if axis >= 0:
+            factors.setdefault(entry.layer, {})[axis] = key
+    for keys in factors.values():
+        here = {axis: key for axis, key in keys.items() if key in given}
+        if here and len(here) < len(keys):
+            (lacking,) = (key for axis, key in keys.items() if axis not in here)
+            raise ValueError(f"There is {next(iter(here.values()))}, but no {lacking}")
+        sizes = [(given[key].shape[axis], entries[key].tensor().shape[axis]) for axis, key in here.items()]
+        if len(sizes) == 2 and sizes[0][0] * sizes[1][1] != sizes[1][0] * sizes[0][1]:
+            raise ValueError(
+                f"Factors of different ranks: {keys[0]} is {list(given[keys[0]].shape)}, {keys[1]} is "
+                f"{list(given[keys[1]].shape)}"
+            )
 
 
 def _pads(adapter: Adapter) -> bool:

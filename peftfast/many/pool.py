@@ -120,6 +120,7 @@ class AdapterPool:
 
     def _forget(self, name: str) -> None:
         self._host.pop(name, None)
+        self._reading.pop(name, None)  # whoever asks from now on does not wait for what is being read of it
         slot = self._order.pop(name, None)
         if slot is not None:
             slot.name = None
@@ -338,18 +339,24 @@ class AdapterPool:
             factors = self._places.read(name, source)
         except BaseException as e:
             with self._changed:
-                del self._reading[name]
+                self._end_reading(name, reading)
             reading.set_exception(e)
             raise
         with self._changed:
-            del self._reading[name]
             self.statistics.reads += 1
-            if self.host_capacity and self._sources.get(name) is source:
+            if self._end_reading(name, reading) and self.host_capacity:
                 self._host[name] = factors
                 while len(self._host) > self.host_capacity:
                     self._host.popitem(last=False)
         reading.set_result(factors)
         return factors
+
+    def _end_reading(self, name: str, reading: Future[Factors]) -> bool:
+        """Whether the source that was read is still the one registered."""
+        current = self._reading.get(name) is reading
+        if current:
+            del self._reading[name]
+        return current
 
 
 #: Rows a prompt may be expanded to in `generate` (beams); the pool does not see the arguments of every call.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from peftfast.config import PeftConfig
-from peftfast.errors import enumerate_some
+from peftfast.errors import AdapterMismatchWarning, enumerate_some
+from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
-from peftfast.files.io import load_peft_weights
-from peftfast.files.state import Entry
+from peftfast.files.io import read_adapter
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.method import method_for
@@ -161,7 +162,10 @@ class Slots:
         if isinstance(source, tuple):
             cfg, tensors = source
         else:
-            cfg, tensors = PeftConfig.from_pretrained(str(source)), load_peft_weights(source)
+            stored = read_adapter(source)
+            cfg, tensors = stored.config, stored.tensors
+            if stored.changes:
+                warnings.warn(f"Adapter {name}: {' '.join(stored.changes)}", AdapterMismatchWarning, stacklevel=2)
         method = method_for(cfg)
         reader: Callable[..., tuple[Tensor, Tensor, float]] | None = getattr(method, "for_slot", None)
         if reader is None:
@@ -192,6 +196,8 @@ class Slots:
             if a.shape[0] > self._max_rank * experts:
                 rank = a.shape[0] // experts
                 raise ValueError(f"Adapter {name} has rank {rank} at {key}; the slots take up to {self._max_rank}")
+            if not (a.is_floating_point() and b.is_floating_point()):
+                raise ValueError(f"Adapter {name} has {a.dtype} and {b.dtype} at {key}, which are no factors' dtypes")
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise ValueError(f"Adapter {name} has NaN or infinite values at {key}")
             found[key] = (_for_host(a, stack.a), _for_host(b, stack.b), scale)

@@ -7,6 +7,7 @@ import oracle
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -318,3 +319,36 @@ def test_a_model_can_be_copied_after_a_transform(what):
         parametrize.register_parametrization(layer(model).base_layer, "weight", nn.Identity())
         jvp(model, (x,), (x,))
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.parametrize("refused", ["", "orthogonal", "pruned", "old weight_norm"])
+def test_loading_into_factors_that_are_made_of_other_tensors(tmp_path, refused):
+    """Through the inverse of the parametrization, where it has one that gives these values again; or not at all."""
+    saved, _ = models()
+    saved.save_pretrained(tmp_path)
+    model, _ = models()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(1.5)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    changes = {
+        "": parametrizations.weight_norm,
+        "orthogonal": parametrizations.orthogonal,
+        "pruned": lambda factor: prune.l1_unstructured(factor, "weight", 0.5),
+        "old weight_norm": nn.utils.weight_norm,
+    }
+    changes[refused](layer(model).lora_A["default"])
+    before = model(x)
+    if not refused:
+        model.load_adapter(tmp_path, "default", strict=True)
+        torch.testing.assert_close(model(x), saved(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(layer(model).lora_A["default"].weight, layer(saved).lora_A["default"].weight)
+        return
+    for load in (
+        lambda: model.load_adapter(tmp_path, "default"),
+        lambda: peftfast.set_peft_model_state_dict(model, load_file(tmp_path / "adapter_model.safetensors")),
+    ):
+        with pytest.raises(peftfast.AdapterLoadError, match=r"cannot be written: '.*0.lora_A.weight is (made|param)"):
+            load()
+        assert torch.equal(model(x), before)

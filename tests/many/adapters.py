@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import oracle
 import torch
 
 import peftfast
 from peftfast import LoraConfig
+from peftfast.files.io import save_adapter
 
 BASE = "__base__"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -44,3 +50,38 @@ def expected(names: list[str], ids: torch.Tensor) -> torch.Tensor:
 
 def ids_of(batch: int) -> torch.Tensor:
     return torch.randint(1, 64, (batch, 6), generator=torch.Generator().manual_seed(batch))
+
+
+def check_reads_are_whole(folder: Path, read: Callable[[], tuple], seconds: float = 2.0) -> set[float]:
+    """Reads an adapter while another thread writes one of two, whose down factors hold nothing but their scaling.
+
+    Args:
+        read: the down factor of a layer, anything, and its scaling.
+
+    Returns:
+        The scalings that were seen.
+    """
+    sources = []
+    for scaling in (1.0, 2.0):
+        cfg, tensors = adapter(2, ranks=(4,))
+        cfg.lora_alpha = 4 * scaling
+        sources.append((cfg, {k: torch.full_like(v, scaling) for k, v in tensors.items()}))
+    stop, seen, end = threading.Event(), set(), time.time() + seconds
+
+    def write() -> None:
+        while not stop.is_set():
+            for source in sources:
+                save_adapter(folder, *source, auto_mapping=None)
+
+    save_adapter(folder, *sources[0], auto_mapping=None)
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        while time.time() < end or len(seen) < 2 and time.time() < end + 10 * seconds:
+            down, _, scaling = read()
+            assert down.unique().tolist() == [float(scaling)]
+            seen.add(float(scaling))
+    finally:
+        stop.set()
+        writer.join()
+    return seen

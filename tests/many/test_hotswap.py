@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import warnings
 import zlib
 
 import oracle
 import pytest
 import torch
+from many.adapters import TARGETS, check_reads_are_whole
+from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import peftfast
@@ -140,6 +143,30 @@ def test_rows_of_tokens_are_no_factors(tmp_path):
     assert all(torch.equal(after[n], p) for n, p in before.items() if "trainable_tokens_delta" in n)
 
 
+def test_files_are_read_as_by_loading(tmp_path):
+    """Config and weights of one save, keys of older files, keys that are renamed."""
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(r=4, target_modules=TARGETS))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+
+    def read():
+        hotswap.hotswap_adapter(model, str(tmp_path / "one"), "default")
+        return layer.lora_A["default"].weight.detach(), None, layer.scaling["default"]
+
+    assert len(check_reads_are_whole(tmp_path / "one", read)) == 2
+    path, expected = saved(tmp_path, "dora", use_dora=True)
+    model = peftfast.PeftModel.from_pretrained(oracle.llama(), saved(tmp_path, "other", use_dora=True)[0])
+    renamed = ("model.model.layers", "model.old.layers", {"key_mapping": {"^old": "model"}})
+    for old, new, options in (("magnitude_vector", "magnitude_vector.weight", {}), renamed):
+        changed = {k.replace(old, new): t for k, t in load_file(path + "/adapter_model.safetensors").items()}
+        save_file(changed, path + "/adapter_model.safetensors")
+        hotswap.hotswap_adapter(model, path, "default", **options)
+        with torch.no_grad():
+            torch.testing.assert_close(oracle.logits(model), expected, rtol=1e-4, atol=1e-5)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+
+
 def test_refusals_change_nothing(tmp_path):
     first, expected = saved(tmp_path, "first", r=4)
     model = peftfast.PeftModel.from_pretrained(oracle.llama(), first)
@@ -160,6 +187,22 @@ def test_refusals_change_nothing(tmp_path):
     refused(ValueError, "for lora_dropout, 0.0 != 0.1", dropout, "default")
     refused(ValueError, "Adapter other not found", second, "other")
     refused(ValueError, "Incompatible PEFT types found: LORA and IA3", str(tmp_path / "ia3"), "default")
+    for what, change, match in (
+        ("only one factor", lambda k, t: None if "lora_B" in k else t, "There is .*lora_A.weight, but no .*lora_B"),
+        ("two ranks", lambda k, t: t[:, :2] if "lora_B" in k else t, r"different ranks: .*\[4, 32\].*\[32, 2\]"),
+        ("NaN", lambda k, t: t * torch.nan, "has NaN or infinite values"),
+        ("integers", lambda k, t: t.to(torch.int8), "has torch.int8 numbers, .* is torch.float32"),
+    ):
+        path = tmp_path / what
+        shutil.copytree(second, path)
+        tensors = {k: change(k, t) for k, t in load_file(path / "adapter_model.safetensors").items()}
+        tensors = {k: t.contiguous() for k, t in tensors.items() if t is not None}
+        save_file(tensors, path / "adapter_model.safetensors")
+        refused(ValueError, match, str(path), "default")
+    factor = model.base_model.model.model.layers[1].self_attn.v_proj.lora_A["default"]
+    torch.nn.utils.parametrizations.weight_norm(factor)
+    refused(ValueError, "layers.1.self_attn.v_proj.lora_A.default.weight is made of other tensors", second, "default")
+    torch.nn.utils.parametrize.remove_parametrizations(factor, "weight")
     model.base_model.merge_adapter()
     refused(ValueError, "currently merged into the base weights", second, "default")
     model.base_model.unmerge_adapter()

@@ -11,7 +11,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from many.adapters import BASE, TARGETS, adapter, expected, ids_of
+from many.adapters import BASE, TARGETS, adapter, check_reads_are_whole, expected, ids_of
 
 import peftfast
 from peftfast import AdapterPool, LoraConfig
@@ -283,6 +283,41 @@ def test_a_source_registered_anew_is_read_anew():
         assert not torch.equal(pool(input_ids=ids, adapter_names=["a1"]).logits, before)
         got = pool(input_ids=ids, adapter_names=["a1"]).logits
     torch.testing.assert_close(got, expected(["a2"], ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_source_registered_anew_while_the_old_one_is_read(monkeypatch):
+    """Nobody who asks after that gets the old one, and it does not stay in host memory."""
+    pool = make_pool(3)
+    begun, go = threading.Event(), threading.Event()
+    read = pool._places.read
+
+    def slow(name, source):
+        factors = read(name, source)
+        if not begun.is_set():
+            begun.set()
+            assert go.wait(10)
+        return factors
+
+    monkeypatch.setattr(pool._places, "read", slow)
+    pool.prefetch(["a1"])
+    assert begun.wait(10)
+    pool.register("a1", adapter(2))
+    ids = ids_of(1)
+    with torch.no_grad():
+        got = [pool(input_ids=ids, adapter_names=["a1"]).logits]
+        go.set()
+        pool._background.shutdown()
+        pool._background = None
+        got.append(pool(input_ids=ids, adapter_names=["a1"]).logits)
+    for logits in got:
+        torch.testing.assert_close(logits, expected(["a2"], ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_in_a_slot_is_read_as_one(tmp_path):
+    """Config and weights are of one save, whoever writes meanwhile; keys of older files are understood."""
+    pool = AdapterPool(oracle.llama(), target_modules=TARGETS, max_rank=8)
+    scales = check_reads_are_whole(tmp_path, lambda: next(iter(pool._places.read("x", str(tmp_path)).values())))
+    assert len(scales) == 2
 
 
 def test_prefetching_loads_in_the_background():
