@@ -398,7 +398,7 @@ def op_cases(quick: bool, dry: bool) -> Iterator[tuple[str, Size]]:
         for name in BUILDERS:
             if name == "row_norm" and r > MAX_RANK:
                 continue
-            stored = name.endswith(("_gemm", "_gemm_t", "dequantize", "merged_weight", "row_norm"))
+            stored = name.endswith(("_gemm", "_gemm_t", "dequantize", "row_norm"))
             drops = name.endswith(("_down", "_gemm_t", "_factor_grads")) and not name.startswith("routed") and not quick
             for format in ("dense", "nf4", "int8") if stored else ("dense",):
                 for p in (0.0, 0.1) if drops else (0.0,):

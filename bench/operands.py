@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from peftfast_kernels import Operand, dense, dense_t, make_route
-from peftfast_kernels.row_norm import row_squares
 
 
 class Model(NamedTuple):
@@ -182,16 +181,10 @@ def _dequantize(t: Maker) -> dict[str, Any]:
     return {"w": t.operand(), "dtype": t.size.dtype}
 
 
-def _merged_weight(t: Maker) -> dict[str, Any]:
+def _row_norm(t: Maker) -> dict[str, Any]:
     s, wide = t.size, torch.float32
     a, b = t.normal(s.r, s.k, std=s.k**-0.5, dtype=wide), t.normal(s.n, s.r, std=0.01, dtype=wide)
-    return {"w": t.operand(), "a": a, "b": b, "scale": 2.0, "dtype": s.dtype}
-
-
-def _row_norm(t: Maker) -> dict[str, Any]:
-    made = _merged_weight(t)
-    del made["dtype"]
-    return {**made, "squares": row_squares(made["w"])}
+    return {"w": t.operand(), "a": a, "b": b, "scale": 2.0}
 
 
 def _dora_add(t: Maker) -> dict[str, Any]:

@@ -54,7 +54,7 @@ TUNED = {
     "feature_scale_grad": (False, False),
     "gated": (False, False),
     "gated_grad": (False, False),
-    "merged_weight": (True, False),
+    "row_norm": (True, False),
     "dequantize": (True, False),
 }
 MARGIN = 0.97  # a path must take less than this share of torch's time to be chosen
@@ -117,7 +117,7 @@ def points(dry: bool) -> Iterator[tuple[str, Size]]:
     """Every op at every size, in every format and with dropout where that matters to it."""
     for size in sizes(dry):
         for name, (stored, drops) in TUNED.items():
-            for format in ("dense", "nf4", "int8") if stored else ("dense",):
+            for format in ("dense", "nf4") if stored else ("dense",):
                 for dropout in (0.0, 0.1) if drops else (0.0,):
                     yield name, size._replace(format=format, dropout=dropout)
 

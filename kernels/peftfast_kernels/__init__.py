@@ -27,14 +27,12 @@ from peftfast_kernels.lora_routed import routed_add as routed_add
 from peftfast_kernels.lora_routed import routed_down as routed_down
 from peftfast_kernels.lora_routed import routed_down_grad as routed_down_grad
 from peftfast_kernels.lora_routed import routed_up_grad as routed_up_grad
-from peftfast_kernels.merge import merged_weight as merged_weight
 from peftfast_kernels.op import OPS as OPS
 from peftfast_kernels.op import Op as Op
 from peftfast_kernels.op import get_backend as get_backend
 from peftfast_kernels.op import set_backend as set_backend
 from peftfast_kernels.op import use_backend as use_backend
 from peftfast_kernels.row_norm import row_norm as row_norm
-from peftfast_kernels.row_norm import row_squares as row_squares
 from peftfast_kernels.siblings import siblings_down as siblings_down
 from peftfast_kernels.siblings import siblings_dt as siblings_dt
 from peftfast_kernels.siblings import siblings_factor_grads as siblings_factor_grads

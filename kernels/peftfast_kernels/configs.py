@@ -107,12 +107,6 @@ TILES: dict[str, dict[str, Tile]] = {
         "sm_80": Tile(16, 256, 0, 4, 1),
         "gfx942": Tile(16, 256, 0, 4, 1),
     },
-    # W + s b a: BM rows, BN columns
-    "merge": {
-        _INTERPRETER: Tile(32, 32, 0),
-        "sm_80": Tile(32, 128, 0, 4, 1),
-        "gfx942": Tile(32, 128, 0, 4, 1),
-    },
     # norms: BM rows, BK of the contraction
     "row_norm": {
         _INTERPRETER: Tile(32, 0, 32),
@@ -197,7 +191,8 @@ def dot_precision(chip: str, *dtypes: torch.dtype) -> str:
         return "ieee"
     if torch.bfloat16 in dtypes or torch.float16 in dtypes:
         return "tf32x3"  # wide: x is exact in TF32, only the fp32 factor needs the extra products
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # `allow_tf32` raises once the setting was made by its newer name
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def splits(parallel: int, steps: int, wanted: int = 512) -> int:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftfast_kernels.op import Case, Cost, op, register_operand
+from peftfast_kernels.op import Case, Cost, lasting, op, register_operand
 
 # The codebooks are data of the file formats. NF4: quantiles of a normal distribution, arXiv 2305.14314 appendix E.
 NF4_CODE = (
@@ -188,14 +188,17 @@ _pairs_cache: dict[tuple[str, torch.device], Tensor] = {}
 
 def _pairs(w: Operand) -> Tensor:
     """int64 [256]: the two fp32 values of every byte, as one word: gathering rows of two takes twice as long."""
+    if torch.compiler.is_compiling():
+        return _made_pairs(w)
     key = (w.format, w.device)
-    if torch.compiler.is_compiling() or key not in _pairs_cache:
-        code = _code(w)
-        pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1).view(torch.int64).reshape(256)
-        if torch.compiler.is_compiling():
-            return pairs
-        _pairs_cache[key] = pairs
+    if key not in _pairs_cache:
+        _pairs_cache[key] = lasting(w.device, lambda: _made_pairs(w))
     return _pairs_cache[key]
+
+
+def _made_pairs(w: Operand) -> Tensor:
+    code = _code(w)
+    return torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1).view(torch.int64).reshape(256)
 
 
 def _four_bit_stored(w: Operand) -> Tensor:

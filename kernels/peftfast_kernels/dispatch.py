@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from peftfast_kernels.configs import chip_of
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.op import get_backend, register_dispatch
+from peftfast_kernels.op import get_backend, has_triton_gpu, register_dispatch
 
 TABLES = Path(os.environ.get("PEFTFAST_TABLES") or Path(__file__).parent / "tables")
 REMEMBERED = 4096  # calls of which a table remembers the choice
@@ -85,15 +85,12 @@ class Table:
 
     def choice(self, op: str, point: Point) -> str | None:
         """The choice of the nearest measured point, None where the op was not measured for such operands at all."""
-        alike = [
-            e for e in self.entries.get(op, ()) if e.point[:3] == point[:3] and len(e.point.sizes) == len(point.sizes)
-        ]
-        if not alike:  # the two half-precision formats cost the same
-            twin = point._replace(dtype=_twin(point.dtype))
-            alike = [e for e in self.entries.get(op, ()) if e.point[:3] == twin[:3]] if twin != point else []
-        if not alike:
-            return None
-        return min(alike, key=lambda entry: _distance(entry.point.sizes, point.sizes)).choice
+        entries = [e for e in self.entries.get(op, ()) if len(e.point.sizes) == len(point.sizes)]
+        for twin in _twins(point):
+            alike = [entry for entry in entries if entry.point[:3] == twin[:3]]
+            if alike:
+                return min(alike, key=lambda entry: _distance(entry.point.sizes, point.sizes)).choice
+        return None
 
     def choice_of(self, op: str, args: Sequence[Any]) -> str | None:
         """The choice for a call with these arguments."""
@@ -118,10 +115,15 @@ def _looks(args: Sequence[Any]) -> list:
     return looks
 
 
-def _twin(dtype: str) -> str:
-    names = {"bfloat16": "float16", "float16": "bfloat16"}
-    kind, plus, rest = dtype.partition("+")
-    return names.get(kind, kind) + plus + rest
+_TWINS = {"bfloat16": "float16", "float16": "bfloat16", "nf4": "fp4", "fp4": "nf4"}
+
+
+def _twins(point: Point) -> Iterator[Point]:
+    """A point, and those that cost the same: half-precision formats are alike, and so are 4-bit ones."""
+    kind, plus, rest = point.dtype.partition("+")
+    for format in dict.fromkeys((point.format, _TWINS.get(point.format, point.format))):
+        for dtype in dict.fromkeys((kind, _TWINS.get(kind, kind))):
+            yield point._replace(format=format, dtype=dtype + plus + rest)
 
 
 def _distance(one: Sequence[int], other: Sequence[int]) -> float:
@@ -191,6 +193,8 @@ def fuses(op: str, *args: Any) -> bool:
     if get_backend() == "triton":
         return True
     if args[0].is_cuda:
+        if not has_triton_gpu(args[0].device):
+            return False
         choice = measured(op, args[0].device, args)
         if choice is not None:
             return choice == "triton"
@@ -206,7 +210,7 @@ def fuses_together(op: str, args: Sequence[Any], member: str, members: Sequence[
     """Whether siblings' big products take one fused kernel: as measured for the group, otherwise where each of the
     `members`, the arguments of the op for one linear, would."""
     device = members[0][0].device
-    if device.type == "cuda" and get_backend() != "triton":
+    if device.type == "cuda" and get_backend() != "triton" and has_triton_gpu(device):
         choice = measured(op, device, args)
         if choice is not None:
             return choice == "triton"

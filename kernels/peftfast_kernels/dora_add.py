@@ -53,7 +53,7 @@ def dora_add(y: Tensor, g: Tensor, shift: Tensor | None, t: Tensor, b: Tensor, s
         return out.addmm_(t.to(dtype), b.to(dtype).t(), alpha=scale)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     g, bt = g.to(dtype), b.to(dtype).t()
-    for rows in row_chunks(y.shape[0], y.shape[1], WIDE_CHUNK):
+    for rows in row_chunks(y.shape[0], y.shape[1], WIDE_CHUNK, y.device):
         update = torch.mm(t[rows].to(dtype), bt).mul_(scale)
         if shift is not None:
             update += shift.to(dtype)

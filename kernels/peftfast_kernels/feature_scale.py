@@ -77,6 +77,6 @@ def feature_scale_grad(dy: Tensor, y: Tensor, s: Tensor, grad_dtype: torch.dtype
     """Returns dy * s [M, N] in dy's dtype and ds [N], the column sums of dy * y, in ``grad_dtype``."""
     dtype = accumulate_dtype(dy, y)
     ds = torch.zeros(s.shape, dtype=dtype, device=s.device)
-    for rows in row_chunks(y.shape[0], y.shape[1], WIDE_CHUNK):
+    for rows in row_chunks(y.shape[0], y.shape[1], WIDE_CHUNK, y.device):
         ds += (dy[rows].to(dtype) * y[rows].to(dtype)).sum(0)
     return _product(dy, s), ds.to(grad_dtype)

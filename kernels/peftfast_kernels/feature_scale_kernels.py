@@ -75,7 +75,7 @@ def _launch(dy: Tensor, y: Tensor | None, s: Tensor, grad_dtype: torch.dtype) ->
     out = torch.empty(m, n, dtype=dy.dtype, device=dy.device)
     if m == 0 or n == 0:
         return out, torch.zeros(n, dtype=grad_dtype, device=s.device)
-    source = dy if y is None else y
+    source, s = dy if y is None else y, s.contiguous()
     launch, parts = _plan(chip_of(dy.device), m, n, dy.stride(), source.stride(), y is not None)
     if y is None:
         launch(dy, source, s, out, s)

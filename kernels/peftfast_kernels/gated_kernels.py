@@ -31,8 +31,8 @@ def activation(g, ACT: tl.constexpr):
         slope = s + g * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     else:
         tl.static_assert(ACT == "relu")
-        value = tl.maximum(g, 0.0)
-        slope = tl.where(g > 0.0, 1.0, 0.0)
+        value = tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        slope = tl.where(g <= 0.0, 0.0, 1.0)
     return value, slope
 
 

@@ -93,6 +93,9 @@ class Launch:
         triton = driver.active
         device = triton.get_current_device()
         if compiled is None or device != tensors[0].get_device():
+            if compiled is None and len({*map(_DEVICE, tensors)}) > 1:  # Triton would launch all the same
+                devices = " and ".join(sorted({str(tensor.device) for tensor in tensors}))
+                raise RuntimeError(f"{self.kernel.__name__}: all tensors have to be on one device, got {devices}")
             self._remember(kind, self._through_triton(pointers))
             return
         if tensors is not pointers:

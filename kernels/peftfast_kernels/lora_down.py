@@ -21,13 +21,20 @@ def _reference(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor
     return torch.where(kept, x.to(dtype), 0) @ a.to(dtype).t() * keep_scale(prob)
 
 
+def gives_accumulator(left: Tensor) -> bool:
+    """Whether torch gives a product with this in fp32, as it is accumulated: of half-precision numbers on a GPU."""
+    if not left.is_cuda or left.dtype.itemsize != 2:
+        return False
+    return left.dtype is not torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
 def scaled_product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale * left right in ``dtype``; on CUDA half-precision operands leave the accumulator in fp32."""
     if left.dtype is dtype:
         if scale == 1.0:
             return torch.mm(left, right)
         return torch.addmm(zero_like(left), left, right, beta=0, alpha=scale)
-    if left.is_cuda and dtype == torch.float32 and left.dtype.itemsize == 2:
+    if dtype is torch.float32 and gives_accumulator(left):
         # addmm has no such form with a broadcast 0-d input, so the scale is applied to the small result.
         out = torch.mm(left, right, out_dtype=torch.float32)
         return out if scale == 1.0 else out.mul_(scale)
@@ -116,7 +123,7 @@ def lora_down(x: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
 def _wide(x: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * x right for half-precision x [M, K] and fp32 right [K, R], chunk by chunk."""
     out = torch.empty(x.shape[0], right.shape[1], dtype=right.dtype, device=right.device)
-    for rows in row_chunks(x.shape[0], x.shape[1], WIDE_CHUNK):
+    for rows in row_chunks(x.shape[0], x.shape[1], WIDE_CHUNK, x.device):
         part = x[rows].to(right.dtype)
         if scale == 1.0:
             torch.mm(part, right, out=out[rows])

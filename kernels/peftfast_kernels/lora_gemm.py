@@ -30,8 +30,7 @@ def add_update_(y: Tensor, t: Tensor, bt: Tensor, scale: float) -> Tensor:
     """y += scale * t bt, in place; t [M, R], bt [R, N]."""
     if t.dtype == y.dtype:
         return y.addmm_(t, bt, alpha=scale)
-    # On a GPU a chunk is a launch, and 128 MiB of scratch are not missed.
-    for rows in row_chunks(y.shape[0], y.shape[1], WIDE_CHUNK if y.device.type == "cpu" else WIDE_CHUNK << 6):
+    for rows in row_chunks(y.shape[0], y.shape[1], WIDE_CHUNK, y.device):
         # Mixed-precision add: computed in fp32, rounded to y's dtype once.
         y[rows].add_(torch.mm(t[rows], bt), alpha=scale)
     return y

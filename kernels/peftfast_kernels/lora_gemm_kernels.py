@@ -269,7 +269,7 @@ def _gemm(
         chip, m, t.shape[1], kind, x.stride(), t.stride(), b_strides, x.dtype is torch.float32,
         dot_precision(chip, x.dtype, t.dtype), bias is not None, transposed, prob, scale,
     )  # fmt: skip
-    launch(x, *pointers, x if bias is None else bias, t, b, seed_or(seed, prob, x), y)
+    launch(x, *pointers, x if bias is None else bias.contiguous(), t, b, seed_or(seed, prob, x), y)
     return y
 
 

@@ -129,7 +129,7 @@ def lora_factor_grads(
 
 def _wide_db(dy: Tensor, t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     db = torch.zeros(dy.shape[1], t.shape[1], dtype=t.dtype, device=t.device)
-    for rows in row_chunks(dy.shape[0], dy.shape[1], WIDE_CHUNK):
+    for rows in row_chunks(dy.shape[0], dy.shape[1], WIDE_CHUNK, dy.device):
         db.addmm_(dy[rows].to(t.dtype).t(), t[rows], alpha=scale)
     return db.to(dtype)
 
@@ -142,7 +142,7 @@ def _da(x: Tensor, p: Tensor, seed: Tensor | None, prob: float, grad_dtype: torc
         return torch.addmm(zero_like(p), p.t(), x * keep, beta=0, alpha=keep_scale(prob)).to(grad_dtype)
     da = torch.zeros(p.shape[1], x.shape[1], dtype=dtype, device=x.device)
     if threshold(prob) == 0:
-        for rows in row_chunks(x.shape[0], x.shape[1], WIDE_CHUNK):
+        for rows in row_chunks(x.shape[0], x.shape[1], WIDE_CHUNK, x.device):
             da.addmm_(p[rows].t(), x[rows].to(dtype))
         return da.to(grad_dtype)
     # Masked chunks are small, so they are summed in fp32 whatever the dtype of x: a running half-precision sum drifts.

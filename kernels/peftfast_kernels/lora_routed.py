@@ -49,6 +49,32 @@ def _gathered(all_ranks: Tensor, rows: Tensor, adapters: int, rank: int) -> Tens
     return torch.where((rows >= 0)[:, None], own, 0)
 
 
+def _finite(factors: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors [G, ...] times their scales, zeros where an adapter's are not finite, and which adapters' are not [G]: in
+    a product with all of them, infinities would reach every row."""
+    scaled = factors * scales[:, None, None]
+    broken = ~torch.isfinite(scaled).flatten(1).all(1)
+    return torch.where(broken[:, None, None], 0, scaled), broken
+
+
+def _is_in(rows: Tensor, adapters: Tensor) -> Tensor:
+    """[M, 1]: whether the row's adapter is among these [G]."""
+    return ((rows >= 0) & adapters[rows.clamp(min=0).to(torch.int64)])[:, None]
+
+
+def _sum_over_rows(spread: Tensor, wide: Tensor, rows: Tensor, adapters: int) -> Tensor:
+    """spreadᵀ wide [G * R, C] in `wide`'s accumulation dtype, where rows that are not finite reach the sum of their own
+    adapter only, as NaN."""
+    dtype = spread.dtype
+    out = torch.zeros(spread.shape[1], wide.shape[1], dtype=dtype, device=wide.device)
+    broken = torch.zeros(adapters, dtype=torch.bool, device=wide.device)
+    for part in row_chunks(wide.shape[0], wide.shape[1], WIDE_CHUNK, wide.device):
+        finite = torch.isfinite(wide[part]).all(1)
+        broken |= (~finite[:, None] & (_one_hot(rows[part], adapters, torch.bool))).any(0)
+        out.addmm_(spread[part].t(), torch.where(finite[:, None], wide[part].to(dtype), 0))
+    return out.masked_fill_(broken.repeat_interleave(spread.shape[1] // adapters)[:, None], float("nan"))
+
+
 # -- shrink -----------------------------------------------------------------------------------------------------------
 
 
@@ -139,11 +165,12 @@ def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor
 
     y [M, N], t [M, R], b [G, N, R], scales fp32 [G]. The backward's dx is the same call with p, aᵀ and scales of one.
     """
-    factors = (b * scales[:, None, None]).transpose(1, 2).flatten(0, 1)
+    factors, broken = _finite(b, scales)
+    factors, lost = factors.transpose(1, 2).flatten(0, 1), _is_in(rows, broken)
     spread = _spread(t, rows, b.shape[0]).to(factors.dtype)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    for part in row_chunks(y.shape[0], y.shape[1], WIDE_CHUNK):
-        out[part] = torch.addmm(y[part].to(factors.dtype), spread[part], factors)
+    for part in row_chunks(y.shape[0], y.shape[1], WIDE_CHUNK, y.device):
+        out[part] = torch.addmm(y[part].to(factors.dtype), spread[part], factors).masked_fill_(lost[part], float("nan"))
     return out
 
 
@@ -199,11 +226,9 @@ def routed_up_grad(
     factors = (b * scales[:, None, None]).transpose(0, 1).flatten(1).to(dtype)
     spread = _spread(t, rows, adapters).to(dtype)
     every = torch.empty(dy.shape[0], adapters * rank, dtype=dtype, device=dy.device)
-    db = torch.zeros(adapters * rank, n, dtype=dtype, device=dy.device)
-    for part in row_chunks(dy.shape[0], n, WIDE_CHUNK):
-        wide = dy[part].to(dtype)
-        torch.mm(wide, factors, out=every[part])
-        db.addmm_(spread[part].t(), wide)
+    for part in row_chunks(dy.shape[0], n, WIDE_CHUNK, dy.device):
+        torch.mm(dy[part].to(dtype), factors, out=every[part])
+    db = _sum_over_rows(spread, dy, rows, adapters)
     p, db = _gathered(every, rows, adapters, rank).to(t.dtype), db.view(adapters, rank, n)
     db = db.transpose(1, 2) * scales[:, None, None]
     return p, torch.empty(b.shape, dtype=grad_dtype, device=b.device).copy_(db)
@@ -238,7 +263,5 @@ def routed_down_grad(
     """Returns da [G, R, K] in ``grad_dtype``: per adapter the sum over its rows of p_m x_mᵀ; x [M, K], p [M, R]."""
     adapters, dtype = starts.shape[0] - 1, accumulate_dtype(x)
     spread = _spread(p, rows, adapters).to(dtype)
-    da = torch.zeros(spread.shape[1], x.shape[1], dtype=dtype, device=x.device)
-    for part in row_chunks(x.shape[0], x.shape[1], WIDE_CHUNK):
-        da.addmm_(spread[part].t(), x[part].to(dtype))
+    da = _sum_over_rows(spread, x, rows, adapters)
     return da.view(adapters, p.shape[1], x.shape[1]).to(grad_dtype)

@@ -93,7 +93,7 @@ def _outer(x: Tensor, p: Tensor, order: Tensor, starts: Tensor, scales: Tensor |
         chip, adapters, c, rank, x.stride(), p.stride(), out.stride(), scales is not None,
         dot_precision(chip, x.dtype, p.dtype),
     )  # fmt: skip
-    launch(x, p, order, starts, starts if scales is None else scales, out)
+    launch(x, p, order, starts, starts if scales is None else scales.contiguous(), out)
 
 
 def routed_up_grad(

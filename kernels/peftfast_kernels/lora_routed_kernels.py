@@ -62,7 +62,7 @@ def routed_shrink_kernel(
             acc = tl.dot(operand(x, INTERP).to(f.dtype), f, acc, input_precision=PRECISION)
         if SCALED:
             acc = acc * tl.load(scales_ptr + g)
-        total += acc  # rows of other adapters were loaded as zeros
+        total = tl.where(mine[:, None], acc, total)  # not a sum: another adapter's factors may hold infinities
     inside = row_in[:, None] & (ranks[None, :] < R)
     tl.store(t_ptr + rows[:, None] * R + ranks[None, :], narrow(total, t_ptr.dtype.element_ty, INTERP), mask=inside)
 
@@ -95,7 +95,7 @@ def routed_expand_kernel(
             )
             b = operand(b, INTERP)
             acc = tl.dot(operand(t, INTERP).to(b.dtype), b, acc, input_precision=PRECISION)
-        total += acc * tl.load(scales_ptr + g)
+        total = tl.where(mine[:, None], acc * tl.load(scales_ptr + g), total)  # not a sum, see above
     inside = row_in[:, None] & (cols[None, :] < N)
     wide_cols = cols.to(tl.int64)[None, :]
     y = tl.load(y_ptr + rows[:, None] * stride_ym + wide_cols * stride_yn, mask=inside, other=0.0)
@@ -221,7 +221,7 @@ def shrink(x: Tensor, rows: Tensor, order: Tensor, factors: Tensor, scales: Tens
     chip = chip_of(x.device)
     precision = dot_precision(chip, x.dtype, factors.dtype)
     launch, by_row = _shrink_plan(chip, m, c, rank, x.stride(), factors.stride(), scales is not None, precision)
-    scale_pointer = rows if scales is None else scales
+    scale_pointer = rows if scales is None else scales.contiguous()
     if by_row:
         launch(x, rows, factors, scale_pointer, t)
     else:
@@ -276,9 +276,9 @@ def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor
     precision = dot_precision(chip, t.dtype, b.dtype)
     launch, by_row = _add_plan(chip, m, n, rank, y.stride(), t.stride(), b.stride(), precision)
     if by_row:
-        launch(y, t, rows, b, scales, out)
+        launch(y, t, rows, b, scales.contiguous(), out)
     else:
-        launch(y, t, rows, order, b, scales, out)
+        launch(y, t, rows, order, b, scales.contiguous(), out)
     return out
 
 

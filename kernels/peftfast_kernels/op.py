@@ -15,6 +15,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -180,19 +181,32 @@ def register_dispatch(loses: Callable[[str, torch.device, Iterable[tuple]], bool
     _loses = loses
 
 
-_gpu_usable: bool | None = None
+_usable: dict[int | None, bool] = {}  # by GPU
 
 
 def has_triton_gpu(device: torch.device) -> bool:
-    """Whether Triton kernels run on this device."""
-    global _gpu_usable
+    """Whether Triton kernels run on this device, and use its matrix units."""
     if device.type != "cuda":  # ROCm devices call themselves cuda as well
         return False
-    if _gpu_usable is None:
-        _gpu_usable = has_triton() and (torch.compiler.is_compiling() or is_interpreting() or _has_driver())
-    return _gpu_usable
+    if torch.compiler.is_compiling():  # a graph would depend on what is remembered
+        return has_triton() and (is_interpreting() or _has_matrix_units(device))
+    usable = _usable.get(device.index)
+    if usable is None:
+        usable = has_triton() and (is_interpreting() or _has_driver() and _has_matrix_units(device))
+        _usable[device.index] = usable
+    return usable
 
 
+def _has_matrix_units(device: torch.device) -> bool:
+    """Whether Triton makes matrix instructions for this GPU: before sm_80 it makes none, and kernels spill."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+# what torch.compiler.assume_constant_result does, without importing the compiler
+_has_matrix_units._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
 def _has_driver() -> bool:
     """Whether Triton can talk to the GPU, for which it compiles a few lines of C; says so once where it cannot."""
     try:
@@ -336,11 +350,14 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def row_chunks(rows: int, cols: int, elements: int) -> Iterator[slice]:
-    """Slices of rows that hold at most ``elements`` elements each (at least one row); one slice under a compiler."""
+def row_chunks(rows: int, cols: int, elements: int, device: torch.device | None = None) -> Iterator[slice]:
+    """Slices of rows that hold at most ``elements`` elements each (at least one row), or 64 times as many on a GPU; one
+    slice under a compiler."""
     # A traced program would unroll the loop, and hold for one number of rows; inductor fuses the element-wise chain.
     if torch.compiler.is_compiling():
         return iter((slice(0, rows),))
+    if device is not None and device.type != "cpu":  # a chunk is some launches, and 128 MiB of scratch are not missed
+        elements <<= 6
     step = max(1, elements // max(cols, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -349,6 +366,22 @@ def transposed(matrix: Tensor) -> Tensor:
     """``matrix.t()``; for a long-lived matrix whose owner keeps that view as its attribute ``transposed``, that one."""
     view = None if torch.compiler.is_compiling() else getattr(matrix, "transposed", None)
     return matrix.t() if view is None else view
+
+
+def lasting(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` gives, to be kept: on a GPU made in a thread of its own. Whoever collects the memory that a CUDA
+    graph uses (torch.compile's "reduce-overhead") does so by thread, and would count it as the graph's."""
+    if device.type != "cuda":
+        return make()
+
+    def made() -> Tensor:
+        with torch.cuda.device(device):
+            tensor = make()
+            torch.cuda.current_stream().synchronize()
+        return tensor
+
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(made).result()
 
 
 _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -361,5 +394,5 @@ def zero_like(x: Tensor) -> Tensor:
     key = (x.dtype, x.device)
     zero = _zeros.get(key)
     if zero is None:
-        zero = _zeros[key] = torch.zeros((), dtype=x.dtype, device=x.device)
+        zero = _zeros[key] = lasting(x.device, lambda: torch.zeros((), dtype=x.dtype, device=x.device))
     return zero

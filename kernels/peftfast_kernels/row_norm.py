@@ -1,49 +1,50 @@
 """‖W + s B A‖ per output row without building the sum: the norm of DoRA (Liu et al., arXiv 2402.09353).
 
 norm² = ‖W_i‖² + 2 s Σ (W Aᵀ ∘ B)_i + s² Σ (B (A Aᵀ) ∘ B)_i. Shapes: W [N, K] in any storage, a [R, K], b [N, R].
-‖W_i‖² never changes while W is frozen: compute it once with `row_squares` and pass it in.
 """
 
 import torch
 from torch import Tensor
 
-from peftfast_kernels.decode import Operand, decoder_of, weight_nk
-from peftfast_kernels.merge import make_weight_inputs, weight_cases
+from peftfast_kernels.decode import Operand, decoder_of, random_operand, weight_nk
+from peftfast_kernels.lora_down import make_inputs
 from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks
 
 CHUNK = 1 << 20  # fp32 elements of the weight held at a time: 4 MiB
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of a weight that the kernel reads; torch reads any
 MAX_RANK = 128  # the kernel keeps all ranks of its rows in registers, which hold no more
 
 
-def _reference(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | None) -> Tensor:
+def _reference(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     dtype = accumulate_dtype(a, b)
     return (decoder_of(w).reference(w).to(dtype) + b.to(dtype) @ a.to(dtype) * scale).norm(dim=1)
 
 
-def _build(squares, *case):
-    made = make_weight_inputs(*case)
-    return {**made, "squares": row_squares(made["w"]) if squares else None}
+def _cases(wide=MAX_RANK - 8):
+    """Formats, ranks up to `wide` and dtypes."""
+    for format, n, k, rank, stored, factors in (
+        ("dense", 33, 70, 1, torch.float32, torch.float32),
+        ("dense", 40, 64, wide, torch.float32, torch.float32),
+        ("dense", 65, 47, 24, torch.bfloat16, torch.float32),
+        ("dense_t", 20, 90, 8, torch.float16, torch.float16),
+        ("nf4", 37, 96, 16, torch.float16, torch.float32),
+        ("fp4", 9, 35, 3, torch.float32, torch.float32),
+        ("int8", 50, 66, 5, torch.bfloat16, torch.float32),
+    ):
+        name = f"{format}-N{n}-K{k}-R{rank}-{str(stored)[6:]}-{str(factors)[6:]}"
+        yield Case(name, lambda device, c=(format, n, k, rank, stored, factors): _build(device, *c))
 
 
-def _cases():
-    for cached in (False, True):
-        for case in weight_cases(lambda *a, c=cached: _build(c, *a), MAX_RANK - 8):
-            yield Case(case.id + "-cached" * cached, case.make)
+def _build(device, format, n, k, rank, stored, factors):
+    a, b = make_inputs(device, [(rank, k), (n, rank)], factors, std=rank**-0.25 * k**-0.25)
+    return {"w": random_operand(format, n, k, stored, device, nested=format == "nf4"), "a": a, "b": b, "scale": 0.5}
 
 
-def _cost(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | None) -> Cost:
+def _cost(w: Operand, a: Tensor, b: Tensor, scale: float) -> Cost:
     (n, k), r = w.shape, a.shape[0]
     # read W, a, b once, write [N]
     stored = sum(tensor.numel() * tensor.element_size() for tensor in w.tensors)
     return Cost(2.0 * n * k * r + 2.0 * n * r * r, float(stored + (n + k) * r * a.element_size() + 4 * n))
-
-
-def row_squares(w: Operand) -> Tensor:
-    """Returns ‖W_i‖² [N] in fp32 (fp64 for an fp64 weight), for a frozen weight's cache."""
-    source = weight_nk(w, w.dtype)
-    dtype = accumulate_dtype(source)
-    parts = [source[rows].to(dtype).square().sum(1) for rows in row_chunks(w.shape[0], w.shape[1], CHUNK)]
-    return torch.cat(parts) if parts else source.new_zeros(0, dtype=dtype)
 
 
 def gram(a: Tensor) -> Tensor:
@@ -57,21 +58,21 @@ def gram(a: Tensor) -> Tensor:
     module="row_norm_kernels",
     cases=_cases,
     cost=_cost,
-    fake=lambda w, a, b, scale, squares: a.new_empty(w.shape[0], dtype=accumulate_dtype(a, b)),
-    accepts=lambda w, a, b, scale, squares: a.shape[0] <= MAX_RANK,
+    fake=lambda w, a, b, scale: a.new_empty(w.shape[0], dtype=accumulate_dtype(a, b)),
+    accepts=lambda w, a, b, scale: a.shape[0] <= MAX_RANK and w.dtype in DTYPES,
 )
-def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | None) -> Tensor:
+def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Returns the Euclidean norm of each row of W + scale b a, [N] in fp32.
 
-    a [R, K], b [N, R]; ``squares`` is `row_squares(w)` or None, in which case it is computed on the way.
+    a [R, K], b [N, R].
     """
     dtype = accumulate_dtype(a, b)
     source, a, product = weight_nk(w, w.dtype), a.to(dtype), gram(a)
     out = torch.empty(w.shape[0], dtype=dtype, device=a.device)
-    for rows in row_chunks(w.shape[0], w.shape[1], CHUNK):
+    for rows in row_chunks(w.shape[0], w.shape[1], CHUNK, w.device):
         part, factor = source[rows].to(dtype), b[rows].to(dtype)
         cross = torch.addmm(part @ a.t(), factor, product, beta=2 * scale, alpha=scale * scale)
-        squared = part.square().sum(1) if squares is None else squares[rows].to(dtype)
+        squared = part.square().sum(1)
         # Cancellation may leave a tiny negative number where W + s B A is nearly zero.
         torch.sqrt((squared + (cross * factor).sum(1)).clamp_(min=0), out=out[rows])
     return out

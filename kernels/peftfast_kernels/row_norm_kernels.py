@@ -16,24 +16,21 @@ from peftfast_kernels.variants import ANY_MATRIX, Variant
 
 @triton.jit
 def norm_kernel(
-    w0, w1, w2, w3, w4, table, a_ptr, b_ptr, gram_ptr, squares_ptr, out_ptr,
+    w0, w1, w2, w3, w4, table, a_ptr, b_ptr, gram_ptr, out_ptr,
     N, K, R, stride_n, stride_k, stride_ar, stride_ak, stride_bn, stride_br, scale,
     DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
-    CACHED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
     """Program i computes BN norms, with BS columns of the Gram matrix at a time.
 
-    a_ptr: [R, K]; b_ptr: [N, R]; gram_ptr: fp32 [R, R]; squares_ptr, out_ptr: [N].
+    a_ptr: [R, K]; b_ptr: [N, R]; gram_ptr: fp32 [R, R]; out_ptr: [N].
     """
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, BR)
     row_in = rows < N
     product = tl.zeros((BN, BR), tl.float32)
-    if CACHED:
-        squared = tl.load(squares_ptr + rows, mask=row_in, other=0.0).to(tl.float32)
-    else:
-        squared = tl.zeros((BN,), tl.float32)
+    squared = tl.zeros((BN,), tl.float32)
     for k in range(0, K, BK):
         w = DECODE(
             w0, w1, w2, w3, w4, table, rows, k, N, K, stride_n, stride_k, BK, BLOCK, NESTED, LAYOUT, DTYPE, INTERP
@@ -45,8 +42,7 @@ def norm_kernel(
             other=0.0,
         ).to(tl.float32)
         product = tl.dot(w, a, product, input_precision=PRECISION)
-        if not CACHED:
-            squared += tl.sum(w * w, axis=1)
+        squared += tl.sum(w * w, axis=1)
     b = tl.load(
         b_ptr + rows[:, None] * stride_bn + ranks[None, :] * stride_br,
         mask=row_in[:, None] & (ranks[None, :] < R),
@@ -63,7 +59,7 @@ def norm_kernel(
             other=0.0,
         ).to(tl.float32)
         squared += tl.sum(tl.dot(b, gram, input_precision=PRECISION) * strip, axis=1) * scale * scale
-    tl.store(out_ptr + rows, tl.sqrt(tl.maximum(squared, 0.0)), mask=row_in)
+    tl.store(out_ptr + rows, tl.sqrt(tl.maximum(squared, 0.0, propagate_nan=tl.PropagateNan.ALL)), mask=row_in)
 
 
 def _precision(chip: str) -> str:
@@ -84,7 +80,7 @@ def _warps(chip: str, rank: int, few: int) -> int:
 
 @planned
 def _plan(
-    chip: str, w: Stored, r: int, a_strides: tuple[int, ...], b_strides: tuple[int, ...], scale: float, cached: bool
+    chip: str, w: Stored, r: int, a_strides: tuple[int, ...], b_strides: tuple[int, ...], scale: float
 ) -> Launch:  # fmt: skip
     """A 1D grid, one program per BN rows."""
     config = tile("row_norm", chip)
@@ -100,7 +96,6 @@ def _plan(
         stride_bn=b_strides[0],
         stride_br=b_strides[1],
         scale=scale,
-        CACHED=cached,
         BN=config.BM,
         PRECISION=_precision(chip),
         INTERP=is_interpreting(),
@@ -110,7 +105,7 @@ def _plan(
     )
 
 
-def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | None) -> Tensor:
+def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """One launch beside the product of the factors. Raises ``ValueError`` for a rank above MAX_RANK."""
     n, r = w.shape[0], a.shape[0]
     if r > MAX_RANK:
@@ -118,8 +113,8 @@ def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float, squares: Tensor | N
     out = torch.empty(n, dtype=torch.float32, device=a.device)
     if n:
         kind, pointers = stored(w)
-        launch = _plan(chip_of(a.device), kind, r, a.stride(), b.stride(), scale, squares is not None)
-        launch(*pointers, a, b, gram(a), out if squares is None else squares, out)
+        launch = _plan(chip_of(a.device), kind, r, a.stride(), b.stride(), scale)
+        launch(*pointers, a, b, gram(a), out)
     return out
 
 
@@ -128,7 +123,7 @@ def variants(chip: str):
     config = tile("row_norm", chip)
     for format, rank in (("dense", 16), ("dense", 64), ("nf4", 16), ("dense", 128), ("nf4", 128)):
         pointers, constexprs = decode_variant(format, 64, format == "nf4", "bf16")
-        pointers |= {"a_ptr": "fp32", "b_ptr": "fp32", "gram_ptr": "fp32", "squares_ptr": "fp32", "out_ptr": "fp32"}
+        pointers |= {"a_ptr": "fp32", "b_ptr": "fp32", "gram_ptr": "fp32", "out_ptr": "fp32"}
         yield Variant(
             name=f"row_norm {format} R{rank}",
             kernel=norm_kernel,
@@ -137,7 +132,6 @@ def variants(chip: str):
                 **constexprs,
                 "stride_ak": 1,
                 "stride_br": 1,
-                "CACHED": format == "nf4",
                 "BN": config.BM,
                 **_blocks(rank, config.BK),
                 "PRECISION": _precision(chip),

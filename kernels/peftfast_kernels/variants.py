@@ -11,7 +11,6 @@ MODULES = (
     "lora_gemm_kernels",
     "lora_grad_kernels",
     "decode_kernels",
-    "merge_kernels",
     "feature_scale_kernels",
     "gated_kernels",
     "row_norm_kernels",

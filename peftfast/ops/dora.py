@@ -31,7 +31,7 @@ def weight_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
         a, b = a.float(), b.float()
     with without_autocast(a):
         norm = row_norm.reference if composing() else row_norm
-        return norm(w, a, b, float(scale), None)
+        return norm(w, a, b, float(scale))
 
 
 class _Sum(NamedTuple):
@@ -68,11 +68,6 @@ class _DoraAdd(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        with without_autocast(dy):
-            return _DoraAdd._gradients(ctx, dy)
-
-    @staticmethod
-    def _gradients(ctx: Any, dy: Tensor) -> tuple:
         y, x, t, a, b, g, bias = ctx.saved_tensors
         plan: Plan = ctx.plan
         n, k = plan.shape

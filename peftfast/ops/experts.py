@@ -7,6 +7,7 @@ Saved for the backward pass: the rows, t = s · x Aᵀ [S, r], and the parameter
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
@@ -20,8 +21,10 @@ from peftfast.ops.function import apply, gradients_of, second_order
 _LOOPED = 8
 #: With fewer rows a run than this, a grouped product and a sum take less time on a CPU than a loop that adds.
 _THIN = 4
-#: What `grouped_mm` multiplies faster than a loop does.
+#: What `grouped_mm` multiplies faster than a loop does, on GPUs of `_GROUPING`.
 _GROUPED = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
+#: Major compute capabilities for which torch has a grouped product; on others it loops, and makes the host wait.
+_GROUPING = (9, 10)
 
 #: Factors as `per_expert` takes them, and their scale.
 Change = tuple[Tensor, Tensor, Any]
@@ -49,6 +52,8 @@ class Runs:
     def _takes(self, x: Tensor, w: Tensor) -> bool:
         """Whether torch's grouped product multiplies these, and does it faster than a loop."""
         if x.dtype is not w.dtype or x.dtype not in _GROUPED.get(x.device.type, ()):
+            return False
+        if x.is_cuda and _capability(x.device) not in _GROUPING:
             return False
         return not (x.is_cpu and len(self.runs) <= _LOOPED) and _is_aligned(x) and _is_aligned(w)
 
@@ -81,7 +86,11 @@ class Runs:
     def outer(self, x: Tensor, y: Tensor) -> Tensor:
         """[count, M, N]: xᵀ y over the rows of each run, for x [S, M] and y [S, N]."""
         if self._takes(x.t(), y):
-            return F.grouped_mm(x.t(), y, offs=self._ends)
+            out = F.grouped_mm(x.t(), y, offs=self._ends)
+            if x.is_cuda and _capability(x.device) == 10:  # where no rows may give something (pytorch#172439)
+                none = torch.diff(self._ends, prepend=self._ends.new_zeros(1)) == 0
+                out.masked_fill_(none[:, None, None], 0.0)
+            return out
         out = x.new_zeros(self.count, x.shape[1], y.shape[1])
         for e, s, t in self.runs:
             torch.mm(x[s:t].t(), y[s:t], out=out[e])
@@ -290,8 +299,16 @@ def _of_experts(change: Change, count: int, experts: Tensor | None, dtype: torch
     return a.to(dtype), b.to(dtype)
 
 
+@cache
+def _capability(device: torch.device) -> int:
+    """The major compute capability of a GPU; 0 of others than NVIDIA's."""
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+
+
 def _is_aligned(t: Tensor) -> bool:
     """What `grouped_mm` asks of an operand: one dimension dense, everything else at multiples of 16 bytes."""
+    if t.data_ptr() % 16:
+        return False
     *outer, rows, columns = t.stride()
     dense, other = (columns, rows) if columns == 1 else (rows, columns)
     return dense == 1 and all(s * t.element_size() % 16 == 0 for s in (other, *outer))

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, once_differentiable
 
+from peftfast.autocast import without_autocast
+
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a `Function.backward`: differentiating it a second time raises instead of giving zeros.
@@ -25,12 +27,26 @@ def second_order(again: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
     `again` computes them, in operations that torch can differentiate."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @left_alone
         def wrapper(ctx: Any, *grads: Any) -> Any:
             return (again if torch.is_grad_enabled() else backward)(ctx, *grads)
 
         return wrapper
 
     return decorate
+
+
+def left_alone(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a `Function.backward`: autocast, which may have begun since the forward pass, has no part in it."""
+
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        for given in grads:
+            if given is not None:
+                with without_autocast(given):
+                    return backward(ctx, *grads)
+        return backward(ctx, *grads)
+
+    return wrapper
 
 
 def gradients_of(y: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], dy: Tensor) -> list[Tensor | None]:

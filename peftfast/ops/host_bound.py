@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from peftfast.ops.casts import compute_pair
-from peftfast.ops.function import gradients_of
+from peftfast.ops.function import gradients_of, left_alone
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.dispatch import host_bound_products
+from peftfast_kernels.lora_down import gives_accumulator
 
 #: Elements up to which reading and writing them a few times takes a GPU less time than a kernel of ours the host. Also
 #: how many an input may have whose dropout mask is kept: larger masks are worth more than the host's time.
@@ -158,6 +159,7 @@ class _HostBound(Function):
         return y if flat else y.view(*x.shape[:-1], n)
 
     @staticmethod
+    @left_alone
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, a, b, weight, t, mask = ctx.saved_tensors
         plan, needs = ctx.plan, ctx.needs_input_grad
@@ -189,6 +191,7 @@ class _HostBoundSiblings(Function):
         return tuple(ys)
 
     @staticmethod
+    @left_alone
     def backward(ctx: Any, *dys: Tensor | None) -> tuple:
         x, *saved = ctx.saved_tensors
         need_x, _, *needs = ctx.needs_input_grad
@@ -240,7 +243,7 @@ def _product(left: Tensor, right: Tensor, like: Tensor, scale: float) -> Tensor:
     on a GPU, fp32 straight from the accumulator."""
     if like.dtype is left.dtype:
         return torch.addmm(like, left, right, beta=0, alpha=scale)
-    if like.dtype is torch.float32 and left.is_cuda and left.dtype.itemsize == 2:
+    if like.dtype is torch.float32 and gives_accumulator(left):
         return torch.addmm(like, left, right, beta=0, alpha=scale, out_dtype=torch.float32)
     product = torch.mm(left, right).to(like.dtype)
     return product if scale == 1.0 else product.mul_(scale)

@@ -36,12 +36,23 @@ def test_without_a_compiler_for_triton_torch_computes(monkeypatch):
 
     runtime = pytest.importorskip("triton.runtime.driver")
     monkeypatch.setattr(runtime, "driver", Driver())
-    monkeypatch.setattr(op, "_gpu_usable", None)
+    monkeypatch.setattr(op, "_usable", {})
+    monkeypatch.setattr(op, "_has_driver", op._has_driver.__wrapped__)
     monkeypatch.setattr(op, "is_interpreting", lambda: False)
     gpu = torch.device("cuda")
     with pytest.warns(UserWarning, match="plain torch.*Failed to find C compiler"):
         assert not op.has_triton_gpu(gpu)
     assert not op.has_triton_gpu(gpu)  # it is not tried, or said, again
+
+
+@pytest.mark.parametrize("capability, usable", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_gpus_without_matrix_units_that_triton_uses_are_left_to_torch(monkeypatch, capability, usable):
+    """Each by itself: there may be several kinds in a machine."""
+    monkeypatch.setattr(op, "_usable", {0: True})
+    monkeypatch.setattr(op, "_has_driver", lambda: True)
+    monkeypatch.setattr(op, "is_interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert op.has_triton_gpu(torch.device("cuda", 0)) and op.has_triton_gpu(torch.device("cuda", 1)) == usable
 
 
 def test_everything_runs_with_triton_blocked():

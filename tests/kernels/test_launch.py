@@ -7,6 +7,7 @@ import importlib
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,18 @@ def test_as_triton_launches(name, case, compared):
     OPS[name].launch(**mixed)
 
 
+def test_tensors_of_several_gpus_are_refused(monkeypatch):
+    """Triton launches whatever device a pointer is of."""
+    one = object.__new__(Launch)
+    one.kernel, one.grid, one._grid, one._rest, one._compiled = SimpleNamespace(__name__="some"), (1,), (1,), (), {}
+    monkeypatch.setattr(launch, "_is_watched", lambda kernel: False)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
+    monkeypatch.setattr(launch, "_DEVICE", lambda tensor: int(tensor.numel()))
+    with pytest.raises(RuntimeError, match="some: all tensors have to be on one device"):
+        one(torch.ones(1), torch.ones(2))
+    assert not one._compiled
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_what_is_remembered_is_what_would_be_planned(name, compared):
     """One op's cases after one another take the plans that each takes alone: keys leave nothing out."""
@@ -152,14 +165,18 @@ def test_what_is_remembered_is_what_would_be_planned(name, compared):
 
 def test_settings_are_part_of_a_plan(compared):
     x, a = torch.ones(4, 32), torch.ones(8, 32)
-    before = torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     try:
-        for allowed, precision in ((False, "ieee"), (True, "tf32"), (False, "ieee")):
-            torch.backends.cuda.matmul.allow_tf32 = allowed
+        for name, value, precision in (
+            ("allow_tf32", False, "ieee"), ("allow_tf32", True, "tf32"), ("allow_tf32", False, "ieee"),
+            ("fp32_precision", "tf32", "tf32"), ("fp32_precision", "ieee", "ieee"),
+        ):  # fmt: skip
+            setattr(matmul, name, value)  # once it is set by the newer name, the older one cannot be read
             lora_down(x, a, None, 0.0)
             assert compared[-1][2]["PRECISION"] == precision
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def down():

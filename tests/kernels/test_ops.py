@@ -3,9 +3,19 @@
 import pytest
 import torch
 
-from peftfast_kernels import OPS, lora_down, lora_dt, lora_factor_grads, lora_gemm, lora_gemm_t, use_backend
+from peftfast_kernels import (
+    OPS,
+    gated,
+    gated_grad,
+    lora_down,
+    lora_dt,
+    lora_factor_grads,
+    lora_gemm,
+    lora_gemm_t,
+    row_norm,
+    use_backend,
+)  # fmt: skip
 from peftfast_kernels.decode import Operand, dense, random_operand
-from peftfast_kernels.row_norm import row_squares
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -103,8 +113,6 @@ def test_double_is_left_to_torch(name, device):
     """Kernels sum in fp32, which is no answer to somebody who has asked for fp64."""
     for case in OPS[name].cases():
         kwargs = in_double(case.make(device))
-        if kwargs.get("squares") is not None:
-            kwargs["squares"] = row_squares(kwargs["w"])
         with use_backend("triton"):
             assert not OPS[name].runs_triton(**kwargs)
             results, oracles = outputs(OPS[name](**kwargs)), outputs(OPS[name].reference(**kwargs))
@@ -263,10 +271,10 @@ def test_norms_of_wide_ranks_are_left_to_torch(device):
         *(torch.randn(s, device=device) for s in ((130, 40), (20, 130))),
     )
     with use_backend("triton"):
-        out = OPS["row_norm"](w, a, b, 0.1, None)
-    torch.testing.assert_close(out, OPS["row_norm"].reference(w, a, b, 0.1, None))
+        out = OPS["row_norm"](w, a, b, 0.1)
+    torch.testing.assert_close(out, OPS["row_norm"].reference(w, a, b, 0.1))
     with pytest.raises(ValueError, match="rank 130"):
-        OPS["row_norm"].launch(w, a, b, 0.1, None)
+        OPS["row_norm"].launch(w, a, b, 0.1)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -301,3 +309,42 @@ def test_more_than_2_to_the_31_elements():
     assert t[:-3].eq(0).all() and t[-3:].eq(cols).all()
     (da,) = da_of(x, t, None, 0.0)
     assert da.eq(3 * cols).all()
+
+
+def vectors(kwargs):
+    return [key for key, one in tensors(kwargs) if one.dim() == 1 and one.is_floating_point()]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}-{case.id}" for name, case in CASES])
+def test_vectors_may_have_strides(name, case, device):
+    kwargs = case.make(device)
+    if not vectors(kwargs):
+        return
+    strided = {key: torch.stack((kwargs[key],) * 2, 1).mul_(torch.tensor([1.0, torch.nan], device=device))[:, 0]
+               for key in vectors(kwargs) if type(kwargs[key]) is not list}  # fmt: skip
+    with use_backend("triton"):
+        found, expected = (outputs(OPS[name].launch(**{**kwargs, **change})) for change in (strided, {}))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_nan_passes_through_every_activation(backend, act, device):
+    gate, up = torch.tensor([[torch.nan, 1.0, -1.0]], device=device), torch.ones(1, 3, device=device)
+    with use_backend(backend):
+        hidden, (again, d_gate, d_up) = gated(gate, up, act), gated_grad(up, gate, up, act)
+    for one in (hidden, again, d_up):
+        assert one[0, 0].isnan() and one[0, 1:].isfinite().all()
+    assert d_gate[0, 0] == 1 if act == "relu" else d_gate[0, 0].isnan()  # the slope there is torch's
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_norms_of_weights_that_only_torch_reads(backend, device):
+    """As layerwise casting stores them."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 40, generator=g).to(device).to(torch.float8_e4m3fn)
+    a, b = torch.randn(4, 40, generator=g).to(device), torch.randn(24, 4, generator=g).to(device)
+    with use_backend(backend):
+        found = row_norm(dense(weight), a, b, 0.5)
+    torch.testing.assert_close(found, (weight.float() + 0.5 * b @ a).norm(dim=1))

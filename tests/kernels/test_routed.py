@@ -46,6 +46,38 @@ def test_mixed_batch_equals_rows_alone(backend, device):
     assert torch.equal(out[rows < 0], y[rows < 0])  # the base's rows are untouched, bit for bit
 
 
+@pytest.mark.parametrize("rows", [20, 100])  # a program a row, and tiles of rows
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_is_not_finite_stays_with_its_adapter(backend, rows, device):
+    """Other rows and other adapters' gradients get the same bits as without it, and its own are not finite."""
+    g = torch.Generator().manual_seed(0)
+    number = torch.randint(-1, 4, (rows,), generator=g)
+    route = make_route(number.to(device), 4)
+    x, y, dy = (torch.randn(rows, size, generator=g).to(device) for size in (30, 26, 26))
+    a, b = torch.randn(4, 8, 30, generator=g).to(device), torch.randn(4, 26, 8, generator=g).to(device)
+    scales = torch.tensor([0.5, -2.0, 1.5, 1.0], device=device)
+
+    def compute(a, b, dy):
+        with use_backend(backend):
+            t = routed_down(x, *route, a)
+            out = routed_add(y, t, *route, b, scales)
+            p, db = routed_up_grad(dy, t, *route, b, scales, torch.float32)
+            return (t, out, p), (routed_down_grad(dy, p, *route, torch.float32), db)
+
+    clean_rows, clean = compute(a, b, dy)
+    a2, b2, dy2 = a.clone(), b.clone(), dy.clone()
+    a2[1, 3, 7], b2[2, 5, 1] = torch.inf, torch.nan
+    dy2[number == 1, 2] = torch.nan
+    broken_rows, broken = compute(a2, b2, dy2)
+    others = (number != 1) & (number != 2)
+    for one, other in zip(clean_rows, broken_rows, strict=True):
+        assert torch.equal(one[others], other[others])
+    assert not any(torch.isfinite(one[number == 1]).all() for one in broken_rows[:2])
+    assert not torch.isfinite(broken_rows[1][number == 2]).all()
+    for one, other in zip(clean, broken, strict=True):
+        assert torch.equal(one[[0, 3]], other[[0, 3]]) and not torch.isfinite(other[1]).all()
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_adapter_without_rows_gets_zero_gradients(backend, device):
     route = make_route(torch.tensor([0, 0, 2], device=device), 3)

@@ -63,7 +63,8 @@ def gpu(monkeypatch):
     from peftfast_kernels import op
 
     monkeypatch.setattr(dispatch, "chip_of", lambda device: "sm_90")
-    monkeypatch.setattr(op, "has_triton_gpu", lambda device: True)
+    for module in (op, dispatch):
+        monkeypatch.setattr(module, "has_triton_gpu", lambda device: True)
     monkeypatch.setattr(op, "get_backend", lambda: "auto")
     monkeypatch.setattr(dispatch, "get_backend", lambda: "auto")
     return lambda *shape: torch.empty(shape, dtype=BF16).as_subclass(OnAGpu)
@@ -83,7 +84,32 @@ def test_a_call_takes_the_nearest_point(tables):
     assert choice(1024, n=12288) == "triton"  # nearest by ratio, not by difference
     assert choice(16, dtype="float16") == "triton"  # the other half precision costs the same
     assert choice(16, dtype="float32") is None and choice(16, format="int8") is None
+    assert choice(16, format="fp4") == choice(16, format="fp4", dtype="float16") == "triton"  # and so does fp4
     assert choice(1, format="dense") == "torch"
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_calls_of_other_forms_than_were_measured_take_the_rules(dtype):
+    """Two siblings where three were measured, one gradient where both were."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    def grads(x, p, dtype=dtype):
+        return (empty(64, 256, dtype=dtype), empty(64, 16, dtype=dtype), x, p, None, 0.0, 1.0, dtype, dtype)
+
+    def siblings(count, dtype=dtype):
+        return (empty(64, 128, dtype=dtype), [empty(16, 128, dtype=dtype)] * count, [None] * count, [0.0] * count)
+
+    whole = empty(64, 128, dtype=BF16), empty(64, 16, dtype=BF16)
+    table = Table("sm_90", {
+        "lora_factor_grads": [dispatch.Entry(point_of(grads(*whole, dtype=BF16)), "triton")],
+        "siblings_down": [dispatch.Entry(point_of(siblings(3, BF16)), "triton")],
+    })  # fmt: skip
+    assert table.choice_of("lora_factor_grads", grads(empty(64, 128), empty(64, 16))) == "triton"
+    assert table.choice_of("lora_factor_grads", grads(None, None)) is None
+    assert table.choice_of("siblings_down", siblings(3)) == "triton"
+    assert table.choice_of("siblings_down", siblings(2)) is None
 
 
 def test_relatives_share_a_table(tables):

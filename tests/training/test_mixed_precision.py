@@ -50,3 +50,27 @@ def test_an_overflow_is_found_and_the_step_skipped(base, cast):
     found, scaler = train(base, cast, scale=2.0**40)
     assert largest_difference(found, before) == 0.0
     assert scaler.get_scale() < 2.0**40
+
+
+@pytest.mark.parametrize("tokens", [4, 1024])  # composed of torch's operations, and as one Function
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_autocast_that_begins_before_the_backward_pass(tokens, dropout):
+    """Such a backward pass is as exact as torch's own is, whose products autocast does reach, or more so."""
+    g = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(96, 80)
+    model = peftfast.get_peft_model(
+        torch.nn.Sequential(layer, torch.nn.Tanh(), torch.nn.Linear(80, 8)),
+        peftfast.LoraConfig(r=8, target_modules=["0", "2"], lora_dropout=dropout, init_lora_weights=False),
+    )
+    x = torch.randn(tokens, 96, generator=g)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(inside: bool) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        loss = model(x).square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return torch.autograd.grad(loss, trained)
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert found.dtype is torch.float32
+        assert (found - expected).norm() <= 2 * torch.finfo(torch.bfloat16).eps * expected.norm()
