@@ -135,6 +135,12 @@ def rank_tile(rank: int, largest: int = MAX_RANK_TILE) -> int:
     return max(16, min(largest, 1 << (rank - 1).bit_length() if rank > 1 else 1))
 
 
+def expand_ranks(rank: int, config: Tile, precision: str) -> int:
+    """Ranks at a time where a tile of them is expanded in registers: fp32 factors in three TF32 products need them
+    twice."""
+    return rank_tile(rank, min(config.BK, 32) if precision == "tf32x3" else config.BK)
+
+
 PROGRAMS = 128  # about as many as a large GPU has processors
 
 

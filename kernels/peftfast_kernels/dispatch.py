@@ -203,7 +203,8 @@ def fuses(op: str, *args: Any) -> bool:
         if type(value) is Operand:
             format = value.format
             break
-    return args[0].shape[0] <= FUSED_ROWS[op].get(format, 0)
+    # fp32 products take ten times the instructions a decoded weight
+    return args[0].dtype.itemsize == 2 and args[0].shape[0] <= FUSED_ROWS[op].get(format, 0)
 
 
 def fuses_together(op: str, args: Sequence[Any], member: str, members: Sequence[Sequence[Any]]) -> bool:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import cdiv, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, tile
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm_kernels import adapter_tile
 from peftfast_kernels.op import is_interpreting
@@ -63,7 +63,7 @@ def _plan(
         SHIFT=shifts,
         BM=config.BM,
         BO=config.BN,
-        BR=rank_tile(r, config.BK),
+        BR=expand_ranks(r, config, precision),
         PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
@@ -89,9 +89,10 @@ def dora_add(y: Tensor, g: Tensor, shift: Tensor | None, t: Tensor, b: Tensor, s
 def variants(chip: str):
     """What `dora_add` launches, for ahead-of-time checks."""
     config = tile("expand", chip)
-    for shift, factors in ((True, "bf16"), (False, "fp32")):
+    precision = dot_precision(chip, torch.bfloat16)
+    for shift, factors, rank in ((True, "bf16", 16), (False, "fp32", 16), (True, "fp32", 64)):
         yield Variant(
-            name=f"dora_add{' bias' * shift}{' wide' * (factors == 'fp32')}",
+            name=f"dora_add{' bias' * shift}{' wide' * (factors == 'fp32')} R{rank}",
             kernel=dora_add_kernel,
             pointers={
                 "y_ptr": "bf16", "g_ptr": "fp32", "shift_ptr": "fp32", "t_ptr": factors, "b_ptr": factors,
@@ -104,12 +105,12 @@ def variants(chip: str):
                 "SHIFT": shift,
                 "BM": config.BM,
                 "BO": config.BN,
-                "BR": 16,
-                "PRECISION": dot_precision(chip, torch.bfloat16),
+                "BR": expand_ranks(rank, config, precision),
+                "PRECISION": precision,
                 "INTERP": False,
             },
             warps=config.warps,
             stages=config.stages,
             matrix=ANY_MATRIX,
-            quick=shift,
+            quick=factors == "bf16",
         )  # fmt: skip

@@ -4,13 +4,15 @@ One kernel serves both directions. Forward: out [M, N] = x Wᵀ, contraction ove
 out [M, K] = dy W, contraction over N, factors p and a, mask applied to their product before dy W is added to it.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import PROGRAMS, Tile, cdiv, chip_of, dot_precision, rank_tile, tile
 from peftfast_kernels.decode import Operand, weight_nk
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
@@ -215,6 +217,23 @@ def row_block(config: Tile, rows: int) -> int:
     return min(config.BM, max(16, 1 << (rows - 1).bit_length()))
 
 
+def column_block(
+    config: Tile, format: str, transposed: bool, rows: int, bm: int, widths: Sequence[int]
+) -> tuple[int, int]:
+    """BO and BC of a big product. Where few programs would decode the weight, more of them take fewer columns and, for
+    as many bytes under way, longer steps.
+
+    Not fewer than half of the tile's where they are read in a row (32 bytes) or where 64 rows are on the narrow side of
+    the matrix instruction, which then takes twice as many instructions a weight; otherwise a quarter.
+    """
+    columns = config.BN
+    if not format.startswith("dense"):
+        least = max(16, columns // (2 if transposed or bm > 32 else 4))
+        while columns > least and cdiv(rows, bm) * sum(cdiv(width, columns) for width in widths) < PROGRAMS:
+            columns //= 2
+    return columns, config.BK * (config.BN // columns)
+
+
 @planned
 def _gemm_plan(
     chip: str, m: int, r: int, w: Stored, x_strides: tuple[int, ...], t_strides: tuple[int, ...],
@@ -222,11 +241,12 @@ def _gemm_plan(
 ) -> Launch:  # fmt: skip
     """A 1D grid of [BM, BN] tiles of y, row tiles grouped so that weight tiles are reused in L2."""
     config = product_config(w.format, single, chip)
-    bm = row_block(config, m)
+    bm, width = row_block(config, m), w.shape[1 if transposed else 0]
+    bo, bc = column_block(config, w.format, transposed, m, bm, (width,))
     return Launch(
         gemm_kernel,
-        (cdiv(m, bm) * cdiv(w.shape[1 if transposed else 0], config.BN),),
-        **decode_arguments(w, config.BN if transposed else config.BK),
+        (cdiv(m, bm) * cdiv(width, bo),),
+        **decode_arguments(w, bo if transposed else bc),
         M=m,
         R=r,
         stride_xm=x_strides[0],
@@ -242,8 +262,8 @@ def _gemm_plan(
         HAS_BIAS=biased,
         DROP=threshold(prob) > 0,
         BM=bm,
-        BO=config.BN,
-        BC=config.BK,
+        BO=bo,
+        BC=bc,
         BR=rank_tile(r, 32),
         GROUP=8,
         PRECISION=precision,
@@ -366,15 +386,19 @@ def variants(chip: str):
         ("dense", "fp32", False, False, 128),
         ("nf4", "bf16", False, False, 128),
         ("nf4", "bf16", False, False, 16),
+        ("nf4", "bf16", False, False, 64),
         ("nf4", "bf16", True, True, 128),
+        ("nf4", "bf16", True, True, 16),
+        ("nf4", "bf16", True, True, 64),
         ("int8", "fp16", False, False, 128),
     ):
         config = product_config(format, dtype == "fp32", chip)
-        bm = min(config.BM, rows)
+        bm, few = min(config.BM, rows), rows < 128
+        bo, bc = column_block(config, format, transposed, rows if few else 8192, bm, (4096,))
         pointers, constexprs = decode_variant(format, 64, format == "nf4" and not transposed, dtype)
-        matrix = BIG_MATRIX if dtype != "fp32" else ANY_MATRIX
+        matrix = BIG_MATRIX if dtype != "fp32" and not few else ANY_MATRIX
         yield Variant(
-            name=f"lora_gemm{'_t' * transposed} {format} {dtype}{' drop' * drop}{' few rows' * (rows < 64)}",
+            name=f"lora_gemm{'_t' * transposed} {format} {dtype}{' drop' * drop}{f' {rows} rows' * few}",
             kernel=gemm_kernel,
             pointers={
                 **pointers, "x_ptr": dtype, "bias_ptr": dtype, "t_ptr": dtype, "b_ptr": dtype, "seed_ptr": "i64",
@@ -390,8 +414,8 @@ def variants(chip: str):
                 "HAS_BIAS": not transposed,
                 "DROP": drop,
                 "BM": bm,
-                "BO": config.BN,
-                "BC": config.BK,
+                "BO": bo,
+                "BC": bc,
                 "BR": 16,
                 "GROUP": 8,
                 "PRECISION": dot_precision(chip, torch.float32),
@@ -401,8 +425,8 @@ def variants(chip: str):
             stages=config.stages,
             matrix=NO_MATRIX if dtype == "fp32" else matrix,
             fp_fusion=False,
-            weights=config.BN * config.BK if format == "nf4" else 0,
-            quick=not transposed and rows > 64 and dtype == "bf16",
+            weights=bo * bc if format == "nf4" else 0,
+            quick=not transposed and not few and dtype == "bf16",
         )  # fmt: skip
     config = tile("expand", chip)
     for add, drop, factors in (

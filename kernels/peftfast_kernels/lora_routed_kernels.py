@@ -168,6 +168,12 @@ def row_expand_kernel(
     tl.store(out_ptr + m * N + wide_cols, narrow(y + total, out_ptr.dtype.element_ty, INTERP), mask=cols < N)
 
 
+def _warps(config: Tile, ranks: int, precision: str) -> int:
+    """Twice as many where many ranks are multiplied in three TF32 products, for which the registers of few are not
+    enough."""
+    return config.warps * (2 if ranks > 32 and precision == "tf32x3" else 1)
+
+
 #: Up to so many rows a program a row: predicted from bytes read out of L2 (M adapters' factors instead of G), to be
 #: measured. The interpreter's test shapes have rows on both sides of its own.
 ROW_BY_ROW, ROW_BY_ROW_INTERPRETED = 512, 48
@@ -208,6 +214,7 @@ def _shrink_plan(
     if row_by_row:
         return Launch(row_shrink_kernel, (m, cdiv(rank, br)), **arguments), True
     grid = (cdiv(m, config.BM), cdiv(rank, br))
+    arguments["num_warps"] = _warps(config, rank, precision)
     options = {"M": m, "BM": config.BM, "PRECISION": precision, "num_stages": config.stages}
     return Launch(routed_shrink_kernel, grid, **arguments, **options), False
 
@@ -262,6 +269,7 @@ def _add_plan(
     if row_by_row:
         return Launch(row_expand_kernel, (m, cdiv(n, bn)), **arguments), True
     grid = (cdiv(m, config.BM), cdiv(n, bn))
+    arguments["num_warps"] = _warps(config, rank, precision)
     options = {"M": m, "BM": config.BM, "PRECISION": precision, "num_stages": config.stages}
     return Launch(routed_expand_kernel, grid, **arguments, **options), False
 
@@ -285,39 +293,49 @@ def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor
 def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
     config = tile("routed", chip)
-    common = {"PRECISION": dot_precision(chip, torch.float32), "INTERP": False, "BM": config.BM}
+    common = {"INTERP": False, "BM": config.BM}
     indices = {"rows_ptr": "i32", "order_ptr": "i32", "scales_ptr": "fp32"}
-    for rank in (16, 64):
-        br = rank_tile(rank, 64)
+    for rank, factors in ((16, "bf16"), (64, "bf16"), (64, "fp32")):
+        br, wide = rank_tile(rank, 64), " wide" * (factors == "fp32")
+        precision = dot_precision(chip, torch.bfloat16 if wide else torch.float32)
         yield Variant(
-            name=f"routed_shrink R{rank}",
+            name=f"routed_shrink R{rank}{wide}",
             kernel=routed_shrink_kernel,
-            pointers={**indices, "x_ptr": "bf16", "f_ptr": "bf16", "t_ptr": "bf16"},
-            constexprs={**common, "stride_xc": 1, "stride_fc": 1, "SCALED": False, "BR": br, "BC": config.BK},
-            warps=config.warps,
+            pointers={**indices, "x_ptr": "bf16", "f_ptr": factors, "t_ptr": factors},
+            constexprs={
+                **common,
+                "PRECISION": precision,
+                "stride_xc": 1,
+                "stride_fc": 1,
+                "SCALED": False,
+                "BR": br,
+                "BC": config.BK,
+            },
+            warps=_warps(config, rank, precision),
             stages=config.stages,
             matrix=ANY_MATRIX,
         )
         yield Variant(
-            name=f"routed_expand R{rank}",
+            name=f"routed_expand R{rank}{wide}",
             kernel=routed_expand_kernel,
-            pointers={**indices, "y_ptr": "bf16", "t_ptr": "bf16", "b_ptr": "bf16", "out_ptr": "bf16"},
+            pointers={**indices, "y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "out_ptr": "bf16"},
             constexprs={
                 **common,
+                "PRECISION": precision,
                 "stride_yn": 1,
                 "stride_tr": 1,
                 "stride_br": 1,
                 "BN": config.BN,
                 "BR": rank_tile(rank, 32),
             },
-            warps=config.warps,
+            warps=_warps(config, rank, precision),
             stages=config.stages,
             matrix=ANY_MATRIX,
         )
         yield Variant(
-            name=f"row_shrink R{rank}",
+            name=f"row_shrink R{rank}{wide}",
             kernel=row_shrink_kernel,
-            pointers={**indices, "x_ptr": "bf16", "f_ptr": "bf16", "t_ptr": "bf16"},
+            pointers={**indices, "x_ptr": "bf16", "f_ptr": factors, "t_ptr": factors},
             constexprs={
                 "INTERP": False,
                 "stride_xc": 1,
@@ -330,9 +348,9 @@ def variants(chip: str):
             quick=rank == 16,
         )
         yield Variant(
-            name=f"row_expand R{rank}",
+            name=f"row_expand R{rank}{wide}",
             kernel=row_expand_kernel,
-            pointers={**indices, "y_ptr": "bf16", "t_ptr": "bf16", "b_ptr": "bf16", "out_ptr": "bf16"},
+            pointers={**indices, "y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "out_ptr": "bf16"},
             constexprs={
                 "INTERP": False,
                 "stride_yn": 1,

@@ -11,13 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, expand_ranks, rank_tile, tile
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm import base_product
 from peftfast_kernels.lora_gemm_kernels import (
     adapter_tile,
+    column_block,
     contract,
     expand_tile,
     gemm_tile,
@@ -173,7 +174,7 @@ def _expand_plan(
         scales=tuple(map(float, scales)),
         BM=config.BM,
         BO=config.BN,
-        BR=rank_tile(max(ranks), config.BK),
+        BR=expand_ranks(max(ranks), config, precision),
         PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
@@ -188,22 +189,23 @@ def _gemm_plan(
 ) -> Launch:  # fmt: skip
     """A 1D grid over the tiles of all outputs."""
     config = product_config(w[0].format, single, chip)
-    bm = row_block(config, m)
+    bm, widths = row_block(config, m), [one.shape[0] for one in w]
+    bo, bc = column_block(config, w[0].format, False, m, bm, widths)
     return Launch(
         siblings_gemm_kernel,
-        (cdiv(m, bm) * sum(cdiv(one.shape[0], config.BN) for one in w),),
+        (cdiv(m, bm) * sum(cdiv(width, bo) for width in widths),),
         M=m,
         RS=ranks,
         stride_xm=x_strides[0],
         stride_xc=x_strides[1],
         strides_tm=t_strides,
         scales=tuple(map(float, scales)),
-        **_decode_arguments(w, config.BK),
+        **_decode_arguments(w, bc),
         SWAP=swaps(w[0].format, False),
         HAS_BIAS=biased,
         BM=bm,
-        BO=config.BN,
-        BC=config.BK,
+        BO=bo,
+        BC=bc,
         BR=rank_tile(max(ranks), 32),
         GROUP=8,
         PRECISION=precision,
@@ -255,19 +257,20 @@ def _gemm_t_plan(
 ) -> Launch:  # fmt: skip
     """A 1D grid over the tiles of dx."""
     config = product_config(w[0].format, single, chip)
-    bm = row_block(config, m)
+    bm, width = row_block(config, m), w[0].shape[1]
+    bo, bc = column_block(config, w[0].format, True, m, bm, (width,))
     return Launch(
         siblings_gemm_t_kernel,
-        (cdiv(m, bm) * cdiv(w[0].shape[1], config.BN),),
+        (cdiv(m, bm) * cdiv(width, bo),),
         M=m,
         RS=ranks,
         strides_m=dy_strides,
         strides_pm=p_strides,
-        **_decode_arguments(w, config.BN),
+        **_decode_arguments(w, bo),
         ADD=add,
         BM=bm,
-        BO=config.BN,
-        BC=config.BK,
+        BO=bo,
+        BC=bc,
         BR=rank_tile(max(ranks), 32),
         GROUP=8,
         PRECISION=precision,
@@ -297,7 +300,7 @@ def _expand_t_plan(
         **masks(probs),
         BM=bm,
         BO=config.BN,
-        BR=rank_tile(max(ranks), config.BK),
+        BR=expand_ranks(max(ranks), config, precision),
         PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
@@ -346,17 +349,22 @@ def variants(chip: str):
         ("dense", True, 128, 3),
         ("nf4", False, 128, 3),
         ("nf4", False, 16, 2),
+        ("nf4", False, 64, 2),
         ("nf4", True, 128, 3),
+        ("nf4", True, 16, 3),
+        ("nf4", True, 64, 3),
     ):
         config = product_config(format, False, chip)
+        bm, few = min(config.BM, rows), rows < 128
+        bo, bc = column_block(config, format, transposed, rows if few else 8192, bm, (1024,) * members)
         pointers, constexprs = decode_variant(format, 64, format == "nf4" and not transposed, "bf16")
         own = ("w0", "w1", "w2", "w3", "w4", "NS", "RS", "strides_n", "strides_k")
-        name = f"{format} bf16 x{members}{' few rows' * (rows < 64)}"
+        name = f"{format} bf16 x{members}{f' {rows} rows' * few}"
         constexprs = {f"strides_{n[-1]}" if n.startswith("stride_") else n: v for n, v in constexprs.items()}
-        constexprs |= {**common, "BM": min(config.BM, rows), "BO": config.BN, "BC": config.BK, "BR": 16, "GROUP": 8}
+        constexprs |= {**common, "BM": bm, "BO": bo, "BC": bc, "BR": 16, "GROUP": 8}
         options = {
-            "members": members, "warps": config.warps, "stages": config.stages, "matrix": BIG_MATRIX,
-            "fp_fusion": False, "weights": config.BN * config.BK if format == "nf4" else 0,
+            "members": members, "warps": config.warps, "stages": config.stages, "fp_fusion": False,
+            "matrix": ANY_MATRIX if few else BIG_MATRIX, "weights": bo * bc if format == "nf4" else 0,
         }  # fmt: skip
         if transposed:
             yield Variant(
@@ -376,25 +384,31 @@ def variants(chip: str):
             },
             tuples=(*own, "scales", "bias_ptrs", "t_ptrs", "b_ptrs", "y_ptrs", "strides_tm"),
             constexprs={**constexprs, "stride_xc": 1, "SWAP": swaps(format, False), "HAS_BIAS": members == 2},
-            quick=rows > 64,
+            quick=not few,
             **options,
         )  # fmt: skip
     config = tile("expand", chip)
-    sizes = {**common, "BM": config.BM, "BO": config.BN, "BR": 16}
     options = {"members": 3, "warps": config.warps, "stages": config.stages, "matrix": ANY_MATRIX}
-    yield Variant(
-        name="siblings_expand",
-        kernel=siblings_expand_kernel,
-        pointers=dict.fromkeys(("y_ptrs", "t_ptrs", "b_ptrs"), "bf16"),
-        tuples=("y_ptrs", "t_ptrs", "b_ptrs", "NS", "RS", "strides_tm", "scales"),
-        constexprs=sizes,
-        **options,
-    )
-    yield Variant(
-        name="siblings_expand_t drop",
-        kernel=siblings_expand_t_kernel,
-        pointers={**dict.fromkeys(("dx_ptr", "p_ptrs", "a_ptrs"), "bf16"), "seed_ptrs": "i64"},
-        tuples=("p_ptrs", "a_ptrs", "seed_ptrs", "RS", "strides_pm", "scales", "thresholds"),
-        constexprs={**sizes, "BM": _masked_rows(config), "DROP": True},
-        **options,
-    )
+    for factors, rank in (("bf16", 16), ("fp32", 64)):
+        precision = dot_precision(chip, *((torch.bfloat16,) if factors == "fp32" else (torch.float32,)))
+        sizes = {
+            **common, "BM": config.BM, "BO": config.BN, "BR": expand_ranks(rank, config, precision),
+            "PRECISION": precision,
+        }  # fmt: skip
+        name = " wide" * (factors == "fp32") + f" R{rank}"
+        yield Variant(
+            name=f"siblings_expand{name}",
+            kernel=siblings_expand_kernel,
+            pointers={"y_ptrs": "bf16", "t_ptrs": factors, "b_ptrs": factors},
+            tuples=("y_ptrs", "t_ptrs", "b_ptrs", "NS", "RS", "strides_tm", "scales"),
+            constexprs=sizes,
+            **options,
+        )
+        yield Variant(
+            name=f"siblings_expand_t drop{name}",
+            kernel=siblings_expand_t_kernel,
+            pointers={"dx_ptr": "bf16", "p_ptrs": factors, "a_ptrs": factors, "seed_ptrs": "i64"},
+            tuples=("p_ptrs", "a_ptrs", "seed_ptrs", "RS", "strides_pm", "scales", "thresholds"),
+            constexprs={**sizes, "BM": _masked_rows(config), "DROP": True},
+            **options,
+        )
