@@ -138,7 +138,7 @@ def rank_tile(rank: int, largest: int = MAX_RANK_TILE) -> int:
 def expand_ranks(rank: int, config: Tile, precision: str) -> int:
     """Ranks at a time where a tile of them is expanded in registers: fp32 factors in three TF32 products need them
     twice."""
-    return rank_tile(rank, min(config.BK, 32) if precision == "tf32x3" else config.BK)
+    return rank_tile(rank, 16 if precision == "tf32x3" else config.BK)
 
 
 PROGRAMS = 128  # about as many as a large GPU has processors
