@@ -54,6 +54,7 @@ class Size(NamedTuple):
     format: str = "dense"
     dropout: float = 0.0
     adapters: int = 1
+    wide: bool = False  # factors in fp32 beside half-precision activations
 
 
 class Maker:
@@ -66,6 +67,10 @@ class Maker:
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         made = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
         return made.mul_(std).to(dtype or self.size.dtype)
+
+    def factor(self, *shape: int, std: float = 1.0) -> Tensor:
+        """A factor, or a product with one."""
+        return self.normal(*shape, std=std, dtype=torch.float32 if self.size.wide else None)
 
     def bytes(self, *shape: int, high: int = 256, dtype: torch.dtype = torch.uint8) -> Tensor:
         return torch.randint(0, high, shape, generator=self.generator, device=self.device, dtype=dtype)
@@ -98,45 +103,45 @@ class Maker:
 
 def _lora_down(t: Maker) -> dict[str, Any]:
     s = t.size
-    return {"x": t.normal(s.m, s.k), "a": t.normal(s.r, s.k, std=s.k**-0.5), "seed": t.seed, "prob": s.dropout}
+    return {"x": t.normal(s.m, s.k), "a": t.factor(s.r, s.k, std=s.k**-0.5), "seed": t.seed, "prob": s.dropout}
 
 
 def _lora_gemm(t: Maker) -> dict[str, Any]:
     s = t.size
     return {
-        "x": t.normal(s.m, s.k), "w": t.operand(), "bias": None, "t": t.normal(s.m, s.r),
-        "b": t.normal(s.n, s.r, std=s.r**-0.5), "scale": 2.0,
+        "x": t.normal(s.m, s.k), "w": t.operand(), "bias": None, "t": t.factor(s.m, s.r),
+        "b": t.factor(s.n, s.r, std=s.r**-0.5), "scale": 2.0,
     }  # fmt: skip
 
 
 def _lora_gemm_t(t: Maker) -> dict[str, Any]:
     s = t.size
     return {
-        "dy": t.normal(s.m, s.n), "w": t.operand(), "p": t.normal(s.m, s.r), "a": t.normal(s.r, s.k, std=s.r**-0.5),
+        "dy": t.normal(s.m, s.n), "w": t.operand(), "p": t.factor(s.m, s.r), "a": t.factor(s.r, s.k, std=s.r**-0.5),
         "seed": t.seed, "prob": s.dropout,
     }  # fmt: skip
 
 
 def _lora_add(t: Maker) -> dict[str, Any]:
     s = t.size
-    return {"y": t.normal(s.m, s.n), "t": t.normal(s.m, s.r), "b": t.normal(s.n, s.r, std=s.r**-0.5), "scale": 2.0}
+    return {"y": t.normal(s.m, s.n), "t": t.factor(s.m, s.r), "b": t.factor(s.n, s.r, std=s.r**-0.5), "scale": 2.0}
 
 
 def _lora_dx(t: Maker) -> dict[str, Any]:
     s = t.size
-    a = t.normal(s.r, s.k, std=s.r**-0.5)
-    return {"p": t.normal(s.m, s.r), "a": a, "seed": t.seed, "prob": s.dropout, "dtype": s.dtype}
+    a = t.factor(s.r, s.k, std=s.r**-0.5)
+    return {"p": t.factor(s.m, s.r), "a": a, "seed": t.seed, "prob": s.dropout, "dtype": s.dtype}
 
 
 def _lora_dt(t: Maker) -> dict[str, Any]:
     s = t.size
-    return {"dy": t.normal(s.m, s.n), "b": t.normal(s.n, s.r, std=s.n**-0.5), "scale": 2.0}
+    return {"dy": t.normal(s.m, s.n), "b": t.factor(s.n, s.r, std=s.n**-0.5), "scale": 2.0}
 
 
 def _lora_factor_grads(t: Maker) -> dict[str, Any]:
     s = t.size
     return {
-        "dy": t.normal(s.m, s.n), "t": t.normal(s.m, s.r), "x": t.normal(s.m, s.k), "p": t.normal(s.m, s.r),
+        "dy": t.normal(s.m, s.n), "t": t.factor(s.m, s.r), "x": t.normal(s.m, s.k), "p": t.factor(s.m, s.r),
         "seed": t.seed, "prob": s.dropout, "scale": 2.0, "db_dtype": torch.float32, "da_dtype": torch.float32,
     }  # fmt: skip
 
@@ -190,8 +195,8 @@ def _row_norm(t: Maker) -> dict[str, Any]:
 def _dora_add(t: Maker) -> dict[str, Any]:
     s = t.size
     g = t.normal(s.n, std=0.1, dtype=torch.float32) + 1
-    b = t.normal(s.n, s.r, std=s.r**-0.5)
-    return {"y": t.normal(s.m, s.n), "g": g, "shift": None, "t": t.normal(s.m, s.r), "b": b, "scale": 2.0}
+    b = t.factor(s.n, s.r, std=s.r**-0.5)
+    return {"y": t.normal(s.m, s.n), "g": g, "shift": None, "t": t.factor(s.m, s.r), "b": b, "scale": 2.0}
 
 
 def _feature_scale(t: Maker) -> dict[str, Any]:

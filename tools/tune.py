@@ -57,6 +57,7 @@ TUNED = {
     "row_norm": (True, False),
     "dequantize": (True, False),
 }
+_WITH_FACTORS = ("lora_", "siblings_", "dora_")
 MARGIN = 0.97  # a path must take less than this share of torch's time to be chosen
 
 
@@ -114,12 +115,16 @@ def sizes(dry: bool) -> Iterator[Size]:
 
 
 def points(dry: bool) -> Iterator[tuple[str, Size]]:
-    """Every op at every size, in every format and with dropout where that matters to it."""
+    """Every op at every size, in every format and with dropout where that matters to it, and at the usual rank with
+    fp32 factors beside half-precision activations."""
     for size in sizes(dry):
-        for name, (stored, drops) in TUNED.items():
-            for format in ("dense", "nf4") if stored else ("dense",):
-                for dropout in (0.0, 0.1) if drops else (0.0,):
-                    yield name, size._replace(format=format, dropout=dropout)
+        for wide in (False, True) if dry or size.r == 16 else (False,):
+            for name, (stored, drops) in TUNED.items():
+                if wide and not name.startswith(_WITH_FACTORS):
+                    continue
+                for format in ("dense", "nf4") if stored and not wide else ("dense",):
+                    for dropout in (0.0, 0.1) if drops else (0.0,):
+                        yield name, size._replace(format=format, dropout=dropout, wide=wide)
 
 
 def tune(device: str, deadline: Deadline, dry: bool) -> Iterator[dict]:

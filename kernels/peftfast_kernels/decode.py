@@ -86,7 +86,6 @@ class Decoder(NamedTuple):
     reference: Callable[[Operand], Tensor]  # -> [N, K], rounded to w.dtype, the definition written out
     stored: Callable[[Operand], Tensor]  # -> [N, K] (or [K, N] if transposed) in w.dtype; may alias the storage
     transposed: bool = False
-    bytes_per_weight: float = 2.0
 
 
 DECODERS: dict[str, Decoder] = {}
@@ -270,9 +269,9 @@ def _int8_stored(w: Operand) -> Tensor:
 
 DECODERS["dense"] = Decoder("tile_dense", _dense_reference, _dense_stored)
 DECODERS["dense_t"] = Decoder("tile_dense_t", _dense_t_reference, _dense_stored, transposed=True)
-DECODERS["nf4"] = Decoder("tile_nf4", _four_bit_reference, _four_bit_stored, bytes_per_weight=0.5)
-DECODERS["fp4"] = Decoder("tile_fp4", _four_bit_reference, _four_bit_stored, bytes_per_weight=0.5)
-DECODERS["int8"] = Decoder("tile_int8", _int8_reference, _int8_stored, bytes_per_weight=1.0)
+DECODERS["nf4"] = Decoder("tile_nf4", _four_bit_reference, _four_bit_stored)
+DECODERS["fp4"] = Decoder("tile_fp4", _four_bit_reference, _four_bit_stored)
+DECODERS["int8"] = Decoder("tile_int8", _int8_reference, _int8_stored)
 
 
 # -- test operands ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Triton: the keep mask written out (tests and export only; the other kernels regenerate it in registers)."""
+"""Triton: the keep mask written out, for tests, exported models and layers that processes share; the other kernels make
+it again in registers."""
 
 import torch
 import triton

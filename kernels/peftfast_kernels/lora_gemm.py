@@ -14,10 +14,8 @@ from torch import Tensor
 from peftfast_kernels import dispatch
 from peftfast_kernels.decode import Operand, decoder_of, random_operand, weight_kn, weight_nk
 from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, small_keep, threshold
-from peftfast_kernels.lora_down import lora_cases, make_inputs, make_seed
+from peftfast_kernels.lora_down import WIDE_CHUNK, lora_cases, make_inputs, make_seed
 from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks, transposed, zero_like
-
-WIDE_CHUNK = 1 << 19  # elements of the fp32 update held at a time: 2 MiB
 
 
 def base_product(x: Tensor, w: Operand, bias: Tensor | None) -> Tensor:

@@ -227,3 +227,29 @@ def test_what_is_not_known_gets_changed_weights(case, monkeypatch):
     torch.testing.assert_close(oracle.logits(twins.ours), expected, rtol=1e-4, atol=2e-5)
     assert len(routed) == (0 if case == "another implementation" else 1)
     assert next(calls) == (2 if case == "another implementation" else 0)
+
+
+@pytest.mark.parametrize(
+    "capability, grouped", [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)]
+)
+def test_gpus_without_a_grouped_product_loop(monkeypatch, capability, grouped):
+    """torch's own stand-in there waits for the device in every call. Where an empty group gives something, it is
+    zeroed."""
+    from peftfast.ops import experts
+
+    class OnAGpu(torch.Tensor):
+        is_cuda, is_cpu, device = True, False, torch.device("cuda", 0)
+
+    experts._capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x, w = torch.ones(16, 16, dtype=torch.bfloat16), torch.ones(3, 16, 16, dtype=torch.bfloat16)
+    gpu = [t.as_subclass(OnAGpu) for t in (x, w)]
+    runs = experts.Runs(3, torch.tensor([8, 8, 16], dtype=torch.int32))
+    try:
+        assert runs._takes(*gpu) is grouped
+        monkeypatch.setattr(experts.F, "grouped_mm", lambda x, y, offs: torch.ones(3, 16, 16))
+        if grouped:
+            found = runs.outer(gpu[0], gpu[0])
+            assert (found[1] == 0).all() == (capability[0] == 10) and (found[[0, 2]] == 1).all()
+    finally:
+        experts._capability.cache_clear()
