@@ -128,9 +128,10 @@ def lora_factor_grads(
 
 
 def _wide_db(dy: Tensor, t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    db = torch.zeros(dy.shape[1], t.shape[1], dtype=t.dtype, device=t.device)
+    wide = torch.promote_types(t.dtype, torch.float32)  # a running sum in half precision drifts
+    db = torch.zeros(dy.shape[1], t.shape[1], dtype=wide, device=t.device)
     for rows in row_chunks(dy.shape[0], dy.shape[1], WIDE_CHUNK, dy.device):
-        db.addmm_(dy[rows].to(t.dtype).t(), t[rows], alpha=scale)
+        db.addmm_(dy[rows].to(wide).t(), t[rows].to(wide), alpha=scale)
     return db.to(dtype)
 
 

@@ -348,3 +348,14 @@ def test_norms_of_weights_that_only_torch_reads(backend, device):
     with use_backend(backend):
         found = row_norm(dense(weight), a, b, 0.5)
     torch.testing.assert_close(found, (weight.float() + 0.5 * b @ a).norm(dim=1))
+
+
+def test_sums_over_many_rows_do_not_drift_in_half_precision():
+    """fp32 gradients of a base module's output beside bf16 products, as under autocast."""
+    g = torch.Generator().manual_seed(0)
+    dy, t = torch.randn(8192, 256, generator=g) + 1, torch.randn(8192, 8, generator=g).bfloat16()
+    exact = dy.double().t() @ t.double()
+    with use_backend("torch"):
+        (found,) = lora_factor_grads(dy, t, None, None, None, 0.0, 1.0, torch.float32, torch.float32)
+    plain = (dy.bfloat16().t() @ t).double()
+    assert (found - exact).norm() <= (plain - exact).norm()
