@@ -188,15 +188,20 @@ _pairs_cache: dict[tuple[str, torch.device], Tensor] = {}
 def _pairs(w: Operand) -> Tensor:
     """int64 [256]: the two fp32 values of every byte, as one word: gathering rows of two takes twice as long."""
     if torch.compiler.is_compiling():
-        return _made_pairs(w)
+        return _made_pairs(_code(w))
     key = (w.format, w.device)
     if key not in _pairs_cache:
-        _pairs_cache[key] = lasting(w.device, lambda: _made_pairs(w))
+        _pairs_cache[key] = lasting(pairs_on_host(w.format), w.device)
     return _pairs_cache[key]
 
 
-def _made_pairs(w: Operand) -> Tensor:
-    code = _code(w)
+def pairs_on_host(format: str) -> Tensor:
+    """The same on the CPU."""
+    return _made_pairs(torch.tensor(_levels(format), dtype=torch.float32, device="cpu"))
+
+
+def _made_pairs(code: Tensor) -> Tensor:
+    """The same of a table fp32 [16]."""
     return torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1).view(torch.int64).reshape(256)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels.configs import cdiv, chip_of, tile
-from peftfast_kernels.decode import DECODERS, FP4_CODE, INT8_STEP, NF4_CODE, Operand, decoder_of, packed_bytes
+from peftfast_kernels.decode import DECODERS, INT8_STEP, Operand, decoder_of, packed_bytes, pairs_on_host
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting, lasting
 from peftfast_kernels.tiles import narrow
@@ -153,16 +153,14 @@ _tables: dict[tuple[str, torch.device], Tensor] = {}
 def _table(format: str, device: torch.device) -> Tensor:
     key = (format, device)
     if key not in _tables:
-        _tables[key] = lasting(device, lambda: _made_table(format).to(device))
+        _tables[key] = lasting(_made_table(format), device)
     return _tables[key]
 
 
 def _made_table(format: str) -> Tensor:
     if format == "int8":
-        return torch.tensor([INT8_STEP], dtype=torch.float32)
-    code = torch.tensor(NF4_CODE if format == "nf4" else FP4_CODE, dtype=torch.float32)
-    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
-    return pairs.view(torch.int64).reshape(256)
+        return torch.tensor([INT8_STEP], dtype=torch.float32, device="cpu")
+    return pairs_on_host(format)
 
 
 class Stored(NamedTuple):

@@ -368,20 +368,15 @@ def transposed(matrix: Tensor) -> Tensor:
     return matrix.t() if view is None else view
 
 
-def lasting(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` gives, to be kept: on a GPU made in a thread of its own. Whoever collects the memory that a CUDA
-    graph uses (torch.compile's "reduce-overhead") does so by thread, and would count it as the graph's."""
+def lasting(made: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on a device, to be kept. On a GPU its memory is asked for in a thread of its own:
+    whoever collects what a CUDA graph uses (torch.compile's "reduce-overhead") does so by thread, and would count it
+    in."""
     if device.type != "cuda":
-        return make()
-
-    def made() -> Tensor:
-        with torch.cuda.device(device):
-            tensor = make()
-            torch.cuda.current_stream().synchronize()
-        return tensor
-
+        return made.to(device)
     with ThreadPoolExecutor(1) as apart:
-        return apart.submit(made).result()
+        room = apart.submit(torch.empty, made.shape, dtype=made.dtype, device=device).result()
+    return room.copy_(made)
 
 
 _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -394,5 +389,5 @@ def zero_like(x: Tensor) -> Tensor:
     key = (x.dtype, x.device)
     zero = _zeros.get(key)
     if zero is None:
-        zero = _zeros[key] = lasting(x.device, lambda: torch.zeros((), dtype=x.dtype, device=x.device))
+        zero = _zeros[key] = lasting(torch.zeros((), dtype=x.dtype, device="cpu"), x.device)
     return zero
