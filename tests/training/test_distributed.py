@@ -106,7 +106,9 @@ def test_fsdp2_traffic(processes, request):
             if not run.startswith("fsdp2:"):
                 continue
             assert found["unknown"] == [], run
-            assert found["reduced"] == found["trained"] > 0, run
+            # from torch 2.15 on, gradients are reduced in the Parameter's own dtype where the policy names none
+            wider = 2 if "mixed" in run and torch.__version__ >= "2.15" else 1
+            assert found["reduced"] == wider * found["trained"] > 0, run
             assert found["gathered"] == 2 * found["blocks"] + found["rest"], run
             if "saved" not in run and "mixed" not in run:  # 97 rows are padded; mixed reduces in bf16
                 assert found["reduced"] == found["adapter"], run
