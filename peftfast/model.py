@@ -302,19 +302,21 @@ class PeftModel(HasCounterpart, nn.Module):
                     stacklevel=2,
                 )
                 names = [n for n in names if n not in absent]
+        initial = path_initial_model_for_weight_conversion
+        start = None if initial is None else read_adapter(initial)
         prepared = []
         for name in names:
             cfg = self.peft_config[name]
             embeddings = needs_embedding_layers(self, cfg, save_embedding_layers)
             tensors = adapter_state_dict(self, cfg, name, state_dict, embeddings)
-            if path_initial_model_for_weight_conversion is not None:
-                cfg, tensors = as_plain_lora(cfg, tensors, path_initial_model_for_weight_conversion)
+            if start is not None:
+                cfg, tensors = as_plain_lora(self, name, self.peft_config, tensors, start)
             prepared.append((name, cfg, tensors))
         if not is_main_process:
             return
         os.makedirs(save_directory, exist_ok=True)
         # what was rewritten is for the weights before the initialisation, which are not here
-        base_record = "" if path_initial_model_for_weight_conversion else fingerprint(self.get_base_model())
+        base_record = "" if start is not None else fingerprint(self.get_base_model())
         for name, cfg, tensors in prepared:
             base = cfg.base_model_name_or_path or getattr(self.get_base_model(), "name_or_path", None) or None
             cfg.base_model_name_or_path = base

@@ -112,6 +112,30 @@ def test_loaded_beside_another_and_unloaded(tmp_path):
     assert [n for n, _ in base.named_modules()] == [n for n, _ in moe.qwen3_moe().named_modules()]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_training_changed_as_an_adapter_of_its_own(transposed, tmp_path):
+    """Every expert has its own ranks, so its initial factors go beside its own."""
+    changes = {
+        "target_parameters": ["inner", "outer", "mix"],
+        "target_modules": [],
+        "rank_pattern": {"^stacks.inner": 3},
+    }
+    model = adapted(make=lambda: moe.plain(transposed), names=("default",), **changes)
+
+    def change_of(adapter):
+        merged = copy.deepcopy(adapter).merge_and_unload()
+        return {n: p - before for (n, p), before in zip(merged.named_parameters(), base, strict=True)}
+
+    base = list(moe.plain(transposed).parameters())
+    model.save_pretrained(tmp_path / "initial")
+    at_first = change_of(model)
+    trained = change_of(fill(model, 4))
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    found = change_of(peftfast.PeftModel.from_pretrained(moe.plain(transposed), tmp_path / "plain"))
+    for name, change in found.items():
+        close(change, trained[name] - at_first[name])
+
+
 def test_injected(tmp_path):
     model = peftfast.inject_adapter_in_model(peftfast.LoraConfig(**OPTIONS), moe.qwen3_moe())
     fill(model)

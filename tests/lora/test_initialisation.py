@@ -203,7 +203,13 @@ def test_loftq_with_more_ranks_than_directions():
 
 @pytest.mark.parametrize("init", CHANGING)
 @pytest.mark.parametrize(
-    "extra", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3}}]
+    "extra",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+        {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 2}},
+    ],
 )
 def test_conversion_to_a_plain_lora(init, extra, tmp_path):
     make = oracle.llama
@@ -256,6 +262,31 @@ def test_conversions_that_make_no_sense(tmp_path):
     with pytest.raises(ValueError, match="rsLoRA"):
         both.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("init", "changes", "why"),
+    [
+        (True, {"r": 2}, r"'b' did not .*another shape.*q_proj.lora_A.weight \[2, 32\], there \[4, 32\]"),
+        (True, {}, "'b' did not .*init_lora_weights=True, so it was 'a' that changed"),
+        ("olora", {}, "'b' did not .*init_lora_weights='olora', there 'pissa'"),
+        ("pissa", {"target_modules": ["q_proj"]}, "'b' did not .*the adapter itself has no .*down_proj"),
+        ("pissa", {"target_modules": [*TARGETS, "k_proj"]}, "'b' did not .*the initial adapter has no .*k_proj"),
+        ("pissa", {"lora_alpha": 3}, "'b' did not .*another scaling .*q_proj"),
+    ],
+)
+def test_conversion_of_an_adapter_that_began_otherwise(init, changes, why, tmp_path):
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": TARGETS}
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**options, init_lora_weights="pissa"), "a")
+    model.save_pretrained(tmp_path)
+    oracle.quietly(model.add_adapter, "b", LoraConfig(**{**options, "init_lora_weights": init, **changes}))
+    saving = {"path_initial_model_for_weight_conversion": str(tmp_path / "a")}
+    with pytest.raises(ValueError, match=why):
+        model.save_pretrained(tmp_path / "out", **saving)
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out", selected_adapters=["a"], **saving)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["a"]
 
 
 def test_base_dtypes_that_cannot_be_decomposed():
