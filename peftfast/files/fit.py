@@ -26,6 +26,7 @@ from peftfast.files.state import (
     adapter_entries,
     embedding_modules,
     strip_wrappers,
+    without_places,
     wrapped_modules,
 )
 from peftfast.keys import PREFIX, in_base
@@ -191,6 +192,7 @@ def fit_state_dict(
     tensors = migrate_experts(tensors, entries, cfg, getattr(model, "get_base_model", lambda: model)())
     known = set(entries)
     base: dict[str, Tensor] | None = None
+    places: dict[str, str] = {}  # base tensors may have been, or be here, inside layers of other adapters
     embeddings: dict[str, nn.Module] = {}
     for key, tensor in tensors.items():
         entry = entries.pop(key, None)
@@ -198,9 +200,12 @@ def fit_state_dict(
             if base is None:
                 embeddings = embedding_modules(model)
                 base = {strip_wrappers(k): v for k, v in model.named_parameters(remove_duplicate=False)}
-            here = base.get(key)
+                places = {without_places(k): k for k in base}
             if key.replace(".modules_to_save.", ".") in known:
                 continue  # with bias="all" PEFT writes the biases of kept modules twice
+            if key not in base:
+                key = places.get(without_places(key), key)
+            here = base.get(key)
             if here is None or not _may_travel(key, embeddings):
                 fit.unexpected.append(key)
                 continue

@@ -161,20 +161,26 @@ def adapter_state_dict(
     if given is None and (bias != "none" or save_embedding_layers):  # else the whole model is listed for nothing
         source = {strip_wrappers(k): v for k, v in model.state_dict(keep_vars=True).items()}
     if bias != "none":
-        adapted = {key for key, module in wrapped_modules(model) if isinstance(module, BaseTunerLayer)}
+        adapted = {key: module for key, module in wrapped_modules(model) if isinstance(module, BaseTunerLayer)}
         for key, tensor in source.items():
             if not is_bias(key) or ".modules_to_save." in key or ".lora_" in key or ".original_module." in key:
                 continue
-            if bias == "all" or key.removesuffix(".base_layer.bias") in adapted:
-                result[key] = tensor
+            holder, _, rest = key.partition(".base_layer.")
+            layer = adapted.get(holder)
+            own = layer is not None and adapter_name in layer.adapters
+            if bias == "all" or (own and rest == "bias"):
+                # a file has to load by itself, without the layers of other adapters
+                result[key if layer is None or own else without_places(key)] = tensor
     if save_embedding_layers:
-        own = embedding_modules(model)
+        modules = embedding_modules(model)
         # an adapted embedding travels with its adapter; where none is adapted they have been resized, and both do
-        own = {key: module for key, module in own.items() if isinstance(module, BaseTunerLayer)} or own
-        for name, module in own.items():
+        here = [key for key, m in modules.items() if isinstance(m, BaseTunerLayer) and adapter_name in m.adapters]
+        for name in here or modules:
+            module = modules[name]
             place = next((place for kind, place in _BASE_INSIDE.items() if isinstance(module, kind)), "")
-            inside = f"{name}.{place}"
-            result.update({k: v for k, v in source.items() if k.startswith(inside)})
+            own = bool(place) and adapter_name in module._get_available_adapters()
+            inside, saved = f"{name}.{place}", f"{name}.{place if own else ''}"
+            result.update({saved + k.removeprefix(inside): v for k, v in source.items() if k.startswith(inside)})
     result = gathered(result)  # also detaches
     method = method_for(cfg) if not cfg.is_prompt_learning else None
     return method.to_file(cfg, result) if hasattr(type(method), "to_file") else result
@@ -202,6 +208,14 @@ _BASE_INSIDE: dict[type, str] = {
     TrainableTokensWrapper: "token_adapter.base_layer.",
     ModulesToSaveWrapper: "original_module.",
 }
+
+
+_INSIDE = re.compile(r"\.(base_layer|token_adapter|original_module)(?=\.)")
+
+
+def without_places(key: str) -> str:
+    """A base tensor's name without where it is inside what replaced its module, which differs from model to model."""
+    return _INSIDE.sub("", key)
 
 
 def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -256,6 +256,47 @@ def test_resized_vocabulary_is_saved(base_folder, tmp_path):
     assert "base_model.model.lm_head.weight" in load_file(tmp_path / "ours/adapter_model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("library", "how"),
+    [
+        (peftfast, "target_modules"),
+        (peftfast, "modules_to_save"),
+        (peftfast, "trainable_token_indices"),
+        (peft, "target_modules"),
+        (peft, "modules_to_save"),  # with token rows beside it PEFT saves nothing
+    ],
+)
+def test_resized_vocabulary_beside_an_adapted_embedding(library, how, tmp_path):
+    """Whether the embedding travels is asked of the adapter that is saved, not of others, and its file needs neither
+    them nor their places in the model."""
+
+    def base(seed):
+        model = oracle.llama()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(oracle.VOCABULARY + 8, mean_resizing=False)
+        return model
+
+    names = {"target_modules": ["embed_tokens"], "trainable_token_indices": [1]}.get(how, ["embed_tokens"])
+    other = LoraConfig(**{"target_modules": ["k_proj"], how: names})
+    model = library.get_peft_model(base(1), library.LoraConfig(**OPTIONS))
+    model.add_adapter("other", library.LoraConfig(**{"target_modules": ["k_proj"], how: names}))
+    model.save_pretrained(tmp_path, selected_adapters=["default"], save_embedding_layers=True)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    whole = ["base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"]
+    if library is peftfast:
+        assert sorted(k for k in saved if "lora" not in k) == whole
+        for key, module in zip(whole, (model.get_output_embeddings(), model.get_input_embeddings()), strict=True):
+            assert torch.equal(saved[key], getattr(module, "original_module", module).weight)
+        theirs = peft.PeftModel.from_pretrained(base(2), tmp_path)
+        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+    ours = peftfast.PeftModel.from_pretrained(base(2), tmp_path, strict=True)
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-5)
+    beside = peftfast.get_peft_model(base(2), other, "other")
+    beside.load_adapter(tmp_path, "default", strict=True)
+    beside.set_adapter("default")
+    torch.testing.assert_close(logits(beside), logits(model), rtol=1e-4, atol=1e-5)
+
+
 def test_auto_classes(base_folder, tmp_path):
     from transformers import LlamaForCausalLM
 
@@ -453,6 +494,29 @@ def test_an_adapter_with_biases_beside_others_without(kind, tmp_path):
         trainable.append({n for n, p in model.named_parameters() if p.requires_grad})
         torch.testing.assert_close(logits(model), logits(trained))
     assert trainable[0] == trainable[1] and not [n for n in trainable[0] if n.endswith(".bias")]
+
+
+@pytest.mark.parametrize("kind", ["all", "lora_only"])
+def test_biases_beside_layers_of_other_adapters(kind, tmp_path):
+    """The file names them as they are without the other adapter, and loads with and without it."""
+    model = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**{**OPTIONS, "bias": kind}))
+    alone = set(peftfast.get_peft_model_state_dict(model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias") and parameter.requires_grad:
+                parameter.fill_(1.25)
+    other = LoraConfig(target_modules=["down_proj"])
+    model.add_adapter("other", other)
+    expected = logits(model)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == alone
+    beside = peftfast.get_peft_model(oracle.llama(bias=True), other, "other")
+    oracle.quietly(beside.load_adapter, tmp_path, "default")
+    beside.set_adapter("default")
+    loaded = [beside, peftfast.PeftModel.from_pretrained(oracle.llama(bias=True), tmp_path, strict=True)]
+    loaded.append(peft.PeftModel.from_pretrained(oracle.llama(bias=True), tmp_path))
+    for model in loaded:
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_asking_for_embeddings_that_nobody_can_find_is_said(tmp_path):
