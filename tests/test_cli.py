@@ -435,9 +435,23 @@ def stop_after(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
     monkeypatch.setattr(_loop.Run, "one_step", one_step)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys, monkeypatch, dtype):
-    options = ["--steps", 5, "--batch-size", 2, "--seq-len", 32, "--dropout", 0.2, "--dtype", dtype]
+ADALORA = [f"--set={field}" for field in ("tinit=1", "tfinal=1", "deltaT=1", "init_r=8", "target_r=4")]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--dtype", "fp32"],
+        ["--dtype", "fp16"],
+        ["--method", "adalora", *ADALORA],  # the schedule and what it knows of the ranks
+        ["--set", 'velora_config={"num_groups": 4, "init_type": "batch_average_once"}'],  # the direction
+        ["--set", 'monteclora_config={"num_samples": 2}'],  # random numbers that are drawn for many steps
+        ["--set", 'monteclora_config={"num_samples": 2, "buffer_size": 2}'],
+    ],
+    ids=["fp32", "fp16", "adalora", "velora", "monteclora", "monteclora drawing anew"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys, monkeypatch, extra):
+    options = ["--steps", 5, "--batch-size", 2, "--seq-len", 32, "--dropout", 0.2, *extra]
     assert train(tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -449,6 +463,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys, monkeypatch
     whole, parts = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    configs = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("whole", "parts")]
+    assert configs[0] == configs[1]
 
 
 def test_sigterm_stops_like_ctrl_c(tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from peftfast.cli import UserError
 from peftfast.cli._data import IGNORED, Row, batch_of_step, collate
 from peftfast.cli._settings import STATE_FILE
+from peftfast.files.state import adapter_entries
 
 WARMUP = 0.05  # share of the steps
 CLIP = 1.0
@@ -47,6 +48,9 @@ class Run:
 
     def __post_init__(self) -> None:
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        own = {entry.live for name in self.model.peft_config for entry in adapter_entries(self.model, name)}
+        # some adapters learn in buffers as well
+        self.changing = {**self.trainable, **{n: b for n, b in self.model.named_buffers() if n in own}}
         self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=self.settings["lr"], weight_decay=0.0)
         # Only fp16 has so small a range that gradients vanish without a scale.
         self.scaler = torch.amp.GradScaler(self.device.split(":")[0], enabled=self.settings["dtype"] == "fp16")
@@ -140,35 +144,49 @@ class Run:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "weights": {n: p.detach().cpu() for n, p in self.trainable.items()},
+            "weights": {n: p.detach().cpu() for n, p in self.changing.items()},
+            "schedule": self.schedule_of_ranks(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if self.device.startswith("cuda") else [],
+            "random_own": {n: m.random_state() for n, m in self.samplers()},
         }
         unfinished = self.folder / (STATE_FILE + ".tmp")
         torch.save(state, unfinished)
         os.replace(unfinished, self.folder / STATE_FILE)
 
+    def schedule_of_ranks(self) -> torch.Tensor | None:
+        tuner = self.model.base_model
+        return tuner.get_extra_state() if type(tuner).get_extra_state is not torch.nn.Module.get_extra_state else None
+
+    def samplers(self) -> list[tuple[str, Any]]:
+        """The adapters' modules that have drawn random numbers for steps to come."""
+        return [(n, m) for n, m in self.model.named_modules() if hasattr(type(m), "random_state")]
+
     def release(self) -> None:
         """Let go of everything large; what was counted stays."""
-        del self.model, self.trainable, self.optimizer
+        del self.model, self.trainable, self.changing, self.optimizer
 
     def restore(self, state: dict[str, Any]) -> None:
         if state["data"] != self.digest:
             raise UserError(
                 f"--resume: --data {self.settings['data']!r} no longer holds what the saved run was trained on"
             )
-        if state["weights"].keys() != self.trainable.keys():
+        if state["weights"].keys() != self.changing.keys():
             raise UserError(f"--resume: {STATE_FILE} was saved for other parameters than this model trains")
         with torch.no_grad():
-            for name, p in self.trainable.items():
+            for name, p in self.changing.items():
                 if state["weights"][name].shape != p.shape:
                     raise UserError(
                         f"--resume: {name} has shape {list(state['weights'][name].shape)} in {STATE_FILE}, "
                         f"{list(p.shape)} in the model"
                     )
                 p.copy_(state["weights"][name])
+        if state["schedule"] is not None:
+            self.model.base_model.set_extra_state(state["schedule"])
+        for name, sampler in self.samplers():
+            sampler.set_random_state(state["random_own"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]

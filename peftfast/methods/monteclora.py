@@ -150,6 +150,22 @@ class MontecloraSampler(nn.Module):
             return False
         return self._ahead is None or self._ahead.used >= self.buffer_size
 
+    def random_state(self) -> tuple[Tensor, int] | None:
+        """Where this sampler is in its random numbers, for a training that goes on later; None where it has none of its
+        own."""
+        return None if self._ahead is None else (self._ahead.start, self._ahead.used)
+
+    def set_random_state(self, state: tuple[Tensor, int] | None) -> None:
+        """Go on where `random_state` was taken; torch's generator stays where it is."""
+        self.__dict__["_ahead"] = None
+        if state is not None:
+            start, used = state
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(start)
+                self.__dict__["_ahead"] = _Ahead(self)
+            for _ in range(used):
+                self._ahead.take()
+
     @torch.no_grad()
     def _draw(self) -> tuple[Tensor, Draw]:
         """Z [S, K, r] and the rest."""
@@ -187,6 +203,7 @@ class _Ahead:
 
     def __init__(self, sampler: MontecloraSampler) -> None:
         count, dtype = sampler.buffer_size, sampler.dtype
+        self.start = torch.get_rng_state()
         self.used = 0
         self.normal = NormalSlices(count, sampler._shape, dtype)
         self.dirichlet = torch.randn(count, sampler.num_samples, dtype=dtype)
