@@ -10,6 +10,10 @@ from peftfast.files.atomic import find_file
 from peftfast.model import PeftModel
 from peftfast.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
+#: Arguments of `PeftModel.from_pretrained` alone, and those that the base model's `from_pretrained` takes as well.
+_OF_ADAPTER = {"autocast_adapter_dtype", "ephemeral_gpu_offload", "strict", "num_virtual_tokens", "torch_device"}
+_OF_BOTH = {"low_cpu_mem_usage", "key_mapping", "ignore_mismatched_sizes"}
+
 #: Libraries whose classes `auto_mapping` may name; a config is data and must not choose what is imported.
 IMPORT_ALLOWLIST = ("transformers", "diffusers")
 
@@ -40,11 +44,13 @@ class _AutoPeftModel:
         Args:
             revision: of the adapter; the base's is in the adapter's config.
             import_allowlist: libraries that `auto_mapping` may name besides the usual ones.
-            kwargs: of the base model's `from_pretrained` and of `hf_hub_download`.
+            kwargs: of the base model's `from_pretrained`, of `PeftModel.from_pretrained` and of `hf_hub_download`.
         """
         import transformers
 
-        hub, model_kwargs = PeftConfig._split_hub_arguments(kwargs)
+        hub, others = PeftConfig._split_hub_arguments(kwargs)
+        own = {name: value for name, value in others.items() if name in _OF_ADAPTER | _OF_BOTH}
+        model_kwargs = {name: value for name, value in others.items() if name not in _OF_ADAPTER}
         cfg = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         if not cfg.base_model_name_or_path:
             raise ValueError(f"The adapter in {pretrained_model_name_or_path} does not name its base model")
@@ -65,7 +71,7 @@ class _AutoPeftModel:
         _fit_vocabulary(base, pretrained_model_name_or_path, revision, hub)
         return peft_class.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name=adapter_name, is_trainable=is_trainable, config=config,
-            revision=revision, **hub,
+            revision=revision, **own, **hub,
         )  # fmt: skip
 
     @staticmethod

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ import torch
 from torch import nn
 
 from peftfast import status
-from peftfast.config import PeftConfig, PeftType
-from peftfast.errors import PeftWarning
+from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType
+from peftfast.errors import AdapterMismatchWarning, PeftWarning, close_matches
 from peftfast.files.activation import Activation, adapters_in, read_activation, write_activation
 from peftfast.files.card import write_card
 from peftfast.files.convert_init import as_plain_lora, warn_beside_others
@@ -368,6 +370,7 @@ class PeftModel(HasCounterpart, nn.Module):
         strict: bool | str = False,
         ignore_mismatched_sizes: bool = False,
         num_virtual_tokens: int | None = None,
+        torch_device: str | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """A saved adapter on its base model.
@@ -381,6 +384,7 @@ class PeftModel(HasCounterpart, nn.Module):
             key_mapping: regex -> replacement for keys, None: the base model's own conversion of old checkpoints.
             strict: True refuses missing and unexpected tensors, False warns, "off" is silent about everything.
             num_virtual_tokens: cut a saved prompt to this length, or extend it by repeating it.
+            torch_device: where the file is read to; None: the CPU, from which tensors are copied to their layers.
             kwargs: of `hf_hub_download` (revision, subfolder, token, ...).
 
         Raises:
@@ -390,7 +394,8 @@ class PeftModel(HasCounterpart, nn.Module):
 
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
-        stored = _read(model_id, model, key_mapping, strict, kwargs, config)
+        _check_arguments(PeftModel.from_pretrained, kwargs, strict)
+        stored = _read(model_id, model, key_mapping, strict, kwargs, config=config, device=torch_device)
         config, tensors = stored.config, stored.tensors
         if config.is_prompt_learning and is_trainable:
             raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
@@ -458,15 +463,15 @@ class PeftModel(HasCounterpart, nn.Module):
         """Load an adapter beside the present ones, inactive; or, for a name that is present, its weights again.
         Arguments as of `from_pretrained`.
 
-        Args:
-            torch_device: where the file is read to; None: the CPU, from which tensors are copied to their layers.
-
         Returns:
             (missing_keys, unexpected_keys) of this adapter only.
         """
         new = adapter_name not in self.peft_config
         present = None if new else self.peft_config[adapter_name]
-        stored = _read(model_id, self.get_base_model(), key_mapping, strict, kwargs, present, torch_device)
+        _check_arguments(PeftModel.load_adapter, kwargs, strict)
+        stored = _read(
+            model_id, self.get_base_model(), key_mapping, strict, kwargs, present=present, device=torch_device
+        )
         if new:
             config = stored.config
             if config.is_prompt_learning and is_trainable:
@@ -550,8 +555,33 @@ def refuse_peft_model(model: nn.Module) -> None:
         )
 
 
-def _read(model_id: Any, base: nn.Module, key_mapping: dict[str, str] | None, strict: bool | str, kwargs: dict,
-          config: PeftConfig | None, device: str | None = None) -> Stored:  # fmt: skip
+def _check_arguments(function: Callable[..., Any], kwargs: dict[str, Any], strict: bool | str) -> None:
+    """Say, or with strict=True refuse, which further arguments of `function` nobody knows: they are not of the Hub's
+    either, and no field of a config."""
+    _, others = PeftConfig._split_hub_arguments(kwargs)
+    known = {f.name for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values() for f in fields(cls)}
+    unknown = [name for name in others if name not in known]
+    if not unknown:
+        return
+    named = [*inspect.signature(function).parameters, *PeftConfig._hub_arguments]
+    near = "".join(close_matches(name, named, 1) for name in unknown)
+    message = f"{function.__qualname__} does not know the arguments {unknown}.{near}"
+    if strict is True:
+        raise TypeError(message)
+    if strict != "off":
+        warnings.warn(f"{message} They have no effect.", AdapterMismatchWarning, stacklevel=3)
+    for name in unknown:
+        del kwargs[name]
+
+
+def _read(
+    model_id: Any,
+    base: nn.Module,
+    key_mapping: dict[str, str] | None,
+    strict: bool | str,
+    kwargs: dict[str, Any],
+    **options: Any,
+) -> Stored:
     if key_mapping is None:
         key_mapping = getattr(base, "_checkpoint_conversion_mapping", None) or None
-    return read_adapter(model_id, config, device=device, key_mapping=key_mapping, strict=strict, **kwargs)
+    return read_adapter(model_id, key_mapping=key_mapping, strict=strict, **options, **kwargs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftfast.config import CONFIG_NAME, PeftConfig
 from peftfast.errors import AdapterLoadError, PeftWarning
 from peftfast.files.atomic import find_file, locked, write_atomically, write_pair
-from peftfast.files.metadata import check_sizes, config_changes, describe, lost_checksums, verify
+from peftfast.files.metadata import check_sizes, config_changes, describe, lost_checksums, other_settings, verify
 from peftfast.files.migrate import migrate_keys
 from peftfast.files.state import check_whole
 from peftfast.keys import PREFIX, in_base
@@ -171,13 +171,14 @@ class Stored(NamedTuple):
     config: PeftConfig
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    changes: list[str]  # in the config since then
+    changes: list[str]  # in the config since then, and to the one that is used
 
 
 def read_adapter(
     model_id: str | os.PathLike,
     config: PeftConfig | None = None,
     *,
+    present: PeftConfig | None = None,
     device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
     strict: bool | str = False,
@@ -186,7 +187,8 @@ def read_adapter(
     """Config and tensors of an adapter folder or Hub repository, read together.
 
     Args:
-        config: instead of the saved one.
+        config: instead of the saved one. present: of an adapter that takes the tensors as it is; what the saved config
+            says otherwise is among the changes.
         strict: True refuses pickles and configs with unknown fields.
         kwargs: of `hf_hub_download`; others are passed to the config.
 
@@ -195,14 +197,17 @@ def read_adapter(
     """
     folder = os.path.join(model_id, kwargs.get("subfolder") or "")
     with locked(folder) if os.path.isdir(folder) else nullcontext():
-        given = config is not None
-        if not given:
-            config = PeftConfig.from_pretrained(model_id, strict=strict is True, **kwargs)
         hub, _ = PeftConfig._split_hub_arguments(kwargs)
+        saved = None
+        if config is None and (present is None or find_file(model_id, CONFIG_NAME, **hub) is not None):
+            saved = PeftConfig.from_pretrained(model_id, strict=strict is True, **kwargs)
+        config = config or present or saved
         tensors, metadata = _read_weights(model_id, device, hub, pickles=strict is not True)
     check_sizes(config, tensors)
     tensors = migrate_keys(tensors)
-    changes = lost_checksums(metadata) + ([] if given else config_changes(config, metadata))
+    changes = lost_checksums(metadata)
+    if saved is not None:
+        changes += config_changes(saved, metadata) + ([] if present is None else other_settings(saved, present))
     return Stored(config, _mapped(tensors, key_mapping), metadata, changes)
 
 

@@ -85,6 +85,27 @@ def config_changes(cfg: PeftConfig, metadata: Mapping[str, str]) -> list[str]:
     return [f"The config was changed after the weights were saved: {'; '.join(changed)}."] if changed else []
 
 
+#: What tensors of the same shapes are computed with.
+_COMPUTED = (
+    "peft_type", "variant", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "alora_invocation_tokens",
+)  # fmt: skip
+
+
+def other_settings(saved: PeftConfig, present: PeftConfig) -> list[str]:
+    """What the config of a file says otherwise than the one of the adapter that takes its tensors, of what changes its
+    output."""
+    names = set(_COMPUTED)
+    if getattr(present, "init_r", None) is not None:
+        names -= {"r", "rank_pattern"}  # AdaLoRA does not use the one, and the other is how far it has come
+    values = [(name, getattr(saved, name, None), getattr(present, name, None)) for name in sorted(names)]
+    # no pattern may be None or empty
+    differing = [f"{name} is {there!r} there and {here!r} here" for name, there, here in values
+                 if (there or None) != (here or None)]  # fmt: skip
+    if not differing:
+        return []
+    return [f"The file's config is another than the adapter's, which stays as it is: {'; '.join(differing)}."]
+
+
 def check_sizes(cfg: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a config that asks for far more memory than its own weights fill, before anything is allocated.
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import warnings
 from contextlib import nullcontext
 
 import oracle
@@ -363,6 +364,88 @@ def test_reloading_weights_into_a_present_adapter(tmp_path):
     assert result.missing_keys == [] and result.unexpected_keys == []
     torch.testing.assert_close(logits(model), expected)
     assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ({"lora_alpha": 32}, {}, "lora_alpha is 32 there and 8 here"),
+        ({}, {"use_rslora": True}, "use_rslora is False there and True here"),
+        ({"alpha_pattern": {"v_proj": 3}}, {}, "alpha_pattern is {'v_proj': 3} there"),
+        ({"use_dora": True}, {}, "variant is 'use_dora' there and None here"),
+        ({"lora_alpha": 32, "use_rslora": True}, {}, "lora_alpha is 32 there and 8 here; use_rslora is True there"),
+        ({"lora_dropout": 0.1, "target_modules": ["v_proj", "q_proj"], "init_lora_weights": True}, {}, None),
+    ],
+)
+def test_a_present_adapter_that_computes_otherwise_than_the_file(theirs, ours, said, tmp_path):
+    """Its config stays, as in PEFT, which says nothing of it."""
+    peftfast.get_peft_model(oracle.llama(), LoraConfig(**{**OPTIONS, **theirs})).save_pretrained(tmp_path)
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**{**OPTIONS, **ours}))
+    before = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.AdapterMismatchWarning)
+        if said is None:
+            model.load_adapter(tmp_path, "default", strict=True)
+            return
+        with pytest.raises(peftfast.AdapterLoadError, match=said):
+            model.load_adapter(tmp_path, "default", strict=True)
+        assert torch.equal(logits(model), before)
+        model.load_adapter(tmp_path, "default", strict="off")
+    with pytest.warns(peftfast.AdapterMismatchWarning, match=said):
+        model.load_adapter(tmp_path, "default")
+    asked = LoraConfig(**{**OPTIONS, **ours})  # this is what somebody wants
+    if "use_dora" not in theirs:
+        peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, config=asked, strict=True)
+    (tmp_path / "adapter_config.json").unlink()  # nothing is known, and nothing needed
+    with warnings.catch_warnings():
+        if "use_dora" not in theirs:
+            warnings.simplefilter("error", peftfast.AdapterMismatchWarning)
+        model.load_adapter(tmp_path, "default")
+
+
+def test_a_schedule_that_has_gone_on_is_no_other_config(tmp_path):
+    config = {
+        "total_step": 4,
+        "tinit": 0,
+        "tfinal": 0,
+        "deltaT": 1,
+        "init_r": 4,
+        "target_r": 2,
+        "target_modules": ["q_proj"],
+    }
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**config, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "before")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for _ in range(4):
+        model(**oracle.inputs(model), labels=oracle.inputs(model)["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.peft_config["default"].rank_pattern
+    model.load_adapter(tmp_path / "before", "default", is_trainable=True, strict=True)
+
+
+def test_arguments_that_nobody_knows_are_named(base_folder, tmp_path):
+    """A warning, as PEFT gives one for unknown fields of a file; known ones arrive."""
+    model = peftfast.get_peft_model(from_folder(base_folder), LoraConfig(**OPTIONS))
+    model.save_pretrained(tmp_path)
+    calls = {
+        "from_pretrained": lambda **given: peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, **given),
+        "from_folder": lambda **given: peftfast.PeftModel.from_folder(oracle.llama(), tmp_path, **given),
+        "load_adapter": lambda **given: model.load_adapter(tmp_path, "default", **given),
+    }
+    for name, call in calls.items():
+        said = rf"(from_pretrained|{name}) does not know the arguments \['subfoldr'\]. Did you mean 'subfolder'\?"
+        with pytest.warns(peftfast.AdapterMismatchWarning, match=said):
+            call(subfoldr="x")
+        with pytest.raises(TypeError, match=said):
+            call(subfoldr="x", strict=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(torch_device="cpu", strict=True, local_files_only=True)
+    loaded = peftfast.AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path, torch_device="cpu", strict=True, dtype=torch.bfloat16, autocast_adapter_dtype=False
+    )
+    assert loaded.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
