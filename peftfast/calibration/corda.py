@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
+from peftfast.calibration.modes import in_mode
 from peftfast.methods.corda import CordaEigens, oriented_eigens
 from peftfast.methods.lora_config import LoraConfig
-from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_value
+from peftfast.wrapping.targets import linear_targets, pattern_value
 
 
 def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:
-    matcher = make_matcher(cfg)
-    found = {name: module for name, module in linear_modules(model) if matcher(name)}
+    found = linear_targets(model, cfg)
     if not found:
         raise ValueError(f"target_modules={cfg.target_modules!r} match no linear layer of {type(model).__name__}")
     return found
@@ -106,12 +106,10 @@ def _covariances(
         return hook
 
     handles = [module.register_forward_hook(watch(name)) for name, module in _targets(hooked, cfg).items()]
-    training = hooked.training
     try:
-        hooked.eval()
-        run_model()
+        with in_mode(hooked, training=False):
+            run_model()
     finally:
-        hooked.train(training)
         for handle in handles:
             handle.remove()
     unseen = [name for name in _targets(model, cfg) if name not in sums]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peftfast.calibration.modes import in_mode
 from peftfast.calibration.ranks import drop_adapter, pattern_of, resize_adapter
 from peftfast.errors import PeftWarning
 from peftfast.keys import in_base
@@ -99,7 +100,8 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Ten
     return _tensor(layer_input, layer_name)[model_input.T.unbind()]
 
 
-def _all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+def all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    """All rows of a layer's input, [n, K]."""
     x = _tensor(layer_input, layer_name)
     return x.reshape(-1, x.shape[-1])
 
@@ -219,7 +221,7 @@ def components_of(
             short, goal = False, wanted(found)
             settled = sum(c.is_settled(goal[n]) for n, c in found.items())
             if progress:
-                print(f"\\r{settled}/{len(found)} layers have converged", end="", flush=True)
+                print(f"\r{settled}/{len(found)} layers have converged", end="", flush=True)
             if settled == len(found):
                 if progress:
                     print()
@@ -286,7 +288,7 @@ def get_eva_state_dict(
         return distribute({n: c.explained[: counts[n]] for n, c in found.items()}, budget)
 
     def rows(name: str) -> Callable[..., Tensor]:
-        return (given.get(name) if isinstance(given, Mapping) else given) or _all_rows
+        return (given.get(name) if isinstance(given, Mapping) else given) or all_rows
 
     prepare = None
     if prepare_model_inputs_fn is not None:
@@ -295,16 +297,11 @@ def get_eva_state_dict(
             return prepare_model_inputs_fn(batch, peft_config)
 
     gather = gather_distributed_inputs and dist.is_available() and dist.is_initialized()
-    training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter() if adapted else nullcontext():
-            found = components_of(
-                model, modules, dataloader, counts, wanted, settings.tau, forward_fn, prepare, rows, gather,
-                show_progress_bar,
-            )  # fmt: skip
-    finally:
-        model.train(training)
+    with in_mode(model, training=False), model.disable_adapter() if adapted else nullcontext():
+        found = components_of(
+            model, modules, dataloader, counts, wanted, settings.tau, forward_fn, prepare, rows, gather,
+            show_progress_bar,
+        )  # fmt: skip
     result = {}
     for name, rank in wanted(found).items():
         part = found[name].components[:rank].clone()

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
+from peftfast.calibration.modes import in_mode
 from peftfast.errors import PeftWarning, enumerate_some
 from peftfast.method import method_for
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_ga import GRADIENT
 from peftfast.sites.site import has_site
-from peftfast.wrapping.targets import linear_modules, make_matcher, resolve_targets
+from peftfast.wrapping.targets import linear_targets, make_matcher, resolve_targets
 
 
 @torch.no_grad()
@@ -70,8 +71,7 @@ def preprocess_loraga(
 
 
 def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:
-    matcher = make_matcher(cfg)
-    found = {name: module for name, module in linear_modules(model) if matcher(name)}
+    found = linear_targets(model, cfg)
     if not found:
         raise ValueError(
             f"No supported layers found for LoRA-GA: target_modules={cfg.target_modules!r} match no linear layer of "
@@ -84,6 +84,7 @@ def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:
             f"LoRA-GA does not support quantized models, whose weights have no gradient: {_named(packed)}. Initialise "
             "on the dense model; peftfast.patch(model, config, quantize='nf4') quantises what that leaves."
         )
+    matcher = make_matcher(cfg)
     others = [n for n, m in model.named_modules() if n not in found and matcher(n) and has_site(m)]
     if others:
         warnings.warn(
@@ -145,24 +146,21 @@ def _estimated(
 @contextmanager
 def _only_these_train(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
     """The model in training mode, with no gradient for anything else; afterwards as it was, `grad` included."""
-    training = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     before = [weight.grad for weight in weights]
     try:
-        model.train()
         for parameter in trained:
             parameter.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
             weight.grad = None
-        yield
+        with in_mode(model, training=True):
+            yield
     finally:
         for parameter, flag in trained.items():
             parameter.requires_grad_(flag)
         for weight, gradient in zip(weights, before, strict=True):
             weight.grad = gradient
-        for module, flag in training.items():
-            module.training = flag
 
 
 def _from_cache(stored: Mapping[str, Tensor], modules: Mapping[str, nn.Module], keep: str) -> dict[str, Tensor]:

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.calibration.eva import (
+    all_rows,
     components_of,
     distribute,
     forward_fn_dict,
     prepare_layer_inputs_fn_language_modeling,
 )
 from peftfast.calibration.eva import prepare_model_inputs_fn_language_modeling as token_indices
+from peftfast.calibration.modes import in_mode
 from peftfast.calibration.ranks import pattern_of
 from peftfast.config import PeftType
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.wrapping.default_targets import LORA
-from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_value, resolve_targets
+from peftfast.wrapping.targets import linear_targets, pattern_value, resolve_targets
 
 OVERSAMPLING = 8  # columns of the sketch beyond the largest rank
 
@@ -68,36 +70,31 @@ def discover_ranks(
     if by not in ("variance", "gradient"):
         raise ValueError(f"by must be 'variance' or 'gradient', got {by!r}")
     targets_before = config.target_modules
-    resolve_targets(config, model, LORA)
-    matcher = make_matcher(config)
-    modules = {n: m for n, m in linear_modules(model) if matcher(n)}
-    if not modules:
-        config.target_modules = targets_before
-        raise ValueError(f"target_modules={targets_before!r} match no linear layer of {type(model).__name__}")
-    given = {n: pattern_value(config.rank_pattern, n, config.r) for n in modules}
-    alphas = {n: pattern_value(config.alpha_pattern, n, config.lora_alpha) for n in modules}
-    total = sum(given.values()) if budget is None else budget
-    if minimum < 1 or total < minimum * len(modules):
-        raise ValueError(
-            f"A budget of {total} ranks cannot give {len(modules)} modules at least {minimum} each (minimum must be at "
-            "least 1)"
-        )
-    top = 2 * config.r if maximum is None else maximum
-    if top < minimum:
-        raise ValueError(f"maximum={top} is below minimum={minimum}")
-    limits = {n: min(top, *_shape(m)) for n, m in modules.items()}
-    training = model.training
-    model.eval()
     try:
-        if by == "variance":
-            shares = _variances(model, modules, batches, limits, config, forward_fn)
-        else:
-            shares = _gradients(model, modules, batches, limits, forward_fn, loss_fn or _loss, seed)
+        resolve_targets(config, model, LORA)
+        modules = linear_targets(model, config)
+        if not modules:
+            raise ValueError(f"target_modules={targets_before!r} match no linear layer of {type(model).__name__}")
+        given = {n: pattern_value(config.rank_pattern, n, config.r) for n in modules}
+        alphas = {n: pattern_value(config.alpha_pattern, n, config.lora_alpha) for n in modules}
+        total = sum(given.values()) if budget is None else budget
+        if minimum < 1 or total < minimum * len(modules):
+            raise ValueError(
+                f"A budget of {total} ranks cannot give {len(modules)} modules at least {minimum} each (minimum must "
+                "be at least 1)"
+            )
+        top = 2 * config.r if maximum is None else maximum
+        if top < minimum:
+            raise ValueError(f"maximum={top} is below minimum={minimum}")
+        limits = {n: min(top, *_shape(m)) for n, m in modules.items()}
+        with in_mode(model, training=False):
+            if by == "variance":
+                shares = _variances(model, modules, batches, limits, config, forward_fn)
+            else:
+                shares = _gradients(model, modules, batches, limits, forward_fn, loss_fn or _loss, seed)
     except BaseException:
         config.target_modules = targets_before
         raise
-    finally:
-        model.train(training)
     ranks = distribute({n: shares[n][: limits[n]] for n in modules}, total, minimum)
     config.rank_pattern = pattern_of(ranks, config.r)
     if adjust_scaling:
@@ -136,14 +133,9 @@ def _variances(
     found = components_of(
         model, modules, batches, limits, lambda found: limits, 0.0, forward_fn,
         (lambda batch: token_indices(batch, config)) if tokens else None,
-        lambda name: prepare_layer_inputs_fn_language_modeling if tokens else _rows,
+        lambda name: prepare_layer_inputs_fn_language_modeling if tokens else all_rows,
     )  # fmt: skip
     return {n: found[n].explained for n in modules}
-
-
-def _rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
-    x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
-    return x.reshape(-1, x.shape[-1])
 
 
 def _gradients(

@@ -186,6 +186,12 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def linear_targets(model: nn.Module, cfg: PeftConfig) -> dict[str, nn.Module]:
+    """The linear layers that a config's targets match, by name."""
+    matcher = make_matcher(cfg)
+    return {name: module for name, module in linear_modules(model) if matcher(name)}
+
+
 def all_linear(model: nn.Module, cfg: PeftConfig) -> list[str]:
     """Full names of all linear layers except the output head: that module, not others whose names end like its."""
     names = [name for name, _ in linear_modules(model)]

@@ -134,6 +134,31 @@ def test_eva_without_an_adapter_and_with_components_that_are_exact():
     assert all(not k.startswith("base_model") for k in plain)
 
 
+def test_progress_stays_on_its_line(capsys):
+    peftfast.get_eva_state_dict(oracle.llama(), batches(), config(peftfast), show_progress_bar=True)
+    lines = capsys.readouterr().out.split("\r")
+    assert len(lines) > 1 and lines[0] == "" and lines[-1] == "8/8 layers have converged\n"
+
+
+@pytest.mark.parametrize("calibrate", ["variance", "gradient", "eva", "corda"])
+def test_every_module_is_left_in_its_own_mode(calibrate):
+    base = oracle.llama().train()
+    base.model.layers[0].eval()
+    modes, seen = [m.training for m in base.modules()], set()
+    base.model.layers[1].register_forward_hook(lambda module, *_: seen.add(module.training))
+    data = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
+    cfg = peftfast.LoraConfig(
+        r=2, target_modules=["q_proj"], corda_config=peftfast.CordaConfig(), init_lora_weights="corda"
+    )
+    if calibrate == "eva":
+        peftfast.get_eva_state_dict(base, data, config(peftfast), show_progress_bar=False)
+    elif calibrate == "corda":
+        peftfast.preprocess_corda(base, cfg, lambda: base(**data[0]))
+    else:
+        peftfast.discover_ranks(base, cfg, data, by=calibrate)
+    assert seen == {False} and [m.training for m in base.modules()] == modes
+
+
 def test_eva_says_what_is_wrong():
     plain = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="init_lora_weights='eva'"):

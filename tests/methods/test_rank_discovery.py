@@ -126,3 +126,8 @@ def test_what_cannot_be_is_refused_and_the_config_is_untouched():
     with pytest.raises(ValueError, match="before adding adapters"):
         peftfast.discover_ranks(peftfast.get_peft_model(Chain(), config()), cfg, rows())
     assert cfg.rank_pattern == {} and cfg.alpha_pattern == {}
+    names = config(target_modules="all-linear")
+    for changes in ({"budget": 1}, {"maximum": 1, "minimum": 2}, {"by": "gradient", "loss_fn": lambda out: 1 / 0}):
+        with pytest.raises((ValueError, ZeroDivisionError)):
+            peftfast.discover_ranks(Chain(), names, rows(), **changes)
+        assert names.target_modules == "all-linear"
