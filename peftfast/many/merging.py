@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
@@ -47,8 +47,8 @@ def add_weighted_adapter(
 ) -> None:
     """Add an adapter, frozen and inactive, that is a combination of others. Nothing is changed if it cannot be made.
 
-    Modules kept by `modules_to_save` are combined as the module plus the weighted sum of the copies' differences from
-    it.
+    Modules kept by `modules_to_save` are combined, statistics included, as the module plus the weighted sum of the
+    copies' differences from it.
 
     Raises:
         ValueError: an adapter that is not there, weights that are not one for each, an unknown kind, adapters of
@@ -192,10 +192,21 @@ def _name_exactly(cfg: PeftConfig, inventory: Inventory, keys: Sequence[str]) ->
 def _combine_copies(
     wrapper: ModulesToSaveWrapper, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> None:
-    own = dict(wrapper.original_module.named_parameters())
-    copies = [
-        (w, wrapper.adapter_parameters(n)) for n, w in zip(adapters, weights, strict=True) if n in wrapper._adapters
-    ]
-    for name, target in wrapper.adapter_parameters(adapter_name).items():
-        base = own[name].detach().float()
-        target.copy_(base + sum(w * (parameters[name].detach().float() - base) for w, parameters in copies))
+    own = _floating(wrapper.original_module)
+    copies = [(w, _floating(wrapper.modules_to_save[n])) for n, w in zip(adapters, weights, strict=True)
+              if n in wrapper._adapters]  # fmt: skip
+    statistics = dict(wrapper.original_module.named_buffers())
+    for name, target in _floating(wrapper.modules_to_save[adapter_name]).items():
+        wide = torch.promote_types(target.dtype, torch.float32)
+        base, *others = (tensors[name].detach().to(wide) for tensors in (own, *(c for _, c in copies)))
+        value = base + sum(w * (other - base) for (w, _), other in zip(copies, others, strict=True))
+        if name in statistics:
+            least = torch.stack([base, *others]).amin(0)
+            if bool((least >= 0).all()):  # variances, which negative weights must not make negative
+                value = torch.maximum(value, least)
+        target.copy_(value)
+
+
+def _floating(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and buffers that are learnt in training as well (BatchNorm's statistics)."""
+    return {n: t for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_floating_point()}

@@ -181,6 +181,58 @@ def test_works_where_peft_refuses():
     }
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.bn, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.bn(self.lin(x)))
+
+
+def normed(dtype):
+    """Two adapters whose copies of the norm have seen different data."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["lin"], modules_to_save=["bn", "head"], init_lora_weights=False)
+    model = peftfast.get_peft_model(Normed().to(dtype), config, "a", autocast_adapter_dtype=False)
+    model.add_adapter("b", config, autocast_adapter_dtype=False)
+    for name, spread in (("a", 3.0), ("b", 0.5)):
+        model.set_adapter(name)
+        model.train()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * parameter.requires_grad)
+            for _ in range(5):
+                model(torch.randn(16, 8, dtype=dtype) * spread + 2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_statistics_of_kept_modules_are_combined_in_their_own_precision(dtype):
+    model = normed(dtype)
+    x = torch.randn(4, 8, dtype=dtype)
+    model.set_adapter("a")
+    expected = model(x)
+    model.add_weighted_adapter(["a"], [1.0], "same", "linear")
+    model.add_weighted_adapter(["a", "b"], [0.3, 0.9], "mix", "cat")
+    model.add_weighted_adapter(["a", "b"], [-1.0, 1.0], "difference", "cat")
+    model.set_adapter("same")
+    tiny = 1e-5 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(model(x), expected, rtol=tiny, atol=tiny)
+    norm = model.base_model.model.bn
+    own, a, b, mix, difference = (
+        {n: t for n, t in m.state_dict().items() if t.is_floating_point()}
+        for m in (norm.original_module, *(norm.modules_to_save[n] for n in ("a", "b", "mix", "difference")))
+    )
+    for name, value in mix.items():
+        sum_of_all = own[name] + 0.3 * (a[name] - own[name]) + 0.9 * (b[name] - own[name])
+        torch.testing.assert_close(value, sum_of_all, rtol=tiny, atol=tiny)
+    assert bool((own["running_var"] + b["running_var"] < a["running_var"]).any())
+    assert bool((difference["running_var"] > 0).all())
+    model.set_adapter("difference")
+    assert torch.isfinite(model(x)).all()
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_biases_are_combined_too(first):
     options = {"r": 2, "target_modules": ["q_proj"]}
