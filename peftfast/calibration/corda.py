@@ -3,6 +3,7 @@ et al., arXiv 2406.05223)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
 from peftfast.calibration.modes import in_mode
+from peftfast.errors import enumerate_some
 from peftfast.methods.corda import CordaEigens, oriented_eigens
 from peftfast.methods.lora_config import LoraConfig
 from peftfast.wrapping.targets import linear_targets, pattern_value
+
+_PARTS = ("S_WC", "U_WC", "V_WC")
 
 
 def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:
@@ -39,7 +43,8 @@ def preprocess_corda(
         hooked_model: the model that `run_model` runs; None: `model`.
 
     Raises:
-        ValueError: no `corda_config`, nothing to run, a layer that saw no input, or non-finite inputs.
+        ValueError: no `corda_config`, nothing to run, a layer that saw no input, non-finite inputs, or a file that is
+            damaged or of other targets. Nothing is left on the model then.
     """
     settings = lora_config.corda_config
     if settings is None:
@@ -47,9 +52,10 @@ def preprocess_corda(
     modules = _targets(model, lora_config)
     stored = cached(settings.cache_file)
     if stored is not None:
+        keys = {name: [f"{name}.eigens.{part}" for part in _PARTS] for name in modules}
+        _check_known([name for name, of in keys.items() if not all(k in stored for k in of)], settings.cache_file)
         for name, module in modules.items():
-            parts = [stored[f"{name}.eigens.{part}"] for part in ("S_WC", "U_WC", "V_WC")]
-            module.eigens = CordaEigens(*(part.to(module.weight.device) for part in parts))
+            module.eigens = CordaEigens(*(stored[key].to(module.weight.device) for key in keys[name]))
         return
     covariances, samples = _covariances(model, lora_config, run_model, hooked_model)
     items: Any = modules.items()
@@ -57,7 +63,7 @@ def preprocess_corda(
         from tqdm.auto import tqdm
 
         items = tqdm(items, desc="CorDA decompositions")
-    result = {}
+    eigens = {}
     for name, module in items:
         rank = pattern_value(lora_config.rank_pattern, name, lora_config.r)
         weight = base_weight(module).dense(torch.float32)
@@ -66,14 +72,23 @@ def preprocess_corda(
         whole = oriented_eigens(weight, covariances[name].to(weight.device, torch.float32))
         # "ipm" adapts the directions that the data uses most, "kpm" those it uses least
         part = slice(0, rank) if settings.corda_method == "ipm" else slice(len(whole.S_WC) - rank, None)
-        module.eigens = CordaEigens(whole.S_WC[part].clone(), whole.U_WC[:, part].clone(), whole.V_WC[:, part].clone())
-        for field in ("S_WC", "U_WC", "V_WC"):
-            result[f"{name}.eigens.{field}"] = getattr(module.eigens, field)
+        eigens[name] = CordaEigens(whole.S_WC[part].clone(), whole.U_WC[:, part].clone(), whole.V_WC[:, part].clone())
+    for name, module in modules.items():  # now that all are there
+        module.eigens = eigens[name]
         if not settings.prune_temporary_fields:
             module.covariance_matrix = covariances[name]
             if name in samples:
                 module.sample_count = samples[name]
-    cache(result, settings.cache_file)
+    tensors = {f"{name}.eigens.{part}": getattr(of, part) for name, of in eigens.items() for part in _PARTS}
+    cache(tensors, settings.cache_file)
+
+
+def _check_known(missing: list[str], path: str | os.PathLike | None) -> None:
+    if missing:
+        raise ValueError(
+            f"{path} is of another model or other targets: it has nothing that fits {enumerate_some(missing)}. Name "
+            "another file, or remove this one to have it made anew"
+        )
 
 
 def _covariances(
@@ -84,6 +99,8 @@ def _covariances(
     settings, path = cfg.corda_config, cfg.corda_config.covariance_file
     stored = cached(path)
     if stored is not None:
+        inputs = {name: base_weight(module).shape[1] for name, module in _targets(model, cfg).items()}
+        _check_known([name for name, k in inputs.items() if name not in stored or stored[name].shape != (k, k)], path)
         return stored, {}
     if run_model is None:
         raise ValueError("run_model must be specified when covariance file and cache file aren't built.")

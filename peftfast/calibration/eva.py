@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.calibration.modes import in_mode
 from peftfast.calibration.ranks import drop_adapter, pattern_of, resize_adapter
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora_config import LoraConfig
@@ -319,6 +320,30 @@ def _eva_modules(model: nn.Module, cfg: LoraConfig, adapter: str | None) -> dict
     return {n: m for n, m in linear_modules(model) if cfg.target_modules is None or matcher(n)}
 
 
+def _check_components(found: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> None:
+    """ValueError for components that are no directions of their module's input; a warning for modules that the adapter
+    does not have."""
+    wrong = []
+    for key, part in found.items():
+        slots = adapters[key].parameters() if key in adapters else {}
+        if "lora_A" in slots:
+            size = slots["lora_A"][0].numel()
+            if part.dim() < 2 or part.shape[1:].numel() != size:
+                wrong.append(f"{key} {list(part.shape)}, which needs [rank, {size}]")
+        elif slots:
+            wrong.append(f"{key}, which is looked up and has no directions")
+    if wrong:
+        raise ValueError(f"The eva_state_dict has components that do not fit: {enumerate_some(wrong)}")
+    unknown = [key for key in found if key not in adapters]
+    if unknown:
+        near = "".join(dict.fromkeys(close_matches(key, adapters, 1) for key in unknown[:8]))
+        warnings.warn(
+            f"The eva_state_dict has modules that the adapter does not have: {enumerate_some(unknown)}.{near}",
+            PeftWarning,
+            stacklevel=3,
+        )
+
+
 @torch.no_grad()
 def initialize_lora_eva_weights(
     model: nn.Module,
@@ -339,7 +364,8 @@ def initialize_lora_eva_weights(
     longer adapted. Arguments as in `get_eva_state_dict`, or its result as `eva_state_dict`.
 
     Raises:
-        ValueError: no adapter, several active ones, another initialisation, or neither data nor state.
+        ValueError: no adapter, several active ones, another initialisation, neither data nor state, or a state that
+            does not fit. Nothing is changed then.
     """
     if not hasattr(model, "peft_config"):
         raise ValueError("model must be a PeftModel")
@@ -358,6 +384,7 @@ def initialize_lora_eva_weights(
     inventory = model.base_model.inventory
     found = {in_base(name): part for name, part in eva_state_dict.items()}
     keys = [k for k, layer in inventory.layers.items() if adapter_name in layer.adapters]
+    _check_components(found, {k: inventory.layers[k].adapters[adapter_name] for k in keys})
     missing = [k for k in keys if k not in found]
     ranks, alphas = {}, {}
     for key in keys:

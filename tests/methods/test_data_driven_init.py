@@ -176,6 +176,26 @@ def test_eva_says_what_is_wrong():
         peftfast.get_eva_state_dict(model, batches(), prepare_layer_inputs_fn={"nowhere": len})
 
 
+def test_eva_states_that_do_not_fit_change_nothing():
+    model = peftfast.get_peft_model(oracle.llama(), config(peftfast))
+
+    def everything():
+        cfg = model.peft_config["default"]
+        return cfg.rank_pattern, cfg.alpha_pattern, {n: p.clone() for n, p in model.named_parameters()}
+
+    state = peftfast.get_eva_state_dict(oracle.llama(), batches(), config(peftfast), show_progress_bar=False)
+    before = everything()
+    wrong = {**state, "model.layers.1.mlp.down_proj": torch.randn(3, 7)}
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj \[3, 7\], which needs \[rank, 64\]"):
+        peftfast.initialize_lora_eva_weights(model, eva_state_dict=wrong)
+    oracle_state, found = before[2], everything()
+    assert found[:2] == before[:2] and found[2].keys() == oracle_state.keys()
+    assert all(torch.equal(found[2][name], value) for name, value in oracle_state.items())
+    misnamed = {name.replace("0.self_attn.q_proj", "0.self_attn.q_projX"): part for name, part in state.items()}
+    with pytest.warns(peftfast.PeftWarning, match=r"does not have: '.*0.self_attn.q_projX'\. Did you mean '.*q_proj'"):
+        peftfast.initialize_lora_eva_weights(model, eva_state_dict=misnamed)
+
+
 # ---- CorDA -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 @pytest.mark.parametrize("model", [oracle.llama, oracle.gpt2])
@@ -231,6 +251,43 @@ def test_corda_caches_and_errors(tmp_path):
     torch.testing.assert_close(oracle.logits(one), oracle.logits(two), rtol=0, atol=0)
     two.save_pretrained(tmp_path / "adapter")  # a config with paths can be written
     assert oracle.saved_config(tmp_path / "adapter")["corda_config"]["cache_file"] == str(tmp_path / "a" / "cache.pt")
+
+
+@pytest.mark.parametrize("kind", ["cache_file", "covariance_file"])
+def test_corda_files_that_are_of_something_else(kind, tmp_path, monkeypatch):
+    path = tmp_path / "found.pt"
+
+    def preprocess(base, *targets):
+        settings = peftfast.CordaConfig(**{kind: str(path)})
+        cfg = peftfast.LoraConfig(r=4, target_modules=[*targets], init_lora_weights="corda", corda_config=settings)
+        peftfast.preprocess_corda(base, cfg, run_model=lambda: base(batches(1, 1)[0]["input_ids"]))
+
+    def refused(said, *targets):
+        base = oracle.llama()
+        with pytest.raises(ValueError, match=said):
+            preprocess(base, *targets)
+        assert not any(hasattr(m, "eigens") for m in base.modules())
+
+    preprocess(oracle.llama(), "q_proj")
+    refused(r"found.pt is of another model or other targets: .*fits '.*0.self_attn.v_proj'", "q_proj", "v_proj")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    refused("found.pt is damaged or no file of a calibration", "q_proj")
+    torch.save([1], path)
+    refused("found.pt is no file of a calibration", "q_proj")
+    path.write_bytes(whole)
+    preprocess(oracle.llama(), "q_proj")
+
+    def full(tensors, target):
+        with open(target, "wb") as f:
+            f.write(b"half")
+        raise OSError("disk full")
+
+    path.unlink()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="found.pt"):
+        preprocess(oracle.llama(), "q_proj")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_corda_leaves_what_it_saw_where_that_is_asked_for():
