@@ -137,6 +137,9 @@ def svd_of_sum(pairs: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float
 
 
 def rank_keeping(s: Tensor, share: float) -> int:
-    """The smallest rank that keeps `share` of the squared singular values `s`, all of them and the largest first."""
+    """The smallest rank, 1 at least, that keeps `share` of the squared singular values `s`, all of them and the largest
+    first."""
+    if not len(s):  # AdaLoRA has taken all ranks away
+        return 1
     energy = torch.cumsum(s.double() ** 2, 0)
     return min(int(torch.searchsorted(energy, share * energy[-1])) + 1, len(s))

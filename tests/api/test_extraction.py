@@ -125,6 +125,28 @@ def test_kinds_of_modules_and_all_that_an_adapter_keeps(kind, tmp_path):
     torch.testing.assert_close(oracle.logits(again), oracle.logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [0.9, 2])
+def test_a_module_of_which_adalora_has_taken_all_ranks(rank, tmp_path):
+    config = peftfast.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "v_proj"])
+    model = adapted(config=config)
+    kept = {f"model.layers.{i}.self_attn.{n}.lora_E": [True, False] * 2 for i in (0, 1) for n in ("q_proj", "v_proj")}
+    kept["model.layers.0.self_attn.q_proj.lora_E"] = [False] * 4
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_E" in name:
+                parameter[[not k for k in kept[name.removeprefix("base_model.model.").removesuffix(".default")]]] = 0
+    model.peft_config["default"].rank_pattern = kept
+    model.save_pretrained(tmp_path)
+    model = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path)
+    assert len(model.base_model.model.model.layers[0].self_attn.q_proj.lora_E["default"]) == 0
+    lora, tensors = peftfast.convert_to_lora(model, rank)
+    gone = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert len(gone) == (1 if rank == 0.9 else 2) and not gone.any()
+    if rank == 2:
+        made = loaded(oracle.llama, lora, tensors)
+        torch.testing.assert_close(oracle.logits(made), oracle.logits(model), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("targets", [["c_attn", "c_proj"], ["wte"]])
 def test_dora_in_every_layout(targets):
     """Also where a transposed weight is square, and in a table."""
