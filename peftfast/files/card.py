@@ -28,7 +28,8 @@ def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: s
             ModelCardData(), template_str=_TEMPLATE, method=method, base=name or type(base).__name__, load=_load(cfg)
         )
     card.data["library_name"] = "peft"
-    tags = set(card.data.get("tags") or []) | set(getattr(base, "model_tags", None) or [])
+    before = card.data.get("tags") or []
+    tags = set([before] if isinstance(before, str) else before) | set(getattr(base, "model_tags", None) or [])
     tags.add(method)
     if hasattr(base, "save_pretrained") and config is not None:
         tags.add("transformers")
@@ -36,14 +37,27 @@ def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: s
         card.data["base_model"] = name
         tags.add(f"base_model:adapter:{name}")
     card.data["tags"] = sorted(tags)
-    if type(model).__name__ == "PeftModelForCausalLM":
+    if type(model).__name__ == "PeftModelForCausalLM" and not card.data.get("pipeline_tag"):
         card.data["pipeline_tag"] = "text-generation"
-    text = card.text
-    version = f"- PEFT {COMPATIBLE_PEFT_VERSION}"
-    if "### Framework versions" not in text:
-        text = f"{text.rstrip()}\n### Framework versions\n\n{version}"
-    card.text = re.sub(r"^- PEFT .*$", version, text, flags=re.M)
+    card.text = _with_version(card.text)
     write_atomically(path, str(card).encode())
+
+
+_VERSIONS = "### Framework versions"
+
+
+def _with_version(text: str) -> str:
+    """The text with the version in its section, which other libraries write to as well."""
+    version = f"- PEFT {COMPATIBLE_PEFT_VERSION}"
+    heading = re.search(rf"^{_VERSIONS}[ \t]*$", text, flags=re.M)
+    if heading is None:
+        return f"{text.rstrip()}\n{_VERSIONS}\n\n{version}"
+    following = re.search(r"^#", text[heading.end() :], flags=re.M)
+    end = len(text) if following is None else heading.end() + following.start()
+    section, count = re.subn(r"^- PEFT \d.*$", version, text[heading.end() : end], flags=re.M)
+    if not count:
+        section = f"\n\n{version}{section}"
+    return text[: heading.end()] + section + text[end:]
 
 
 #: Task -> the class that loads base model and adapter together.

@@ -350,6 +350,26 @@ def test_model_card(base_folder, tmp_path):
     assert "What a person wrote." in path.read_text() and path.read_text().count("### Framework versions") == 1
 
 
+@pytest.mark.parametrize(
+    "section", ["", "### Framework versions\n\n{}- Transformers 5.0\n\n## Thanks\n\n- PEFT 1 to all\n"]
+)
+def test_only_the_version_in_a_card_is_replaced(section, tmp_path):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    head = "---\ntags: mine\npipeline_tag: summarization\n---\n"
+    written = "# Mine\n\n- PEFT made this cheap to train\n- PEFT 0.17 was not enough\n\n"
+    for old in ("- PEFT 0.1.0\n", "") if section else ("",):
+        path = tmp_path / "README.md"
+        path.write_text(head + written + section.format(old))
+        for _ in range(2):
+            model.save_pretrained(tmp_path)
+            text = path.read_text()
+            assert written.strip() in text and text.count("- PEFT 0.21.2\n") + text.endswith("- PEFT 0.21.2") == 1
+            assert not section or "- PEFT 0.21.2\n" in text.partition("versions")[2].partition("##")[0]
+            assert ("- Transformers 5.0\n\n## Thanks\n\n- PEFT 1 to all" in text) is bool(section)
+        data = text.partition("\n---\n")[0]
+        assert "\n- mine\n" in data and "pipeline_tag: summarization" in data
+
+
 def test_reloading_weights_into_a_present_adapter(tmp_path):
     """What resuming a training does."""
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
