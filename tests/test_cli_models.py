@@ -112,6 +112,30 @@ def test_a_failing_merge_leaves_nothing(adapter, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["here", "link", "link to nothing yet"])
+def test_merge_into_an_empty_folder_whatever_its_name(kind, adapter, tmp_path, monkeypatch):
+    real, link = tmp_path / "real", tmp_path / "link"
+    if kind != "link to nothing yet":
+        real.mkdir()
+    if kind == "here":
+        monkeypatch.chdir(real)
+    else:
+        link.symlink_to(real)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(["merge", str(adapter), "--output", "." if kind == "here" else str(link)])
+    assert kind == "link to nothing yet" or os.listdir(real) == []
+    assert main(["merge", str(adapter), "--output", "." if kind == "here" else str(link), "--dtype", "fp32"]) == 0
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)), expected(adapter), rtol=1e-4, atol=1e-4
+    )
+    assert kind == "here" or link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == (["real"] if kind == "here" else ["link", "real"])
+    if kind == "here":  # whoever is there sees it
+        assert "config.json" in os.listdir(".")
+
+
 def test_who_reads_a_part_of_the_output_gets_it(adapter):
     command = [sys.executable, "-m", "peftfast", "inspect", str(adapter)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -92,23 +92,35 @@ def write_pair(
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `path`, new or empty until then, when the block ends without an error.
+    """A folder to write to that becomes `path`, new or empty until then, when the block ends without an error. An empty
+    one that is there stays the folder that it is, which may be where somebody works, or another disk.
 
     Raises:
         OSError: `path` is there and not empty by then; what was written is gone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    path = Path(os.path.realpath(path))
+    there = path.is_dir()
+    parent = path if there else path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}.", suffix=".tmp"))
+    moved = []
     try:
         yield room
-        os.chmod(room, 0o777 & ~_UMASK)
-        with suppress(FileNotFoundError):
-            path.rmdir()
-        os.rename(room, path)
+        if there:
+            if os.listdir(path) != [room.name]:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+            for one in list(room.iterdir()):
+                moved.append(one.rename(path / one.name))
+            room.rmdir()
+        else:
+            os.chmod(room, 0o777 & ~_UMASK)
+            with suppress(FileNotFoundError):
+                path.rmdir()
+            os.rename(room, path)
     except BaseException:
-        _remove([room])
+        _remove([room, *moved])
         raise
-    _sync_folder(path.parent)
+    _sync_folder(parent)
 
 
 @contextmanager
