@@ -18,6 +18,9 @@ try:
 except ImportError:  # Windows: other processes are not kept out, other threads are
     fcntl = None
 
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+
 Content = bytes | Callable[[str], None]  # the bytes, or a function that writes them to the path it is given
 
 
@@ -32,7 +35,7 @@ class _FolderLock:
 _locks: dict[str, _FolderLock] = {}
 
 #: Of two forms of a first file, the one that readers prefer; removing it is what makes the other one valid.
-_READ_BEFORE = {"adapter_model.bin": "adapter_model.safetensors"}
+_READ_BEFORE = {WEIGHTS_NAME: SAFETENSORS_WEIGHTS_NAME}
 
 
 def write_atomically(path: Path, content: Content) -> None:

@@ -16,15 +16,19 @@ from torch import Tensor, nn
 
 from peftfast.config import CONFIG_NAME, PeftConfig
 from peftfast.errors import AdapterLoadError, PeftWarning
-from peftfast.files.atomic import find_file, locked, write_atomically, write_pair
+from peftfast.files.atomic import (
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    find_file,
+    locked,
+    write_atomically,
+    write_pair,
+)
 from peftfast.files.metadata import check_sizes, config_changes, describe, lost_checksums, other_settings, verify
 from peftfast.files.migrate import migrate_keys
 from peftfast.files.state import check_whole
 from peftfast.keys import PREFIX, in_base
 from peftfast.wrapping.targets import EMBEDDING_LAYER_NAMES
-
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
-WEIGHTS_NAME = "adapter_model.bin"
 
 
 # ---- writing --------------------------------------------------------------------------------------------

@@ -195,11 +195,11 @@ class Routing:
         key = (x.shape[0], present, x.device, 0 if self.host is not None else numbers._version)
         known = self._memo.get(key)
         if known is None:
-            make = self._numbered if self.host is None else self._named
-            known = self._memo[key] = make(x, present, store, where)
+            known = self._numbered(x, present, store, where) if self.host is None else self._named(x, present, where)
+            self._memo[key] = known
         return known
 
-    def _named(self, x: Tensor, present: tuple[bool, ...], store: MutableMapping[Any, Any], where: str) -> Rows:
+    def _named(self, x: Tensor, present: tuple[bool, ...], where: str) -> Rows:
         repeats = self._repeats(x, where)
         host = self.host
         if not all(present):

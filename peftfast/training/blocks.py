@@ -280,15 +280,16 @@ class GatedMlp:
             return  # not this time
         self.activation = _known_activation(self.act, x.device)
         if self.activation is None:
-            return self._give_up(f"its activation {type(self.act).__name__} is not known")
+            self._give_up(f"its activation {type(self.act).__name__} is not known")
+            return
         with _without_dropout(self.module), _comparing():
             truth = self._plain(x.clone())  # which may write to its input
         for names in self.candidates:
             parts = self._fitting(x, names, dropout=False)
             if parts is not None and isinstance(truth, Tensor) and _agree(gated_mlp(x, *parts, self.activation), truth):
                 self.candidates, self.state = [names], "on"
-                return None
-        return self._give_up("it computes something else")
+                return
+        self._give_up("it computes something else")
 
     def _give_up(self, why: str) -> None:
         self.state = f"off: {why}"
