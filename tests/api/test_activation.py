@@ -74,6 +74,18 @@ def test_folders_that_do_not_say(tmp_path):
     assert peftfast.PeftModel.from_folder(llama(), tmp_path / "two").active_adapters == ["a"]
 
 
+def test_a_sub_folder_with_the_name_of_the_folders_own_adapter(tmp_path):
+    config = peftfast.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peftfast.get_peft_model(llama(), config)
+    model.save_pretrained(tmp_path)
+    peftfast.get_peft_model(llama(), config).save_pretrained(tmp_path / "default")
+    with pytest.warns(peftfast.PeftWarning, match="sub-folder of that name with another one, which is passed over"):
+        loaded = peftfast.PeftModel.from_folder(llama(), tmp_path)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    assert list(loaded.peft_config) == ["default"]
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))
+
+
 def test_prompts(tmp_path):
     torch.manual_seed(0)
     config = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
