@@ -292,6 +292,8 @@ class PeftModel(HasCounterpart, nn.Module):
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
                 f"{list(self.peft_config)} - got {names}."
             )
+        if not names:
+            raise ValueError(f"selected_adapters=[] leaves nothing to save; the adapters are {list(self.peft_config)}")
         state_dict = kwargs.pop("state_dict", None)
         if state_dict is not None and selected_adapters is None and len(names) > 1:
             absent = [n for n in names if not is_in(state_dict, self, n)]

@@ -480,6 +480,13 @@ def test_loading_a_second_adapter(is_trainable, tmp_path):
     assert list(twins.ours.active_adapters) == list(twins.theirs.active_adapters) == ["default"]
 
 
+def test_an_empty_selection_is_refused_and_leaves_nothing(tmp_path):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    with pytest.raises(ValueError, match=r"selected_adapters=\[\] .* \['default'\]"):
+        model.save_pretrained(tmp_path / "out", selected_adapters=[])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_state_dict_of_the_scripts_own_does_not_empty_the_file(tmp_path):
     """Alpaca-LoRA's scripts put the adapter's state dict in the place of the model's, after which PEFT finds none of
     the names that it looks for; here an adapter is read from its modules."""
