@@ -447,8 +447,9 @@ ADALORA = [f"--set={field}" for field in ("tinit=1", "tfinal=1", "deltaT=1", "in
         ["--set", 'velora_config={"num_groups": 4, "init_type": "batch_average_once"}'],  # the direction
         ["--set", 'monteclora_config={"num_samples": 2}'],  # random numbers that are drawn for many steps
         ["--set", 'monteclora_config={"num_samples": 2, "buffer_size": 2}'],
+        ["--set", "init_lora_weights=pissa_niter_4"],  # the base, also in the comparison with what was saved
     ],
-    ids=["fp32", "fp16", "adalora", "velora", "monteclora", "monteclora drawing anew"],
+    ids=["fp32", "fp16", "adalora", "velora", "monteclora", "monteclora drawing anew", "pissa"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys, monkeypatch, extra):
     options = ["--steps", 5, "--batch-size", 2, "--seq-len", 32, "--dropout", 0.2, *extra]

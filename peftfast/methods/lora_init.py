@@ -191,10 +191,18 @@ def take_out(site: Site, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> 
 _OF_WEIGHT = re.compile(r"pissa(_niter_\d+)?|olora")
 
 
-@initialiser(r"pissa(_niter_\d+)?")
+def _check_whole(site: Site, cfg: LoraConfig, r: int) -> None:
+    if site.groups > 1:
+        raise ValueError(
+            f"init_lora_weights={cfg.init_lora_weights!r} on a {type(site.module).__name__} with groups={site.groups} "
+            "is not defined: every group has directions of its own"
+        )
+
+
+@initialiser(r"pissa(_niter_\d+)?", check=_check_whole)
 def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Principal singular vectors and values of W (Meng et al., arXiv 2404.02948); `_niter_n` takes a randomised SVD
-    with n power iterations."""
+    with n power iterations (Halko et al., arXiv 0909.4061)."""
     weight = wide_weight(site, "PiSSA")
     r, scale = a.shape[0], adapter.setting("scaling")
     choice = adapter.cfg.init_lora_weights
@@ -202,15 +210,20 @@ def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         u, s, vh = u[:, :r], s[:r], vh[:r]
     else:
-        u, s, v = torch.svd_lowrank(weight, r, niter=int(choice.rpartition("_")[2]))
-        vh = v.t()
+        # always the same numbers, on every device: who loads the adapter has to take out of the base what was taken
+        start = torch.randn(weight.shape[1], r, generator=torch.Generator().manual_seed(0)).to(weight)
+        basis = torch.linalg.qr(weight @ start).Q
+        for _ in range(int(choice.rpartition("_")[2])):
+            basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.t() @ basis).Q).Q
+        u, s, vh = torch.linalg.svd(basis.t() @ weight, full_matrices=False)
+        u = basis @ u
     root = (s / scale).sqrt()
     a.copy_((root[:, None] * vh).reshape(a.shape))
     b.copy_((u * root).reshape(b.shape))
     take_out(site, weight, a, b, scale)
 
 
-@initialiser("olora")
+@initialiser("olora", check=_check_whole)
 def _olora(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Orthonormal basis of W's columns (Büyükakyüz, arXiv 2406.01775)."""
     weight = wide_weight(site, "OLoRA")

@@ -253,6 +253,26 @@ def test_conversion_where_a_layer_has_fewer_directions_than_the_rank(init, tmp_p
         torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_randomised_start_is_the_same_at_every_loading(tmp_path):
+    """What loading takes out of the base is what was taken out for the training, whatever the seeds are."""
+    model = trained(wrap(peftfast, "pissa_niter_1", seed=1))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    loaded = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers are other ones
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_directions_of_grouped_convolutions_are_refused_by_name(init):
+    convolutions = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.Conv2d(16, 8, 3, groups=2))
+    before = convolutions[0].weight.clone()
+    with pytest.raises(ValueError, match=f"1: init_lora_weights='{init}' on a Conv2d with groups=2"):
+        peftfast.get_peft_model(convolutions, LoraConfig(target_modules=["0", "1"], r=4, init_lora_weights=init))
+    assert type(convolutions[0]) is torch.nn.Conv2d and torch.equal(convolutions[0].weight, before)
+
+
 def test_conversions_that_make_no_sense(tmp_path):
     plain = wrap(peftfast, "gaussian")
     plain.save_pretrained(tmp_path / "initial")
