@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.rows.control import Control
 from peftfast.rows.routing import Routing
-from peftfast.sharding import whole
+from peftfast.sharding import is_distributed, whole, whole_shape
+from peftfast.sites import Dense
 
 
 class AuxiliaryTrainingWrapper(StandIn, nn.Module):
@@ -206,6 +208,28 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     def _standing_in(self) -> nn.Module:
         return self._modules["token_adapter"]
+
+    @property
+    def weight(self) -> Tensor:
+        """The table with the rows of the adapters in force in it, for whoever multiplies by it instead of calling the
+        module (losses that never hold all logits). The base's own Parameter where there are none, where an engine has
+        taken it apart, and in batches of several adapters, for which there is no one table."""
+        layer = self._modules["token_adapter"]
+        base = Dense(layer.weight, None)
+        if is_distributed(base.weight) or whole_shape(base.weight) != base.weight.shape:
+            return base.weight
+        dense = base
+        for adapter in self._in_force(layer):
+            dense = adapter.method.merged(layer.site, dense, adapter, base)
+        return dense.weight
+
+    def _in_force(self, layer: BaseTunerLayer) -> list[Adapter]:
+        """The adapters that a call now would have for all rows alike, without those inside the weight."""
+        routing = self.control.routing
+        if routing is None or self._disable_adapters:
+            return [adapter for _, adapters in layer._steps() for adapter in adapters]
+        alike = routing.slots is None and routing.uniform
+        return [layer.adapters[n] for n in routing.names if n in layer.adapters] if alike else []
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> list[str]:
         names = super().check_set_adapter(adapter_name)

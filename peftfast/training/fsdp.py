@@ -36,9 +36,9 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable:
     }
 
     def is_trained_leaf(module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
         if module in read_from_outside or next(module.children(), None) is not None:
             return False
+        weight = getattr(module, "weight", None)
         return weight is not None and weight.requires_grad
 
     return functools.partial(

@@ -154,7 +154,7 @@ def plan_tokens(
             )
         for key in found:
             module = inventory.module(key)
-            weight = getattr(module, "weight", None)
+            weight = _base_weight(module)
             shape = whole_shape(weight) if isinstance(weight, Tensor) else ()
             if isinstance(module, BaseTunerLayer) or len(shape) != 2:
                 raise ValueError(f"trainable_token_indices: {key!r} is a {type(module).__name__}, not a table of rows")

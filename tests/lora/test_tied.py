@@ -132,6 +132,77 @@ def test_rows_beside_lora_reach_every_module_of_the_weight(name, tmp_path):
     compare(MODELS[name], config, tmp_path)
 
 
+def with_rows(library, tied=True):
+    config = library.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = library.get_peft_model(oracle.llama(tied=tied), config).eval()
+    randomise(model)
+    return model
+
+
+def tables(model):
+    """The input embedding, and the head where it has the same weight."""
+    base = model.get_base_model()
+    return [base.get_input_embeddings(), *([base.lm_head] if base.config.tie_word_embeddings else [])]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_weight_of_a_module_with_trained_rows_has_them_in_it(tied):
+    ours, theirs = with_rows(peftfast, tied), with_rows(peft, tied)
+    table = tables(ours)[0].original_module.weight
+    for module, their_module in zip(tables(ours), tables(theirs), strict=True):
+        assert torch.equal(module.weight, their_module.weight) and not torch.equal(module.weight, table)
+        with ours.disable_adapter(), theirs.disable_adapter():
+            assert module.weight is table and torch.equal(table, their_module.weight)
+    merged = tables(ours)[0].weight.detach().clone()
+    ours.merge_adapter()
+    theirs.merge_adapter()
+    assert tables(ours)[0].weight is tables(ours)[0].original_module.weight
+    assert torch.equal(tables(ours)[0].weight, merged) and torch.equal(tables(theirs)[0].weight, merged)
+    ours.unmerge_adapter()
+    assert torch.equal(tables(ours)[0].weight, merged) and not torch.equal(table, merged)
+
+
+def test_a_loss_that_multiplies_by_the_weight_of_the_head_trains_the_rows():
+    """TRL's and Liger's losses that never hold all logits do that."""
+    ours, theirs = with_rows(peftfast), with_rows(peft)
+
+    def gradients(model, output):
+        model.zero_grad()
+        output.square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    def by_weight(model):
+        base = model.get_base_model()
+        return base.model(IDS).last_hidden_state @ base.lm_head.weight.t()
+
+    want = gradients(ours, ours(input_ids=IDS).logits)
+    assert any("trainable_tokens" in name for name in want)
+    for model in (ours, theirs):
+        found = gradients(model, by_weight(model))
+        assert found.keys() == want.keys()
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, want[name])
+    assert tables(ours)[1].bias is None
+
+
+@torch.no_grad()
+def test_the_weight_of_a_head_in_batches_with_an_adapter_a_row():
+    model = with_rows(peftfast)
+    config = peftfast.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[7], init_lora_weights=False)
+    model.add_adapter("other", config)
+    embedding, head = tables(model)
+    embedding.token_adapter.trainable_tokens_delta["other"].fill_(2.0)
+    table, merged, seen = embedding.original_module.weight, embedding.weight, []
+    head.register_forward_hook(lambda module, args, out: seen.append(module.weight))
+    for names in (["default"] * 2, ["other"] * 2, ["default", "other"], ["__base__"] * 2):
+        model(input_ids=IDS, adapter_names=names)
+    default, other, mixed, base = seen
+    assert torch.equal(default, merged) and mixed is table and base is table
+    assert (other[7] == 2.0).all() and torch.equal(other[:7], table[:7])
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("name", ["llama", "llama tied"])
 @pytest.mark.filterwarnings("ignore")

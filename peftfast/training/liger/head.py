@@ -35,7 +35,7 @@ def _trouble_of(head: nn.Module, installed: Any) -> str | None:
     if isinstance(head, BaseTunerLayer):
         return f"is adapted ({', '.join(head.adapters)}), which a product with its weight would leave out"
     if isinstance(head, AuxiliaryTrainingWrapper):
-        return f"is trained beside the adapter ({type(head).__name__}), which its own weight does not show"
+        return f"is trained beside the adapter ({type(head).__name__})"
     if type(head) is not nn.Linear:
         return f"is a {type(head).__name__}, not a torch.nn.Linear"
     state = dict(head.__dict__)
