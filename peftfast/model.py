@@ -283,6 +283,8 @@ class PeftModel(HasCounterpart, nn.Module):
             kwargs: `state_dict`, tensors gathered from a sharded model.
         """
         check_folder(save_directory)
+        if not self.peft_config:
+            raise ValueError("There is no adapter to save: this model's adapters were unloaded or deleted")
         if isinstance(selected_adapters, str):
             selected_adapters = [selected_adapters]
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)

@@ -246,6 +246,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
         if merge:
             ModelMerger(self.inventory).merge_for_good(names, safe_merge, progress)
         model = self.inventory.unload(merge, safe_merge, names)
+        self.router = None  # there is nothing left to choose from
         say_if_untied(model)
         if hasattr(model, "peft_config"):
             del model.peft_config

@@ -458,6 +458,7 @@ class Inventory:
         self.layers, self.extras, self._inner = {}, {}, {}
         self.configs.clear()
         self.numbers, self._number_tables, self._places = {}, {}, {}
+        self.active, self.enabled, self._trainable = [], True, set()
         if self.replication is not None and merged:
             self.replication.part()
         elif self.replication is not None:

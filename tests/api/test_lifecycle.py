@@ -251,6 +251,47 @@ def test_merge_and_unload(merged_before, names):
     assert not any(isinstance(m, BaseTunerLayer) for m in merged[0].modules())
 
 
+@pytest.mark.parametrize("merge", [True, False], ids=["merge_and_unload", "unload"])
+@pytest.mark.parametrize("options", [FIRST, SAVED, TOKENS], ids=["lora", "modules_to_save", "tokens"])
+def test_the_model_around_an_unloaded_one_goes_on(merge, options, tmp_path):
+    """As in PEFT, whose users do not all take what merging and unloading return."""
+    pair = Pair(options)
+    bases = pair.both(lambda m, _: m.merge_and_unload() if merge else m.unload())
+    want = oracle.logits(bases[0])
+    torch.testing.assert_close(want, oracle.logits(bases[1]))
+    ids = {"input_ids": torch.tensor([[1, 2, 3]]), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    generated = pair.both(lambda m, _: m.generate(**ids))
+    assert torch.equal(*generated)
+    for outer in (pair.ours, pair.ours.base_model):
+        assert torch.equal(oracle.logits(outer), want)
+        with pair.ours.disable_adapter():
+            assert torch.equal(oracle.logits(outer), want)
+    assert pair.ours.active_adapters == [] and pair.ours.active_adapter == pair.theirs.active_adapter
+    assert oracle.quietly(pair.ours.merge_adapter) == {}
+    assert len(set(pair.both(lambda m, _: m.get_nb_trainable_parameters()))) == 1
+    with pytest.raises(ValueError, match="no adapter to save"):
+        pair.ours.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    pair.theirs.delete_adapter("default")  # PEFT keeps its config
+    pair.add("other")
+    torch.testing.assert_close(oracle.logits(pair.ours), want)  # it is not active
+    pair.both(lambda m, _: m.set_adapter("other"))
+    pair.check()
+    assert (oracle.logits(pair.ours) - want).abs().max() > 1e-3
+    assert (pair.ours.merge_and_unload() if merge else pair.ours.unload()) is bases[0]
+
+
+def test_what_chose_and_switched_off_adapters_goes_with_them():
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
+    model.base_model.set_router(lambda inputs: ["default"] * len(inputs["input_ids"]))
+    model.base_model.disable_adapter_layers()
+    want = oracle.logits(model.unload())
+    assert torch.equal(oracle.logits(model), want)
+    model.add_adapter("other", peftfast.LoraConfig(**FIRST))
+    model.set_adapter("other")
+    assert not torch.equal(oracle.logits(model), want)
+
+
 def test_unload_gives_the_base_back():
     base = oracle.llama()
     expected = {n: p.clone() for n, p in base.named_parameters()}
