@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.layers.activation import HasActivation
-from peftfast.layers.merger import Merger
+from peftfast.layers.merger import MergedNames, Merger
 from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
 from peftfast.method import AdapterMethod
 from peftfast.rows.control import Control
@@ -53,7 +53,6 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
 
     Attributes:
         base_layer: the module that was here before, untouched.
-        merged_adapters: names of the adapters whose change is inside the base weight now, in merge order.
     """
 
     adapter_layer_names: tuple[str, ...] = ()  # names of the slots present
@@ -66,10 +65,10 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
     def __init__(self, base_layer: nn.Module, site: Site | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merger = Merger(self)
+        self.merged_adapters = []
         self._initial_scaling: dict[str, float] = {}
         # not submodules: views and helpers that hold no parameter of their own
         self.__dict__["site"] = make_site(base_layer) if site is None else site
@@ -293,7 +292,7 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
         # a compiler that read the plan would guard on whether an eager call has made it yet
         steps, bound = (self._steps(), None) if torch.compiler.is_compiling() else self._plan or self._make_plan()
         if not steps:
-            if self._disable_adapters and self.merged_adapters:
+            if self._disable_adapters and self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if self.block is not None and not args and not kwargs:
@@ -358,8 +357,8 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
         """The active adapters that are not inside the weight already, in order, neighbours of one method together."""
         active: list[Adapter] = []
         if not self._disable_adapters:
-            names = self.active_adapters
-            active = [self.adapters[n] for n in names if n in self.adapters and n not in self.merged_adapters]
+            names, inside = self.active_adapters, self.__dict__["merged_adapters"]
+            active = [self.adapters[n] for n in names if n in self.adapters and n not in inside]
         for adapter in active:
             # a compiler cannot follow this into a checkpointed block, and where a tensor hangs is known by then
             if not (adapter._where and torch.compiler.is_compiling()):
@@ -376,8 +375,21 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
 
     # ---- merging -----------------------------------------------------------------------------------------------------
     @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters whose change is inside the base weight now, in merge order. Others write to it as well,
+        by assignment or in place, once they have put the weight back themselves, or mean to leave it as it is."""
+        return MergedNames(self, self.__dict__["merged_adapters"])
+
+    @merged_adapters.setter
+    def merged_adapters(self, names: Sequence[str]) -> None:
+        self.__dict__["merged_adapters"] = list(names)
+        self._plan = None
+        if not names:
+            self.merger.forget()
+
+    @property
     def merged(self) -> bool:
-        return bool(self.merged_adapters)
+        return bool(self.__dict__["merged_adapters"])
 
     @property
     def merge_error(self) -> Tensor | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,33 @@ def check_mergeable(module: nn.Module) -> None:
         "Save them (model.save_pretrained(folder), called by all processes) and merge without DeepSpeed, in one "
         "process: PeftModel.from_pretrained(base_model, folder).merge_and_unload()",
     )
+
+
+class MergedNames(list[str]):
+    """`BaseTunerLayer.merged_adapters`; a change in place is an assignment."""
+
+    def __init__(self, layer: BaseTunerLayer, names: Iterable[str]) -> None:
+        super().__init__(names)
+        self._layer = layer
+
+    def __reduce__(self) -> tuple:
+        return list, (list(self),)
+
+
+def _assigning(name: str) -> Callable[..., Any]:
+    change = getattr(list, name)
+
+    @functools.wraps(change)
+    def changed(self: MergedNames, *args: Any) -> Any:
+        result = change(self, *args)
+        self._layer.merged_adapters = self
+        return result
+
+    return changed
+
+
+for _name in ("append", "clear", "extend", "insert", "pop", "remove", "__delitem__", "__iadd__", "__setitem__"):
+    setattr(MergedNames, _name, _assigning(_name))
 
 
 class Merger:
@@ -80,7 +108,6 @@ class Merger:
             return
         if self.follows:
             layer.merged_adapters = [*layer.merged_adapters, *names]
-            layer._plan = None
             return
         if self.kept is None and layer.merged_adapters:
             raise RuntimeError(
@@ -103,7 +130,6 @@ class Merger:
         self._store(dense)
         self.kept = kept if keep or not first else None
         layer.merged_adapters = [*layer.merged_adapters, *names]
-        layer._plan = None
 
     def _snapshot(self, keep: bool | str, untie: bool) -> dict[str, Any]:
         """What `_restore` needs; of a tied weight the Parameter itself, which nobody writes to."""
@@ -261,7 +287,6 @@ class Merger:
         check_mergeable(layer)
         if self.follows:
             layer.merged_adapters = []
-            layer._plan = None
             return
         if self.kept is None:
             raise RuntimeError(
@@ -269,9 +294,11 @@ class Merger:
                 "taken out again. Merge with keep=True to be able to unmerge."
             )
         self._restore(self.kept)
-        self.kept = self.error = None
         layer.merged_adapters = []
-        layer._plan = None
+
+    def forget(self) -> None:
+        """Nothing is inside the weight any more, whatever it holds now."""
+        self.kept = self.error = None
 
     def change(self, adapter: str) -> Tensor:
         """See `BaseTunerLayer.get_delta_weight`."""

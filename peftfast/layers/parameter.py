@@ -39,7 +39,7 @@ class ChangingLayer(BaseTunerLayer):
 
     def changes(self) -> list[LowRank]:
         """What the adapters in force add to the Parameter."""
-        if self._disable_adapters and self.merged_adapters:
+        if self._disable_adapters and self.merged:
             self.unmerge()
         routing = self.control.routing
         if routing is not None and not self._disable_adapters:

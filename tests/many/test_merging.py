@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import oracle
@@ -379,3 +380,59 @@ def test_layers_that_were_told_one_by_one_merge_what_they_compute():
     model.unmerge_adapter()
     merged = model.merge_and_unload()
     torch.testing.assert_close(oracle.logits(merged), expected)
+
+
+def _assign(layer):
+    layer.merged_adapters = []
+
+
+def _pop(layer):
+    while layer.merged_adapters:
+        layer.merged_adapters.pop()
+
+
+@pytest.mark.parametrize("empty", [_assign, _pop, lambda layer: layer.merged_adapters.clear()])
+@pytest.mark.parametrize("put_back", [True, False], ids=["weights put back", "left as they are"])
+@pytest.mark.filterwarnings("ignore")
+def test_others_say_that_nothing_is_merged(empty, put_back):
+    """verl merges for a rollout, copies the base's weights back and empties the lists; ReLoRA's loops leave what is
+    merged where it is and start anew. As in PEFT, the adapters act again, and what is merged next is taken out to what
+    the weights are now."""
+    twins = oracle.Twins(oracle.llama, {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False})
+    outputs = []
+    for model in (twins.ours, twins.theirs):
+        layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
+        kept = [layer.base_layer.weight.detach().clone() for layer in layers]
+        found = [oracle.logits(model)]
+        for factor in (1.0, 1.5):
+            for layer in layers:
+                layer.merge()
+                assert layer.merged and layer.merged_adapters == ["default"]
+            found.append(oracle.logits(model))
+            for layer, weight in zip(layers, kept, strict=True):
+                if put_back:
+                    layer.base_layer.weight.data.copy_(weight * factor)
+                empty(layer)
+                assert not layer.merged and layer.merged_adapters == []
+            found.append(oracle.logits(model))
+            with model.disable_adapter():
+                found.append(oracle.logits(model))
+        before = [layer.base_layer.weight.detach().clone() for layer in layers]
+        model.merge_adapter()
+        model.unmerge_adapter()
+        for layer, weight in zip(layers, before, strict=True):
+            torch.testing.assert_close(layer.base_layer.weight, weight, rtol=0, atol=0 if model is twins.ours else 1e-6)
+        outputs.append(found)
+    assert (outputs[0][2] - outputs[0][3]).abs().max() > 1e-2
+    for ours, theirs in zip(*outputs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_of_a_layer_have_lists_of_their_own():
+    model = wrapped(nn.Linear(8, 4), adapters=1)
+    model.merge_adapter()
+    twin = copy.deepcopy(model)
+    twin.base_model.model.lin.merged_adapters.clear()
+    assert model.base_model.model.lin.merged_adapters == ["n0"]
+    names = pickle.loads(pickle.dumps(model.base_model.model.lin.merged_adapters))
+    assert names == ["n0"] and type(names) is list
