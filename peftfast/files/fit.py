@@ -25,6 +25,7 @@ from peftfast.files.state import (
     _layer_entries,
     adapter_entries,
     embedding_modules,
+    rows_said_twice,
     strip_wrappers,
     without_places,
     wrapped_modules,
@@ -190,7 +191,7 @@ def fit_state_dict(
     entries = {entry.file: entry for entry in adapter_entries(model, adapter_name)}
     tensors = _aligned(tensors, entries)
     tensors = migrate_experts(tensors, entries, cfg, getattr(model, "get_base_model", lambda: model)())
-    known = set(entries)
+    known, twice = set(entries), rows_said_twice(model, adapter_name)
     base: dict[str, Tensor] | None = None
     places: dict[str, str] = {}  # base tensors may have been, or be here, inside layers of other adapters
     embeddings: dict[str, nn.Module] = {}
@@ -203,6 +204,8 @@ def fit_state_dict(
                 places = {without_places(k): k for k in base}
             if key.replace(".modules_to_save.", ".") in known:
                 continue  # with bias="all" PEFT writes the biases of kept modules twice
+            if key in twice and twice[key] in tensors and torch.equal(tensor, tensors[twice[key]]):
+                continue
             if key not in base:
                 key = places.get(without_places(key), key)
             here = base.get(key)

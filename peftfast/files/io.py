@@ -26,7 +26,7 @@ from peftfast.files.atomic import (
 )
 from peftfast.files.metadata import check_sizes, config_changes, describe, lost_checksums, other_settings, verify
 from peftfast.files.migrate import migrate_keys
-from peftfast.files.state import check_whole
+from peftfast.files.state import check_whole, trains_rows
 from peftfast.keys import PREFIX, in_base
 from peftfast.wrapping.targets import EMBEDDING_LAYER_NAMES
 
@@ -121,8 +121,8 @@ def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, asked: bool | str)
                 stacklevel=4,
             )
         return bool(asked)
-    if getattr(cfg, "trainable_token_indices", None) is not None or getattr(cfg, "token_indices", None) is not None:
-        return False
+    if trains_rows(cfg):
+        return _vocabulary_changed(model, cfg)
     targets = getattr(cfg, "target_modules", None)
     if isinstance(targets, str):
         names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]

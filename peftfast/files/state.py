@@ -122,6 +122,21 @@ def _prompt_entries(key: str, encoders: PromptEncoders, adapter_name: str) -> It
         yield Entry("prompt_embeddings", live, encoder, "prompt_embeddings", encoder.load_prompt_embeddings)
 
 
+def trains_rows(cfg: PeftConfig) -> bool:
+    """Whether an adapter has rows of embeddings, which travel without the rest of the tables."""
+    fields = ("trainable_token_indices", "token_indices")
+    return any(getattr(cfg, name, None) is not None for name in fields)
+
+
+def rows_said_twice(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Keys of rows that a tied head shares -> the key under which they are saved. PEFT saves them under both where a
+    vocabulary was resized."""
+    keys = {m.token_adapter: key for key, m in wrapped_modules(model) if isinstance(m, TrainableTokensWrapper)}
+    sources = {key: layer.token_source.get(adapter_name) for layer, key in keys.items()}
+    slot = "token_adapter.trainable_tokens_delta"
+    return {f"{key}.{slot}": f"{keys[source]}.{slot}" for key, source in sources.items() if source is not None}
+
+
 # ---- out of the model -----------------------------------------------------------------------------------
 def adapter_state_dict(
     model: nn.Module,
@@ -175,7 +190,7 @@ def adapter_state_dict(
         modules = embedding_modules(model)
         # an adapted embedding travels with its adapter; where none is adapted they have been resized, and both do
         here = [key for key, m in modules.items() if isinstance(m, BaseTunerLayer) and adapter_name in m.adapters]
-        for name in here or modules:
+        for name in modules if trains_rows(cfg) else here or modules:
             module = modules[name]
             place = next((place for kind, place in _BASE_INSIDE.items() if isinstance(module, kind)), "")
             own = bool(place) and adapter_name in module._get_available_adapters()

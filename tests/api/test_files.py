@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import peftfast
 from peftfast import LoraConfig
@@ -296,6 +296,67 @@ def test_resized_vocabulary_beside_an_adapted_embedding(library, how, tmp_path):
     beside.load_adapter(tmp_path, "default", strict=True)
     beside.set_adapter("default")
     torch.testing.assert_close(logits(beside), logits(model), rtol=1e-4, atol=1e-5)
+
+
+ROWS = {
+    "beside lora": ("LoraConfig", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [64]}}),
+    "alone": ("TrainableTokensConfig", {"token_indices": [64], "target_modules": ["embed_tokens"]}),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.filterwarnings("ignore")
+def test_rows_added_to_a_vocabulary_travel_with_trained_ones(kind, tied, tmp_path):
+    """Of two new rows one is trained, and a model made anew has other numbers in both. PEFT leaves out those of a head
+    of its own where the rows are all that is trained."""
+    oracle.llama(tied=tied).save_pretrained(tmp_path / "base")
+    name, options = ROWS[kind]
+
+    def grown(seed):
+        base = from_folder(tmp_path / "base")
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(oracle.VOCABULARY + 2, mean_resizing=False)
+        with torch.no_grad():
+            for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+                module.weight[oracle.VOCABULARY :].normal_()
+        return base
+
+    ids = torch.tensor([[1, 64, 65, 2]])
+    lost = kind == "alone" and not tied
+    for library in (peftfast, peft):
+        model = library.get_peft_model(grown(1), getattr(library, name)(task_type="CAUSAL_LM", **options)).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(generator=torch.Generator().manual_seed(len(key)))
+        want = model(input_ids=ids).logits
+        model.save_pretrained(tmp_path / library.__name__)
+        for reader in (peftfast, peft):
+            more = {"strict": True} if reader is peftfast else {}
+            again = reader.PeftModel.from_pretrained(grown(2), tmp_path / library.__name__, **more).eval()
+            if library is peftfast or not lost:
+                torch.testing.assert_close(again(input_ids=ids).logits, want)
+    ours, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("peftfast", "peft"))
+    twice = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+    assert ours.keys() - theirs.keys() == ({"base_model.model.lm_head.weight"} if lost else set())
+    assert theirs.keys() - ours.keys() == ({twice} if tied and kind == "beside lora" else set())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_that_a_file_has_twice_have_to_be_the_same(tmp_path):
+    """PEFT saves the rows of a tied embedding once more under the head, where a vocabulary was resized."""
+    model = peftfast.get_peft_model(oracle.llama(tied=True), LoraConfig(**OPTIONS, trainable_token_indices=[3, 5]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    twice = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+    tensors = load_file(path)
+    save_file({**tensors, twice: tensors[key].clone()}, path)
+    peftfast.PeftModel.from_pretrained(oracle.llama(tied=True), tmp_path, strict=True)
+    save_file({**tensors, twice: tensors[key] + 1}, path)
+    with pytest.raises(peftfast.AdapterLoadError, match="unexpected keys.*lm_head.token_adapter.trainable_tokens"):
+        peftfast.PeftModel.from_pretrained(oracle.llama(tied=True), tmp_path, strict=True)
 
 
 def test_auto_classes(base_folder, tmp_path):
