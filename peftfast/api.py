@@ -198,15 +198,14 @@ def get_peft_model_state_dict(
     """An adapter's tensors under the names of the file.
 
     Args:
-        state_dict: tensors gathered from a sharded model, by live name.
+        state_dict: tensors gathered from a sharded model, by live name; a part of them gives that part of the adapter.
         unwrap_compiled: look inside `torch.compile`'s wrapper.
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     cfg = _config(model, adapter_name)
-    return adapter_state_dict(
-        model, cfg, adapter_name, state_dict, needs_embedding_layers(model, cfg, save_embedding_layers)
-    )
+    embeddings = needs_embedding_layers(model, cfg, save_embedding_layers)
+    return adapter_state_dict(model, cfg, adapter_name, state_dict, embeddings, complete=False)
 
 
 def set_peft_model_state_dict(

@@ -310,12 +310,13 @@ class PeftModel(HasCounterpart, nn.Module):
                 names = [n for n in names if n not in absent]
         initial = path_initial_model_for_weight_conversion
         start = None if initial is None else read_adapter(initial)
+        complete = is_main_process or state_dict is None  # what is gathered by one process is empty in the others
         prepared = []
         for name in names:
             cfg = self.peft_config[name]
             embeddings = needs_embedding_layers(self, cfg, save_embedding_layers)
-            tensors = adapter_state_dict(self, cfg, name, state_dict, embeddings)
-            if start is not None:
+            tensors = adapter_state_dict(self, cfg, name, state_dict, embeddings, complete=complete)
+            if complete and start is not None:
                 cfg, tensors = as_plain_lora(self, name, self.peft_config, tensors, start)
             prepared.append((name, cfg, tensors))
         if not is_main_process:

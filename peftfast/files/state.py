@@ -144,12 +144,18 @@ def adapter_state_dict(
     adapter_name: str,
     state_dict: Mapping[str, Tensor] | None = None,
     save_embedding_layers: bool = False,
+    *,
+    complete: bool = True,
 ) -> dict[str, Tensor]:
     """The adapter's tensors under the names of the file.
 
     Args:
         state_dict: take the tensors from here (gathered from a sharded model) instead of from the model.
         save_embedding_layers: with the base's embedding and head weights.
+        complete: False: what of the adapter is in `state_dict`.
+
+    Raises:
+        AdapterLoadError: `state_dict` lacks something.
     """
     given = None if state_dict is None else {strip_wrappers(k): v for k, v in state_dict.items()}
 
@@ -170,7 +176,13 @@ def adapter_state_dict(
             )
         return tensor  # a view of another layer's factor, which no state dict holds
 
-    result = {entry.file: value(entry) for entry in adapter_entries(model, adapter_name)}
+    entries = adapter_entries(model, adapter_name)
+    if given is not None and not complete:
+        there = [entry for entry in entries if _has(given, entry)]
+        # views of other layers' factors, which no state dict holds, are part of the whole only
+        whole = sum(entry.is_kept or entry.store is not None for entry in entries)
+        entries = entries if len(there) >= whole else there
+    result = {entry.file: value(entry) for entry in entries}
     bias = getattr(cfg, "bias", "none")
     source = given or {}
     if given is None and (bias != "none" or save_embedding_layers):  # else the whole model is listed for nothing
@@ -211,10 +223,12 @@ def is_in(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str)
     """Whether any tensor of an adapter is among those gathered from a sharded model: DeepSpeed leaves out what is
     frozen."""
     given = {strip_wrappers(k): v for k, v in state_dict.items()}
-    return any(
-        entry.live in given or (getattr(entry.owner, "has_network", False) and _network(entry, given))
-        for entry in adapter_entries(model, adapter_name)
-    )
+    return any(_has(given, entry) for entry in adapter_entries(model, adapter_name))
+
+
+def _has(given: Mapping[str, Tensor], entry: Entry) -> bool:
+    """Whether a tensor, or what it is made of, is among these."""
+    return entry.live in given or bool(getattr(entry.owner, "has_network", False) and _network(entry, given))
 
 
 #: Where the base module's tensors are inside what replaced it.
