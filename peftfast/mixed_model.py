@@ -36,8 +36,8 @@ class PeftMixedModel(PeftModel):
             )
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter, or the list of them if several are."""
+    def active_adapter(self) -> list[str]:
+        """The active adapters, as a list."""
         return self._tuner.active_adapter
 
     @active_adapter.setter

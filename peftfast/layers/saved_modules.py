@@ -32,6 +32,11 @@ class AuxiliaryTrainingWrapper(StandIn, nn.Module):
         """The module that answers now."""
         raise NotImplementedError
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        names = self.active_adapters
+        self._active_adapter = names[0] if len(names) == 1 else names  # PEFT keeps the name: scripts use it as a key
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._standing_in()(*args, **kwargs)
 

@@ -49,6 +49,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
 
     prefix: str = ""
     uses_shared_state: ClassVar[bool] = False
+    _set_by_name = False  # whether the last to say which adapter is active gave a name, and no list
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
     def add(self, adapter_name: str, config: PeftConfig, **options: Any) -> None:
         """Add an adapter, frozen and inactive; options as of `add_adapter`."""
         add_adapter(self.inventory, adapter_name, config, **options)
+        self._set_by_name = False
 
     def inject_adapter(
         self,
@@ -127,8 +129,9 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
     # ---- which are active --------------------------------------------------------------------------------------------
     @property
     def active_adapter(self) -> str | list[str]:
+        """As PEFT has it: the name after `set_adapter(name)`, a list of names otherwise."""
         active = self.inventory.active
-        return active[0] if len(active) == 1 else list(active)
+        return active[0] if self._set_by_name and len(active) == 1 else list(active)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -137,6 +140,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several; several sum."""
         self.inventory.set_adapter(adapter_name, inference_mode)
+        self._set_by_name = isinstance(adapter_name, str)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         self.inventory.set_requires_grad(adapter_names, requires_grad)
@@ -149,6 +153,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.inventory.delete(adapter_name)
+        self._set_by_name = False
 
     # ---- combining ---------------------------------------------------------------------------------------------------
     def add_weighted_adapter(

@@ -68,6 +68,12 @@ class Pair:
         oracle.same_live_state(self.ours, self.theirs, without="trainable_tokens_original")
         assert list(self.ours.active_adapters) == list(self.theirs.active_adapters)
         assert self.ours.active_adapter == self.theirs.active_adapter
+        active = [
+            {n: m.active_adapter for n, m in model.named_modules() if hasattr(m, "adapter_layer_names")}
+            for model in (self.ours, self.theirs)
+        ]
+        assert active[0] == active[1]
+        assert self.ours.base_model.active_adapter == self.theirs.base_model.active_adapter
         assert sorted(self.ours.peft_config) == sorted(self.theirs.peft_config)
         assert self.ours.get_nb_trainable_parameters() == self.theirs.get_nb_trainable_parameters()
         mine, other = self.ours.get_model_status(), self.theirs.get_model_status()
