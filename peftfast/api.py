@@ -24,7 +24,7 @@ from peftfast.model import PeftModel, refuse_peft_model
 from peftfast.tasks import model_class
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
 from peftfast.tuners.tuner import adapted_modules
-from peftfast.wrapping.adding import add_adapter
+from peftfast.wrapping.adding import add_adapter, say_if_in_prefix
 from peftfast.wrapping.injection import plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import replicated
@@ -72,6 +72,7 @@ def get_peft_model(
             "Please ensure that the correct base model is loaded when loading this checkpoint.",
             stacklevel=2,
         )
+    say_if_in_prefix(adapter_name, peft_config)
     before = (peft_config.base_model_name_or_path, peft_config.revision)
     peft_config.base_model_name_or_path = new_name
     if revision is not None:

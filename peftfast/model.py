@@ -42,6 +42,7 @@ from peftfast.tuners.ia3 import IA3Model
 from peftfast.tuners.lora import LoraModel
 from peftfast.tuners.trainable_tokens import TrainableTokensModel
 from peftfast.tuners.tuner import BaseTuner
+from peftfast.wrapping.adding import say_if_in_prefix
 from peftfast.wrapping.undo import unchanged_if_refused
 
 #: Tuner classes by peft_type; a method without a class of its own gets the common one.
@@ -195,6 +196,7 @@ class PeftModel(HasCounterpart, nn.Module):
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         self.check_type(peft_config)
+        say_if_in_prefix(adapter_name, peft_config)
         self._tuner.add(
             adapter_name, peft_config, strict=strict, initialise=initialise,
             device="meta" if low_cpu_mem_usage else None, autocast_adapter_dtype=autocast_adapter_dtype,

@@ -16,6 +16,17 @@ from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import Replication, ranges_of
 
 
+def say_if_in_prefix(name: str, cfg: PeftConfig) -> None:
+    """Warn of a name that PEFT, where it loads the file, may take for a part of its own names."""
+    prefix = "" if cfg.is_prompt_learning else method_for(cfg).prefix
+    if isinstance(name, str) and name in prefix:
+        warnings.warn(
+            f"Adapter name '{name}' should not be contained in the prefix '{prefix}'. This may lead to "
+            "reinitialization of the adapter weights during loading.",
+            stacklevel=3,
+        )
+
+
 def inject(inventory: Inventory, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> Injection:
     """Put an adapter into the layers that its config names."""
     injection = plan_injection(inventory, name, cfg, method_for(cfg), strict=strict, **options)

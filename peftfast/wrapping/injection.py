@@ -158,12 +158,6 @@ def plan_injection(
         device: of the new tensors; None: where the base weight is.
         initialise: False when the tensors are about to be loaded.
     """
-    if name in method.prefix:
-        warnings.warn(
-            f"Adapter name '{name}' should not be contained in the prefix '{method.prefix}'. This may lead to "
-            "reinitialization of the adapter weights during loading.",
-            stacklevel=6,
-        )
     model = inventory.model
     names = list(inventory.names)
     tied_heads = tied_module_names(inventory)

@@ -471,3 +471,29 @@ def test_layers_say_where_they_keep_what_belongs_to_an_adapter(options):
     assert kept("other") == {p for n, p in model.named_parameters() if ".other" in n}
     model.delete_adapter("other")
     assert kept("other") == set() and kept("default")
+
+
+def test_names_in_the_prefix_of_a_method(tmp_path):
+    """PEFT warns of them where an adapter is added, and neither where a model is loaded nor of injected adapters."""
+    peft.get_peft_model(oracle.llama(), peft.LoraConfig(**FIRST)).save_pretrained(tmp_path)
+    said = []
+    for library in (peftfast, peft):
+        model = library.get_peft_model(oracle.llama(), library.LoraConfig(**FIRST))
+        calls = {
+            "get": lambda library=library: library.get_peft_model(oracle.llama(), library.LoraConfig(**FIRST), "a"),
+            "from": lambda library=library: library.PeftModel.from_pretrained(oracle.llama(), tmp_path, "a"),
+            "inject": lambda library=library: library.inject_adapter_in_model(
+                library.LoraConfig(**FIRST), oracle.llama(), "a"
+            ),
+            "add": lambda library=library, model=model: model.add_adapter("lora", library.LoraConfig(**FIRST)),
+            "load": lambda model=model: model.load_adapter(tmp_path, "or"),
+            "combine": lambda model=model: model.add_weighted_adapter(["default"], [1.0], "o"),
+        }
+        found = set()
+        for name, call in calls.items():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                call()
+            found |= {name for w in caught if "should not be contained in the prefix 'lora_'" in str(w.message)}
+        said.append(found)
+    assert said[0] == said[1] == {"get", "add", "load"}
