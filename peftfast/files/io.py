@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import CONFIG_NAME, PeftConfig
+from peftfast.config import CONFIG_NAME, PeftConfig, PeftConfigMixin
 from peftfast.errors import AdapterLoadError, PeftWarning
 from peftfast.files.atomic import (
     SAFETENSORS_WEIGHTS_NAME,
@@ -56,7 +57,7 @@ def save_adapter(
     process is killed, and also if others save to or load from the folder meanwhile.
 
     Args:
-        cfg: written as for inference. tensors: by file key.
+        cfg: written as for inference, with what a `save_pretrained` of its own writes. tensors: by file key.
         safe: safetensors; False: `torch.save`, for readers that need it.
         base: fingerprint of the base model, for the metadata.
 
@@ -66,18 +67,39 @@ def save_adapter(
     check_whole(tensors)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    saved = copy.copy(cfg)
-    saved.inference_mode = True
-    config = saved.to_json(auto_mapping)
-    if safe:
-        content = _safetensors_writer(tensors, describe(tensors, config, base))
-        write_pair(folder, (SAFETENSORS_WEIGHTS_NAME, content), (CONFIG_NAME, config.encode()))
-    else:
-        # safetensors are read first, so old ones must not stay
-        write_pair(
-            folder, (WEIGHTS_NAME, lambda path: torch.save(tensors, path)), (CONFIG_NAME, config.encode()),
-            obsolete=(SAFETENSORS_WEIGHTS_NAME,),
-        )  # fmt: skip
+    config, others = _config_files(cfg, auto_mapping)
+    with locked(folder, exclusive=True):
+        if safe:
+            content = _safetensors_writer(tensors, describe(tensors, config, base))
+            write_pair(folder, (SAFETENSORS_WEIGHTS_NAME, content), (CONFIG_NAME, config.encode()))
+        else:
+            # safetensors are read first, so old ones must not stay
+            write_pair(
+                folder, (WEIGHTS_NAME, lambda path: torch.save(tensors, path)), (CONFIG_NAME, config.encode()),
+                obsolete=(SAFETENSORS_WEIGHTS_NAME,),
+            )  # fmt: skip
+        for name, data in others.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / name, data)
+
+
+def _config_files(cfg: PeftConfig, auto_mapping: dict | None) -> tuple[str, dict[str, bytes]]:
+    """`adapter_config.json` as for inference, and the other files that a config with a `save_pretrained` of its own
+    (in a subclass of somebody else's) writes into its folder."""
+    if getattr(cfg.save_pretrained, "__func__", None) is PeftConfigMixin.save_pretrained:
+        saved = copy.copy(cfg)
+        saved.inference_mode = True
+        return saved.to_json(auto_mapping), {}
+    mode, cfg.inference_mode = cfg.inference_mode, True
+    try:
+        with tempfile.TemporaryDirectory() as room:
+            cfg.save_pretrained(room, auto_mapping_dict=auto_mapping)
+            paths = [path for path in Path(room).rglob("*") if path.is_file()]
+            written = {path.relative_to(room).as_posix(): path.read_bytes() for path in paths}
+        config = written.pop(CONFIG_NAME, None)
+        return cfg.to_json(auto_mapping) if config is None else config.decode(), written
+    finally:
+        cfg.inference_mode = mode
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

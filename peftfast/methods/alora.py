@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,8 @@ class Alora(Lora):
     """Where the invocation does not occur, and where it cannot be known, an adapter does nothing, and its gradients are
     zeros."""
 
+    variant: ClassVar[str | None] = "alora_invocation_tokens"
     as_product = None  # type: ignore[assignment]  # what it adds depends on the token
-
-    def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and cfg.variant == "alora_invocation_tokens"
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
         if not site.gates:

@@ -9,13 +9,12 @@ coefficients, and one with their up factors; nothing is computed once per expert
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftConfig
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora
@@ -51,13 +50,11 @@ class Arrow(Lora):
     are all other adapters of the layer, also those that are added later, as they are at the time: what is kept of them
     is made again when one was written to or replaced (see `remembered` about writes through `.data`)."""
 
+    variant: ClassVar[str | None] = "arrow_config"
     as_product = None  # type: ignore[assignment]  # what it adds depends on the token
     uncapturable = (
         "it is made of others, which a recording would go on using as they were: call the model, or delete it"
     )
-
-    def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and cfg.variant == "arrow_config"
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
         if not site.gates or site.looks_up:

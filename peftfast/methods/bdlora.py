@@ -97,7 +97,7 @@ def blocks_of(cfg: LoraConfig, key: str) -> tuple[int | None, int | None]:
 
 @register_method
 class BdLora(PackedLora):
-    variant: ClassVar[str] = "use_bdlora"
+    variant: ClassVar[str | None] = "use_bdlora"
     by: ClassVar[str] = "bdlora_blocks"  # of how many blocks A and B are, None for a whole factor
     pads: ClassVar[bool] = False  # ranks lie in one run for each block, none at a factor's end
 

@@ -9,13 +9,12 @@ trace that a cache could see; inside `helpers.DoraCaching` layers in eval mode k
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftConfig
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, factors
@@ -59,8 +58,7 @@ def cache_norms(enabled: bool) -> bool:
 class Dora(Lora):
     """Several active adapters act one after the other, each on the output so far."""
 
-    def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and cfg.variant == "use_dora"
+    variant: ClassVar[str | None] = "use_dora"
 
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
         magnitude = Slot(site.vector_shape("magnitude"), holder=_Magnitude, bare_in_file=True)

@@ -10,13 +10,12 @@ one of the largest rank leaves out, once, as if it had been truncated for one af
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftConfig
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, bias_of, check_linear, describe_change, factors, pair_of, scaling_of, widened
@@ -55,8 +54,7 @@ class _Dropped(nn.Module):
 class Kasa(Lora):
     """Several active adapters act one after the other, on a base that is truncated once."""
 
-    def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and cfg.variant == "kasa_config"
+    variant: ClassVar[str | None] = "kasa_config"
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
         return {**super().settings(site, cfg, key), DROPPED: _Dropped()}

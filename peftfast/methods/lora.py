@@ -39,12 +39,14 @@ class Lora:
     family: ClassVar[str] = "lora"
     peft_layer: ClassVar[str] = "tuners.lora.layer.LoraLayer"  # what isinstance checks of other libraries look for
     default_targets: ClassVar[Mapping[str, Any]] = default_targets.LORA
+    variant: ClassVar[str | None] = None  # the field of the config that asks for it
 
     #: adapter -> A [r, ...] and B [N, r, ...] that its module is adapted by: as they are kept, or made of that
     pair = staticmethod(factors)
 
     def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and cfg.variant is None
+        # others' configs may derive from LoraConfig: by its type an AdaLoraConfig is none
+        return isinstance(cfg, LoraConfig) and cfg.peft_type == self.peft_type and cfg.variant == self.variant
 
     def retarget(self, cfg: LoraConfig, model: nn.Module) -> None:
         """Called with a new config before its targets are looked up, to bring them to the model's own names."""

@@ -12,14 +12,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning
 from peftfast.method import register_method
 from peftfast.methods.lora import bias_of, check_linear, factors, widened
@@ -232,11 +231,9 @@ def _wishart_diagonal(r: int, device: torch.device | None = None, generator: tor
 class Monteclora(TrainedOtherwise):
     """In training several active adapters act one after the other."""
 
+    variant: ClassVar[str | None] = "monteclora_config"
     only_for_training = (SAMPLER,)
     uncapturable_training = "MonteCLoRA draws new samples on the host in every step"
-
-    def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and cfg.variant == "monteclora_config"
 
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
         check_linear(site, "MonteCLoRA", "monteclora_config")

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftConfig
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora import Lora, describe_change, pair_of, scaling_of
 from peftfast.methods.lora_config import LoraConfig
@@ -28,14 +27,10 @@ class PackedLora(Lora):
     everything else is then as for any LoRA.
 
     Attributes:
-        variant: the config's field that asks for it. by: the setting of a layer that says how factors are made.
+        by: the setting of a layer that says how factors are made.
     """
 
-    variant: ClassVar[str]
     by: ClassVar[str]
-
-    def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and cfg.variant == self.variant
 
     @staticmethod
     def whole(how: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def _holder(in_features: int, out_features: int, group: int) -> nn.Module:
 
 @register_method
 class QaLora(PackedLora):
-    variant: ClassVar[str] = "use_qalora"
+    variant: ClassVar[str | None] = "use_qalora"
     by: ClassVar[str] = "qalora_group_size"
 
     @staticmethod

@@ -9,13 +9,12 @@ LoRA's own and the input is kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftConfig
 from peftfast.method import register_method
 from peftfast.methods.lora import bias_of, check_linear, factors, widened
 from peftfast.methods.lora_config import LoraConfig
@@ -35,10 +34,8 @@ _GROUPS, _SCALE = "lora_velora_num_groups", "lora_velora_scale"
 class Velora(TrainedOtherwise):
     """What of a file a pool has no use for is in `only_for_training`."""
 
+    variant: ClassVar[str | None] = "velora_config"
     only_for_training = (EMBED,)
-
-    def claims(self, cfg: PeftConfig) -> bool:
-        return type(cfg) is LoraConfig and cfg.variant == "velora_config"
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
         own = cfg.velora_config

@@ -1,9 +1,11 @@
 """Folders, state dicts and the calls around them, both ways with PEFT."""
 
+import dataclasses
 import importlib
 import json
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import oracle
 import pytest
@@ -602,6 +604,81 @@ def test_a_config_that_is_given_is_used(tmp_path):
     assert loaded.base_model.model.model.layers[0].self_attn.q_proj.scaling == {"default": 2.0}
     with pytest.raises(ValueError, match="PeftConfig"):
         peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, config={"r": 8})
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("LoraConfig", OPTIONS),
+        ("LoraConfig", {**OPTIONS, "use_dora": True}),
+        ("LoraConfig", {**OPTIONS, "alora_invocation_tokens": [1]}),
+        ("AdaLoraConfig", {"target_modules": ["q_proj"], "total_step": 10, "task_type": "CAUSAL_LM"}),
+        ("IA3Config", {"target_modules": ["q_proj"], "feedforward_modules": [], "task_type": "CAUSAL_LM"}),
+        ("PromptTuningConfig", {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}),
+    ],
+    ids=["lora", "dora", "alora", "adalora", "ia3", "prompt"],
+)
+def test_a_config_class_of_somebody_elses(name, options, tmp_path):
+    """Derived from a library's own, with a field and a file more."""
+    configs = {}
+    for library in (peftfast, peft):
+
+        @dataclasses.dataclass
+        class Derived(getattr(library, name)):
+            extra: str = "more"
+
+            def to_dict(self):
+                return {**super().to_dict(), "written_by": "Derived"}
+
+            def save_pretrained(self, save_directory, **kwargs):
+                super().save_pretrained(save_directory, **kwargs)
+                (Path(save_directory) / "beside").mkdir(exist_ok=True)
+                (Path(save_directory) / "beside/extra.json").write_text(f'"{self.extra}"')
+
+        configs[library] = Derived(**options, extra="much more")
+    ours, theirs = (library.get_peft_model(oracle.llama(), configs[library]) for library in (peftfast, peft))
+    assert type(ours.active_peft_config) is type(configs[peftfast])
+    oracle.copy_parameters(theirs, ours)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert not ours.active_peft_config.inference_mode
+    oracle.same_files(tmp_path / "ours", tmp_path / "theirs")
+    assert (tmp_path / "ours/beside/extra.json").read_text() == '"much more"'
+    config = json.loads((tmp_path / "ours/adapter_config.json").read_text())
+    assert (config["extra"], config["written_by"], config["inference_mode"]) == ("much more", "Derived", True)
+    for folder in ("ours", "theirs"):
+        with pytest.warns(peftfast.AdapterMismatchWarning, match="Unexpected keyword arguments"):
+            again = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / folder)
+        assert type(again.active_peft_config) is getattr(peftfast, name)
+        assert torch.equal(logits(again), logits(ours))
+
+
+def test_a_config_that_saves_otherwise(tmp_path):
+    """A `save_pretrained` put on the config itself, as in PEFT; one that fails leaves the old files."""
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    config = model.active_peft_config
+    usual = config.save_pretrained
+
+    def save(folder, **kwargs):
+        usual(folder, **kwargs)
+        (Path(folder) / "extra.txt").write_text("x")
+
+    config.save_pretrained = save
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "extra.txt").read_text() == "x" and json.loads((tmp_path / "adapter_config.json").read_text())[
+        "inference_mode"
+    ]
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+
+    def fail(folder, **kwargs):
+        usual(folder, **kwargs)
+        raise RuntimeError("no more of this")
+
+    config.save_pretrained, config.lora_alpha = fail, 77
+    with pytest.raises(RuntimeError, match="no more of this"):
+        model.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    assert not config.inference_mode
 
 
 def test_crash_while_saving_keeps_the_old_files(tmp_path, monkeypatch):
