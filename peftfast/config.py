@@ -80,7 +80,7 @@ def checked(cls: _C) -> _C:
 
 
 def check_fields(config: Any) -> None:
-    """Hold every field of a checked dataclass to its rule.
+    """Hold every field of a checked dataclass to its rule, and keep it as the rule has it.
 
     Raises:
         TypeError: a value of the wrong type. ValueError: a value out of range. Both name class, field, value and what
@@ -89,7 +89,10 @@ def check_fields(config: Any) -> None:
     for f in fields(config):
         rule: Rule | None = f.metadata.get("rule")
         if rule is not None:
-            rule.enforce(getattr(config, f.name), f"{type(config).__name__}.{f.name}")
+            value = getattr(config, f.name)
+            kept = rule.enforce(value, f"{type(config).__name__}.{f.name}")
+            if kept is not value:
+                setattr(config, f.name, kept)
 
 
 class CheckedFields:

@@ -3,10 +3,13 @@ schema."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import numbers
+import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +26,7 @@ class Rule:
         valid: whether a value of the right type is in range (else ValueError).
         schema: the same as a JSON schema fragment.
         choices: for did-you-mean.
+        tidy: what means the same as a value of a kind that is accepted and not kept, as OmegaConf's lists.
     """
 
     expects: str
@@ -30,12 +34,16 @@ class Rule:
     valid: Callable[[Any], bool] = lambda value: True
     schema: Mapping[str, Any] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
+    tidy: Callable[[Any], Any] = lambda value: value
 
-    def enforce(self, value: Any, name: str) -> None:
-        if not self.typed(value):
+    def enforce(self, value: Any, name: str) -> Any:
+        """The value as it is kept; TypeError or ValueError if it is not what the rule expects."""
+        kept = self.tidy(value)
+        if not self.typed(kept):
             raise TypeError(f"{name} must be {self.expects}, got {value!r} of type {type(value).__name__}")
-        if not self.valid(value):
+        if not self.valid(kept):
             raise ValueError(f"{name} must be {self.expects}, got {value!r}.{close_matches(value, self.choices)}")
+        return kept
 
 
 def _is_integer(value: Any) -> bool:
@@ -47,7 +55,18 @@ def _is_number(value: Any) -> bool:
 
 
 def boolean() -> Rule:
-    return Rule("True or False", lambda v: isinstance(v, bool), schema={"type": "boolean"})
+    """True or False; 1, 0 and None, which files of other libraries have, mean the same."""
+
+    def tidy(value: Any) -> Any:
+        return bool(value) if value is None or (_is_integer(value) and value in (0, 1)) else value
+
+    return Rule("True or False", lambda v: isinstance(v, bool), schema={"type": ["boolean", "null"]}, tidy=tidy)
+
+
+def none_as(value: Any, rule: Rule) -> Rule:
+    """`rule`, where None means `value`."""
+    schema = {"anyOf": [{"type": "null"}, rule.schema]}
+    return dataclasses.replace(rule, schema=schema, tidy=lambda v: value if v is None else rule.tidy(v))
 
 
 def text() -> Rule:
@@ -104,6 +123,7 @@ def optional(rule: Rule) -> Rule:
         lambda v: v is None or rule.valid(v),
         {"anyOf": [{"type": "null"}, rule.schema]},
         rule.choices,
+        lambda v: v if v is None else rule.tidy(v),
     )
 
 
@@ -114,16 +134,26 @@ def either(*rules: Rule) -> Rule:
         lambda v: any(r.typed(v) and r.valid(v) for r in rules),
         {"anyOf": [r.schema for r in rules]},
         tuple(c for r in rules for c in r.choices),
+        lambda v: functools.reduce(lambda kept, r: r.tidy(kept), rules, v),
     )
 
 
 def sequence(of: Rule) -> Rule:
-    """A list, tuple or set."""
+    """A list, tuple or set; of other collections, as `dict.keys()`, a list is made."""
+
+    def tidy(value: Any) -> Any:
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
+            return value
+        kept = [of.tidy(e) for e in value]
+        same = isinstance(value, (list, tuple, set, frozenset)) and all(map(operator.is_, kept, value))
+        return value if same else kept
+
     return Rule(
         f"a list in which each element is {of.expects}",
         lambda v: isinstance(v, (list, tuple, set, frozenset)) and all(of.typed(e) for e in v),
         lambda v: all(of.valid(e) for e in v),
         {"type": "array", "items": of.schema},
+        tidy=tidy,
     )
 
 
@@ -134,19 +164,29 @@ def pair(of: Rule) -> Rule:
         lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(of.typed(e) for e in v),
         lambda v: all(of.valid(e) for e in v),
         {"type": "array", "items": of.schema, "minItems": 2, "maxItems": 2},
+        tidy=sequence(of).tidy,
     )
 
 
 def table(values: Rule | None = None) -> Rule:
-    """A dict with string keys."""
+    """A dict with string keys; of other mappings a dict is made."""
+
+    def tidy(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        kept = {k: e if values is None else values.tidy(e) for k, e in value.items()}
+        same = isinstance(value, dict) and all(map(operator.is_, kept.values(), value.values()))
+        return value if same else kept
+
     if values is None:
         return Rule("a dict with string keys", lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v),
-                    schema={"type": "object"})  # fmt: skip
+                    schema={"type": "object"}, tidy=tidy)  # fmt: skip
     return Rule(
         f"a dict from strings to values that are {values.expects}",
         lambda v: isinstance(v, dict) and all(isinstance(k, str) and values.typed(e) for k, e in v.items()),
         lambda v: all(values.valid(e) for e in v.values()),
         {"type": "object", "additionalProperties": values.schema},
+        tidy=tidy,
     )
 
 

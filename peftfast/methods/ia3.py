@@ -50,16 +50,15 @@ class IA3Config(PeftConfig):
     init_ia3_weights: bool = setting(True, boolean())
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-                setattr(self, name, set(value))
         super().__post_init__()
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
 
     def validate(self) -> None:
         super().validate()
         targets, inputs = self.target_modules, self.feedforward_modules
-        if isinstance(targets, (set, list)) and isinstance(inputs, (set, list)):
+        if isinstance(targets, (set, list, tuple)) and isinstance(inputs, (set, list, tuple)):
             outside = sorted(set(inputs) - set(targets))
             if outside:
                 raise ValueError(

@@ -25,6 +25,7 @@ from peftfast.rules import (
     either,
     instance,
     integer,
+    none_as,
     number,
     one_of,
     only,
@@ -48,6 +49,7 @@ _PARTS: Mapping[str, type] = {
     "kasa_config": KasaConfig,
     "velora_config": VeloraConfig,
     "monteclora_config": MontecloraConfig,
+    "runtime_config": LoraRuntimeConfig,
 }
 
 #: Fields that make more of an adapter than a product of two factors that is added: each a method of its own, and at
@@ -66,7 +68,7 @@ VARIANTS = (
 
 def _is_named(value: Any) -> bool:
     """Whether this is a sub-config as files hold it."""
-    return isinstance(value, dict) and all(isinstance(k, str) for k in value)
+    return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
 
 
 @register_config(PeftType.LORA)
@@ -116,8 +118,8 @@ class LoraConfig(PeftConfig):
     modules_to_save: list[str] | None = setting(None, optional(sequence(text())))
     init_lora_weights: bool | str = setting(
         True,
-        one_of(True, False, "gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "loftq",
-               "lora_ga", patterns=[r"pissa_niter_\d+"]),
+        none_as(False, one_of(True, False, "gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "loftq",
+                              "lora_ga", patterns=[r"pissa_niter_\d+"])),
     )  # fmt: skip
     layers_to_transform: list[int] | int | None = setting(None, optional(either(integer(0), sequence(integer(0)))))
     layers_pattern: list[str] | str | None = setting(None, _NAMES)
@@ -136,7 +138,7 @@ class LoraConfig(PeftConfig):
     velora_config: VeloraConfig | None = setting(None, optional(instance(VeloraConfig)))
     alora_invocation_tokens: list[int] | None = setting(None, optional(sequence(integer(0))))
     use_qalora: bool = setting(False, boolean())
-    qalora_group_size: int = setting(16, integer(1))
+    qalora_group_size: int = setting(16, optional(integer(1)))
     monteclora_config: MontecloraConfig | None = setting(None, optional(instance(MontecloraConfig)))
     layer_replication: list[tuple[int, int]] | None = setting(None, optional(sequence(pair(integer(0)))))
     runtime_config: LoraRuntimeConfig = setting(None, optional(instance(LoraRuntimeConfig)))
@@ -157,11 +159,10 @@ class LoraConfig(PeftConfig):
             self.loftq_config = LoftQConfig(**self.loftq_config)
         if self.runtime_config is None:
             self.runtime_config = LoraRuntimeConfig()
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):  # else refused below
-                setattr(self, name, set(value))
         super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
         self.rank_pattern = self.rank_pattern if self.rank_pattern is not None else self._no_pattern()
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
 
@@ -201,6 +202,8 @@ class LoraConfig(PeftConfig):
             raise ValueError(
                 f"Invalid or unsupported variant combination: {', '.join(variants)}; set one of them at most"
             )
+        if self.use_qalora and self.qalora_group_size is None:
+            raise ValueError("use_qalora needs a qalora_group_size, got None")
         if self.lora_bias:
             if self.init_lora_weights not in (True, False):
                 raise ValueError(

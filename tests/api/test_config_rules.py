@@ -1,9 +1,12 @@
 """Every field of every config class with values of the wrong type and out of range, drawn from the field's own rule."""
 
+import collections
 import dataclasses
 import json
 
+import oracle
 import pytest
+import torch
 
 import peftfast
 from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, config_class
@@ -109,8 +112,6 @@ def test_close_field_names():
 
 
 def test_values_written_later_are_checked_before_anything_changes():
-    import oracle
-
     config = peftfast.LoraConfig(target_modules=["q_proj"])
     config.r = "8"
     model = oracle.llama()
@@ -215,6 +216,76 @@ def test_what_holds_for_one_process_is_not_read(tmp_path):
         assert "runtime_config" not in peftfast.LoraConfig.from_json_file(path)
     with pytest.warns(UserWarning, match="`runtime_config` in .*adapter_config.json is ignored"):
         assert not peftfast.PeftConfig.from_pretrained(tmp_path).runtime_config.ephemeral_gpu_offload
+
+
+SWITCHES = (
+    "fan_in_fan_out",
+    "use_dora",
+    "use_rslora",
+    "lora_bias",
+    "use_qalora",
+    "inference_mode",
+    "ensure_weight_tying",
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict.fromkeys(SWITCHES),
+        dict.fromkeys(SWITCHES, 0),
+        {"use_rslora": 1, "fan_in_fan_out": None},
+        {"use_dora": 1},
+        {"init_lora_weights": None},
+        {"qalora_group_size": None},
+        {"layers_to_transform": range(1)},
+        {
+            "target_modules": collections.UserList(["q_proj", "v_proj"]),
+            "exclude_modules": collections.UserList(["v_proj"]),
+        },
+        {"modules_to_save": collections.deque(["lm_head"]), "target_modules": ("q_proj",)},
+        {"rank_pattern": collections.UserDict({"q_proj": 2}), "alpha_pattern": collections.UserDict({"q_proj": 3})},
+        {"trainable_token_indices": {"embed_tokens": range(3)}},
+    ],
+    ids=str,
+)
+def test_values_that_mean_the_same(options, tmp_path):
+    """As PEFT takes them, in constructors and in files."""
+    import peft
+
+    options = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options}
+    twins = oracle.Twins(oracle.llama, options)
+    batch = oracle.inputs(twins.ours)
+    with torch.no_grad():
+        expected = twins.theirs(**batch).logits
+        torch.testing.assert_close(twins.ours(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+    twins.ours.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    plain = {k: (dict(v) if k.endswith("pattern") else v) for k, v in options.items()}
+    nulls = {name: value for name, value in plain.items() if value is None or value in (0, 1)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**saved, **nulls}))
+    for library in (peftfast, peft):
+        model = library.PeftModel.from_pretrained(oracle.llama(), tmp_path)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_switches_and_lists_are_no_strings():
+    for name in SWITCHES:
+        for value in ("", "true", "False", 2, 0.5, []):
+            with pytest.raises(TypeError, match=f"{name} must be True or False"):
+                peftfast.LoraConfig(**{name: value})
+    with pytest.raises(ValueError, match="use_qalora needs a qalora_group_size"):
+        peftfast.LoraConfig(use_qalora=True, qalora_group_size=None)
+    with pytest.raises(TypeError, match="target_modules must be"):
+        peftfast.LoraConfig(target_modules=b"q_proj")
+    assert peftfast.LoraConfig(target_modules={"q_proj": 1}.keys()).target_modules == {"q_proj"}
+
+
+def test_a_config_made_of_the_dict_of_another():
+    config = peftfast.LoraConfig(runtime_config=peftfast.LoraRuntimeConfig(ephemeral_gpu_offload=True), r=3)
+    again = peftfast.LoraConfig(**dataclasses.asdict(config))
+    assert again == config and again.runtime_config.ephemeral_gpu_offload
 
 
 def test_saving_is_deterministic(tmp_path):
