@@ -27,7 +27,7 @@ def update_forward_signature(model: PeftModel) -> None:
 def update_generate_signature(model: PeftModel) -> None:
     """Give `model.generate` the base model's signature and help text, if its own says nothing."""
     if hasattr(model, "generate"):
-        _take_signature(model, "generate", ({"args", "kwargs"}, {"kwargs"}))
+        _take_signature(model, "generate", ({"args", "adapter_names", "kwargs"}, {"kwargs"}))
 
 
 def update_signature(model: PeftModel, method: str = "all") -> None:

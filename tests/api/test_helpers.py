@@ -1,11 +1,14 @@
 """What `peft.helpers` offers."""
 
+import importlib
+import inspect
+
 import oracle
 import pytest
 import torch
 
 import peftfast
-from peftfast.helpers import disable_input_dtype_casting, rescale_adapter_scale
+from peftfast.helpers import disable_input_dtype_casting, rescale_adapter_scale, update_signature
 from peftfast.layers.layer import BaseTunerLayer
 
 NAMES = ["one", "two"]
@@ -104,3 +107,24 @@ def test_modules_whose_hooks_change_their_dtype():
             assert found.dtype is torch.float32 and layer.lora_A["one"].weight.dtype is torch.bfloat16
             with pytest.raises(RuntimeError, match="same dtype"):
                 layer(x)
+
+
+@pytest.mark.parametrize("method", ["generate", "forward"])
+@pytest.mark.parametrize("make, task", [(oracle.llama, "CAUSAL_LM"), (oracle.llama, None), (oracle.t5, "SEQ_2_SEQ_LM")])
+def test_signatures_and_help_are_the_base_models(method, make, task):
+    told = {}
+    for library in (peftfast, importlib.import_module("peft")):
+        options = {"target_modules": "all-linear", "task_type": task}
+        model = library.get_peft_model(make(), library.LoraConfig(**options)).eval()
+        if library is peftfast:
+            update_signature(model, method)
+        else:
+            importlib.import_module("peft.helpers").update_signature(model, method)
+        function = getattr(model, method)
+        told[library.__name__] = inspect.signature(function), function.__doc__
+        if task == "CAUSAL_LM" and library is peftfast:
+            prompt = torch.arange(6).view(2, 3)
+            tokens = model.generate(prompt, max_new_tokens=2, do_sample=False, adapter_names=["default", "__base__"])
+            assert tokens.shape == (2, 5)
+    if (method, task) == ("forward", None) or method == "generate":
+        assert told["peftfast"] == told["peft"]
