@@ -25,6 +25,33 @@ NAMES = frozenset(
     """.split()
 )
 
+#: In these modules alone: steps and parts of PEFT's own that libraries read or replace.
+INTERNAL: dict[str, tuple[str, ...]] = {
+    "peft.tuners.adalora": ("SVDConv2d", "SVDLinear", "SVDQuantLinear"),
+    "peft.tuners.adalora.layer": ("SVDConv2d", "SVDLinear"),
+    **{
+        f"peft.tuners.lora.{part}": (f"dispatch_{part}",)
+        for part in ("aqlm", "awq", "eetq", "gptq", "hqq", "torchao")
+    },
+    "peft.tuners.lora.bnb": ("dispatch_bnb_4bit", "dispatch_bnb_8bit"),
+    "peft.tuners.lora.dora": (
+        "DoraConv1dLayer", "DoraConv2dLayer", "DoraConv3dLayer", "DoraEmbeddingLayer", "DoraLinearLayer",
+    ),
+    "peft.tuners.lora.layer": ("LoraVariant", "_LoraParameterProxy", "dispatch_default"),
+    "peft.tuners.lora.model": ("dispatch_default",),
+    "peft.tuners.lora.tp_layer": ("LoraParallelLinear", "dispatch_megatron"),
+    "peft.tuners.lora.variants": (
+        "ALoraLinearVariant", "ArrowLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant",
+        "DoraEmbeddingVariant", "DoraLinearVariant", "LoraVariant", "MiCAEmbeddingVariant", "MiCALinearVariant",
+        "QALoraLinearVariant", "VeloraLinearVariant",
+    ),
+    "peft.tuners.tuners_utils": ("_ExcludedModule",),
+    "peft.utils.quantization_utils": (
+        "Bnb4bitBackend", "Bnb8bitBackend", "ForwardOnlyQuantizationBackend", "HqqBackend", "QuantizationBackend",
+        "TorchaoBackend", "get_quantization_kwargs", "quantization_extra_repr", "resolve_quantization_backend",
+    ),
+}  # fmt: skip
+
 
 class _Refused:
     # diffusers reads where layers keep an adapter's tensors off the classes, to leave those in their dtype
@@ -36,6 +63,12 @@ class _Refused:
             f"{type(self).__name__} is not provided by peftfast, which stands in for peft in this process. Use the "
             "peft package itself for it."
         )
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        """There for libraries that replace it in every class of models."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """There for the same reason."""
 
 
 @functools.cache

@@ -12,6 +12,16 @@ _LORA_LAYERS = {
     "LoraLayer": "peftfast.layers.own:LoraLayer",
     **{name: f"peftfast.layers.kinds:{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")},
 }
+#: The file below `peft.tuners.lora` of each kind of packed linear layer, and what its layer with adapters is called.
+_PACKED = {
+    "aqlm": ("AqlmLoraLinear",), "awq": ("AwqLoraLinear",), "bnb": ("Linear4bit", "Linear8bitLt"),
+    "eetq": ("EetqLoraLinear",), "gptq": ("GPTQLoraLinear",), "hqq": ("HqqLoraLinear",),
+    "torchao": ("TorchaoLoraLinear",),
+}  # fmt: skip
+_FUNCTIONAL = {
+    name: f"peftfast.functional:{name}"
+    for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
+}
 
 #: Modules that exist under the name `peft`. Each answers every public name of peftfast, as PEFT's modules import each
 #: other's names, and in addition what is listed here: name -> "module:attribute".
@@ -19,10 +29,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft": {},
     "peft.auto": {},
     "peft.config": {"PeftConfigMixin": "peftfast.config:PeftConfigMixin"},
-    "peft.functional": {
-        name: f"peftfast.functional:{name}"
-        for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
-    },
+    "peft.functional": _FUNCTIONAL,
     "peft.helpers": {
         name: f"peftfast.helpers:{name}"
         for name in (
@@ -36,10 +43,10 @@ MODULES: dict[str, dict[str, str]] = {
             "update_signature",
         )
     },
-    "peft.import_utils": {"is_bnb_available": "peftfast.interop.submodules:is_bnb_available"},
-    "peft.mapping": {"PEFT_TYPE_TO_PREFIX_MAPPING": "peftfast.interop.weight_mapping:PEFT_TYPE_TO_PREFIX_MAPPING"},
+    "peft.import_utils": {},
+    "peft.mapping": {},
     "peft.mapping_func": {},
-    "peft.mixed_model": {},
+    "peft.mixed_model": {"MixedModel": "peftfast.tuners.mixed:MixedModel"},
     "peft.optimizers": {
         "create_lorafa_optimizer": "peftfast.optimizers:create_lorafa_optimizer",
         "create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer",
@@ -50,14 +57,21 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "peft.optimizers.loraplus": {"create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer"},
     "peft.peft_model": {},
-    "peft.tuners": {"LoraLayer": "peftfast.layers.own:LoraLayer"},
-    "peft.tuners.adalora": {},
+    "peft.tuners": {"MixedModel": "peftfast.tuners.mixed:MixedModel"},
+    "peft.tuners.adalora": {"RankAllocator": "peftfast.methods.rank_allocator:RankAllocator"},
     "peft.tuners.ia3": {},
     "peft.tuners.loha": {},
     "peft.tuners.loha.layer": {},
     "peft.tuners.lokr": {},
     "peft.tuners.lokr.layer": {},
-    "peft.tuners.lora": {**_LORA_LAYERS},
+    "peft.tuners.lora": {
+        **_LORA_LAYERS,
+        **{name: f"peftfast.interop.kinds:{name}" for names in _PACKED.values() for name in names},
+    },
+    **{
+        f"peft.tuners.lora.{part}": {name: f"peftfast.interop.kinds:{name}" for name in names}
+        for part, names in _PACKED.items()
+    },
     "peft.tuners.lora.arrow": {
         "_resolve_adapter_source": "peftfast.arrow:source_of",
         "create_arrow_model": "peftfast.arrow:create_arrow_model",
@@ -70,13 +84,11 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.lora.eva": {},
     "peft.tuners.lora.conversion": {},
     "peft.tuners.lora.intruders": {"reduce_intruder_dimension": "peftfast.many.intruders:reduce_intruder_dimension"},
-    "peft.tuners.lora.layer": {
-        **_LORA_LAYERS,
-        "MultiheadAttention": "peftfast.layers.attention:AttentionLayer",
-        "ParamWrapper": "peftfast.layers.parameter:ParameterLayer",
-    },
+    "peft.tuners.lora.dora": {},
+    "peft.tuners.lora.layer": {**_LORA_LAYERS, "MultiheadAttention": "peftfast.layers.attention:AttentionLayer"},
     "peft.tuners.lora.loraga": {},
     "peft.tuners.lora.model": {},
+    "peft.tuners.lora.tp_layer": {},
     "peft.tuners.lora.variants": {
         "BlockDiagonalLinear": "peftfast.methods.bdlora:BlockDiagonalLinear",
         **{
@@ -90,6 +102,7 @@ MODULES: dict[str, dict[str, str]] = {
         },
     },
     "peft.tuners.lora.monteclora": {"MontecloraSampler": "peftfast.methods.monteclora:MontecloraSampler"},
+    "peft.tuners.mixed": {"MixedModel": "peftfast.tuners.mixed:MixedModel"},
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},
     "peft.tuners.prompt_tuning": {},
@@ -99,30 +112,14 @@ MODULES: dict[str, dict[str, str]] = {
         "BaseTunerLayer": "peftfast.layers.own:LoraLayer",
         "check_target_module_exists": "peftfast.wrapping.targets:check_target_module_exists",
         "inspect_matched_modules": "peftfast.status:inspect_matched_modules",
-        **{
-            name: f"peftfast.functional:{name}"
-            for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
-        },
+        "_maybe_include_all_linear_layers": "peftfast.interop.utilities:include_all_linear_layers",
+        **_FUNCTIONAL,
     },
     "peft.utils": {
-        "AuxiliaryTrainingWrapper": "peftfast.layers.saved_modules:AuxiliaryTrainingWrapper",
-        "CONFIG_NAME": "peftfast.config:CONFIG_NAME",
-        "ModulesToSaveWrapper": "peftfast.layers.saved_modules:ModulesToSaveWrapper",
-        "SAFETENSORS_WEIGHTS_NAME": "peftfast.files.io:SAFETENSORS_WEIGHTS_NAME",
-        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": "peftfast.wrapping.default_targets:LORA",
-        "TrainableTokensWrapper": "peftfast.layers.saved_modules:TrainableTokensWrapper",
-        "WEIGHTS_NAME": "peftfast.files.io:WEIGHTS_NAME",
-        "_get_submodules": "peftfast.interop.submodules:get_submodules",
+        "_get_submodules": "peftfast.interop.utilities:get_submodules",
         "fsdp_auto_wrap_policy": "peftfast.training.fsdp:fsdp_auto_wrap_policy",
-        "infer_device": "peftfast.interop.submodules:infer_device",
     },
-    "peft.utils.constants": {
-        "DUMMY_MODEL_CONFIG": "peftfast.tuners.tuner:DUMMY_MODEL_CONFIG",
-        "EMBEDDING_LAYER_NAMES": "peftfast.wrapping.targets:EMBEDDING_LAYER_NAMES",
-        "INCLUDE_LINEAR_LAYERS_SHORTHAND": "peftfast.wrapping.targets:ALL_LINEAR",
-        "MIN_TARGET_MODULES_FOR_OPTIMIZATION": "peftfast.wrapping.targets:MIN_TARGET_MODULES_FOR_OPTIMIZATION",
-        "SEQ_CLS_HEAD_NAMES": "peftfast.wrapping.targets:SEQ_CLS_HEAD_NAMES",
-    },
+    "peft.utils.constants": {},
     "peft.utils.error": {},
     "peft.utils.loftq_utils": {},
     "peft.utils.hotswap": {
@@ -134,7 +131,25 @@ MODULES: dict[str, dict[str, str]] = {
             "prepare_model_for_compiled_hotswap",
         )
     },
+    "peft.utils.integrations": {},
+    "peft.utils.merge_utils": {
+        name: f"peftfast.interop.merge_utils:{name}"
+        for name in (
+            "calculate_majority_sign_mask",
+            "dare_linear",
+            "dare_ties",
+            "disjoint_merge",
+            "magnitude_based_pruning",
+            "magnitude_prune",
+            "prune",
+            "random_pruning",
+            "reshape_weight_task_tensors",
+            "task_arithmetic",
+            "ties",
+        )
+    },
     "peft.utils.peft_types": {},
+    "peft.utils.quantization_utils": {},
     "peft.utils.save_and_load": {
         "_maybe_shard_state_dict_for_tp": "peftfast.interop.weight_mapping:refuse_tensor_parallel"
     },
@@ -151,8 +166,80 @@ MODULES |= {
 for _place, _layer in (("adalora", "AdaLoraLayer"), ("ia3", "IA3Layer"), ("trainable_tokens", "TrainableTokensLayer")):
     MODULES[f"peft.tuners.{_place}"][_layer] = f"peftfast.interop.kinds:{_layer}"
     MODULES[f"peft.tuners.{_place}.layer"] = MODULES[f"peft.tuners.{_place}"]
-MODULES["peft.utils.other"] = {**MODULES["peft.utils"], **MODULES["peft.utils.constants"]}
-MODULES["peft.utils"] |= MODULES["peft.utils.constants"]
+MODULES["peft.tuners.mixed.model"] = MODULES["peft.tuners.mixed"]
+MODULES["peft.utils.other"] = MODULES["peft.utils"]
+
+#: What every module below `peft` answers besides, as PEFT's import these of each other.
+SHARED: dict[str, str] = {
+    "BaseTuner": "peftfast.tuners.tuner:BaseTuner",
+    "BaseTunerLayer": "peftfast.layers.own:LoraLayer",
+    "CONFIG_NAME": "peftfast.config:CONFIG_NAME",
+    "DUMMY_MODEL_CONFIG": "peftfast.tuners.tuner:DUMMY_MODEL_CONFIG",
+    "EMBEDDING_LAYER_NAMES": "peftfast.wrapping.targets:EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND": "peftfast.wrapping.targets:ALL_LINEAR",
+    "LoraLayer": "peftfast.layers.own:LoraLayer",
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION": "peftfast.wrapping.targets:MIN_TARGET_MODULES_FOR_OPTIMIZATION",
+    "PEFT_TYPE_TO_PREFIX_MAPPING": "peftfast.interop.weight_mapping:PEFT_TYPE_TO_PREFIX_MAPPING",
+    "ParamWrapper": "peftfast.layers.parameter:ParameterLayer",
+    "SAFETENSORS_WEIGHTS_NAME": "peftfast.files.io:SAFETENSORS_WEIGHTS_NAME",
+    "SEQ_CLS_HEAD_NAMES": "peftfast.wrapping.targets:SEQ_CLS_HEAD_NAMES",
+    "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING": "peftfast.wrapping.default_targets:ADALORA",
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": "peftfast.wrapping.default_targets:IA3_FEEDFORWARD",
+    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": "peftfast.wrapping.default_targets:IA3",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": "peftfast.wrapping.default_targets:LORA",
+    "WEIGHTS_NAME": "peftfast.files.io:WEIGHTS_NAME",
+    "check_target_module_exists": "peftfast.wrapping.targets:check_target_module_exists",
+    "id_tensor_storage": "transformers.pytorch_utils:id_tensor_storage",
+    **{
+        name: f"peftfast.layers.saved_modules:{name}"
+        for name in ("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "TrainableTokensWrapper")
+    },
+    **{
+        name: f"peftfast.interop.installed:{name}"
+        for name in (
+            "is_aqlm_available",
+            "is_bnb_4bit_available",
+            "is_bnb_available",
+            "is_diffusers_available",
+            "is_eetq_available",
+            "is_gptqmodel_available",
+            "is_hqq_available",
+            "is_inc_available",
+            "is_optimum_available",
+            "is_te_available",
+            "is_te_pytorch_available",
+            "is_torch_tpu_available",
+            "is_torchao_available",
+            "is_torchao_ge_v0_18_0",
+            "is_xpu_available",
+        )
+    },
+    **{
+        name: f"peftfast.interop.utilities:{name}"
+        for name in (
+            "ALLOWED_COMPUTE_DTYPES",
+            "DUMMY_TARGET_MODULES",
+            "TOKENIZER_CONFIG_NAME",
+            "UPCAST_DTYPES",
+            "check_adapters_to_merge",
+            "check_deepspeed_zero3_enabled",
+            "dequantize_bnb_weight",
+            "dequantize_module_weight",
+            "find_parameter_name_by_module",
+            "gather_params_ctx",
+            "get_bnb_param_type",
+            "get_device_map",
+            "get_pattern_key",
+            "get_quantization_config",
+            "infer_device",
+            "init_empty_weights",
+            "match_target_against_key",
+            "onload_layer",
+            "str_to_bool",
+            "transpose",
+        )
+    },
+}
 
 
 def lookup(module: str, name: str) -> Any:
@@ -165,8 +252,8 @@ def lookup(module: str, name: str) -> Any:
 
     if name in peftfast.__all__:
         return getattr(peftfast, name)
-    place = MODULES[module].get(name)
-    if place is None and name in absent.NAMES:
+    place = MODULES[module].get(name) or (SHARED.get(name) if module != "peft" else None)
+    if place is None and (name in absent.NAMES or name in absent.INTERNAL.get(module, ())):
         return absent.placeholder(name)
     if place is None:
         raise AttributeError(
@@ -182,7 +269,7 @@ def lookup(module: str, name: str) -> Any:
 
 
 def names(module: str) -> list[str]:
-    """Everything that `lookup` answers for a module."""
+    """Everything of ours that `lookup` answers for a module."""
     import peftfast
 
-    return sorted({*peftfast.__all__, *MODULES[module]})
+    return sorted({*peftfast.__all__, *MODULES[module], *(SHARED if module != "peft" else ())})

@@ -27,6 +27,7 @@ from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora import factors
 from peftfast.methods.rank_allocator import Allocation, RankAllocator, put_back, replace
 from peftfast.sharding import check_not_partitioned, is_stepped_by_deepspeed, put_together, whole_shape
+from peftfast.tuners.steps import PeftSteps
 from peftfast.tuners.tuner import BaseTuner
 
 STATE_FILE = "adalora_state.safetensors"
@@ -70,7 +71,7 @@ def _is_trial(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], kn
     return not any(put_together(g).any() for g in gradients)
 
 
-class AdaLoraModel(BaseTuner):
+class AdaLoraModel(PeftSteps, BaseTuner):
     """A model with AdaLoRA adapters.
 
     Attributes:

@@ -9,10 +9,11 @@ from torch import Tensor
 from peftfast.adapter import Adapter
 from peftfast.methods.kasa import DIAGONAL, kasa_loss
 from peftfast.methods.monteclora import SAMPLER, monteclora_loss
+from peftfast.tuners.steps import PeftSteps
 from peftfast.tuners.tuner import BaseTuner
 
 
-class LoraModel(BaseTuner):
+class LoraModel(PeftSteps, BaseTuner):
     """A model with LoRA, QLoRA or DoRA adapters."""
 
     prefix = "lora_"

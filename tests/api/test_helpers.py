@@ -128,3 +128,84 @@ def test_signatures_and_help_are_the_base_models(method, make, task):
             assert tokens.shape == (2, 5)
     if (method, task) == ("forward", None) or method == "generate":
         assert told["peftfast"] == told["peft"]
+
+
+def both(module, name):
+    """PEFT's function, and ours under the same name."""
+    from peftfast.interop import layout
+
+    return getattr(importlib.import_module(module), name), layout.lookup(module, name)
+
+
+def test_small_functions_do_as_those_of_peft():
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    for transpose in both("peft.utils.other", "transpose"):
+        assert transpose(weight, False) is weight and isinstance(transpose(weight, True), torch.nn.Parameter)
+        assert transpose(weight.data, True).shape == (3, 2)
+    for match in both("peft.utils.other", "get_pattern_key"):
+        assert match(["k_proj", r".*\.0\..*q_proj"], "layers.0.attn.q_proj") == r".*\.0\..*q_proj"
+        assert match(["proj"], "layers.0.q_proj") == "layers.0.q_proj"
+    for get in both("peft.utils", "get_quantization_config"):
+        model = oracle.llama()
+        assert get(model, "gptq") is None
+        model.config.quantization_config, model.quantization_method = "told", "gptq"
+        assert get(model, "gptq") == "told" and get(model, "awq") is None
+    for empty in both("peft.utils.integrations", "init_empty_weights"):
+        with empty():
+            layer = torch.nn.BatchNorm1d(3)
+        assert layer.weight.is_meta and not layer.running_mean.is_meta and layer.weight.requires_grad
+        assert not torch.nn.Linear(2, 2).weight.is_meta
+    for gather in both("peft.utils.integrations", "gather_params_ctx"):
+        with gather(weight), gather([weight]):
+            pass
+    for dense in both("peft.utils.integrations", "dequantize_module_weight"):
+        layer = torch.nn.Linear(2, 2)
+        assert dense(layer) is layer.weight
+    found = []
+    for library, include in zip(
+        (importlib.import_module("peft"), peftfast),
+        both("peft.tuners.tuners_utils", "_maybe_include_all_linear_layers"),
+        strict=True,
+    ):
+        config = include(library.LoraConfig(target_modules="all-linear"), oracle.llama())
+        found.append(config.target_modules)
+    assert found[0] == found[1] and "lm_head" not in found[0]
+    theirs, ours = both("peft.utils", "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING")
+    assert theirs == ours
+    for name in ("is_bnb_available", "is_bnb_4bit_available", "is_hqq_available", "is_torchao_available"):
+        theirs, ours = both("peft.import_utils", name)
+        assert theirs() == ours(), name
+    for name in ("UPCAST_DTYPES", "ALLOWED_COMPUTE_DTYPES", "DUMMY_TARGET_MODULES", "TOKENIZER_CONFIG_NAME"):
+        theirs, ours = both("peft.utils.constants", name)
+        assert theirs == ours, name
+
+
+def test_what_is_left_to_merge():
+    _, check = both("peft.tuners.tuners_utils", "check_adapters_to_merge")
+    layer = layers(two())[0]
+    assert check(layer) == ["one"] and check(layer, ["two"]) == ["two"]
+    layer.merge(adapter_names=["one"])
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        assert check(layer) == []
+    with pytest.warns(UserWarning, match="additionally merging two"):
+        assert check(layer, ["one", "two"]) == ["two"]
+    with pytest.raises(TypeError, match="list of strings"):
+        check(layer, "one")
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "magnitude_prune", "ties", "dare_linear", "dare_ties"])
+def test_merge_utils_give_the_numbers_of_peft(name):
+    tensors = [torch.randn(5, 7) for _ in range(3)]
+    weights = torch.tensor([0.5, -1.0, 2.0])
+    arguments = () if name == "task_arithmetic" else (0.4,)
+    results = []
+    for combine in both("peft.utils.merge_utils", name):
+        torch.manual_seed(0)
+        results.append(combine(tensors, weights, *arguments))
+    torch.testing.assert_close(results[0], results[1])
+    for prune in ("magnitude", "random"):
+        pruned = []
+        for function in both("peft.utils.merge_utils", "prune"):
+            torch.manual_seed(0)
+            pruned.append(function(tensors[0], 0.3, prune, rescale=True))
+        assert torch.equal(*pruned)

@@ -197,3 +197,30 @@ def test_trainer_trains_a_4bit_model_on_cpu(folder, tmp_path):
     assert len(losses) == 3 and losses[-1] < losses[0]
     for name, parameter in model.named_parameters():
         assert torch.equal(before[name], parameter) is ("lora_" not in name), name
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_layers_are_of_the_kinds_of_peft(base, folder):
+    """`isinstance` with the classes that libraries import, and the weight that its helper gives of a module."""
+    from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+    from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
+
+    from peftfast.interop import kinds, utilities
+
+    ours, theirs = (
+        library.get_peft_model(load(folder, base), library.LoraConfig(target_modules=TARGETS))
+        for library in (peftfast, peft)
+    )
+    ours, theirs = (model.get_base_model().model.layers[0].self_attn.q_proj for model in (ours, theirs))
+    for mine, other in ((kinds.Linear4bit, Linear4bit), (kinds.Linear8bitLt, Linear8bitLt)):
+        assert isinstance(ours, mine) == isinstance(theirs, other)
+        assert not isinstance(ours.base_layer, mine)
+    assert not isinstance(ours, (kinds.HqqLoraLinear, kinds.GPTQLoraLinear, kinds.TorchaoLoraLinear))
+    weight, state = ours.base_layer.weight, getattr(ours.base_layer, "state", None)
+    assert utilities.get_bnb_param_type(weight) == get_bnb_param_type(weight)
+    for mine, other in (
+        (utilities.dequantize_module_weight(ours.base_layer), dequantize_module_weight(theirs.base_layer)),
+        (utilities.dequantize_bnb_weight(weight, state), dequantize_bnb_weight(theirs.base_layer.weight, state)),
+    ):
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)

@@ -88,21 +88,41 @@ assert peft.__name__ == "peft" and not hasattr(peft, "_served_by_peftfast")
 
 
 def test_names_that_other_libraries_import(tmp_path):
-    """Every name that transformers, accelerate, TRL and diffusers take from peft exists under the alias."""
+    """Every name that transformers, accelerate, TRL and diffusers take from peft exists under the alias, and those that
+    axolotl, ms-swift and others take where they train LoRA."""
     wanted = {
         "peft": "PeftModel PeftMixedModel PeftConfig PeftType LoraConfig PrefixTuningConfig PromptLearningConfig "
         "LoKrConfig get_peft_model get_peft_model_state_dict set_peft_model_state_dict prepare_model_for_kbit_training "
         "inject_adapter_in_model __version__",
         "peft.functional": "delete_adapter set_adapter set_requires_grad cast_adapter_dtype inject_adapter_in_model "
         "get_peft_model_state_dict set_peft_model_state_dict",
-        "peft.tuners.lora": "LoraLayer Linear Embedding Conv1d Conv2d Conv3d",
-        "peft.tuners.tuners_utils": "BaseTunerLayer",
+        "peft.import_utils": "is_bnb_4bit_available is_bnb_available is_hqq_available is_torchao_available",
+        "peft.tuners.adalora": "AdaLoraModel RankAllocator",
+        "peft.tuners.lora": "LoraLayer Linear Embedding Conv1d Conv2d Conv3d Linear4bit Linear8bitLt ParamWrapper dora",
+        "peft.tuners.lora.awq": "AwqLoraLinear",
+        "peft.tuners.lora.bnb": "Linear4bit Linear8bitLt dispatch_bnb_4bit",
+        "peft.tuners.lora.dora": "DoraLinearLayer dequantize_module_weight",
+        "peft.tuners.lora.gptq": "GPTQLoraLinear",
+        "peft.tuners.lora.hqq": "HqqLoraLinear",
+        "peft.tuners.lora.layer": "LoraLayer ParamWrapper _LoraParameterProxy check_adapters_to_merge dispatch_default "
+        "transpose",
+        "peft.tuners.lora.torchao": "TorchaoLoraLinear",
+        "peft.tuners.lora.tp_layer": "LoraParallelLinear",
+        "peft.tuners.mixed": "MixedModel",
+        "peft.tuners.tuners_utils": "BaseTuner BaseTunerLayer _maybe_include_all_linear_layers check_adapters_to_merge "
+        "onload_layer",
         "peft.tuners.loha": "LoHaLayer",
         "peft.tuners.loha.layer": "LoHaLayer",
         "peft.tuners.lokr": "LoKrLayer",
         "peft.tuners.lokr.layer": "factorization",
-        "peft.utils": "ModulesToSaveWrapper _get_submodules",
-        "peft.utils.other": "AuxiliaryTrainingWrapper fsdp_auto_wrap_policy",
+        "peft.utils": "ModulesToSaveWrapper _get_submodules UPCAST_DTYPES get_quantization_config transpose "
+        "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
+        "peft.utils.constants": "DUMMY_TARGET_MODULES UPCAST_DTYPES",
+        "peft.utils.integrations": "dequantize_bnb_weight dequantize_module_weight gather_params_ctx "
+        "get_bnb_param_type init_empty_weights",
+        "peft.utils.merge_utils": "dare_linear dare_ties magnitude_prune task_arithmetic ties",
+        "peft.utils.other": "AuxiliaryTrainingWrapper fsdp_auto_wrap_policy get_pattern_key",
+        "peft.utils.quantization_utils": "QuantizationBackend resolve_quantization_backend",
         "peft.utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter_from_state_dict hotswap_adapter "
         "prepare_model_for_compiled_hotswap",
         "peft.utils.save_and_load": "_maybe_shard_state_dict_for_tp",
@@ -112,6 +132,22 @@ def test_names_that_other_libraries_import(tmp_path):
     }
     lines = [f"from {module} import {', '.join(names.split())}" for module, names in wanted.items()]
     lines.append("for layer in (LoraLayer, LoHaLayer, LoKrLayer): tuple(layer.adapter_layer_names)")
+    lines.append("import peft.utils, peft.tuners.lora.bnb; assert peft.utils.integrations.transpose is transpose")
+    # a library that replaces steps in every class, and one that derives from the classes
+    lines.append(
+        "from peft import LoraModel, VeraModel\n"
+        "for model in (LoraModel, AdaLoraModel, VeraModel): model._create_and_replace = model._create_and_replace\n"
+        "_LoraParameterProxy.forward = _LoraParameterProxy.forward\n"
+        "RankAllocator.mask_to_budget = LoraModel._cast_adapter_dtype = lambda self, *args: None\n"
+        "class Mixin: pass\n"
+        "class Mine(Mixin, Linear4bit): pass\n"
+        "class Other(Mixin, LoraParallelLinear): pass\n"
+        "assert not isinstance(Mixin(), (Mine, Other, Linear4bit)) and isinstance(Mine(), Mine)\n"
+        "for part in (LoraModel._create_new_module, dispatch_default, dispatch_bnb_4bit):\n"
+        "    try: part(None)\n"
+        "    except NotImplementedError: pass\n"
+        "    else: raise SystemExit(part)\n"
+    )
     run(["-c", "import peftfast.as_peft\n" + "\n".join(lines)], tmp_path)
 
 
