@@ -169,6 +169,17 @@ class PeftConfigMixin:
         with locked(save_directory, exclusive=True):
             write_atomically(Path(save_directory) / CONFIG_NAME, self.to_json(auto_mapping).encode())
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload `adapter_config.json`; arguments as in transformers' `push_to_hub`. Returns the URL."""
+        from peftfast.files.hub import upload
+
+        return upload(self.save_pretrained, repo_id, "Upload config", **kwargs)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """What `from_pretrained` makes a config of, as it is; classes of somebody else's may have their say here."""
+        return kwargs
+
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "the given dict", *, strict: bool = False) -> PeftConfig:
         """The config that `data` describes; `data["peft_type"]` chooses the class, whatever class this is called on.
@@ -228,7 +239,8 @@ class PeftConfigMixin:
         """
         hub, values = cls._split_hub_arguments(kwargs)
         path = find_config(pretrained_model_name_or_path, subfolder, **hub)
-        return cls.from_dict(migrate_config({**values, **_read_json(path)}), source=str(path), strict=strict)
+        data = cls.check_kwargs(**migrate_config({**values, **_read_json(path)}))
+        return cls.from_dict(data, source=str(path), strict=strict)
 
     @classmethod
     def _split_hub_arguments(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.layers.activation import HasActivation
+from peftfast.layers.as_in_peft import AsInPeft, absent_in
 from peftfast.layers.merger import MergedNames, Merger
 from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
 from peftfast.method import AdapterMethod
@@ -48,7 +49,7 @@ def _made_again() -> dict[str, Any]:
     return {"_plan": None, "store": {}, "derived": {}}
 
 
-class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
+class BaseTunerLayer(HasActivation, GatheredAsOne, AsInPeft, nn.Module):
     """A module with adapters. Attribute names are PEFT's, because other libraries reach for them.
 
     Attributes:
@@ -494,7 +495,8 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, nn.Module):
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None or name.startswith("__"):
                 raise
-            return getattr(base, name)
+            value = absent_in(self, name)
+            return getattr(base, name) if value is None else value
 
     def _get_name(self) -> str:
         base = type(self.base_layer).__name__

@@ -73,6 +73,10 @@ class ParameterLayer(ChangingLayer):
     def parameter_name(self) -> str:
         return self.site.parameter
 
+    def get_param(self) -> Tensor:
+        """The Parameter as the module has it, without the change."""
+        return getattr(self.get_base_layer(), self.parameter_name)
+
     @property
     def num_experts(self) -> int:
         return self.site.experts

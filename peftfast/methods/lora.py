@@ -16,7 +16,7 @@ from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import combined, combined_fields, rank_keeping, svd_of_sum
 from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import initialise, rank_of_factors
+from peftfast.methods.lora_init import initialise, rank_of_factors, restarted
 from peftfast.methods.lora_stack import apply_stack, factors, remembered
 from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
@@ -74,6 +74,13 @@ class Lora:
     def init(self, site: Site, adapter: Adapter) -> None:
         a, b = factors(adapter)
         initialise(site, a, b, adapter)
+        if adapter.cfg.lora_bias:
+            bias_of(adapter).zero_()
+
+    def restart(self, site: Site, adapter: Adapter, init: bool | str) -> None:
+        """Fill the factors as `init_lora_weights` of True or "gaussian" does."""
+        a, b = factors(adapter)
+        restarted(site, a, b, init, adapter.setting("r"))
         if adapter.cfg.lora_bias:
             bias_of(adapter).zero_()
 

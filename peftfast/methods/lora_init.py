@@ -112,6 +112,21 @@ def initialise(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     (kind.fill if kind.serves(site) else start_as_identity)(site, a, b, adapter)
 
 
+def restarted(site: Site, a: Tensor, b: Tensor, init: bool | str, r: int) -> None:
+    """Fill the factors of an adapter that was used before, drawing what a new one draws of them."""
+    if init not in (True, "gaussian"):
+        raise ValueError(f"Unknown initialization init_lora_weights={init!r}; to start anew, True or 'gaussian'")
+    if site.looks_up:
+        a.zero_()
+        b.normal_()
+    elif init is True:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        b.zero_()
+    else:
+        a.normal_(std=1 / r)
+        b.zero_()
+
+
 def rank_of_factors(site: Site, cfg: LoraConfig, r: int) -> int:
     """How many ranks the factors of an adapter of rank `r` have: fewer where the initialisation takes directions of W
     and W has fewer. So they are in PEFT and in its files; the scaling stays that of `r`.

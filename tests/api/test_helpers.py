@@ -1,7 +1,8 @@
-"""What `peft.helpers` offers."""
+"""What `peft.helpers` offers, and other small things that libraries reach for."""
 
 import importlib
 import inspect
+from pathlib import Path
 
 import oracle
 import pytest
@@ -10,6 +11,8 @@ import torch
 import peftfast
 from peftfast.helpers import disable_input_dtype_casting, rescale_adapter_scale, update_signature
 from peftfast.layers.layer import BaseTunerLayer
+
+peft = importlib.import_module("peft")
 
 NAMES = ["one", "two"]
 
@@ -113,7 +116,7 @@ def test_modules_whose_hooks_change_their_dtype():
 @pytest.mark.parametrize("make, task", [(oracle.llama, "CAUSAL_LM"), (oracle.llama, None), (oracle.t5, "SEQ_2_SEQ_LM")])
 def test_signatures_and_help_are_the_base_models(method, make, task):
     told = {}
-    for library in (peftfast, importlib.import_module("peft")):
+    for library in (peftfast, peft):
         options = {"target_modules": "all-linear", "task_type": task}
         model = library.get_peft_model(make(), library.LoraConfig(**options)).eval()
         if library is peftfast:
@@ -163,7 +166,7 @@ def test_small_functions_do_as_those_of_peft():
         assert dense(layer) is layer.weight
     found = []
     for library, include in zip(
-        (importlib.import_module("peft"), peftfast),
+        (peft, peftfast),
         both("peft.tuners.tuners_utils", "_maybe_include_all_linear_layers"),
         strict=True,
     ):
@@ -209,3 +212,106 @@ def test_merge_utils_give_the_numbers_of_peft(name):
             torch.manual_seed(0)
             pruned.append(function(tensors[0], 0.3, prune, rescale=True))
         assert torch.equal(*pruned)
+
+
+READ = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_bias", "use_dora",
+        "use_rslora", "scaling", "r")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make, options, name",
+    [
+        (oracle.llama, {"target_modules": ["q_proj"]}, "model.layers.0.self_attn.q_proj"),
+        (oracle.llama, {"target_modules": ["q_proj"], "use_dora": True}, "model.layers.0.self_attn.q_proj"),
+        (oracle.llama, {"target_modules": ["embed_tokens"]}, "model.embed_tokens"),
+        (oracle.gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "transformer.h.0.attn.c_attn"),
+        (lambda: oracle.llama(bias=True), {"target_modules": ["q_proj"], "lora_bias": True},
+         "model.layers.0.self_attn.q_proj"),
+    ],
+    ids=["linear", "dora", "embedding", "conv1d", "lora_bias"],
+)  # fmt: skip
+def test_what_other_libraries_read_of_a_layer(make, options, name):
+    """As of PEFT's: what is empty for this kind of module, the weight, starting anew, moving."""
+    twins = oracle.Twins(make, options)
+    ours, theirs = (model.get_base_model().get_submodule(name) for model in (twins.ours, twins.theirs))
+    keys = set(twins.ours.state_dict())
+    for attribute in READ:
+        assert sorted(getattr(ours, attribute)) == sorted(getattr(theirs, attribute)), attribute
+    assert bool(ours.fan_in_fan_out) == theirs.fan_in_fan_out
+    assert torch.equal(ours.get_base_weight(), theirs.get_base_weight())
+    own = {n: p for n, p in ours.named_parameters() if "default" in n}
+    before = {n: p.detach().clone() for n, p in own.items()}
+    for init in (False, True, "gaussian"):
+        for layer in (ours, theirs):
+            torch.manual_seed(0)
+            layer.reset_lora_parameters("default", init)
+            layer.reset_lora_parameters("nobody", init)
+        for n, p in own.items():
+            assert torch.equal(p, theirs.get_parameter(n)), (init, n)
+        assert init or all(torch.equal(p, before[n]) for n, p in own.items())
+    batch = oracle.inputs(twins.ours)
+    with torch.no_grad():
+        torch.testing.assert_close(twins.ours(**batch).logits, twins.theirs(**batch).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="Unknown initialization"):
+        ours.reset_lora_parameters("default", "olora")
+    for layer in (ours, theirs):
+        layer.base_layer.to(torch.bfloat16)
+        layer._move_adapter_to_device_of_base_layer("default")
+        assert {p.dtype for n, p in layer.named_parameters() if "default" in n} == {torch.bfloat16}
+    assert set(twins.ours.state_dict()) == keys
+
+
+def test_layers_of_other_methods_have_no_lora():
+    options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    ada = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**options, total_step=10))
+    ia3 = peftfast.get_peft_model(oracle.llama(), peftfast.IA3Config(**options, feedforward_modules=[]))
+    ada, ia3 = (model.get_base_model().model.layers[0].self_attn.q_proj for model in (ada, ia3))
+    assert len(ada.lora_embedding_A) == len(ada.lora_magnitude_vector) == len(ada.use_dora) == 0
+    with pytest.raises(ValueError, match="no LoRA"):
+        ada.reset_lora_parameters("default", True)
+    assert not hasattr(ia3, "lora_A") and not ia3.fan_in_fan_out
+
+
+def test_the_parameter_of_a_layer_around_one():
+    from experts.moe import qwen3_moe
+
+    found = []
+    for library in (peftfast, peft):
+        model = library.get_peft_model(qwen3_moe(), library.LoraConfig(target_parameters=["experts.down_proj"]))
+        layer = next(m for m in model.modules() if type(m).__name__ in ("ParameterLayer", "ParamWrapper"))
+        layer.reset_lora_parameters("default", True)
+        found.append(layer.get_param())
+        assert not layer.fan_in_fan_out and len(layer.lora_embedding_A) == 0
+    assert torch.equal(*found)
+
+
+def test_configs_are_uploaded_and_may_have_their_say(monkeypatch, tmp_path):
+    calls = []
+
+    class Api:
+        def __init__(self, token=None):
+            self.token = token
+
+        def create_repo(self, repo_id, **kwargs):
+            calls.append((repo_id, self.token, kwargs))
+            return type("Url", (str,), {"repo_id": f"me/{repo_id}"})("https://hub/me/x")
+
+        def upload_folder(self, *, folder_path, **kwargs):
+            calls.append(({p.name: p.read_text() for p in Path(folder_path).iterdir()}, kwargs))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    config = peftfast.LoraConfig(r=3)
+    assert config.push_to_hub("x", token="t", private=True, commit_message="mine") == "https://hub/me/x"
+    created, (files, kwargs) = calls
+    assert created == ("x", "t", {"private": True, "exist_ok": True})
+    assert files == {"adapter_config.json": config.to_json()}
+    assert kwargs == {"repo_id": "me/x", "commit_message": "mine"}
+
+    class Mine(peftfast.LoraConfig):
+        @classmethod
+        def check_kwargs(cls, **kwargs):
+            return {**super().check_kwargs(**kwargs), "r": 5}
+
+    config.save_pretrained(tmp_path)
+    assert Mine.from_pretrained(tmp_path).r == 5 and peftfast.LoraConfig.from_pretrained(tmp_path).r == 3
+    assert peftfast.LoraConfig.check_kwargs(r=4) == {"r": 4}
