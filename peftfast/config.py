@@ -239,6 +239,10 @@ class PeftConfigMixin:
         """
         hub, values = cls._split_hub_arguments(kwargs)
         path = find_config(pretrained_model_name_or_path, subfolder, **hub)
+        known = {f.name for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() for f in fields(config)}
+        values = {
+            k: v for k, v in values.items() if k in known
+        }  # others are for whoever else was given them, as in PEFT
         data = cls.check_kwargs(**migrate_config({**values, **_read_json(path)}))
         return cls.from_dict(data, source=str(path), strict=strict)
 
@@ -299,6 +303,11 @@ class PromptLearningConfig(PeftConfig):
 
 #: peft_type -> config class; filled by `register_config`, which the method files call.
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType | str, type[PeftConfig]] = {}
+
+
+def config_fields() -> set[str]:
+    """Names of the fields of all configs."""
+    return {f.name for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() for f in fields(config)}
 
 
 def register_config(peft_type: PeftType | str) -> Callable[[_C], _C]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,19 @@ import torch
 from torch import nn
 
 from peftfast import status
-from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType
-from peftfast.errors import AdapterMismatchWarning, PeftWarning, close_matches
+from peftfast.config import PeftConfig, PeftType
+from peftfast.errors import PeftWarning
 from peftfast.files.activation import Activation, adapters_in, read_activation, write_activation
 from peftfast.files.card import write_card
 from peftfast.files.convert_init import as_plain_lora, warn_beside_others
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.fit import Fit, fit_state_dict, judge
+from peftfast.files.hub import upload
 from peftfast.files.io import (
     Stored,
     adapter_folder,
     auto_mapping_of,
+    check_arguments,
     check_folder,
     needs_embedding_layers,
     read_adapter,
@@ -344,21 +344,7 @@ class PeftModel(HasCounterpart, nn.Module):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a temporary folder and upload it. Arguments as in transformers' `push_to_hub`; returns the URL."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        private, token = kwargs.pop("private", None), kwargs.pop("token", None)
-        message = kwargs.pop("commit_message", None) or "Upload model"
-        upload = {k: kwargs.pop(k) for k in ("commit_description", "revision", "create_pr") if k in kwargs}
-        for ignored_by_hub in ("tags", "max_shard_size"):
-            kwargs.pop(ignored_by_hub, None)
-        api = HfApi(token=None if isinstance(token, bool) else token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message, **upload)
-        return str(url)
+        return upload(self.save_pretrained, repo_id, "Upload model", **kwargs)
 
     # ---- loading -----------------------------------------------------------------------------------------------------
     @classmethod
@@ -401,7 +387,7 @@ class PeftModel(HasCounterpart, nn.Module):
 
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
-        _check_arguments(PeftModel.from_pretrained, kwargs, strict)
+        check_arguments(PeftModel.from_pretrained, kwargs, strict)
         stored = _read(model_id, model, key_mapping, strict, kwargs, config=config, device=torch_device)
         config, tensors = stored.config, stored.tensors
         if config.is_prompt_learning and is_trainable:
@@ -475,7 +461,7 @@ class PeftModel(HasCounterpart, nn.Module):
         """
         new = adapter_name not in self.peft_config
         present = None if new else self.peft_config[adapter_name]
-        _check_arguments(PeftModel.load_adapter, kwargs, strict)
+        check_arguments(PeftModel.load_adapter, kwargs, strict)
         stored = _read(
             model_id, self.get_base_model(), key_mapping, strict, kwargs, present=present, device=torch_device
         )
@@ -560,25 +546,6 @@ def refuse_peft_model(model: nn.Module) -> None:
             "anew, pass the bare base model: model.unload(), or model.get_base_model() of prompts; "
             "model.merge_and_unload() keeps what the adapters have learnt."
         )
-
-
-def _check_arguments(function: Callable[..., Any], kwargs: dict[str, Any], strict: bool | str) -> None:
-    """Say, or with strict=True refuse, which further arguments of `function` nobody knows: they are not of the Hub's
-    either, and no field of a config."""
-    _, others = PeftConfig._split_hub_arguments(kwargs)
-    known = {f.name for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values() for f in fields(cls)}
-    unknown = [name for name in others if name not in known]
-    if not unknown:
-        return
-    named = [*inspect.signature(function).parameters, *PeftConfig._hub_arguments]
-    near = "".join(close_matches(name, named, 1) for name in unknown)
-    message = f"{function.__qualname__} does not know the arguments {unknown}.{near}"
-    if strict is True:
-        raise TypeError(message)
-    if strict != "off":
-        warnings.warn(f"{message} They have no effect.", AdapterMismatchWarning, stacklevel=3)
-    for name in unknown:
-        del kwargs[name]
 
 
 def _read(

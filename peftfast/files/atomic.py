@@ -112,7 +112,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if there:
             if os.listdir(path) != [room.name]:
                 raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
-            for one in list(room.iterdir()):
+            # a config tells readers that there is a model: it comes last
+            for one in sorted(room.iterdir(), key=lambda one: one.name == "config.json"):
                 moved.append(one.rename(path / one.name))
             room.rmdir()
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import re
 import tempfile
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import CONFIG_NAME, PeftConfig, PeftConfigMixin
-from peftfast.errors import AdapterLoadError, PeftWarning
+from peftfast.config import CONFIG_NAME, PeftConfig, PeftConfigMixin, config_fields
+from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, close_matches
 from peftfast.files.atomic import (
     SAFETENSORS_WEIGHTS_NAME,
     WEIGHTS_NAME,
@@ -235,6 +236,24 @@ def read_adapter(
     if saved is not None:
         changes += config_changes(saved, metadata) + ([] if present is None else other_settings(saved, present))
     return Stored(config, _mapped(tensors, key_mapping), metadata, changes)
+
+
+def check_arguments(function: Callable[..., Any], kwargs: dict[str, Any], strict: bool | str) -> None:
+    """Say, or with strict=True refuse, which further arguments of `function` nobody knows: they are not of the Hub's
+    either, and no field of a config."""
+    _, others = PeftConfig._split_hub_arguments(kwargs)
+    unknown = [name for name in others if name not in config_fields()]
+    if not unknown:
+        return
+    named = [*inspect.signature(function).parameters, *PeftConfig._hub_arguments]
+    near = "".join(close_matches(name, named, 1) for name in unknown)
+    message = f"{function.__qualname__} does not know the arguments {unknown}.{near}"
+    if strict is True:
+        raise TypeError(message)
+    if strict != "off":
+        warnings.warn(f"{message} They have no effect.", AdapterMismatchWarning, stacklevel=3)
+    for name in unknown:
+        del kwargs[name]
 
 
 def load_peft_weights(

@@ -19,7 +19,7 @@ from peftfast.errors import AdapterMismatchWarning
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.fit import holds
-from peftfast.files.io import read_adapter
+from peftfast.files.io import check_arguments, read_adapter
 from peftfast.files.state import adapter_entries, strip_wrappers
 from peftfast.keys import PREFIX, in_base
 from peftfast.layers.layer import BaseTunerLayer
@@ -51,7 +51,14 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
 
 
 def hotswap_adapter(
-    model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+    model: nn.Module,
+    model_name_or_path: str,
+    adapter_name: str,
+    torch_device: str | None = None,
+    *,
+    key_mapping: Mapping[str, str] | None = None,
+    strict: bool | str = False,
+    **kwargs: Any,
 ) -> None:
     """Put a saved LoRA into the place of adapter `adapter_name`; the name stays.
 
@@ -61,14 +68,16 @@ def hotswap_adapter(
 
     Args:
         torch_device: of the tensors while they are read.
-        kwargs: of `hf_hub_download` (revision, subfolder, token, ...), `key_mapping` and `strict` as in `load_adapter`.
+        key_mapping, strict: as in `PeftModel.load_adapter`.
+        kwargs: of `hf_hub_download` (revision, subfolder, token, ...).
 
     Raises:
         ValueError: incompatible configs, a merged adapter, tensors that are no pairs of factors of these layers.
             RuntimeError: weights for modules that are not adapted. AdapterLoadError: a damaged file. Nothing is changed
             then.
     """
-    stored = read_adapter(model_name_or_path, device=torch_device, **kwargs)
+    check_arguments(hotswap_adapter, kwargs, strict)
+    stored = read_adapter(model_name_or_path, device=torch_device, key_mapping=key_mapping, strict=strict, **kwargs)
     present = _configs(model)
     if adapter_name not in present:
         raise ValueError(f"Adapter {adapter_name} not found. Adapters present: {sorted(present)}")

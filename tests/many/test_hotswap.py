@@ -167,6 +167,15 @@ def test_files_are_read_as_by_loading(tmp_path):
                     parameter.zero_()
 
 
+def test_arguments_that_nobody_knows_are_named(tmp_path):
+    path, _ = saved(tmp_path, "first", r=4)
+    model = peftfast.PeftModel.from_pretrained(oracle.llama(), path)
+    with pytest.warns(peftfast.AdapterMismatchWarning, match=r"does not know the arguments \[.subfoldr.\].*subfolder"):
+        hotswap.hotswap_adapter(model, path, "default", subfoldr="x")
+    with pytest.raises(TypeError, match="subfoldr"):
+        hotswap.hotswap_adapter(model, path, "default", subfoldr="x", strict=True)
+
+
 def test_refusals_change_nothing(tmp_path):
     first, expected = saved(tmp_path, "first", r=4)
     model = peftfast.PeftModel.from_pretrained(oracle.llama(), first)
