@@ -75,7 +75,7 @@ def resolve(
             of range (looked at on the CPU only: elsewhere such samples come out as NaN).
         TypeError: neither names nor a tensor of whole numbers.
     """
-    if any(layer.merged_adapters for layer in inventory.layers.values()):
+    if any(layer.merged for layer in inventory.layers.values()):
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )

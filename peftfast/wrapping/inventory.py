@@ -307,7 +307,7 @@ class Inventory:
         names = self.check_known(names)
         for wrapper in self.extras.values():
             wrapper.check_set_adapter(names)
-        if any(layer.merged_adapters for layer in self.layers.values()):
+        if any(layer.merged for layer in self.layers.values()):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge()
         trainable = set() if inference_mode else set(names)
