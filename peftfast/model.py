@@ -153,6 +153,8 @@ class PeftModel(HasCounterpart, nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        if not self.peft_config:
+            raise ValueError("There is no adapter: this model's adapters were unloaded or deleted")
         return self.peft_config[self.active_adapter]
 
     @property

@@ -497,3 +497,10 @@ def test_names_in_the_prefix_of_a_method(tmp_path):
             found |= {name for w in caught if "should not be contained in the prefix 'lora_'" in str(w.message)}
         said.append(found)
     assert said[0] == said[1] == {"get", "add", "load"}
+
+
+def test_a_model_without_adapters_says_so():
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(target_modules=["q_proj"]))
+    model.unload()
+    with pytest.raises(ValueError, match="no adapter: .* unloaded or deleted"):
+        model.active_peft_config  # noqa: B018 (raises)
