@@ -123,13 +123,11 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.utils.error": {},
     "peft.utils.loftq_utils": {},
     "peft.utils.hotswap": {
-        name: f"peftfast.many.hotswap:{name}"
-        for name in (
-            "check_hotswap_configs_compatible",
-            "hotswap_adapter",
-            "hotswap_adapter_from_state_dict",
-            "prepare_model_for_compiled_hotswap",
-        )
+        **{
+            name: f"peftfast.many.hotswap:{name}"
+            for name in ("check_hotswap_configs_compatible", "hotswap_adapter", "hotswap_adapter_from_state_dict")
+        },
+        "prepare_model_for_compiled_hotswap": "peftfast.many.swappable:prepare_model_for_compiled_hotswap",
     },
     "peft.utils.integrations": {},
     "peft.utils.merge_utils": {

@@ -23,6 +23,7 @@ from peftfast.files.io import check_arguments, read_adapter
 from peftfast.files.state import adapter_entries, strip_wrappers
 from peftfast.keys import PREFIX, in_base
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.many.swappable import pads, rank_of, runs_of
 from peftfast.method import method_for
 from peftfast.methods.lora_combine import padded
 from peftfast.methods.lora_config import VARIANTS, LoraConfig
@@ -159,7 +160,7 @@ def _swap(
             raise ValueError(
                 f"Incompatible shapes found for LoRA weights {key}: {tuple(old.shape)} vs {tuple(new.shape)}."
             )
-        if new.shape != old.shape and not _pads(entries[key].layer.adapters[adapter_name]):
+        if new.shape != old.shape and not pads(entries[key].layer.adapters[adapter_name]):
             raise ValueError(
                 f"Incompatible shapes found for LoRA weights {key}: {tuple(old.shape)} vs {tuple(new.shape)}; factors "
                 "of this kind cannot be padded to another rank."
@@ -223,11 +224,6 @@ def _check_pairs(entries: Mapping[str, Entry], given: Mapping[str, Tensor], adap
             )
 
 
-def _pads(adapter: Adapter) -> bool:
-    """See `method.Unpadded`."""
-    return getattr(adapter.method, "pads", True)
-
-
 def _rank_axis(entry: Entry, adapter_name: str) -> int:
     """Which dimension of this tensor the rank is; -1 if none is."""
     adapter = entry.layer.adapters[adapter_name]
@@ -244,13 +240,7 @@ def _replace(entry: Entry, old: Tensor, new: Tensor, axis: int) -> None:
     elif new.shape[axis] > old.shape[axis]:
         old.data = new.to(old.dtype).clone()
     else:
-        old.copy_(padded(new, axis, old.shape[axis], _runs(entry.layer) if axis == 0 else 1))
-
-
-def _runs(layer: BaseTunerLayer) -> int:
-    """Of how many runs the down factor's ranks consist. In the up factor ranks are the slowest, whatever is beside
-    them."""
-    return layer.site.experts * layer.site.groups
+        old.copy_(padded(new, axis, old.shape[axis], runs_of(entry.layer) if axis == 0 else 1))
 
 
 def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> None:
@@ -261,11 +251,7 @@ def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> Non
     else:
         layer.scaling[adapter.name] = scaling
     layer._initial_scaling[adapter.name] = scaling
-    layer.r[adapter.name] = _rank(layer, adapter)
-
-
-def _rank(layer: BaseTunerLayer, adapter: Adapter) -> int:
-    return adapter[adapter.pair[0]].shape[0] // layer.site.experts
+    layer.r[adapter.name] = rank_of(layer, adapter)
 
 
 def _record(config: LoraConfig | None, adapters: list[Adapter]) -> None:
@@ -279,91 +265,3 @@ def _record(config: LoraConfig | None, adapters: list[Adapter]) -> None:
     config.r, config.lora_alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     config.rank_pattern = {re.escape(k): r for k, r in ranks.items() if r != config.r}
     config.alpha_pattern = {re.escape(k): a for k, a in alphas.items() if a != config.lora_alpha}
-
-
-def prepare_model_for_compiled_hotswap(
-    model: nn.Module,
-    *,
-    target_rank: int | None = None,
-    config: LoraConfig | dict[str, LoraConfig] | None = None,
-    check_compiled: str = "error",
-) -> None:
-    """Make adapters of other ranks and scalings swappable, and scales settable, without a new graph: scalings become
-    tensors that are written in place, factors are padded to `target_rank`. Call it before `torch.compile`.
-
-    Args:
-        target_rank: the largest rank that will be swapped in; None: ranks stay.
-        config: config(s) whose rank becomes `target_rank`.
-        check_compiled: "error", "warn" or "ignore" a model that is compiled already.
-
-    Raises:
-        ValueError: compiled already, no adapters, a larger rank present.
-    """
-    if check_compiled not in ("error", "warn", "ignore"):
-        raise ValueError(
-            f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
-        )
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        if check_compiled == "error":
-            raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
-        if check_compiled == "warn":
-            warnings.warn(
-                "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely "
-                "result in re-compilation, hurting performance. Call the function before compiling the model.",
-                stacklevel=2,
-            )
-    inner = getattr(model, "_orig_mod", model)
-    layers = [m for m in inner.modules() if isinstance(m, BaseTunerLayer) and "scaling" in m.__dict__]
-    if not layers:
-        raise ValueError(
-            "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
-            "the first adapter and before loading the second adapter."
-        )
-    pairs = [(layer, adapter) for layer in layers for adapter in layer.adapters.values()]
-    if target_rank is not None:
-        for layer, adapter in pairs:
-            rank = _rank(layer, adapter)
-            if rank > target_rank:
-                raise ValueError(
-                    f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                    f"({rank}). This is not possible."
-                )
-            if not _pads(adapter):
-                raise ValueError(
-                    f"{adapter.key}: Trying to pad the adapter to the target rank {target_rank}, but factors of this "
-                    "kind cannot be padded. Leave target_rank out."
-                )
-            if target_rank % layer.site.groups:
-                raise ValueError(
-                    f"{adapter.key}: Trying to pad a {type(layer.get_base_layer()).__name__} LoRA adapter with "
-                    f"groups={layer.site.groups} to target rank {target_rank}, but the target rank is not divisible by "
-                    f"{layer.site.groups}. Please choose a target rank that is divisible by {layer.site.groups}."
-                )
-    with torch.no_grad():
-        for layer, adapter in pairs:
-            value = layer.scaling[adapter.name]
-            layer.scaling[adapter.name] = torch.as_tensor(float(value), device=layer.site.weight.device)
-            if target_rank is not None:
-                slots = layer.site.low_rank_slots(target_rank)
-                down, up = (adapter[s] for s in slots)
-                sizes = [slot.shape[axis] for axis, slot in enumerate(slots.values())]
-                down.data = padded(down.data, 0, sizes[0], _runs(layer))
-                up.data = padded(up.data, 1, sizes[1])
-                layer.r[adapter.name] = target_rank
-                _resize_holders(layer, adapter, sizes[0])
-    for cfg in (
-        () if config is None or target_rank is None else config.values() if isinstance(config, dict) else (config,)
-    ):
-        cfg.r = target_rank
-        cfg.rank_pattern = dict.fromkeys(cfg.rank_pattern or {}, target_rank)
-
-
-def _resize_holders(layer: BaseTunerLayer, adapter: Adapter, rank: int) -> None:
-    """The sizes that the modules around the factors report."""
-    down, up = adapter.pair
-    for slot, names in ((down, ("out_features", "out_channels")), (up, ("in_features", "in_channels"))):
-        if adapter.slots[slot].holder is not None:
-            holder = getattr(layer, slot)[adapter.name]
-            for name in names:
-                if name in holder.__dict__:
-                    setattr(holder, name, rank)

@@ -75,7 +75,7 @@ def test_compiled_models_keep_their_graph(tmp_path, target_rank):
     ranks = (4, 4, 4) if target_rank is None else (4, 8, 2)
     files = [saved(tmp_path, f"a{i}", r=r, lora_alpha=5 * i + 1) for i, r in enumerate(ranks)]
     model = peftfast.PeftModel.from_pretrained(oracle.llama(), files[0][0])
-    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=target_rank, config=model.peft_config)
+    peftfast.prepare_model_for_compiled_hotswap(model, target_rank=target_rank, config=model.peft_config)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -216,12 +216,12 @@ def test_refusals_change_nothing(tmp_path):
     refused(ValueError, "currently merged into the base weights", second, "default")
     model.base_model.unmerge_adapter()
     with pytest.raises(ValueError, match="original rank is larger"):
-        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=2)
+        peftfast.prepare_model_for_compiled_hotswap(model, target_rank=2)
     with pytest.raises(ValueError, match="check_compiles should be one of"):
-        hotswap.prepare_model_for_compiled_hotswap(model, check_compiled="maybe")
+        peftfast.prepare_model_for_compiled_hotswap(model, check_compiled="maybe")
     with pytest.raises(ValueError, match="No adapter layers found"):
-        hotswap.prepare_model_for_compiled_hotswap(oracle.llama())
+        peftfast.prepare_model_for_compiled_hotswap(oracle.llama())
     with pytest.raises(ValueError, match=r"\*before\* compiling"):
-        hotswap.prepare_model_for_compiled_hotswap(torch.compile(model, backend="eager"))
+        peftfast.prepare_model_for_compiled_hotswap(torch.compile(model, backend="eager"))
     with pytest.warns(UserWarning, match="already compiled"):
-        hotswap.prepare_model_for_compiled_hotswap(torch.compile(model, backend="eager"), check_compiled="warn")
+        peftfast.prepare_model_for_compiled_hotswap(torch.compile(model, backend="eager"), check_compiled="warn")
