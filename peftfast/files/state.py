@@ -192,7 +192,7 @@ def adapter_state_dict(
         for key, tensor in source.items():
             if not is_bias(key) or ".modules_to_save." in key or ".lora_" in key or ".original_module." in key:
                 continue
-            holder, _, rest = key.partition(".base_layer.")
+            holder, _, rest = key.rpartition(".base_layer.")
             layer = adapted.get(holder)
             own = layer is not None and adapter_name in layer.adapters
             if bias == "all" or (own and rest == "bias"):

@@ -22,7 +22,7 @@ def changes(model, name):
     """W [out, in] and the change that an adapter makes of it, by layer."""
     result = {}
     for key, layer in model.base_model.inventory.layers.items():
-        site, lookup = layer.site, hasattr(layer, "lora_embedding_A")
+        site, lookup = layer.site, layer.site.looks_up
         a, b = (t.detach().double() for t in layer.adapters[name].parameters().values())
         weight = site.weight.dense(torch.float64)
         result[key] = (weight.t() if lookup else weight), layer.scaling[name] * (b.flatten(1) @ a.flatten(1))
