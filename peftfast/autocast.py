@@ -26,6 +26,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def is_autocasting(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    kind = _kind(x)
+    return kind is not None and torch.is_autocast_enabled(kind)
+
+
 class _Off:
     """`torch.autocast(kind, enabled=False)` takes the host as long as three small products."""
 
@@ -46,7 +52,7 @@ _NOTHING = nullcontext()
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """A context for operations that choose their dtypes themselves."""
-    kind = _kind(x)
-    if kind is None or not torch.is_autocast_enabled(kind):
+    if not is_autocasting(x):
         return _NOTHING
+    kind = _kind(x)
     return torch.autocast(kind, enabled=False) if torch.compiler.is_compiling() else _Off(kind)

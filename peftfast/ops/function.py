@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, once_differentiable
 
-from peftfast.autocast import without_autocast
+from peftfast.autocast import is_autocasting, without_autocast
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,11 +40,13 @@ def left_alone(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a `Function.backward`: autocast, which may have begun since the forward pass, has no part in it."""
 
     def wrapper(ctx: Any, *grads: Any) -> Any:
-        for given in grads:
-            if given is not None:
-                with without_autocast(given):
-                    return backward(ctx, *grads)
-        return backward(ctx, *grads)
+        given = grads[0]
+        if given is None:
+            given = next((dy for dy in grads if dy is not None), None)
+        if given is None or not is_autocasting(given):
+            return backward(ctx, *grads)
+        with without_autocast(given):
+            return backward(ctx, *grads)
 
     return wrapper
 
