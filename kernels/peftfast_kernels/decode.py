@@ -187,17 +187,16 @@ _pairs_cache: dict[tuple[str, torch.device], Tensor] = {}
 
 def _pairs(w: Operand) -> Tensor:
     """int64 [256]: the two fp32 values of every byte, as one word: gathering rows of two takes twice as long."""
-    if torch.compiler.is_compiling():
-        return _made_pairs(_code(w))
-    key = (w.format, w.device)
+    return _made_pairs(_code(w)) if torch.compiler.is_compiling() else pairs(w.format, w.device)
+
+
+def pairs(format: str, device: torch.device) -> Tensor:
+    """`_pairs` outside compilers, made once and read by the kernels too."""
+    key = (format, device)
     if key not in _pairs_cache:
-        _pairs_cache[key] = lasting(pairs_on_host(w.format), w.device)
+        code = torch.tensor(_levels(format), dtype=torch.float32, device="cpu")
+        _pairs_cache[key] = lasting(_made_pairs(code), device)
     return _pairs_cache[key]
-
-
-def pairs_on_host(format: str) -> Tensor:
-    """The same on the CPU."""
-    return _made_pairs(torch.tensor(_levels(format), dtype=torch.float32, device="cpu"))
 
 
 def _made_pairs(code: Tensor) -> Tensor:

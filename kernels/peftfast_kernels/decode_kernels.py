@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels.configs import cdiv, chip_of, tile
-from peftfast_kernels.decode import DECODERS, INT8_STEP, Operand, decoder_of, packed_bytes, pairs_on_host
+from peftfast_kernels.decode import DECODERS, INT8_STEP, Operand, decoder_of, packed_bytes, pairs
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting, lasting
 from peftfast_kernels.tiles import narrow
@@ -147,20 +147,15 @@ TILE_FUNCTIONS = {
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-_tables: dict[tuple[str, torch.device], Tensor] = {}
+_steps: dict[torch.device, Tensor] = {}
 
 
 def _table(format: str, device: torch.device) -> Tensor:
-    key = (format, device)
-    if key not in _tables:
-        _tables[key] = lasting(_made_table(format), device)
-    return _tables[key]
-
-
-def _made_table(format: str) -> Tensor:
-    if format == "int8":
-        return torch.tensor([INT8_STEP], dtype=torch.float32, device="cpu")
-    return pairs_on_host(format)
+    if format != "int8":
+        return pairs(format, device)
+    if device not in _steps:
+        _steps[device] = lasting(torch.tensor([INT8_STEP], dtype=torch.float32, device="cpu"), device)
+    return _steps[device]
 
 
 class Stored(NamedTuple):

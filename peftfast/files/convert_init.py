@@ -87,7 +87,7 @@ def as_plain_lora(
             continue
         before = initial.tensors[key].to(tensor)
         ranks, before = (0, before) if _SLOT.search(key)["factor"] == "A" else (1, -before)
-        stacked = getattr(layers[key].site, "experts", 1)
+        stacked = layers[key].site.experts
         have = tensor.shape[ranks] // stacked
         # a layer with fewer directions than the rank has fewer of them, but in the plain LoRA as many as any other
         missing = list(tensor.shape)

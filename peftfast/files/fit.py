@@ -222,7 +222,7 @@ def fit_state_dict(
                 f"is {tuple(whole_shape(here))}"
             )
             continue
-        if here.is_floating_point() != tensor.is_floating_point() or tensor.is_complex() != here.is_complex():
+        if not is_alike(here, tensor):
             fit.mistyped.append(f"{key}: {tensor.dtype} in the file, {here.dtype} here")
             continue
         why = None if entry is None else entry.refusal(tensor)
@@ -319,6 +319,11 @@ _HEADS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+
+
+def is_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether both are real numbers, or complex ones, or whole ones."""
+    return one.is_floating_point() == other.is_floating_point() and one.is_complex() == other.is_complex()
 
 
 def holds(dtype: torch.dtype, tensor: Tensor) -> bool:

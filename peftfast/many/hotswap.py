@@ -18,7 +18,7 @@ from peftfast.config import PeftConfig, PeftType
 from peftfast.errors import AdapterMismatchWarning
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
-from peftfast.files.fit import holds
+from peftfast.files.fit import holds, is_alike
 from peftfast.files.io import check_arguments, read_adapter
 from peftfast.files.state import adapter_entries, strip_wrappers
 from peftfast.keys import PREFIX, in_base
@@ -198,7 +198,7 @@ def _check_writable(entries: Mapping[str, Entry], given: Mapping[str, Tensor]) -
             )
         if new is None:
             continue
-        if new.is_floating_point() != old.is_floating_point() or new.is_complex() != old.is_complex():
+        if not is_alike(old, new):
             raise ValueError(f"{key} has {new.dtype} numbers, {entry.live} is {old.dtype}")
         if not holds(old.dtype, new):
             raise ValueError(f"{key} has NaN or infinite values, or some that {old.dtype} cannot hold")
