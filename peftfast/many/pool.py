@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import close_matches, enumerate_some
+from peftfast.many.router import check_length
 from peftfast.many.slots import Factors, Slots, Source
 from peftfast.rows.routing import BASE, Routing, batch_of
 from peftfast.wrapping.inventory import Inventory
@@ -184,13 +185,13 @@ class AdapterPool:
 
     def __call__(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """The model's output with an adapter from the pool for every sample."""
-        _check_length(adapter_names, args, kwargs)
+        check_length(len(adapter_names), batch_of(args, kwargs))
         with self._using(adapter_names, tokens=_tokens(args, kwargs)):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """The model's `generate` with an adapter from the pool for every prompt."""
-        _check_length(adapter_names, args, kwargs)
+        check_length(len(adapter_names), batch_of(args, kwargs))
         with self._using(adapter_names, tokens=_tokens(args, kwargs)):
             return self.model.generate(*args, **kwargs)
 
@@ -361,15 +362,6 @@ class AdapterPool:
 
 #: Rows a prompt may be expanded to in `generate` (beams); the pool does not see the arguments of every call.
 _COPIES = tuple(range(1, 65))
-
-
-def _check_length(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    batch = batch_of(args, kwargs)
-    if batch is not None and batch.shape[0] != len(names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} and {batch.shape[0]} respectively."
-        )
 
 
 def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

@@ -88,7 +88,7 @@ def resolve(
             "`adapter_names` must be a list with one adapter name for each sample, or a tensor of adapter numbers; got "
             f"{choice!r}"
         )
-    _check_length(len(choice), batch)
+    check_length(len(choice), batch)
     unknown = sorted({n for n in choice if n != BASE and n not in inventory.configs})
     if unknown:
         raise ValueError(
@@ -99,7 +99,8 @@ def resolve(
     return Routing.by_name(choice, inventory.numbers, device, copies=copies, tokens=tokens)
 
 
-def _check_length(length: int, batch: Tensor | None) -> None:
+def check_length(length: int, batch: Tensor | None) -> None:
+    """ValueError if adapters are not one for each sample."""
     if batch is not None and length != batch.shape[0]:
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -113,7 +114,7 @@ def _by_number(inventory: Inventory, numbers: Tensor, batch: Tensor | None, **sh
             "`adapter_names` as a tensor holds one adapter number for each sample (int32 or int64 [B], -1 for the base "
             f"model; see `adapter_numbers`), got {numbers.dtype} {list(numbers.shape)}"
         )
-    _check_length(numbers.shape[0], batch)
+    check_length(numbers.shape[0], batch)
     names, table = inventory.number_table(numbers.device)
     if numbers.device.type == "cpu" and not torch.compiler.is_compiling():
         known = {-1: BASE, **{number: name for name, number in inventory.numbers.items()}}
