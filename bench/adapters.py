@@ -1,4 +1,4 @@
-"""Time of holding many adapters on one base: switching, loading, mixing; PEFT beside it.
+"""Time of wrapping a model, and of holding many adapters on it: switching, loading, mixing; PEFT beside it.
 
     python bench/adapters.py [--adapters 100] [--layers 32] [--hidden 32]
 
@@ -57,6 +57,18 @@ def layers_of(lib: ModuleType, args: argparse.Namespace, folder: str) -> Any:
     model = lib.get_peft_model(llama(args.layers, args.hidden), lib.LoraConfig(**CONFIG), "first")
     model.save_pretrained(folder)
     return model
+
+
+def wrapping(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Iterator[Row]:
+    """From a model to one with its first adapter, the libraries taking turns; the first turn is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in libraries}
+    for _ in range(args.runs + 1):
+        for name, lib in libraries.items():
+            base = llama(args.layers, args.hidden)
+            start = time.process_time_ns()
+            lib.get_peft_model(base, lib.LoraConfig(**{**CONFIG, "init_lora_weights": True}))
+            times[name].append((time.process_time_ns() - start) / 1e6)
+    yield "get_peft_model, ms", {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
 def lifecycle(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Iterator[Row]:
@@ -159,7 +171,7 @@ def main() -> None:
     parser.add_argument("--mix-hidden", type=int, default=512)
     parser.add_argument("--mix-tokens", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--only", choices=("lifecycle", "mixing"), help="measure this part alone")
+    parser.add_argument("--only", choices=("wrapping", "lifecycle", "mixing"), help="measure this part alone")
     parser.add_argument("--alone", action="store_true", help="without PEFT, whose loads take minutes at full size")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -171,7 +183,7 @@ def main() -> None:
         f"{versions}, torch {torch.__version__}, Python {platform.python_version()}, one thread, CPU time; {options}\n"
     )
     print("| what | peftfast | PEFT | PEFT / peftfast |\n|---|---:|---:|---:|")
-    for part in (lifecycle, mixing):
+    for part in (wrapping, lifecycle, mixing):
         if args.only in (None, part.__name__):
             for what, figures in part(libraries, args):
                 ours, theirs = figures["peftfast"], figures.get("peft")

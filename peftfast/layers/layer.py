@@ -15,6 +15,7 @@ from peftfast.config import PeftConfig
 from peftfast.layers.activation import HasActivation
 from peftfast.layers.as_in_peft import AsInPeft, absent_in
 from peftfast.layers.merger import MergedNames, Merger
+from peftfast.layers.scaling import HasScaling
 from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
 from peftfast.method import AdapterMethod
 from peftfast.rows.control import Control
@@ -30,16 +31,6 @@ Place = tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]
 Steps = list[tuple[AdapterMethod, list[Adapter]]]
 
 
-def check_adapter_name(name: Any) -> None:
-    """Refuse names that cannot be part of a parameter's name."""
-    if not isinstance(name, str):
-        raise TypeError(f"An adapter name must be a string, got {name!r} of type {type(name).__name__}")
-    if not name or "." in name or "/" in name or "\\" in name:
-        raise ValueError(f"An adapter name must be non-empty and without '.', '/' and '\\', got {name!r}")
-    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in ("training",):
-        raise ValueError(f"{name!r} cannot be an adapter name: torch.nn.ModuleDict has an attribute of that name")
-
-
 def _made_again() -> dict[str, Any]:
     """What a layer looks up once and keeps, empty: copies and pickles of a layer go without it.
 
@@ -49,7 +40,7 @@ def _made_again() -> dict[str, Any]:
     return {"_plan": None, "store": {}, "derived": {}}
 
 
-class BaseTunerLayer(HasActivation, GatheredAsOne, AsInPeft, nn.Module):
+class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Module):
     """A module with adapters. Attribute names are PEFT's, because other libraries reach for them.
 
     Attributes:
@@ -428,37 +419,6 @@ class BaseTunerLayer(HasActivation, GatheredAsOne, AsInPeft, nn.Module):
         """Something other than training wrote to an adapter, with None to any: nothing that was made of it holds."""
         self.derived.clear()
         self.control.forget(self, adapter_name)
-
-    # ---- scaling -----------------------------------------------------------------------------------------------------
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scaling to `scale` times its initial value."""
-        if adapter in self._initial_scaling:
-            self._write_scale(adapter, scale * self._initial_scaling[adapter])
-
-    def _write_scale(self, adapter: str, value: float) -> None:
-        if adapter in self.merged_adapters:
-            warnings.warn(
-                f"Adapter {adapter} is merged, so its new scaling has no effect until it is unmerged.", stacklevel=4
-            )
-        current = self.scaling[adapter]
-        if isinstance(current, Tensor):  # a compiled graph reads it: written in place, no new graph is needed
-            current.fill_(value)
-        else:
-            self.scaling[adapter] = value
-        self.changed(adapter)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of the active adapters."""
-        if scale != 1:
-            for name in self.active_adapters:
-                if name in self._initial_scaling:
-                    self._write_scale(name, self.scaling[name] * scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the active adapters by `scale`; None: back to its initial value."""
-        for name in self.active_adapters:
-            if name in self._initial_scaling:
-                self._write_scale(name, self._initial_scaling[name] if scale is None else self.scaling[name] / scale)
 
     # ---- the wrapped module, as others see it ------------------------------------------------------------------------
     def counterparts(self) -> tuple[str, ...]:

@@ -245,12 +245,7 @@ def _replace(entry: Entry, old: Tensor, new: Tensor, axis: int) -> None:
 
 def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> None:
     scaling = method_for(config).settings(layer.site, config, adapter.key)["scaling"]
-    current = layer.scaling[adapter.name]
-    if isinstance(current, Tensor):
-        current.fill_(scaling)
-    else:
-        layer.scaling[adapter.name] = scaling
-    layer._initial_scaling[adapter.name] = scaling
+    layer.set_initial_scale(adapter.name, scaling)
     layer.r[adapter.name] = rank_of(layer, adapter)
 
 

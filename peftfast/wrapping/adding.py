@@ -6,14 +6,25 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some
-from peftfast.layers.layer import check_adapter_name
 from peftfast.method import method_for, reads_base
 from peftfast.sharding import is_run_by_zero3
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import Replication, ranges_of
+
+
+def check_name(name: Any) -> None:
+    """Refuse names that cannot be part of a parameter's name."""
+    if not isinstance(name, str):
+        raise TypeError(f"An adapter name must be a string, got {name!r} of type {type(name).__name__}")
+    if not name or "." in name or "/" in name or "\\" in name:
+        raise ValueError(f"An adapter name must be non-empty and without '.', '/' and '\\', got {name!r}")
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in ("training",):
+        raise ValueError(f"{name!r} cannot be an adapter name: torch.nn.ModuleDict has an attribute of that name")
 
 
 def say_if_in_prefix(name: str, cfg: PeftConfig) -> None:
@@ -54,7 +65,7 @@ def add_adapter(
     Raises:
         ValueError: the name is taken, nothing matches, a second adapter has biases.
     """
-    check_adapter_name(name)
+    check_name(name)
     if name in inventory.configs:
         raise ValueError(f"Adapter with name '{name}' already exists.")
     cfg.validate()
