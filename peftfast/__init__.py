@@ -112,7 +112,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "tuners.lora": ("LoraModel",),
     "tuners.trainable_tokens": ("TrainableTokensModel",),
-    "wrapping.plan": ("AdapterPlan", "plan_adapter"),
+    "plan": ("AdapterPlan", "plan_adapter"),
 }
 
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -1,8 +1,12 @@
-"""Which modules of a model are its embeddings, by transformers' own methods, which not every model has."""
+"""Which modules of a model are its embeddings and heads: by transformers' own methods, which not every model has, and
+by the names that they usually have."""
 
 from __future__ import annotations
 
 from torch import nn
+
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
+SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -1,9 +1,24 @@
 """How files, and a PeftModel's state dict, call what is inside the base model."""
 
+from __future__ import annotations
+
+import re
+
 #: In front of a module's name in the base model.
 PREFIX = "base_model.model."
+
+_WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module(?=\.base_model))\.")
 
 
 def in_base(key: str) -> str:
     """The name inside the base model, which a bare base model's own state dict has."""
     return key.removeprefix(PREFIX)
+
+
+def strip_wrappers(name: str) -> str:
+    """A parameter's name without what FSDP and torch.compile put into it."""
+    while True:
+        shorter = _WRAPPERS.sub(r"\1", name)
+        if shorter == name:
+            return name
+        name = shorter

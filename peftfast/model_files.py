@@ -35,7 +35,7 @@ from peftfast.prompts.prompt_model import resize_saved_prompt
 from peftfast.wrapping.undo import unchanged_if_refused
 
 if TYPE_CHECKING:
-    from peftfast.model import PeftModel
+    from typing_extensions import Self
 
 
 class HasFiles:
@@ -147,7 +147,7 @@ class HasFiles:
         num_virtual_tokens: int | None = None,
         torch_device: str | None = None,
         **kwargs: Any,
-    ) -> PeftModel:
+    ) -> Self:
         """A saved adapter on its base model.
 
         Args:
@@ -190,7 +190,7 @@ class HasFiles:
     @classmethod
     def from_folder(
         cls, model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False, **options: Any
-    ) -> PeftModel:
+    ) -> Self:
         """All adapters that `save_pretrained` wrote into a folder, on their base model, active as they were then.
 
         Args:

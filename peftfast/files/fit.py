@@ -22,15 +22,14 @@ from peftfast.files.fingerprint import METADATA_KEY as BASE_KEY
 from peftfast.files.fingerprint import differences
 from peftfast.files.metadata import CONFIG_KEY
 from peftfast.files.state import (
-    _layer_entries,
     adapter_entries,
     embedding_modules,
+    layer_entries,
     rows_said_twice,
-    strip_wrappers,
     without_places,
     wrapped_modules,
 )
-from peftfast.keys import PREFIX, in_base
+from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.sharding import copy_whole, whole_shape
 from peftfast.sites.site import is_bias
@@ -144,7 +143,7 @@ class Fit:
             adapter = None if layer is None else layer.adapters.get(self.adapter_name)
             if adapter is None:
                 continue
-            entries = list(_layer_entries(key, layer, self.adapter_name))
+            entries = list(layer_entries(key, layer, self.adapter_name))
             complete = all((id(entry.owner), entry.attribute) in loaded for entry in entries)
             if complete and not (everywhere and layer.merger.source is None):
                 continue

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import CONFIG_NAME, PeftConfig, PeftConfigMixin, config_fields
+from peftfast.embeddings import EMBEDDING_LAYER_NAMES
 from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, close_matches
 from peftfast.files.atomic import (
     SAFETENSORS_WEIGHTS_NAME,
@@ -30,7 +31,6 @@ from peftfast.files.metadata import check_sizes, config_changes, describe, lost_
 from peftfast.files.migrate import migrate_keys
 from peftfast.files.state import check_whole, trains_rows
 from peftfast.keys import PREFIX, in_base
-from peftfast.wrapping.targets import EMBEDDING_LAYER_NAMES
 
 
 # ---- writing --------------------------------------------------------------------------------------------

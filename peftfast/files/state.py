@@ -12,7 +12,7 @@ from peftfast.config import PeftConfig
 from peftfast.embeddings import input_embeddings, output_embeddings
 from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some
 from peftfast.files.entry import Entry
-from peftfast.keys import PREFIX
+from peftfast.keys import PREFIX, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
@@ -20,8 +20,6 @@ from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
 from peftfast.sharding import gathered
 from peftfast.sites.site import is_bias
-
-_WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module(?=\.base_model))\.")
 
 _FACTOR = re.compile(r"lora_(embedding_)?[AB](\.weight)?$")
 
@@ -66,21 +64,12 @@ def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
     return [(prefix + strip_wrappers(key), wrapper) for key, wrapper in pairs]
 
 
-def strip_wrappers(name: str) -> str:
-    """A parameter's name without what FSDP and torch.compile put into it."""
-    while True:
-        shorter = _WRAPPERS.sub(r"\1", name)
-        if shorter == name:
-            return name
-        name = shorter
-
-
 def adapter_entries(model: nn.Module, adapter_name: str) -> list[Entry]:
     """Every tensor of an adapter in `model`: factors, modules saved beside it, trained token rows."""
     entries = []
     for key, module in wrapped_modules(model):
         if isinstance(module, BaseTunerLayer):
-            entries.extend(_layer_entries(key, module, adapter_name))
+            entries.extend(layer_entries(key, module, adapter_name))
         elif isinstance(module, PromptEncoders):
             entries.extend(_prompt_entries(key, module, adapter_name))
         else:
@@ -88,7 +77,7 @@ def adapter_entries(model: nn.Module, adapter_name: str) -> list[Entry]:
     return entries
 
 
-def _layer_entries(key: str, layer: BaseTunerLayer, adapter_name: str) -> Iterator[Entry]:
+def layer_entries(key: str, layer: BaseTunerLayer, adapter_name: str) -> Iterator[Entry]:
     adapter = layer.adapters.get(adapter_name)
     if adapter is None:
         return

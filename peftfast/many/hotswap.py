@@ -20,8 +20,8 @@ from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.fit import holds, is_alike
 from peftfast.files.io import check_arguments, read_adapter
-from peftfast.files.state import adapter_entries, strip_wrappers
-from peftfast.keys import PREFIX, in_base
+from peftfast.files.state import adapter_entries
+from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.swappable import pads, rank_of, runs_of
 from peftfast.method import method_for

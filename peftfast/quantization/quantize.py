@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import BaseWeight, Quantizer, base_weight, quantizer
-from peftfast.embeddings import output_embeddings
+from peftfast.embeddings import SEQ_CLS_HEAD_NAMES, output_embeddings
 from peftfast.errors import close_matches, enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
@@ -23,7 +23,7 @@ from peftfast.quantization.originals import Originals
 from peftfast.sites.linear import is_linear
 from peftfast.sites.site import is_untouched
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.targets import SEQ_CLS_HEAD_NAMES, name_ends
+from peftfast.wrapping.targets import name_ends
 
 
 class QuantizationReport(dict[str, float]):

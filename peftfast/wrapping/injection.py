@@ -13,7 +13,7 @@ from torch import nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
-from peftfast.files.state import strip_wrappers
+from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.method import AdapterMethod, method_for

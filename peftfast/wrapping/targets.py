@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from peftfast.config import PeftConfig
-from peftfast.embeddings import output_embeddings
+from peftfast.embeddings import SEQ_CLS_HEAD_NAMES, output_embeddings
 from peftfast.errors import (
     AdapterMismatchWarning,
     NoMatchingPeftModuleError,
@@ -24,8 +24,6 @@ from peftfast.errors import (
 from peftfast.sites.linear import is_linear
 
 ALL_LINEAR = "all-linear"
-SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
-EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 #: A resolved target list longer than this is stored as the shortest suffixes that mean the same.
 MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
 
