@@ -12,8 +12,8 @@ import importlib
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftfast.cli import _settings
 from peftfast.cli._settings import DEFAULTS, EMBEDDED
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 DECODED = 16  # tokens per measurement of decoding
-PEFT = "PEFT"
+BASE, OURS, BLOCKS, PEFT = "frozen base", "peftfast", "peftfast, blocks", "PEFT"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,10 +75,10 @@ def bench(settings: dict[str, Any], source: str, seconds: float) -> int:
     times = take_turns(training, seconds, device)
     peaks = {n: peak_bytes(call, device) for n, call in training.items()}
     tokens = settings["batch_size"] * settings["seq_len"]
-    table(times, agree, lambda n: f"{tokens / times[n]:>10.0f} tokens/s{_memory(kept[n], peaks[n])}")
+    table(times, agree, lambda n: f"{tokens / times.median(n):>10.0f} tokens/s{_memory(kept[n], peaks[n])}")
     print(f"\ndecoding, {settings['batch_size']} sequence(s)")
     decoding = take_turns({n: decode(m, settings) for n, m in models.items()}, seconds, device)
-    table(decoding, agree, lambda n: f"{DECODED * settings['batch_size'] / decoding[n]:>10.1f} tokens/s")
+    table(decoding, agree, lambda n: f"{DECODED * settings['batch_size'] / decoding.median(n):>10.1f} tokens/s")
     expect(times, decoding, kept, agree)
     return 0 if agree else 1
 
@@ -91,8 +91,8 @@ def contestants(base: torch.nn.Module, settings: dict[str, Any]) -> dict[str, to
     from peftfast.cli._setup import one_line
 
     shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
-    found = {"frozen base": base}
-    libraries = {"peftfast": "peftfast", "peftfast, blocks": "peftfast"}
+    found = {BASE: base}
+    libraries = {OURS: "peftfast", BLOCKS: "peftfast"}
     if importlib.util.find_spec("peft") is not None:
         libraries[PEFT] = "peft"
     for name, library in libraries.items():
@@ -108,7 +108,7 @@ def contestants(base: torch.nn.Module, settings: dict[str, Any]) -> dict[str, to
             for key, parameter in sorted(model.named_parameters()):
                 if "lora_" in key:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-        if name.endswith("blocks"):
+        if name == BLOCKS:
             blocks = peftfast.fuse_blocks(model)
             with torch.no_grad():
                 for _ in range(3):
@@ -149,10 +149,10 @@ def compare(models: dict[str, torch.nn.Module], settings: dict[str, Any]) -> boo
         model.eval()
         with torch.no_grad(), _autocast(settings):
             logits[name] = model(input_ids=_tokens(model, settings)[:1]).logits.float()
-    ours, base = logits["peftfast"], logits["frozen base"]
+    ours, base = logits[OURS], logits[BASE]
     change = (ours - base).norm() / base.norm()
     limit = 1e-4 if settings["dtype"] == "fp32" else 3e-2
-    worst = max(((v - ours).norm() / ours.norm()).item() for n, v in logits.items() if n != "frozen base")
+    worst = max(((v - ours).norm() / ours.norm()).item() for n, v in logits.items() if n != BASE)
     agree = worst <= limit and bool(change > 0)
     print(
         f"logits of the adapted models differ by {worst:.1e}" + ("" if agree else f", more than {limit:g}: NO RATIOS")
@@ -233,59 +233,110 @@ def peak_bytes(call: Callable[[], None], device: str) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
-def take_turns(calls: dict[str, Callable[[], None]], seconds: float, device: str, least: int = 3) -> dict[str, float]:
-    """Median seconds of each, in rounds of alternating order."""
+class Ratio(NamedTuple):
+    """How long one contestant takes, in times of another: the median of the rounds and the quartiles around it,
+    of less than eight rounds the extremes."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def shown(self) -> bool:
+        """Whether the rounds agree on which of the two is the faster."""
+        return self.high < 1 or self.low > 1
+
+
+class Turns:
+    """Seconds of every contestant by rounds. They are compared round by round, because what slows a machine down lasts
+    for longer than one call.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    @property
+    def rounds(self) -> int:
+        return min(map(len, self.seconds.values()))
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, over: str) -> Ratio:
+        pairs = [a / b for a, b in zip(self.seconds[name], self.seconds[over], strict=True)]
+        few = len(pairs) < 8
+        low, *_, high = (min(pairs), max(pairs)) if few else statistics.quantiles(pairs, n=4, method="inclusive")
+        return Ratio(statistics.median(pairs), low, high)
+
+    def fastest(self, names: Iterable[str], over: str) -> str:
+        """The one of `names` that takes least in times of `over`."""
+        return min(names, key=lambda name: self.ratio(name, over).median)
+
+
+def take_turns(calls: dict[str, Callable[[], None]], seconds: float, device: str, least: int = 3) -> Turns:
+    """Rounds of alternating order, as many as `seconds` allow."""
     from peftfast.cli._loop import synchronize
 
     for call in calls.values():  # compilation, caches, blocks
         call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    turns = Turns(calls)
     names, end = list(calls), time.perf_counter() + seconds
-    while len(times[names[0]]) < least or time.perf_counter() < end:
+    while turns.rounds < least or time.perf_counter() < end:
         for name in names:
             synchronize(device)
             start = time.perf_counter()
             calls[name]()
             synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            turns.seconds[name].append(time.perf_counter() - start)
         names.reverse()
-        if len(times[names[0]]) >= 200:
+        if turns.rounds >= 200:
             break
-    return {name: statistics.median(values) for name, values in times.items()}
+    return turns
 
 
-def table(times: dict[str, float], agree: bool, more: Callable[[str], str]) -> None:
-    frozen = times["frozen base"]
-    for name, value in times.items():
-        over = f"{value / frozen:6.2f} x base" if agree else " " * 13
-        print(f"  {name:<18}{1e3 * value:>10.2f} ms  {over}{more(name)}")
+def table(times: Turns, agree: bool, more: Callable[[str], str]) -> None:
+    for name in times.seconds:
+        over = f"{times.ratio(name, BASE).median:6.2f} x base" if agree else " " * 13
+        print(f"  {name:<18}{1e3 * times.median(name):>10.2f} ms  {over}{more(name)}")
+    print(f"  medians of {times.rounds} rounds")
 
 
 def _memory(kept: int, peak: int | None) -> str:
     return f"{kept / 2**20:>9.1f} MiB kept for backward" + ("" if peak is None else f", peak {peak / 2**20:.0f} MiB")
 
 
-def expect(times: dict[str, float], decoding: dict[str, float], kept: dict[str, int], agree: bool) -> None:
-    """The figures in words."""
+def expect(times: Turns, decoding: Turns, kept: dict[str, int], agree: bool) -> None:
+    """The figures in words, of which none says more than the rounds agree on."""
     if not agree:
         return
     print("\nwhat to expect")
-    best = min((n for n in times if n.startswith("peftfast")), key=times.__getitem__)
-    if times[best] > 0.98 * times["peftfast"]:  # nearer than two runs are to one another
-        best = "peftfast"
-    over = 100 * (times[best] / times["frozen base"] - 1)
-    print(f"  of {best}: a step takes {over:+.0f} % over the frozen base, which no adapter method can beat here")
-    if best.endswith("blocks"):
+    best = OURS
+    if BLOCKS in kept:
+        blocks = times.ratio(BLOCKS, OURS)
+        if blocks.shown and blocks.median < 0.98:  # nearer than two runs are to one another
+            best = BLOCKS
+    over = times.ratio(best, BASE)
+    print(
+        f"  of {best}: a step takes {100 * (over.median - 1):+.0f} % over the frozen base, which no adapter method can "
+        "beat here"
+    )
+    if best == BLOCKS:
         print("  blocks pay on this model and device: blocks = peftfast.fuse_blocks(model) before training")
-    if PEFT in times:
-        ratio, memory = times[PEFT] / times[best], 1 - kept[best] / kept[PEFT]
-        quick = decoding[PEFT] / min(v for n, v in decoding.items() if n.startswith("peftfast"))
-        print(f"  against PEFT: steps {ratio:.2f} times as fast, {100 * memory:.0f} % less kept for backward, "
-              f"decoding {quick:.2f} times as fast")  # fmt: skip
-        if ratio < 1:
+    if PEFT in kept:
+        quickest = decoding.fastest((name for name in (OURS, BLOCKS) if name in kept), over=PEFT)
+        steps, memory = times.ratio(PEFT, best), 1 - kept[best] / kept[PEFT]
+        print(f"  against PEFT: steps {_times_as_fast(steps)}, {100 * memory:.0f} % less kept for backward, "
+              f"decoding {_times_as_fast(decoding.ratio(PEFT, quickest))}")  # fmt: skip
+        if steps.shown and steps.median < 1:
             print("  PEFT is faster here; please report this with the output of `peftfast env`")
     else:
         print("  for a comparison with PEFT: pip install peft")
+
+
+def _times_as_fast(ratio: Ratio) -> str:
+    if ratio.shown:
+        return f"{ratio.median:.2f} times as fast"
+    return f"as fast within what the rounds differ by ({ratio.low:.2f} to {ratio.high:.2f} times)"
 
 
 def _device_name(device: str) -> str:

@@ -51,6 +51,36 @@ def test_no_ratios_where_results_differ(capsys, few_tokens, monkeypatch):
     assert "NO RATIOS" in text and "x base" not in text and "what to expect" not in text
 
 
+def words(capsys, **seconds):
+    turns = bench.Turns([])
+    turns.seconds = {
+        "frozen base": [1.0] * len(seconds["peftfast"]),
+        **{name.replace("_", ", "): rounds for name, rounds in seconds.items()},
+    }
+    bench.expect(turns, turns, dict.fromkeys(turns.seconds, 8), True)
+    return capsys.readouterr().out
+
+
+def test_words_say_no_more_than_the_rounds(capsys):
+    """PEFT takes a tenth more in every round, or as often less as more: then neither is said to be the faster."""
+    slow = [1.2, 1.2, 2.4, 1.2, 1.2, 2.4, 1.2, 1.2]  # a machine that is slow for two of the rounds
+    text = words(capsys, peftfast=slow, PEFT=[1.1 * t for t in slow])
+    assert "takes +20 %" in text and "steps 1.10 times as fast" in text and "PEFT is faster" not in text
+    text = words(capsys, peftfast=[1.1 * t for t in slow], PEFT=slow)
+    assert "steps 0.91 times as fast" in text and "PEFT is faster here" in text
+    text = words(capsys, peftfast=slow, PEFT=[t * (0.8 if i % 2 else 1.1) for i, t in enumerate(slow)])
+    assert "as fast within what the rounds differ by (0.80 to 1.10 times)" in text and "PEFT is faster" not in text
+    text = words(capsys, peftfast=slow[:3], PEFT=[1.1, 1.1, 2.5])  # of few rounds every one has to agree
+    assert "(0.92 to 1.04 times)" in text
+
+
+def test_blocks_pay_where_the_rounds_agree(capsys):
+    plain = [1.2] * 8
+    assert "of peftfast, blocks: a step takes +8 %" in words(capsys, peftfast=plain, peftfast_blocks=[1.08] * 8)
+    assert "of peftfast: " in words(capsys, peftfast=plain, peftfast_blocks=[1.19] * 8)
+    assert "of peftfast: " in words(capsys, peftfast=plain, peftfast_blocks=[1.0, 1.3] * 4)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
