@@ -159,6 +159,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put an adapter into a model without wrapping the model; returns it, with `model.peft_config`.
 
+    It becomes the active adapter, trainable unless its config is for inference.
+
     Args:
         state_dict: adapt exactly the modules that these weights are for.
     """
@@ -168,10 +170,9 @@ def inject_adapter_in_model(
     keys = None if state_dict is None else adapted_modules(state_dict, method_for(peft_config).prefix)
     first = not inventory.configs
     add_adapter(inventory, adapter_name, peft_config, keys=keys, device="meta" if low_cpu_mem_usage else None)
-    if first:
-        inventory.set_adapter([adapter_name], inference_mode=peft_config.inference_mode)
-        if not peft_config.inference_mode:
-            inventory.train_biases(peft_config)
+    inventory.activate_added(adapter_name, peft_config.inference_mode)
+    if first and not peft_config.inference_mode:
+        inventory.train_biases(peft_config)
     if not peft_config.inference_mode and is_checkpointing(checkpointing_switches(model)):
         require_input_gradients(model)
     return model

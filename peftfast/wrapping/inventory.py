@@ -325,6 +325,15 @@ class Inventory:
         self._trainable = trainable
         self.active = list(names)
 
+    def activate_added(self, name: str, inference_mode: bool) -> None:
+        """Make an adapter that was just added the active one; of the others, what was trainable stays so."""
+        trained = [p for _, wrapper in self.wrappers() for p in _own_parameters(wrapper) if p.requires_grad]
+        touched = self._trainable.union(self.active)
+        self.set_adapter([name], inference_mode)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._trainable |= touched  # the next `set_adapter` looks there for what to freeze
+
     def _say_if_steps_repeat(self, leaving: Iterable[str]) -> None:
         """Warn where adapters that are no longer active would be trained on by their last gradients."""
         for name in leaving:

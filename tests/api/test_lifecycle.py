@@ -504,3 +504,38 @@ def test_a_model_without_adapters_says_so():
     model.unload()
     with pytest.raises(ValueError, match="no adapter: .* unloaded or deleted"):
         model.active_peft_config  # noqa: B018 (raises)
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj"], ["k_proj"], ["q_proj", "k_proj"]], ids="+".join)
+def test_the_last_injected_adapter_is_active(targets, inference_mode):
+    """As PEFT has it where no PeftModel says which: diffusers loads adapter after adapter and sets none."""
+    models = []
+    for library in (peftfast, peft):
+        functions = importlib.import_module(f"{library.__name__}.functional")
+        model = library.inject_adapter_in_model(library.LoraConfig(**FIRST), oracle.llama(), "first")
+        config = library.LoraConfig(r=3, target_modules=[*targets], inference_mode=inference_mode)
+        oracle.quietly(library.inject_adapter_in_model, config, model, "second")
+        models.append((model, functions))
+    (ours, mine), (theirs, other) = models
+    for step in (None, "second", "first", ["first", "second"]):
+        if step is not None:
+            mine.set_adapter(ours, step)
+            other.set_adapter(theirs, step)
+        oracle.same_live_state(ours, theirs)
+        if step is None:
+            assert any(p.requires_grad for n, p in ours.named_parameters() if ".first." in n)
+            oracle.copy_parameters(theirs, ours)
+        torch.testing.assert_close(oracle.logits(ours), oracle.logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_injected_copies_of_modules_act_with_their_adapter():
+    """PEFT leaves the copies inactive until `set_adapter`."""
+    model = oracle.llama()
+    for name in ("first", "second"):
+        peftfast.inject_adapter_in_model(peftfast.LoraConfig(**SAVED), model, name)
+    before = oracle.logits(model)
+    with torch.no_grad():
+        model.lm_head.modules_to_save["second"].weight.mul_(2)
+    torch.testing.assert_close(oracle.logits(model), 2 * before)
+    assert {p.requires_grad for p in model.lm_head.modules_to_save.parameters()} == {True}
