@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
@@ -66,12 +67,29 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
         super().__init__()
         self.model = model
         config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
-        self.peft_config: dict[str, PeftConfig] = {}
+        earlier = getattr(model, "peft_config", None)
+        self.peft_config: dict[str, PeftConfig] = earlier if _are_configs(earlier) else {}
+        replaced = self.peft_config.pop(adapter_name, None)
+        if replaced is not None or self.peft_config:
+            warnings.warn(
+                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in "
+                "the model. Make sure to know what you are doing!",
+                stacklevel=3,
+            )
         self.inventory = Inventory(model, self.peft_config)
-        self.inject_adapter(
-            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict,
-            config=config, strict=strict, initialise=initialise,
-        )  # fmt: skip
+        beside_others = bool(self.peft_config)
+        try:
+            self.inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict,
+                config=config, strict=strict, initialise=initialise,
+            )  # fmt: skip
+        except BaseException:
+            if replaced is not None:
+                self.peft_config[adapter_name] = replaced
+            raise
+        if beside_others:
+            self.inventory.activate_added(adapter_name, config.inference_mode)
+        model.__dict__.pop("_peftfast_inventory", None)  # of adapters injected before, it would miss those from now on
         model.peft_config = self.peft_config
         self.__dict__["_checkpointing"] = checkpointing_switches(model)
         self.prefix = method_for(config).prefix
@@ -463,3 +481,7 @@ def adapted_modules(state_dict: Iterable[str], prefix: str) -> list[str]:
 def layers_of(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """All adapter layers below `model`, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+def _are_configs(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(config, PeftConfig) for config in value.values())

@@ -539,3 +539,34 @@ def test_injected_copies_of_modules_act_with_their_adapter():
         model.lm_head.modules_to_save["second"].weight.mul_(2)
     torch.testing.assert_close(oracle.logits(model), 2 * before)
     assert {p.requires_grad for p in model.lm_head.modules_to_save.parameters()} == {True}
+
+
+def test_what_an_adapted_model_has_is_not_forgotten_when_it_is_wrapped(tmp_path):
+    models = []
+    for library in (peftfast, peft):
+        once = oracle.quietly(library.get_peft_model, oracle.llama(), library.LoraConfig(**FIRST), "first")
+        with pytest.warns(UserWarning, match="Already found a `peft_config` attribute in the model"):
+            twice = library.get_peft_model(once.get_base_model(), library.LoraConfig(**SECOND), "second")
+        models.append((once, twice))
+    (mine, ours), (_, theirs) = models
+    assert ours.peft_config is mine.peft_config is ours.get_base_model().peft_config
+    assert list(ours.peft_config) == list(theirs.peft_config) == ["first", "second"]
+    oracle.copy_parameters(theirs, ours)
+    for step in (None, "first"):
+        if step is not None:
+            ours.set_adapter(step)
+            theirs.set_adapter(step)
+        oracle.same_live_state(ours, theirs)
+        assert ours.active_adapters == theirs.active_adapters
+        torch.testing.assert_close(oracle.logits(ours), oracle.logits(theirs), rtol=1e-4, atol=1e-4)
+    for folder, model in (("ours", ours), ("theirs", theirs)):
+        model.save_pretrained(tmp_path / folder)
+    for name in ours.peft_config:
+        oracle.same_files(tmp_path / "ours" / name, tmp_path / "theirs" / name)
+
+
+def test_an_injected_adapter_is_there_in_a_wrapper():
+    base = peftfast.inject_adapter_in_model(peftfast.LoraConfig(**FIRST), oracle.llama(), "first")
+    model = oracle.quietly(peftfast.get_peft_model, base, peftfast.LoraConfig(**SECOND), "second")
+    assert list(model.peft_config) == ["first", "second"] and model.active_adapters == ["second"]
+    assert any("k_proj" in key for key in peftfast.get_peft_model_state_dict(base, adapter_name="second"))
