@@ -68,6 +68,7 @@ def add_adapter(
     check_name(name)
     if name in inventory.configs:
         raise ValueError(f"Adapter with name '{name}' already exists.")
+    inventory.check_not_merged(name, "replace")
     cfg.validate()
     if is_run_by_zero3(inventory.model):
         raise RuntimeError(
@@ -87,7 +88,6 @@ def add_adapter(
     except BaseException:
         cfg.__dict__.clear()
         cfg.__dict__.update(fields_before)
-        inventory.forget(name)
         if replicates:
             inventory.restore_layers()
         raise

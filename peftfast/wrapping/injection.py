@@ -74,7 +74,16 @@ class Injection:
         return torch.float32 if self.autocast_adapter_dtype and own in _HALF else own
 
     def apply(self) -> None:
-        """Do it. If anything fails half-way, `Inventory.add` takes out what was put in."""
+        """Do it. If anything fails half-way, what was put in is taken out."""
+        if self.inventory.has_traces_of(self.name):
+            self.inventory.forget(self.name)  # the model was wrapped before, with an adapter of this name
+        try:
+            self._put_in()
+        except BaseException:
+            self.inventory.forget(self.name)
+            raise
+
+    def _put_in(self) -> None:
         inventory = self.inventory
         for key in self.targets:
             layer = inventory.wrap(key, self.classes.get(key))

@@ -260,8 +260,14 @@ class Inventory:
                 module.eval()
         self.model.training = False
 
+    def has_traces_of(self, name: str) -> bool:
+        """Whether anything in the model belongs to an adapter of this name, listed or not."""
+        return any(name in layer.adapters for layer in self.layers.values()) or any(
+            name in wrapper._adapters for wrapper in self.extras.values()
+        )
+
     def forget(self, name: str) -> None:
-        """Take out what there is of an adapter that could not be added."""
+        """Take out what there is of an adapter that could not be added, or is replaced."""
         self._places.pop(name, None)
         for key, layer in list(self.layers.items()):
             if name in layer.adapters or not layer.adapters:

@@ -565,6 +565,26 @@ def test_what_an_adapted_model_has_is_not_forgotten_when_it_is_wrapped(tmp_path)
         oracle.same_files(tmp_path / "ours" / name, tmp_path / "theirs" / name)
 
 
+def test_wrapping_again_under_the_same_name_replaces_the_adapter():
+    """PEFT leaves the old one in modules that the new config does not name."""
+    saved = {"modules_to_save": ["lm_head"]}
+    old = oracle.quietly(peftfast.get_peft_model, oracle.llama(), peftfast.LoraConfig(**FIRST, **saved))
+    base = old.get_base_model()
+    before, state = old.peft_config["default"], {k: v.clone() for k, v in old.state_dict().items()}
+    with pytest.raises(ValueError, match="not found in the base model"):
+        oracle.quietly(peftfast.get_peft_model, base, peftfast.LoraConfig(target_modules=["nothing"]))
+    assert old.peft_config == {"default": before} and state.keys() == old.state_dict().keys()
+    old.merge_adapter()
+    with pytest.raises(ValueError, match="Cannot replace adapter default while it is merged"):
+        oracle.quietly(peftfast.get_peft_model, base, peftfast.LoraConfig(**SECOND))
+    old.unmerge_adapter()
+    again = oracle.quietly(peftfast.get_peft_model, base, peftfast.LoraConfig(**SECOND))
+    fresh = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**SECOND))
+    oracle.same_live_state(again, fresh)
+    oracle.copy_parameters(fresh, again)
+    assert torch.equal(oracle.logits(again), oracle.logits(fresh))
+
+
 def test_an_injected_adapter_is_there_in_a_wrapper():
     base = peftfast.inject_adapter_in_model(peftfast.LoraConfig(**FIRST), oracle.llama(), "first")
     model = oracle.quietly(peftfast.get_peft_model, base, peftfast.LoraConfig(**SECOND), "second")
