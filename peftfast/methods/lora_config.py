@@ -247,12 +247,14 @@ class LoraConfig(PeftConfig):
             )
         if init == "loftq" and not self.loftq_config:
             raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
-        if init == "eva" and self.eva_config is None:
-            warnings.warn("`init_lora_weights` is 'eva' but `eva_config` is not specified. Using default EVA config.",
-                          stacklevel=5)  # fmt: skip
-            self.eva_config = EvaConfig()
-        if init == "corda" and self.corda_config is None:
-            raise ValueError("`corda_config` must be specified when `init_lora_weights` is 'corda'.")
+        for name, title, settings in (("eva", "EVA", EvaConfig), ("corda", "CorDA", CordaConfig)):
+            if init == name and getattr(self, f"{name}_config") is None:
+                warnings.warn(
+                    f"`init_lora_weights` is '{name}' but `{name}_config` is not specified. Using default {title} "
+                    "config.",
+                    stacklevel=5,
+                )
+                setattr(self, f"{name}_config", settings())
         for name in ("loftq", "eva", "corda", "lora_ga"):
             if getattr(self, f"{name}_config") and init != name:
                 warnings.warn(

@@ -253,6 +253,20 @@ def test_corda_caches_and_errors(tmp_path):
     assert oracle.saved_config(tmp_path / "adapter")["corda_config"]["cache_file"] == str(tmp_path / "a" / "cache.pt")
 
 
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_settings_that_are_not_given_are_the_default_ones(init):
+    configs = []
+    for library in (peftfast, peft):
+        with pytest.warns(UserWarning, match=rf"but `{init}_config` is not specified. Using default \w+ config."):
+            configs.append(library.LoraConfig(init_lora_weights=init).to_dict()[f"{init}_config"])
+    assert configs[0] == configs[1]
+    if init == "corda":
+        base = oracle.llama()
+        cfg = oracle.quietly(peftfast.LoraConfig, r=4, target_modules=["q_proj"], init_lora_weights="corda")
+        peftfast.preprocess_corda(base, cfg, run_model=lambda: base(batches(1, 1)[0]["input_ids"]))
+        peftfast.get_peft_model(base, cfg)
+
+
 @pytest.mark.parametrize("kind", ["cache_file", "covariance_file"])
 def test_corda_files_that_are_of_something_else(kind, tmp_path, monkeypatch):
     path = tmp_path / "found.pt"
