@@ -195,7 +195,7 @@ class LoraConfig(PeftConfig):
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         variants = self._variants()
         if len(variants) > 1:

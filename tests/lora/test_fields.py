@@ -28,6 +28,9 @@ CASES = {
     "exclude-regex": (oracle.llama, {"target_modules": QV, "exclude_modules": r".*\.0\..*v_proj"}),
     "layers-int": (oracle.llama, {"target_modules": QV, "layers_to_transform": 1}),
     "layers-list": (oracle.llama, {"target_modules": QV, "layers_to_transform": [0]}),
+    "layers-none-of-a-pattern": (
+        oracle.llama, {"target_modules": QV, "layers_to_transform": [], "layers_pattern": "layers"},
+    ),
     "layers-pattern": (oracle.llama, {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": "layers"}),
     "layers-patterns": (
         oracle.llama, {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
