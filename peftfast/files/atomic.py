@@ -167,7 +167,9 @@ def find_file(model_id: str | os.PathLike, name: str, *, subfolder: str | None =
             raise ValueError(f"{subfolder!r} is a link that leaves the adapter's folder {str(model_id)!r}")
         return _unfinished(Path(local), name) or _existing(os.path.join(local, name))
     if os.path.exists(model_id):
-        raise ValueError(f"{str(model_id)!r} is a file; expected a folder or a Hub repository id")
+        raise ValueError(
+            f"Can't find {name!r} at {str(model_id)!r}, which is a file; expected a folder or a Hub repository id"
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
@@ -177,7 +179,9 @@ def find_file(model_id: str | os.PathLike, name: str, *, subfolder: str | None =
     except EntryNotFoundError:
         return None
     except HFValidationError as e:
-        raise ValueError(f"{str(model_id)!r} is neither an existing folder nor a Hub repository id: {e}") from e
+        raise ValueError(
+            f"Can't find {name!r} at {str(model_id)!r}, neither an existing folder nor a Hub repository id: {e}"
+        ) from e
     except Exception as e:  # offline, no such repository, no permission: all mean that the file cannot be had
         raise ValueError(f"Can't find {name!r} at {str(model_id)!r}: {type(e).__name__}: {e}") from e
 

@@ -5,6 +5,7 @@ import shutil
 import warnings
 
 import oracle
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -333,6 +334,14 @@ def test_files_that_cannot_be_right(case, low_cpu_mem_usage, saved, tmp_path):
     with pytest.raises(error, match=r"(?s)" + message):
         wrapped.load_adapter(tmp_path / "adapter", "second", low_cpu_mem_usage=low_cpu_mem_usage)
     same_picture(wrapped, before)
+
+
+@pytest.mark.parametrize("place", ["file", "nowhere/at/all", ""])
+def test_a_place_without_a_config_is_named_as_in_peft(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    for read in (peftfast.PeftConfig.from_pretrained, peft.PeftConfig.from_pretrained):
+        with pytest.raises(ValueError, match=f"Can't find 'adapter_config.json' at '{tmp_path / place}'"):
+            read(str(tmp_path / place))
 
 
 @pytest.mark.parametrize(
