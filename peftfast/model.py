@@ -46,6 +46,8 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
         strict: refuse what is otherwise let pass with a warning (unmatched targets, unknown names).
     """
 
+    _last_set: str | None = None  # of models that were pickled without it
+
     def __init__(
         self,
         model: nn.Module,
@@ -62,6 +64,7 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._is_prompt_learning = peft_config.is_prompt_learning
         self.peft_type = peft_config.peft_type
+        self._last_set = adapter_name
         if getattr(model, "peft_config", None):
             warnings.warn(
                 "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
@@ -128,8 +131,10 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
 
     @property
     def active_adapter(self) -> str:
-        """The active adapter; the first of them if several are."""
+        """The active adapter; if several are, the one that was active by itself before, or else the first of them."""
         active = self.active_adapters
+        if self._last_set in active:
+            return self._last_set
         return active[0] if active else next(iter(self.peft_config), "default")
 
     @active_adapter.setter
@@ -198,6 +203,7 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
                 "model.base_model.set_adapter([...]) activates several"
             )
         self._tuner.set_adapter(adapter_name, inference_mode=inference_mode)
+        self._last_set = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters without activating them."""

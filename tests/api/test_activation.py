@@ -49,6 +49,23 @@ def test_a_folder_comes_back_as_it_was(active, enabled, tmp_path):
     assert list(peftfast.PeftModel.from_pretrained(llama(), tmp_path).peft_config) == ["default"]
 
 
+@pytest.mark.parametrize("active", [["a", "b"], ["b", "default"], ["default", "b"]], ids="+".join)
+@pytest.mark.parametrize("before", [None, "b"])
+def test_the_one_of_several_that_is_called_the_active_one(before, active):
+    """The one that `set_adapter` was called with, or the first: the name under which trainers save and restore. PEFT
+    says so also where it is not among the active ones."""
+    models = [three(library) for library in (peftfast, peft)]
+    for model in models:
+        if before is not None:
+            model.set_adapter(before)
+        model.base_model.set_adapter(active)
+    ours, theirs = models
+    assert ours.active_adapters == theirs.active_adapters == active
+    assert ours.active_adapter == (theirs.active_adapter if theirs.active_adapter in active else active[0])
+    ours.delete_adapter("b")
+    assert ours.active_adapter == ours.active_adapters[0]
+
+
 def test_active_ones_go_on_training(tmp_path):
     model = three()
     model.base_model.set_adapter(["a", "b"])
