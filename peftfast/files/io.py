@@ -334,9 +334,9 @@ def _mapped(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None) -> di
 
 
 def _renamed(key: str, mapping: Mapping[str, str]) -> str:
-    bare = in_base(key)
+    front = next((prefix for prefix in (PREFIX, "base_model.") if key.startswith(prefix)), "")
     for pattern, replacement in mapping.items():
-        new, count = re.subn(pattern.lstrip("^"), replacement, bare, count=1) if re.match(pattern, bare) else (bare, 0)
+        name, count = re.subn(pattern, replacement, key[len(front) :])
         if count:
-            return PREFIX + new if key.startswith(PREFIX) else new
+            return front + name
     return key

@@ -595,6 +595,21 @@ def test_key_mapping(tmp_path):
         torch.testing.assert_close(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"q_proj": "zz"}, {"lora_A": "x", "q_proj": "zz"}, {r"layers\.(\d+)": r"blocks.\1.h"}, {"^model": "m"},
+        {"^layers": "m"}, {"o": "0"}, {r"^model(?!\.visual)": "language"}, {"base_model": "b"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_key_mapping_renames_whatever_matches(mapping, tmp_path):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS, modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path)
+    mine, other = (library.load_peft_weights(tmp_path, key_mapping=mapping) for library in (peftfast, peft))
+    assert mine.keys() == other.keys()
+
+
 def test_a_config_that_is_given_is_used(tmp_path):
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
     model.save_pretrained(tmp_path)
