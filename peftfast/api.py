@@ -222,7 +222,7 @@ def set_peft_model_state_dict(
     """Load tensors, named as in the file, into an adapter.
 
     Returns:
-        (missing_keys, unexpected_keys) of this adapter.
+        (missing_keys, unexpected_keys) of this adapter; what is missing by its name in the model.
 
     Raises:
         AdapterLoadError: wrong shapes or non-finite values; nothing was changed. TypeError: not tensors by name.
@@ -241,7 +241,7 @@ def set_peft_model_state_dict(
     fit.check(strict, ignore_mismatched_sizes, only_tensors=strict is False)
     fit.fill_gaps(model)
     fit.apply(model, assign=low_cpu_mem_usage)
-    return torch.nn.modules.module._IncompatibleKeys(fit.missing, fit.unexpected)
+    return fit.incompatible_keys()
 
 
 def _config(model: nn.Module, adapter_name: str) -> PeftConfig:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from peftfast.config import PeftConfig
@@ -235,7 +234,7 @@ class HasFiles:
         Arguments as of `from_pretrained`.
 
         Returns:
-            (missing_keys, unexpected_keys) of this adapter only.
+            (missing_keys, unexpected_keys) of this adapter only; what is missing by its name in the model.
         """
         new = adapter_name not in self.peft_config
         present = None if new else self.peft_config[adapter_name]
@@ -278,7 +277,7 @@ class HasFiles:
             if new:
                 self.set_requires_grad(adapter_name)
             self._tuner.after_load(adapter_name, model_id)
-        return torch.nn.modules.module._IncompatibleKeys(fit.missing, fit.unexpected)
+        return fit.incompatible_keys()
 
     def _load_tensors(
         self, stored: Stored, adapter_name: str, strict: bool | str, ignore_mismatched_sizes: bool, new: bool

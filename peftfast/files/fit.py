@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Fit:
     Attributes:
         found: (entry, tensor) pairs that will be loaded. base: same for base tensors saved with the adapter.
         missing: file keys the adapter has and the file has not. unexpected: the other way round, `foreign` included.
+        unset: names in the model of what will not be loaded.
         foreign: of these, the ones for modules that the base model does not have.
         mismatched: "key: shape in the file, shape here". mistyped: the same for kinds of numbers. broken: keys with NaN
             or infinite values, or with values that the dtype here cannot hold. fixed: "key why" of tensors that cannot
@@ -54,6 +56,7 @@ class Fit:
     found: list[tuple[Entry, Tensor]] = field(default_factory=list)
     base: list[tuple[str, Tensor]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    unset: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
@@ -120,6 +123,11 @@ class Fit:
             )
         if odd:
             warnings.warn("\n".join(odd), AdapterMismatchWarning, stacklevel=5)
+
+    def incompatible_keys(self) -> Any:
+        """As `nn.Module.load_state_dict` and PEFT return it: what is missing by its name in the model, in which
+        integrations look for the adapter's."""
+        return torch.nn.modules.module._IncompatibleKeys(self.unset, self.unexpected)
 
     def __str__(self) -> str:
         """The report, as a person reads it."""
@@ -220,6 +228,8 @@ def fit_state_dict(
                 f"{key}: copying a param with shape {tuple(tensor.shape)} from checkpoint, the shape in current model "
                 f"is {tuple(whole_shape(here))}"
             )
+            if entry is not None:
+                fit.unset.append(entry.live)
             continue
         if not is_alike(here, tensor):
             fit.mistyped.append(f"{key}: {tensor.dtype} in the file, {here.dtype} here")
@@ -235,6 +245,7 @@ def fit_state_dict(
         else:
             fit.found.append((entry, tensor))
     fit.missing = list(entries)
+    fit.unset += [entry.live for entry in entries.values()]
     biases = [key for key, _ in fit.base if not key.startswith(tuple(f"{name}." for name in embeddings))]
     if biases and getattr(cfg, "bias", "none") == "none":
         fit.doubts.append(f"The file has biases that its config (bias='none') does not mention: {every_name(biases)}.")

@@ -176,8 +176,26 @@ def test_state_dicts_as_functions():
         result = peftfast.set_peft_model_state_dict(target, form)
         assert result.missing_keys == [] and result.unexpected_keys == []
         torch.testing.assert_close(logits(target), logits(twins.theirs))
-    result = peftfast.set_peft_model_state_dict(target, {**dict(list(mine.items())[1:]), "rubbish": torch.ones(1)})
-    assert result.missing_keys == [next(iter(mine))] and "rubbish" in result.unexpected_keys[0]
+    spoilt = {**dict(list(mine.items())[1:]), "rubbish": torch.ones(1)}
+    result = peftfast.set_peft_model_state_dict(target, spoilt)
+    theirs = peft.set_peft_model_state_dict(twins.theirs, spoilt)
+    assert result.missing_keys == [key for key in theirs.missing_keys if ".lora_" in key]
+    assert next(iter(mine)).replace(".weight", ".default.weight") in result.missing_keys
+    assert "rubbish" in result.unexpected_keys[0]
+
+
+def test_what_was_not_loaded_is_returned_by_its_name_in_the_model(tmp_path):
+    peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    first, second, *_ = tensors = load_file(path)
+    tensors[first] = tensors[first][:1]
+    del tensors[second]
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = []
+    for library in (peftfast, peft):
+        model = library.get_peft_model(oracle.llama(), library.LoraConfig(**OPTIONS))
+        found.append(oracle.quietly(model.load_adapter, tmp_path, "other", ignore_mismatched_sizes=True).missing_keys)
+    assert sorted(found[0]) == sorted(found[1]) and ["other" in key for key in found[0]] == [True, True]
 
 
 def test_injection_without_a_wrapper(tmp_path):
