@@ -286,6 +286,27 @@ def test_evaluation_weighs_tokens_not_batches(tokenizer):
     assert math.isclose(together, apart, rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("config", ["AdaLoraConfig", "PromptTuningConfig"])
+def test_evaluation_is_of_the_text_alone(tokenizer, config):
+    """What a method adds to the loss, and the first token of a row after virtual ones, are no loss on the text."""
+    from transformers import AutoModelForCausalLM
+
+    import peftfast
+
+    settings = {"total_step": 9} if config == "AdaLoraConfig" else {"num_virtual_tokens": 2}
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    ids = tokenizer("import os, sys, re, json")["input_ids"]
+    rows = [Row(ids, list(ids)), Row(ids[:3], ids[:3])]
+    model = peftfast.get_peft_model(base, getattr(peftfast, config)(task_type="CAUSAL_LM", **settings))
+    total = count = 0
+    with torch.no_grad():
+        for row in rows:
+            logits = model.eval()(input_ids=torch.tensor([row.ids])).logits[0, -len(row.ids) : -1]
+            total += float(-logits.log_softmax(-1).gather(1, torch.tensor(row.ids[1:])[:, None]).sum())
+            count += len(row.ids) - 1
+    assert math.isclose(_loop.evaluate(model, rows, 0, 2, "cpu"), total / count, rel_tol=1e-5)
+
+
 def test_long_and_empty_examples_are_reported(tokenizer):
     docs = [Document("d", prompt="x " * 40, completion="y"), Document("d", prompt="a", completion="b " * 40)]
     rows = _data.tokenize(Corpus("d", docs, docs[1:]), tokenizer, 16, None)

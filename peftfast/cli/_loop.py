@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from peftfast.cli import UserError
@@ -204,14 +205,19 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, rows: Sequence[Row], pad: int, batch_size: int, device: str) -> float:
-    """Mean loss per predicted token, in nats."""
+    """Mean loss per predicted token, in nats: of the same tokens for every model.
+
+    A model's own loss may hold more: what a method adds to train by (AdaLoRA), and the first tokens of rows, which
+    virtual tokens come before.
+    """
     model.eval()
     total = count = 0.0
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size], pad, device)
-        predicted = int((batch["labels"][:, 1:] != IGNORED).sum())
-        total += float(model(**batch).loss) * predicted
-        count += predicted
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1]
+        total += float(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum"))
+        count += int((labels != IGNORED).sum())
     return total / count
 
 
