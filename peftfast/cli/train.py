@@ -178,7 +178,12 @@ def check_saved(job: Prepared, batch: dict, trained: torch.Tensor, effect: float
     if job.config.is_prompt_learning:
         print("    trained and merged:    not applicable, virtual tokens are part of no weight")
         return same, f"{said}; merged not applicable"
-    merged = difference(trained, logits(model.merge_and_unload(), batch))
+    try:
+        base = model.merge_and_unload()
+    except NotImplementedError as error:  # what acts on some tokens only, or on weights that nobody can write
+        print(f"    trained and merged:    not applicable, {error}")
+        return same, f"{said}; merged not applicable"
+    merged = difference(trained, logits(base, batch))
     if settings["quantize"] != "none":
         kind = settings["quantize"]
         print(f"    trained and merged:    {merged:.2e} (no limit: merging rounds the weights to {kind} again)")
