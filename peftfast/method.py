@@ -212,6 +212,11 @@ class TrainingHooks(Protocol):
     def loss_term(self, adapters: Sequence[Adapter]) -> Tensor | None: ...
 
 
+def chooses_targets(method: AdapterMethod) -> bool:
+    """Whether a method has a default for `target_modules` that no table has (`choose_targets`)."""
+    return hasattr(type(method), "choose_targets")
+
+
 def repeats_init(cfg: PeftConfig) -> bool:
     """Whether an adapter of this config has to be initialised where it is loaded, before its tensors are."""
     method = method_for(cfg)

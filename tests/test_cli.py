@@ -169,6 +169,20 @@ def test_adalora_is_scheduled_over_the_run(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["total_step"] == steps
 
 
+def test_the_rank_of_adalora_is_the_one_it_starts_with(tmp_path, capsys):
+    assert train(tmp_path, *QUICK, "--method", "adalora", "--r", 6, "--set", "target_r=3") == 0
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["init_r"], config["target_r"]) == (6, 3)
+    out = capsys.readouterr().out
+    assert "adalora, r 6, alpha 16" in out and "warning" not in out
+
+
+def test_trainable_tokens_are_rows_of_the_embedding(tmp_path, capsys):
+    assert train(tmp_path, *QUICK, "--method", "trainable_tokens", "--set", "token_indices=[1, 2]") == 0
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == "model.embed_tokens"
+    assert "modules: model.embed_tokens\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_quantised_on_a_cpu_that_bitsandbytes_repacks_for(tmp_path, kind, monkeypatch):
     pytest.importorskip("bitsandbytes")

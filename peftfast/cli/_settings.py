@@ -19,15 +19,16 @@ STATE_FILE = "training_state.pt"
 EMBEDDED = "embedded"
 EMBEDDED_BASE = Path(__file__).resolve().parent.parent / "assets" / "base"
 
-#: What an option that was not given means. `lr` and `dtype` follow from the model and the device.
+#: What an option that was not given means. `lr` and `dtype` follow from the model and the device, `r` and `target` from
+#: the method.
 DEFAULTS: dict[str, Any] = {
     "model": EMBEDDED,
     "data": EMBEDDED,
     "method": "lora",
-    "r": 8,
+    "r": None,
     "alpha": 16.0,
     "dropout": 0.0,
-    "target": "all-linear",
+    "target": None,
     "set": {},
     "dtype": None,
     "quantize": "none",
@@ -103,7 +104,7 @@ def add_base(parser: argparse.ArgumentParser, default: str) -> None:
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("adapter")
     group.add_argument("--method", help="kind of adapter, as adapter_config.json names it, in lower case (lora)")
-    group.add_argument("--r", type=whole(1), metavar="N", help=f"rank ({DEFAULTS['r']})")
+    group.add_argument("--r", type=whole(1), metavar="N", help="rank (8); of AdaLoRA, the one it starts with (12)")
     group.add_argument("--alpha", type=POSITIVE, help=f"scale of the update is alpha / r ({DEFAULTS['alpha']:g})")
     group.add_argument(
         "--dropout",
@@ -114,7 +115,7 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
         "--target",
         action="append",
         metavar="NAMES",
-        help="module names, repeated or with commas; or all-linear (all-linear)",
+        help="module names, repeated or with commas; or all-linear (all-linear; the embedding for trainable_tokens)",
     )
     group.add_argument(
         "--set",

@@ -18,8 +18,13 @@ if TYPE_CHECKING:
     from peftfast import PeftConfig
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-#: Option -> the config field it sets, where the method has that field.
-FIELDS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target": "target_modules"}
+#: Option -> the config fields that it may set: the first that the method has. (AdaLoRA has an `r` that is not used.)
+FIELDS = {
+    "r": ("init_r", "r"),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "target": ("target_modules",),
+}
 
 
 def complete(settings: dict[str, Any]) -> None:
@@ -58,9 +63,11 @@ _LORA_WITH = {
 
 
 def make_config(settings: dict[str, Any]) -> PeftConfig:
-    """The method's config from the options; fields that a method lacks may not be given."""
+    """The method's config from the options, of which what was not given is filled in, in place; fields that a method
+    lacks may not be given."""
     import peftfast.methods  # noqa: F401  (registers every method)
     from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING as known
+    from peftfast.method import METHODS, chooses_targets
 
     classes = {str(getattr(k, "value", k)).lower(): v for k, v in known.items()}
     method = settings["method"].lower()
@@ -72,21 +79,26 @@ def make_config(settings: dict[str, Any]) -> PeftConfig:
             + did_you_mean(method, sorted(classes))
         )
     cls = classes[method]
-    names = {f.name for f in fields(cls)}
+    names = {f.name: f.default for f in fields(cls)}
     values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if "total_step" in names and "total_step" not in settings["set"] and "steps" in settings:
         values["total_step"] = settings["steps"]  # of a schedule: as long as the run
-    for option, name in FIELDS.items():
-        if name in names:
-            values[name] = settings[option]
-        elif settings[option] != _settings.DEFAULTS[option]:
-            raise UserError(f"--{option}: {cls.__name__} has no field {name}; it has {', '.join(sorted(names))}")
+    if "target_modules" in names and not any(chooses_targets(m) and m.peft_type.lower() == method for m in METHODS):
+        names["target_modules"] = "all-linear"
+    for option, candidates in FIELDS.items():
+        name, value = next((n for n in candidates if n in names), None), settings[option]
+        if name in settings["set"]:
+            if value is None and name != candidates[-1]:
+                continue
+            raise UserError(f"--set {name}={settings['set'][name]}: use --{option}")
+        if name is not None:
+            values[name] = settings[option] = names[name] if value is None else value
+        elif value != _settings.DEFAULTS[option]:
+            raise UserError(
+                f"--{option}: {cls.__name__} has no field {candidates[-1]}; it has {', '.join(sorted(names))}"
+            )
     if "lora_alpha" in values and values["lora_alpha"] == int(values["lora_alpha"]):
         values["lora_alpha"] = int(values["lora_alpha"])  # as PEFT writes it
-    clash = [f for f in settings["set"] if f in FIELDS.values()]
-    if clash:
-        option = next(o for o, f in FIELDS.items() if f == clash[0])
-        raise UserError(f"--set {clash[0]}={settings['set'][clash[0]]}: use --{option}")
     with one_line(f"--method {method}"):
         return cls(**values, **settings["set"])
 

@@ -28,7 +28,7 @@ BASE, OURS, BLOCKS, PEFT = "frozen base", "peftfast", "peftfast, blocks", "PEFT"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = _settings.whole(1)
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="causal language model (default: the embedded one)")
-    parser.add_argument("--r", type=whole, help=f"rank of the LoRA ({DEFAULTS['r']})")
+    parser.add_argument("--r", type=whole, help="rank of the LoRA (8)")
     parser.add_argument("--target", action="append", metavar="NAMES", help="module names, or all-linear (all-linear)")
     share = _settings.real("a number in [0, 1)", lambda v: 0 <= v < 1)
     parser.add_argument("--dropout", type=share, help="LoRA dropout (0)")
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = {**DEFAULTS, "batch_size": 2, "seq_len": 128, **_settings.given(args)}
+    settings = {**DEFAULTS, "r": 8, "target": "all-linear", "batch_size": 2, "seq_len": 128, **_settings.given(args)}
     source = _settings.check_model(settings["model"])
     _settings.check_quantize(settings["quantize"])
     from peftfast.cli import _setup

@@ -221,8 +221,8 @@ def announce(job: Prepared, run: Run) -> int:
         "held out", f"{len(corpus.held_out)} {corpus.unit}, {tokens(rows.held_out[:HELD_OUT_ROWS]):,} tokens evaluated"
     )
     fact("adapter", describe(job.config, settings))
-    if targets := sorted(getattr(job.config, "target_modules", None) or []):
-        fact("on", f"{sites} modules: {', '.join(targets)}")
+    if targets := getattr(job.config, "target_modules", None):
+        fact("on", f"{sites} modules: {targets if isinstance(targets, str) else ', '.join(sorted(targets))}")
     fact("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
     fact("training", f"{settings['steps']} steps of {settings['batch_size']} x {settings['seq_len']} tokens")
     fact("optimizer", f"AdamW, learning rate {settings['lr']:g} after a warm-up, falling to 0, seed {settings['seed']}")
@@ -253,7 +253,11 @@ def describe(config: PeftConfig, settings: dict[str, Any]) -> str:
     from peftfast.cli._setup import FIELDS
 
     have = {f.name for f in fields(config)}
-    parts = [f"{option} {settings[option]:g}" for option in ("r", "alpha", "dropout") if FIELDS[option] in have]
+    parts = []
+    for option in ("r", "alpha", "dropout"):
+        name = next((n for n in FIELDS[option] if n in have), None)
+        if name is not None and name not in settings["set"]:
+            parts.append(f"{option} {getattr(config, name):g}")
     parts += [f"{name} {value}" for name, value in settings["set"].items()]
     return f"{settings['method']}, {', '.join(parts)}"
 

@@ -16,7 +16,7 @@ from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from peftfast.method import AdapterMethod, method_for
+from peftfast.method import AdapterMethod, chooses_targets, method_for
 from peftfast.sites import Site
 from peftfast.wrapping.attention import plan_attention
 from peftfast.wrapping.inventory import Inventory
@@ -177,7 +177,7 @@ def plan_injection(
             "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
             "not supported -- when using `target_parameters`, please inject the adapter without the state_dict."
         )
-    if hasattr(type(method), "choose_targets"):  # a default that no table has
+    if chooses_targets(method):
         method.choose_targets(cfg, model)
     resolve_targets(cfg, model, method.default_targets)
     if hasattr(type(method), "resolve"):  # what else a config leaves to the model
