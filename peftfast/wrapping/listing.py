@@ -1,0 +1,187 @@
+"""The adapted modules of one model: found once, and listed from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from peftfast.layers.layer import BaseTunerLayer, make_layer
+from peftfast.layers.own import LoraLayer
+from peftfast.layers.parameter import ParameterLayer
+from peftfast.layers.stand_in import StandIn
+from peftfast.rows.control import Control
+from peftfast.sites.parameter import ParameterSite
+
+Wrapper = BaseTunerLayer | StandIn
+Layer = TypeVar("Layer", bound=BaseTunerLayer)
+
+
+class Listing:
+    """What stands where in `model`.
+
+    Attributes:
+        model: the base model, changed in place.
+        names: of every base module -> where it hangs.
+        layers: module name -> the layer that replaced it.
+        extras: module name -> what else stands there: a module saved beside the adapter, a layer that a user wrote.
+        active: names of the adapters that act in every layer.
+        control: how layers learn what a batch's mix is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers: dict[str, BaseTunerLayer] = {}
+        self.extras: dict[str, StandIn] = {}
+        self.active: list[str] = []
+        self.control = Control()
+        self._list()
+
+    def _list(self) -> None:
+        """Find every module of the model, and the layers that are there already."""
+        self.names: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._inner: dict[str, list[tuple[nn.Module, str]]] = {}  # layers inside layers: where those hang
+        first_place: dict[int, str] = {}
+        inside: str | None = None
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            if inside is not None and name.startswith(inside):
+                continue
+            inside = None
+            parent_name, _, attribute = name.rpartition(".")
+            if not name:
+                continue
+            parent = self.model.get_submodule(parent_name) if parent_name else self.model
+            if isinstance(module, (BaseTunerLayer, StandIn)):
+                inside = name + "."
+                if isinstance(module, ParameterLayer):
+                    self._list_nest(name, module.nest())
+                elif isinstance(module, BaseTunerLayer):
+                    self._list_layer(name, module)
+                else:
+                    self.extras[name] = module
+            # a module in several places is one module: it is replaced everywhere, under its first name
+            known = first_place.setdefault(id(module), name)
+            self.names.setdefault(known, []).append((parent, attribute))
+        if self.layers:
+            self.active = next(iter(self.layers.values())).active_adapters
+
+    def _list_nest(self, name: str, nest: Sequence[ParameterLayer]) -> None:
+        """List layers around one module, the innermost first, which is the order in which they can be taken away."""
+        for depth, layer in enumerate(nest):
+            key = name + ".base_layer" * (len(nest) - 1 - depth)
+            self.layers[key] = layer
+            if layer is not nest[-1]:
+                self._inner[key] = [(nest[depth + 1], "base_layer")]
+
+    def _list_layer(self, name: str, layer: BaseTunerLayer) -> None:
+        """List a layer behind those of its module's parts."""
+        for where, inner in layer.inside().items():
+            parent, _, attribute = where.rpartition(".")
+            self.layers[f"{name}.{where}"] = inner
+            self._inner[f"{name}.{where}"] = [(layer.get_submodule(parent), attribute)]
+        self.layers[name] = layer
+
+    def _hangs(self, name: str) -> list[tuple[nn.Module, str]]:
+        return self.names[name] if name in self.names else self._inner[name]
+
+    def module(self, name: str) -> nn.Module:
+        """What stands at `name` now: the module, or what replaced it."""
+        parent, attribute = self._hangs(name)[0]
+        return getattr(parent, attribute)
+
+    def base_module(self, name: str) -> nn.Module:
+        """The module at `name` without adapter layers around it."""
+        module = self.module(name)
+        return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+    def nest(self, name: str) -> list[ParameterLayer]:
+        """The layers around the module `name` that adapt Parameters of it, the innermost first."""
+        layer = self.layers.get(name)
+        return layer.nest() if isinstance(layer, ParameterLayer) else []
+
+    def is_part(self, name: str) -> bool:
+        """Whether the layer `name` is inside another, which decides for both."""
+        return name in self._inner
+
+    def is_nested(self, name: str) -> bool:
+        """Whether the layer `name` adapts a Parameter, not a module."""
+        return isinstance(self.layers[name], ParameterLayer)
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put `module` in every place where the module `name` hangs."""
+        for parent, attribute in self._hangs(name):
+            setattr(parent, attribute, module)
+
+    def wrap(self, name: str, kind: type[BaseTunerLayer] | None = None) -> BaseTunerLayer:
+        """The adapter layer in the place of the module `name`, made if there is none, of the class `kind` or of the
+        one for the module."""
+        layer = self.layers.get(name)
+        if layer is None:
+            module = self.module(name)
+            layer = self._prepared(make_layer(module) if kind is None else kind(module), module)
+            for inner in layer.inside().values():
+                self._prepared(inner, inner.base_layer)
+            self._list_layer(name, layer)
+            self.replace(name, layer)
+        return layer
+
+    def wrap_parameters(self, name: str, parameters: Sequence[str]) -> list[ParameterLayer]:
+        """Layers for these Parameters of the module `name`, the innermost first, made if there are none."""
+        nest = self.nest(name)
+        if [layer.site.parameter for layer in nest] == list(parameters):
+            return nest
+        for layer_name in [k for k, layer in self.layers.items() if layer in nest]:
+            self.unwrap(layer_name)  # of adapters that have been deleted
+        outer = module = self.module(name)
+        nest = []
+        for parameter in parameters:
+            outer = self._prepared(ParameterLayer(outer, ParameterSite(module, parameter)), module)
+            nest.append(outer)
+        self._list_nest(name, nest)
+        self.replace(name, outer)
+        return nest
+
+    def _prepared(self, layer: Layer, module: nn.Module) -> Layer:
+        layer.training = module.training
+        layer.activate(list(self.active))  # the same on every layer, whether it has these adapters or not
+        layer.share(self.control)
+        return layer
+
+    def unwrap(self, name: str) -> None:
+        """Put the module back where its layer has no adapter and no slots of a pool any more."""
+        layer = self.layers[name]
+        if not layer.adapters and "slots" not in layer.store:
+            self.replace(name, layer.base_layer)
+            del self.layers[name]
+            self._inner.pop(name, None)
+
+    def wrappers(self) -> Iterator[tuple[str, Wrapper]]:
+        """Everything that holds adapters, in the model's order."""
+        yield from self.layers.items()
+        yield from self.extras.items()
+
+    def places(self) -> set[str]:
+        """Names of the modules that something stands in for."""
+        return {*self.layers, *self.extras}
+
+    def remove_empty(self, except_for: set[str]) -> None:
+        """Put the base modules back where no adapter is left, save in places that were taken before."""
+        for key, layer in list(self.layers.items()):
+            if not layer.adapters and key not in except_for:
+                self.replace(key, layer.base_layer)
+                del self.layers[key]
+                self._inner.pop(key, None)
+        for key, wrapper in list(self.extras.items()):
+            if not wrapper._adapters and key not in except_for:
+                self.replace(key, wrapper.original_module)
+                del self.extras[key]
+
+    def mergeable(self) -> list[BaseTunerLayer]:
+        """All layers that merge: the adapted ones, and rows of tokens."""
+        rows = [w.token_adapter for w in self.extras.values() if hasattr(type(w), "is_tied")]
+        return [*self.layers.values(), *rows]
+
+    def own_layers(self) -> list[LoraLayer]:
+        """Layers that a user has written."""
+        return [layer for layer in self.extras.values() if isinstance(layer, LoraLayer)]
