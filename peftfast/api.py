@@ -156,6 +156,8 @@ def inject_adapter_in_model(
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
     state_dict: dict[str, Tensor] | None = None,
+    *,
+    autocast_adapter_dtype: bool = False,
 ) -> nn.Module:
     """Put an adapter into a model without wrapping the model; returns it, with `model.peft_config`.
 
@@ -163,13 +165,17 @@ def inject_adapter_in_model(
 
     Args:
         state_dict: adapt exactly the modules that these weights are for.
+        autocast_adapter_dtype: keep factors in fp32 on a half-precision base; False: in the base's dtype.
     """
     if peft_config.is_prompt_learning:
         raise ValueError("`create_and_replace` does not support prompt learning, adaption prompt and shadow yet.")
     inventory = inventory_of(model)
     keys = None if state_dict is None else adapted_modules(state_dict, method_for(peft_config).prefix)
     first = not inventory.configs
-    add_adapter(inventory, adapter_name, peft_config, keys=keys, device="meta" if low_cpu_mem_usage else None)
+    add_adapter(
+        inventory, adapter_name, peft_config, keys=keys, device="meta" if low_cpu_mem_usage else None,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )  # fmt: skip
     inventory.activate_added(adapter_name, peft_config.inference_mode)
     if first and not peft_config.inference_mode:
         inventory.train_biases(peft_config)

@@ -61,7 +61,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
         state_dict: dict[str, Tensor] | None = None,
         *,
         strict: bool = False,
-        autocast_adapter_dtype: bool = True,
+        autocast_adapter_dtype: bool = False,
         initialise: bool = True,
     ) -> None:
         super().__init__()

@@ -85,8 +85,12 @@ class Injection:
 
     def _put_in(self) -> None:
         inventory = self.inventory
+        # a model from a file is in eval mode; dropout acts in training loops that never say train(), as with PEFT
+        trains = not inventory.places() and not self.cfg.inference_mode
         for key in self.targets:
             layer = inventory.wrap(key, self.classes.get(key))
+            if trains:
+                _start_training(layer, *layer.inside().values())
             if key in self.tied:
                 source = inventory.layers[embedding_name(inventory)]
                 layer.tie_to(source, self.name, self.method.tied_slots(layer.site))
@@ -98,12 +102,14 @@ class Injection:
                 self.spread[key].take_apart(layer, self.name)
         for key, names in self.parameters.items():
             for layer in inventory.wrap_parameters(key, names):
+                if trains:
+                    _start_training(layer)
                 layer.add_adapter(
                     self.name, self.method, self.cfg, f"{key}.{layer.site.parameter}",
                     dtype=self.dtype(layer.site), device=self.device, initialise=self.initialise,
                 )  # fmt: skip
         for key, cls in self.own.items():
-            add_to_own_layer(inventory, key, cls, self.name, self.cfg, self.device)
+            add_to_own_layer(inventory, key, cls, self.name, self.cfg, self.device, trains)
         self._add_saved()
         self._add_tokens()
 
@@ -144,6 +150,12 @@ class Injection:
             wrapper.add(self.name, cfg, method_for(cfg), dtype=dtype, device=self.device, initialise=source is None)
             if source is not None:
                 wrapper.token_adapter.token_source[self.name] = source
+
+
+def _start_training(*layers: BaseTunerLayer) -> None:
+    """Put layers into training mode, and what will be made in them, but not what is in them."""
+    for layer in layers:
+        layer.training = True
 
 
 def plan_injection(

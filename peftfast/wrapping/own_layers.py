@@ -48,9 +48,16 @@ def own_layer_classes(inventory: Inventory, cfg: PeftConfig, keys: Sequence[str]
 
 
 def add_to_own_layer(
-    inventory: Inventory, key: str, cls: type, name: str, cfg: Any, device: torch.device | str | None
+    inventory: Inventory,
+    key: str,
+    cls: type,
+    name: str,
+    cfg: Any,
+    device: torch.device | str | None,
+    trains: bool,
 ) -> None:
-    """Add an adapter, frozen and inactive, to a layer of the user's own, which is made where there is none yet."""
+    """Add an adapter, frozen and inactive, to a layer of the user's own, which is made where there is none yet: in
+    training mode if it `trains`, in its module's otherwise."""
     settings = {
         "r": pattern_value(cfg.rank_pattern, key, cfg.r),
         "lora_alpha": pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha),
@@ -61,7 +68,8 @@ def add_to_own_layer(
     if layer is None:
         module = inventory.module(key)
         layer = cls(module, name, **settings)
-        layer.train(module.training)
+        if not trains:
+            layer.train(module.training)
         inventory.extras[key] = layer
         inventory.replace(key, layer)
     else:

@@ -590,3 +590,41 @@ def test_an_injected_adapter_is_there_in_a_wrapper():
     model = oracle.quietly(peftfast.get_peft_model, base, peftfast.LoraConfig(**SECOND), "second")
     assert list(model.peft_config) == ["first", "second"] and model.active_adapters == ["second"]
     assert any("k_proj" in key for key in peftfast.get_peft_model_state_dict(base, adapter_name="second"))
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+@pytest.mark.parametrize("way", ["wrapped", "injected"])
+def test_a_first_adapter_starts_in_training_mode(way, inference_mode):
+    """Models from files are in eval mode: dropout acts in a loop that never says train() all the same, as with PEFT.
+    What is for inference starts like its module, and so does what comes to a model that has adapters."""
+    dropout, found = {"r": 2, "lora_dropout": 0.5, "target_modules": ["q_proj"]}, {}
+    for library in (peftfast, peft):
+        config = library.LoraConfig(**dropout, inference_mode=inference_mode)
+        base = oracle.llama().eval()
+        if way == "wrapped":
+            model = library.get_peft_model(base, config)
+        else:
+            model = library.inject_adapter_in_model(config, base)
+        found[library] = {n: m.training for n, m in model.named_modules() if n.endswith((".default", "q_proj"))}
+        assert not any(m.training for n, m in model.named_modules() if n.endswith(("k_proj", "base_layer", "norm")))
+        oracle.quietly(library.inject_adapter_in_model, library.LoraConfig(**dropout), base.eval(), "second")
+        if library is peftfast:
+            assert not any(m.training for n, m in model.named_modules() if n.endswith(".second"))
+    assert found[peftfast] == (dict.fromkeys(found[peft], False) if inference_mode else found[peft])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_injected_factors_have_the_dtype_of_the_base(dtype):
+    """Without a PeftModel around it, nothing would cast fp32 factors once for all layers."""
+    for library in (peftfast, peft):
+        config = library.LoraConfig(**FIRST)
+        for model in (
+            library.inject_adapter_in_model(config, oracle.llama().to(dtype)),
+            library.LoraModel(oracle.llama().to(dtype), config, "default"),
+        ):
+            assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {dtype}
+    kept = peftfast.inject_adapter_in_model(
+        peftfast.LoraConfig(**FIRST), oracle.llama().to(dtype), autocast_adapter_dtype=True
+    )
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {p.dtype for n, p in kept.named_parameters() if "lora_" in n} == {wide}
