@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import CONFIG_NAME, PeftConfig, PeftConfigMixin, config_fields
-from peftfast.embeddings import EMBEDDING_LAYER_NAMES
 from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, close_matches
 from peftfast.files.atomic import (
     SAFETENSORS_WEIGHTS_NAME,
@@ -29,8 +28,8 @@ from peftfast.files.atomic import (
 )
 from peftfast.files.metadata import check_sizes, config_changes, describe, lost_checksums, other_settings, verify
 from peftfast.files.migrate import migrate_keys
-from peftfast.files.state import check_whole, trains_rows
-from peftfast.keys import PREFIX, in_base
+from peftfast.files.state import check_whole, targets_embeddings, trains_rows
+from peftfast.keys import PREFIX
 
 
 # ---- writing --------------------------------------------------------------------------------------------
@@ -146,14 +145,7 @@ def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, asked: bool | str)
         return bool(asked)
     if trains_rows(cfg):
         return _vocabulary_changed(model, cfg)
-    targets = getattr(cfg, "target_modules", None)
-    if isinstance(targets, str):
-        names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
-        names = [in_base(n) for n in names]
-        adapted = any(re.fullmatch(targets, n) for n in names)
-    else:
-        adapted = any(name in (targets or ()) for name in EMBEDDING_LAYER_NAMES)
-    if adapted:
+    if targets_embeddings(model, cfg):
         warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.",
                       stacklevel=4)  # fmt: skip
         return True

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.embeddings import input_embeddings, output_embeddings
+from peftfast.embeddings import EMBEDDING_LAYER_NAMES, input_embeddings, output_embeddings
 from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some
 from peftfast.files.entry import Entry
-from peftfast.keys import PREFIX, strip_wrappers
+from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
@@ -189,9 +189,11 @@ def adapter_state_dict(
                 result[key if layer is None or own else without_places(key)] = tensor
     if save_embedding_layers:
         modules = embedding_modules(model)
-        # an adapted embedding travels with its adapter; where none is adapted they have been resized, and both do
-        here = [key for key, m in modules.items() if isinstance(m, BaseTunerLayer) and adapter_name in m.adapters]
-        for name in modules if trains_rows(cfg) else here or modules:
+        if targets_embeddings(model, cfg) and not trains_rows(cfg):
+            # an adapted embedding travels with its adapter; where none is named, they were resized, and both do
+            here = [key for key, m in modules.items() if isinstance(m, BaseTunerLayer) and adapter_name in m.adapters]
+            modules = {key: modules[key] for key in here or modules}
+        for name in modules:
             module = modules[name]
             place = next((place for kind, place in _BASE_INSIDE.items() if isinstance(module, kind)), "")
             own = bool(place) and adapter_name in module._get_available_adapters()
@@ -234,6 +236,15 @@ _INSIDE = re.compile(r"\.(base_layer|token_adapter|original_module)(?=\.)")
 def without_places(key: str) -> str:
     """A base tensor's name without where it is inside what replaced its module, which differs from model to model."""
     return _INSIDE.sub("", key)
+
+
+def targets_embeddings(model: nn.Module, cfg: PeftConfig) -> bool:
+    """Whether the config's targets name an embedding or head, in the way in which PEFT looks for it."""
+    targets = getattr(cfg, "target_modules", None)
+    if not isinstance(targets, str):
+        return any(name in (targets or ()) for name in EMBEDDING_LAYER_NAMES)
+    names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+    return any(re.fullmatch(targets, in_base(n)) for n in names)
 
 
 def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -285,13 +285,14 @@ def test_saving_embeddings(asked, make, tmp_path):
     peftfast.PeftModel.from_pretrained(make(), tmp_path / "theirs", strict=True)
 
 
-def test_resized_vocabulary_is_saved(base_folder, tmp_path):
+@pytest.mark.parametrize("targets", [["q_proj"], ["model.embed_tokens", "q_proj"]], ids=["q", "embedding"])
+def test_resized_vocabulary_is_saved(targets, base_folder, tmp_path):
     models = []
     for library in (peftfast, peft):
         base = from_folder(base_folder)
         base.resize_token_embeddings(oracle.VOCABULARY + 8)
         torch.manual_seed(0)
-        models.append(library.get_peft_model(base, library.LoraConfig(**OPTIONS)))
+        models.append(library.get_peft_model(base, library.LoraConfig(**{**OPTIONS, "target_modules": targets})))
     oracle.copy_parameters(models[1], models[0])
     for model, name in zip(models, ("ours", "theirs"), strict=True):
         oracle.quietly(model.save_pretrained, tmp_path / name)
