@@ -173,7 +173,13 @@ def _vocabulary_changed(model: nn.Module, cfg: PeftConfig) -> bool:
             stacklevel=5,
         )
         return False
-    return original is not None and original != size
+    if original is None or original == size:
+        return False
+    warnings.warn(
+        "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
+        stacklevel=5,
+    )
+    return True
 
 
 def auto_mapping_of(model: nn.Module, cfg: PeftConfig) -> dict[str, str] | None:
