@@ -412,7 +412,8 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
         self.merger.unmerge()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The change that merging `adapter` alone would make, in the layout of the stored weight, in fp32."""
+        """The change that merging `adapter` alone would make, in the layout of the stored weight, in fp32 or
+        wider."""
         return self.merger.change(adapter)
 
     def changed(self, adapter_name: str | None = None) -> None:

@@ -308,15 +308,20 @@ class Merger:
         check_mergeable(layer)
         view = layer.adapters[adapter]
         as_product = getattr(view.method, "as_product", None)
-        if layer.merged_adapters and (as_product is None or as_product(view) is None):
+        pair = None if as_product is None else as_product(view)
+        if layer.merged_adapters and pair is None:
             raise RuntimeError(
                 f"What {adapter} changes depends on the base weight, which contains {', '.join(layer.merged_adapters)} "
                 "now. Please unmerge first."
             )
+        wide = torch.promote_types(layer.site.weight.compute_dtype, torch.float32)
         with torch.no_grad():
-            base = self._dense(torch.float32)
-            ((_, dense),) = self._steps(base, [adapter])
-            change = dense.weight - base.weight
+            if pair is not None:
+                change = layer.site.delta(*(factor.to(wide) for factor in pair))
+            else:  # a small change of a large weight is lost in the difference of two fp32 sums
+                base = self._dense(layer.site.weight.merge_dtype)
+                ((_, dense),) = self._steps(base, [adapter])
+                change = (dense.weight - base.weight).to(wide)
         stored = getattr(layer.get_base_layer(), layer.site.parameter, change)  # some formats have no such Parameter
         return (
             change.t()

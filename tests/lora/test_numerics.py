@@ -355,3 +355,27 @@ def test_input_gradient_only_and_factors_only():
     oracle.assert_no_further(
         *({n: p.grad for n, p in model.named_parameters() if "lora_" in n} for model in (ours, theirs, exact))
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_small_change_of_a_large_weight(options, dtype, size):
+    """`get_delta_weight` is not what the weight's own rounding leaves of it."""
+    if size != "small":
+        pytest.skip("no product is taken")
+    layer = adapted(peftfast, lambda: nn.Linear(48, 32), dtype, True, **options).base_model.model.target
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(50)
+        layer.lora_B["a0"].weight.mul_(1e-4)
+        if options:  # as if trained from here on
+            layer.lora_magnitude_vector["a0"].weight.copy_(1.0001 * layer.base_layer.weight.norm(dim=1))
+    weight = layer.base_layer.weight.double()
+    exact = layer.lora_B["a0"].weight.double() @ layer.lora_A["a0"].weight.double() * layer.scaling["a0"]
+    if options:
+        changed = weight + exact
+        gain = layer.lora_magnitude_vector["a0"].weight.double() / changed.norm(dim=1)
+        exact = gain.unsqueeze(1) * changed - weight
+    change = layer.get_delta_weight("a0")
+    assert change.dtype == dtype
+    # a difference of numbers of fp64 that are some thousand times larger
+    assert oracle.rms_error(change, exact) <= torch.finfo(dtype).eps * (1e4 if options and dtype.itemsize == 8 else 2)
