@@ -99,7 +99,7 @@ def _checked(
         raise ValueError("Found no adapter matching the names in []")
     if len(weights) != len(adapters):
         raise ValueError(f"Each adapter needs one weight, got {adapters} and {weights}")
-    how.check()
+    how.check(len(adapters))
     if len(adapters) == 1:
         how = replace(how, kind="linear")
     configs = [inventory.configs[n] for n in adapters]

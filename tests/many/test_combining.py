@@ -88,6 +88,17 @@ def test_equals_pefts_on_linear_layers(kind, same_masks):
         torch.testing.assert_close(oracle.logits(twins.ours), oracle.logits(twins.theirs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "density" in arguments(kind)])
+def test_one_adapter_is_scaled_and_needs_no_density(kind):
+    twins = three()
+    for model in (twins.ours, twins.theirs):
+        model.base_model.add_weighted_adapter(["three"], [0.5], "mix", combination_type=kind)
+    ours, theirs = products(twins.ours, "mix"), products(twins.theirs, "mix")
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind, ranks", [("cat", (4, 8, 4)), ("linear", (4, 4, 4)), ("linear", (8, 4, 4))])
 def test_grouped_convolutions_keep_their_groups_apart(kind, ranks):
     base = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4))
