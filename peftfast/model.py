@@ -254,8 +254,7 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peftfast.convert_to_lora` can make a plain LoRA of this adapter."""
-        layers = self._tuner.inventory.layers.values()
-        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+        return self._tuner.inventory.supports_lora_conversion(adapter_name)
 
     # ---- the wrapped model, as others see it -------------------------------------------------------------------------
     def counterparts(self) -> tuple[str, ...]:

@@ -52,6 +52,15 @@ class AsInPeft:
         weight = self.site.weight
         return self.get_base_layer().weight.data if isinstance(weight, DenseWeight) else weight.dense()
 
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Make this the base layer's weight: itself where that is dense, else packed as it is."""
+        weight = self.site.weight
+        if isinstance(weight, DenseWeight):
+            self.get_base_layer().weight.data = weight_data
+        else:
+            weight.assign(weight_data)
+        self.changed()
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Bring an adapter to where the base weight is, and where that is not quantised to its dtype."""
         weight = self.site.weight

@@ -49,6 +49,7 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
 
     adapter_layer_names: tuple[str, ...] = ()  # names of the slots present
     other_param_names: tuple[str, ...] = ()  # names of the per-adapter settings present
+    frozen_peft_weight_names: Mapping[str, tuple[str, ...]] = {}  # by adapter, where some of its slots never train
     quantization_backend: str | None = None
     cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
     spread: str | None = None  # how processes share the layer, if they do (see tensor_parallel.py)

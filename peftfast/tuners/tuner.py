@@ -160,6 +160,10 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
         self.inventory.set_adapter(adapter_name, inference_mode)
         self._set_by_name = isinstance(adapter_name, str)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peftfast.convert_to_lora` can make a plain LoRA of this adapter."""
+        return self.inventory.supports_lora_conversion(adapter_name)
+
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         self.inventory.set_requires_grad(adapter_names, requires_grad)
 

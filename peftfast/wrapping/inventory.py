@@ -282,6 +282,11 @@ class Inventory(Listing):
             self.set_adapter(remaining)
 
     # ---- merging -----------------------------------------------------------------------------------------------------
+    def supports_lora_conversion(self, name: str) -> bool:
+        """Whether a plain LoRA can stand for the adapter in every layer."""
+        layers = self.layers.values()
+        return bool(layers) and all(layer.supports_lora_conversion(name) for layer in layers)
+
     def check_not_merged(self, name: str, what: str) -> None:
         """ValueError if the adapter is inside the weights, where a change of it would not arrive."""
         if any(name in layer.merged_adapters for layer in (*self.mergeable(), *self.own_layers())):

@@ -239,6 +239,11 @@ def test_what_other_libraries_read_of_a_layer(make, options, name):
         assert sorted(getattr(ours, attribute)) == sorted(getattr(theirs, attribute)), attribute
     assert bool(ours.fan_in_fan_out) == theirs.fan_in_fan_out
     assert torch.equal(ours.get_base_weight(), theirs.get_base_weight())
+    for layer in (ours, theirs):
+        layer.set_base_weight(1.5 * layer.get_base_weight())
+    assert torch.equal(ours.get_base_weight(), theirs.get_base_weight())
+    assert ours.frozen_peft_weight_names == theirs.frozen_peft_weight_names == {}
+    assert twins.ours.base_model.supports_lora_conversion() == twins.ours.supports_lora_conversion()
     own = {n: p for n, p in ours.named_parameters() if "default" in n}
     before = {n: p.detach().clone() for n, p in own.items()}
     for init in (False, True, "gaussian"):
