@@ -54,19 +54,16 @@ class _AutoPeftModel:
         cfg = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         if not cfg.base_model_name_or_path:
             raise ValueError(f"The adapter in {pretrained_model_name_or_path} does not name its base model")
-        if cls.task_type is not None:
-            if cfg.task_type is not None and cfg.task_type != cls.task_type:
-                raise ValueError(
-                    f"Expected target PEFT class: {MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task_type].__name__}, but you "
-                    f"have asked for: {MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cfg.task_type].__name__} make sure that you "
-                    "are loading the correct model for your task type."
-                )
-            base_class, peft_class = (
-                getattr(transformers, cls.auto_class),
-                MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task_type],
+        peft_class = PeftModel if cls.task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task_type]
+        if cls.task_type is not None and cfg.task_type not in (None, cls.task_type):
+            raise ValueError(
+                f"Expected target PEFT class: {MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cfg.task_type].__name__}, but you have "
+                f"asked for: {peft_class.__name__} make sure that you are loading the correct model for your task type."
             )
-        else:
-            base_class, peft_class = cls._from_auto_mapping(cfg, import_allowlist), PeftModel
+        if cls.auto_class is not None and (cfg.task_type is not None or cfg.auto_mapping is None):
+            base_class = getattr(transformers, cls.auto_class)
+        else:  # the class that the adapter was trained on, which is not always what this one would take
+            base_class = cls._from_auto_mapping(cfg, import_allowlist)
         base = base_class.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision, **model_kwargs, **hub)
         _fit_vocabulary(base, pretrained_model_name_or_path, revision, hub)
         return peft_class.from_pretrained(
@@ -79,9 +76,10 @@ class _AutoPeftModel:
         import importlib
 
         if cfg.task_type is not None:
+            task = getattr(cfg.task_type, "value", cfg.task_type)
             raise ValueError(
-                "Use AutoPeftModelFor... for an adapter with a task type; this one has "
-                f"{getattr(cfg.task_type, 'value', cfg.task_type)}"
+                f"Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type, {task}. "
+                "(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`)"
             )
         if cfg.auto_mapping is None:
             raise ValueError(

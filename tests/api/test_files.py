@@ -416,21 +416,25 @@ def test_auto_classes(base_folder, tmp_path):
         torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
     trainable = peftfast.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "causal", is_trainable=True)
     assert any(p.requires_grad for p in trainable.parameters())
-    for call, message in (
-        (peftfast.AutoPeftModelForSeq2SeqLM.from_pretrained, "Expected target PEFT class: PeftModelForSeq2SeqLM"),
-        (peftfast.AutoPeftModel.from_pretrained, "AutoPeftModelFor"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(tmp_path / "causal")
+    asked = "Expected target PEFT class: PeftModelForCausalLM, but you have asked for: PeftModelForSeq2SeqLM"
+    for library in (peftfast, peft):
+        with pytest.raises(ValueError, match=asked):
+            library.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "causal")
+        with pytest.raises(
+            ValueError, match="Cannot use `AutoPeftModel` with a task type, please use a specific class"
+        ):
+            library.AutoPeftModel.from_pretrained(tmp_path / "causal")
     with pytest.raises(EnvironmentError, match="from_pretrained"):
         peftfast.AutoPeftModelForCausalLM()
     # without a task type the class of the base is in the file
     plain = peftfast.get_peft_model(from_folder(base_folder), LoraConfig(**{**OPTIONS, "task_type": None}))
     plain.save_pretrained(tmp_path / "plain")
     for library in (peftfast, peft):
-        loaded = library.AutoPeftModel.from_pretrained(tmp_path / "plain")
-        assert type(loaded) is library.PeftModel and type(loaded.get_base_model()) is LlamaForCausalLM
-        torch.testing.assert_close(logits(loaded), logits(plain), rtol=1e-4, atol=1e-4)
+        for name in ("", "ForCausalLM", "ForFeatureExtraction"):
+            loaded = getattr(library, f"AutoPeftModel{name}").from_pretrained(tmp_path / "plain")
+            assert type(loaded) is getattr(library, f"PeftModel{name}")
+            assert type(loaded.get_base_model()) is LlamaForCausalLM
+            torch.testing.assert_close(logits(loaded), logits(plain), rtol=1e-4, atol=1e-4)
     path = tmp_path / "plain/adapter_config.json"
     config = json.loads(path.read_text())
     config["auto_mapping"] = {"base_model_class": "system", "parent_library": "os"}
