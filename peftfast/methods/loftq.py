@@ -54,12 +54,12 @@ def _loftq(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """The base becomes the dequantised Q; the factors hold the rest."""
     if site.weight.quantization is not None:
         warnings.warn(
-            f"init_lora_weights='loftq' needs the weights before quantisation, but {adapter.key} is already stored as "
-            f"{site.weight.quantization}. Its adapter starts as the identity, unless it is loaded now; "
+            "init_lora_weights='loftq' needs the weights before quantisation, but some or all modules are already "
+            f"stored as {site.weight.quantization}. Their adapters start as the identity, unless they are loaded now; "
             "peftfast.replace_lora_weights_loftq(model, originals) computes the factors, and "
             "peftfast.patch(dense_model, config, quantize='nf4') does both steps.",
             PeftWarning,
-            stacklevel=2,
+            stacklevel=2,  # the same for all modules, so that it is said once
         )
         torch.nn.init.kaiming_uniform_(a, a=5**0.5)
         b.zero_()

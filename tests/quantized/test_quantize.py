@@ -310,8 +310,9 @@ def test_loftq_on_a_quantised_base_says_so_and_replaces_later(tmp_path):
     base = llama(hidden=64)
     peftfast.quantize_model(base, "nf4")
     start = logits(base)
-    with pytest.warns(PeftWarning, match="needs the weights before quantisation.*replace_lora_weights_loftq"):
+    with pytest.warns(PeftWarning, match="needs the weights before quantisation.*replace_lora_weights_loftq") as said:
         model = peftfast.get_peft_model(base, _loftq(1, lora_alpha=16))
+    assert len({str(w.message) for w in said}) == 1  # for all modules, so that Python shows it once
     assert torch.equal(logits(model), start)
     errors = peftfast.replace_lora_weights_loftq(model, tmp_path)
     assert len(errors) == 14 and all(after < 0.95 * before for before, after in errors.values())
