@@ -18,6 +18,7 @@ from peftfast.keys import in_base
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.lora import describe_change, factors, pair_of
 from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora_init import drawn_through
 from peftfast.ops.orthogonality import orthogonality
 from peftfast.rows.routing import Rows
 from peftfast.rules import integer, number, one_of, optional, table
@@ -142,14 +143,16 @@ class AdaLora:
         }
 
     def init(self, site: Site, adapter: Adapter) -> None:
+        """A seed gives what it gives in PEFT, which draws all tensors in fp32 on the CPU, then the factors anew."""
         a, b = factors(adapter)
-        std = 0.02 if adapter.cfg.init_lora_weights else 1.0
-        a.normal_(std=std)
-        b.normal_(std=std)
+        values = adapter[VALUES]
+        down, middle, up, _ranknum = (torch.randn(shape) for shape in (a.shape, values.shape, b.shape, (1,)))
         if adapter.cfg.init_lora_weights:
-            adapter[VALUES].zero_()
-        else:
-            adapter[VALUES].normal_()
+            down.normal_(std=0.02)
+            up.normal_(std=0.02)
+            middle.zero_()
+        for tensor, drawn in ((a, down), (values, middle), (b, up)):
+            tensor.copy_(drawn.to(drawn_through(site, drawn)))
 
     def changes_base(self, cfg: AdaLoraConfig) -> bool:
         return False

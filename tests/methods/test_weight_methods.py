@@ -268,6 +268,22 @@ def test_merging_on_every_base(method, kind, storage, bias):
         assert (base(x) - expected).norm() <= limit * expected.norm()
 
 
+@pytest.mark.parametrize("init", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "storage"), [("linear", "fp32"), ("linear", "bf16"), ("linear", "nf4"), ("conv2", "fp32")]
+)
+def test_a_seed_gives_the_adalora_that_it_gives_in_peft(kind, storage, init):
+    made = []
+    for library in (peft, peftfast):
+        base = make_base(kind, storage)
+        torch.manual_seed(4)
+        model = library.get_peft_model(base, make_config(library, "adalora", init_lora_weights=init))
+        made.append(({n: p for n, p in model.named_parameters() if "lora_" in n}, torch.rand(1)))
+    (theirs, next_there), (ours, next_here) = made
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], p) for n, p in theirs.items())
+    assert torch.equal(next_there, next_here)
+
+
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 @pytest.mark.parametrize("method", ["adalora", "ia3"])
 def test_peft_cannot_merge_these(method, storage):
