@@ -192,7 +192,10 @@ class Lora:
         settings = self.settings(site, cfg, key)
         slots = self.slots(site, cfg, settings)
         if len(slots) != 2 or cfg.lora_bias or set(tensors) != set(slots):
-            raise ValueError(f"a slot holds a pair of factors, this adapter has {', '.join(tensors)} at {key}")
+            more = list(slots)[2:]
+            has = ", ".join(dict.fromkeys([*tensors, *more, *(["lora_bias"] if cfg.lora_bias else [])]))
+            hint = "; peftfast.save_as_lora makes a pair of factors of it" if more else ""
+            raise ValueError(f"a slot holds a pair of factors, this adapter has {has} at {key}{hint}")
         (a, down), (b, up) = ((tensors[name], slots[name]) for name in slots)
         if a.shape[1:] != down.shape[1:] or b.shape[0] != up.shape[0] or a.shape[0] != b.shape[1]:
             raise ValueError(f"factors {list(a.shape)} and {list(b.shape)} do not fit {key}")

@@ -190,7 +190,8 @@ def test_errors_lose_no_slot():
         "missing": ("/nonexistent/adapter", Exception, "nonexistent"),
         "raises": ((cfg, Slow(tensors, 0.0, error=OSError("disk is gone"))), OSError, "disk is gone"),
         "ia3": ((peftfast.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), {}), ValueError, "ia3"),
-        "dora": ((LoraConfig(use_dora=True, target_modules=["q_proj"]), tensors), ValueError, "pair of factors"),
+        "dora": ((LoraConfig(use_dora=True, target_modules=["q_proj"]), tensors), ValueError, "vector.*save_as_lora"),
+        "bias": ((LoraConfig(lora_bias=True, target_modules=["q_proj"]), tensors), ValueError, "has.*lora_bias at"),
     }
     for name, (source, _, _) in bad.items():
         pool.register(name, source)
