@@ -125,20 +125,29 @@ class ModelMerger:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     users.setdefault(id(parameter), set()).add(module)
+        rows = {w.token_adapter: key for key, w in self.inventory.extras.items() if hasattr(type(w), "is_tied")}
+        keys = {layer: key for key, layer in self.inventory.layers.items()} | rows
         found: set[BaseTunerLayer] = set()
         for layer in layers:
-            if layer.merger.source is not None or layer not in self.inventory.layers.values():
+            if layer.merger.source is not None:
                 continue  # tied on purpose: one change for all of them
             own = layer.get_base_layer()._parameters.get(layer.site.parameter)
             others = users.get(id(own), set()) - {layer.get_base_layer()}
             others -= {o.base_layer for o in self.inventory.layers.values() if o.merger.source is layer}
+            if layer in rows:
+                others -= {o.base_layer for o in rows if _same_rows(o, layer)}
             if others and layer.site.weight.quantization is None:
                 found.add(layer)
         if found:
-            keys = [key for key, layer in self.inventory.layers.items() if layer in found]
+            named = enumerate_some([key for layer, key in keys.items() if layer in found])
+            if any(layer.merged for layer in found):
+                raise ValueError(
+                    f"Nothing was merged: {named} share a weight that has adapters inside, and are to "
+                    "change in different ways now. Unmerge first, and merge all adapters together."
+                )
             warnings.warn(
-                f"The weights of {enumerate_some(keys)} are tied to other modules, which the adapters do not change; "
-                "while merged, they are weights of their own.",
+                f"The weights of {named} are tied to other modules, which the adapters do not change, or "
+                "not so; while merged, they are weights of their own.",
                 PeftWarning,
                 stacklevel=5,
             )
@@ -179,6 +188,13 @@ class ModelMerger:
             for other, name in owners.get(id(weight), ()):
                 if other is not own and id(other) not in inside_extras | followers:
                     setattr(other, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+
+
+def _same_rows(one: BaseTunerLayer, other: BaseTunerLayer) -> bool:
+    """Whether all adapters have the same rows of tokens in both, so that merging them in both is one change."""
+    return one.adapters.keys() == other.adapters.keys() and all(
+        (one.token_source[name] or one) is (other.token_source[name] or other) for name in one.adapters
+    )
 
 
 def say_if_untied(model: nn.Module) -> None:

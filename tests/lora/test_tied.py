@@ -255,6 +255,47 @@ def test_tied_modules_named_with_other_rows():
     assert not hasattr(base, "peft_config")
 
 
+@pytest.mark.parametrize("rows", [{"embed_tokens": [1, 5], "lm_head": [2]}, {"lm_head": [2]}])
+def test_rows_of_one_tied_module_are_merged_into_that_one(rows, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    config = peftfast.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=rows)
+    model = peftfast.get_peft_model(oracle.llama(tied=True), config).eval()
+    randomise(model)
+    table, expected = model.get_base_model().lm_head.original_module.weight, logits(model)
+    before = table.detach().clone()
+    with pytest.warns(UserWarning, match="lm_head' are tied to other modules"):
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected) and torch.equal(table, before)
+    assert all(module.original_module.weight is table for module in tables(model) if hasattr(module, "token_adapter"))
+    with pytest.warns(UserWarning, match="no longer tied"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), logits(merged))
+
+
+def test_rows_that_come_to_differ_are_merged_together():
+    model = with_rows(peftfast)
+    rows = {"embed_tokens": [3], "lm_head": [2]}
+    model.add_adapter("other", peftfast.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=rows))
+    randomise(model)
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model)
+    for names in (["default", "other"], ["default"]):
+        model.merge_adapter(names)
+        torch.testing.assert_close(logits(model), expected)
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), expected)
+    model.delete_adapter("other")
+    model.merge_adapter()
+    model.add_adapter("other", peftfast.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=rows))
+    with pytest.raises(ValueError, match="Unmerge first"):
+        model.merge_adapter(["other"])
+
+
 @pytest.mark.parametrize("name, embedding", [("llama tied", "embed_tokens"), ("gpt2", "wte"), ("bart", "shared")])
 def test_a_tied_embedding_is_matched(name, embedding, tmp_path):
     """Named by its end while the config comes to hold its whole name too."""
