@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
+from peftfast.base.weight import base_weight
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
@@ -17,6 +18,7 @@ from peftfast.rows.control import Control
 from peftfast.rows.routing import Routing
 from peftfast.sharding import is_distributed, whole, whole_shape
 from peftfast.sites import Dense
+from peftfast.sites.linear import is_quantised, linear_with
 
 
 class AuxiliaryTrainingWrapper(StandIn, nn.Module):
@@ -79,7 +81,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             return
         if tied is None:
             with whole(self.original_module):
-                self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+                self.modules_to_save[adapter_name] = _trainable_copy(self.original_module)
         else:
             shared = copy.copy(self.original_module)
             shared._parameters = {**self.original_module._parameters, "weight": tied}
@@ -161,6 +163,19 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         names = [n for n in (adapter_names or self.active_adapters) if n in self._adapters]
         # unloading without merging gives the trained copy as well: there is no other place for what was trained
         return self.modules_to_save[names[0]] if names else self.original_module
+
+
+@torch.no_grad()
+def _trainable_copy(module: nn.Module) -> nn.Module:
+    """A copy in which packed linear layers are dense: nobody can train the packed bytes, or read them in a file."""
+    copied = copy.deepcopy(module)
+    for name, part in [*copied.named_modules()]:
+        if is_quantised(part) and (stored := base_weight(part)).known:
+            dense = linear_with(stored.dense(stored.compute_dtype), part)
+            if not name:
+                return dense
+            copied.set_submodule(name, dense)
+    return copied
 
 
 def _samples_first(output: Any, like: Tensor, name: str) -> Tensor:

@@ -20,7 +20,7 @@ from peftfast.layers.stand_in import StandIn
 from peftfast.methods.loftq import best_factors, loftq_factors
 from peftfast.methods.lora import factors
 from peftfast.quantization.originals import Originals
-from peftfast.sites.linear import is_linear
+from peftfast.sites.linear import is_quantised, linear_with
 from peftfast.sites.site import is_untouched
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.targets import name_ends
@@ -204,6 +204,17 @@ def _mark_quantised(model: nn.Module, config: Mapping[str, Any], skipped: Iterab
     model.hf_quantizer.postprocess_model(model)
 
 
+def name_dense_layers(model: nn.Module) -> None:
+    """Tell transformers which linear layers of a quantised model are dense by now, so that it loads what it saves."""
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not hasattr(settings, "llm_int8_skip_modules"):
+        return
+    places = list(_dense_linears(model))
+    known = set(settings.llm_int8_skip_modules or _skipped(model, places, None))
+    if {name for name, _, _ in places} - known:
+        settings.llm_int8_skip_modules = sorted({*known, *(name for name, _, _ in places)})
+
+
 # ---- quantised to dense ----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def dequantize_model(
@@ -226,7 +237,7 @@ def dequantize_model(
             was changed.
     """
     base = _inner(model)
-    places = [(n, layer, m) for n, layer, m in _base_modules(base) if _is_quantised(m)]
+    places = [(n, layer, m) for n, layer, m in _base_modules(base) if is_quantised(m)]
     if not places:
         raise ValueError(f"{type(base).__name__} has no quantised linear layers")
     merged = [name for name, layer, _ in places if layer is not None and layer.merged]
@@ -248,21 +259,10 @@ def dequantize_model(
         stored = base_weight(module)
         kept = dtype or _dense_dtype(base, stored)
         weight = stored.dense(kept) if source is None else source.weight(name).to(stored.device, kept)
-        new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        bias = getattr(module, "bias", None)
-        if bias is not None and not isinstance(bias, nn.Parameter):  # HQQ keeps a plain tensor
-            bias = nn.Parameter(bias.detach(), requires_grad=False)
-        new.bias = bias
-        new.train(module.training)
-        _put(base, name, layer, new)
-    if not any(_is_quantised(module) for _, _, module in _base_modules(base)):
+        _put(base, name, layer, linear_with(weight, module))
+    if not any(is_quantised(module) for _, _, module in _base_modules(base)):
         _unmark_quantised(base)
     return [name for name, _, _ in places]
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    return is_linear(module) and base_weight(module).quantization is not None
 
 
 def _dense_dtype(model: nn.Module, stored: BaseWeight) -> torch.dtype:
@@ -312,7 +312,7 @@ def replace_lora_weights_loftq(
     places = [
         (name, layer)
         for name, layer, module in _base_modules(base)
-        if layer is not None and adapter_name in layer.adapters and _is_quantised(module)
+        if layer is not None and adapter_name in layer.adapters and is_quantised(module)
     ]
     if not places:
         raise ValueError(f"No LoRA layer with adapter {adapter_name!r} on a quantised weight found on the model")

@@ -37,6 +37,21 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or is_foreign_linear(module)
 
 
+def is_quantised(module: nn.Module) -> bool:
+    return is_linear(module) and base_weight(module).quantization is not None
+
+
+def linear_with(weight: Tensor, like: nn.Module) -> nn.Linear:
+    """A dense layer with this weight [N, K] and the bias and mode of a packed one; frozen."""
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    bias = getattr(like, "bias", None)
+    if bias is not None and not isinstance(bias, nn.Parameter):  # HQQ keeps a plain tensor
+        bias = nn.Parameter(bias.detach(), requires_grad=False)
+    new.bias = bias
+    return new.train(like.training)
+
+
 @register_site("torch.nn.Linear", is_linear)
 class LinearSite(UsualSite):
     """y = x Wᵀ + bias with x [..., K] and y [..., N]."""

@@ -21,7 +21,7 @@ from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, 
 from peftfast.method import Call, method_for
 from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
-from peftfast.quantization.quantize import dequantize_model
+from peftfast.quantization.quantize import dequantize_model, name_dense_layers
 from peftfast.rows.routing import BASE
 from peftfast.sharding import GatheredAsOne
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
@@ -275,6 +275,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
         model = self.inventory.unload(merge, safe_merge, names)
         self.router = None  # there is nothing left to choose from
         say_if_untied(model)
+        name_dense_layers(model)
         if hasattr(model, "peft_config"):
             del model.peft_config
         return model

@@ -485,3 +485,45 @@ def test_a_method_of_the_old_name_that_somebody_wrote_is_called():
     assert calls == ["called"]
     with pytest.raises(TypeError, match="takes no arguments"):
         peftfast.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+# ---- modules trained in full -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_packed_module_is_trained_in_full_as_a_dense_copy(kind, tmp_path):
+    """Saved and loaded as such, on a packed base and on a dense one; and what is merged loads in transformers."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    def base() -> nn.Module:
+        model = llama(hidden=64)
+        peftfast.quantize_model(model, kind)
+        return model.eval()
+
+    config = peftfast.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["k_proj", "mlp"])
+    model = peftfast.get_peft_model(base(), config)
+    assert distance(logits(model), logits(base())) < 0.05  # int8 rounds what comes in as well
+    copies = [p for n, p in model.named_parameters() if "modules_to_save" in n]
+    assert len(copies) == 8
+    optimizer = torch.optim.SGD(copies, lr=1.0)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.requires_grad and p.grad.any() for p in copies)
+    optimizer.step()
+    trained = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base()))
+    model.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert saved["base_model.model.model.layers.0.self_attn.k_proj.weight"].dtype == torch.float32
+    assert torch.equal(logits(peftfast.PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()), trained)
+    ours, theirs = (
+        library.PeftModel.from_pretrained(llama(hidden=64), tmp_path / "adapter").eval() for library in (peftfast, peft)
+    )
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rounding
+        merged = model.merge_and_unload()
+    expected = logits(merged)
+    merged.save_pretrained(tmp_path / "merged")
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert kinds(served) == kinds(merged)
+    torch.testing.assert_close(logits(served), expected)
