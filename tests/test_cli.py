@@ -365,6 +365,7 @@ def test_batches_are_passes_over_the_data():
         (["--set", "use_rslor=true"], ["use_rslor", "use_rslora"]),
         (["--set", "use_rslora=maybe"], ["use_rslora", "maybe"]),
         (["--set", "r=4"], ["--r"]),
+        (["--set", "init_lora_weights=eva"], ["init_lora_weights=eva", "peftfast.initialize_lora_eva_weights"]),
         (["--seq-len", "100000"], ["100000", "512"]),
         (["--prompt", ""], ["--prompt", "empty"]),
         (["--resume"], ["--resume", "training_state.pt"]),

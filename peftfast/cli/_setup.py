@@ -62,6 +62,24 @@ _LORA_WITH = {
 }
 
 
+#: Initialisations that go by data, and what makes them.
+_FROM_DATA = {
+    "eva": "initialize_lora_eva_weights",
+    "corda": "preprocess_corda",
+    "lora_ga": "preprocess_loraga",
+}
+
+
+def check_trainable(config: PeftConfig) -> None:
+    """Refuse what a command that trains does not do, where the adapter would start, and be saved, as another."""
+    init = getattr(config, "init_lora_weights", None)
+    if init in _FROM_DATA:
+        raise UserError(
+            f"--set init_lora_weights={init} goes by data before the training, which this command does not do; in a "
+            f"script, peftfast.{_FROM_DATA[init]} does"
+        )
+
+
 def make_config(settings: dict[str, Any]) -> PeftConfig:
     """The method's config from the options, of which what was not given is filled in, in place; fields that a method
     lacks may not be given."""

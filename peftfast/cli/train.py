@@ -79,6 +79,7 @@ def prepare(given: dict[str, Any], folder: Path) -> Prepared:
         )
     _setup.complete(settings)
     config = _setup.make_config(settings)
+    _setup.check_trainable(config)
     source = _settings.check_model(settings["model"])
     corpus = read(settings["data"], settings["seed"])
     tokenizer = _setup.load_tokenizer(source, settings["model"])
