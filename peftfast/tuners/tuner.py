@@ -288,8 +288,8 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
 
         Args:
             adapter_names: instead of the active ones, an adapter for every sample: its name or "__base__", or its
-                number or -1 in a tensor. Allowed in training as well: each adapter gets the gradient of its samples, if it
-                is trainable, which those that are not active become by `set_requires_grad(names)`.
+                number or -1 in a tensor. Allowed in training as well: each adapter gets the gradient of its samples,
+                if it is trainable, which those that are not active become by `set_requires_grad(names)`.
             alora_offsets: for every sample, how many tokens at its end aLoRAs act on, None or 0 for none; without it,
                 those from the last occurrence of an adapter's `alora_invocation_tokens` in `input_ids` on.
         """
