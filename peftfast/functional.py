@@ -38,13 +38,15 @@ def set_adapter(
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str]:
-    """Delete an adapter everywhere; returns the names that are active afterwards.
+    """Delete an adapter everywhere, with its config; returns the names that are active afterwards. One that is not
+    there is none to delete: callers go through lists that may name it twice.
 
     Args:
         prefix, layer_cls: unused; layers are listed, not searched.
     """
     inventory = inventory_of(model)
-    inventory.delete(adapter_name)
+    if adapter_name in inventory.configs:
+        inventory.delete(adapter_name)
     return list(inventory.active)
 
 

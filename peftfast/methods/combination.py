@@ -43,7 +43,7 @@ class Combination:
         """The kind without where it acts."""
         return "linear" if self.kind == "svd" else self.kind.removesuffix("_svd")
 
-    def check(self, count: int) -> None:
+    def check(self, count: int = 2) -> None:
         """Raises ValueError or TypeError for what cannot be meant, of `count` adapters: one alone is not pruned."""
         if self.kind not in KINDS:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""transformers' own adapter API, a pipeline, and loading by AutoModel: no PeftModel in sight."""
+"""transformers' own adapter API, and loading by AutoModel: no PeftModel in sight."""
 
 import json
 
@@ -6,6 +6,7 @@ import peft
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 torch.manual_seed(0)
@@ -68,6 +69,87 @@ other.load_adapter("saved", adapter_name="loaded")
 result["loaded"] = logits(other)
 direct = AutoModelForCausalLM.from_pretrained("saved")
 result["from_pretrained of the adapter"] = logits(direct)
+
+
+def fresh(**options):
+    return AutoModelForCausalLM.from_pretrained("base", **options)
+
+
+def tried(call):
+    """What a call says where it fails."""
+    try:
+        call()
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+
+
+def modes(model):
+    """Which adapted layers and factors are in training mode."""
+    return sorted(n for n, m in model.named_modules() if m.training and n.endswith(("_proj", ".default", ".other")))
+
+
+tensors = load_file("saved/adapter_model.safetensors")
+for trainable in (False, True):
+    model = fresh()
+    model.load_adapter("saved", is_trainable=trainable)
+    result[f"loaded, trainable {trainable}"] = [
+        modes(model),
+        [n for n, p in model.named_parameters() if p.requires_grad],
+    ]
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    loaded, added = AutoModelForCausalLM.from_pretrained("saved", dtype=dtype), fresh(dtype=dtype)
+    added.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    result[f"dtypes, {dtype}"] = [sorted({str(p.dtype) for p in m.parameters()}) for m in (loaded, added)]
+
+model = fresh()
+config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+result["nothing to load"] = [
+    tried(lambda: model.load_adapter(peft_model_id=None)),
+    tried(lambda: model.load_adapter(adapter_state_dict=dict(tensors))),
+]
+model.load_adapter(adapter_state_dict=dict(tensors), peft_config=config)
+result["from tensors"] = logits(model)
+model.load_adapter(adapter_state_dict=dict(tensors), peft_config=config, adapter_name="other", low_cpu_mem_usage=True)
+result["left on meta"] = [n for n, p in model.named_parameters() if p.is_meta]
+model.set_adapter("other")
+result["other from tensors"] = logits(model)
+result["the name twice"] = tried(lambda: model.load_adapter("saved", adapter_name="other"))
+for what, changed in (
+    ("unexpected", {**tensors, "foobar": next(iter(tensors.values()))}),
+    ("missing", dict(list(tensors.items())[1:])),
+):
+    info = fresh().load_adapter(adapter_state_dict=changed, peft_config=config, adapter_name="other")
+    result[what] = [sorted(info.missing_keys), sorted(info.unexpected_keys)]
+
+model = fresh()
+model.load_adapter("saved", adapter_name="default")
+model.load_adapter("saved", adapter_name="default", hotswap=True)
+result["hot-swapped"] = logits(model)
+result["hot-swapped by another name"] = tried(lambda: model.load_adapter("saved", adapter_name="new", hotswap=True))
+
+model = fresh()
+model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), "head")
+fill(model, 90)
+model.gradient_checkpointing_enable()
+model.train()(input_ids=ids).logits.square().mean().backward()
+result["checkpointed"] = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
+result["trained beside"] = sorted(n for n, p in model.named_parameters() if p.requires_grad)
+model.save_pretrained("with-head")
+result["with a head"] = logits(AutoModelForCausalLM.from_pretrained("with-head"))
+
+model = fresh()
+for name in ("a", "b", "c"):
+    model.add_adapter(config, name)
+fill(model, 130)
+model.set_adapter(["c", "a"])
+result["two active"] = [*model.active_adapters(), tried(lambda: model.save_pretrained("two"))]
+result["two at once"] = logits(model)
+model.delete_adapter("a")
+result["one of two"] = model.active_adapters()
+result["absent"] = tried(lambda: model.delete_adapter(["b", "nobody"]))
+model.delete_adapter(["b", "b", "c"])
+result["none left"] = [model._hf_peft_config_loaded, tried(model.active_adapters)]
+result["as before"] = logits(model)
 result["library"] = peft.PeftModel.__module__
 with open("result.json", "w") as f:
     json.dump(result, f)
