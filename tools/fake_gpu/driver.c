@@ -26,6 +26,7 @@ int cuModuleLoadData(void **module, const void *image) { *module = (void *)16; r
 int cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)16; return 0; }
 int cuFuncGetAttribute(int *value, int which, void *function) { *value = 1024; return 0; }
 int cuPointerGetAttribute(void *value, int which, uint64_t pointer) { *(uint64_t *)value = pointer; return 0; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 int cuGetErrorString(int error, const char **text) { *text = "an error of a GPU that is not there"; return 0; }
 int cuGetErrorName(int error, const char **text) { *text = "FAKE"; return 0; }

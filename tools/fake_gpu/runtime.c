@@ -171,21 +171,29 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEve
 }
 
 static cudaStream_t captured; /* the stream of the capture under way */
-static int capturing;
+static int capturing, invalidated;
 static unsigned long long captures;
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode)
 {
     captured = stream;
     capturing = 1;
+    invalidated = 0;
     captures++;
     YES;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
 {
     capturing = 0;
+    if (invalidated) return cudaErrorStreamCaptureInvalidated;
     *graph = malloc(8);
     YES;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream)
+{
+    if (!capturing || stream != captured) YES;
+    invalidated = 1;
+    return cudaErrorStreamCaptureUnsupported;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status)
 {
