@@ -913,6 +913,12 @@ def test_what_waits_cannot_be_captured():
         step(one)
     with pytest.raises(RuntimeError, match="waits for the device"):
         step(one)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.randn(3, device="cuda")  # which torch 2.11 would refuse as long as it thinks that it is recording
+    another = peftfast.capture_training_step(model, one)
+    for _ in range(4):
+        another(one)
+    assert another._recording.graph is not None
 
 
 @pytest.mark.cuda

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -73,15 +74,25 @@ class Recording:
         self.before()
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: a loader's pinning thread may allocate meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"):
-                self.function()
+            self._record_into(graph, self.function, self.pool)
         except Exception as e:
+            with suppress(Exception):
+                # Until a recording succeeds, torch below 2.14 takes its generator for one in a recording: draws raise.
+                self._record_into(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self._stream.device))
             raise RuntimeError(
                 f"This cannot be captured as a CUDA graph, because something in it waits for the device or decides on "
                 f"the host: {e}"
             ) from e
         self.graph, self.held = graph, _kept(self.model)
+
+    def _record_into(self, graph: Any, function: Callable[[], Any], pool: Any = None) -> None:
+        # The outer context is for failures, after which the inner one leaves its stream as the current one.
+        # thread_local: a loader's pinning thread may allocate meanwhile
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self._stream.device)),
+            torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            function()
 
 
 def _kept(model: nn.Module) -> list[Any]:
