@@ -93,32 +93,32 @@ def paths(op: Op, kwargs: Mapping, on_gpu: bool) -> dict:
             return op.launch(**kwargs)
 
     calls["triton"] = triton
-    if op.name.startswith("siblings_gemm") or op.name == "lora_gemm_t" and kwargs["seed"] is not None:
+    masked, wide = kwargs.get("seed") is not None, point_of(tuple(kwargs.values())).dtype.endswith("+wide")
+    if op.name.startswith("siblings_gemm") or op.name in ("lora_gemm", "lora_gemm_t") and (masked or wide):
         calls["split"] = split
     return calls
 
 
-def sizes(dry: bool) -> Iterator[Size]:
-    """The points, the most telling first, so that a budget that ends early leaves a usable table."""
+def sizes(dry: bool) -> Iterator[list[Size]]:
+    """The sizes of one model after another, the most telling first, so that a budget that ends early leaves a usable
+    table."""
     if dry:
-        yield from (Size(m, n, k, 4) for m in (1, 24) for n, k in TINY.linears().values())
+        yield [Size(m, n, k, 4) for m in (1, 24) for n, k in TINY.linears().values()]
         return
     seen = set()
     for rows in ((16, 128, 2048), (1, 64, 512, 8192), (4, 32, 256, 1024, 4096, 16384)):
         for rank in (16, 64, 8, 256):
             for model in MODELS[:1] if rank != 16 else (MODELS[0], MODELS[1], MODELS[3]):
-                for n, k in model.linears().values():
-                    for m in rows:
-                        if (m, n, k, rank) not in seen:
-                            seen.add((m, n, k, rank))
-                            yield Size(m, n, k, rank)
+                found = [Size(m, n, k, rank) for n, k in model.linears().values() for m in rows]
+                yield [size for size in found if size not in seen]
+                seen.update(found)
 
 
 def points(dry: bool) -> Iterator[tuple[str, Size]]:
-    """Every op at every size, in every format and with dropout where that matters to it, and at the usual rank with
-    fp32 factors beside half-precision activations."""
-    for size in sizes(dry):
-        for wide in (False, True) if dry or size.r == 16 else (False,):
+    """Every op at every size, in every format and with dropout where that matters to it, and at the usual rank, after
+    what is usual of a model, with fp32 factors beside half-precision activations."""
+    for some in sizes(dry):
+        for wide, size in [(wide, size) for wide in (False, True) for size in some if not wide or dry or size.r == 16]:
             for name, (stored, drops) in TUNED.items():
                 if wide and not name.startswith(_WITH_FACTORS):
                     continue

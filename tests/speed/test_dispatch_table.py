@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftfast_kernels import dispatch, lora_down, lora_gemm, lora_gemm_t
+from peftfast_kernels import OPS, dispatch, lora_down, lora_gemm, lora_gemm_t
 from peftfast_kernels.decode import dense, random_operand
 from peftfast_kernels.dispatch import Point, Table, point_of
 
@@ -194,7 +194,7 @@ def test_a_point_that_fails_costs_itself_only(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(tune, "arguments", arguments)
     monkeypatch.setattr(tune, "host_bound", lambda device, dry: 1 / 0)
-    monkeypatch.setattr(tune, "sizes", lambda dry: [tune.Size(4, 8, 8, 2)])
+    monkeypatch.setattr(tune, "sizes", lambda dry: [[tune.Size(4, 8, 8, 2)]])
     entries, products = tune.run(tmp_path / "x.json", "cpu", 60, True)
     assert {entry["op"] for entry in entries} == set(tune.TUNED) - {"lora_dt"} and products is None
     assert "there is no room" in capsys.readouterr().out and Table.read(tmp_path / "x.json").host_bound is None
@@ -226,6 +226,30 @@ def test_tune_writes_what_dispatch_reads(tmp_path, capsys):
         assert set(entry["times_us"]) >= {"torch"} and entry["error"]["torch"] < 0.1
         point = Point(entry["format"], entry["dtype"], entry["drop"], tuple(entry["sizes"]))
         assert table.choice(entry["op"], point) == entry["choice"]
+
+
+def test_every_path_that_a_layer_can_take_is_measured():
+    """An update that is masked, or of fp32 factors, is one pass beside a product by cuBLAS as well."""
+    for name in ("lora_gemm", "lora_gemm_t", "siblings_gemm", "lora_down"):
+        for wide in (False, True):
+            for dropout in (0.0, 0.1):
+                kwargs = tune.arguments(name, tune.Size(4, 8, 8, 2, dropout=dropout, wide=wide), "cpu")
+                beside = (
+                    name == "siblings_gemm"
+                    or name == "lora_gemm"
+                    and wide
+                    or name == "lora_gemm_t"
+                    and (wide or dropout > 0)
+                )
+                assert ("split" in tune.paths(OPS[name], kwargs, on_gpu=True)) == beside, (name, wide, dropout)
+
+
+def test_what_is_usual_is_measured_first():
+    points = list(tune.points(dry=False))
+    assert len(points) == len(set(points))
+    first = [size for _, size in points[: 12 * 34]]  # all of Llama-3-8B's layers, for few rows and for many
+    assert not any(size.wide for size in first) and {size.r for size in first} == {16}
+    assert {(size.n, size.k) for size in first} == set(tune.MODELS[0].linears().values())
 
 
 def test_a_red_path_is_never_chosen():
