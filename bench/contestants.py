@@ -2,7 +2,8 @@
 
 A contestant is a call without arguments that runs one pass and leaves its results where the gate finds them. Limit: the
 frozen base alone. Peers: PEFT under autocast (as Trainer runs it), without it, and under torch.compile; Unsloth's
-autograd function where the package can be imported; bitsandbytes' own products below PEFT and below the frozen base.
+autograd function, or its formula where the package cannot be imported; bitsandbytes' own products below PEFT and below
+the frozen base.
 """
 
 from __future__ import annotations
@@ -78,28 +79,30 @@ def _context(device: str, dtype: torch.dtype, enabled: bool) -> Any:
     return torch.autocast(device.partition(":")[0], dtype, enabled=enabled and dtype != torch.float32)
 
 
-def _pass(model: Callable, x: Tensor, dy: Tensor, device: str, dtype: torch.dtype, amp: bool) -> Callable[[], Tensor]:
-    def call() -> Tensor:
+def _pass(
+    model: Callable, needed: list[Tensor], x: Tensor, dy: Tensor, device: str, dtype: torch.dtype, amp: bool
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that gives the output and the gradients of x and of what is `needed` besides. They go into no `.grad`:
+    adding to the last pass's takes as long as adding an adapter, and is no part of a layer."""
+    given = {dy.dtype: dy}
+
+    def call() -> tuple[Tensor, ...]:
         with _context(device, dtype, amp):
             y = model(x)
-        y.backward(dy.to(y.dtype))
-        return y
+        if y.dtype not in given:  # as the next layer would give it
+            given[y.dtype] = dy.to(y.dtype)
+        return y, *torch.autograd.grad(y, [x, *needed], given[y.dtype])
 
     return call
 
 
-def _results(model: nn.Module, call: Callable[[], Tensor], x: Tensor) -> Callable[[], dict[str, Tensor]]:
+def _results(model: nn.Module, call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], dict[str, Tensor]]:
     def run() -> dict[str, Tensor]:
-        model.zero_grad()
-        x.grad = None
         model.eval()
-        y = call()
-        found = {"y": y.detach(), "dx": x.grad.clone()}
-        found |= {n[n.index("lora_") :]: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        y, dx, *grads = call()
         model.train()
-        model.zero_grad()
-        x.grad = None
-        return found
+        names = [n[n.index("lora_") :] for n, p in model.named_parameters() if p.requires_grad]
+        return {"y": y.detach(), "dx": dx, **dict(zip(names, grads, strict=True))}
 
     return run
 
@@ -113,45 +116,73 @@ def linear(size: Size, device: str, compiler: str | None = None, dora: bool = Fa
     found = []
 
     def add(name: str, role: str, model: nn.Module, run: Callable | None = None, amp: bool = True) -> None:
-        call = _pass(model if run is None else run, x, dy, device, size.dtype, amp)
-        found.append(Contestant(name, role, call, _results(model, call, x)))
+        needed = [p for p in model.parameters() if p.requires_grad]
+        call = _pass(model if run is None else run, needed, x, dy, device, size.dtype, amp)
+        found.append(Contestant(name, role, call, _results(model, call)))
 
     add("frozen", LIMIT, base)
     add("peftfast", OURS, wrap("peftfast", copy.deepcopy(base), size, ["proj"], dora))
-    add("peft", PEER, wrap("peft", copy.deepcopy(base), size, ["proj"], dora))
+    peft = wrap("peft", copy.deepcopy(base), size, ["proj"], dora)
+    add("peft", PEER, peft)
     add("peft, no autocast", PEER, wrap("peft", copy.deepcopy(base), size, ["proj"], dora), amp=False)
     if compiler is not None:
         model = wrap("peft", copy.deepcopy(base), size, ["proj"], dora)
         add("peft + compile", PEER, model, torch.compile(model, backend=compiler))
-    function = _unsloth_linear(base, size) if not (size.dropout or dora) else None
-    if function is not None:
-        add("unsloth", PEER, function)
+    name, function = _unsloth(size)
+    if function is not None and not (size.dropout or dora):
+        add(name, PEER, Unsloths(function, base, peft))
     return found
 
 
-def _unsloth_linear(base: One, size: Size) -> nn.Module | None:
-    """Unsloth's autograd function around the same weight; None where it cannot be imported. It has no dropout."""
-    if importlib.util.find_spec("unsloth") is None or size.format == "int8":
-        return None
-    try:
-        from unsloth.kernels.fast_lora import LoRA_W
-    except Exception as error:
-        print(f"  unsloth is installed but does not import: {type(error).__name__}: {error}", flush=True)
-        return None
+class LoraW(torch.autograd.Function):
+    """What Unsloth's function for one linear computes, its LoRA_W, by the operations it takes: factors cast in every
+    call, t not saved, gradients of the factors in the input's dtype. It has no dropout."""
 
-    class Fast(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            device = base.proj.weight.device
-            self.lora_A = nn.Linear(size.k, size.r, bias=False, device=device)
-            self.lora_B = nn.Linear(size.r, size.n, bias=False, device=device)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, state: None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        y = x @ w.t()
+        y.addmm_(x @ a.t().to(x.dtype), b.t().to(x.dtype), alpha=scale)
+        ctx.save_for_backward(x, w, a, b)
+        ctx.scale = scale
+        return y
 
-        def forward(self, x: Tensor) -> Tensor:
-            weight = base.proj.weight
-            state = getattr(weight, "quant_state", None)
-            return LoRA_W.apply(x, weight, state, self.lora_A.weight, self.lora_B.weight, 2.0)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, a, b = ctx.saved_tensors
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        da, db = torch.empty_like(a), torch.empty_like(b)
+        da.t().addmm_(x.t(), dy @ b, alpha=ctx.scale, beta=0)
+        db.t().addmm_(a @ x.t(), dy, alpha=ctx.scale, beta=0)
+        dx = dy @ w
+        dx.addmm_(dy @ b, a, alpha=ctx.scale)
+        return dx, None, None, da, db, None
 
-    return Fast()
+
+class Unsloths(nn.Module):
+    """The same linear and factors as PEFT's `source`, by Unsloth's function or one like it."""
+
+    def __init__(self, function: Any, base: One, source: nn.Module) -> None:
+        super().__init__()
+        self.function, self.weight = function, base.proj.weight
+        adapted = source.base_model.model.proj
+        self.lora_A, self.lora_B = copy.deepcopy(adapted.lora_A), copy.deepcopy(adapted.lora_B)
+        self.scale = adapted.scaling["default"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        return self.function.apply(x, self.weight, getattr(self.weight, "quant_state", None), a, b, self.scale)
+
+
+def _unsloth(size: Size) -> tuple[str, Any]:
+    """Unsloth's autograd function; where the package cannot be imported, its formula, for dense weights."""
+    if importlib.util.find_spec("unsloth") is not None:
+        try:
+            from unsloth.kernels.fast_lora import LoRA_W
+
+            return "unsloth", None if size.format == "int8" else LoRA_W
+        except Exception as error:
+            print(f"  unsloth is installed but does not import: {type(error).__name__}: {error}", flush=True)
+    return "unsloth's formula", LoraW if size.format == "dense" else None
 
 
 @torch.no_grad()

@@ -226,7 +226,7 @@ class Bench:
         truth = sides.linear_truth(size, self.device, cells["model"], cells["x"], cells["dy"])
         errors = {}
         for entrant in entrants:
-            if entrant.role == LIMIT or entrant.name == "unsloth":  # unsloth's factors are other numbers
+            if entrant.role == LIMIT or entrant.name == "unsloth":  # which may write into its input
                 continue
             found = entrant.results()
             errors[entrant.name] = {n: relative_error(found[n], t) for n, t in truth.items()}

@@ -21,36 +21,40 @@ Row = dict[str, Any]
 
 
 class Target(NamedTuple):
-    """What a claim needs: of which rows, over whom, at least how much, and what is aimed at."""
+    """What a claim needs: of which rows, over whom (the first of them that is there), at least how much, and what is
+    aimed at."""
 
     text: str
     suite: str
-    peer: str
+    peers: tuple[str, ...]
     least: float
     aim: float | None = None
     n: int | None = None
     format: str = "dense"
     rows: tuple[float, float] = (2048, math.inf)
     method: str = "LoRA"
+    model: str | None = None
 
     def covers(self, row: Row) -> bool:
         """bf16, r = 16, no dropout, and what else it says."""
         plain = row["dtype"] == "bfloat16" and not row["dropout"] and row["r"] == 16
         fits = row["suite"] == self.suite and row["format"] == self.format and self.rows[0] <= row["m"] <= self.rows[1]
+        fits &= self.model in (None, row["model"])
         square = self.n is None or (row["n"], row["k"]) == (self.n, 4096)
         return plain and fits and square and ("DoRA" in row["case"]) == (self.method == "DoRA")
 
 
+PEFT, UNSLOTH = ("peft",), ("unsloth", "unsloth's formula")
 TARGETS = (
-    Target("bf16, M >= 2048, r = 16, 4096 -> 4096, against PEFT", "linear", "peft", 1.35, 1.57, 4096),
-    Target("bf16, M >= 2048, r = 16, 4096 -> 1024, against PEFT", "linear", "peft", 1.8, 2.4, 1024),
-    Target("the same against Unsloth's function", "linear", "unsloth", 1.05, 1.2, 4096),
-    Target("decoder layer, forward and backward, against PEFT", "layer", "peft", 1.33, 1.55),
-    Target("NF4, M <= 128, against PEFT over bitsandbytes", "linear", "peft", 2.5, None, None, "nf4", (1, 128)),
-    Target("DoRA linear, against PEFT", "linear", "peft", 2.0, method="DoRA"),
-    Target("mixed adapters, against PEFT", "mixed", "peft", 5.0, rows=(1, math.inf)),
+    Target("bf16, M >= 2048, r = 16, 4096 -> 4096, against PEFT", "linear", PEFT, 1.35, 1.57, 4096),
+    Target("bf16, M >= 2048, r = 16, 4096 -> 1024, against PEFT", "linear", PEFT, 1.8, 2.4, 1024),
+    Target("the same against Unsloth's function", "linear", UNSLOTH, 1.05, 1.2, 4096),
+    Target("Llama-3-8B's layer, forward and backward, against PEFT", "layer", PEFT, 1.33, 1.55, model="llama-3-8b"),
+    Target("NF4, M <= 128, against PEFT over bitsandbytes", "linear", PEFT, 2.5, None, None, "nf4", (1, 128)),
+    Target("DoRA linear, against PEFT", "linear", PEFT, 2.0, method="DoRA"),
+    Target("mixed adapters, against PEFT", "mixed", PEFT, 5.0, rows=(1, math.inf)),
 )
-OVER_FROZEN = Target("over the frozen base, 4096 -> 4096", "linear", "frozen", 1.16, n=4096)
+OVER_FROZEN = Target("over the frozen base, 4096 -> 4096", "linear", ("frozen",), 1.16, n=4096)
 NUMBERS = (
     "m", "n", "k", "r", "adapters", "us", "q1", "q3", "rounds", "dropout", "ratio_to_limit", "speedup", "peak_mib",
     "error", "flops", "bytes",
@@ -83,10 +87,10 @@ def cases(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
     return found
 
 
-def speedup(sides: list[Row], peer: str) -> float | None:
-    """Best of ours over one peer; None where either is missing or the gate is red."""
+def speedup(sides: list[Row], *peers: str) -> float | None:
+    """Best of ours over the first peer that is there; None where either is missing or the gate is red."""
     ours = [r["us"] for r in sides if r["role"] == "ours" and r["gate"] == "green"]
-    theirs = next((r["us"] for r in sides if r["contestant"] == peer), None)
+    theirs = next((r["us"] for peer in peers for r in sides if r["contestant"] == peer), None)
     return theirs / min(ours) if ours and theirs else None
 
 
@@ -95,7 +99,7 @@ def verdicts(rows: list[Row]) -> list[tuple[str, str, str]]:
     found = cases(rows)
     lines = []
     for target in TARGETS:
-        ratios = [speedup(sides, target.peer) for sides in found.values() if target.covers(sides[0])]
+        ratios = [speedup(sides, *target.peers) for sides in found.values() if target.covers(sides[0])]
         ratios = [ratio for ratio in ratios if ratio]
         needed = f"needed {target.least}" + (f", aim {target.aim}" if target.aim else "")
         figure = f"{min(ratios):.2f} to {max(ratios):.2f} ({needed})" if ratios else needed
