@@ -211,6 +211,10 @@ def page(rows: list[Row], source: str) -> str:
         f"<p class=note>{html.escape(source)}: {len(rows)} rows; "
         + html.escape(", ".join(f"{n} {v}" for n, v in found.items())) + "</p>",
     ]  # fmt: skip
+    parts.append(
+        "<p class=note>One linear, ops and questions: the GPU's own time. Models: what a program sees that waits for "
+        "its host."
+    )
     if dry:
         parts.append("<p class=red>A dry run on a CPU at tiny sizes: the figures mean nothing.</p>")
     red = [r for r in rows if r["role"] == "ours" and r["gate"] == "red"]
