@@ -165,7 +165,7 @@ def summary(out: Path) -> tuple[str, bool]:
     rows = read(out / "bench.csv") if (out / "bench.csv").exists() else []
     said = _text(out / "session.log").splitlines()
     red = list(dict.fromkeys(line for line in said if line.startswith("  RED  ")))  # each stands there twice
-    lines.append(f"benchmark: {len(rows)} rows, {len(red)} red")
+    lines.append(f"benchmark: {len(rows)} rows; red there and in the table: {len(red)}")
     lines += red[:20]
     well &= bool(rows) and not red
     if rows:

@@ -63,9 +63,14 @@ MARGIN = 0.97  # a path must take less than this share of torch's time to be cho
 
 def decide(times: Mapping[str, float], errors: Mapping[str, float]) -> str:
     """The fastest path whose error is no worse than torch's; torch where nothing is clearly faster."""
-    green = {n: t for n, t in times.items() if n == "torch" or no_worse(errors[n], errors["torch"], torch.bfloat16)}
+    green = {name: time for name, time in times.items() if is_right(name, errors)}
     best = min(green, key=green.__getitem__)
     return best if green[best] < MARGIN * green["torch"] else "torch"
+
+
+def is_right(path: str, errors: Mapping[str, float]) -> bool:
+    """Whether a path's error is no worse than torch's."""
+    return path == "torch" or no_worse(errors[path], errors["torch"], torch.bfloat16)
 
 
 @contextmanager
@@ -201,13 +206,15 @@ def _measure(op: Op, kwargs: dict, point: dispatch.Point, clock: Clock) -> dict:
         try:
             with device_masks():  # the reference's masks, in a dry run too
                 out = _tuple(call())
-        except Exception as error:  # a tile that this chip refuses loses, and the table says why
+        except Exception as error:  # a tile that this chip refuses loses, and the log says why
             if name == "torch" or is_lost(clock.device):  # nothing to compare with
                 raise
-            print(f"  {op.name} {point} {name}: {_first_line(error)}", flush=True)
+            print(f"  RED  table: {op.name} {point} {name}: {_first_line(error)}", flush=True)
             continue
         errors[name] = max(relative_error(o, t) for o, t in zip(out, truth, strict=True))
         working[name] = call
+        if not is_right(name, errors):  # nobody else might look at so large a size
+            print(f"  RED  table: {op.name} {point} {name}: error {errors[name]:.2e}", flush=True)
     times = {name: sample.median for name, sample in clock.interleaved(working).items()}
     return {
         "op": op.name, "format": point.format, "dtype": point.dtype, "drop": point.drop, "sizes": list(point.sizes),

@@ -200,6 +200,25 @@ def test_a_point_that_fails_costs_itself_only(tmp_path, monkeypatch, capsys):
     assert "there is no room" in capsys.readouterr().out and Table.read(tmp_path / "x.json").host_bound is None
 
 
+def test_a_path_that_is_wrong_or_refused_is_red(monkeypatch, capsys):
+    """It loses, and whoever reads no more than a session's last lines is told."""
+
+    def refused():
+        raise RuntimeError("out of resources")
+
+    def paths(op, kwargs, on_gpu):
+        right = op.eager(**kwargs)
+        return {"torch": lambda: right, "triton": lambda: right + 1, "split": refused}
+
+    monkeypatch.setattr(tune, "paths", paths)
+    kwargs = tune.arguments("lora_down", tune.Size(4, 8, 8, 2), "cpu")
+    entry = tune._measure(OPS["lora_down"], kwargs, point_of(tuple(kwargs.values())), tune.Clock("cpu", 0.01))
+    said = capsys.readouterr().out.splitlines()
+    assert entry["choice"] == "torch" and set(entry["times_us"]) == {"torch", "triton"}
+    assert [line.startswith("  RED  table: lora_down") for line in said] == [True, True]
+    assert "triton: error" in said[0] and "split: RuntimeError: out of resources" in said[1]
+
+
 def test_the_table_is_written_as_it_grows(tmp_path, monkeypatch):
     def tune_until_killed(*args):
         yield row("lora_down", (1, 2, 3, 4), "torch")

@@ -41,7 +41,7 @@ def test_the_tools_it_runs(tmp_path):
     chosen = [step for step in steps(tmp_path, dry=True) if step.name in ("table", "benchmark")]
     assert run(chosen, tmp_path, 30) == {"table": "ok", "benchmark": "ok"}
     text, well = summary(tmp_path)
-    assert "table interpreter.json: " in text and ", 0 red" in text and "not measured" in text and well, text
+    assert "table interpreter.json: " in text and "in the table: 0\n" in text and "not measured" in text and well, text
     assert {path.name for path in tmp_path.iterdir()} == {"session.log", "interpreter.json", "bench.csv", "bench.html"}
     files = {step.log for step in steps(tmp_path, dry=False)} | {"table", "bench.csv", "bench.html"}
     assert len(files) <= 8
@@ -57,7 +57,10 @@ def test_failures_are_named(tmp_path):
     (tmp_path / "session.log").write_text("  RED  linear x: error 1\n  RED  linear x: error 1\n")
     text, well = summary(tmp_path)
     assert not well and "tests: 1 passed, 1 failed, 0 error, 1 skipped" in text
-    assert "  FAILED  tests/b/test_b.py::test_y[3-a b]" in text and "benchmark: 0 rows, 1 red" in text
+    assert (
+        "  FAILED  tests/b/test_b.py::test_y[3-a b]" in text
+        and "benchmark: 0 rows; red there and in the table: 1" in text
+    )
 
 
 def test_nothing_at_all_is_summed_up(tmp_path):
