@@ -217,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         return machine()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended before
     out = args.out.resolve()
+    if (out / "session.log").exists():  # its failures would be counted again, and its table be what tests run with
+        parser.error(f"{out} holds a session already; name a new folder")
     results = run(steps(out, args.dry_run), out, args.seconds)
     text, well = summary(out)
     say(out, "\n" + text)

@@ -4,8 +4,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from gpu_session import Step, run, steps, summary
+from gpu_session import Step, main, run, steps, summary
 
 
 def python(name, code, weight=1.0, **more):
@@ -61,6 +63,13 @@ def test_failures_are_named(tmp_path):
         "  FAILED  tests/b/test_b.py::test_y[3-a b]" in text
         and "benchmark: 0 rows; red there and in the table: 1" in text
     )
+
+
+def test_a_folder_is_for_one_session(tmp_path, capsys):
+    (tmp_path / "session.log").write_text("")
+    with pytest.raises(SystemExit):
+        main(["--dry-run", "--out", str(tmp_path)])
+    assert "name a new folder" in capsys.readouterr().err
 
 
 def test_nothing_at_all_is_summed_up(tmp_path):
