@@ -7,8 +7,7 @@ bnb = pytest.importorskip("bitsandbytes")
 
 from portable_bitsandbytes import dequantize_4bit  # noqa: E402
 
-from peftfast_kernels import Operand, dequantize, lora_gemm, use_backend  # noqa: E402
-from peftfast_kernels.decode import DECODERS, random_operand  # noqa: E402
+from peftfast_kernels import Operand, dequantize, use_backend  # noqa: E402
 
 functional = bnb.functional
 
@@ -62,24 +61,6 @@ def test_int8_equals_bitsandbytes(dtype, backend, device):
         expected = functional.int8_vectorwise_dequant(rows, scale).to(dtype)
         with use_backend(backend):
             assert torch.equal(dequantize(Operand("int8", [rows, scale], (n, k), dtype), dtype), expected)
-
-
-@pytest.mark.parametrize("format", DECODERS)
-def test_dequantize_is_a_fresh_tensor(format, device):
-    w = random_operand(format, 6, 8, torch.float32, device)
-    stored = w.tensors[0].clone()
-    dequantize(w, torch.float32).zero_()
-    assert torch.equal(w.tensors[0], stored)
-
-
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
-def test_main_loop_decodes_what_dequantize_decodes(format, device):
-    """The identity times a packed weight is the decoded weight, bit for bit: no sum can hide a digit."""
-    n, k = 33, 96
-    w = random_operand(format, n, k, torch.float32, device, nested=format != "int8")
-    t, b = torch.zeros(k, 4, device=device), torch.zeros(n, 4, device=device)
-    with use_backend("triton"):
-        assert torch.equal(lora_gemm(torch.eye(k, device=device), w, None, t, b, 1.0), dequantize(w, torch.float32).t())
 
 
 def test_bitsandbytes_native_decoding():

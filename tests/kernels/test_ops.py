@@ -5,6 +5,7 @@ import torch
 
 from peftfast_kernels import (
     OPS,
+    dequantize,
     gated,
     gated_grad,
     lora_down,
@@ -15,7 +16,7 @@ from peftfast_kernels import (
     row_norm,
     use_backend,
 )  # fmt: skip
-from peftfast_kernels.decode import Operand, dense, random_operand
+from peftfast_kernels.decode import DECODERS, Operand, dense, random_operand
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -290,6 +291,24 @@ def test_missing_seed_is_refused(backend, device):
         ):
             with pytest.raises(ValueError, match="seed"):
                 call()
+
+
+@pytest.mark.parametrize("format", DECODERS)
+def test_dequantize_is_a_fresh_tensor(format, device):
+    w = random_operand(format, 6, 8, torch.float32, device)
+    stored = w.tensors[0].clone()
+    dequantize(w, torch.float32).zero_()
+    assert torch.equal(w.tensors[0], stored)
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+def test_main_loop_decodes_what_dequantize_decodes(format, device):
+    """The identity times a packed weight is the decoded weight, bit for bit: no sum can hide a digit."""
+    n, k = 33, 96
+    w = random_operand(format, n, k, torch.float32, device, nested=format != "int8")
+    t, b = torch.zeros(k, 4, device=device), torch.zeros(n, 4, device=device)
+    with use_backend("triton"):
+        assert torch.equal(lora_gemm(torch.eye(k, device=device), w, None, t, b, 1.0), dequantize(w, torch.float32).t())
 
 
 def test_unknown_format_is_refused(device):
