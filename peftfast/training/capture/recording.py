@@ -23,6 +23,10 @@ def tuner_of(model: nn.Module) -> Any:
     return getattr(getattr(model, "module", model), "_tuner", None)
 
 
+#: torch's allocator goes on asking them whether a stream is theirs.
+_failed: list[Any] = []
+
+
 class Recording:
     """A function without arguments and results, whose tensors all lie still.
 
@@ -76,6 +80,7 @@ class Recording:
         try:
             self._record_into(graph, self.function, self.pool)
         except Exception as e:
+            _failed.append(graph)
             with suppress(Exception):
                 # Until a recording succeeds, torch below 2.14 takes its generator for one in a recording: draws raise.
                 self._record_into(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self._stream.device))
