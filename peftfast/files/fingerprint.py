@@ -149,19 +149,21 @@ def _place(model: nn.Module, name: str) -> Place | None:
     """The module of this name without adapters, looked up step by step."""
     module = model
     for part in name.split("."):
-        module = module._modules.get("original_module") or module._modules.get("base_layer") or module
-        module = module._modules.get(part)
+        module = _without_adapters(module)._modules.get(part)
         if module is None:
             return None
     return _unwrapped(module)
 
 
+def _without_adapters(module: nn.Module) -> nn.Module:
+    if isinstance(module, StandIn):
+        return module.original_module
+    return module.base_layer if isinstance(module, BaseTunerLayer) else module
+
+
 def _unwrapped(module: nn.Module) -> Place | None:
     layer = module if isinstance(module, BaseTunerLayer) else None
-    if isinstance(module, StandIn):
-        module = module.original_module
-    elif layer is not None:
-        module = layer.base_layer
+    module = _without_adapters(module)
     return (module, layer) if isinstance(module._parameters.get("weight"), Tensor) else None
 
 

@@ -174,7 +174,8 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
             continue
-        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+        # a layer of adapters or a wrapper of copies, ours or PEFT's; a model may have a module called base_layer itself
+        if hasattr(module, "adapter_layer_names") or hasattr(module, "adapter_state_dict_load_map"):
             # an adapted layer counts as the linear layer it was
             inside.append(name + ".")
             base = getattr(module, "base_layer", None)

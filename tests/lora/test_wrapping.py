@@ -9,6 +9,7 @@ import warnings
 import oracle
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
@@ -262,3 +263,39 @@ def test_all_linear_leaves_out_the_head_alone():
         model = library.get_peft_model(base, library.LoraConfig(**OPTIONS))
         names.append(sorted(n for n, p in model.named_parameters() if p.requires_grad))
     assert names[0] == names[1] and any("mlp.lm_head.lora_A" in n for n in names[1])
+
+
+@pytest.mark.parametrize("place", ["base_layer", "inner.base_layer", "original_module", "inner.original_module.0"])
+def test_modules_that_are_called_as_ours_are(place, tmp_path):
+    """As in timm's DLA, whose first layers are `base_layer`."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Module(), nn.Linear(8, 2)
+            *path, last = place.split(".")
+            holder = self
+            for name in path:
+                holder.add_module(name, getattr(holder, name, nn.Module()))
+                holder = getattr(holder, name)
+            holder.add_module(last, nn.Linear(8, 8))
+
+        def forward(self, x):
+            return self.head(self.get_submodule(place)(x))
+
+    def base():
+        torch.manual_seed(0)
+        return Named()
+
+    models = []
+    for library in (peftfast, peft):
+        config = library.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        models.append(library.get_peft_model(base(), config))
+        assert models[-1].peft_config["default"].target_modules == {place, "head"}
+    oracle.same_live_state(*models)
+    models[0].save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = peftfast.PeftModel.from_pretrained(base(), tmp_path, strict=True)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(loaded(x), models[0](x))
