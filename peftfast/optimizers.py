@@ -1,7 +1,8 @@
-"""Optimizers that know the two factors apart, under PEFT's names: LoRA+ and LoRA-FA."""
+"""Optimizers that know the two factors apart, under PEFT's names: LoRA+, LoRA-FA, Riemannian preconditioning."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from peftfast.files.state import wrapped_modules
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.model import PeftModel
 
-__all__ = ["create_lorafa_optimizer", "create_loraplus_optimizer"]
+__all__ = ["create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer"]
 
 
 def create_loraplus_optimizer(
@@ -208,3 +209,59 @@ def create_lorafa_optimizer(
 
 def _scale_of(adapter: Any) -> Callable[[], float]:
     return lambda: adapter.scale
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+) -> Optimizer:
+    """An optimizer that goes down in the metric of the product B A (Zhang and Pilanci, arXiv 2402.02347): before every
+    step, A's gradient is multiplied by (B'B + reg)^-1 and B's by (A A' + reg)^-1. Other parameters, adapters of
+    embeddings and convolutions among them, are left to `optimizer_cls`.
+
+    Args:
+        reg: keeps the inverses finite where a factor is zero or nearly singular.
+        kwargs: of `optimizer_cls`.
+
+    Raises:
+        TypeError: `optimizer_cls` is no optimizer. ValueError: it needs a closure, or no pair of factors is trainable.
+    """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
+        raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}.")
+    named = dict(model.named_parameters())
+    pairs = [(a, named.get(name.replace(".lora_A.", ".lora_B."))) for name, a in named.items() if ".lora_A." in name]
+    pairs = [pair for pair in pairs if all(f is not None and f.ndim == 2 and f.requires_grad for f in pair)]
+    if not pairs:
+        raise ValueError(
+            "create_riemannian_optimizer did not find any trainable lora_A/lora_B parameter pairs on the model."
+        )
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{optimizer_cls.__name__} requires a closure, which computes the gradients inside step(), after they "
+            "would have been preconditioned. Use an optimizer whose step() does without (SGD, AdamW, ...)."
+        )
+
+    class RiemannianPreconditionedOptimizer(optimizer_cls):  # type: ignore[valid-type,misc]
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            if closure is not None:
+                raise ValueError(
+                    "The Riemannian-preconditioned optimizer does not support closures, which compute the gradients "
+                    "after they would have been preconditioned."
+                )
+            for a, b in pairs:
+                _precondition(a, b, reg)
+            return super().step()
+
+    return RiemannianPreconditionedOptimizer([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)
+
+
+def _precondition(a: Tensor, b: Tensor, reg: float) -> None:
+    """Gradients of the factors A [r, K] and B [N, r], in place, in the metric of their product."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    down, up = a.detach().to(wide), b.detach().to(wide)
+    damping = reg * torch.eye(len(a), dtype=wide, device=a.device)
+    if a.grad is not None:
+        a.grad.copy_(torch.linalg.pinv(up.T @ up + damping) @ a.grad.to(wide))
+    if b.grad is not None:
+        b.grad.copy_(b.grad.to(wide) @ torch.linalg.pinv(down @ down.T + damping))

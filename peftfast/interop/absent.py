@@ -19,7 +19,7 @@ NAMES = frozenset(
     RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig
     SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel
     VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel bloom_model_postprocess_past_key_value
-    compose_cartridge_adapters create_riemannian_optimizer factorization
+    compose_cartridge_adapters factorization
     initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
     prompt_embeddings_from_past_key_values shift_tokens_right
     """.split()

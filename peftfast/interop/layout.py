@@ -50,12 +50,14 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.optimizers": {
         "create_lorafa_optimizer": "peftfast.optimizers:create_lorafa_optimizer",
         "create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer",
+        "create_riemannian_optimizer": "peftfast.optimizers:create_riemannian_optimizer",
     },
     "peft.optimizers.lorafa": {
         "LoraFAOptimizer": "peftfast.optimizers:LoraFAOptimizer",
         "create_lorafa_optimizer": "peftfast.optimizers:create_lorafa_optimizer",
     },
     "peft.optimizers.loraplus": {"create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer"},
+    "peft.optimizers.riemannian": {"create_riemannian_optimizer": "peftfast.optimizers:create_riemannian_optimizer"},
     "peft.peft_model": {},
     "peft.tuners": {"MixedModel": "peftfast.tuners.mixed:MixedModel"},
     "peft.tuners.adalora": {"RankAllocator": "peftfast.methods.rank_allocator:RankAllocator"},

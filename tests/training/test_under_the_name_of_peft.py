@@ -128,7 +128,7 @@ def test_names_that_other_libraries_import(tmp_path):
         "peft.utils.save_and_load": "_maybe_shard_state_dict_for_tp",
         "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping",
         "peft.helpers": "DoraCaching disable_input_dtype_casting rescale_adapter_scale check_if_peft_model",
-        "peft.optimizers": "create_loraplus_optimizer create_lorafa_optimizer",
+        "peft.optimizers": "create_loraplus_optimizer create_lorafa_optimizer create_riemannian_optimizer",
     }
     lines = [f"from {module} import {', '.join(names.split())}" for module, names in wanted.items()]
     lines.append("for layer in (LoraLayer, LoHaLayer, LoKrLayer): tuple(layer.adapter_layer_names)")
