@@ -101,6 +101,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "calibration.rank_discovery": ("discover_ranks",),
     "status": ("get_layer_status", "get_model_status"),
     "interop.takeover": ("patch_report", "unpatch"),
+    "interop.utilities": ("shift_tokens_right",),
     "tasks": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
         "PeftModelForCausalLM",

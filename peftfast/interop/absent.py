@@ -21,7 +21,7 @@ NAMES = frozenset(
     VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel bloom_model_postprocess_past_key_value
     compose_cartridge_adapters factorization
     initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
-    prompt_embeddings_from_past_key_values shift_tokens_right
+    prompt_embeddings_from_past_key_values
     """.split()
 )
 

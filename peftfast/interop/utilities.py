@@ -162,6 +162,15 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
     return stored.dense(torch.float32 if stored.quantization == "int8" else None)
 
 
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:
+    """Labels as a decoder's inputs: one place to the right, padding where they are left out (-100)."""
+    if pad_token_id is None:
+        raise ValueError("self.model.config.pad_token_id has to be defined.")
+    shifted = input_ids.roll(1, dims=1)
+    shifted[:, 0] = decoder_start_token_id
+    return shifted.masked_fill_(shifted == -100, pad_token_id)
+
+
 # ---- configs, layers -----------------------------------------------------------------------------------------------
 def get_quantization_config(model: nn.Module, method: str) -> Any:
     """The config with which transformers has quantised the model by `method`; None."""

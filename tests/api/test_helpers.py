@@ -214,6 +214,15 @@ def test_merge_utils_give_the_numbers_of_peft(name):
         assert torch.equal(*pruned)
 
 
+def test_shift_tokens_right():
+    labels = torch.tensor([[5, -100, 7, 8], [1, 2, -100, -100]])
+    mine, other = (library.shift_tokens_right(labels, 9, 3) for library in (peftfast, peft))
+    assert torch.equal(mine, other) and both("peft.utils", "shift_tokens_right")[1] is peftfast.shift_tokens_right
+    assert labels[0, 1] == -100
+    with pytest.raises(ValueError, match="pad_token_id has to be defined"):
+        peftfast.shift_tokens_right(labels, None, 3)
+
+
 READ = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_bias", "use_dora",
         "use_rslora", "scaling", "r")  # fmt: skip
 
