@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from peftfast.errors import AdapterMismatchWarning, enumerate_some
 from peftfast.extraction.factors import Change, as_lora, check_rank, matrix, set_targets, svd
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
@@ -26,7 +28,8 @@ def extract_lora(
     those that adapters have been merged into.
 
     Every module that can carry a LoRA and whose weight differs gets one. What differs elsewhere, norms and biases, is
-    kept whole, as modules_to_save. How much of the change the ranks keep is logged.
+    kept whole, as modules_to_save. How much of the change the ranks keep is logged. What only `tuned` has is left out,
+    with a warning.
 
     Args:
         base: without adapters; of a quantised one, what quantising lost is part of the change.
@@ -76,6 +79,13 @@ def extract_lora(
     for name in (n for n in names if any(n.endswith(saved) for saved in whole)):
         for key in base.get_submodule(name).state_dict():
             tensors[f"{PREFIX}{name}.{key}"] = source.tensor(f"{name}.{key}").detach().clone()
+    if left := source.never_asked():
+        warnings.warn(
+            f"The tuned model has tensors that the base has none of, and that the adapter leaves out: "
+            f"{enumerate_some(left)}. If it has more layers or another head, take a base that has them too.",
+            AdapterMismatchWarning,
+            stacklevel=2,
+        )
     return config, tensors
 
 

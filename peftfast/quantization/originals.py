@@ -31,6 +31,7 @@ class Originals:
     def __init__(self, source: str | os.PathLike | Mapping[str, Tensor] | nn.Module, prefix: str = "") -> None:
         self._prefix = prefix
         self._modules: dict[str, nn.Module] = {}
+        self._asked: set[str] = set()
         if isinstance(source, nn.Module):
             self._modules = dict(source.named_modules())
             self._names, self._read = set(source.state_dict()), source.state_dict().__getitem__
@@ -66,8 +67,13 @@ class Originals:
         for key in (name,) if alias is None else (name, alias):
             for candidate in self._candidates(key):
                 if candidate in self._names:
+                    self._asked.add(candidate)
                     return self._read(candidate)
         raise KeyError(f"The other model has no {name!r}.{close_matches(name, self._names)}")
+
+    def never_asked(self) -> list[str]:
+        """Names of what nobody has asked `tensor` for."""
+        return sorted(self._names - self._asked)
 
     def _candidates(self, key: str) -> list[str]:
         return list(dict.fromkeys((key, key.removeprefix(f"{self._prefix}."), f"{self._prefix}.{key}")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 
 import oracle
 import peft
@@ -287,6 +288,17 @@ def test_only_what_differs_and_ranks_by_what_they_keep(caplog):
     assert config.target_modules == {"1.self_attn.q_proj"}
     assert re.search(r"1 modules, 0.9\d+ to 0.9\d+ of the change kept", caplog.text)
     assert peftfast.get_peft_model(make(), config).get_nb_trainable_parameters()[0] == 64
+
+
+def test_what_only_the_trained_model_has_is_named():
+    base, tuned = oracle.llama(layers=1), oracle.llama(layers=2)
+    with pytest.warns(peftfast.AdapterMismatchWarning, match=r"leaves out: 'model\.layers\.1\.input_layernorm") as said:
+        peftfast.extract_lora(base, tuned, rank=2)
+    assert len(said) == 1
+    whole = {**base.state_dict(), "model.norm.weight": base.model.norm.weight + 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peftfast.extract_lora(base, whole, rank=2)
 
 
 def test_another_dtype_is_no_change():
