@@ -214,10 +214,14 @@ def test_logits_that_differ_fail_the_command(tmp_path, capsys, monkeypatch):
     assert "EXCEEDS" in out and "reloaded yes; merged NO" in out
 
 
-def test_what_does_not_merge_is_not_merged(tmp_path, capsys):
-    assert train(tmp_path / "a", *QUICK, "--set", "alora_invocation_tokens=[1, 2]") == 0
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [("alora_invocation_tokens=[1, 2]", "aLoRA does not support merging"), ("lora_bias=true", "Impossible to merge")],
+)
+def test_what_does_not_merge_is_not_merged(setting, why, tmp_path, capsys):
+    assert train(tmp_path / "a", *QUICK, "--set", setting) == 0
     out = capsys.readouterr().out
-    assert "not applicable, aLoRA does not support merging" in out and "reloaded yes; merged not applicable" in out
+    assert f"not applicable, {why}" in out and "reloaded yes; merged not applicable" in out
 
 
 def test_env(capsys):

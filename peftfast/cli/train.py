@@ -181,7 +181,9 @@ def check_saved(job: Prepared, batch: dict, trained: torch.Tensor, effect: float
         return same, f"{said}; merged not applicable"
     try:
         base = model.merge_and_unload()
-    except NotImplementedError as error:  # what acts on some tokens only, or on weights that nobody can write
+    except RuntimeError as error:  # what acts on some tokens only, or on weights that nobody can write
+        if type(error) not in (RuntimeError, NotImplementedError):
+            raise
         print(f"    trained and merged:    not applicable, {error}")
         return same, f"{said}; merged not applicable"
     merged = difference(trained, logits(base, batch))
