@@ -224,6 +224,12 @@ def test_what_does_not_merge_is_not_merged(setting, why, tmp_path, capsys):
     assert f"not applicable, {why}" in out and "reloaded yes; merged not applicable" in out
 
 
+def test_a_prompt_starts_from_text_in_the_models_tokens(tmp_path):
+    options = ["num_virtual_tokens=2", "prompt_tuning_init=TEXT", "prompt_tuning_init_text=The for statement"]
+    assert train(tmp_path, *QUICK, "--method", "prompt_tuning", *(f"--set={option}" for option in options)) == 0
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["tokenizer_name_or_path"] == str(BASE)
+
+
 def test_env(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out

@@ -101,6 +101,9 @@ def make_config(settings: dict[str, Any]) -> PeftConfig:
     values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if "total_step" in names and "total_step" not in settings["set"] and "steps" in settings:
         values["total_step"] = settings["steps"]  # of a schedule: as long as the run
+    starts_from_text = settings["set"].get("prompt_tuning_init") == "TEXT"
+    if starts_from_text and "tokenizer_name_or_path" in names and "tokenizer_name_or_path" not in settings["set"]:
+        values["tokenizer_name_or_path"] = _settings.check_model(settings["model"])
     if "target_modules" in names and not any(chooses_targets(m) and m.peft_type.lower() == method for m in METHODS):
         names["target_modules"] = "all-linear"
     for option, candidates in FIELDS.items():
