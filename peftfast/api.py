@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import close_matches
+from peftfast.errors import PeftWarning, close_matches
 from peftfast.files.fit import fit_state_dict
 from peftfast.files.io import needs_embedding_layers
 from peftfast.files.state import adapter_state_dict
@@ -73,6 +73,13 @@ def get_peft_model(
             stacklevel=2,
         )
     say_if_in_prefix(adapter_name, peft_config)
+    if peft_config.inference_mode:
+        warnings.warn(
+            "The config has inference_mode=True, as saved adapters' configs have, so that nothing will be trainable. "
+            "For training set config.inference_mode = False.",
+            PeftWarning,
+            stacklevel=2,
+        )
     before = (peft_config.base_model_name_or_path, peft_config.revision)
     peft_config.base_model_name_or_path = new_name
     if revision is not None:

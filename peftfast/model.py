@@ -96,7 +96,7 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
         if self.peft_config and peft_config.peft_type != self.peft_type:
             raise ValueError(
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
-                f"{peft_config.peft_type}."
+                f"{peft_config.peft_type}. A PeftMixedModel takes several types (`get_peft_model(..., mixed=True)`)."
             )
 
     def _settle(self, model: nn.Module) -> None:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from peftfast.cli import UserError
 
     try:
-        schema = config_schema(args.type)
+        schema = config_schema(None if args.type is None else args.type.upper())
     except ValueError as error:
         raise UserError(error) from error
     print(json.dumps(schema, indent=1))

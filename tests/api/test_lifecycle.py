@@ -628,3 +628,12 @@ def test_injected_factors_have_the_dtype_of_the_base(dtype):
     )
     wide = torch.promote_types(dtype, torch.float32)
     assert {p.dtype for n, p in kept.named_parameters() if "lora_" in n} == {wide}
+
+
+def test_a_saved_config_for_training_is_warned_of(tmp_path):
+    """What `from_pretrained` of a config gives is for inference; a run that trains nothing would look like one."""
+    peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST)).save_pretrained(tmp_path)
+    config = peftfast.LoraConfig.from_pretrained(tmp_path)
+    with pytest.warns(peftfast.PeftWarning, match="inference_mode=True.* nothing will be trainable"):
+        model = peftfast.patch(oracle.llama(), config)
+    assert not any(p.requires_grad for p in model.parameters())

@@ -21,6 +21,7 @@ def test_every_config_is_there():
     kinds = {getattr(t, "value", t) for t in PEFT_TYPE_TO_CONFIG_MAPPING}
     assert set(config_schema()["$defs"]) == kinds
     assert list(config_schema("LORA")["$defs"]) == ["LORA"]
+    assert main(["schema", "--type", "lora"]) == 0
 
 
 def test_an_unknown_type_is_refused(capsys):
