@@ -17,7 +17,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some
 from peftfast.layers.saved_modules import ModulesToSaveWrapper
 from peftfast.method import method_for
-from peftfast.methods.combination import Combination
+from peftfast.methods.combination import KINDS, Combination
 from peftfast.sites import Site
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
@@ -99,9 +99,9 @@ def _checked(
         raise ValueError("Found no adapter matching the names in []")
     if len(weights) != len(adapters):
         raise ValueError(f"Each adapter needs one weight, got {adapters} and {weights}")
-    how.check(len(adapters))
-    if len(adapters) == 1:
+    if len(adapters) == 1 and how.kind in KINDS:  # nothing to prune against: scaled, without a density
         how = replace(how, kind="linear")
+    how.check()
     configs = [inventory.configs[n] for n in adapters]
     methods = {id(method_for(c)): method_for(c) for c in configs}
     if len(methods) > 1:

@@ -43,13 +43,13 @@ class Combination:
         """The kind without where it acts."""
         return "linear" if self.kind == "svd" else self.kind.removesuffix("_svd")
 
-    def check(self, count: int = 2) -> None:
-        """Raises ValueError or TypeError for what cannot be meant, of `count` adapters: one alone is not pruned."""
+    def check(self) -> None:
+        """Raises ValueError or TypeError for what cannot be meant."""
         if self.kind not in KINDS:
             raise ValueError(
                 f"Invalid combination_type: {self.kind}.{close_matches(self.kind, KINDS)} One of {', '.join(KINDS)}"
             )
-        if count > 1 and _ARITHMETIC.get(self.arithmetic, _linear) is not _linear:
+        if _ARITHMETIC.get(self.arithmetic, _linear) is not _linear:
             if self.density is None:
                 raise TypeError(f"combination_type {self.kind!r} needs a density: a number >= 0 and, to prune, < 1")
             if self.density < 0:
