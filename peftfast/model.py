@@ -217,13 +217,7 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model's outputs inside the `with` block; everything as before after it. May be nested."""
-        biases = [cfg.bias for cfg in self.peft_config.values() if getattr(cfg, "bias", "none") != "none"]
-        if biases:
-            warnings.warn(
-                f"Careful, disabling adapter layers with bias configured to be '{biases[0]}' does not produce the same "
-                "output as the base model would without adaption.",
-                stacklevel=3,
-            )
+        self._tuner.inventory.say_if_biases_stay(stacklevel=4)
         with self._tuner.inventory.disabled():
             yield
 

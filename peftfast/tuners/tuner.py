@@ -171,6 +171,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
         self.inventory.enable(True)
 
     def disable_adapter_layers(self) -> None:
+        self.inventory.say_if_biases_stay(stacklevel=3)
         self.inventory.enable(False)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -220,6 +220,16 @@ class Inventory(Listing):
             wrapper.enable_adapters(enabled)
         self.enabled = enabled
 
+    def say_if_biases_stay(self, stacklevel: int) -> None:
+        """Warn that trained biases of the base act on while adapters are off."""
+        biases = [cfg.bias for cfg in self.configs.values() if getattr(cfg, "bias", "none") != "none"]
+        if biases:
+            warnings.warn(
+                f"Careful, disabling adapter layers with bias configured to be '{biases[0]}' does not produce the same "
+                "output as the base model would without adaption.",
+                stacklevel=stacklevel,
+            )
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """All adapters off; afterwards every module is as it was, trainability included."""

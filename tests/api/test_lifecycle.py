@@ -637,3 +637,20 @@ def test_a_saved_config_for_training_is_warned_of(tmp_path):
     with pytest.warns(peftfast.PeftWarning, match="inference_mode=True.* nothing will be trainable"):
         model = peftfast.patch(oracle.llama(), config)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_switching_adapters_off_says_that_biases_stay(bias):
+    for library in (peftfast, peft):
+        config = library.LoraConfig(**FIRST, bias=bias)
+        model = library.get_peft_model(oracle.llama(bias=True), config)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with model.disable_adapter():
+                pass
+            model.base_model.disable_adapter_layers()
+        said = [
+            w for w in caught if "Careful, disabling adapter layers with bias configured to be 'all'" in str(w.message)
+        ]
+        assert len(said) == (2 if bias == "all" else 0), library
+        assert library is peft or all(w.filename == __file__ for w in said)
