@@ -65,7 +65,8 @@ class _AutoPeftModel:
         else:  # the class that the adapter was trained on, which is not always what this one would take
             base_class = cls._from_auto_mapping(cfg, import_allowlist)
         base = base_class.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision, **model_kwargs, **hub)
-        _fit_vocabulary(base, pretrained_model_name_or_path, revision, hub)
+        trusted = bool(model_kwargs.get("trust_remote_code"))
+        _fit_vocabulary(base, pretrained_model_name_or_path, revision, trusted, hub)
         return peft_class.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name=adapter_name, is_trainable=is_trainable, config=config,
             revision=revision, **own, **hub,
@@ -96,13 +97,19 @@ class _AutoPeftModel:
         return getattr(importlib.import_module(library), name)
 
 
-def _fit_vocabulary(base: Any, path: str | os.PathLike, revision: str | None, hub: dict[str, Any]) -> None:
+def _fit_vocabulary(
+    base: Any, path: str | os.PathLike, revision: str | None, trusted: bool, hub: dict[str, Any]
+) -> None:
     """An adapter saved with a larger tokenizer was trained with resized embeddings."""
-    if find_file(path, "tokenizer_config.json", revision=revision, **hub) is None:
+    found = find_file(path, "tokenizer_config.json", revision=revision, **hub)
+    if found is None:
         return
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trusted, **hub)
+    except OSError:  # offline it wants a model's config beside a repository's tokenizer; of a folder it does not
+        tokenizer = AutoTokenizer.from_pretrained(os.path.dirname(found), trust_remote_code=trusted)
     if len(tokenizer) > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(len(tokenizer))
 

@@ -443,6 +443,33 @@ def test_auto_classes(base_folder, tmp_path):
         peftfast.AutoPeftModel.from_pretrained(tmp_path / "plain")
 
 
+@pytest.mark.parametrize("where", ["folder", "cache"])
+def test_an_adapter_with_more_tokens_is_loaded_without_the_network(where, tmp_path, monkeypatch):
+    """Of a repository in the hub's cache, transformers finds a tokenizer only beside a model's config when offline."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    oracle.llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    words = {f"w{i}": i for i in range(oracle.VOCABULARY + 5)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0")))
+    base.resize_token_embeddings(len(tokenizer))
+    model = oracle.quietly(peftfast.get_peft_model, base, LoraConfig(**OPTIONS))
+    entry = tmp_path / "cache/models--me--adapter"
+    folder = entry / "snapshots" / ("0" * 40) if where == "cache" else tmp_path / "adapter"
+    oracle.quietly(model.save_pretrained, folder)
+    tokenizer.save_pretrained(folder)
+    if where == "cache":
+        (entry / "refs").mkdir()
+        (entry / "refs/main").write_text("0" * 40)
+        loaded = peftfast.AutoPeftModelForCausalLM.from_pretrained("me/adapter", cache_dir=tmp_path / "cache")
+    else:
+        loaded = peftfast.AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert loaded.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert torch.equal(oracle.logits(loaded), oracle.logits(model))
+
+
 def test_model_card(base_folder, tmp_path):
     from huggingface_hub import ModelCard
 
