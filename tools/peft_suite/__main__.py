@@ -28,10 +28,10 @@ VERSION = "0.21.2"
 SHA256 = "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e"
 #: Left out: files that are about other methods only, need a GPU, or download what no stand-in replaces.
 FILES = (
-    "arrow", "bdlora", "config", "custom_models", "decoder_models", "encoder_decoder_models",
+    "arrow", "auto", "bdlora", "config", "custom_models", "decoder_models", "encoder_decoder_models",
     "feature_extraction_models", "helpers", "initialization", "integrations", "lora_ga", "lora_variants", "lorafa",
-    "loraplus", "lora_conversion", "lora_intruders", "low_level_api", "mapping", "mixed", "other", "seq_classifier",
-    "target_parameters", "token_classification_qa", "trainable_tokens", "tuners_utils", "velora",
+    "loraplus", "lora_conversion", "lora_intruders", "low_level_api", "mapping", "mixed", "other", "riemannian_lora",
+    "seq_classifier", "target_parameters", "token_classification_qa", "trainable_tokens", "tuners_utils", "velora",
 )  # fmt: skip
 HERE = Path(__file__).resolve().parent
 
@@ -94,6 +94,7 @@ def main() -> int:
     known.folder.mkdir(parents=True, exist_ok=True)
     root, hub = fetch(known.folder), known.folder / "hub"
     sys.path.insert(0, str(HERE))
+    os.environ["HF_HUB_OFFLINE"] = "1"
     from models import fill
 
     fill(hub)

@@ -1,13 +1,16 @@
-"""Tiny random stand-ins for the models that PEFT's tests load from the hub, put where the hub's cache would have them.
+"""Tiny random stand-ins for the models and adapters that PEFT's tests load from the hub, put where the hub's cache
+would have them.
 
 Names and kinds are the hub's; sizes are small and weights are random. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import peft
 import torch
 import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -44,6 +47,12 @@ BART = {
     "vocab_size": 1024, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 4, "decoder_ffn_dim": 4, "max_position_embeddings": 100,
     "decoder_start_token_id": 1, "forced_eos_token_id": 1, **SPECIAL,
+}  # fmt: skip
+WHISPER = {
+    "vocab_size": 200, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_source_positions": 60,
+    "max_target_positions": 40, "decoder_start_token_id": 85, "suppress_tokens": [], "begin_suppress_tokens": [],
+    **SPECIAL,
 }  # fmt: skip
 MOE = GROUPED | {"intermediate_size": 32, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 LLAMA4 = GROUPED | {"intermediate_size": 32, "intermediate_size_mlp": 64, "num_local_experts": 4, "head_dim": 4}
@@ -94,6 +103,7 @@ MODELS: dict[Callable[[], PreTrainedModel], tuple[str, ...]] = {
     ),
     lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED)): ("hf-internal-testing/tiny-random-MistralForCausalLM",),
     lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**LLAMA | {"num_key_value_heads": 2})): (
+        "Qwen/Qwen2-0.5B",
         "peft-internal-testing/tiny-dummy-qwen2",
     ),
     lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**GROUPED)): ("trl-internal-testing/tiny-Qwen3ForCausalLM",),
@@ -133,6 +143,9 @@ MODELS: dict[Callable[[], PreTrainedModel], tuple[str, ...]] = {
         "t5-small",
     ),
     _bart: ("peft-internal-testing/tiny-random-BartForConditionalGeneration",),
+    lambda: t.WhisperForConditionalGeneration(t.WhisperConfig(**WHISPER)): (
+        "peft-internal-testing/tiny-random-WhisperForConditionalGeneration",
+    ),
     _resnet: ("peft-internal-testing/tiny-random-ResNetForImageClassification",),
 }
 
@@ -150,18 +163,59 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **TOKENS)
 
 
+#: Adapters of the hub -> its base model above, and of which kind; by AutoModelFor... and task, if they have one.
+ADAPTERS: dict[str, tuple[str, str, str | None]] = {
+    "tiny-OPTForCausalLM-lora": ("tiny-random-OPTForCausalLM", "AutoModelForCausalLM", "CAUSAL_LM"),
+    "tiny-random-OPTForCausalLM-extended-vocab": ("tiny-random-OPTForCausalLM", "AutoModelForCausalLM", "CAUSAL_LM"),
+    "tiny_T5ForSeq2SeqLM-lora": ("tiny-random-t5", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    "tiny_OPTForSequenceClassification-lora": (
+        "tiny-random-OPTForCausalLM", "AutoModelForSequenceClassification", "SEQ_CLS",
+    ),
+    "tiny_GPT2ForTokenClassification-lora": ("tiny-random-gpt2", "AutoModelForTokenClassification", "TOKEN_CLS"),
+    "tiny_OPTForQuestionAnswering-lora": (
+        "tiny-random-OPTForCausalLM", "AutoModelForQuestionAnswering", "QUESTION_ANS",
+    ),
+    "tiny_OPTForFeatureExtraction-lora": ("tiny-random-OPTForCausalLM", "AutoModel", "FEATURE_EXTRACTION"),
+    "tiny_WhisperForConditionalGeneration-lora": (
+        "tiny-random-WhisperForConditionalGeneration", "WhisperForConditionalGeneration", None,
+    ),
+}  # fmt: skip
+OWNER = "peft-internal-testing/"
+
+
+@contextmanager
+def _entry(cache: Path, name: str) -> Iterator[Path | None]:
+    """Where to write what `name` stands for, in the layout of huggingface_hub; None: it is there."""
+    entry = cache / f"models--{name.replace('/', '--')}"
+    if (entry / "refs" / "main").exists():
+        yield None
+        return
+    snapshot = entry / "snapshots" / REVISION
+    snapshot.mkdir(parents=True, exist_ok=True)
+    yield snapshot
+    (entry / "refs").mkdir(exist_ok=True)
+    (entry / "refs" / "main").write_text(REVISION)
+
+
 def fill(cache: Path) -> None:
-    """Write every model into `cache`, in the layout of huggingface_hub, unless it is there."""
+    """Write every model and adapter into `cache`, unless it is there."""
     torch.manual_seed(0)
     words = tokenizer()
     for make, names in MODELS.items():
         for name in names:
-            entry = cache / f"models--{name.replace('/', '--')}"
-            if (entry / "refs" / "main").exists():
-                continue
-            snapshot = entry / "snapshots" / REVISION
-            snapshot.mkdir(parents=True, exist_ok=True)
-            make().save_pretrained(snapshot)
-            words.save_pretrained(snapshot)
-            (entry / "refs").mkdir(exist_ok=True)
-            (entry / "refs" / "main").write_text(REVISION)
+            with _entry(cache, name) as snapshot:
+                if snapshot is not None:
+                    make().save_pretrained(snapshot)
+                    words.save_pretrained(snapshot)
+    for name, (base, kind, task) in ADAPTERS.items():
+        with _entry(cache, OWNER + name) as snapshot:
+            if snapshot is not None:
+                model = getattr(t, kind).from_pretrained(OWNER + base, cache_dir=cache, local_files_only=True)
+                if name.endswith("extended-vocab"):
+                    longer = tokenizer()
+                    longer.add_tokens([f"<{i}>" for i in range(model.config.vocab_size + 8 - len(longer))])
+                    longer.save_pretrained(snapshot)
+                    model.resize_token_embeddings(len(longer))
+                targets = ["q_proj", "v_proj"] if task is None else None
+                config = peft.LoraConfig(task_type=task, target_modules=targets)
+                peft.get_peft_model(model, config).save_pretrained(snapshot)
