@@ -245,7 +245,7 @@ def check_arguments(function: Callable[..., Any], kwargs: dict[str, Any], strict
         return
     named = [*inspect.signature(function).parameters, *PeftConfig._hub_arguments]
     near = "".join(close_matches(name, named, 1) for name in unknown)
-    message = f"{function.__qualname__} does not know the arguments {unknown}.{near}"
+    message = f"{function.__name__} does not know the arguments {unknown}.{near}"
     if strict is True:
         raise TypeError(message)
     if strict != "off":

@@ -590,7 +590,7 @@ def test_arguments_that_nobody_knows_are_named(base_folder, tmp_path):
         "load_adapter": lambda **given: model.load_adapter(tmp_path, "default", **given),
     }
     for name, call in calls.items():
-        said = rf"(from_pretrained|{name}) does not know the arguments \['subfoldr'\]. Did you mean 'subfolder'\?"
+        said = rf"^(from_pretrained|{name}) does not know the arguments \['subfoldr'\]. Did you mean 'subfolder'\?"
         with pytest.warns(peftfast.AdapterMismatchWarning, match=said):
             call(subfoldr="x")
         with pytest.raises(TypeError, match=said):
