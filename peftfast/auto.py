@@ -15,7 +15,7 @@ _OF_ADAPTER = {"autocast_adapter_dtype", "ephemeral_gpu_offload", "strict", "num
 _OF_BOTH = {"low_cpu_mem_usage", "key_mapping", "ignore_mismatched_sizes"}
 
 #: Libraries whose classes `auto_mapping` may name; a config is data and must not choose what is imported.
-IMPORT_ALLOWLIST = ("transformers", "diffusers")
+IMPORT_ALLOWLIST = ("transformers", "diffusers", "lerobot")
 
 
 class _AutoPeftModel:
@@ -43,7 +43,7 @@ class _AutoPeftModel:
 
         Args:
             revision: of the adapter; the base's is in the adapter's config.
-            import_allowlist: libraries that `auto_mapping` may name besides the usual ones.
+            import_allowlist: libraries that `auto_mapping` may name; None: `IMPORT_ALLOWLIST`.
             kwargs: of the base model's `from_pretrained`, of `PeftModel.from_pretrained` and of `hf_hub_download`.
         """
         import transformers
@@ -88,11 +88,11 @@ class _AutoPeftModel:
                 "for your task type."
             )
         library, name = cfg.auto_mapping["parent_library"], cfg.auto_mapping["base_model_class"]
-        allowed = (*IMPORT_ALLOWLIST, *(import_allowlist or ()))
-        if library.partition(".")[0] not in allowed:
+        allowed = IMPORT_ALLOWLIST if import_allowlist is None else tuple(import_allowlist)
+        if not any(library == package or library.startswith(f"{package}.") for package in allowed):
             raise ValueError(
                 f"The adapter's config asks to import {name!r} from {library!r}, which is not in the import allowlist "
-                f"{list(allowed)}. If you trust it, pass import_allowlist=[{library.partition('.')[0]!r}]."
+                f"{list(allowed)}. If you trust it, pass import_allowlist=[{library!r}]."
             )
         return getattr(importlib.import_module(library), name)
 

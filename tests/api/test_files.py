@@ -437,6 +437,13 @@ def test_auto_classes(base_folder, tmp_path):
             torch.testing.assert_close(logits(loaded), logits(plain), rtol=1e-4, atol=1e-4)
     path = tmp_path / "plain/adapter_config.json"
     config = json.loads(path.read_text())
+    module = LlamaForCausalLM.__module__
+    assert config["auto_mapping"] == {"base_model_class": "LlamaForCausalLM", "parent_library": module}
+    for library in (peftfast, peft):
+        library.AutoPeftModel.from_pretrained(tmp_path / "plain", import_allowlist=[module.rpartition(".")[0]])
+        for allowed in ([], ["transform"]):
+            with pytest.raises(ValueError, match="which is not in the import allowlist"):
+                library.AutoPeftModel.from_pretrained(tmp_path / "plain", import_allowlist=allowed)
     config["auto_mapping"] = {"base_model_class": "system", "parent_library": "os"}
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="'os', which is not in the import allowlist"):
