@@ -14,6 +14,7 @@ Names, parameters and files do not change. Speed is the only effect; dropout mas
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ from peftfast.sites.site import is_untouched
 from peftfast_kernels.gated import ACTIVATIONS
 
 logger = logging.getLogger("peftfast")
+
+#: What gate and up reach in the comparison. Models that limit them do so at about ten.
+FAR = 64.0
 
 _checking = False  # while a block is compared with what it replaces, nobody counts the calls
 
@@ -223,6 +227,7 @@ class GatedMlp:
         self.act_name, self.act = act, module._modules[act]
         self.activation: str | None = None
         self.state = "new"
+        self.in_training = False  # whether it has been compared in training, where a forward may drop something
 
     def attach(self) -> None:
         self.module.__dict__["forward"] = self.forward
@@ -242,9 +247,9 @@ class GatedMlp:
         x = args[0]
         if composes(x):
             return self._plain(x)
-        if self.state == "new" and not (_in_backward() or x.is_inference()):
+        if self._is_unsure() and not (_in_backward() or x.is_inference()):
             self._check(x)
-        if self.state != "on":
+        if self.state != "on" or self._is_unsure():
             return self._plain(x)
         parts = self._fitting(x, self.candidates[0])
         if parts is None:
@@ -254,14 +259,18 @@ class GatedMlp:
             return lora_part(self.act(gate) * up, parts[2])
         return gated_mlp(x, *parts, self.activation)
 
+    def _is_unsure(self) -> bool:
+        return self.state == "new" or self.state == "on" and self.module.training and not self.in_training
+
     def _fitting(self, x: Tensor, names: tuple[str, str, str], dropout: bool = True) -> list[Part] | None:
         children = self.module._modules
         act, layers = children.get(self.act_name), [children.get(name) for name in names]
-        for child in layers:
-            if not isinstance(child, BaseTunerLayer) or not is_untouched(child):
-                return None
-        if act is not self.act or not is_untouched(act):
+        if act is not self.act or not all(isinstance(child, BaseTunerLayer) for child in layers):
             return None
+        for child in children.values():  # a dropout of the module's own is called who knows where
+            drops = isinstance(child, nn.Dropout) and child.training and child.p
+            if child is not None and (drops or not is_untouched(child)):
+                return None
         gate, up, down = layers
         first = _parts((gate, up), (x, x), dropout)
         if first is None:
@@ -275,19 +284,29 @@ class GatedMlp:
 
     @torch.no_grad()
     def _check(self, x: Tensor) -> None:
-        """Find out which child does what, by comparing with the module's own forward, without dropout."""
-        if self._fitting(x, self.candidates[0]) is None:
+        """Find out which child does what, by comparing with the module's own forward, without the adapters' dropout: at
+        x, and as far out as activations go, because some forwards limit what is between the layers."""
+        if self._fitting(x, self.candidates[0]) is None or not x.numel():
             return  # not this time
         self.activation = _known_activation(self.act, x.device)
         if self.activation is None:
             self._give_up(f"its activation {type(self.act).__name__} is not known")
             return
-        with _without_dropout(self.module), _comparing():
-            truth = self._plain(x.clone())  # which may write to its input
+        layers = [self.module._modules[name] for name in self.candidates[0]]
+        first = [part for layer in layers if layer.in_features == x.shape[-1] if (part := part_of(layer, x, False))]
+        least = min(float(lora_part(x, part).abs().max()) for part in first)
+        if not 0.0 < least < math.inf:  # all are alike there
+            return
+        inputs = [x, x * max(1.0, FAR / least)]
+        with _without_dropout(*layers), _comparing(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            truths = [self._plain(x.clone()) for x in inputs]  # which may write to its input
         for names in self.candidates:
             parts = self._fitting(x, names, dropout=False)
-            if parts is not None and isinstance(truth, Tensor) and _agree(gated_mlp(x, *parts, self.activation), truth):
-                self.candidates, self.state = [names], "on"
+            if parts is not None and all(
+                isinstance(truth, Tensor) and _agree(gated_mlp(x, *parts, self.activation), truth)
+                for x, truth in zip(inputs, truths, strict=True)
+            ):
+                self.candidates, self.state, self.in_training = [names], "on", self.module.training
                 return
         self._give_up("it computes something else")
 
@@ -298,8 +317,8 @@ class GatedMlp:
 
 
 @contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
+def _without_dropout(*modules: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for module in modules for m in module.modules()]
     try:
         for m, _ in modes:
             m.training = False
@@ -311,8 +330,9 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _known_activation(module: nn.Module, device: torch.device) -> str | None:
-    """The name of the element-wise function that `module` computes, found by evaluating it."""
-    probe = torch.linspace(-6, 6, 193, device=device)
+    """The name of the element-wise function that `module` computes, found by evaluating it, also where limits are."""
+    far = 2.0 ** torch.arange(3, 16, device=device)
+    probe = torch.cat([-far, torch.linspace(-6, 6, 193, device=device), far])
     with torch.autocast(device.type, enabled=False):
         try:
             values = module(probe)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import Twins, assert_no_further, copy_parameters, inputs, llama
 from torch import nn
+from transformers.activations import ACT2FN
 
 import peftfast
 from peftfast.layers.layer import BaseTunerLayer
@@ -399,6 +400,72 @@ def test_only_what_agrees_is_fused():
         with torch.no_grad():
             torch.testing.assert_close(model(x.clone()), plain(x.clone()), rtol=0, atol=0)
     assert [g.state for g in blocks.groups] == ["off: it computes something else"]
+
+
+class Gated(nn.Module):
+    """A gated MLP, and what some models do in theirs besides."""
+
+    def __init__(self, act, drops=None, limit=None):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.act, self.drops, self.limit = act, drops, limit
+        if drops == "module":
+            self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        gate = self.gate(x) if self.limit is None else self.gate(x).clamp(max=self.limit)
+        h = self.act(gate) * self.up(x)
+        if self.drops == "module":
+            h = self.dropout(h)
+        elif self.drops == "function":
+            h = nn.functional.dropout(h, 0.5, self.training)
+        return self.down(h)
+
+
+def gated(*args, dtype=torch.float32, **options):
+    """A model of one gated MLP, the same unfused, and a function that gives the block's state."""
+    torch.manual_seed(0)
+    config = peftfast.LoraConfig(r=2, target_modules=["gate", "up", "down"], init_lora_weights=False)
+    model = peftfast.get_peft_model(nn.Sequential(Gated(*args, **options).to(dtype)), config)
+    plain = copy.deepcopy(model)
+    blocks = peftfast.fuse_blocks(model)
+    return model, plain, lambda: blocks.groups[0].state
+
+
+@pytest.mark.parametrize("drops", ["module", "function"])
+def test_dropout_between_the_layers_of_a_gated_mlp_stays(drops):
+    model, plain, state = gated(nn.GELU(), drops)
+    x = torch.randn(40, 16)
+    for training in (False, True, False, True):
+        outs = []
+        for m in (model.train(training), plain.train(training)):
+            torch.manual_seed(1)
+            with torch.no_grad():
+                outs.append([m(x) for _ in range(3)])
+        torch.testing.assert_close(*outs)
+        assert torch.equal(outs[0][0], outs[0][1]) is not training
+    assert state() == ("on" if drops == "module" else "off: it computes something else")
+
+
+@pytest.mark.parametrize("act, limit", [(nn.ReLU6(), None), (ACT2FN["gelu_10"], None), (nn.SiLU(), 10.0)], ids=str)
+def test_limits_beyond_what_the_first_call_reaches(act, limit):
+    model, plain, state = gated(act, limit=limit)
+    x = torch.randn(40, 16)
+    with torch.no_grad():
+        for far in (1, 1, 100):
+            torch.testing.assert_close(model(far * x), plain(far * x), rtol=1e-3, atol=1e-2)
+    assert state().startswith("off")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_calls_that_tell_nothing_decide_nothing(dtype):
+    model, _, state = gated(nn.SiLU(), dtype=dtype)
+    with torch.no_grad():
+        for x in (torch.zeros(0, 16), torch.full((5, 16), float("nan"))):
+            model(x.to(dtype))
+            assert state() == "new"
+        model(torch.randn(40, 16).to(dtype))
+    assert state() == "on"
 
 
 def test_checkpointing_copies_files_and_generation(tmp_path):
