@@ -111,10 +111,14 @@ def plan_quantization(
             f"These layers have hooks or are offloaded and cannot be replaced: {enumerate_some(busy)}. Quantise before "
             "dispatching the model, or name them in `skip`."
         )
-    merged = [name for name, layer, _ in places if isinstance(layer, BaseTunerLayer) and layer.merged]
+    _check_not_merged((name, layer) for name, layer, _ in places)
+    return QuantizationPlan(base, kind, options, places, skipped)
+
+
+def _check_not_merged(layers: Iterable[tuple[str, BaseTunerLayer | None]]) -> None:
+    merged = [name for name, layer in layers if layer is not None and layer.merged]
     if merged:
         raise ValueError(f"Adapters are merged into {enumerate_some(merged)}; unmerge first")
-    return QuantizationPlan(base, kind, options, places, skipped)
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -240,21 +244,14 @@ def dequantize_model(
     places = [(n, layer, m) for n, layer, m in _base_modules(base) if is_quantised(m)]
     if not places:
         raise ValueError(f"{type(base).__name__} has no quantised linear layers")
-    merged = [name for name, layer, _ in places if layer is not None and layer.merged]
-    if merged:
-        raise ValueError(f"Adapters are merged into {enumerate_some(merged)}; unmerge first")
+    _check_not_merged((name, layer) for name, layer, _ in places)
     unknown = [name for name, _, module in places if not base_weight(module).known]
     if unknown and originals is None:
         raise ValueError(
             f"The weights of {enumerate_some(unknown)} are in a format that only their modules read; pass `originals`, "
             "the weights before quantisation"
         )
-    source = None if originals is None else Originals(originals, getattr(base, "base_model_prefix", ""))
-    if source is not None:
-        for name, _, module in places:
-            found, wanted = tuple(source.weight(name).shape), base_weight(module).shape
-            if found != wanted:
-                raise ValueError(f"{name}: the original weight has shape {list(found)}, the module {list(wanted)}")
+    source = None if originals is None else _originals(base, originals, [(n, base_weight(m)) for n, _, m in places])
     for name, layer, module in places:
         stored = base_weight(module)
         kept = dtype or _dense_dtype(base, stored)
@@ -263,6 +260,16 @@ def dequantize_model(
     if not any(is_quantised(module) for _, _, module in _base_modules(base)):
         _unmark_quantised(base)
     return [name for name, _, _ in places]
+
+
+def _originals(model: nn.Module, source: Any, places: Iterable[tuple[str, BaseWeight]]) -> Originals:
+    """What has a weight of the right shape for all of these modules."""
+    found = Originals(source, getattr(model, "base_model_prefix", ""))
+    for name, stored in places:
+        shape = tuple(found.weight(name).shape)
+        if shape != stored.shape:
+            raise ValueError(f"{name}: the original weight has shape {list(shape)}, the module {list(stored.shape)}")
+    return found
 
 
 def _dense_dtype(model: nn.Module, stored: BaseWeight) -> torch.dtype:
@@ -306,7 +313,8 @@ def replace_lora_weights_loftq(
         By module name, the relative error |Q + s B A - W| / |W| before and after.
 
     Raises:
-        ValueError: no such layers, or no path. FileNotFoundError, KeyError: original weights that are not there.
+        ValueError: no such layers, merged adapters, no path, or original weights of other shapes. FileNotFoundError,
+            KeyError: original weights that are not there. Nothing was changed.
     """
     base = _inner(peft_model)
     places = [
@@ -324,7 +332,9 @@ def replace_lora_weights_loftq(
                     f"{name}: LoftQ makes factors such as {slot} {list(whole.shape)}, this adapter keeps "
                     f"{list(adapter[slot].shape)}"
                 )
-    source = Originals(_folder(base) if model_path is None else model_path, getattr(base, "base_model_prefix", ""))
+    _check_not_merged(places)
+    weights = [(name, layer.site.weight) for name, layer in places]
+    source = _originals(base, _folder(base) if model_path is None else model_path, weights)
     errors = {}
     for name, layer in places:
         adapter, stored = layer.adapters[adapter_name], layer.site.weight

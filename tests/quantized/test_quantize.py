@@ -348,6 +348,27 @@ def test_replace_asks_the_callback(tmp_path):
             assert not torch.equal(parameter, before[name]), name
 
 
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_replace_refuses_before_it_changes_anything(iterations):
+    dense = llama(hidden=64)
+    config = peftfast.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    model = peftfast.patch(llama(hidden=64), config, quantize="nf4")
+    before = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    weights, last = dense.state_dict(), "model.layers.1.self_attn.k_proj.weight"
+    lacking = {n: t for n, t in weights.items() if n != last}
+    cut = {**weights, last: weights[last][:8]}
+    with pytest.raises(KeyError, match=last):
+        peftfast.replace_lora_weights_loftq(model, lacking, iterations=iterations)
+    with pytest.raises(ValueError, match=r"layers\.1.*k_proj: the original weight has shape \[8, 64\]"):
+        peftfast.replace_lora_weights_loftq(model, cut, iterations=iterations)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="Adapters are merged into .*q_proj.*; unmerge first"):
+        peftfast.replace_lora_weights_loftq(model, dense, iterations=iterations)
+    model.unmerge_adapter()
+    after = model.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[n], t) for n, t in before.items())
+
+
 def test_replace_refusals():
     with pytest.raises(ValueError, match="No LoRA layer with adapter 'default' on a quantised weight"):
         peftfast.replace_lora_weights_loftq(peftfast.get_peft_model(llama(), peftfast.LoraConfig()))
