@@ -191,6 +191,14 @@ class Repeated(Protocol):
     def repeats_init(self, cfg: PeftConfig) -> bool: ...
 
 
+class Prepared(Protocol):
+    """Optional, known by its one function: adapters whose `init` starts from what somebody has left on the module."""
+
+    def check_init(self, site: Site, cfg: PeftConfig, settings: Mapping[str, Any]) -> None:
+        """ValueError where `init` would find nothing to start from. Asked of every module before any is changed."""
+        ...
+
+
 class Reading(Protocol):
     """Optional, known by its one function: adapters that start from the weight, or go by it, though they leave it as it
     is. Without it, those of which `changes_base`."""

@@ -172,7 +172,7 @@ def plan_adapter(
                 stack.enter_context(replicated(base, cfg))
                 inventory = Inventory(base, {})
             injection = plan_injection(
-                inventory, "planned", cfg, method_for(cfg), strict=strict,
+                inventory, "planned", cfg, method_for(cfg), strict=strict, initialise=False,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
         except ValueError as e:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftfast.adapter import Adapter
+from peftfast.methods.lora_config import LoraConfig
 from peftfast.methods.lora_init import initialiser
 from peftfast.sites import Site
 
@@ -37,23 +38,27 @@ def oriented_eigens(weight: Tensor, covariance: Tensor) -> CordaEigens:
     return CordaEigens(s, u, (vh @ inverse).t())
 
 
-@initialiser("corda")
-def _corda(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
-    """B A s = U S Vᵀ, taken out of W."""
+def _check_eigens(site: Site, cfg: LoraConfig, r: int) -> None:
     eigens = getattr(site.module, "eigens", None)
     if eigens is None:
         raise ValueError(
-            f"{adapter.key}: `eigens` attribute not found for layer, please run `preprocess_corda` first (on the model "
-            "that the adapter is added to, with the same config). To load a trained CorDA adapter, save it with "
+            "`eigens` attribute not found for layer, please run `preprocess_corda` first (on the model that the "
+            "adapter is added to, with the same config). To load a trained CorDA adapter, save it with "
             "path_initial_model_for_weight_conversion"
         )
-    r, scale = adapter.setting("r"), adapter.setting("scaling")
     (n, k), shapes = site.weight.shape, [tuple(t.shape) for t in (eigens.S_WC, eigens.U_WC, eigens.V_WC)]
     if shapes != [(r,), (n, r), (k, r)]:
         raise ValueError(
-            f"{adapter.key}: the eigens have shapes {shapes}, this adapter needs {[(r,), (n, r), (k, r)]}; please make "
-            "sure that `preprocess_corda` saw the same model and the same ranks"
+            f"the eigens have shapes {shapes}, this adapter needs {[(r,), (n, r), (k, r)]}; please make sure that "
+            "`preprocess_corda` saw the same model and the same ranks"
         )
+
+
+@initialiser("corda", ready=_check_eigens)
+def _corda(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
+    """B A s = U S Vᵀ, taken out of W."""
+    eigens: CordaEigens = site.module.eigens
+    scale = adapter.setting("scaling")
     root = (eigens.S_WC.to(a.device) / scale).sqrt()
     a.copy_((eigens.V_WC.to(a.device).t() * root[:, None]).reshape(a.shape))
     b.copy_((eigens.U_WC.to(b.device) * root).reshape(b.shape))

@@ -16,7 +16,7 @@ from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora_combine import combined, combined_fields, rank_keeping, svd_of_sum
 from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import initialise, rank_of_factors, restarted
+from peftfast.methods.lora_init import check_ready, initialise, rank_of_factors, restarted
 from peftfast.methods.lora_stack import apply_stack, factors, remembered
 from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
@@ -70,6 +70,10 @@ class Lora:
         for name in settings.get(FROZEN, ()):
             slots[name] = replace(slots[name], trainable=False)
         return slots
+
+    def check_init(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> None:
+        """See `Prepared`."""
+        check_ready(site, cfg, settings["r"])
 
     def init(self, site: Site, adapter: Adapter) -> None:
         a, b = factors(adapter)

@@ -27,6 +27,7 @@ class _Kind(NamedTuple):
     fill: Initialiser
     lookups: bool
     check: Check | None
+    ready: Check | None
 
     def serves(self, site: Site) -> bool:
         """Whether it knows what to do at `site`; a table of rows has no input whose statistics could guide it."""
@@ -82,17 +83,18 @@ def draw_as_building(site: Site, down: Tensor, up: Tensor, adapter: Adapter) -> 
 
 
 def initialiser(
-    pattern: str, *, lookups: bool = False, check: Check | None = None
+    pattern: str, *, lookups: bool = False, check: Check | None = None, ready: Check | None = None
 ) -> Callable[[Initialiser], Initialiser]:
     """Decorator: the function serves values of `init_lora_weights` that match `pattern`.
 
     Args:
         lookups: it serves embeddings as well, which start in the default way otherwise.
-        check: asked for every module before any is changed.
+        check: asked for every module before any is changed. ready: the same, where an adapter is to be initialised and
+            not only read or measured.
     """
 
     def register(fn: Initialiser) -> Initialiser:
-        _TABLE.append(_Kind(re.compile(pattern), fn, lookups, check))
+        _TABLE.append(_Kind(re.compile(pattern), fn, lookups, check, ready))
         return fn
 
     return register
@@ -110,6 +112,13 @@ def initialise(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Fill the factors as the adapter's config asks."""
     kind = _kind_of(adapter.cfg)
     (kind.fill if kind.serves(site) else start_as_identity)(site, a, b, adapter)
+
+
+def check_ready(site: Site, cfg: LoraConfig, r: int) -> None:
+    """ValueError where `initialise` would not find what it needs on the module."""
+    kind = _kind_of(cfg)
+    if kind.ready is not None and kind.serves(site):
+        kind.ready(site, cfg, r)
 
 
 def restarted(site: Site, a: Tensor, b: Tensor, init: bool | str, r: int) -> None:

@@ -238,7 +238,8 @@ def plan_injection(
     own = {key: cls for key, cls in own.items() if key not in classes}
     in_place = [key for key in matched if key not in own]
     say_read_by_parents(inventory, in_place, parameters)
-    transposed = _check_sites(inventory, cfg, method, in_place, classes)
+    meta = device is not None and torch.device(device).type == "meta"
+    transposed = _check_sites(inventory, cfg, method, in_place, classes, initialise and not meta)
     if matched:
         _settle_orientation(cfg, transposed)
     if isinstance(cfg.target_modules, (set, list)) and len(cfg.target_modules) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
@@ -332,10 +333,16 @@ def _say_difference(by_config: set[str], by_state: set[str]) -> None:
 
 
 def _check_sites(
-    inventory: Inventory, cfg: PeftConfig, method: AdapterMethod, keys: Iterable[str], classes: Mapping[str, type]
+    inventory: Inventory,
+    cfg: PeftConfig,
+    method: AdapterMethod,
+    keys: Iterable[str],
+    classes: Mapping[str, type],
+    initialise: bool,
 ) -> list[bool]:
     """Ask every target whether it can carry this adapter; answers which ones store their weight transposed."""
     transposed = []
+    check_init = getattr(method, "check_init", None) if initialise else None
     for key in keys:
         module = inventory.module(key)
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -344,7 +351,10 @@ def _check_sites(
             )
         try:
             site = site_of(module, classes.get(key))
-            method.slots(site, cfg, method.settings(site, cfg, key))
+            settings = method.settings(site, cfg, key)
+            method.slots(site, cfg, settings)
+            if check_init is not None and site.weight.device.type != "meta":
+                check_init(site, cfg, settings)
         except (TypeError, ValueError) as e:
             kind = TypeError if isinstance(e, TypeError) else ValueError
             raise kind(f"{key}: {e}") from e

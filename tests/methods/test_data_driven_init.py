@@ -253,6 +253,24 @@ def test_corda_caches_and_errors(tmp_path):
     assert oracle.saved_config(tmp_path / "adapter")["corda_config"]["cache_file"] == str(tmp_path / "a" / "cache.pt")
 
 
+@pytest.mark.parametrize("wrong", ["targets", "rank"])
+def test_corda_that_does_not_fit_leaves_the_base_alone(wrong):
+    base = oracle.llama()
+    before = copy.deepcopy(base.state_dict())
+    cfg = oracle.quietly(peftfast.LoraConfig, r=4, target_modules=["q_proj"], init_lora_weights="corda")
+    peftfast.preprocess_corda(base, cfg, lambda: base(batches(1, 1)[0]["input_ids"]))
+    asked = copy.deepcopy(cfg)
+    if wrong == "targets":
+        asked.target_modules.add("o_proj")
+    else:
+        asked.rank_pattern = {"layers.1.self_attn.q_proj": 2}
+    assert peftfast.plan_adapter(base, asked).refusal is None
+    with pytest.raises(ValueError, match=r"_proj: .*`preprocess_corda`"):
+        peftfast.get_peft_model(base, asked)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    peftfast.get_peft_model(base, cfg)  # what was prepared is still there
+
+
 @pytest.mark.parametrize("init", ["eva", "corda"])
 def test_settings_that_are_not_given_are_the_default_ones(init):
     configs = []
