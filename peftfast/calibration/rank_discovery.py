@@ -166,8 +166,9 @@ def _gradients(
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             x = args[0].detach()
             projected = x.reshape(-1, x.shape[-1]).float() @ random[name]
-            # frozen weights and token ids give no graph; from here on there is one
-            output = output if output.requires_grad else output.detach().requires_grad_()
+            # frozen weights and token ids give no graph; from here on there is one, of a copy, because the model may
+            # write to what it got (nn.ReLU(inplace=True))
+            output = output if output.requires_grad else output.detach().requires_grad_().clone()
 
             def arrived(dy: Tensor) -> None:
                 sketches[name].addmm_(dy.reshape(-1, dy.shape[-1]).float().t(), projected)

@@ -66,6 +66,17 @@ def test_the_sketch_has_the_gradients_singular_values():
         assert (found[name][2:] <= 1e-6 * found[name][0]).all()  # of rank two, and seen as such
 
 
+def test_the_model_may_write_to_the_outputs_of_its_layers():
+    ranks = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(inplace), nn.Linear(16, 8)).requires_grad_(False)
+        cfg = peftfast.LoraConfig(r=4, target_modules=["0", "2"])
+        run = {"forward_fn": lambda m, b: m(b["x"]), "loss_fn": lambda y: y.square().mean()}
+        ranks.append(peftfast.discover_ranks(model, cfg, rows(), by="gradient", **run))
+    assert ranks[0] == ranks[1]
+
+
 @pytest.mark.parametrize("by", ["variance", "gradient"])
 @pytest.mark.parametrize("rslora", [True, False])
 def test_one_call_and_the_adapter_has_these_ranks(by, rslora, tmp_path):
