@@ -194,6 +194,10 @@ def components_of(
         current["prepared"] = batch if prepare is None else prepare(batch)
         return batch
 
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"The data is gone through again and again, which a {type(batches).__name__} cannot be; pass a list"
+        )
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("dataloader is empty")

@@ -168,6 +168,8 @@ def test_eva_says_what_is_wrong():
         peftfast.initialize_lora_eva_weights(model)
     with pytest.raises(ValueError, match="dataloader is empty"):
         peftfast.initialize_lora_eva_weights(model, [])
+    with pytest.raises(ValueError, match="again and again, which a generator cannot be"):
+        peftfast.initialize_lora_eva_weights(model, (batch for batch in batches()))
     with pytest.raises(ValueError, match="use larger batches"):
         peftfast.initialize_lora_eva_weights(model, batches(1, 1, 2), show_progress_bar=False)
     with pytest.raises(ValueError, match="must be a PeftModel"):
