@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
@@ -63,6 +64,12 @@ class TunerModelStatus:
     quantization_backend: str | None
 
 
+def _weights(adapter: Adapter) -> list[Tensor]:
+    """What an adapter computes with, without numbers that are kept beside."""
+    kept = {name for name, slot in adapter.slots.items() if slot.buffer or not slot.saved}
+    return [tensor for name, tensor in adapter.parameters().items() if name not in kept]
+
+
 def _agreed(values: list[Any]) -> Any:
     first = values[0]
     return first if all(v == first for v in values) else "irregular"
@@ -95,7 +102,7 @@ def _layer_status(model: nn.Module, caller: str) -> list[TunerLayerStatus]:
         if isinstance(module, TrainableTokensWrapper):
             continue  # what counts is the adapter layer inside it
         if isinstance(module, BaseTunerLayer):
-            parameters = {n: list(a.parameters().values()) for n, a in module.adapters.items()}
+            parameters = {n: _weights(a) for n, a in module.adapters.items()}
         elif isinstance(module, StandIn):
             parameters = {n: list(module.adapter_parameters(n).values()) for n in module._adapters}
         else:

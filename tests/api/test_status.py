@@ -57,6 +57,27 @@ def test_which_modules_a_config_means(options):
         inspect(twins.ours, "other")
 
 
+@pytest.mark.parametrize("kind", ["adalora", "velora", "mica", "monteclora"])
+def test_what_trains_is_said_as_in_peft(kind):
+    """Numbers that adapters keep beside their weights never train, and do not count."""
+    own = {
+        "velora": lambda lib: {"velora_config": lib.VeloraConfig(num_groups=4)},
+        "mica": lambda lib: {"init_lora_weights": "mica"},
+        "monteclora": lambda lib: {"monteclora_config": lib.MontecloraConfig()},
+    }
+    found = []
+    for library in (peftfast, peft):
+        if kind == "adalora":
+            config = library.AdaLoraConfig(target_modules=["q_proj"], total_step=9)
+        else:
+            config = library.LoraConfig(target_modules=["q_proj"], r=4, **own[kind](library))
+        model = library.get_peft_model(oracle.llama(), config)
+        layers = [layer.requires_grad for layer in library.get_layer_status(model)]
+        found.append((layers, library.get_model_status(model).requires_grad))
+    assert found[0] == found[1]
+    assert found[0][1] == {"default": "irregular" if kind == "mica" else True}
+
+
 def test_prompts_adapt_no_layer():
     config = peftfast.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     model = peftfast.get_peft_model(oracle.llama(), config)
