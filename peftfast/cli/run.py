@@ -35,6 +35,6 @@ def run(args: argparse.Namespace) -> int:
         runpy.run_module(args.script, run_name="__main__", alter_sys=True)
     else:
         # what `python script.py` has in front of the path
-        sys.path[0:1] = [os.path.dirname(os.path.abspath(args.script))]
+        sys.path[0:1] = [os.path.dirname(os.path.realpath(args.script))]
         runpy.run_path(args.script, run_name="__main__")
     return 0

@@ -280,3 +280,17 @@ def test_run_refuses_a_missing_script(tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2
     assert "nowhere.py" in done.stderr
+
+
+def test_run_finds_what_is_beside_a_script_that_a_link_leads_to(tmp_path):
+    """As `python script.py` does."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "beside_it.py").write_text("")
+    (tmp_path / "real" / "script.py").write_text("import beside_it, peft\nprint(peft.__name__, beside_it.__name__)\n")
+    link = tmp_path / "link.py"
+    link.symlink_to(tmp_path / "real" / "script.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    done = subprocess.run([sys.executable, "-m", "peftfast", "run", str(link)], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("beside_it\n")
