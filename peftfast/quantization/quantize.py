@@ -67,7 +67,7 @@ def quantize_model(
         weight = base_weight(module).dense()
         new = plan.kind.module(weight, module.bias, **plan.options)
         new.train(module.training)
-        report[name] = _relative_error(base_weight(new), weight)
+        report[name] = _relative_error(base_weight(new).dense(torch.float32), weight.float())
         _put(plan.base, name, layer, new)
     _mark_quantised(plan.base, plan.kind.config(**plan.options), plan.skipped)
     plan.base.quantization_report = report
@@ -128,9 +128,9 @@ def _inner(model: nn.Module) -> nn.Module:
     return inventory.model if isinstance(inventory, Inventory) else model
 
 
-def _relative_error(stored: BaseWeight, weight: Tensor) -> float:
-    exact = weight.float()
-    return float((stored.dense(torch.float32) - exact).norm() / exact.norm())
+def _relative_error(held: Tensor, weight: Tensor) -> float:
+    """|held - W| / |W|, 0 where a W of zeros is held as such."""
+    return float((held - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer | None, nn.Module]]:
@@ -367,7 +367,7 @@ def replace_lora_weights_loftq(
 def _loss(layer: BaseTunerLayer, adapter: Adapter, weight: Tensor) -> float:
     a, b = (f.float() for f in factors(adapter))
     held = layer.site.weight.dense(torch.float32) + adapter.scale * layer.site.delta(a, b)
-    return float((held - weight).norm() / weight.norm())
+    return _relative_error(held, weight)
 
 
 def _folder(model: nn.Module) -> Path:

@@ -369,6 +369,17 @@ def test_replace_refuses_before_it_changes_anything(iterations):
     assert set(after) == set(before) and all(torch.equal(after[n], t) for n, t in before.items())
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8"])
+def test_zeros_are_stored_without_an_error(quantize):
+    model = nn.ModuleDict({"zero": nn.Linear(64, 64), "usual": nn.Linear(64, 64)})
+    nn.init.zeros_(model["zero"].weight)
+    report = peftfast.quantize_model(model, quantize)
+    assert report["zero"] == 0.0 < report["usual"] < 0.2
+    model = peftfast.get_peft_model(model, peftfast.LoraConfig(target_modules=["zero"]))
+    errors = peftfast.replace_lora_weights_loftq(model, {"zero.weight": torch.zeros(64, 64)})
+    assert errors == {"zero": (0.0, 0.0)}
+
+
 def test_replace_refusals():
     with pytest.raises(ValueError, match="No LoRA layer with adapter 'default' on a quantised weight"):
         peftfast.replace_lora_weights_loftq(peftfast.get_peft_model(llama(), peftfast.LoraConfig()))
