@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftfast.config import PeftConfig
+from peftfast.method import method_for
 
 REFUSES, WRONG, UNKNOWN = "refuses", "loads, wrong output", "not known"
 CONVERT, LOADS = "needs conversion", "loads"
@@ -58,6 +59,11 @@ class Facts:
         return next((name for name in _MORE_TENSORS if self.field(name)), None)
 
     @property
+    def changes_base(self) -> bool:
+        """Whether the factors are for a base that their initialisation has changed."""
+        return method_for(self.cfg).changes_base(self.cfg)
+
+    @property
     def saved_not_norms(self) -> list[str]:
         return [name for name in self.saved if "_layernorm" not in name and ".norm" not in f".{name}"]
 
@@ -80,6 +86,14 @@ _FUSED = Rule(UNKNOWN, lambda f: f.parameters, "adapters of Parameters: not in t
 
 # the files named below read fields of the config by name; of these two, llama.cpp's reads the second
 _STACKED = Rule(WRONG, lambda f: f.field("layer_replication"), "leaves the base's layers as they are; serve it merged")
+
+# none of the files named below reads `init_lora_weights`
+_CHANGED = Rule(
+    WRONG,
+    lambda f: f.changes_base,
+    "adds it to the base as it was before init_lora_weights={f.cfg.init_lora_weights!r}; convert it when saving "
+    "(path_initial_model_for_weight_conversion), or serve it merged",
+)
 
 _INVOKED = Rule(
     WRONG, lambda f: f.field("alora_invocation_tokens"), "applies it to all tokens, not from its invocation sequence on"
@@ -105,6 +119,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _CHANGED,
         _ROUTER,
         _INVOKED,
         _VARIANT,
@@ -126,6 +141,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _CHANGED,
         _ROUTER,
         _INVOKED,
         _VARIANT,
@@ -144,6 +160,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _CHANGED,
         _ROUTER,
         _VARIANT,
         Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved}"),
@@ -166,6 +183,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
         _NO_LORA,
         _FUSED,
         _STACKED,
+        _CHANGED,
         _ROUTER,
         _INVOKED,
         _VARIANT,

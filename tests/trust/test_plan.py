@@ -161,6 +161,21 @@ def test_servers(changes, expected):
         assert plan.servers[0].reasons == ("r=64 is above max_lora_rank=16",)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "corda", "lora_ga", "loftq", "eva", "mica"])
+def test_servers_leave_the_base_as_it_was(init):
+    settings = {"loftq_config": peftfast.LoftQConfig(), "lora_ga_config": peftfast.LoraGAConfig()}
+    own = {name: value for name, value in settings.items() if name == f"{init}_config"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init, **own)
+    plan = plan_adapter(base.Tiny(), config)
+    if init in ("eva", "mica"):
+        assert not any(v.verdict == "loads, wrong output" for v in plan.servers)
+    else:
+        assert {v.verdict for v in plan.servers} == {"loads, wrong output"}
+        assert all(f"before init_lora_weights={init!r}; convert it" in v.reasons[0] for v in plan.servers)
+
+
 def test_other_methods_load_nowhere():
     plan = plan_adapter(base.Tiny(), CONFIGS["ia3"])
     assert {v.verdict for v in plan.servers} == {"refuses"}
