@@ -31,7 +31,8 @@ def prepare_model_for_kbit_training(
         use_gradient_checkpointing: for quantised models only, as in PEFT.
         gradient_checkpointing_kwargs: of `model.gradient_checkpointing_enable`.
         auto_clear_cache: with `upcast`, give the memory of the old tensors back to the device.
-        upcast: cast all half-precision parameters to fp32, as PEFT does.
+        upcast: cast all half-precision parameters to fp32, as PEFT does; nothing of models that are packed by other
+            tools than bitsandbytes, in PEFT neither.
 
     Returns:
         The model, changed in place.
@@ -43,7 +44,7 @@ def prepare_model_for_kbit_training(
     # packed 4-bit weights may be stored as a half-precision dtype; they are no numbers of it
     half = [p for p in model.parameters() if p.dtype in _HALF and not hasattr(p, "quant_state")]
     extra = sum(p.numel() for p in half) * 2 / 2**20
-    if upcast:
+    if upcast and not _is_packed_by_others(model):
         for parameter in half:
             parameter.data = parameter.data.to(torch.float32)
         if auto_clear_cache and torch.cuda.is_available():
@@ -65,6 +66,10 @@ def prepare_model_for_kbit_training(
 def _is_quantised(model: nn.Module) -> bool:
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         return True
+    return _is_packed_by_others(model)
+
+
+def _is_packed_by_others(model: nn.Module) -> bool:
     method = getattr(model, "quantization_method", None)
     return method in ("gptq", "aqlm", "eetq", "hqq", "torchao") or getattr(model, "hqq_quantized", False)
 

@@ -472,6 +472,17 @@ def test_prepare_does_what_pefts_does_but_for_the_upcast(kwargs, capsys):
     assert {n: p.dtype for n, p in upcast.named_parameters()} == {n: p.dtype for n, p in theirs.named_parameters()}
 
 
+@pytest.mark.parametrize("tool", ["gptq", "aqlm", "eetq", "hqq", "torchao", "bitsandbytes", None])
+def test_prepare_upcasts_what_peft_does_of_any_tools_models(tool):
+    found = []
+    for library, options in ((peftfast, {"upcast": True}), (peft, {})):
+        model = llama().to(torch.bfloat16)
+        model.quantization_method = tool
+        library.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False, **options)
+        found.append({n: p.dtype for n, p in model.named_parameters()})
+    assert found[0] == found[1]
+
+
 def test_prepare_leaves_dense_models_without_checkpointing():
     model = peftfast.prepare_model_for_kbit_training(llama())
     assert not model.is_gradient_checkpointing and not any(p.requires_grad for p in model.parameters())
