@@ -477,6 +477,26 @@ def test_an_adapter_with_more_tokens_is_loaded_without_the_network(where, tmp_pa
     assert torch.equal(oracle.logits(loaded), oracle.logits(model))
 
 
+def test_auto_classes_ask_for_the_tokenizer_as_for_the_model(base_folder, tmp_path, monkeypatch):
+    import transformers
+
+    model = from_folder(base_folder)
+    model.resize_token_embeddings(model.config.vocab_size + 5)
+    size = model.config.vocab_size
+    options = {**OPTIONS, "modules_to_save": ["embed_tokens", "lm_head"]}
+    peftfast.get_peft_model(model, LoraConfig(**options)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    asked = []
+    given = {"trust_remote_code": True, "token": "t"}
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda path, **given: asked.append(given) or range(size)
+    )
+    for library in (peft, peftfast):
+        loaded = library.AutoPeftModelForCausalLM.from_pretrained(tmp_path, **given)
+        assert loaded.get_input_embeddings().weight.shape[0] == size
+    assert asked == 2 * [{"revision": None, **given}]
+
+
 def test_model_card(base_folder, tmp_path):
     from huggingface_hub import ModelCard
 
