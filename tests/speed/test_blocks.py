@@ -468,6 +468,18 @@ def test_calls_that_tell_nothing_decide_nothing(dtype):
     assert state() == "on"
 
 
+def test_what_overflows_far_out_is_no_difference():
+    """fp16 ends at 65504, which a block as large as real ones reaches where it is compared far out."""
+    model, plain, state = gated(nn.SiLU(), dtype=torch.float16)
+    x = torch.randn(40, 16).half()
+    with torch.no_grad():
+        for m in (model, plain):
+            m.base_model.model[0].down.base_layer.weight.mul_(1000)
+        assert torch.isfinite(plain(x)).all() and not torch.isfinite(plain(100 * x)).all()
+        model(x)
+    assert state() == "on"
+
+
 def test_checkpointing_copies_files_and_generation(tmp_path):
     twins = Twins(llama, {"r": 4, "target_modules": ALL, "task_type": "CAUSAL_LM"})
     model = twins.ours
