@@ -67,6 +67,18 @@ def taken_apart(source: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def to_shards(model: nn.Module) -> None:
+    """FSDP2 leaves the Parameters of its outermost module put together after an evaluation, until the next backward
+    pass: what is written to them then, `requires_grad` too, is lost with them, and what is read is freed. This takes
+    them apart, by the hooks that do so for every state dict, since they may be another module's than `model`."""
+    if _distributed_tensor_class() is None:
+        return
+    for module in model.modules():
+        for hook in module._state_dict_pre_hooks.values():
+            if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp._fully_shard"):
+                hook(module, "", True)
+
+
 def whole_shape(tensor: Tensor) -> torch.Size:
     """Shape of a tensor put together; ZeRO-3 leaves an empty tensor in place of a partitioned one."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))

@@ -32,7 +32,7 @@ from peftfast.files.state import (
 )
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.sharding import copy_whole, whole_shape
+from peftfast.sharding import copy_whole, to_shards, whole_shape
 from peftfast.sites.site import is_bias
 
 
@@ -167,6 +167,7 @@ class Fit:
 
     def apply(self, model: nn.Module, assign: bool = False) -> None:
         """Copy the tensors in; tensors on the meta device are replaced."""
+        to_shards(model)
         with torch.no_grad():
             for entry, tensor in self.found:
                 current = entry.tensor() if entry.store is None and entry.is_kept else None

@@ -18,7 +18,7 @@ from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensW
 from peftfast.layers.stand_in import StandIn
 from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
-from peftfast.sharding import gathered
+from peftfast.sharding import gathered, to_shards
 from peftfast.sites.site import is_bias
 
 _FACTOR = re.compile(r"lora_(embedding_)?[AB](\.weight)?$")
@@ -165,6 +165,8 @@ def adapter_state_dict(
             )
         return tensor  # a view of another layer's factor, which no state dict holds
 
+    if given is None:
+        to_shards(model)
     entries = adapter_entries(model, adapter_name)
     if given is not None and not complete:
         there = [entry for entry in entries if _has(given, entry)]

@@ -27,6 +27,7 @@ from peftfast.many.swappable import pads, rank_of, runs_of
 from peftfast.method import method_for
 from peftfast.methods.lora_combine import padded
 from peftfast.methods.lora_config import VARIANTS, LoraConfig
+from peftfast.sharding import to_shards
 
 #: Fields that change the output and are neither in the weights nor in the scaling, which every swap sets anew.
 _MUST_AGREE = ("use_rslora", "lora_dropout", *VARIANTS)
@@ -131,6 +132,7 @@ def _swap(
     model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, config: LoraConfig, by_file_name: bool
 ) -> None:
     inner = getattr(model, "_orig_mod", model)
+    to_shards(inner)
     entries = {
         e.file if by_file_name else e.live: e
         for e in adapter_entries(inner, adapter_name)

@@ -14,7 +14,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning
 from peftfast.layers.layer import BaseTunerLayer, Place
 from peftfast.method import AdapterMethod, method_for
-from peftfast.sharding import is_stepped_by_zero3
+from peftfast.sharding import is_stepped_by_zero3, to_shards
 from peftfast.sites.site import is_bias
 from peftfast.wrapping.listing import Listing, Wrapper
 from peftfast.wrapping.replication import Replication
@@ -161,6 +161,7 @@ class Inventory(Listing):
         if any(layer.merged for layer in self.layers.values()):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge()
+        to_shards(self.model)
         trainable = set() if inference_mode else set(names)
         self._say_if_steps_repeat([name for name in self.active if name not in names])
         for name in self._trainable.union(self.active, names):
@@ -210,12 +211,14 @@ class Inventory(Listing):
     def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters without activating them."""
         names = self.check_known(names)
+        to_shards(self.model)
         for _, wrapper in self.wrappers():
             wrapper.set_requires_grad(names, requires_grad)
         self._trainable = self._trainable.union(names) if requires_grad else self._trainable.difference(names)
 
     def enable(self, enabled: bool) -> None:
         """Switch all adapters on or off."""
+        to_shards(self.model)
         for _, wrapper in self.wrappers():
             wrapper.enable_adapters(enabled)
         self.enabled = enabled
@@ -234,7 +237,7 @@ class Inventory(Listing):
     def disabled(self) -> Iterator[None]:
         """All adapters off; afterwards every module is as it was, trainability included."""
         before = [(w, w.disable_adapters) for _, w in self.wrappers()]
-        grads = [(p, p.requires_grad) for _, w in self.wrappers() for p in _own_parameters(w)]
+        grads = {place: (p, p.requires_grad) for _, w in self.wrappers() for place, p in _own_places(w)}
         enabled = self.enabled
         self.enable(False)
         try:
@@ -244,8 +247,10 @@ class Inventory(Listing):
                 wrapper._disable_adapters = was_disabled
                 if isinstance(wrapper, BaseTunerLayer):
                     wrapper.__dict__["_plan"] = None
-            for parameter, requires_grad in grads:
-                parameter.requires_grad_(requires_grad)
+            now = dict(found for wrapper, _ in before for found in _own_places(wrapper))
+            for place, (parameter, requires_grad) in grads.items():
+                for p in (parameter, now.get(place, parameter)):  # FSDP2 may have put it together, see `to_shards`
+                    p.requires_grad_(requires_grad)
             self.enabled = enabled
             for wrapper in {w for _, w in self.wrappers()} - {w for w, _ in before}:
                 wrapper._disable_adapters = not enabled  # made inside the block
@@ -307,11 +312,13 @@ class Inventory(Listing):
         merged = [layer for layer in (*self.own_layers(), *self.mergeable()) if layer.merged]
         if not merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
+        to_shards(self.model)
         for layer in reversed(merged):  # the reverse order matters where layers share one weight
             layer.unmerge()
 
     def unload(self, merged: bool = False, safe_merge: bool = False, names: list[str] | None = None) -> nn.Module:
         """Put the base modules back, `merged` with what is inside their weights; returns the base model."""
+        to_shards(self.model)
         for key, layer in self.layers.items():
             if layer.merged and not merged:
                 layer.unmerge()
@@ -342,12 +349,18 @@ class Inventory(Listing):
 
 
 def _own_parameters(wrapper: Wrapper) -> Iterator[nn.Parameter]:
+    return (parameter for _, parameter in _own_places(wrapper))
+
+
+def _own_places(wrapper: Wrapper) -> Iterator[tuple[tuple[Wrapper, str, str], nn.Parameter]]:
     if isinstance(wrapper, BaseTunerLayer):
-        for adapter in wrapper.adapters.values():
-            yield from (p for p in adapter.parameters().values() if isinstance(p, nn.Parameter))
+        own = {name: adapter.parameters() for name, adapter in wrapper.adapters.items()}
     else:
-        for name in wrapper._adapters:
-            yield from wrapper.adapter_parameters(name).values()
+        own = {name: wrapper.adapter_parameters(name) for name in wrapper._adapters}
+    for name, parameters in own.items():
+        for key, p in parameters.items():
+            if isinstance(p, nn.Parameter):
+                yield (wrapper, name, key), p
 
 
 def _switch(places: Iterable[Place], requires_grad: bool) -> bool:

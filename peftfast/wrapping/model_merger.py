@@ -14,6 +14,7 @@ from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.merger import check_mergeable
 from peftfast.layers.own import LoraLayer
+from peftfast.sharding import to_shards
 from peftfast.wrapping.inventory import Inventory
 
 #: A layer, and the adapters that are to go into its weight.
@@ -43,6 +44,7 @@ class ModelMerger:
                 f"Adapters present: {sorted(configs)}"
             )
         check_mergeable(self.inventory.model)
+        to_shards(self.inventory.model)
         work, own_work = self._unmerged(adapter_names)
         merged = self._merged()
         new = list(dict.fromkeys(n for _, wanted in (*work, *own_work) for n in wanted))
@@ -89,6 +91,7 @@ class ModelMerger:
         inventory = self.inventory
         check_mergeable(inventory.model)
         names = self.active() if adapter_names is None else inventory.check_known(adapter_names)
+        to_shards(inventory.model)
         merged = self._merged()
         if not merged:
             self._untie_one_sided(names)

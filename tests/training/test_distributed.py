@@ -17,6 +17,7 @@ import peftfast
 FSDP1 = ["plain", "nf4"]
 FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16"]
 DRAWS = range(3)
+EVALUATED = ["ends", "saved"]
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
 
 
@@ -28,6 +29,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
     kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
+    kinds["evaluated"] = EVALUATED
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
 
@@ -95,6 +97,14 @@ def test_adalora_chooses_the_ranks_of_a_single_process(two):
         found = result["adalora:fsdp2"]
         assert found["error"] < 1e-4
         assert found["ranks"][0] == found["ranks"][1]
+
+
+@pytest.mark.parametrize("kind", EVALUATED)
+def test_what_is_done_after_an_evaluation_lasts(two, kind):
+    """FSDP2 leaves parameters of the outermost module whole then, and throws them away at the next chance."""
+    _, ranks = two
+    for result in ranks:
+        assert all(error < 2e-5 for error in result[f"evaluated:{kind}"].values()), result[f"evaluated:{kind}"]
 
 
 @BOTH

@@ -18,6 +18,7 @@ from training.nf4 import quantise
 from training.tiny import batch, checkpoint, fill, llama, lora
 
 import peftfast
+from peftfast.sharding import put_together
 
 
 def base(kind: str) -> torch.nn.Module:
@@ -235,6 +236,99 @@ def adalora(kind: str, folder: Path) -> dict:
     return {"error": error(found, expected), "ranks": ranks}
 
 
+def evaluated(kind: str, folder: Path) -> dict:
+    """What is done to a model by FSDP2 after an evaluation, which leaves the root's parameters whole for a time:
+    how far each thing is from the same in one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    options = {
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 9]},
+        "ends": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    }[kind]
+
+    def build() -> torch.nn.Module:
+        model = peftfast.get_peft_model(llama(), lora(peftfast, **options))
+        model.add_adapter("second", lora(peftfast, **options))
+        for name in ("second", "default"):
+            model.set_adapter(name)
+            with torch.no_grad():
+                for i, (_, p) in enumerate(sorted((n, p) for n, p in model.named_parameters() if p.requires_grad)):
+                    p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)), alpha=0.1)
+        return model
+
+    def sharded() -> torch.nn.Module:
+        model = build()
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    def run(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**batch(4)).logits
+
+    def train(model: torch.nn.Module, step: int = 0) -> dict[str, torch.Tensor]:
+        rows = {k: v.chunk(world)[rank] if model is ours else v for k, v in batch(4, step).items()}
+        model(**rows).loss.backward()
+        found = {n: put_together(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    def off(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        for step in range(2):  # as in preference learning
+            with model.disable_adapter():
+                run(model)
+            found = train(model, step)
+        return found
+
+    def switched(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        run(model)
+        model.set_adapter("second")
+        train(model)
+        return train(model)
+
+    def read(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        run(model)
+        found = peftfast.get_peft_model_state_dict(model)
+        model.state_dict()
+        return found
+
+    def later(model: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+        """Once the shards are all there is."""
+        model.state_dict()
+        return {name: run(model)}
+
+    def loaded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        run(model)
+        model.load_adapter(folder, "default", is_trainable=True)
+        return later(model, "loaded")
+
+    def merged(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        run(model)
+        model.merge_adapter()
+        return later(model, "merged")
+
+    def unmerged(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        model.merge_adapter()
+        run(model)
+        model.unmerge_adapter()
+        return later(model, "unmerged")
+
+    other = build()
+    with torch.no_grad():
+        for p in other.parameters():
+            if p.requires_grad:
+                p.mul_(2)
+    other.save_pretrained(folder, is_main_process=rank == 0)
+    dist.barrier()
+    results = {}
+    for what in (off, switched, read, loaded, merged, unmerged):
+        ours = sharded()
+        results[what.__name__] = error(what(ours), what(build()))
+    return results
+
+
 def units(kind: str, folder: Path) -> dict:
     """Modules of the adapters' factors as shards of their own, as a policy for whole trainable leaves makes them."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -263,7 +357,7 @@ def units(kind: str, folder: Path) -> dict:
     return {"error": error(found, expected)}
 
 
-RUNS = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2, "units": units, "adalora": adalora}
+RUNS = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2, "units": units, "adalora": adalora, "evaluated": evaluated}
 
 
 def main() -> None:
