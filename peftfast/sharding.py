@@ -47,7 +47,7 @@ def copy_whole(target: Tensor, source: Tensor) -> None:
             target.copy_(source)
 
 
-def is_distributed(tensor: Tensor) -> bool:
+def is_distributed(tensor: Tensor | None) -> bool:
     """Whether it is one of FSDP2's or tensor parallelism's (DTensor)."""
     distributed = _distributed_tensor_class()
     return distributed is not None and isinstance(tensor, distributed)
@@ -58,7 +58,7 @@ def put_together(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
-def taken_apart(source: Tensor, like: Tensor) -> Tensor:
+def taken_apart(source: Tensor, like: Tensor | None) -> Tensor:
     """A whole tensor, which every process has, sharded as `like` is if that is."""
     if not is_distributed(like):
         return source

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.base.dense import for_narrowing
 from peftfast.base.weight import kept_copy
-from peftfast.sharding import check_not_partitioned
+from peftfast.sharding import check_not_partitioned, taken_apart
 from peftfast.sites import Dense
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ class Merger:
             "bias": kept_copy(bias, host) if keep and bias is not None else None,
         }
 
+    @torch.no_grad()
     def check(self, names: Sequence[str]) -> None:
         """Raise what merging these adapters would raise for their kind, without computing anything."""
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -151,8 +152,9 @@ class Merger:
         self._check_output(names)
         with FakeTensorMode(allow_non_fake_inputs=True):
             bias = getattr(layer.base_layer, "bias", None)
-            weight = torch.empty(layer.site.weight.shape)
-            base = Dense(weight, None if bias is None else torch.empty(bias.shape))
+            own = getattr(layer.get_base_layer(), layer.site.parameter, None)
+            weight = taken_apart(torch.empty(layer.site.weight.shape), own)
+            base = Dense(weight, None if bias is None else taken_apart(torch.empty(bias.shape), bias))
             for name in names:
                 try:
                     list(self._steps(base, [name]))

@@ -15,6 +15,7 @@ from peftfast.embeddings import input_embeddings
 from peftfast.errors import enumerate_some
 from peftfast.method import register_method
 from peftfast.rules import boolean, either, integer, optional, sequence, text
+from peftfast.sharding import put_together, taken_apart
 from peftfast.sites import Dense, Site, Slot
 
 
@@ -121,8 +122,9 @@ class TrainableTokens:
             seen |= rows
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
-        rows = adapter["trainable_tokens_delta"].to(dense.weight)
-        return dense._replace(weight=dense.weight.index_copy(0, _index(adapter, dense.weight), rows))
+        weight, rows = map(put_together, (dense.weight, adapter["trainable_tokens_delta"]))
+        weight = weight.index_copy(0, _index(adapter, weight), rows.to(weight))
+        return dense._replace(weight=taken_apart(weight, dense.weight))
 
 
 def _index(adapter: Adapter, like: Tensor) -> Tensor:

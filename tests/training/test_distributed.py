@@ -17,7 +17,7 @@ import peftfast
 FSDP1 = ["plain", "nf4"]
 FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16"]
 DRAWS = range(3)
-EVALUATED = ["ends", "saved"]
+EVALUATED = ["ends", "saved", "tokens"]
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
 
 

@@ -315,6 +315,10 @@ def evaluated(kind: str, folder: Path) -> dict:
         model.unmerge_adapter()
         return later(model, "unmerged")
 
+    def gone(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        run(model)
+        return {n: put_together(t) for n, t in model.merge_and_unload().state_dict().items()}
+
     other = build()
     with torch.no_grad():
         for p in other.parameters():
@@ -323,7 +327,7 @@ def evaluated(kind: str, folder: Path) -> dict:
     other.save_pretrained(folder, is_main_process=rank == 0)
     dist.barrier()
     results = {}
-    for what in (off, switched, read, loaded, merged, unmerged):
+    for what in (off, switched, read, loaded, merged, unmerged, gone):
         ours = sharded()
         results[what.__name__] = error(what(ours), what(build()))
     return results
