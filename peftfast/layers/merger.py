@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.base.dense import for_narrowing
 from peftfast.base.weight import kept_copy
-from peftfast.sharding import check_not_partitioned, taken_apart
+from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
 from peftfast.sites import Dense
 
 if TYPE_CHECKING:
@@ -33,6 +33,18 @@ def check_mergeable(module: nn.Module) -> None:
         "Save them (model.save_pretrained(folder), called by all processes) and merge without DeepSpeed, in one "
         "process: PeftModel.from_pretrained(base_model, folder).merge_and_unload()",
     )
+
+
+def _check_decodable(layer: BaseTunerLayer) -> None:
+    """RuntimeError if the weight is packed and FSDP2 has taken it apart."""
+    weight = layer.site.weight
+    if weight.quantization and is_distributed(getattr(layer.get_base_layer(), layer.site.parameter, None)):
+        raise RuntimeError(
+            f"Cannot merge adapters of this model: {weight.name} is packed ({weight.quantization}) and sharded by "
+            "FSDP2, and no process can decode its share alone. Save the adapter (model.save_pretrained(folder), called "
+            "by all processes) and merge in one process: "
+            "PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
+        )
 
 
 class MergedNames(list[str]):
@@ -103,6 +115,7 @@ class Merger:
         if keep not in (True, False, "host"):
             raise ValueError(f"keep must be True, False or 'host', got {keep!r}")
         check_mergeable(layer)
+        _check_decodable(layer)
         names = self._names_to_merge(adapter_names)
         if not names:
             return
@@ -148,6 +161,7 @@ class Merger:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         layer = self.layer
+        _check_decodable(layer)
         self._check_together(names)
         self._check_output(names)
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,6 +159,11 @@ def fsdp2(kind: str, folder: Path) -> dict:
     optimizer.step()
     if "+peft" not in kind:
         model.save_pretrained(folder, is_main_process=rank == 0)
+    if kind == "nf4":
+        with pytest.raises(RuntimeError, match="sharded by FSDP2.*merge in one process"):
+            model.merge_adapter()
+        with pytest.raises(RuntimeError, match="sharded by FSDP2.*merge in one process"):
+            model.merge_and_unload()
     model.eval()
     with torch.no_grad():
         result["logits"] = model(**batch(2)).logits.float()[0, -1].tolist()
