@@ -67,6 +67,12 @@ def taken_apart(source: Tensor, like: Tensor | None) -> Tensor:
     return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def is_sharded_by_fsdp2(model: nn.Module) -> bool:
+    """Whether `fully_shard` was called on the model or on parts of it."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and any(isinstance(module, kind) for module in model.modules())
+
+
 def to_shards(model: nn.Module) -> None:
     """FSDP2 leaves the Parameters of its outermost module put together after an evaluation, until the next backward
     pass: what is written to them then, `requires_grad` too, is lost with them, and what is read is freed. This takes

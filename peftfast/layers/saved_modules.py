@@ -16,7 +16,7 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.rows.control import Control
 from peftfast.rows.routing import Routing
-from peftfast.sharding import is_distributed, whole, whole_shape
+from peftfast.sharding import is_distributed, put_together, whole, whole_shape
 from peftfast.sites import Dense
 from peftfast.sites.linear import is_quantised, linear_with
 
@@ -167,8 +167,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
 @torch.no_grad()
 def _trainable_copy(module: nn.Module) -> nn.Module:
-    """A copy in which packed linear layers are dense: nobody can train the packed bytes, or read them in a file."""
+    """A copy in which packed linear layers are dense, because nobody can train the packed bytes, or read them in a
+    file, and what FSDP2 has taken apart is whole, because FSDP2 knows nothing of the copy."""
     copied = copy.deepcopy(module)
+    for part in copied.modules():
+        for name, p in part._parameters.items():
+            if is_distributed(p):
+                part._parameters[name] = nn.Parameter(put_together(p.detach()), p.requires_grad)
     for name, part in [*copied.named_modules()]:
         if is_quantised(part) and (stored := base_weight(part)).known:
             dense = linear_with(stored.dense(stored.compute_dtype), part)

@@ -18,6 +18,7 @@ from peftfast.errors import enumerate_some
 from peftfast.layers.saved_modules import ModulesToSaveWrapper
 from peftfast.method import method_for
 from peftfast.methods.combination import KINDS, Combination
+from peftfast.sharding import put_together
 from peftfast.sites import Site
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
@@ -74,7 +75,7 @@ def add_weighted_adapter(
                 made = layer.adapters[adapter_name]
                 tensors = method.combine(layer.site, [a for a, _ in parts], [w for _, w in parts], how, made)
                 for slot, tensor in tensors.items():
-                    made[slot].copy_(tensor)
+                    made[slot].copy_(put_together(tensor))
             for wrapper in inventory.extras.values():
                 if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                     _combine_copies(wrapper, adapters, weights, adapter_name)
@@ -198,7 +199,7 @@ def _combine_copies(
     statistics = dict(wrapper.original_module.named_buffers())
     for name, target in _floating(wrapper.modules_to_save[adapter_name]).items():
         wide = torch.promote_types(target.dtype, torch.float32)
-        base, *others = (tensors[name].detach().to(wide) for tensors in (own, *(c for _, c in copies)))
+        base, *others = (put_together(tensors[name].detach()).to(wide) for tensors in (own, *(c for _, c in copies)))
         value = base + sum(w * (other - base) for (w, _), other in zip(copies, others, strict=True))
         if name in statistics:
             least = torch.stack([base, *others]).amin(0)

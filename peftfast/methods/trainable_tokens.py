@@ -88,7 +88,7 @@ class TrainableTokens:
     def init(self, site: Site, adapter: Adapter) -> None:
         rows = adapter["trainable_tokens_delta"]
         if adapter.cfg.init_weights:
-            rows.copy_(site.weight.dense()[adapter.setting("token_indices")])
+            rows.copy_(put_together(site.weight.dense())[adapter.setting("token_indices")])
         else:
             rows.normal_()
 

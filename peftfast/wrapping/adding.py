@@ -11,7 +11,7 @@ from torch import nn
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some
 from peftfast.method import method_for, reads_base
-from peftfast.sharding import is_run_by_zero3
+from peftfast.sharding import is_run_by_zero3, is_sharded_by_fsdp2, to_shards
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import Replication, ranges_of
@@ -77,6 +77,9 @@ def add_adapter(
             "Weights from a file can be loaded into an adapter that is here: model.load_adapter(folder, "
             f"{next(iter(inventory.configs), 'default')!r})"
         )
+    if is_sharded_by_fsdp2(inventory.model):
+        to_shards(inventory.model)
+        _check_sharded(name, cfg, options.get("initialise", True))
     _check_base_is_whole(inventory, name, cfg)
     _check_biases(inventory, name, cfg)
     first = not inventory.configs and not any(layer.adapters for layer in inventory.layers.values())
@@ -117,6 +120,24 @@ def _replicate(inventory: Inventory, name: str, cfg: PeftConfig) -> bool:
         )
     inventory.replicate_layers(Replication(inventory.model, ranges))
     return True
+
+
+def _check_sharded(name: str, cfg: PeftConfig, initialise: bool) -> None:
+    """RuntimeError for an adapter that starts from weights which FSDP2 has taken apart, and a warning for one that is
+    to be trained."""
+    if initialise and not cfg.is_prompt_learning and reads_base(cfg):
+        raise RuntimeError(
+            f"Adapter {name} starts from the base weights, which FSDP2 has taken apart. Add it before fully_shard, or "
+            "load it from a file (model.load_adapter)."
+        )
+    if not cfg.inference_mode:
+        warnings.warn(
+            f"Adapter {name} comes to a model that FSDP2 has sharded already: its Parameters are whole in every "
+            "process, and FSDP2 reduces no gradients for them, so that processes would train different adapters. To "
+            "train it, add it before fully_shard.",
+            PeftWarning,
+            stacklevel=6,
+        )
 
 
 def _check_biases(inventory: Inventory, name: str, cfg: PeftConfig) -> None:

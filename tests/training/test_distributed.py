@@ -18,6 +18,7 @@ FSDP1 = ["plain", "nf4"]
 FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16"]
 DRAWS = range(3)
 EVALUATED = ["ends", "saved", "tokens"]
+LATE = ["plain", "tokens", "saved"]
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
 
 
@@ -29,7 +30,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
     kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
-    kinds["evaluated"] = EVALUATED
+    kinds |= {"evaluated": EVALUATED, "late": LATE}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
 
@@ -105,6 +106,12 @@ def test_what_is_done_after_an_evaluation_lasts(two, kind):
     _, ranks = two
     for result in ranks:
         assert all(error < 2e-5 for error in result[f"evaluated:{kind}"].values()), result[f"evaluated:{kind}"]
+
+
+@pytest.mark.parametrize("kind", LATE)
+def test_adapters_that_come_to_a_sharded_model(two, kind):
+    _, ranks = two
+    assert all(result[f"late:{kind}"]["error"] < 1e-5 for result in ranks)
 
 
 @BOTH

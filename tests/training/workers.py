@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -339,6 +341,47 @@ def evaluated(kind: str, folder: Path) -> dict:
     return results
 
 
+def late(kind: str, folder: Path) -> dict:
+    """Adapters that come to a model which FSDP2 has sharded and evaluated: how far outputs are from those of one
+    process, and what is trainable then."""
+    from torch.distributed.fsdp import fully_shard
+
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    kinds = {"plain": {}, "tokens": {"trainable_token_indices": [3, 5]}, "saved": {"modules_to_save": ["lm_head"]}}
+
+    def run(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**batch(4)).logits
+
+    def outputs(base: torch.nn.Module) -> Iterator[torch.Tensor]:
+        torch.manual_seed(0)
+        model = peftfast.get_peft_model(base, lora(peftfast, **options, **kinds[kind]))
+        yield run(model)
+        model.add_adapter("second", lora(peftfast, **options, **kinds[kind]))
+        model.set_adapter("second")
+        yield run(model)
+        trainable.append(sorted(n for n, p in model.named_parameters() if p.requires_grad))
+        if kind != "tokens":
+            model.add_weighted_adapter(["default", "second"], [0.5, 0.4], "both", "cat")
+            model.set_adapter("both")
+            yield run(model)
+
+    base, trainable = llama(), []
+    for layer in base.model.layers:
+        fully_shard(layer)
+    run(fully_shard(base))
+    for changes in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(RuntimeError, match="Add it before fully_shard"):
+            peftfast.get_peft_model(base, lora(peftfast, **changes))
+    with pytest.warns(peftfast.PeftWarning, match="add it before fully_shard"):
+        found = list(outputs(base))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fully_shard")
+        expected = list(outputs(llama()))
+    assert trainable[0] == trainable[1]
+    return {"error": error(dict(enumerate(found)), dict(enumerate(expected)))}
+
+
 def units(kind: str, folder: Path) -> dict:
     """Modules of the adapters' factors as shards of their own, as a policy for whole trainable leaves makes them."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -367,7 +410,15 @@ def units(kind: str, folder: Path) -> dict:
     return {"error": error(found, expected)}
 
 
-RUNS = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2, "units": units, "adalora": adalora, "evaluated": evaluated}
+RUNS = {
+    "ddp": ddp,
+    "fsdp1": fsdp1,
+    "fsdp2": fsdp2,
+    "units": units,
+    "adalora": adalora,
+    "evaluated": evaluated,
+    "late": late,
+}
 
 
 def main() -> None:
