@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -69,15 +70,23 @@ def taken_apart(source: Tensor, like: Tensor | None) -> Tensor:
 
 def is_sharded_by_fsdp2(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on the model or on parts of it."""
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    kind = _fsdp2_module_class()
     return kind is not None and any(isinstance(module, kind) for module in model.modules())
+
+
+def _fsdp2_module_class() -> Any:
+    """What modules that FSDP2 shards derive from; None where there cannot be any, because to look at every module takes
+    longer than what asks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def to_shards(model: nn.Module) -> None:
     """FSDP2 leaves the Parameters of its outermost module put together after an evaluation, until the next backward
     pass: what is written to them then, `requires_grad` too, is lost with them, and what is read is freed. This takes
     them apart, by the hooks that do so for every state dict, since they may be another module's than `model`."""
-    if _distributed_tensor_class() is None:
+    if _fsdp2_module_class() is None:
         return
     for module in model.modules():
         for hook in module._state_dict_pre_hooks.values():

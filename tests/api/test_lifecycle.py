@@ -654,3 +654,20 @@ def test_switching_adapters_off_says_that_biases_stay(bias):
         ]
         assert len(said) == (2 if bias == "all" else 0), library
         assert library is peft or all(w.filename == __file__ for w in said)
+
+
+def test_switching_and_loading_take_as_long_with_many_adapters(tmp_path):
+    """By the calls of Python functions."""
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST), "a0")
+    model.save_pretrained(tmp_path)
+    counts = []
+    for wanted in (3, 20):
+        for i in range(len(model.peft_config), wanted):
+            model.add_adapter(f"a{i}", peftfast.LoraConfig(**FIRST))
+        model.set_adapter("a1")
+        switching = oracle.python_calls(lambda: model.set_adapter("a0"))
+        loading = oracle.python_calls(lambda: model.load_adapter(tmp_path / "a0", "loaded"))
+        model.delete_adapter("loaded")
+        counts.append((switching, loading))
+    (few, loaded), (many, loaded_later) = counts
+    assert few == many and loaded_later <= 1.02 * loaded, counts

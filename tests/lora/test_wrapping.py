@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import oracle
 import pytest
@@ -20,29 +21,13 @@ LARGE = {"layers": 32, "hidden": 64}  # 224 linear layers
 OPTIONS = {"r": 8, "target_modules": "all-linear"}
 
 
-def calls(wrap):
-    """Calls of Python functions while `wrap` runs."""
-    count = 0
-
-    def counting(frame, event, arg):
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(counting)
-    try:
-        model = wrap()
-    finally:
-        sys.setprofile(None)
-    assert len(model.base_model.targeted_module_names) == 224
-    return count
-
-
 def test_wrapping_makes_half_of_pefts_calls():
     """Once before counting: what is imported and compiled at first use is no part of it. Times: bench/adapters.py."""
     counts = {}
     for library in (peft, peftfast, peft, peftfast):
         base, config = oracle.llama(**LARGE), library.LoraConfig(**OPTIONS)
-        counts[library] = calls(lambda library=library, base=base, config=config: library.get_peft_model(base, config))
+        counts[library] = oracle.python_calls(partial(library.get_peft_model, base, config))
+        assert len(config.target_modules) == 7
     print({library.__name__: count for library, count in counts.items()})
     assert 2 * counts[peftfast] <= counts[peft]
 
