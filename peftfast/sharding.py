@@ -70,23 +70,33 @@ def taken_apart(source: Tensor, like: Tensor | None) -> Tensor:
 
 def is_sharded_by_fsdp2(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on the model or on parts of it."""
-    kind = _fsdp2_module_class()
+    kind = _fsdp2_class()
     return kind is not None and any(isinstance(module, kind) for module in model.modules())
 
 
-def _fsdp2_module_class() -> Any:
-    """What modules that FSDP2 shards derive from; None where there cannot be any, because to look at every module takes
-    longer than what asks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+def gather_without_wrapper(model: nn.Module) -> None:
+    """Make whole what FSDP2 put together for the forward of a wrapper that is no longer around `model`: nobody would in
+    the model's own forward. What FSDP2 shards with parts of the model stays with them. All processes have to call
+    this."""
+    kind, made = _fsdp2_class(), {}
+    if not is_sharded_by_fsdp2(model) or isinstance(model, kind):
+        return
+    left = [model]
+    while left:
+        module = left.pop()
+        left += [child for child in module.children() if not isinstance(child, kind)]
+        for name, p in module._parameters.items():
+            if is_distributed(p) and p.device_mesh.ndim == 1:  # of more dimensions: spread by tensor parallelism too
+                if p not in made:
+                    made[p] = nn.Parameter(put_together(p.detach()), p.requires_grad)
+                module._parameters[name] = made[p]
 
 
 def to_shards(model: nn.Module) -> None:
     """FSDP2 leaves the Parameters of its outermost module put together after an evaluation, until the next backward
     pass: what is written to them then, `requires_grad` too, is lost with them, and what is read is freed. This takes
     them apart, by the hooks that do so for every state dict, since they may be another module's than `model`."""
-    if _fsdp2_module_class() is None:
+    if _fsdp2_class() is None:
         return
     for module in model.modules():
         for hook in module._state_dict_pre_hooks.values():
@@ -163,6 +173,14 @@ class GatheredAsOne:
     def ds_external_parameters(self) -> Iterable[tuple[int, nn.Parameter]]:
         known = {id(p): p for p in self.read_from_outside() if hasattr(p, "ds_id")}
         return {**self._external_params, **known}.items()
+
+
+def _fsdp2_class() -> Any:
+    """The class that `fully_shard` adds to modules; None where there cannot be any of it, because to look at every
+    module takes longer than what asks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def _distributed_tensor_class() -> Any:

@@ -14,7 +14,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning
 from peftfast.layers.layer import BaseTunerLayer, Place
 from peftfast.method import AdapterMethod, method_for
-from peftfast.sharding import is_stepped_by_zero3, to_shards
+from peftfast.sharding import gather_without_wrapper, is_stepped_by_zero3, to_shards
 from peftfast.sites.site import is_bias
 from peftfast.wrapping.listing import Listing, Wrapper
 from peftfast.wrapping.replication import Replication
@@ -336,6 +336,7 @@ class Inventory(Listing):
             self.replication.part()
         elif self.replication is not None:
             self.restore_layers()
+        gather_without_wrapper(self.model)
         return self.model
 
     def __deepcopy__(self, memo: dict) -> Inventory:

@@ -325,7 +325,10 @@ def evaluated(kind: str, folder: Path) -> dict:
 
     def gone(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         run(model)
-        return {n: put_together(t) for n, t in model.merge_and_unload().state_dict().items()}
+        return {"gone": run(model.merge_and_unload())}
+
+    def unloaded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {"unloaded": run(model.unload())}
 
     other = build()
     with torch.no_grad():
@@ -335,7 +338,7 @@ def evaluated(kind: str, folder: Path) -> dict:
     other.save_pretrained(folder, is_main_process=rank == 0)
     dist.barrier()
     results = {}
-    for what in (off, switched, read, loaded, merged, unmerged, gone):
+    for what in (off, switched, read, loaded, merged, unmerged, gone, unloaded):
         ours = sharded()
         results[what.__name__] = error(what(ours), what(build()))
     return results
