@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftfast.config import PromptLearningConfig, TaskType
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import PeftWarning
-from peftfast.sharding import copy_whole, whole_shape
+from peftfast.sharding import copy_whole, is_distributed, put_together, whole_shape
 
 Inputs = dict[str, Any]  # the keyword arguments of the base model's forward
 
@@ -105,6 +105,8 @@ class BasePromptEncoder(nn.Module):
     @property
     def prompt_embeddings(self) -> Tensor:
         """`[rows, width]`: what the file holds."""
+        if self.has_network and any(is_distributed(p) for p in self.parameters()):
+            return self.prompt_of({name: put_together(p.detach()) for name, p in self.named_parameters()})
         return self.virtual_tokens() if self.has_network else self.embedding.weight
 
     def prompt_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -115,8 +117,9 @@ class BasePromptEncoder(nn.Module):
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 hooks.clear()
         with torch.no_grad():
-            for name, parameter in alone.named_parameters():
-                parameter.data = tensors[name].to(parameter.device)
+            for name, parameter in list(alone.named_parameters()):
+                owner, _, leaf = name.rpartition(".")
+                setattr(alone.get_submodule(owner), leaf, nn.Parameter(tensors[name].to(parameter.device)))
             return alone.prompt_embeddings
 
     def virtual_tokens(self) -> Tensor:

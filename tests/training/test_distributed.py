@@ -30,7 +30,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
     kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
-    kinds |= {"evaluated": EVALUATED, "late": LATE}
+    kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"]}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
 
@@ -112,6 +112,11 @@ def test_what_is_done_after_an_evaluation_lasts(two, kind):
 def test_adapters_that_come_to_a_sharded_model(two, kind):
     _, ranks = two
     assert all(result[f"late:{kind}"]["error"] < 1e-5 for result in ranks)
+
+
+def test_prompts_of_networks_are_read_from_shards(two):
+    _, ranks = two
+    assert all(result[f"prompt:{kind}"]["error"] < 1e-5 for result in ranks for kind in ("MLP", "LSTM"))
 
 
 @BOTH

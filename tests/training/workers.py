@@ -344,6 +344,24 @@ def evaluated(kind: str, folder: Path) -> dict:
     return results
 
 
+def prompt(kind: str, folder: Path) -> dict:
+    """What a prompt encoder's network makes of its parameters, from their shards and from a gathered state dict."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = peftfast.PromptEncoderConfig(
+            num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_reparameterization_type=kind
+        )
+        return peftfast.get_peft_model(llama(), config)
+
+    model, expected = fully_shard(build()), peftfast.get_peft_model_state_dict(build())
+    found = error(peftfast.get_peft_model_state_dict(model), expected)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {"error": max(found, error(peftfast.get_peft_model_state_dict(model, whole), expected))}
+
+
 def late(kind: str, folder: Path) -> dict:
     """Adapters that come to a model which FSDP2 has sharded and evaluated: how far outputs are from those of one
     process, and what is trainable then."""
@@ -421,6 +439,7 @@ RUNS = {
     "adalora": adalora,
     "evaluated": evaluated,
     "late": late,
+    "prompt": prompt,
 }
 
 
