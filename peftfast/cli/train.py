@@ -167,6 +167,7 @@ def check_saved(job: Prepared, batch: dict, trained: torch.Tensor, effect: float
     from peftfast import PeftModel
     from peftfast.cli._checks import logits, tolerance
     from peftfast.cli._setup import DTYPES, load_base
+    from peftfast.wrapping.model_merger import ModelMerger
 
     settings = job.settings
     allowed = tolerance(trained, getattr(torch, DTYPES[settings["dtype"]]), sites)
@@ -180,13 +181,11 @@ def check_saved(job: Prepared, batch: dict, trained: torch.Tensor, effect: float
         print("    trained and merged:    not applicable, virtual tokens are part of no weight")
         return same, f"{said}; merged not applicable"
     try:
-        base = model.merge_and_unload()
+        ModelMerger(model.base_model.inventory).check()
     except RuntimeError as error:  # what acts on some tokens only, or on weights that nobody can write
-        if type(error) not in (RuntimeError, NotImplementedError):
-            raise
         print(f"    trained and merged:    not applicable, {error}")
         return same, f"{said}; merged not applicable"
-    merged = difference(trained, logits(base, batch))
+    merged = difference(trained, logits(model.merge_and_unload(), batch))
     if settings["quantize"] != "none":
         kind = settings["quantize"]
         print(f"    trained and merged:    {merged:.2e} (no limit: merging rounds the weights to {kind} again)")

@@ -162,6 +162,8 @@ class Merger:
 
         layer = self.layer
         _check_decodable(layer)
+        if not layer.site.weight.known:
+            layer.site.weight.dense()  # says what it is and why nobody can
         self._check_together(names)
         self._check_output(names)
         with FakeTensorMode(allow_non_fake_inputs=True):

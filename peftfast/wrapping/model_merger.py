@@ -99,6 +99,12 @@ class ModelMerger:
             # a check that may refuse half-way needs the bytes to go back to
             self.merge(adapter_names, safe_merge, keep=bool(merged) or safe_merge, progress=progress)
 
+    def check(self) -> None:
+        """Raise what merging the active adapters would raise for their kind, without merging any."""
+        check_mergeable(self.inventory.model)
+        for layer, wanted in self._unmerged(None)[0]:
+            layer.merger.check(wanted)
+
     def _merged(self) -> set[str]:
         """Names of the adapters that are inside some weight."""
         return {n for layer in self.inventory.mergeable() for n in layer.merged_adapters}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import peftfast
 from peftfast import IA3Config, LoraConfig
 from peftfast.base.weight import base_weight
+from peftfast.wrapping.model_merger import ModelMerger
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftfast.errors.PeftWarning")
 N, K = 48, 72  # no multiples of the blocks below
@@ -360,7 +361,7 @@ def test_what_needs_the_weight_is_refused_before_anything_changes(config, error,
 def test_an_opaque_weight_is_not_merged_into():
     model, x = patched("opaque"), x_of()
     y = model(x)
-    for call in (model.merge_adapter, model.merge_and_unload):
+    for call in (ModelMerger(model.base_model.inventory).check, model.merge_adapter, model.merge_and_unload):
         with pytest.raises(NotImplementedError, match="known to the module alone"):
             call()
         assert torch.equal(model(x), y)
