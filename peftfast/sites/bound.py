@@ -48,6 +48,11 @@ def _kinds(part: Part) -> tuple:
     return part.a.dtype, weight.dtype, weight.requires_grad
 
 
+def _writes(*tensors: Tensor) -> list[int]:
+    """How often each was written to; inference tensors do not count."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 class BoundLora:
     """Calling it gives the layer's output, or None where `look` does.
 
@@ -137,6 +142,14 @@ class BoundLora:
         if part is None:
             return None
         return part if drops or not part.plan.dropout else part._replace(plan=part.plan._replace(dropout=0.0))
+
+    def found(self, x: Tensor) -> tuple[Tensor, Tensor, tuple] | None:
+        """The factors as they are kept, and what has to be as it is for the same x to give the same output."""
+        last = self._current(x)
+        if last is None:
+            return None
+        part = last.part
+        return part.a, part.b, (*_writes(part.a, part.b), part.plan)
 
     @staticmethod
     def _holds(last: _Look, x: Tensor) -> bool:

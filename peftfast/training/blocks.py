@@ -36,6 +36,9 @@ from peftfast_kernels.gated import ACTIVATIONS
 
 logger = logging.getLogger("peftfast")
 
+#: What `BoundLora.found` gives.
+_Found = tuple[Tensor, Tensor, tuple] | None
+
 #: What gate and up reach in the comparison. Models that limit them do so at about ten.
 FAR = 64.0
 
@@ -64,6 +67,16 @@ def _parts(layers: Sequence[BaseTunerLayer], xs: Sequence[Tensor], dropout: bool
             return None
         parts.append(part)
     return parts if fit_together(parts) else None
+
+
+def _found(layer: BaseTunerLayer, x: Tensor) -> _Found:
+    bound = bound_of(layer)
+    return None if bound is None else bound.found(x)
+
+
+def _still(then: _Found, now: _Found) -> bool:
+    """Whether between the calls of two siblings the second kept its adapter, and the adapter its values."""
+    return then is not None and now is not None and then[0] is now[0] and then[1] is now[1] and then[2] == now[2]
 
 
 def _in_backward() -> bool:
@@ -108,7 +121,7 @@ class Siblings:
     def __init__(self, names: Sequence[str], layers: Sequence[BaseTunerLayer]) -> None:
         self.names, self.layers = list(names), list(layers)
         self.state = "new"
-        self._ready: tuple[Tensor, int, tuple, dict[int, Tensor]] | None = None
+        self._ready: tuple[Tensor, int, tuple, dict[int, tuple[Tensor, _Found]]] | None = None
 
     def attach(self) -> None:
         for layer in self.layers:
@@ -127,10 +140,10 @@ class Siblings:
         ready = self._ready
         if ready is not None:
             if ready[0] is x and ready[1] == x._version and ready[2] == _mode(x):
-                y = ready[3].pop(id(layer), None)
+                y, then = ready[3].pop(id(layer), (None, None))
                 if not ready[3]:
                     self._ready = None
-                if y is not None:
+                if y is not None and _still(then, _found(layer, x)):
                     return y
             else:
                 self._ready = None
@@ -156,7 +169,8 @@ class Siblings:
             return None
         else:
             ys = lora_siblings(x, parts)
-        self._ready = (x, x._version, _mode(x), {id(l): y for l, y in zip(self.layers[1:], ys[1:], strict=True)})
+        others = zip(self.layers[1:], ys[1:], strict=True)
+        self._ready = (x, x._version, _mode(x), {id(layer): (y, _found(layer, x)) for layer, y in others})
         return ys[0]
 
     @torch.no_grad()

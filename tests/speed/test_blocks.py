@@ -480,6 +480,35 @@ def test_what_overflows_far_out_is_no_difference():
     assert state() == "on"
 
 
+@pytest.mark.parametrize("change", ["values", "adapter", "scale", "mode"])
+def test_what_changes_between_siblings_is_seen(change):
+    """The second of two siblings is called with the very same tensor, when its adapter is not what it was."""
+    twins = Twins(llama, {"r": 4, "target_modules": ALL, "lora_dropout": 0.5})
+    model = twins.ours
+    model.add_adapter("other", peftfast.LoraConfig(r=4, target_modules=ALL, init_lora_weights=False))
+    plain = copy.deepcopy(model)
+    blocks = attached(model)
+    assert kinds(blocks) == FUSED
+
+    def second(m):
+        attention = m.get_base_model().model.layers[0].self_attn
+        x = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        m.train(change == "mode")
+        attention.q_proj(x)
+        if change == "values":
+            with torch.no_grad():
+                attention.k_proj.lora_B["default"].weight.add_(1)
+        elif change == "adapter":
+            m.set_adapter("other")
+        elif change == "scale":
+            attention.k_proj.scale_layer(3.0)
+        else:
+            m.eval()
+        return attention.k_proj(x)
+
+    torch.testing.assert_close(second(model), second(plain))
+
+
 def test_checkpointing_copies_files_and_generation(tmp_path):
     twins = Twins(llama, {"r": 4, "target_modules": ALL, "task_type": "CAUSAL_LM"})
     model = twins.ours

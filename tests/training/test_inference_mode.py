@@ -86,3 +86,16 @@ def test_training_goes_on(method, how, size, autocast, monkeypatch):
         found.append(losses(model, autocast, validation, **inputs))
     # blocks are formed by a pass that is not in inference mode, until when the layers round by themselves
     assert found[0] == pytest.approx(found[1], rel=1e-2 if how == "in blocks" else 1e-5)
+
+
+def test_blocks_of_adapters_that_inference_mode_made(monkeypatch):
+    """Inference tensors do not tell whether somebody wrote to them."""
+    monkeypatch.setattr(composed, "SMALL", {})
+    with torch.inference_mode():
+        model = peftfast.get_peft_model(oracle.llama(), METHODS["LoRA"]()).eval()
+        ids = oracle.inputs(model)["input_ids"]
+    blocks = peftfast.fuse_blocks(model)
+    with torch.no_grad():
+        found = [model(input_ids=ids).logits for _ in range(3)]
+    assert "on" in blocks.report()
+    torch.testing.assert_close(found[0], found[2])
