@@ -70,8 +70,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "quantization.kbit": ("prepare_model_for_kbit_training",),
     "methods.adalora": ("AdaLoraConfig",),
     "methods.ia3": ("IA3Config",),
-    "methods.lora_config": ("LoraConfig",),
-    "methods.lora_settings": (
+    "methods.lora.config": ("LoraConfig",),
+    "methods.lora.settings": (
         "ArrowConfig",
         "BdLoraConfig",
         "CordaConfig",

@@ -1,4 +1,4 @@
-"""Models that send every token through some of many LoRAs (see `peftfast.methods.arrow`), made of saved adapters."""
+"""Models that send every token through some of many LoRAs (`peftfast.methods.lora.arrow`), made of saved adapters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 from peftfast.config import CONFIG_NAME
 from peftfast.errors import PeftWarning, enumerate_some
-from peftfast.methods.arrow import GENERAL
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_settings import ArrowConfig
+from peftfast.methods.lora.arrow import GENERAL
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.settings import ArrowConfig
 from peftfast.model import PeftModel
 from peftfast.wrapping.undo import unchanged_if_refused
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from peftfast.config import PeftConfig
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.methods.dora import cache_norms
+from peftfast.methods.lora.dora import cache_norms
 from peftfast.model import PeftModel
 from peftfast.tuners.lora import LoraModel
 

@@ -14,8 +14,8 @@ from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
 from peftfast.calibration.modes import in_mode
 from peftfast.errors import enumerate_some
-from peftfast.methods.corda import CordaEigens, oriented_eigens
-from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.corda import CordaEigens, oriented_eigens
 from peftfast.wrapping.targets import linear_targets, pattern_value
 
 _PARTS = ("S_WC", "U_WC", "V_WC")

@@ -19,8 +19,8 @@ from peftfast.calibration.ranks import drop_adapter, pattern_of, resize_adapter
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_settings import EvaConfig
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.settings import EvaConfig
 from peftfast.sites.linear import LinearSite
 from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_value
 

@@ -17,8 +17,8 @@ from peftfast.calibration.cache import cache, cached
 from peftfast.calibration.modes import in_mode
 from peftfast.errors import PeftWarning, enumerate_some
 from peftfast.method import method_for
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_ga import GRADIENT
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.lora_ga import GRADIENT
 from peftfast.sites.site import has_site
 from peftfast.wrapping.targets import linear_targets, make_matcher, resolve_targets
 

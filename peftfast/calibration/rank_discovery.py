@@ -20,7 +20,7 @@ from peftfast.calibration.modes import in_mode
 from peftfast.calibration.ranks import pattern_of
 from peftfast.config import PeftType
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora.config import LoraConfig
 from peftfast.wrapping.default_targets import LORA
 from peftfast.wrapping.targets import linear_targets, pattern_value, resolve_targets
 

@@ -22,8 +22,8 @@ from peftfast.files.state import adapter_entries, wrapped_modules
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import method_for
-from peftfast.methods.lora_combine import svd_of_sum
-from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora.combine import svd_of_sum
+from peftfast.methods.lora.config import LoraConfig
 
 
 @torch.no_grad()

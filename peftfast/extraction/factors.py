@@ -13,8 +13,8 @@ from torch import Tensor
 from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some
 from peftfast.keys import PREFIX
-from peftfast.methods.lora_combine import padded, rank_keeping
-from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora.combine import padded, rank_keeping
+from peftfast.methods.lora.config import LoraConfig
 from peftfast.sites import Site
 from peftfast.wrapping.targets import make_matcher, shortest_suffixes
 

@@ -14,7 +14,7 @@ from peftfast.extraction.factors import Change, as_lora, check_rank, matrix, set
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora.config import LoraConfig
 from peftfast.quantization.originals import Originals
 from peftfast.sites import Site, make_site
 from peftfast.sites.site import has_site

@@ -22,7 +22,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some
 from peftfast.files.io import Stored
 from peftfast.files.state import adapter_entries
-from peftfast.methods.lora import scaling_of
+from peftfast.methods.lora.lora import scaling_of
 
 #: Beginnings of `init_lora_weights` -> what the method is called.
 _CHANGES_BASE = {"pissa": "PiSSA", "corda": "CorDA", "olora": "OLoRA", "lora_ga": "LoRA-GA"}

@@ -80,7 +80,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "peft.tuners.lora.config": {},
     "peft.tuners.lora.corda": {
-        "CordaEigens": "peftfast.methods.corda:CordaEigens",
+        "CordaEigens": "peftfast.methods.lora.corda:CordaEigens",
         "preprocess_corda": "peftfast.calibration.corda:preprocess_corda",
     },
     "peft.tuners.lora.eva": {},
@@ -92,9 +92,9 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.lora.model": {},
     "peft.tuners.lora.tp_layer": {},
     "peft.tuners.lora.variants": {
-        "BlockDiagonalLinear": "peftfast.methods.bdlora:BlockDiagonalLinear",
+        "BlockDiagonalLinear": "peftfast.methods.lora.bdlora:BlockDiagonalLinear",
         **{
-            name: f"peftfast.methods.alora:{name}"
+            name: f"peftfast.methods.lora.alora:{name}"
             for name in (
                 "calculate_alora_offsets",
                 "get_alora_offsets_for_forward",
@@ -103,7 +103,7 @@ MODULES: dict[str, dict[str, str]] = {
             )
         },
     },
-    "peft.tuners.lora.monteclora": {"MontecloraSampler": "peftfast.methods.monteclora:MontecloraSampler"},
+    "peft.tuners.lora.monteclora": {"MontecloraSampler": "peftfast.methods.lora.monteclora:MontecloraSampler"},
     "peft.tuners.mixed": {"MixedModel": "peftfast.tuners.mixed:MixedModel"},
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},

@@ -25,8 +25,8 @@ from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.swappable import pads, rank_of, runs_of
 from peftfast.method import method_for
-from peftfast.methods.lora_combine import padded
-from peftfast.methods.lora_config import VARIANTS, LoraConfig
+from peftfast.methods.lora.combine import padded
+from peftfast.methods.lora.config import VARIANTS, LoraConfig
 from peftfast.sharding import to_shards
 
 #: Fields that change the output and are neither in the weights nor in the scaling, which every swap sets anew.

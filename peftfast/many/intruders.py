@@ -12,8 +12,8 @@ from peftfast.adapter import Adapter
 from peftfast.config import PeftType
 from peftfast.many.merging import add_weighted_adapter
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora_combine import svd_of_sum
-from peftfast.methods.lora_stack import factors
+from peftfast.methods.lora.combine import svd_of_sum
+from peftfast.methods.lora.stack import factors
 from peftfast.sites import Site
 
 

@@ -19,7 +19,7 @@ from peftfast.files.io import read_adapter
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.method import method_for
-from peftfast.methods.lora_stack import FactorStack, apply_stack
+from peftfast.methods.lora.stack import FactorStack, apply_stack
 from peftfast.rows.routing import Routing
 from peftfast.sites import Site
 from peftfast.sites.parameter import LowRank, ParameterSite

@@ -9,8 +9,8 @@ from torch import nn
 
 from peftfast.adapter import Adapter
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.methods.lora_combine import padded
-from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora.combine import padded
+from peftfast.methods.lora.config import LoraConfig
 
 
 def prepare_model_for_compiled_hotswap(

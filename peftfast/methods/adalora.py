@@ -16,9 +16,9 @@ from peftfast.config import PeftConfig, PeftType, checked, register_config, sett
 from peftfast.errors import PeftWarning
 from peftfast.keys import in_base
 from peftfast.method import register_method, sample_by_sample
-from peftfast.methods.lora import describe_change, factors, pair_of
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import drawn_through
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.init import drawn_through
+from peftfast.methods.lora.lora import describe_change, factors, pair_of
 from peftfast.ops.orthogonality import orthogonality
 from peftfast.rows.routing import Rows
 from peftfast.rules import integer, number, one_of, optional, table

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.errors import PeftWarning
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
-from peftfast.methods.lora import factors
+from peftfast.methods.lora.lora import factors
 from peftfast.ops.orthogonality import by_shape
 from peftfast.sharding import put_together, taken_apart
 

@@ -17,8 +17,8 @@ from peftfast.embeddings import SEQ_CLS_HEAD_NAMES, output_embeddings
 from peftfast.errors import close_matches, enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.methods.loftq import best_factors, loftq_factors
-from peftfast.methods.lora import factors
+from peftfast.methods.lora.loftq import best_factors, loftq_factors
+from peftfast.methods.lora.lora import factors
 from peftfast.quantization.originals import Originals
 from peftfast.sites.linear import is_quantised, linear_with
 from peftfast.sites.site import is_untouched

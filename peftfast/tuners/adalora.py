@@ -24,7 +24,7 @@ from peftfast.adapter import Adapter
 from peftfast.errors import PeftWarning
 from peftfast.keys import in_base
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
-from peftfast.methods.lora import factors
+from peftfast.methods.lora.lora import factors
 from peftfast.methods.rank_allocator import Allocation, RankAllocator, put_back, replace
 from peftfast.sharding import check_not_partitioned, is_stepped_by_deepspeed, put_together, whole_shape
 from peftfast.tuners.steps import PeftSteps

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from peftfast.adapter import Adapter
-from peftfast.methods.kasa import DIAGONAL, kasa_loss
-from peftfast.methods.monteclora import SAMPLER, monteclora_loss
+from peftfast.methods.lora.kasa import DIAGONAL, kasa_loss
+from peftfast.methods.lora.monteclora import SAMPLER, monteclora_loss
 from peftfast.tuners.steps import PeftSteps
 from peftfast.tuners.tuner import BaseTuner
 
@@ -19,7 +19,7 @@ class LoraModel(PeftSteps, BaseTuner):
     prefix = "lora_"
 
     def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """What a training with KaSA adds to its loss, as in PEFT: see `peftfast.methods.kasa.kasa_loss`.
+        """What a training with KaSA adds to its loss, as in PEFT: see `peftfast.methods.lora.kasa.kasa_loss`.
 
         Args:
             adapter_names: of which adapters; None: the active ones. Others than KaSA's count for nothing.
@@ -27,7 +27,7 @@ class LoraModel(PeftSteps, BaseTuner):
         return kasa_loss([adapter for adapter in self._adapters_of(adapter_names) if DIAGONAL in adapter.slots])
 
     def _get_monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """The same for MonteCLoRA: see `peftfast.methods.monteclora.monteclora_loss`."""
+        """The same for MonteCLoRA: see `peftfast.methods.lora.monteclora.monteclora_loss`."""
         return monteclora_loss([adapter for adapter in self._adapters_of(adapter_names) if SAMPLER in adapter.slots])
 
     def _adapters_of(self, names: str | Sequence[str] | None) -> list[Adapter]:

@@ -10,7 +10,7 @@ import torch
 
 import peftfast
 from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, config_class
-from peftfast.methods.lora_settings import (
+from peftfast.methods.lora.settings import (
     ArrowConfig,
     BdLoraConfig,
     CordaConfig,

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peftfast
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.methods.lora import Lora
+from peftfast.methods.lora.lora import Lora
 
 peft = importlib.import_module("peft")
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peftfast
 from peftfast import LoraConfig
 from peftfast.many.hotswap import hotswap_adapter
-from peftfast.methods import lora_stack
+from peftfast.methods.lora import stack as lora_stack
 from peftfast.rows.control import LOOKS_EVERY, MIXES
 from peftfast.rows.routing import BASE
 from peftfast.watch import ContentWatch

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import peftfast
-from peftfast.methods import alora
+from peftfast.methods.lora import alora
 from peftfast.rows.invoked import last_occurrences
 from peftfast_kernels import use_backend
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import peftfast
 from peftfast import ArrowConfig, LoraConfig
-from peftfast.methods import arrow
+from peftfast.methods.lora import arrow
 
 TARGETS = ["q_proj", "down_proj"]
 IDS = torch.randint(1, oracle.VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import peftfast
-from peftfast.methods.bdlora import BlockDiagonalLinear
+from peftfast.methods.lora.bdlora import BlockDiagonalLinear
 from peftfast.ops.block_diagonal import by_blocks, spread
 
 N, K, R, BLOCKS = 48, 64, 8, 4

@@ -16,7 +16,7 @@ from torch.distributions import Dirichlet, MultivariateNormal, Wishart, kl_diver
 
 import peftfast
 from peftfast.helpers import MontecloraTrainerMixin
-from peftfast.methods.monteclora import SAMPLER, MontecloraSampler
+from peftfast.methods.lora.monteclora import SAMPLER, MontecloraSampler
 from peftfast.methods.random_stream import NormalSlices
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

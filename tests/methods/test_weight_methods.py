@@ -373,7 +373,7 @@ def test_dora_makes_nothing_of_the_weights_size():
 @pytest.mark.parametrize("kind", ["linear", "conv1d-hf", "embedding", "conv2"])
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 def test_dora_norm_is_the_direct_one(kind, storage):
-    from peftfast.methods.dora import _norm
+    from peftfast.methods.lora.dora import _norm
 
     model = make(peftfast, "dora", kind, storage)
     layer = model.base_model.model.m

@@ -766,7 +766,7 @@ def test_one_tape_trains_every_mix(tapes, frozen):
 
 
 def test_a_mixed_training_step_never_waits(seeds_on_a_device, monkeypatch):
-    monkeypatch.setattr("peftfast.methods.lora_stack._has_values_at_hand", lambda like: False)
+    monkeypatch.setattr("peftfast.methods.lora.stack._has_values_at_hand", lambda like: False)
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
     with device_masks():
         model = trainable()

@@ -20,8 +20,8 @@ from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning
 from peftfast.method import Call, register_method
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora import Lora, bias_of, factors
-from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.lora import Lora, bias_of, factors
 from peftfast.ops.function import transformed
 from peftfast.ops.gate import gated
 from peftfast.rows.invoked import Invoked, gate_of, last_occurrences

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from peftfast.adapter import Adapter
 from peftfast.errors import PeftWarning
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import draw_as_building, initialiser, start_as_identity, take_out, wide_weight
-from peftfast.methods.lora_settings import LoraGAConfig
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.init import draw_as_building, initialiser, start_as_identity, take_out, wide_weight
+from peftfast.methods.lora.settings import LoraGAConfig
 from peftfast.sites import Site
 
 #: Attribute of a module: the mean gradient of its weight, in the layout of the weight.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.random_stream import draws_of_normal, draws_of_uniform, skip
 from peftfast.sites import Site
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.base.weight import quantise_and_back
 from peftfast.errors import PeftWarning
-from peftfast.methods.lora_init import initialiser
+from peftfast.methods.lora.init import initialiser
 from peftfast.sites import Site
 
 #: `loftq_bits` -> storage format

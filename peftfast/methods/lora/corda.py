@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from peftfast.adapter import Adapter
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import initialiser
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.init import initialiser
 from peftfast.sites import Site
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.method import register_method
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.packed import PackedLora
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.packed import PackedLora
 from peftfast.ops.composed import composed_lora
 from peftfast.ops.plan import Way
 from peftfast.sites import Slot

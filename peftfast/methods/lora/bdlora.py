@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.method import register_method
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import initialise
-from peftfast.methods.lora_stack import factors
-from peftfast.methods.packed import PackedLora
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.init import initialise
+from peftfast.methods.lora.packed import PackedLora
+from peftfast.methods.lora.stack import factors
 from peftfast.ops.block_diagonal import by_blocks, grouped_lora, spread
 from peftfast.ops.plan import Way
 from peftfast.sites import Site, Slot

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from peftfast.adapter import Adapter
 from peftfast.method import sample_by_sample
-from peftfast.methods.lora import Lora
-from peftfast.methods.lora_config import LoraConfig
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.lora import Lora
 from peftfast.rows.routing import Rows
 from peftfast.sites import Site
 from peftfast.sites.bound import BoundLora

@@ -18,9 +18,18 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora import Lora, bias_of, check_linear, describe_change, factors, pair_of, scaling_of, widened
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import drawn_through
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.init import drawn_through
+from peftfast.methods.lora.lora import (
+    Lora,
+    bias_of,
+    check_linear,
+    describe_change,
+    factors,
+    pair_of,
+    scaling_of,
+    widened,
+)
 from peftfast.ops.orthogonality import orthogonality
 from peftfast.rows.routing import Rows
 from peftfast.sharding import put_together

@@ -14,10 +14,10 @@ from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora_combine import combined, combined_fields, rank_keeping, svd_of_sum
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import check_ready, initialise, rank_of_factors, restarted
-from peftfast.methods.lora_stack import apply_stack, factors, remembered
+from peftfast.methods.lora.combine import combined, combined_fields, rank_keeping, svd_of_sum
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.init import check_ready, initialise, rank_of_factors, restarted
+from peftfast.methods.lora.stack import apply_stack, factors, remembered
 from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from peftfast.adapter import Adapter
 from peftfast.method import register_method
-from peftfast.methods.lora import bias_of, check_linear, factors, widened
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import drawn_through
-from peftfast.methods.trained_otherwise import TrainedOtherwise
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.init import drawn_through
+from peftfast.methods.lora.lora import bias_of, check_linear, factors, widened
+from peftfast.methods.lora.trained_otherwise import TrainedOtherwise
 from peftfast.ops.velora import direction, mean_direction, velora_linear_add
 from peftfast.sites import Site, Slot
 from peftfast.sites.site import is_plain

@@ -17,11 +17,11 @@ from torch import Tensor
 from peftfast.adapter import Adapter
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora import Lora
-from peftfast.methods.lora_combine import svd_of_sum
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_settings import ArrowConfig
-from peftfast.methods.lora_stack import Remembered, as_tensor
+from peftfast.methods.lora.combine import svd_of_sum
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.lora import Lora
+from peftfast.methods.lora.settings import ArrowConfig
+from peftfast.methods.lora.stack import Remembered, as_tensor
 from peftfast.ops.similarity import similarities
 from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site

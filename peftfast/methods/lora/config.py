@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from peftfast.config import PeftConfig, PeftType, TaskType, checked, register_config, setting
 from peftfast.errors import PeftWarning
-from peftfast.methods.lora_settings import (
+from peftfast.methods.lora.settings import (
     ArrowConfig,
     BdLoraConfig,
     CordaConfig,

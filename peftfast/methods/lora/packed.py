@@ -9,9 +9,9 @@ from torch import Tensor
 
 from peftfast.adapter import Adapter
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora import Lora, describe_change, pair_of, scaling_of
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_stack import factors
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.lora import Lora, describe_change, pair_of, scaling_of
+from peftfast.methods.lora.stack import factors
 from peftfast.ops.plan import Part, Way
 from peftfast.sites import Site, Slot
 from peftfast.sites.bound import BoundLora

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.errors import PeftWarning
 from peftfast.method import register_method
-from peftfast.methods.lora import bias_of, check_linear, factors, widened
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import drawn_through
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.init import drawn_through
+from peftfast.methods.lora.lora import bias_of, check_linear, factors, widened
+from peftfast.methods.lora.trained_otherwise import TrainedOtherwise
 from peftfast.methods.random_stream import NormalSlices
-from peftfast.methods.trained_otherwise import TrainedOtherwise
 from peftfast.sites import Site, Slot
 
 SAMPLER = "lora_monteclora_sampler"

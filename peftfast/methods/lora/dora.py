@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora import Lora, factors
-from peftfast.methods.lora_config import LoraConfig
-from peftfast.methods.lora_init import initialise, rank_of_factors
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.init import initialise, rank_of_factors
+from peftfast.methods.lora.lora import Lora, factors
 from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 
