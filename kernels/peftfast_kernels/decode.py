@@ -145,16 +145,16 @@ def _dense_t_reference(w: Operand) -> Tensor:
 
 
 def _code(w: Operand) -> Tensor:
-    return torch.tensor(_levels(w.format), dtype=torch.float32, device=w.device)
+    return torch.tensor(levels_of(w.format), dtype=torch.float32, device=w.device)
 
 
 # With dynamic shapes a compiler would take the numbers of a global table for inputs that may change.
-def _levels(format: str) -> tuple[float, ...]:
+def levels_of(format: str) -> tuple[float, ...]:
     return NF4_CODE if format == "nf4" else FP4_CODE
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler (seconds, and Triton with it).
-_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+levels_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def block_scales(w: Operand) -> Tensor:
@@ -194,7 +194,7 @@ def pairs(format: str, device: torch.device) -> Tensor:
     """`_pairs` outside compilers, made once and read by the kernels too."""
     key = (format, device)
     if key not in _pairs_cache:
-        code = torch.tensor(_levels(format), dtype=torch.float32, device="cpu")
+        code = torch.tensor(levels_of(format), dtype=torch.float32, device="cpu")
         _pairs_cache[key] = lasting(_made_pairs(code), device)
     return _pairs_cache[key]
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.offload import device_of
+from peftfast.base.rounding import drawn
 from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, kept_copy, register_format
 from peftfast.watch import Entry
-from peftfast_kernels.decode import Operand, dequantize
+from peftfast_kernels.decode import Operand, block_scales, dequantize, levels_of
 
 _TYPES = ("nf4", "fp4")
 
@@ -175,7 +177,7 @@ class Bnb4Weight(UsualWeight):
 
     # ---- writing -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def assign(self, weight: Tensor) -> Tensor:
+    def assign(self, weight: Tensor) -> None:
         bnb = import_bnb("Writing to a 4-bit weight")
         own, state = self.module.weight, self._state()
         exact = weight.to(own.device, torch.float32)
@@ -188,7 +190,23 @@ class Bnb4Weight(UsualWeight):
         )
         new.dtype, new.shape = state.dtype, state.shape
         self._write(packed.reshape(own.shape), new)
-        return (self.dense(torch.float32) - exact).norm() / exact.norm()
+
+    @torch.no_grad()
+    def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
+        """See `Drawable`."""
+        own, state = self.module.weight, self._state()
+        scales = block_scales(self._operand(state, torch.float32)).repeat_interleave(state.blocksize)
+        exact = weight.to(own.device, torch.float32)
+        flat = (exact.t() if self._is_turned(state) else exact).reshape(-1)
+        levels, order = torch.tensor(levels_of(state.quant_type), device=own.device).sort()
+        distinct = levels.diff(prepend=levels.new_full((1,), -math.inf)) > 0  # fp4 has two zeros
+        levels, order = levels[distinct], order[distinct].to(torch.uint8)
+        shares = torch.where(scales > 0, 1.0 / scales, 0.0)[: flat.numel()].mul_(flat)
+        codes = order[drawn(shares, levels, generator).to(torch.int32)]
+        bytes_ = own.data.reshape(-1).view(torch.uint8).clone()
+        codes = torch.nn.functional.pad(codes, (0, 2 * bytes_.numel() - codes.numel()))
+        bytes_.copy_(codes[0::2].bitwise_left_shift(4).bitwise_or_(codes[1::2]))
+        own.data.copy_(bytes_.view(own.dtype).view(own.shape))
 
     def snapshot(self, host: bool = False) -> tuple[Tensor, Any]:
         return kept_copy(self.module.weight.data, host), _map_state(self._state(), lambda t: kept_copy(t, host))

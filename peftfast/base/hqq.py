@@ -46,7 +46,7 @@ class HqqWeight(ByModule):
         return self.module.dequantize().detach().to(dtype or self.compute_dtype)
 
     @torch.no_grad()
-    def assign(self, weight: Tensor) -> Tensor:
+    def assign(self, weight: Tensor) -> None:
         m = self.module
         exact = weight.to(self.device, torch.float32)
         settings = copy.deepcopy(m.quant_config)
@@ -55,7 +55,6 @@ class HqqWeight(ByModule):
         )
         fresh.quantize(exact.clone(), **settings)
         self.restore((fresh.W_q, fresh.meta))
-        return (self.dense(torch.float32) - exact).norm() / exact.norm()
 
     def snapshot(self, host: bool = False) -> tuple[Any, Any]:
         return self.module.W_q, self.module.meta

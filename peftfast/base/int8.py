@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftfast.base.bnb4 import OFFLOADED, import_bnb, is_bnb
 from peftfast.base.offload import device_of
+from peftfast.base.rounding import drawn
 from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, kept_copy, register_format
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand, dequantize
@@ -108,10 +109,17 @@ class Int8Weight(UsualWeight):
         return dequantize(Operand("int8", [codes, scales], self.shape, narrow), narrow).to(dtype)
 
     @torch.no_grad()
-    def assign(self, weight: Tensor) -> Tensor:
-        exact = weight.to(self.device, torch.float32)
-        self._write(*quantise_rows(exact))
-        return (self.dense(torch.float32) - exact).norm() / exact.norm()
+    def assign(self, weight: Tensor) -> None:
+        self._write(*quantise_rows(weight.to(self.device, torch.float32)))
+
+    @torch.no_grad()
+    def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
+        """See `Drawable`."""
+        scales = self._scales().to(self.device, torch.float32)
+        step = torch.where(scales > 0, 127.0 / scales, 0.0)
+        levels = torch.arange(-127, 128, dtype=torch.float32, device=self.device)
+        codes = drawn(weight.to(self.device, torch.float32) * step[:, None], levels, generator)
+        self._write(codes.to(torch.int16).sub_(127).to(torch.int8), scales)
 
     def snapshot(self, host: bool = False) -> tuple[Tensor, Tensor]:
         return kept_copy(self.module.weight.data, host), kept_copy(self._scales(), host)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.opaque import ByModule
+from peftfast.base.rounding import drawn
 from peftfast.base.weight import kept_copy, register_format
 from peftfast_kernels.decode import Operand
 
@@ -31,6 +32,15 @@ class Scaled(NamedTuple):
         (n, k), (rows, columns) = self.codes.shape, self.block
         wide = scales if rows >= n else scales.repeat_interleave(rows, dim=0)[:n]
         return wide if columns >= k else wide.repeat_interleave(columns, dim=1)[:, :k]
+
+    def levels(self) -> Tensor:
+        """fp32, what a code can be, ascending."""
+        dtype, device = self.codes.dtype, self.codes.device
+        if not dtype.is_floating_point:
+            least = min(-self.limit, float(self.codes.min()))  # some use the one code more that there is below zero
+            return torch.arange(least, self.limit + 1, dtype=torch.float32, device=device)
+        every = torch.arange(256, dtype=torch.uint8, device=device).view(dtype).to(torch.float32)
+        return every[every.abs() <= self.limit].unique()
 
     def dense(self) -> Tensor:
         return self.codes.to(torch.float32) * self.spread(self.scales.to(torch.float32))
@@ -67,11 +77,17 @@ class ScaledWeight(ByModule):
         return self.scaled().dense().to(dtype or torch.float32)
 
     @torch.no_grad()
-    def assign(self, weight: Tensor) -> Tensor:
+    def assign(self, weight: Tensor) -> None:
         stored = self.scaled()
-        exact = weight.to(stored.codes.device, torch.float32)
-        self.restore(stored.quantised(exact))
-        return (self.dense(torch.float32) - exact).norm() / exact.norm()
+        self.restore(stored.quantised(weight.to(stored.codes.device, torch.float32)))
+
+    @torch.no_grad()
+    def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
+        """See `Drawable`."""
+        stored = self.scaled()
+        codes, levels = stored.codes, stored.levels()
+        shares = weight.to(codes.device, torch.float32) / stored.spread(stored.scales.to(torch.float32))
+        codes.copy_(levels[drawn(shares, levels, generator).to(torch.int32)].to(codes.dtype))
 
     def snapshot(self, host: bool = False) -> tuple[Tensor, Tensor]:
         stored = self.scaled()

@@ -86,12 +86,8 @@ class BaseWeight(Protocol):
         """A fresh dequantised copy [N, K]."""
         ...
 
-    def assign(self, weight: Tensor) -> Tensor | None:
-        """Store `weight` [N, K] back, rounded once, requantised if need be, on the same device.
-
-        Returns:
-            Of quantised formats the relative error |stored - weight| / |weight|, a scalar on the weight's device.
-        """
+    def assign(self, weight: Tensor) -> None:
+        """Store `weight` [N, K] back, rounded once to the nearest, requantised if need be, on the same device."""
         ...
 
     def snapshot(self, host: bool = False) -> Any:

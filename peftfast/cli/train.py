@@ -166,6 +166,7 @@ def check_saved(job: Prepared, batch: dict, trained: torch.Tensor, effect: float
 
     from peftfast import PeftModel
     from peftfast.cli._checks import logits, tolerance
+    from peftfast.cli._loop import evaluate
     from peftfast.cli._setup import DTYPES, load_base
     from peftfast.wrapping.model_merger import ModelMerger
 
@@ -185,11 +186,14 @@ def check_saved(job: Prepared, batch: dict, trained: torch.Tensor, effect: float
     except RuntimeError as error:  # what acts on some tokens only, or on weights that nobody can write
         print(f"    trained and merged:    not applicable, {error}")
         return same, f"{said}; merged not applicable"
-    merged = difference(trained, logits(model.merge_and_unload(), batch))
+    model = model.merge_and_unload()
+    merged = difference(trained, logits(model, batch))
     if settings["quantize"] != "none":
-        kind = settings["quantize"]
+        kind, held = settings["quantize"], job.rows.held_out[:HELD_OUT_ROWS]
+        loss = evaluate(model, held, job.pad, settings["batch_size"], settings["device"])
         print(f"    trained and merged:    {merged:.2e} (no limit: merging rounds the weights to {kind} again)")
-        return same, f"{said}; merged no, rounded to {kind} again: {merged:.2g} apart"
+        print(f"  loss on held-out text, merged into {kind}: {loss:.4f} nats/token")
+        return same, f"{said}; merged no, rounded to {kind} again: held-out loss {loss:.4f}"
     kept = compare("trained and merged", merged, allowed)
     return same and kept, f"{said}; merged {'yes' if kept else 'NO, see above'}"
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.dense import for_narrowing
+from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
 from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
 from peftfast.sites import Dense
@@ -79,14 +80,14 @@ class Merger:
 
     Attributes:
         kept: bytes of the base while adapters are merged; None while nothing is, or where it was merged for good.
-        error: relative error of a merge into quantised storage.
+        rounded: what became of the weight in quantised storage.
         source: the layer whose factors this one shares, and which merges a weight that both have; None: no such layer.
     """
 
     def __init__(self, layer: BaseTunerLayer) -> None:
         self.layer = layer
         self.kept: dict[str, Any] | None = None
-        self.error: Tensor | None = None
+        self.rounded: Rounded | None = None
         self.source: BaseTunerLayer | None = None
 
     @property
@@ -109,9 +110,11 @@ class Merger:
         *,
         keep: bool | str = True,
         untie: bool = False,
+        rounding: str = "auto",
     ) -> None:
         """See `BaseTunerLayer.merge`."""
         layer = self.layer
+        check_rounding(rounding, layer.site.weight)
         if keep not in (True, False, "host"):
             raise ValueError(f"keep must be True, False or 'host', got {keep!r}")
         check_mergeable(layer)
@@ -136,11 +139,11 @@ class Merger:
             dense = self.merged([*layer.merged_adapters, *names], check=safe_merge)
         except BaseException:
             if not first:
-                self._store(self.merged(layer.merged_adapters, check=False))
+                self._store(self.merged(layer.merged_adapters, check=False), rounding)
             raise
         if first and untie:
             self._parameter = nn.Parameter(torch.empty_like(self._parameter), requires_grad=False)
-        self._store(dense)
+        self._store(dense, rounding)
         self.kept = kept if keep or not first else None
         layer.merged_adapters = [*layer.merged_adapters, *names]
 
@@ -193,11 +196,11 @@ class Merger:
                 y = layer.adapters[name].method.forward(layer.site, x, y, [layer.adapters[name]])
             kept = self._snapshot(True, False)
             try:
-                self._store(self.merged(names, check=False))
+                self._store(self.merged(names, check=False), "nearest")
                 after = layer.site.base(x)
             finally:
                 self._restore(kept)
-                self.error = None
+                self.rounded = None
         except (TypeError, ValueError, IndexError):  # called with more than this input: nobody can tell
             return
         finally:
@@ -280,9 +283,9 @@ class Merger:
                 )
 
     @torch.no_grad()
-    def _store(self, dense: Dense) -> None:
+    def _store(self, dense: Dense, rounding: str) -> None:
         layer = self.layer
-        self.error = layer.site.weight.assign(dense.weight)
+        self.rounded = store(layer.site.weight, dense.weight, rounding)
         if dense.bias is not None:
             layer.base_layer.bias.copy_(for_narrowing(dense.bias, layer.base_layer.bias.dtype))
 
@@ -316,7 +319,7 @@ class Merger:
 
     def forget(self) -> None:
         """Nothing is inside the weight any more, whatever it holds now."""
-        self.kept = self.error = None
+        self.kept = self.rounded = None
 
     def change(self, adapter: str) -> Tensor:
         """See `BaseTunerLayer.get_delta_weight`."""

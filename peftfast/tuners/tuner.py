@@ -218,7 +218,12 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
 
     # ---- merging -----------------------------------------------------------------------------------------------------
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: bool | str = True
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        keep: bool | str = True,
+        rounding: str = "auto",
     ) -> dict[str, float]:
         """Put adapters (None: the active ones) inside the weights; `unmerge_adapter` takes them out bit for bit.
 
@@ -226,13 +231,15 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
             safe_merge: refuse results with NaN or infinite values before anything is written.
             keep: where the weights' bytes wait for unmerging: True: beside the weights; "host": in host memory; False:
                 nowhere, there will be no unmerging.
+            rounding: into quantised storage: to the "nearest" value; "stochastic", up or down so that the expected
+                value is exact; "auto": to the nearest where that keeps nine tenths of what the adapters change.
 
         Returns:
             By module name, the relative error with which quantised storage holds the merged weight; empty for a dense
             base.
         """
         merger = ModelMerger(self.inventory)
-        merger.merge(adapter_names, safe_merge, keep=keep)
+        merger.merge(adapter_names, safe_merge, keep=keep, rounding=rounding)
         return merger.errors()
 
     def unmerge_adapter(self) -> None:
@@ -246,6 +253,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
         *,
         dequantize: bool = False,
         originals: Any = None,
+        rounding: str = "auto",
     ) -> nn.Module:
         """The base model, changed in place: adapters inside the weights, wrappers gone.
 
@@ -254,25 +262,28 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
             originals: with it, take the weights of the model before quantisation from here instead; a folder, a state
                 dict or a model, as `peftfast.dequantize_model` takes them. The default is what the adapter was trained
                 against.
+            rounding: into quantised storage, as `merge_adapter` takes it.
         """
         if originals is not None and not dequantize:
             raise ValueError("originals are the dense weights to merge into: pass dequantize=True with them")
         if dequantize:
             dequantize_model(self, originals)
-        return self._unload(True, progressbar, safe_merge, adapter_names)
+        return self._unload(True, progressbar, safe_merge, adapter_names, rounding)
 
     def unload(self) -> nn.Module:
         """The base model without the adapters (modules_to_save stay as trained)."""
         return self._unload(False, False, False, None)
 
-    def _unload(self, merge: bool, progressbar: bool, safe_merge: bool, names: list[str] | None) -> nn.Module:
+    def _unload(
+        self, merge: bool, progressbar: bool, safe_merge: bool, names: list[str] | None, rounding: str = "auto"
+    ) -> nn.Module:
         from tqdm.auto import tqdm
 
         def progress(items: Iterable) -> Iterable:
             return tqdm(items, disable=not progressbar, desc="Unloading and merging model")
 
         if merge:
-            ModelMerger(self.inventory).merge_for_good(names, safe_merge, progress)
+            ModelMerger(self.inventory).merge_for_good(names, safe_merge, rounding, progress)
         model = self.inventory.unload(merge, safe_merge, names)
         self.router = None  # there is nothing left to choose from
         say_if_untied(model)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from peftfast.base.rounding import ENOUGH, check_rounding
 from peftfast.embeddings import input_embeddings, output_embeddings
 from peftfast.errors import PeftWarning, close_matches, enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
@@ -28,6 +30,7 @@ class ModelMerger:
         self.inventory = inventory
 
     def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: bool | str = True,
+              rounding: str = "auto",
               progress: Callable[[Iterable], Iterable] = lambda items: items) -> None:  # fmt: skip
         """Merge in every layer, or, if one refuses, in none. Arguments as in `BaseTunerLayer.merge`.
 
@@ -43,6 +46,8 @@ class ModelMerger:
                 f"Nothing was merged: adapter {unknown[0]!r} not found.{close_matches(unknown[0], configs)} "
                 f"Adapters present: {sorted(configs)}"
             )
+        for layer in self.inventory.layers.values():
+            check_rounding(rounding, layer.site.weight)
         check_mergeable(self.inventory.model)
         to_shards(self.inventory.model)
         work, own_work = self._unmerged(adapter_names)
@@ -73,19 +78,19 @@ class ModelMerger:
                 before.append((layer, layer.merged_adapters))
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="Already following adapters were merged")
-                    layer.merge(safe_merge and bool(keep), wanted, keep=keep, untie=layer in shared)
+                    layer.merge(safe_merge and bool(keep), wanted, keep=keep, untie=layer in shared, rounding=rounding)
         except BaseException:
             for layer, names_before in reversed(before):
                 if keep and layer.merged_adapters != names_before:
                     layer.unmerge()
                     if names_before:
-                        layer.merge(adapter_names=names_before, keep=keep, untie=layer in shared)
+                        layer.merge(adapter_names=names_before, keep=keep, untie=layer in shared, rounding=rounding)
             for layer in reversed(own):
                 layer.unmerge()
             raise
-        self._say_merge_errors()
+        self._say_what_was_rounded()
 
-    def merge_for_good(self, adapter_names: list[str] | None, safe_merge: bool,
+    def merge_for_good(self, adapter_names: list[str] | None, safe_merge: bool, rounding: str,
                        progress: Callable[[Iterable], Iterable]) -> None:  # fmt: skip
         """Merge before the adapters are taken away; nothing is kept for unmerging that is not needed on the way."""
         inventory = self.inventory
@@ -97,7 +102,8 @@ class ModelMerger:
             self._untie_one_sided(names)
         if not merged or any(self._unmerged(adapter_names)):
             # a check that may refuse half-way needs the bytes to go back to
-            self.merge(adapter_names, safe_merge, keep=bool(merged) or safe_merge, progress=progress)
+            keep = bool(merged) or safe_merge
+            self.merge(adapter_names, safe_merge, keep=keep, rounding=rounding, progress=progress)
 
     def check(self) -> None:
         """Raise what merging the active adapters would raise for their kind, without merging any."""
@@ -167,17 +173,31 @@ class ModelMerger:
         errors = {k: layer.merge_error for k, layer in self.inventory.layers.items() if layer.merge_error is not None}
         return {key: float(error) for key, error in errors.items()}
 
-    def _say_merge_errors(self) -> None:
+    def _say_what_was_rounded(self) -> None:
         errors = self.errors()
-        if errors:
-            worst = max(errors, key=errors.__getitem__)
-            warnings.warn(
-                f"{len(errors)} weights with adapters inside were rounded to their quantised storage: relative error "
-                f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} in {worst}. "
-                "merge_and_unload(dequantize=True) merges without that rounding, into dense weights.",
-                PeftWarning,
-                stacklevel=5,
+        if not errors:
+            return
+        worst = max(errors, key=errors.__getitem__)
+        said = [
+            f"{len(errors)} weights with adapters inside were rounded to their quantised storage: relative error "
+            f"{_mean(errors.values()):.2%} on average, {errors[worst]:.2%} in {worst}."
+        ]
+        layers = self.inventory.layers.values()
+        rounded = [layer.merger.rounded for layer in layers if layer.merger.rounded is not None]
+        drawn = [r for r in rounded if r.nearest is not None]
+        if drawn:
+            said.append(
+                f"{len(drawn)} of them were rounded stochastically, which keeps {_mean(r.kept for r in drawn):.0%} of "
+                f"what the adapters change; to the nearest value, {_mean(r.nearest for r in drawn):.0%} would have "
+                "been left."
             )
+        lost = [r for r in rounded if r.nearest is None and r.kept < ENOUGH]
+        if lost:
+            said.append(
+                f"In {len(lost)} of them only {_mean(r.kept for r in lost):.0%} of what the adapters change is left."
+            )
+        said.append("merge_and_unload(dequantize=True) merges without that rounding, into dense weights.")
+        warnings.warn(" ".join(said), PeftWarning, stacklevel=5)
 
     def _untie_one_sided(self, names: Iterable[str]) -> None:
         """Where an adapter is about to change one of two modules that share a weight, the other gets its own copy;
@@ -197,6 +217,11 @@ class ModelMerger:
             for other, name in owners.get(id(weight), ()):
                 if other is not own and id(other) not in inside_extras | followers:
                     setattr(other, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+
+
+def _mean(values: Iterable[Any]) -> float:
+    found = [float(value) for value in values]
+    return sum(found) / len(found)
 
 
 def _same_rows(one: BaseTunerLayer, other: BaseTunerLayer) -> bool:

@@ -55,16 +55,14 @@ def test_snapshot_restores_every_byte(base, used):
 
 @pytest.mark.parametrize("base", FOUR_BIT)
 def test_assign_is_quantising_afresh(base):
-    """Bytes, scales and error are those of bitsandbytes' own quantisation of the same weight."""
+    """Bytes and scales are those of bitsandbytes' own quantisation of the same weight."""
     module = quantised_linear(base)
     target = torch.randn(48, 64, generator=torch.Generator().manual_seed(5))
     kind, options = BASES[base]
     fresh = quantizer(kind).module(target, module.bias, **options)
-    error = base_weight(module).assign(target)
+    base_weight(module).assign(target)
     assert_same_bytes(stored_bytes(fresh), stored_bytes(module))
     assert type(module.weight) is bnb.nn.Params4bit and module.quant_state is module.weight.quant_state
-    exact = (bnb_weight(fresh) - target).norm() / target.norm()
-    assert error == pytest.approx(float(exact), rel=1e-5)
 
 
 def test_int8_codes_are_nearest():
