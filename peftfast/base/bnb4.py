@@ -48,6 +48,8 @@ class Bnb4Weight(UsualWeight):
     read at every use, because bitsandbytes moves, repacks and replaces it.
     """
 
+    draws = True
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.name = ""
@@ -193,7 +195,6 @@ class Bnb4Weight(UsualWeight):
 
     @torch.no_grad()
     def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
-        """See `Drawable`."""
         own, state = self.module.weight, self._state()
         scales = block_scales(self._operand(state, torch.float32)).repeat_interleave(state.blocksize)
         exact = weight.to(own.device, torch.float32)

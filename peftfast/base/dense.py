@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.offload import device_of, stored_weight
+from peftfast.base.rounding import drawn_float
 from peftfast.base.weight import UsualWeight, kept_copy, register_format
 from peftfast.sharding import whole_shape
 from peftfast.watch import Entry
@@ -92,6 +93,16 @@ class DenseWeight(UsualWeight):
     def assign(self, weight: Tensor) -> None:
         own = stored_weight(self.module, write=True)
         own.copy_(for_narrowing((weight.t() if self.transposed else weight).reshape(own.shape), own.dtype))
+
+    @property
+    def draws(self) -> bool:
+        return self.compute_dtype.itemsize == 2
+
+    @torch.no_grad()
+    def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
+        own = stored_weight(self.module, write=True)
+        drawn = drawn_float(weight, own.dtype, generator)
+        own.copy_((drawn.t() if self.transposed else drawn).reshape(own.shape))
 
     @property
     def merge_dtype(self) -> torch.dtype:

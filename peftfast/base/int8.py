@@ -26,6 +26,7 @@ class Int8Weight(UsualWeight):
     """
 
     quantization = "int8"
+    draws = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -114,7 +115,6 @@ class Int8Weight(UsualWeight):
 
     @torch.no_grad()
     def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
-        """See `Drawable`."""
         scales = self._scales().to(self.device, torch.float32)
         step = torch.where(scales > 0, 127.0 / scales, 0.0)
         levels = torch.arange(-127, 128, dtype=torch.float32, device=self.device)

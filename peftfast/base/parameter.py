@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peftfast.base.dense import for_narrowing
 from peftfast.base.offload import device_of, stored_weight
+from peftfast.base.rounding import drawn_float
 from peftfast.base.weight import UsualWeight, kept_copy
 from peftfast.sharding import whole_shape
 from peftfast.watch import Entry
@@ -57,6 +58,15 @@ class ParameterWeight(UsualWeight):
     def assign(self, weight: Tensor) -> None:
         own = stored_weight(self.module, self.parameter, write=True)
         own.copy_(for_narrowing(weight.reshape(own.shape), own.dtype))
+
+    @property
+    def draws(self) -> bool:
+        return self.compute_dtype.itemsize == 2
+
+    @torch.no_grad()
+    def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
+        own = stored_weight(self.module, self.parameter, write=True)
+        own.copy_(drawn_float(weight, own.dtype, generator).view(own.shape))
 
     @property
     def merge_dtype(self) -> torch.dtype:

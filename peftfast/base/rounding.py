@@ -1,20 +1,22 @@
-"""A weight with adapters inside, stored in 4 or 8 bits again.
+"""A weight with adapters inside, stored in 4, 8 or 16 bits again.
 
-The values of such a format are further apart than most adapters change a weight. Rounding to the nearest value then
-gives the base weight back: the adapter is lost, and the error, small beside the weight, does not show it. Stochastic
-rounding (up or down, with the probabilities that make the expected value exact) keeps what an adapter changes. Its
-errors are larger, but they point nowhere, while what is lost by rounding to the nearest is exactly what was trained.
+The values of 4-bit formats are further apart than most adapters change a weight, those of bf16 than many do. Rounding
+to the nearest value then gives the base weight back: the adapter is lost, and the error, small beside the weight, does
+not show it. Stochastic rounding (up or down, with the probabilities that make the expected value exact) keeps what an
+adapter changes. Its errors are larger, but they point nowhere, while what is lost by rounding to the nearest is exactly
+what was trained.
 """
 
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftfast.base.weight import BaseWeight
+from peftfast.sharding import is_distributed
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
@@ -22,15 +24,6 @@ ROUNDINGS = ("auto", "nearest", "stochastic")
 ENOUGH = 0.9
 
 _CHUNK = 1 << 22
-
-
-@runtime_checkable
-class Drawable(Protocol):
-    """A format that can be rounded to stochastically."""
-
-    def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
-        """Store `weight` [N, K] with the scales that are there."""
-        ...
 
 
 class Rounded(NamedTuple):
@@ -51,7 +44,7 @@ def check_rounding(rounding: str, weight: BaseWeight | None = None) -> None:
     """ValueError for a name that is not among `ROUNDINGS`, or for what the weight's format cannot do."""
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
-    if rounding == "stochastic" and weight is not None and weight.quantization and not isinstance(weight, Drawable):
+    if rounding == "stochastic" and weight is not None and weight.quantization and not weight.draws:
         raise ValueError(
             f"{weight.name}: rounding='stochastic' is not known for weights stored by {weight.quantization}; "
             "'nearest' and 'auto' are"
@@ -60,31 +53,37 @@ def check_rounding(rounding: str, weight: BaseWeight | None = None) -> None:
 
 @torch.no_grad()
 def store(weight: BaseWeight, exact: Tensor, rounding: str = "auto") -> Rounded | None:
-    """Store `exact` [N, K] in the place of the weight; None for formats that are not packed, which round by themselves.
+    """Store `exact` [N, K] in the place of the weight; None where that rounds too little to be looked at.
 
     The draws of stochastic rounding follow from the weight's name alone, so that merging again gives the same bits.
+    Weights that are spread over processes are rounded to the nearest.
     """
-    if not weight.quantization:
+    if not (weight.draws or weight.quantization) or is_distributed(exact):
         weight.assign(exact)
         return None
-    base, exact = weight.dense(torch.float32), exact.to(weight.device, torch.float32)
-    before = weight.snapshot() if isinstance(weight, Drawable) and rounding != "nearest" else None
+    wide = torch.float32 if weight.quantization else None
+    base, exact = weight.dense(wide), exact.to(weight.device)
+    before = weight.snapshot() if weight.draws and rounding != "nearest" else None
     weight.assign(exact)
-    rounded = _compare(base, exact, weight.dense(torch.float32))
-    if before is None or rounding == "auto" and bool((rounded.kept - 1).abs() <= 1 - ENOUGH):
+    rounded = _compare(base, exact, weight.dense(wide))
+    lost = (rounded.kept - 1).abs() > 1 - ENOUGH  # not where infinities make it NaN, which are to stay
+    if before is None or rounding == "auto" and not bool(lost):
         return rounded
     weight.restore(before)
     seed = zlib.crc32(weight.name.encode())
     weight.assign_stochastic(exact, torch.Generator(exact.device).manual_seed(seed))
-    return _compare(base, exact, weight.dense(torch.float32))._replace(nearest=rounded.kept)
+    return _compare(base, exact, weight.dense(wide))._replace(nearest=rounded.kept)
 
 
 def _compare(base: Tensor, exact: Tensor, stored: Tensor) -> Rounded:
-    error = (stored - exact).norm() / exact.norm()
-    change = exact - base
-    size = change.square().sum()
-    kept = (stored.sub_(base)).mul_(change).sum() / size
-    return Rounded(error, torch.where(size > 0, kept, 1.0))
+    off = norm = size = kept = torch.zeros((), device=exact.device)
+    rows = max(1, _CHUNK // exact.shape[1])
+    for start in range(0, exact.shape[0], rows):  # without another fp32 copy of a large weight
+        w, x, y = (t[start : start + rows].float() for t in (base, exact, stored))
+        change = x - w
+        off, norm = off + (y - x).square().sum(), norm + x.square().sum()
+        size, kept = size + change.square().sum(), kept + (change * (y - w)).sum()
+    return Rounded((off / norm).sqrt(), torch.where(size > 0, kept / size, 1.0))
 
 
 def drawn(shares: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
@@ -103,3 +102,21 @@ def drawn(shares: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
         draws = torch.rand(x.shape, generator=generator, device=x.device)
         indices[start : start + _CHUNK] = upper.sub_((draws.mul_(high.sub_(low)) >= x - low).to(torch.int32))
     return indices.view(shares.shape)
+
+
+def drawn_float(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """`values` in a floating dtype of one or two bytes: for every element one of the two numbers around it. What is
+    finite and beyond the largest one becomes that."""
+    bits, flat = {1: torch.uint8, 2: torch.int16}[dtype.itemsize], values.reshape(-1)
+    result = torch.empty(flat.shape, dtype=dtype, device=flat.device)
+    for start in range(0, flat.numel(), _CHUNK):
+        x = flat[start : start + _CHUNK].float()
+        near = x.to(dtype)
+        near = near.float().copysign(x).to(dtype)  # also of a zero
+        # bits count magnitudes
+        low = near.view(bits) - (near.float().abs() > x.abs()).to(bits)
+        below, above = low.view(dtype).float().abs(), (low + 1).view(dtype).float().abs()
+        draws = torch.rand(x.shape, generator=generator, device=x.device)
+        up = draws * (above - below) < x.abs() - below  # false where there is no finite number above
+        result[start : start + _CHUNK] = (low + up.to(bits)).view(dtype)
+    return result.view(values.shape)

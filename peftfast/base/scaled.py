@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.opaque import ByModule
-from peftfast.base.rounding import drawn
+from peftfast.base.rounding import drawn, drawn_float
 from peftfast.base.weight import kept_copy, register_format
 from peftfast_kernels.decode import Operand
 
@@ -33,14 +33,14 @@ class Scaled(NamedTuple):
         wide = scales if rows >= n else scales.repeat_interleave(rows, dim=0)[:n]
         return wide if columns >= k else wide.repeat_interleave(columns, dim=1)[:, :k]
 
-    def levels(self) -> Tensor:
-        """fp32, what a code can be, ascending."""
-        dtype, device = self.codes.dtype, self.codes.device
-        if not dtype.is_floating_point:
-            least = min(-self.limit, float(self.codes.min()))  # some use the one code more that there is below zero
-            return torch.arange(least, self.limit + 1, dtype=torch.float32, device=device)
-        every = torch.arange(256, dtype=torch.uint8, device=device).view(dtype).to(torch.float32)
-        return every[every.abs() <= self.limit].unique()
+    def drawn(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """Codes of another W [N, K], fp32, of the same scales, rounded stochastically."""
+        shares = weight / self.spread(self.scales.to(torch.float32))
+        if self.codes.dtype.is_floating_point:
+            return drawn_float(shares, self.codes.dtype, generator)
+        least = min(-self.limit, float(self.codes.min()))  # some use the one code more that there is below zero
+        levels = torch.arange(least, self.limit + 1, dtype=torch.float32, device=weight.device)
+        return levels[drawn(shares, levels, generator).to(torch.int32)].to(self.codes.dtype)
 
     def dense(self) -> Tensor:
         return self.codes.to(torch.float32) * self.spread(self.scales.to(torch.float32))
@@ -61,6 +61,8 @@ class Scaled(NamedTuple):
 
 class ScaledWeight(ByModule):
     """What the two formats have in common; each knows where its codes and scales are."""
+
+    draws = True
 
     def scaled(self) -> Scaled:
         """Codes and scales, where they are stored.
@@ -83,11 +85,8 @@ class ScaledWeight(ByModule):
 
     @torch.no_grad()
     def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
-        """See `Drawable`."""
         stored = self.scaled()
-        codes, levels = stored.codes, stored.levels()
-        shares = weight.to(codes.device, torch.float32) / stored.spread(stored.scales.to(torch.float32))
-        codes.copy_(levels[drawn(shares, levels, generator).to(torch.int32)].to(codes.dtype))
+        stored.codes.copy_(stored.drawn(weight.to(stored.codes.device, torch.float32), generator))
 
     def snapshot(self, host: bool = False) -> tuple[Tensor, Tensor]:
         stored = self.scaled()

@@ -22,6 +22,7 @@ class UsualWeight:
         fusable_modules: kinds of module besides `nn.Linear` whose forward is the product with W, and no more.
         cuts_gradients: the module may multiply in a way that has no derivative.
         known: W can be read; False: the module alone can multiply by it.
+        draws: W can be rounded to stochastically, by `assign_stochastic`.
         foreign_linear: the modules that it claims are linear layers, though none of torch's.
     """
 
@@ -31,6 +32,7 @@ class UsualWeight:
     fusable_modules: tuple[type[nn.Module], ...] = ()
     cuts_gradients: bool = False
     known: bool = True
+    draws: bool = False
     foreign_linear: bool = False
 
 
@@ -47,6 +49,7 @@ class BaseWeight(Protocol):
     fusable_modules: tuple[type[nn.Module], ...]
     cuts_gradients: bool
     known: bool
+    draws: bool
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
@@ -84,6 +87,11 @@ class BaseWeight(Protocol):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """A fresh dequantised copy [N, K]."""
+        ...
+
+    def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
+        """Store `weight` [N, K] back, every element as one of the two values around it that the format has, with the
+        scales that are there; which one is drawn, so that the expected value is exact."""
         ...
 
     def assign(self, weight: Tensor) -> None:

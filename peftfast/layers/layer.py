@@ -387,7 +387,8 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
     @property
     def merge_error(self) -> Tensor | None:
         """Relative error of a merge into quantised storage; None where nothing is merged or nothing was rounded so."""
-        return None if self.merger.rounded is None else self.merger.rounded.error
+        rounded = self.merger.rounded
+        return rounded.error if rounded is not None and self.site.weight.quantization else None
 
     def merge(
         self,
@@ -406,7 +407,7 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
             keep: keep the base's bytes, so that `unmerge` is exact in every bit, with "host" in host memory; False when
                 there will be no unmerge.
             untie: other modules use the weight as well and are to keep it as it is, so this one gets its own.
-            rounding: into quantised storage: "nearest" value; "stochastic", up or down so that the expected value is
+            rounding: into 4, 8 or 16 bits: "nearest" value; "stochastic", up or down so that the expected value is
                 exact; "auto": to the nearest where that keeps nine tenths of what the adapters change.
         """
         self.merger.merge(safe_merge, adapter_names, keep=keep, untie=untie, rounding=rounding)

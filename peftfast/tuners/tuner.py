@@ -231,7 +231,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
             safe_merge: refuse results with NaN or infinite values before anything is written.
             keep: where the weights' bytes wait for unmerging: True: beside the weights; "host": in host memory; False:
                 nowhere, there will be no unmerging.
-            rounding: into quantised storage: to the "nearest" value; "stochastic", up or down so that the expected
+            rounding: into 4, 8 or 16 bits: to the "nearest" value; "stochastic", up or down so that the expected
                 value is exact; "auto": to the nearest where that keeps nine tenths of what the adapters change.
 
         Returns:
@@ -262,7 +262,7 @@ class BaseTuner(KeepsBeside, GatheredAsOne, nn.Module):
             originals: with it, take the weights of the model before quantisation from here instead; a folder, a state
                 dict or a model, as `peftfast.dequantize_model` takes them. The default is what the adapter was trained
                 against.
-            rounding: into quantised storage, as `merge_adapter` takes it.
+            rounding: as `merge_adapter` takes it.
         """
         if originals is not None and not dequantize:
             raise ValueError("originals are the dense weights to merge into: pass dequantize=True with them")

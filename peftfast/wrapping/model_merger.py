@@ -182,8 +182,7 @@ class ModelMerger:
             f"{len(errors)} weights with adapters inside were rounded to their quantised storage: relative error "
             f"{_mean(errors.values()):.2%} on average, {errors[worst]:.2%} in {worst}."
         ]
-        layers = self.inventory.layers.values()
-        rounded = [layer.merger.rounded for layer in layers if layer.merger.rounded is not None]
+        rounded = [layer.merger.rounded for layer in self.inventory.layers.values() if layer.merge_error is not None]
         drawn = [r for r in rounded if r.nearest is not None]
         if drawn:
             said.append(

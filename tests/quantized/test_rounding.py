@@ -1,4 +1,4 @@
-"""What is left of a small change when a weight goes back into 4 or 8 bits."""
+"""What is left of a small change when a weight goes back into 4, 8 or 16 bits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import rms_error
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -17,17 +18,28 @@ from quantized import support, test_foreign_formats  # noqa: E402
 from quantized.support import assert_same_bytes, quantised_linear, stored_bytes  # noqa: E402
 
 import peftfast  # noqa: E402
-from peftfast.base.rounding import Drawable, drawn, store  # noqa: E402
+from peftfast.base.parameter import ParameterWeight  # noqa: E402
+from peftfast.base.rounding import drawn, drawn_float, store  # noqa: E402
 from peftfast.base.weight import BaseWeight, base_weight  # noqa: E402
 from peftfast.errors import PeftWarning  # noqa: E402
 
 FOREIGN = [name for name in test_foreign_formats.WRITABLE if not name.startswith("hqq")]
-FORMATS = [*support.BASES, *FOREIGN]
+DENSE = ["bf16", "fp16", "bf16-transposed", "bf16-stack"]
+FORMATS = [*support.BASES, *FOREIGN, *DENSE]
 
 
 def weight_of(base: str) -> BaseWeight:
-    module = quantised_linear(base, 48, 72) if base in support.BASES else test_foreign_formats.made(base)
-    weight = base_weight(module)
+    if base in support.BASES:
+        weight = base_weight(quantised_linear(base, 48, 72))
+    elif base in FOREIGN:
+        weight = base_weight(test_foreign_formats.made(base))
+    else:
+        torch.manual_seed(0)
+        module = Conv1D(48, 72) if base == "bf16-transposed" else nn.Linear(72, 48)
+        if base == "bf16-stack":
+            module.weight = nn.Parameter(torch.randn(3, 16, 72) / 8)
+        module.to(torch.float16 if base == "fp16" else torch.bfloat16)
+        weight = ParameterWeight(module, "weight") if base == "bf16-stack" else base_weight(module)
     weight.name = "layer"
     return weight
 
@@ -61,12 +73,32 @@ def test_what_lies_outside_becomes_the_last_level():
     assert indices.tolist() == [[0, 0, 0, 2], [2, 2, 1, 1]] and indices.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_floats_around_a_value(dtype):
+    """Also below the smallest one, beyond the largest, and next to powers of two, where steps change."""
+    tiny, largest = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    x = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.9999, -1.0001, tiny / 7, -tiny / 3, 0.3, largest, -1.001 * largest])
+    found = drawn_float(x.repeat(2000, 1), dtype, torch.Generator().manual_seed(0)).float()
+    every = torch.arange(256 if dtype.itemsize == 1 else 65536, dtype=torch.int32)
+    every = every.to(torch.uint8 if dtype.itemsize == 1 else torch.int16).view(dtype).float()
+    every = every[every.isfinite()]
+    for column, value in zip(found.unbind(1), x.tolist(), strict=True):
+        value = min(max(value, -largest), largest)
+        below, above = every[every <= value].max(), every[every >= value].min()
+        assert set(column.tolist()) <= {float(below), float(above)}
+        limit = 5 * float(above - below) / 2 / 2000**0.5
+        assert abs(float(column.double().mean()) - value) <= limit + 1e-12 * abs(value)
+    assert found[:, 1].signbit().all()
+    nan, infinite = drawn_float(torch.tensor([math.nan, -math.inf]), dtype, torch.Generator())
+    assert torch.isnan(nan) and not (infinite.float() > -largest)
+
+
 # ---- a weight --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("base", FORMATS)
 def test_the_mean_of_many_draws_is_the_weight(base):
     """Scales stay, so the weight itself comes back exactly, and what is between two values comes back on average."""
     weight = weight_of(base)
-    assert isinstance(weight, Drawable)
+    assert weight.draws
     own, before = weight.dense(torch.float32), weight.snapshot()
     generator = torch.Generator().manual_seed(0)
     weight.assign_stochastic(own, generator)
@@ -88,7 +120,10 @@ def test_the_mean_of_many_draws_is_the_weight(base):
 def test_a_small_change_is_kept(base):
     """Rounding to the nearest loses it where the format is coarse; the draws follow from the name alone."""
     weight, stored = weight_of(base), []
-    before, change = weight.snapshot(), small_change(weight, 0.003)
+    before, change = (
+        weight.snapshot(),
+        small_change(weight, 0.00005 if base == "fp16" else 0.0005 if base in DENSE else 0.003),
+    )
     exact = weight.dense(torch.float32) + change
     nearest = store(weight, exact, "nearest")
     weight.restore(before)
