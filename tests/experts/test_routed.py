@@ -229,6 +229,10 @@ def test_what_is_not_known_gets_changed_weights(case, monkeypatch):
     assert next(calls) == (2 if case == "another implementation" else 0)
 
 
+class OnAGpu(torch.Tensor):
+    is_cuda, is_cpu, device = True, False, torch.device("cuda", 0)
+
+
 @pytest.mark.parametrize(
     "capability, grouped", [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)]
 )
@@ -236,9 +240,6 @@ def test_gpus_without_a_grouped_product_loop(monkeypatch, capability, grouped):
     """torch's own stand-in there waits for the device in every call. Where an empty group gives something, it is
     zeroed."""
     from peftfast.ops import experts
-
-    class OnAGpu(torch.Tensor):
-        is_cuda, is_cpu, device = True, False, torch.device("cuda", 0)
 
     experts._capability.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -253,3 +254,14 @@ def test_gpus_without_a_grouped_product_loop(monkeypatch, capability, grouped):
             assert (found[1] == 0).all() == (capability[0] == 10) and (found[[0, 2]] == 1).all()
     finally:
         experts._capability.cache_clear()
+
+
+def test_as_many_rows_as_experts_do_not_make_the_host_wait(monkeypatch):
+    """Which rows are whose is on the GPU alone, as long as one product is made of them there."""
+    from peftfast.ops import experts
+
+    monkeypatch.setattr(experts, "_capability", lambda device: 9)
+    monkeypatch.setattr(experts.F, "grouped_mm", lambda x, w, offs: torch.ones(8, 16))
+    x, w = (torch.ones(shape, dtype=torch.bfloat16).as_subclass(OnAGpu) for shape in ((8, 16), (8, 16, 16)))
+    runs = experts.Runs(8, torch.arange(1, 9, dtype=torch.int32))
+    assert (runs.add_mm(x.clone(), x, w) == 2).all() and runs._runs is None
