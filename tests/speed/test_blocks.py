@@ -13,7 +13,10 @@ from transformers.activations import ACT2FN
 import peftfast
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.ops import composed, host_bound
+from peftfast.ops.blocks import lora_siblings
+from peftfast.ops.plan import Part, plan_of
 from peftfast.training.blocks import GatedMlp, Siblings
+from peftfast_kernels.decode import dense
 from peftfast_kernels.gated import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("large_products")
@@ -141,6 +144,25 @@ def test_different_ranks_scales_and_frozen_factors():
                 parameter.requires_grad_(False)
     truth = run(copy.deepcopy(twins.theirs).double())
     as_near(run(twins.ours), run(twins.theirs), truth)
+
+
+class GivesNoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_outputs_that_get_no_gradient_give_none():
+    w, x = dense(torch.ones(6, 8)), torch.ones(5, 8, requires_grad=True)
+    plan = plan_of(w, torch.float32, 1.0, 0.0)
+    parts = [Part(w, None, *(torch.ones(s, requires_grad=True) for s in ((2, 8), (6, 2))), plan) for _ in range(2)]
+    used = sum(GivesNoGradient.apply(y).sum() for y in lora_siblings(x * 1, parts))
+    (used + x.sum()).backward()
+    assert (x.grad == 1).all() and all(part.a.grad is None and part.b.grad is None for part in parts)
 
 
 def test_dropout_has_masks_of_its_own_per_layer():
