@@ -28,7 +28,8 @@ def activation(g, ACT: tl.constexpr):
         u = 1.5957691216057308 * (g + 0.044715 * g * g * g)
         s = tl.sigmoid(u)
         value = g * s
-        slope = s + g * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+        # 1 - s would have lost its digits where s is nearly 1, and what it is multiplied by is large there
+        slope = s + value * tl.sigmoid(-u) * (1.5957691216057308 + 0.2140644488 * g * g)
     else:
         tl.static_assert(ACT == "relu")
         value = tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)

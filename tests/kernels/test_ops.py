@@ -358,6 +358,17 @@ def test_nan_passes_through_every_activation(backend, act, device):
     assert d_gate[0, 0] == 1 if act == "relu" else d_gate[0, 0].isnan()  # the slope there is torch's
 
 
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_slopes_of_activations_are_no_further_than_torch(act, device):
+    gate = torch.cat([torch.linspace(-9, 9, 1022), torch.tensor([-1e15, 1e15])]).view(16, 64).to(device)
+    one = torch.ones_like(gate)
+    _, exact, _ = gated_grad.reference(one.double(), gate.double(), one.double(), act)
+    with use_backend("triton"):
+        _, found, _ = gated_grad(one, gate, one, act)
+    _, plain, _ = gated_grad.eager(one, gate, one, act)
+    assert (found - exact).norm() <= 1.1 * (plain - exact).norm()
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_norms_of_weights_that_only_torch_reads(backend, device):
     """As layerwise casting stores them."""
