@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from peftfast.ops.gate import gated
 from peftfast.ops.scale import scale_features
 from peftfast.sites.site import Slot, UsualSite, composed_magnify, is_plain, is_untouched, register_site
 from peftfast_kernels.decode import Operand
+
+if TYPE_CHECKING:
+    from peftfast.rows.routing import Rows
 
 
 @register_site("torch.nn.Embedding", lambda module: isinstance(module, nn.Embedding))
@@ -87,23 +90,46 @@ class EmbeddingSite(UsualSite):
     def adapt_each(
         self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float, gate: Tensor | None = None
     ) -> Tensor:
-        m = self.module
-        runs, r, n = a.shape
-        ids = x.reshape(runs, -1)
-        if m.max_norm is not None or m.scale_grad_by_freq or m.sparse:
-            t = torch.stack([self.down(i, f) for i, f in zip(ids, a, strict=True)])
+        if self.segmented(x):
+            each = torch.arange(a.shape[0], device=x.device)
+            t = self._rows(x.reshape(a.shape[0], -1), a, each)
         else:
-            # one table under the other
-            ids = ids + torch.arange(runs, device=ids.device).view(-1, 1) * n
-            t = F.embedding(ids, a.transpose(1, 2).reshape(runs * n, r))
-            if m.padding_idx is not None and t.requires_grad:
-                padding = (x.reshape(runs, -1) == m.padding_idx).unsqueeze(-1)
-                t = torch.where(padding, t.detach(), t)  # no gradient for padding, as in the module itself
+            t = torch.stack([self.down(i, f) for i, f in zip(x.reshape(a.shape[0], -1), a, strict=True)])
+        return self._added(y, t, b.transpose(1, 2), scale, gate)
+
+    def segmented(self, x: Tensor) -> bool:
+        """Whether tables are looked up in by number; what counts or changes the rows that are read needs them apart."""
+        m = self.module
+        return m.max_norm is None and not m.scale_grad_by_freq and not m.sparse
+
+    def adapt_rows(
+        self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor, rows: Rows, gate: Tensor | None = None
+    ) -> Tensor:
+        """`adapt_each` with a [G, r, N], b [G, K, r] and scale [G] of all adapters: a sample's table is as large as the
+        vocabulary, and only the rows that it looks up are read."""
+        index, count = rows.index, a.shape[0]
+        own = index.clamp(0, count - 1)
+        each = torch.where(index < count, scale[own], float("nan"))
+        t = self._rows(x.reshape(index.shape[0], -1), a, own)
+        out = self._added(y, t, b.transpose(1, 2).index_select(0, own), each, gate)
+        if rows.host is not None and rows.used == len(rows.host):
+            return out
+        return torch.where((index < 0).view(-1, *(1,) * (y.dim() - 1)), y, out)
+
+    def _rows(self, ids: Tensor, a: Tensor, own: Tensor) -> Tensor:
+        """[S, T, r]: rows ids [S, T] of the tables a [G, r, N] with the numbers own [S]."""
+        t = a.transpose(1, 2)[own.view(-1, 1), ids]
+        if self.module.padding_idx is not None and t.requires_grad:
+            padding = (ids == self.module.padding_idx).unsqueeze(-1)
+            t = torch.where(padding, t.detach(), t)  # no gradient for padding, as in the module itself
+        return t
+
+    def _added(self, y: Tensor, t: Tensor, up: Tensor, scale: Tensor | float, gate: Tensor | None) -> Tensor:
+        """y + scale · t up, for t [S, T, r], up [S, r, K] and scale [S] or one number."""
         if gate is not None:
-            t = gated(t, gate.reshape(runs, -1, 1))
+            t = gated(t, gate.reshape(t.shape[0], -1, 1))
         t = t * (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale)
-        delta = self._scaled(torch.bmm(t, b.transpose(1, 2)))
-        return (y + delta.view(y.shape)).to(y.dtype)
+        return (y + self._scaled(torch.bmm(t, up)).view(y.shape)).to(y.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         m = self.module

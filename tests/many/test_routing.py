@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
 from peftfast import AdaLoraConfig, IA3Config, LoraConfig
@@ -423,3 +424,52 @@ def test_a_router_chooses_from_the_inputs():
         assert torch.equal(model.generate(**batch, adapter_names=names, **how), generated)
     with pytest.raises(TypeError, match="Router"):
         model.set_router("one")
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+VOCABULARY = 500
+NAMED = ["two", "one", BASE, "two", "three", "two"]
+
+
+def embedding(**options) -> nn.Module:
+    configs = [LoraConfig(r=r, lora_alpha=8, target_modules=["0"]) for r in (4, 2, 8)]
+    return many(lambda: nn.Sequential(nn.Embedding(VOCABULARY, 8, **options)), configs=configs)
+
+
+@pytest.mark.parametrize("names", [NAMED, ["one", "two", "three"] * 2, ["one", "three"]], ids=" ".join)
+def test_tables_are_not_copied_for_the_rows_that_are_looked_up(names):
+    model, ids = embedding(), torch.arange(2 * len(names)).view(len(names), 2)
+    with torch.no_grad():
+        model(ids, adapter_names=names)  # stacks the adapters
+        with Largest() as largest:
+            model(ids, adapter_names=names)
+    assert 0 < largest.elements < VOCABULARY
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}], ids=str)
+def test_gradients_of_tables(options):
+    model, ids = embedding(**options), torch.tensor([[3, 4], [9, 3], [3, 5], [7, 7], [4, 3], [0, 499]])
+    each = []
+    for name, sample in zip(NAMED, ids.split(1), strict=True):
+        if name == BASE:
+            with model.disable_adapter():
+                each.append(model(sample))
+        else:
+            model.set_adapter(name)
+            each.append(model(sample))
+    model.set_requires_grad(["one", "two", "three"])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    outs = [model(ids, adapter_names=NAMED), torch.cat(each)]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*[torch.autograd.grad(out.sin().sum(), parameters) for out in outs])
