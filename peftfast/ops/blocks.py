@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.function import apply, first_order
+from peftfast.ops.function import apply, first_order, fresh
 from peftfast.ops.lora import draw_seeds
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels.decode import Operand
@@ -142,7 +142,7 @@ class _Siblings(torch.autograd.Function):
         n = len(plans)
         ys, ts = _siblings(x, f, flat[2 * n : 3 * n])
         ctx.save_for_backward(x, *ts, *flat[: 2 * n], *(None,) * n, *flat[3 * n :])
-        return ys
+        return tuple(map(fresh, ys))
 
     @staticmethod
     @first_order
@@ -181,7 +181,7 @@ class _GatedMlp(torch.autograd.Function):
         f, ctx.copies = _Shared.factors(plans, counts, flat)
         y, kept = _mlp(x, act, f, flat[6:9])
         ctx.save_for_backward(x, *kept, *flat[:6], *(None,) * 3, *flat[9:])
-        return y
+        return fresh(y)
 
     @staticmethod
     @first_order

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftfast.autocast import autocast_dtype, without_autocast
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.function import apply, composing, first_order
+from peftfast.ops.function import apply, composing, first_order, fresh
 from peftfast.ops.plan import Plan, branch_dtype
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.dora_add import dora_add
@@ -63,7 +63,7 @@ class _DoraAdd(torch.autograd.Function):
         out, t, ctx.copy = _sum(y, x, a, b, g, bias, plan)
         ctx.plan = plan
         ctx.save_for_backward(y, x, t, a, b, g, bias)
-        return out
+        return fresh(out)
 
     @staticmethod
     @first_order

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfast.ops.function import apply, gradients_of, second_order
+from peftfast.ops.function import apply, fresh, gradients_of, second_order
 
 #: Up to so many runs of rows a loop over them takes less time on a CPU than the grouped product.
 _LOOPED = 8
@@ -343,7 +343,7 @@ class _ExpertsLinear(torch.autograd.Function):
         y, t = _product(x, a, b, w, groups, branch)
         ctx.groups, ctx.branch = groups, branch
         ctx.save_for_backward(None if a is None else x, t, a, b, w)
-        return y
+        return fresh(y)
 
     @staticmethod
     @second_order(_again)

@@ -12,6 +12,10 @@ from torch.autograd.function import Function, once_differentiable
 
 from peftfast.autocast import is_autocasting, without_autocast
 
+#: An output, which nobody else has, as a `Function.forward` gives it. A view that was made there, of rows as [..., N],
+#: could not be written to afterwards (`clamp_`, `nn.ReLU(inplace=True)`): autograd would raise an error.
+fresh = Tensor.detach
+
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a `Function.backward`: differentiating it a second time raises instead of giving zeros.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from peftfast.ops.casts import compute_pair
-from peftfast.ops.function import gradients_of, left_alone
+from peftfast.ops.function import fresh, gradients_of, left_alone
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.dispatch import host_bound_products
@@ -156,7 +156,7 @@ class _HostBound(Function):
         y, (t, mask, ctx.copies) = _multiply(x if flat else x.reshape(-1, k), a, b, bias, weight, plan)
         ctx.plan = plan
         ctx.save_for_backward(x, a, b, weight, t, mask)
-        return y if flat else y.view(*x.shape[:-1], n)
+        return y if flat else fresh(y.view(*x.shape[:-1], n))
 
     @staticmethod
     @left_alone
@@ -182,7 +182,7 @@ class _HostBoundSiblings(Function):
         ys, saved, copies = [], [x], []
         for plan, a, b, bias, weight in zip(plans, *[iter(members)] * 4, strict=True):
             y, (t, mask, copy) = _multiply(rows, a, b, bias, weight, plan)
-            ys.append(y if flat else y.view(*x.shape[:-1], y.shape[1]))
+            ys.append(y if flat else fresh(y.view(*x.shape[:-1], y.shape[1])))
             saved += (a, b, weight, t, mask)
             copies.append(copy)
         ctx.set_materialize_grads(False)

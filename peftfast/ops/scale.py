@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.composed import composes
-from peftfast.ops.function import apply, first_order
+from peftfast.ops.function import apply, first_order, fresh
 from peftfast.ops.host_bound import is_small
 from peftfast_kernels.feature_scale import feature_scale, feature_scale_grad
 
@@ -17,7 +17,7 @@ class _ScaleFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(y, s)
-        return feature_scale(_rows(y), s).view(y.shape)
+        return fresh(feature_scale(_rows(y), s).view(y.shape))
 
     @staticmethod
     @first_order

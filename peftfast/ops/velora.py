@@ -18,7 +18,7 @@ from torch import Tensor
 from peftfast.autocast import autocast_dtype
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.composed import composed_add, composes
-from peftfast.ops.function import apply, composing, first_order
+from peftfast.ops.function import apply, composing, first_order, fresh
 from peftfast.ops.lora import draw_seed, factor_grads
 from peftfast.ops.plan import Plan, branch_dtype
 from peftfast_kernels.keep_mask import drop
@@ -66,7 +66,7 @@ class _VeloraAdd(torch.autograd.Function):
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         ctx.copies = (a_copy if keep_a else None, b_copy if keep_b else None)
         ctx.save_for_backward(t, a, b, c, e, seed)
-        return out.view(y.shape)
+        return fresh(out.view(y.shape))
 
     @staticmethod
     @first_order

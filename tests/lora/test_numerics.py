@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 import peftfast
-from peftfast.ops import composed
+from peftfast.ops import blocks, composed, dora, host_bound, scale, velora
 from peftfast.ops import lora as lora_ops
+from peftfast.ops.plan import Part, plan_of
+from peftfast_kernels.decode import dense
 from peftfast_kernels.keep_mask import keep_mask, keep_scale
 
 peft = importlib.import_module("peft")
@@ -355,6 +357,39 @@ def test_input_gradient_only_and_factors_only():
     oracle.assert_no_further(
         *({n: p.grad for n, p in model.named_parameters() if "lora_" in n} for model in (ours, theirs, exact))
     )
+
+
+#: name -> outputs [..., N] for x [..., K], a part of both, the output of a base module and N numbers
+WAYS = {
+    "kernels": lambda x, part, y, g: [lora_ops.by_kernels(x, part)],
+    "host-bound": lambda x, part, y, g: [host_bound.host_bound_lora(x, part)],
+    "host-bound siblings": lambda x, part, y, g: host_bound.host_bound_siblings(x, [part, part]),
+    "siblings": lambda x, part, y, g: blocks.lora_siblings(x, [part, part]),
+    "gated MLP": lambda x, part, y, g: [blocks.gated_mlp(x, part, part, part, "silu")],
+    "composed": lambda x, part, y, g: [composed.composed_lora(x, part)],
+    "on an output": lambda x, part, y, g: [lora_ops.lora_linear_add(y, x, part.a, part.b, 2.0, 0.0)],
+    "DoRA": lambda x, part, y, g: [dora.dora_linear_add(y, x, part.a, part.b, g, part.bias, 2.0)],
+    "VeLoRA": lambda x, part, y, g: [
+        velora.velora_linear_add(y, x, part.a, part.b, 2.0, 0.0, lambda rows: velora.mean_direction(rows, 4), 1.0)
+    ],
+    "IA3": lambda x, part, y, g: [scale.scale_features(y, g)],
+}
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)], ids=["rows", "samples"])
+@pytest.mark.parametrize("way", WAYS)
+def test_outputs_may_be_written_to(way, shape):
+    """As `nn.ReLU(inplace=True)` does, and OLMo's attention, which clamps the projections in place."""
+    torch.manual_seed(0)
+    w, g = dense(torch.randn(8, 8)), torch.rand(8, requires_grad=True)
+    leaves = [torch.randn(size, requires_grad=True) for size in (shape, shape, (4, 8), (8, 4))]
+    x, y, a, b = leaves
+    part, found = Part(w, torch.randn(8), a, b, plan_of(w, torch.float32, 2.0, 0.0)), []
+    for write in (torch.Tensor.relu, torch.Tensor.relu_):
+        total = sum(write(out).square().sum() for out in WAYS[way](x * 1, part, y * 1, g))
+        found.append(torch.autograd.grad(total, leaves, allow_unused=True))
+    assert any(one is not None for one in found[0])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
