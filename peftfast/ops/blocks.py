@@ -152,8 +152,6 @@ class _Siblings(torch.autograd.Function):
         ts, flat = rest[:n], rest[n:]
         f = _Shared.again(ctx, flat)
         used = [i for i, dy in enumerate(dys) if dy is not None]
-        if not used:  # whoever reads the outputs gives no gradient to any
-            return (None,) * len(ctx.needs_input_grad)
         f = f.of(*used)
         dys_rows = [_rows(dys[i]) for i in used]
         ps = siblings_dt(dys_rows, f.b, f.scales)

@@ -41,13 +41,16 @@ def second_order(again: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
 
 
 def left_alone(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a `Function.backward`: autocast, which may have begun since the forward pass, has no part in it."""
+    """Decorator of a `Function.backward`: autocast, which may have begun since the forward pass, has no part in it. Of
+    no gradient at all, none is made."""
 
     def wrapper(ctx: Any, *grads: Any) -> Any:
         given = grads[0]
         if given is None:
             given = next((dy for dy in grads if dy is not None), None)
-        if given is None or not is_autocasting(given):
+        if given is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if not is_autocasting(given):
             return backward(ctx, *grads)
         with without_autocast(given):
             return backward(ctx, *grads)
