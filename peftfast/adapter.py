@@ -51,21 +51,24 @@ class Adapter:
     def locate(self) -> None:
         """Find the Parameters' places anew, after modules were added or replaced."""
         self._where.clear()
-        container = self._layer._modules.get("lora_dropout")
-        self._dropouts = {} if container is None else container._modules
+        kept = self._layer._modules
+        self._dropouts = kept["lora_dropout"]._modules if "lora_dropout" in kept else {}
+        held, biased = [], []
         for slot_name, slot in self.slots.items():
-            container = getattr(self._layer, slot_name)
+            container = kept[slot_name]
             if slot.holder is None:
-                kept = container._buffers if slot.buffer else container._parameters
-                self._where[slot_name] = (kept, self.name, container, self._layer._modules, slot_name)
-            else:
-                holder, place = container[self.name], (container._modules, self.name)
-                for leaf in slot.parameters():
-                    where = slot_name if leaf == "weight" else f"{slot_name}.{leaf}"
-                    self._where[where] = (holder._parameters, leaf, holder, *place)
-        held = {slot: getattr(self._layer, slot)._modules for slot in self.pair if self.slots[slot].holder is not None}
-        biased = [modules for slot, modules in held.items() if self.slots[slot].bias is not None]
-        self.holders = Holders((*held.values(), self._dropouts), self.name, biased) if len(held) == 2 else None
+                tensors = container._buffers if slot.buffer else container._parameters
+                self._where[slot_name] = (tensors, self.name, container, kept, slot_name)
+                continue
+            holder, place = container[self.name], (container._modules, self.name)
+            for leaf in slot.parameters():
+                where = slot_name if leaf == "weight" else f"{slot_name}.{leaf}"
+                self._where[where] = (holder._parameters, leaf, holder, *place)
+            if slot_name in self.pair:
+                held.append(container._modules)
+                if slot.bias is not None:
+                    biased.append(container._modules)
+        self.holders = Holders((*held, self._dropouts), self.name, biased) if len(held) == 2 else None
 
     def through(self, site: Site) -> Site:
         """`site`, or, where calling this adapter's modules is more than a product with their weights, one that calls

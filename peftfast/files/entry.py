@@ -59,9 +59,8 @@ class Entry(NamedTuple):
             return None
         return f"is parametrized by {kinds}, which makes something else of these values"
 
-    @torch.no_grad()
     def write(self, value: Tensor) -> None:
-        """Make the tensor `value`, which has its shape, in place."""
+        """Make the tensor `value`, which has its shape, in place; to be called under `torch.no_grad()`."""
         if self.store is not None:
             self.store(value)
         elif self.is_kept:

@@ -109,15 +109,17 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
                 where = device if slot.fill is None else self.site.weight.device
                 made = make_slot(slot, where, dtype)
                 container[name] = made.train(self.training) if isinstance(made, nn.Module) else made
-        self.adapter_layer_names = tuple(dict.fromkeys((*self.adapter_layer_names, *slots)))
-        self.other_param_names = tuple(dict.fromkeys((*self.other_param_names, *settings)))
+        self.__dict__.update(  # which setting attributes of a module takes five times as long as
+            adapter_layer_names=tuple(dict.fromkeys((*self.adapter_layer_names, *slots))),
+            other_param_names=tuple(dict.fromkeys((*self.other_param_names, *settings))),
+            _plan=None,
+        )
         adapter = Adapter(name, cfg, key, method, slots, self)
         adapter.locate()
         self.adapters[name] = adapter
         if initialise and device.type != "meta":
             with torch.no_grad(), whole(self):
                 method.init(self.site, adapter)
-        self._plan = None
         self.changed(name)
         return adapter
 
@@ -434,7 +436,7 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
 
     def get_base_layer(self) -> nn.Module:
         """The innermost base module, also through several wrappers."""
-        base = self.base_layer
+        base = self._modules["base_layer"]
         while hasattr(base, "base_layer"):
             base = base.base_layer
         return base

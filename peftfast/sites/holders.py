@@ -6,13 +6,12 @@ from torch import nn
 
 
 def empty_module(cls: type[nn.Module], **attributes: object) -> nn.Module:
-    """A module with these attributes, whose weight and bias are still to be set."""
+    """A module with these attributes, none of them tensors or modules, whose weight and bias are still to be set. Every
+    adapter has two at every site, so torch's registering, which takes longer than all else, is left out."""
     module = cls.__new__(cls)
     nn.Module.__init__(module)
-    for name, value in attributes.items():
-        setattr(module, name, value)
-    module.register_parameter("weight", None)
-    module.register_parameter("bias", None)
+    module.__dict__.update(attributes)
+    module._parameters.update(weight=None, bias=None)
     return module
 
 

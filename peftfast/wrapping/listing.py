@@ -88,7 +88,7 @@ class Listing:
     def module(self, name: str) -> nn.Module:
         """What stands at `name` now: the module, or what replaced it."""
         parent, attribute = self._hangs(name)[0]
-        return getattr(parent, attribute)
+        return parent._modules[attribute]
 
     def base_module(self, name: str) -> nn.Module:
         """The module at `name` without adapter layers around it."""

@@ -75,6 +75,8 @@ def plan_spreading(
     Raises:
         NotImplementedError: what is spread cannot be adapted in this way. Nothing was changed.
     """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return {}
     plan, mesh = _plan_of(inventory.model)
     if not plan:
         older = [key for key in targets if getattr(inventory.base_module(key), "_hf_tp_plan", None) is not None]

@@ -101,11 +101,15 @@ def initialiser(
 
 
 def _kind_of(cfg: LoraConfig) -> _Kind:
-    choice = str(cfg.init_lora_weights)
+    return _kind_called(str(cfg.init_lora_weights))
+
+
+@functools.lru_cache  # every module of a model asks several times
+def _kind_called(choice: str) -> _Kind:
     for kind in _TABLE:
         if kind.pattern.fullmatch(choice):
             return kind
-    raise ValueError(f"Unknown initialization init_lora_weights={cfg.init_lora_weights!r}")
+    raise ValueError(f"Unknown initialization init_lora_weights={choice!r}")
 
 
 def initialise(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
