@@ -236,24 +236,22 @@ class Inventory(Listing):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """All adapters off; afterwards every module is as it was, trainability included."""
-        before = [(w, w.disable_adapters) for _, w in self.wrappers()]
-        grads = {place: (p, p.requires_grad) for _, w in self.wrappers() for place, p in _own_places(w)}
+        before = {w: w.disable_adapters for _, w in self.wrappers()}
+        grads = {place: (p, p.requires_grad) for w in before for place, p in _own_places(w)}
         enabled = self.enabled
         self.enable(False)
         try:
             yield
         finally:
-            for wrapper, was_disabled in before:
-                wrapper._disable_adapters = was_disabled
+            for wrapper in {**before, **{w: None for _, w in self.wrappers()}}:
+                wrapper._disable_adapters = before.get(wrapper, not enabled)  # others were made inside the block
                 if isinstance(wrapper, BaseTunerLayer):
                     wrapper.__dict__["_plan"] = None
-            now = dict(found for wrapper, _ in before for found in _own_places(wrapper))
+            now = dict(found for wrapper in before for found in _own_places(wrapper))
             for place, (parameter, requires_grad) in grads.items():
                 for p in (parameter, now.get(place, parameter)):  # FSDP2 may have put it together, see `to_shards`
                     p.requires_grad_(requires_grad)
             self.enabled = enabled
-            for wrapper in {w for _, w in self.wrappers()} - {w for w, _ in before}:
-                wrapper._disable_adapters = not enabled  # made inside the block
 
     # ---- deleting ----------------------------------------------------------------------------------------------------
     def check_deletable(self, names: Sequence[str]) -> None:

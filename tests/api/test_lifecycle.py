@@ -183,6 +183,18 @@ def test_disable(options):
     pair.check()
 
 
+def test_an_adapter_that_was_added_and_called_while_others_were_off_acts_afterwards():
+    model = Pair(FIRST).ours
+    with model.disable_adapter():
+        model.add_adapter("added", peftfast.LoraConfig(target_modules=["down_proj"], init_lora_weights=False))
+        model.set_adapter("added")
+        torch.testing.assert_close(oracle.logits(model), oracle.logits(oracle.llama()))
+    found = oracle.logits(model)
+    model.set_adapter("added")
+    assert torch.equal(found, oracle.logits(model))
+    assert (found - oracle.logits(oracle.llama())).abs().max() > 1e-3
+
+
 def test_disable_with_trained_biases_warns():
     pair = Pair({**FIRST, "bias": "all"}, lambda: oracle.llama(bias=True))
 
