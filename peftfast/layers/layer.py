@@ -95,6 +95,12 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
         slots = method.slots(self.site, cfg, settings)
         device = self.site.weight.device if device is None else torch.device(device)
         dtype = dtype or self.site.weight.compute_dtype
+        made = {}  # all of it before any is put in place, because there may be no memory for it
+        for slot_name, slot in slots.items():
+            if name not in (self._modules.get(slot_name) or ()):  # a tied layer finds its tensors in place
+                # what no file carries must not be left on the meta device
+                where = device if slot.fill is None else self.site.weight.device
+                made[slot_name] = make_slot(slot, where, dtype)
         for setting, value in settings.items():
             if isinstance(value, nn.Module):
                 self._container(setting, nn.ModuleDict)[name] = value.train(self.training)
@@ -104,11 +110,9 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
             self._initial_scaling[name] = settings["scaling"]
         for slot_name, slot in slots.items():
             container = self._slot(slot_name, slot)
-            if name not in container:  # a tied layer finds its tensors in place
-                # what no file carries must not be left on the meta device
-                where = device if slot.fill is None else self.site.weight.device
-                made = make_slot(slot, where, dtype)
-                container[name] = made.train(self.training) if isinstance(made, nn.Module) else made
+            if slot_name in made:
+                held = made[slot_name]
+                container[name] = held.train(self.training) if isinstance(held, nn.Module) else held
         self.__dict__.update(  # which setting attributes of a module takes five times as long as
             adapter_layer_names=tuple(dict.fromkeys((*self.adapter_layer_names, *slots))),
             other_param_names=tuple(dict.fromkeys((*self.other_param_names, *settings))),

@@ -149,6 +149,27 @@ def test_delete():
     assert not any("default" in n for n, _ in pair.ours.named_parameters())
 
 
+def test_nothing_is_left_of_an_adapter_for_which_there_was_no_memory(monkeypatch):
+    """Not in layers that others have already, either: the next one of the name may be of another rank."""
+    model = Pair(FIRST).ours
+    before = {n: p.shape for n, p in model.state_dict().items()}
+    made, make_slot = [], importlib.import_module("peftfast.layers.layer").make_slot
+
+    def until_memory_ends(*args):
+        made.append(args)
+        if len(made) == 4:
+            raise torch.OutOfMemoryError("no memory")
+        return make_slot(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr("peftfast.layers.layer.make_slot", until_memory_ends)
+        model.add_adapter("second", peftfast.LoraConfig(r=5, target_modules=FIRST["target_modules"]))
+    assert {n: p.shape for n, p in model.state_dict().items()} == before
+    assert not any("second" in layer.scaling for layer in model.base_model.inventory.layers.values())
+    model.add_adapter("second", peftfast.LoraConfig(r=3, target_modules=FIRST["target_modules"]))
+    assert {p.shape[0] for n, p in model.named_parameters() if "lora_A.second" in n} == {3}
+
+
 def test_delete_the_active_one():
     pair = Pair()
     pair.add("other", {**FIRST, "r": 2})
