@@ -78,7 +78,8 @@ class Tieable(Protocol):
     always_ties: ClassVar[bool]
 
     def tied_slots(self, site: Site) -> Mapping[str, str]:
-        """Slots of a tied module -> those of the embedding that they share; see `BaseTunerLayer.tie_to`."""
+        """Slots of a tied module -> those of the embedding that they share, the same tensors or, where the names
+        differ, theirs transposed."""
         ...
 
 

@@ -72,6 +72,10 @@ class Entry(NamedTuple):
 
     def replace(self, value: Tensor) -> None:
         """Put `value` in its place as a tensor of its own, without a copy."""
+        current = self.tensor()
+        if type(current) is nn.Parameter and not current.is_meta:
+            current.data = value  # it may hang elsewhere too, and optimizers have it
+            return
         if self.attribute not in self.owner._buffers:
-            value = nn.Parameter(value, requires_grad=self.tensor().requires_grad)
+            value = nn.Parameter(value, requires_grad=current.requires_grad)
         setattr(self.owner, self.attribute, value)

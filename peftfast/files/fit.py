@@ -153,7 +153,7 @@ class Fit:
                 continue
             entries = list(layer_entries(key, layer, self.adapter_name))
             complete = all((id(entry.owner), entry.attribute) in loaded for entry in entries)
-            if complete and not (everywhere and layer.merger.source is None):
+            if complete and not (everywhere and self.adapter_name not in layer.merger.sources):
                 continue
             device = layer.site.weight.device
             if device.type == "meta":

@@ -121,7 +121,7 @@ def rows_said_twice(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Keys of rows that a tied head shares -> the key under which they are saved. PEFT saves them under both where a
     vocabulary was resized."""
     keys = {m.token_adapter: key for key, m in wrapped_modules(model) if isinstance(m, TrainableTokensWrapper)}
-    sources = {key: layer.token_source.get(adapter_name) for layer, key in keys.items()}
+    sources = {key: layer.merger.sources.get(adapter_name) for layer, key in keys.items()}
     slot = "token_adapter.trainable_tokens_delta"
     return {f"{key}.{slot}": f"{keys[source]}.{slot}" for key, source in sources.items() if source is not None}
 

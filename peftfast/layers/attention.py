@@ -51,19 +51,11 @@ class AttentionLayer(ChangingLayer):
         return {"base_layer.out_proj": self.base_layer.out_proj}
 
     def add_adapter(
-        self,
-        name: str,
-        method: AdapterMethod,
-        cfg: PeftConfig,
-        key: str,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        initialise: bool = True,
+        self, name: str, method: AdapterMethod, cfg: PeftConfig, key: str, *, initialise: bool = True, **options: Any
     ) -> Adapter:
         """Create the tensors of an adapter here and in `out_proj`, by the same patterns."""
         out: OutProjectionLayer = self.base_layer.out_proj
-        options = {"dtype": dtype, "device": device, "initialise": initialise}
+        options["initialise"] = initialise
         twice = not self.adapters
         if twice:
             out.add_adapter(name, method, cfg, key, **options)

@@ -82,6 +82,7 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         initialise: bool = True,
+        source: BaseTunerLayer | None = None,
     ) -> Adapter:
         """Create the tensors of an adapter, frozen and inactive.
 
@@ -89,15 +90,17 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
             key: name of this module inside the model, for the patterns of the config.
             dtype: of the tensors; None: the base's.
             device: None: the base's. On "meta" nothing is allocated and nothing initialised.
+            source: the layer whose tensors the adapter shares, so that the two stay one.
         """
         self.site.weight.name = key
         settings = method.settings(self.site, cfg, key)
         slots = method.slots(self.site, cfg, settings)
         device = self.site.weight.device if device is None else torch.device(device)
         dtype = dtype or self.site.weight.compute_dtype
+        shared = {} if source is None else method.tied_slots(self.site)
         made = {}  # all of it before any is put in place, because there may be no memory for it
         for slot_name, slot in slots.items():
-            if name not in (self._modules.get(slot_name) or ()):  # a tied layer finds its tensors in place
+            if slot_name not in shared:
                 # what no file carries must not be left on the meta device
                 where = device if slot.fill is None else self.site.weight.device
                 made[slot_name] = make_slot(slot, where, dtype)
@@ -108,11 +111,11 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
                 self._container(setting, dict)[name] = value
         if "scaling" in settings:
             self._initial_scaling[name] = settings["scaling"]
-        for slot_name, slot in slots.items():
-            container = self._slot(slot_name, slot)
-            if slot_name in made:
-                held = made[slot_name]
-                container[name] = held.train(self.training) if isinstance(held, nn.Module) else held
+        for slot_name, held in made.items():
+            container = self._slot(slot_name, slots[slot_name])
+            container[name] = held.train(self.training) if isinstance(held, nn.Module) else held
+        if source is not None:
+            self._share(source, name, shared)
         self.__dict__.update(  # which setting attributes of a module takes five times as long as
             adapter_layer_names=tuple(dict.fromkeys((*self.adapter_layer_names, *slots))),
             other_param_names=tuple(dict.fromkeys((*self.other_param_names, *settings))),
@@ -121,7 +124,7 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
         adapter = Adapter(name, cfg, key, method, slots, self)
         adapter.locate()
         self.adapters[name] = adapter
-        if initialise and device.type != "meta":
+        if initialise and source is None and device.type != "meta":
             with torch.no_grad(), whole(self):
                 method.init(self.site, adapter)
         self.changed(name)
@@ -164,10 +167,12 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
         return container
 
     def _slot(self, name: str, slot: Slot) -> nn.Module:
-        """The container of a slot, made fit for a method that fills it in another way than those before."""
+        """The container of a slot, made fit for a method that fills it in another way than those before, and this
+        layer's own."""
         kind = container_of(slot)
         container = self._container(name, kind)
-        if not isinstance(container, (kind, SlotDict)):
+        others = any(source._modules.get(name) is container for source in self.merger.sources.values())
+        if others or not isinstance(container, (kind, SlotDict)):
             container = SlotDict(container)
             setattr(self, name, container)
         return container
@@ -182,6 +187,7 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
             )
         del self.adapters[adapter_name]
         self._initial_scaling.pop(adapter_name, None)
+        self.merger.sources.pop(adapter_name, None)
         for name in (*self.adapter_layer_names, *self.other_param_names):
             container = self._container(name, dict)
             if adapter_name in container:
@@ -206,8 +212,8 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
     def read_from_outside(self) -> Iterator[nn.Parameter]:
         """All Parameters below: methods read weights, factors and vectors where they hang."""
         yield from self.parameters()
-        if self.merger.source is not None:  # views of its factors
-            yield from self.merger.source.parameters()
+        for source in self.merger.sources.values():  # views of its factors
+            yield from source.parameters()
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
@@ -215,20 +221,26 @@ class BaseTunerLayer(HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Modu
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.adapters)
 
-    def tie_to(self, source: BaseTunerLayer, name: str, slots: Mapping[str, str]) -> None:
-        """Before adding adapter `name` here: what it keeps is what `source` keeps, so that the two stay one. The shared
-        weight is merged once, by `source`.
+    def _share(self, source: BaseTunerLayer, name: str, slots: Mapping[str, str]) -> None:
+        """Let adapter `name` keep here what it keeps in `source`.
 
         Args:
             slots: own slot -> slot of `source`. The same name: the same tensors, under both names, as in PEFT
                 (`parameters()` yields them once); another: theirs, transposed.
         """
+        alike = all(self.merger.sources.get(other) is source for other in self.adapters)
         for own, theirs in slots.items():
-            if own == theirs:
-                setattr(self, own, getattr(source, theirs))
-            else:
+            container = getattr(source, theirs)
+            if own != theirs:
                 self._container(own, nn.ModuleDict)[name] = TransposedView(source, theirs, name)
-        self.merger.source = source
+            elif alike:
+                setattr(self, own, container)
+            else:
+                if container[name].is_meta:  # what is loaded would take its place in one of the two only
+                    empty = torch.empty_like(container[name], device=source.site.weight.device)
+                    container[name] = nn.Parameter(empty, requires_grad=False)
+                self._slot(own, source.adapters[name].slots[theirs])[name] = container[name]
+        self.merger.sources[name] = source
 
     # ---- which are active --------------------------------------------------------------------------------------------
     def activate(self, names: list[str]) -> None:

@@ -80,15 +80,15 @@ class Merger:
 
     Attributes:
         kept: bytes of the base while adapters are merged; None while nothing is, or where it was merged for good.
-        rounded: what became of the weight in quantised storage.
-        source: the layer whose factors this one shares, and which merges a weight that both have; None: no such layer.
+        rounded: what became of the weight, where storing it rounds.
+        sources: adapter -> the layer whose factors it shares, and which merges a weight that both have.
     """
 
     def __init__(self, layer: BaseTunerLayer) -> None:
         self.layer = layer
         self.kept: dict[str, Any] | None = None
         self.rounded: Rounded | None = None
-        self.source: BaseTunerLayer | None = None
+        self.sources: dict[str, BaseTunerLayer] = {}
 
     @property
     def _parameter(self) -> nn.Parameter:
@@ -99,9 +99,14 @@ class Merger:
         setattr(self.layer.get_base_layer(), self.layer.site.parameter, parameter)
 
     @property
-    def follows(self) -> bool:
-        """Whether the weight is also that of the `source`, which merges for both."""
-        return self.source is not None and self.source.base_layer.weight is self.layer.base_layer.weight
+    def is_apart(self) -> bool:
+        """Whether the weight is the layer's own while adapters are inside, and otherwise that of other modules too."""
+        return self.kept is not None and self.kept["parameter"] is not None
+
+    def follows(self, name: str) -> bool:
+        """Whether the weight is also that of the adapter's source, which merges it for both."""
+        source = self.sources.get(name)
+        return source is not None and source.base_layer.weight is self.layer.base_layer.weight
 
     def merge(
         self,
@@ -120,32 +125,27 @@ class Merger:
         check_mergeable(layer)
         _check_decodable(layer)
         names = self._names_to_merge(adapter_names)
-        if not names:
-            return
-        if self.follows:
-            layer.merged_adapters = [*layer.merged_adapters, *names]
-            return
-        if self.kept is None and layer.merged_adapters:
-            raise RuntimeError(
-                f"Adapters {layer.merged_adapters} were merged for good; nothing can be merged on top of them"
-            )
-        first = self.kept is None
-        if first:
-            self._check_output(names)
-        kept = self._snapshot(keep, untie) if first else self.kept
-        if not first:
-            self._restore(kept)
-        try:
-            dense = self.merged([*layer.merged_adapters, *names], check=safe_merge)
-        except BaseException:
+        apart = untie or self.is_apart
+        inside, own = ([n for n in some if apart or not self.follows(n)] for some in (layer.merged_adapters, names))
+        if own:
+            if self.kept is None and inside:
+                raise RuntimeError(f"Adapters {inside} were merged for good; nothing can be merged on top of them")
+            first = self.kept is None
+            if first:
+                self._check_output(own)
+            kept = self._snapshot(keep, untie) if first else self.kept
             if not first:
-                self._store(self.merged(layer.merged_adapters, check=False), rounding)
-            raise
-        if first and untie:
-            self._parameter = nn.Parameter(torch.empty_like(self._parameter), requires_grad=False)
-        self._store(dense, rounding)
-        self.kept = kept if keep or not first else None
-        layer.merged_adapters = [*layer.merged_adapters, *names]
+                self._restore(kept)
+            try:
+                dense = self.merged([*inside, *own], check=safe_merge)
+            except BaseException:
+                if not first:
+                    self._store(self.merged(inside, check=False), rounding, apart)
+                raise
+            self._store(dense, rounding, apart)
+            self.kept = kept if keep or not first else None
+        if names:
+            layer.merged_adapters = [*layer.merged_adapters, *names]
 
     def _snapshot(self, keep: bool | str, untie: bool) -> dict[str, Any]:
         """What `_restore` needs; of a tied weight the Parameter itself, which nobody writes to."""
@@ -283,8 +283,11 @@ class Merger:
                 )
 
     @torch.no_grad()
-    def _store(self, dense: Dense, rounding: str) -> None:
+    def _store(self, dense: Dense, rounding: str, apart: bool = False) -> None:
+        """Write what is merged into the weight; with `apart` into one that no other module uses."""
         layer = self.layer
+        if apart:
+            self._parameter = nn.Parameter(self._parameter.detach().clone(), requires_grad=False)
         self.rounded = store(layer.site.weight, dense.weight, rounding)
         if dense.bias is not None:
             layer.base_layer.bias.copy_(for_narrowing(dense.bias, layer.base_layer.bias.dtype))
@@ -306,7 +309,7 @@ class Merger:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
             return
         check_mergeable(layer)
-        if self.follows:
+        if self.kept is None and all(map(self.follows, layer.merged_adapters)):
             layer.merged_adapters = []
             return
         if self.kept is None:

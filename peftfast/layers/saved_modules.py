@@ -300,7 +300,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     def is_tied(self, adapter_name: str) -> bool:
         """Whether the rows belong to another module (a tied head) and are saved there."""
-        return self.token_adapter.token_source.get(adapter_name) is not None
+        return adapter_name in self.token_adapter.merger.sources
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

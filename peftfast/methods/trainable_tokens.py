@@ -80,7 +80,7 @@ class TrainableTokens:
             )
         if len(set(cfg.token_indices)) != len(cfg.token_indices):
             raise ValueError(f"trainable_token_indices {cfg.token_indices} names a row twice")
-        return {"token_indices": list(cfg.token_indices), "token_source": None}
+        return {"token_indices": list(cfg.token_indices)}
 
     def slots(self, site: Site, cfg: TrainableTokensConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
         return {"trainable_tokens_delta": Slot((len(settings["token_indices"]), site.weight.shape[1]))}

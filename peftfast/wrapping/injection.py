@@ -91,12 +91,10 @@ class Injection:
             layer = inventory.wrap(key, self.classes.get(key))
             if trains:
                 _start_training(layer, *layer.inside().values())
-            if key in self.tied:
-                source = inventory.layers[embedding_name(inventory)]
-                layer.tie_to(source, self.name, self.method.tied_slots(layer.site))
+            source = inventory.layers[embedding_name(inventory)] if key in self.tied else None
             layer.add_adapter(
                 self.name, self.method, self.cfg, key,
-                dtype=self.dtype(layer.site), device=self.device, initialise=self.initialise and key not in self.tied,
+                dtype=self.dtype(layer.site), device=self.device, initialise=self.initialise, source=source,
             )  # fmt: skip
             if key in self.spread:
                 self.spread[key].take_apart(layer, self.name)
@@ -142,14 +140,10 @@ class Injection:
             source = None
             if key in self.tokens_tied:
                 source = inventory.extras[embedding_name(inventory)].token_adapter
-                # the same container under both names, as in PEFT: parameters() yields the rows once
-                wrapper.token_adapter.trainable_tokens_delta = source.trainable_tokens_delta
             rows = self.tokens[key if source is None else embedding_name(inventory)]
             cfg = TrainableTokensConfig(token_indices=list(rows))
             dtype = self.dtype(wrapper.token_adapter.site)
-            wrapper.add(self.name, cfg, method_for(cfg), dtype=dtype, device=self.device, initialise=source is None)
-            if source is not None:
-                wrapper.token_adapter.token_source[self.name] = source
+            wrapper.add(self.name, cfg, method_for(cfg), dtype=dtype, device=self.device, source=source)
 
 
 def _start_training(*layers: BaseTunerLayer) -> None:

@@ -4,7 +4,7 @@ share."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,24 +67,24 @@ class ModelMerger:
                 layer.merger.check(wanted)
                 if safe_merge:
                     layer.merger.merged([*layer.merged_adapters, *wanted], check=True)
-        shared = self._weights_of_others([layer for layer, _ in work])
-        before: list[tuple[BaseTunerLayer, list[str]]] = []
+        shared = self._weights_of_others(work)
+        before: list[tuple[BaseTunerLayer, list[str], bool]] = []
         own: list[LoraLayer] = []
         try:
             for layer, wanted in own_work:
                 layer.merge(safe_merge=safe_merge, adapter_names=wanted)
                 own.append(layer)
             for layer, wanted in progress(work):
-                before.append((layer, layer.merged_adapters))
+                before.append((layer, layer.merged_adapters, layer in shared or layer.merger.is_apart))
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="Already following adapters were merged")
                     layer.merge(safe_merge and bool(keep), wanted, keep=keep, untie=layer in shared, rounding=rounding)
         except BaseException:
-            for layer, names_before in reversed(before):
+            for layer, names_before, apart in reversed(before):
                 if keep and layer.merged_adapters != names_before:
                     layer.unmerge()
                     if names_before:
-                        layer.merge(adapter_names=names_before, keep=keep, untie=layer in shared, rounding=rounding)
+                        layer.merge(adapter_names=names_before, keep=keep, untie=apart, rounding=rounding)
             for layer in reversed(own):
                 layer.unmerge()
             raise
@@ -133,24 +133,22 @@ class ModelMerger:
         layers = self.inventory.mergeable()
         return list(dict.fromkeys(n for layer in layers for n in layer.active_adapters if n in layer.adapters))
 
-    def _weights_of_others(self, layers: list[BaseTunerLayer]) -> set[BaseTunerLayer]:
+    def _weights_of_others(self, work: list[Work]) -> set[BaseTunerLayer]:
         """Which of these layers have a weight that another module uses as its own and is to keep."""
         users: dict[int, set[nn.Module]] = {}
         for module in self.inventory.model.modules():
             for parameter in module._parameters.values():
                 if parameter is not None:
                     users.setdefault(id(parameter), set()).add(module)
+        inside = {layer: {*layer.merged_adapters, *wanted} for layer, wanted in work}
+        tied = _tied(inside)
         rows = {w.token_adapter: key for key, w in self.inventory.extras.items() if hasattr(type(w), "is_tied")}
         keys = {layer: key for key, layer in self.inventory.layers.items()} | rows
         found: set[BaseTunerLayer] = set()
-        for layer in layers:
-            if layer.merger.source is not None:
-                continue  # tied on purpose: one change for all of them
+        for layer in inside.keys() - tied.keys():
             own = layer.get_base_layer()._parameters.get(layer.site.parameter)
             others = users.get(id(own), set()) - {layer.get_base_layer()}
-            others -= {o.base_layer for o in self.inventory.layers.values() if o.merger.source is layer}
-            if layer in rows:
-                others -= {o.base_layer for o in rows if _same_rows(o, layer)}
+            others -= {other.base_layer for other, source in tied.items() if source is layer}
             if others and layer.site.weight.quantization is None:
                 found.add(layer)
         if found:
@@ -207,11 +205,12 @@ class ModelMerger:
                 if parameter is not None:
                     owners.setdefault(id(parameter), []).append((module, name))
         inside_extras = {id(m) for wrapper in self.inventory.extras.values() for m in wrapper.modules()}
-        followers = {id(layer.base_layer) for layer in self.inventory.layers.values() if layer.merger.follows}
+        inside = {layer: set(names) & layer.adapters.keys() for layer in self.inventory.layers.values()}
+        followers = {id(layer.base_layer) for layer in _tied(inside)}
         for layer in self.inventory.layers.values():
             own = layer.get_base_layer()
             weight = own._parameters.get(layer.site.parameter)
-            if weight is None or id(own) in followers or not set(names) & layer.adapters.keys():
+            if weight is None or id(own) in followers or not inside[layer]:
                 continue
             for other, name in owners.get(id(weight), ()):
                 if other is not own and id(other) not in inside_extras | followers:
@@ -223,11 +222,18 @@ def _mean(values: Iterable[Any]) -> float:
     return sum(found) / len(found)
 
 
-def _same_rows(one: BaseTunerLayer, other: BaseTunerLayer) -> bool:
-    """Whether all adapters have the same rows of tokens in both, so that merging them in both is one change."""
-    return one.adapters.keys() == other.adapters.keys() and all(
-        (one.token_source[name] or one) is (other.token_source[name] or other) for name in one.adapters
-    )
+def _tied(inside: Mapping[BaseTunerLayer, set[str]]) -> dict[BaseTunerLayer, BaseTunerLayer]:
+    """Layers whose weight is another layer's too, on purpose, so that one change is for both -> that layer.
+
+    Args:
+        inside: the adapters that each layer has, or is to have, in its weight.
+    """
+    found = {}
+    for layer, names in inside.items():
+        sources = {layer.merger.sources[name] for name in names if layer.merger.follows(name)}
+        if len(sources) == 1 and names == inside.get(source := sources.pop()) and all(map(layer.merger.follows, names)):
+            found[layer] = source
+    return found
 
 
 def say_if_untied(model: nn.Module) -> None:

@@ -296,6 +296,37 @@ def test_rows_that_come_to_differ_are_merged_together():
         model.merge_adapter(["other"])
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("order", [["tied", "own"], ["own", "tied"]], ids=" ".join)
+def test_rows_of_a_heads_own_beside_rows_that_it_shares(order, low_cpu_mem_usage, tmp_path):
+    """Every adapter is tied, or not, by itself: none is given another's rows, in whatever order they come."""
+    rows = {"tied": [1, 5], "own": {"embed_tokens": [3, 7], "lm_head": [2]}}
+    configs = {n: {"target_modules": ["q_proj"], "trainable_token_indices": rows[n]} for n in order}
+    alone = {}
+    for name in order:
+        model = peftfast.get_peft_model(oracle.llama(tied=True), peftfast.LoraConfig(r=4, **configs[name]), name)
+        randomise(model)
+        model.eval().save_pretrained(tmp_path)
+        alone[name] = logits(model)
+    first, second = order
+    model = peftfast.PeftModel.from_pretrained(oracle.llama(tied=True), tmp_path / first, first)
+    model.load_adapter(tmp_path / second, second, low_cpu_mem_usage=low_cpu_mem_usage, strict=True)
+    embedding, head = (module.token_adapter.trainable_tokens_delta for module in tables(model))
+    assert head["own"].shape[0] == 1 and embedding["own"].shape[0] == 2 and head["tied"] is embedding["tied"]
+    for again in (False, True):
+        for name in order:
+            if again:
+                tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+                peftfast.set_peft_model_state_dict(model, tensors, name, low_cpu_mem_usage=True)
+            model.set_adapter(name)
+            assert torch.equal(logits(model), alone[name])
+            randomise(model)
+    model.delete_adapter("own")
+    peftfast.set_peft_model_state_dict(model, load_file(tmp_path / "tied" / "adapter_model.safetensors"), "tied")
+    model.set_adapter("tied")
+    assert torch.equal(logits(model), alone["tied"])
+
+
 @pytest.mark.parametrize("name, embedding", [("llama tied", "embed_tokens"), ("gpt2", "wte"), ("bart", "shared")])
 def test_a_tied_embedding_is_matched(name, embedding, tmp_path):
     """Named by its end while the config comes to hold its whole name too."""

@@ -351,6 +351,53 @@ def test_tied_on_purpose_stays_tied():
         assert torch.equal(tied, before)
 
 
+def test_another_adapter_is_merged_into_a_weight_that_is_the_layers_own_meanwhile():
+    model = peftfast.get_peft_model(oracle.llama(tied=True), LoraConfig(r=4, target_modules=["lm_head"]), "one")
+    model.add_adapter("two", LoraConfig(r=4, target_modules=["lm_head"]))
+    random_adapters(model).base_model.set_adapter(["one", "two"])
+    inner = model.base_model.model
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, table = oracle.logits(model), inner.get_input_embeddings().weight
+        before = table.clone()
+        for name in ("one", "two"):
+            model.merge_adapter([name])
+            assert torch.equal(table, before)
+            torch.testing.assert_close(oracle.logits(model), expected, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+        assert torch.equal(table, before) and torch.equal(oracle.logits(model), expected)
+        inner.lm_head.lora_A["two"].weight.fill_(torch.inf)
+        model.set_adapter("one")
+        model.merge_adapter()
+        alone = oracle.logits(model)
+        with pytest.raises(ValueError, match="NaNs detected"):
+            model.merge_adapter(["two"], safe_merge=True)
+        assert torch.equal(table, before) and torch.equal(oracle.logits(model), alone)
+        model.unmerge_adapter()
+    assert torch.equal(table, before) and inner.lm_head.base_layer.weight is table
+
+
+@pytest.mark.parametrize("first", [["embed_tokens"], ["lm_head"]], ids=["of the embedding", "of the head"])
+@pytest.mark.parametrize("active", [["tied", "own"], ["own"], ["tied"]], ids=" ".join)
+def test_an_adapter_beside_one_that_ties_is_merged_where_it_is(first, active):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tying = LoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+        model = peftfast.get_peft_model(oracle.llama(tied=True), tying, "tied")
+        model.add_adapter("own", LoraConfig(r=4, target_modules=first))
+        random_adapters(model).base_model.set_adapter(active)
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        with torch.no_grad():
+            expected = oracle.logits(model)
+            model.merge_adapter()
+            torch.testing.assert_close(oracle.logits(model), expected, rtol=1e-4, atol=1e-4)
+            model.unmerge_adapter()
+            assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+            if active == ["own"]:
+                model.delete_adapter("tied")
+            torch.testing.assert_close(oracle.logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_merged_models_are_plain_checkpoints(dtype, tmp_path):
     from transformers import LlamaForCausalLM
