@@ -307,23 +307,23 @@ class Inventory(Listing):
 
     def unmerge(self) -> None:
         """Take everything merged out again; bitwise the base as before."""
-        merged = [layer for layer in (*self.own_layers(), *self.mergeable()) if layer.merged]
-        if not merged:
+        if not self._take_out():
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
+
+    def _take_out(self) -> bool:
+        """Unmerge all there is; whether there was anything."""
+        merged = [layer for layer in (*self.own_layers(), *self.mergeable()) if layer.merged]
         to_shards(self.model)
         for layer in reversed(merged):  # the reverse order matters where layers share one weight
             layer.unmerge()
+        return bool(merged)
 
     def unload(self, merged: bool = False, safe_merge: bool = False, names: list[str] | None = None) -> nn.Module:
         """Put the base modules back, `merged` with what is inside their weights; returns the base model."""
-        to_shards(self.model)
+        if not merged:
+            self._take_out()
         for key, layer in self.layers.items():
-            if layer.merged and not merged:
-                layer.unmerge()
             self.replace(key, layer.base_layer)
-        for layer in self.own_layers():
-            if layer.merged and not merged:
-                layer.unmerge()
         for key, wrapper in self.extras.items():
             self.replace(key, wrapper.unload_and_optionally_merge_module(False, safe_merge, names))
         self.layers, self.extras, self._inner = {}, {}, {}

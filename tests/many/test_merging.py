@@ -300,6 +300,26 @@ def test_disabled_while_merged_and_merged_for_good():
         model.base_model.model.model.layers[0].self_attn.q_proj.merge(keep="disk")
 
 
+def test_unloading_without_merging_takes_out_what_is_merged():
+    """Also rows of tokens, and in the order in which layers that share a weight can give it back."""
+    base = One(nn.Linear(8, 8, bias=False))
+    base.twin = nn.Linear(8, 8, bias=False)
+    base.twin.weight = base.lin.weight
+    model = random_adapters(peftfast.get_peft_model(base, LoraConfig(r=2, target_modules=["lin", "twin"])))
+    before = base.twin.base_layer.weight.clone()
+    base.lin.merge()
+    base.twin.merge()  # each by itself, so both into the one weight
+    assert torch.equal(model.unload().lin.weight, before) and base.twin.weight is base.lin.weight
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3])
+    model = peftfast.get_peft_model(oracle.llama(), config)
+    table = model.get_base_model().model.embed_tokens.original_module.weight
+    before = table.clone()
+    model.get_base_model().model.embed_tokens.token_adapter.trainable_tokens_delta["default"].data.add_(1.0)
+    model.merge_adapter()
+    assert not torch.equal(table, before)
+    assert model.unload().model.embed_tokens.weight is table and torch.equal(table, before)
+
+
 # ---- weights that several modules use --------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"], ["q_proj", "embed_tokens"]]
