@@ -49,6 +49,4 @@ def drop_adapter(inventory: Inventory, name: str, keys: list[str]) -> None:
         layer = inventory.layers[key]
         layer.activate([n for n in layer.active_adapters if n != name])
         layer.delete_adapter(name)
-        if not layer.adapters:
-            inventory.replace(key, layer.base_layer)
-            del inventory.layers[key]
+        inventory.unwrap(key)

@@ -130,16 +130,12 @@ class Inventory(Listing):
     def forget(self, name: str) -> None:
         """Take out what there is of an adapter that could not be added, or is replaced."""
         self._places.pop(name, None)
-        for key, layer in list(self.layers.items()):
-            if name in layer.adapters or not layer.adapters:
-                layer.activate([n for n in layer.active_adapters if n != name])
-                layer.delete_adapter(name)
-            self.unwrap(key)
-        for key, wrapper in list(self.extras.items()):
+        for layer in self.layers.values():
+            layer.activate([n for n in layer.active_adapters if n != name])
+            layer.delete_adapter(name)
+        for wrapper in self.extras.values():
             wrapper.delete_adapter(name, [n for n in wrapper.active_adapters if n != name])
-            if not wrapper._adapters:
-                self.replace(key, wrapper.original_module)
-                del self.extras[key]
+        self.remove_empty()
 
     # ---- which are active --------------------------------------------------------------------------------------------
     def check_known(self, names: str | Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -149,9 +149,12 @@ class Listing:
         return layer
 
     def unwrap(self, name: str) -> None:
-        """Put the module back where its layer has no adapter and no slots of a pool any more."""
-        layer = self.layers[name]
-        if not layer.adapters and "slots" not in layer.store:
+        """Put the module back where nothing has an adapter or slots of a pool any more."""
+        layer = self.layers.get(name)
+        if layer is None:
+            if not self.extras[name]._adapters:
+                self.replace(name, self.extras.pop(name).original_module)
+        elif not layer.adapters and "slots" not in layer.store:
             self.replace(name, layer.base_layer)
             del self.layers[name]
             self._inner.pop(name, None)
@@ -165,17 +168,11 @@ class Listing:
         """Names of the modules that something stands in for."""
         return {*self.layers, *self.extras}
 
-    def remove_empty(self, except_for: set[str]) -> None:
-        """Put the base modules back where no adapter is left, save in places that were taken before."""
-        for key, layer in list(self.layers.items()):
-            if not layer.adapters and key not in except_for:
-                self.replace(key, layer.base_layer)
-                del self.layers[key]
-                self._inner.pop(key, None)
-        for key, wrapper in list(self.extras.items()):
-            if not wrapper._adapters and key not in except_for:
-                self.replace(key, wrapper.original_module)
-                del self.extras[key]
+    def remove_empty(self, except_for: Collection[str] = ()) -> None:
+        """`unwrap` everywhere, save in these places."""
+        for name, _ in list(self.wrappers()):  # layers around others come after those
+            if name not in except_for:
+                self.unwrap(name)
 
     def mergeable(self) -> list[BaseTunerLayer]:
         """All layers that merge: the adapted ones, and rows of tokens."""
