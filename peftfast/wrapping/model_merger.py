@@ -36,20 +36,29 @@ class ModelMerger:
 
         A layer whose weight other modules use as well gets a weight of its own while it is merged.
         """
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        present = self.active() if adapter_names is None else list(adapter_names)
+        self._make_ready(adapter_names, rounding)
         configs = self.inventory.configs
-        unknown = [n for n in present if n not in configs]
+        unknown = [n for n in adapter_names or () if n not in configs]
         if unknown:
             raise ValueError(
                 f"Nothing was merged: adapter {unknown[0]!r} not found.{close_matches(unknown[0], configs)} "
                 f"Adapters present: {sorted(configs)}"
             )
+        self._merge(adapter_names, safe_merge, keep, rounding, progress)
+
+    def _make_ready(self, adapter_names: list[str] | None, rounding: str) -> None:
+        """Refuse what nobody can merge, and see to it that weights are read where they are kept."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         for layer in self.inventory.layers.values():
             check_rounding(rounding, layer.site.weight)
         check_mergeable(self.inventory.model)
         to_shards(self.inventory.model)
+
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, keep: bool | str, rounding: str,
+               progress: Callable[[Iterable], Iterable]) -> None:  # fmt: skip
+        """`merge`, where all is ready."""
+        present = self.active() if adapter_names is None else adapter_names
         work, own_work = self._unmerged(adapter_names)
         merged = self._merged()
         new = list(dict.fromkeys(n for _, wanted in (*work, *own_work) for n in wanted))
@@ -93,17 +102,14 @@ class ModelMerger:
     def merge_for_good(self, adapter_names: list[str] | None, safe_merge: bool, rounding: str,
                        progress: Callable[[Iterable], Iterable]) -> None:  # fmt: skip
         """Merge before the adapters are taken away; nothing is kept for unmerging that is not needed on the way."""
-        inventory = self.inventory
-        check_mergeable(inventory.model)
-        names = self.active() if adapter_names is None else inventory.check_known(adapter_names)
-        to_shards(inventory.model)
+        self._make_ready(adapter_names, rounding)
+        names = self.active() if adapter_names is None else self.inventory.check_known(adapter_names)
         merged = self._merged()
         if not merged:
             self._untie_one_sided(names)
         if not merged or any(self._unmerged(adapter_names)):
             # a check that may refuse half-way needs the bytes to go back to
-            keep = bool(merged) or safe_merge
-            self.merge(adapter_names, safe_merge, keep=keep, rounding=rounding, progress=progress)
+            self._merge(adapter_names, safe_merge, bool(merged) or safe_merge, rounding, progress)
 
     def check(self) -> None:
         """Raise what merging the active adapters would raise for their kind, without merging any."""
