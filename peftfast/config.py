@@ -239,10 +239,8 @@ class PeftConfigMixin:
         """
         hub, values = cls._split_hub_arguments(kwargs)
         path = find_config(pretrained_model_name_or_path, subfolder, **hub)
-        known = {f.name for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() for f in fields(config)}
-        values = {
-            k: v for k, v in values.items() if k in known
-        }  # others are for whoever else was given them, as in PEFT
+        known = config_fields()  # other arguments are for whoever else was given them, as in PEFT
+        values = {k: v for k, v in values.items() if k in known}
         data = cls.check_kwargs(**migrate_config({**values, **_read_json(path)}))
         return cls.from_dict(data, source=str(path), strict=strict)
 

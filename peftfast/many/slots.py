@@ -25,6 +25,7 @@ from peftfast.sites import Site
 from peftfast.sites.parameter import LowRank, ParameterSite
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import check_adaptable, full_names, matching_parameters
+from peftfast.wrapping.targets import ALL_LINEAR, all_linear
 
 #: Where an adapter comes from: a folder or Hub repository, or its config and tensors by file key.
 Source = str | Path | tuple[PeftConfig, Mapping[str, Tensor]]
@@ -257,8 +258,6 @@ def _for_host(tensor: Tensor, like: Tensor) -> Tensor:
 def _matching(
     inventory: Inventory, targets: str | Iterable[str] | None, parameters: Sequence[str], found: Mapping[str, Any]
 ) -> list[str]:
-    from peftfast.wrapping.targets import ALL_LINEAR, all_linear
-
     if targets is None or targets == ALL_LINEAR:
         wanted = set(all_linear(inventory.model, PeftConfig()))
         keys = [n for n in inventory.names if n in wanted]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.files.beside import KeepsBeside
 from peftfast.keys import in_base
-from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.merging import add_weighted_adapter, subtract
 from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
 from peftfast.method import Call, method_for
@@ -494,11 +493,6 @@ def adapted_modules(state_dict: Iterable[str], prefix: str) -> list[str]:
         if found:
             names.append(head)
     return list(dict.fromkeys(names))
-
-
-def layers_of(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """All adapter layers below `model`, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
 def _are_configs(value: Any) -> bool:

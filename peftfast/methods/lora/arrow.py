@@ -66,7 +66,7 @@ class Arrow(Lora):
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         for router in active:
-            experts = _experts(site, router)
+            experts = _experts(router)
             y = site.adapt(x, y, experts.a, experts.b, 1.0, 0.0, _gate(x, experts, router.cfg.arrow_config))
         return site.base(x) if y is None else y
 
@@ -118,7 +118,7 @@ def _gate(x: Tensor, experts: _Experts, cfg: ArrowConfig) -> Tensor:
     return coefficients.index_select(-1, experts.owner)
 
 
-def _experts(site: Site, router: Adapter) -> _Experts:
+def _experts(router: Adapter) -> _Experts:
     cfg = router.cfg.arrow_config
     present, how = tuple(router.others), (cfg.use_gks, tuple(cfg.gks_adapter_names or ()))
     compiling = torch.compiler.is_compiling()  # a graph has no memory: it makes all of this anew

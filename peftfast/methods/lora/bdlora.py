@@ -117,9 +117,7 @@ class BdLora(PackedLora):
             f", {name} in {count} blocks" for name, count in zip("AB", how, strict=True) if count is not None
         )
 
-    def small_slots(
-        self, cfg: LoraConfig, settings: Mapping[str, Any], shape: tuple[int, int], slots: Mapping[str, Slot]
-    ) -> Mapping[str, Slot]:
+    def small_slots(self, cfg: LoraConfig, settings: Mapping[str, Any], shape: tuple[int, int]) -> Mapping[str, Slot]:
         (n, k), r, (down, up) = shape, settings["r"], settings[self.by]
         small = {}
         if down is not None:

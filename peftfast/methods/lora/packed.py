@@ -37,9 +37,7 @@ class PackedLora(Lora):
         """A [r, K] and B [N, r] of what is kept; `how` is the setting `by`."""
         raise NotImplementedError
 
-    def small_slots(
-        self, cfg: LoraConfig, settings: Mapping[str, Any], shape: tuple[int, int], slots: Mapping[str, Slot]
-    ) -> Mapping[str, Slot]:
+    def small_slots(self, cfg: LoraConfig, settings: Mapping[str, Any], shape: tuple[int, int]) -> Mapping[str, Slot]:
         """The slots that are not as in a plain LoRA, for W of `shape` [N, K]."""
         raise NotImplementedError
 
@@ -63,7 +61,7 @@ class PackedLora(Lora):
         slots, r, (n, k) = super().slots(site, cfg, settings), settings["r"], site.weight.shape
         if [(name, slot.shape) for name, slot in slots.items()] != [("lora_A", (r, k)), ("lora_B", (n, r))]:
             raise ValueError(f"{self.variant} is for linear layers, not for a {type(site.module).__name__}")
-        return {**slots, **self.small_slots(cfg, settings, (n, k), slots)}
+        return {**slots, **self.small_slots(cfg, settings, (n, k))}
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         if len(active) != 1 or active[0].cfg.lora_bias:

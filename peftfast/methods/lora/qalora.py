@@ -63,9 +63,7 @@ class QaLora(PackedLora):
     def said(self, how: int) -> str:
         return f", inputs in groups of {how}"
 
-    def small_slots(
-        self, cfg: LoraConfig, settings: Mapping[str, Any], shape: tuple[int, int], slots: Mapping[str, Slot]
-    ) -> Mapping[str, Slot]:
+    def small_slots(self, cfg: LoraConfig, settings: Mapping[str, Any], shape: tuple[int, int]) -> Mapping[str, Slot]:
         (_, k), r, group = shape, settings["r"], settings[self.by]
         if k % group:
             raise ValueError(
