@@ -175,7 +175,7 @@ def plan_adapter(
                 inventory, "planned", cfg, method_for(cfg), strict=strict, initialise=False,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
-        except ValueError as e:
+        except (TypeError, ValueError) as e:
             plan.refusal = str(e)
     plan.notes = list(dict.fromkeys(str(w.message) for w in caught))
     plan.targets = _targets(config, cfg, inventory, injection.targets if injection is not None else ())

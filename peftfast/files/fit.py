@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, every_name
 from peftfast.files.entry import Entry
@@ -146,6 +147,7 @@ class Fit:
         if not self.missing and not self.mismatched and not everywhere:
             return
         loaded = {(id(entry.owner), entry.attribute) for entry, _ in self.found}
+        gaps: list[tuple[BaseTunerLayer, Adapter, list[Entry]]] = []
         for key, module in wrapped_modules(model):
             layer = module if isinstance(module, BaseTunerLayer) else getattr(module, "token_adapter", None)
             adapter = None if layer is None else layer.adapters.get(self.adapter_name)
@@ -155,13 +157,19 @@ class Fit:
             complete = all((id(entry.owner), entry.attribute) in loaded for entry in entries)
             if complete and not (everywhere and self.adapter_name not in layer.merger.sources):
                 continue
-            device = layer.site.weight.device
-            if device.type == "meta":
-                continue
+            if layer.site.weight.device.type != "meta":
+                gaps.append((layer, adapter, entries))
+        for layer, adapter, _ in gaps:  # all of them before one writes to its base weight
+            if hasattr(type(adapter.method), "check_init"):
+                try:
+                    adapter.method.check_init(layer.site, adapter.cfg, {"r": adapter.setting("r")})
+                except (TypeError, ValueError) as e:
+                    raise type(e)(f"{adapter.key}: {e}") from e
+        for layer, adapter, entries in gaps:
             for entry in entries:
                 current = entry.tensor()
                 if current.is_meta:
-                    entry.replace(torch.empty_like(current, device=device))
+                    entry.replace(torch.empty_like(current, device=layer.site.weight.device))
             with torch.no_grad():
                 adapter.method.init(layer.site, adapter)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning, close_matches, enumerate_some
+from peftfast.errors import AdapterMismatchWarning, PeftWarning, close_matches, enumerate_some
 from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -305,8 +305,6 @@ def _check_wrappers(inventory: Inventory, keys: Iterable[str], kind: type[Auxili
 
 
 def _complain(message: str, strict: bool) -> None:
-    from peftfast.errors import AdapterMismatchWarning
-
     if strict:
         raise ValueError(message + " (strict=True)")
     warnings.warn(message, AdapterMismatchWarning, stacklevel=6)

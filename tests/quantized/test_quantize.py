@@ -402,6 +402,25 @@ def test_pissa_on_quantised_is_refused_as_in_peft():
                 )
 
 
+def test_where_one_of_the_layers_is_packed_pissa_leaves_the_others_as_they_were(tmp_path):
+    def dense():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+    config = {"r": 4, "target_modules": ["0", "1"], "init_lora_weights": "pissa"}
+    peftfast.get_peft_model(dense(), peftfast.LoraConfig(**config)).save_pretrained(tmp_path)
+    base = dense()
+    base[1] = quantised_linear("nf4", 64, 64)
+    before = base[0].weight.clone()
+    for begin in (
+        lambda: peftfast.get_peft_model(base, peftfast.LoraConfig(**config)),
+        lambda: peftfast.PeftModel.from_pretrained(base, tmp_path),
+    ):
+        with pytest.raises(TypeError, match="1: Please initialize PiSSA under float32, float16, or bfloat16"):
+            begin()
+        assert type(base[0]) is nn.Linear and torch.equal(base[0].weight, before)
+
+
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_olora_requantises(base):
     module = quantised_linear(base)

@@ -185,13 +185,16 @@ def _gaussian(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     b.zero_()
 
 
-@initialiser("orthogonal")
+def _check_even(site: Site, cfg: LoraConfig, r: int) -> None:
+    if r % 2:
+        raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
+
+
+@initialiser("orthogonal", ready=_check_even)
 @_drawn_as_in_peft(after_building=True)
 def _orthogonal(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """A and B from disjoint halves of one random orthogonal basis each, so that B A = 0 though neither is zero."""
     r = adapter.setting("r")
-    if r % 2:
-        raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
     basis, _ = torch.linalg.qr(torch.randn(r, r))
     odd, even = basis[0::2], basis[1::2]
     out_features, in_features = b[:, :1].numel(), a[:1].numel()
@@ -199,15 +202,23 @@ def _orthogonal(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     b.copy_((torch.randn(r // 2, out_features).t().mm(even) / 10.0).reshape(b.shape))
 
 
-def wide_weight(site: Site, name: str) -> Tensor:
+def wide_weight(site: Site) -> Tensor:
     """W [N, K] in fp32, for decompositions."""
-    stored = site.weight.quantization or site.module.weight.dtype
-    if name != "OLoRA" and stored not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"Please initialize {name} under float32, float16, or bfloat16; the base weight of "
-            f"{type(site.module).__name__} is stored as {stored}. Quantise after the initialisation."
-        )
     return site.weight.dense(torch.float32)
+
+
+def check_dense(name: str) -> Check:
+    """What refuses weights that the initialisation `name` cannot write to, or read exactly."""
+
+    def check(site: Site, cfg: LoraConfig, r: int) -> None:
+        stored = site.weight.quantization or site.module.weight.dtype
+        if stored not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"Please initialize {name} under float32, float16, or bfloat16; the base weight of "
+                f"{type(site.module).__name__} is stored as {stored}. Quantise after the initialisation."
+            )
+
+    return check
 
 
 def take_out(site: Site, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
@@ -227,11 +238,11 @@ def _check_whole(site: Site, cfg: LoraConfig, r: int) -> None:
         )
 
 
-@initialiser(r"pissa(_niter_\d+)?", check=_check_whole)
+@initialiser(r"pissa(_niter_\d+)?", check=_check_whole, ready=check_dense("PiSSA"))
 def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Principal singular vectors and values of W (Meng et al., arXiv 2404.02948); `_niter_n` takes a randomised SVD
     with n power iterations (Halko et al., arXiv 0909.4061)."""
-    weight = wide_weight(site, "PiSSA")
+    weight = wide_weight(site)
     r, scale = a.shape[0], adapter.setting("scaling")
     choice = adapter.cfg.init_lora_weights
     if choice == "pissa":
@@ -254,7 +265,7 @@ def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
 @initialiser("olora", check=_check_whole)
 def _olora(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Orthonormal basis of W's columns (Büyükakyüz, arXiv 2406.01775)."""
-    weight = wide_weight(site, "OLoRA")
+    weight = wide_weight(site)
     r = a.shape[0]
     q, upper = torch.linalg.qr(weight)
     b.copy_(q[:, :r].reshape(b.shape))
@@ -276,11 +287,11 @@ def _check_mica(site: Site, cfg: LoraConfig, r: int) -> None:
         )
 
 
-@initialiser("mica", lookups=True, check=_check_mica)
+@initialiser("mica", lookups=True, check=_check_mica, ready=check_dense("MiCA"))
 def _mica(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """B is the left singular vectors of W's smallest singular values and stays so (Minor Component Adaptation, arXiv
     2604.01694); A starts at zero and is all that is trained."""
-    weight = wide_weight(site, "MiCA")
+    weight = wide_weight(site)
     u, _, _ = torch.linalg.svd(weight.t() if site.looks_up else weight, full_matrices=False)
     b.copy_(u[:, -b.shape[1] :])
     a.zero_()

@@ -91,7 +91,7 @@ def _lora_ga(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
                 stacklevel=2,  # the same for all modules, so that it is said once
             )
         return start_as_identity(site, a, b, adapter)
-    weight = wide_weight(site, "LoRA-GA")
+    weight = wide_weight(site)
     draw_as_building(site, a, b, adapter)  # a seed gives the factors that it gives in PEFT
     gradient = gradient.t() if site.weight.transposed else gradient
     gradient = gradient.to(weight.device, torch.float32)
