@@ -41,6 +41,7 @@ class RankAllocator:
 
     Attributes:
         step: the last step that was taken into account. finished: whether the final ranks are chosen.
+        counts: whether it has advanced by itself since it began or was loaded.
         history: every allocation so far.
     """
 
@@ -50,6 +51,7 @@ class RankAllocator:
         self.cfg = cfg
         self.adapters: list[Adapter] | None = list(adapters)
         self.step = 0
+        self.counts = False
         # an adapter that was saved after its cut has nothing left to decide
         self.finished = cfg.rank_pattern is not None
         self.history: list[Allocation] = []
@@ -216,12 +218,15 @@ class RankAllocator:
 
     # ---- taking a step back, saving ----------------------------------------------------------------------------------
     def remember(self) -> None:
-        """Be able to `take_back` what the next `advance` does."""
-        self._before = {
-            "state": self.state_dict(),
-            "values": [a[VALUES].detach().clone() for a in self.adapters],
-            "history": list(self.history),
-        }
+        """The schedule is about to `advance` by itself: if that is the first time, be able to `take_back` it."""
+        self._before = None
+        if not self.counts:
+            self._before = {
+                "state": self.state_dict(),
+                "values": [a[VALUES].detach().clone() for a in self.adapters],
+                "history": list(self.history),
+            }
+        self.counts = True
 
     def forget(self) -> None:
         self._before = None
@@ -289,7 +294,7 @@ class RankAllocator:
             # a copy, because the averages are updated in place
             averages[kind] = [found[n].to(p.device, copy=True) for n, p in zip(names, parameters, strict=True)]
         self.sensitivity, self.uncertainty = averages["sensitivity"], averages["uncertainty"]
-        self.step, self.finished = int(state["step"]), bool(state["finished"])
+        self.step, self.finished, self.counts = int(state["step"]), bool(state["finished"]), False
         keep = state.get("keep")
         self._keep = None if keep is None else keep.to(parameters[0].device, copy=True)
 

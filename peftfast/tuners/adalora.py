@@ -161,11 +161,7 @@ class AdaLoraModel(PeftSteps, BaseTuner):
                     stacklevel=2,
                 )
             return
-        if "_counted" not in self.__dict__:
-            allocator.remember()
-            self.__dict__["_counted"] = True
-        else:
-            allocator.forget()
+        allocator.remember()
         self._advance(allocator, allocator.step + 1)
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -175,7 +171,7 @@ class AdaLoraModel(PeftSteps, BaseTuner):
         if self.automatic:
             self.automatic = False
             _watched.discard(self)
-            if "_counted" in self.__dict__ and not allocator.take_back():
+            if allocator.counts and not allocator.take_back():
                 warnings.warn(
                     f"AdaLoRA's schedule has run by itself for {allocator.step} steps; manual calls take over now.",
                     PeftWarning,
@@ -310,7 +306,6 @@ class AdaLoraModel(PeftSteps, BaseTuner):
             allocator.load_state_dict(state)
             if allocator.finished:
                 allocator.cfg.rank_pattern = allocator.rank_pattern()
-            self.__dict__.pop("_counted", None)
 
     def save_beside(self, adapter_name: str, folder: str | os.PathLike) -> None:
         """Save the schedule beside the adapter, until its ranks are cut; then the file says everything."""
@@ -352,7 +347,6 @@ class AdaLoraModel(PeftSteps, BaseTuner):
             return
         for name, saved in zip(now, state.split([len(p) for p in now.values()]), strict=True):
             self._allocator(name).unpack(saved)
-        self.__dict__.pop("_counted", None)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

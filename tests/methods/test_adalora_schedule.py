@@ -160,6 +160,19 @@ def test_a_manual_call_after_the_first_automatic_one_does_not_count_twice():
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_a_manual_call_for_a_later_adapter_does_not_count_twice_either():
+    """Whatever was trained before it, by the automatic schedule."""
+    _, ours = pair()
+    train(ours, 3)
+    ours.add_adapter("later", peftfast.AdaLoraConfig(**{**OPTIONS, "tinit": 0, "deltaT": 1}))
+    ours.set_adapter("later")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.PeftWarning)
+        train(ours, 2, True)
+    allocator = ours.base_model.rankallocator
+    assert allocator.step == 2 and [entry.step for entry in allocator.history] == [1, 2]
+
+
 def test_gradient_accumulation_counts_updates_not_backward_passes():
     _, ours = pair()
     optimizer = torch.optim.SGD(trainable(ours), lr=0.1)
