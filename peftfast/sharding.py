@@ -180,7 +180,9 @@ def _fsdp2_class() -> Any:
     module takes longer than what asks."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    # all modules of the process that `fully_shard` was called on; a torch without such a list may have some
+    sharded = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", True)
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None) if sharded else None
 
 
 def _distributed_tensor_class() -> Any:

@@ -689,8 +689,22 @@ def test_switching_adapters_off_says_that_biases_stay(bias):
         assert library is peft or all(w.filename == __file__ for w in said)
 
 
-def test_switching_and_loading_take_as_long_with_many_adapters(tmp_path):
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process, as data-parallel training has."""
+    import torch.distributed as dist
+    import torch.distributed.fsdp  # noqa: F401  (Accelerate and transformers import it)
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("group", [None, "alone"])
+def test_switching_and_loading_take_as_long_with_many_adapters(group, tmp_path, request):
     """By the calls of Python functions."""
+    if group is not None:
+        request.getfixturevalue(group)
     model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST), "a0")
     model.save_pretrained(tmp_path)
     counts = []
