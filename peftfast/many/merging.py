@@ -71,6 +71,8 @@ def add_weighted_adapter(
     try:
         with torch.no_grad():
             for layer in [one for key in keys for one in (layers[key], *layers[key].inside().values())]:
+                if adapter_name in layer.merger.sources:
+                    continue  # what it has is made where it is kept
                 parts = [(layer.adapters[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer.adapters]
                 made = layer.adapters[adapter_name]
                 tensors = method.combine(layer.site, [a for a, _ in parts], [w for _, w in parts], how, made)
@@ -167,10 +169,14 @@ def _combined_config(
         cfg.target_parameters = copy.copy(parameters[0])  # those of all adapters of a model are the same
     if saved:
         cfg.modules_to_save = saved
+    tied = [{k for k in keys if n in inventory.layers[k].merger.sources} for n in adapters]
+    parted = any(own != tied[0] for own in tied)  # so the sums differ too, in modules that share a weight
+    if parted:
+        cfg.ensure_weight_tying = False
     for name, value in fields.items():
         setattr(cfg, name, value)
     narrowing = any(getattr(c, name, None) not in (None, []) for c in configs for name in _NARROWING)
-    if together is None or (narrowing and list(filter(make_matcher(cfg), inventory.names)) != list(keys)):
+    if together is None or ((narrowing or parted) and list(filter(make_matcher(cfg), inventory.names)) != list(keys)):
         _name_exactly(cfg, inventory, keys)
     return cfg
 

@@ -374,6 +374,33 @@ def test_the_config_names_the_modules_of_all(first, second, names, tmp_path):
     assert all(config[name] is None for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("names", [["tied", "own"], ["own", "tied"], ["tied", "tied"]], ids=" ".join)
+def test_an_adapter_that_ties_the_head_and_one_that_does_not(names, tmp_path):
+    def make():
+        return oracle.llama(tied=True)
+
+    config = {"r": 4, "target_modules": ["embed_tokens"]}
+    model = peftfast.get_peft_model(make(), LoraConfig(**config, ensure_weight_tying=True), "tied").eval()
+    model.add_adapter("own", LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.base_model.add_weighted_adapter(names, [1.0, 1.0], "sum", "cat")
+    model.base_model.set_adapter(list(dict.fromkeys(names)))
+    if names[0] == names[1]:
+        for layer in model.base_model.inventory.layers.values():
+            layer.scale_layer(2.0)
+    expected = oracle.logits(model)
+    model.set_adapter("sum")
+    torch.testing.assert_close(oracle.logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert model.peft_config["sum"].ensure_weight_tying is (names[0] == names[1])
+    model.save_pretrained(tmp_path)
+    again = peftfast.PeftModel.from_pretrained(make(), tmp_path / "sum").eval()
+    torch.testing.assert_close(oracle.logits(again), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_all_leave_out_stays_in_the_config():
     options = {"r": 2, "layers_to_transform": [1], "exclude_modules": ["k_proj"]}
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**options, target_modules=["q_proj", "k_proj"]))
