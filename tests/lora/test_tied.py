@@ -1,6 +1,7 @@
 """Modules that share one weight with the input embedding, rows of it that are trained, and what a config calls a head:
 the same modules, keys and logits as in PEFT."""
 
+import importlib
 import warnings
 
 import oracle
@@ -216,6 +217,18 @@ def test_rows_of_a_half_precision_base_are_kept_in_fp32(name, autocast):
         found.append({n: p.dtype for n, p in model.named_parameters() if p.requires_grad})
         assert logits(model).dtype == torch.bfloat16
     assert found[0] == found[1] and set(found[0].values()) == {torch.float32 if autocast else torch.bfloat16}
+
+
+def test_casting_an_injected_adapter_casts_its_rows_too():
+    found = []
+    for library in (peftfast, peft):
+        functional = importlib.import_module(f"{library.__name__}.functional")
+        base = oracle.llama().bfloat16()
+        config = library.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 5])
+        functional.inject_adapter_in_model(config, base)
+        functional.cast_adapter_dtype(base, "default")
+        found.append({n: p.dtype for n, p in base.named_parameters() if p.requires_grad})
+    assert found[0] == found[1] and set(found[0].values()) == {torch.float32}
 
 
 @pytest.mark.parametrize("order", [("wte", "wpe"), ("wpe", "wte")])
