@@ -52,25 +52,8 @@ def prepare_model_for_compiled_hotswap(
             "the first adapter and before loading the second adapter."
         )
     pairs = [(layer, adapter) for layer in layers for adapter in layer.adapters.values()]
-    if target_rank is not None:
-        for layer, adapter in pairs:
-            rank = rank_of(layer, adapter)
-            if rank > target_rank:
-                raise ValueError(
-                    f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                    f"({rank}). This is not possible."
-                )
-            if not pads(adapter):
-                raise ValueError(
-                    f"{adapter.key}: Trying to pad the adapter to the target rank {target_rank}, but factors of this "
-                    "kind cannot be padded. Leave target_rank out."
-                )
-            if target_rank % layer.site.groups:
-                raise ValueError(
-                    f"{adapter.key}: Trying to pad a {type(layer.get_base_layer()).__name__} LoRA adapter with "
-                    f"groups={layer.site.groups} to target rank {target_rank}, but the target rank is not divisible by "
-                    f"{layer.site.groups}. Please choose a target rank that is divisible by {layer.site.groups}."
-                )
+    for layer, adapter in pairs if target_rank is not None else ():
+        _check_room(layer, adapter, target_rank)
     with torch.no_grad():
         for layer, adapter in pairs:
             value = layer.scaling[adapter.name]
@@ -88,6 +71,27 @@ def prepare_model_for_compiled_hotswap(
     ):
         cfg.r = target_rank
         cfg.rank_pattern = dict.fromkeys(cfg.rank_pattern or {}, target_rank)
+
+
+def _check_room(layer: BaseTunerLayer, adapter: Adapter, target_rank: int) -> None:
+    """ValueError if the factors cannot be padded to this rank."""
+    rank = rank_of(layer, adapter)
+    if rank > target_rank:
+        raise ValueError(
+            f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
+            f"({rank}). This is not possible."
+        )
+    if not pads(adapter):
+        raise ValueError(
+            f"{adapter.key}: Trying to pad the adapter to the target rank {target_rank}, but factors of this "
+            "kind cannot be padded. Leave target_rank out."
+        )
+    if target_rank % layer.site.groups:
+        raise ValueError(
+            f"{adapter.key}: Trying to pad a {type(layer.get_base_layer()).__name__} LoRA adapter with "
+            f"groups={layer.site.groups} to target rank {target_rank}, but the target rank is not divisible by "
+            f"{layer.site.groups}. Please choose a target rank that is divisible by {layer.site.groups}."
+        )
 
 
 def _resize_holders(layer: BaseTunerLayer, adapter: Adapter, rank: int) -> None:

@@ -193,16 +193,7 @@ def plan_injection(
     matcher = make_matcher(cfg)
     matched = [n for n in names if matcher(n)]
     if keys is not None:
-        live = {strip_wrappers(n): n for n in names}  # files know nothing of compiled and sharded models
-        asked = [strip_wrappers(k) for k in keys]
-        # what is inside an adapted module is adapted with it
-        asked = [k if k in live else k.partition(".base_layer.")[0] for k in asked]
-        wanted = list(dict.fromkeys(live.get(k, k) for k in asked))
-        unknown = [k for k in wanted if k not in inventory.names]
-        if unknown:
-            raise ValueError(f"The state dict adapts modules that the model does not have: {enumerate_some(unknown)}")
-        _say_difference(set(matched), set(wanted))
-        matched = [n for n in names if n in set(wanted)]
+        matched = _given(inventory, keys, matched)
     if modules is not None:
         matched = list(modules)
     if always and tied_heads and embedding_name(inventory) in matched:
@@ -251,6 +242,28 @@ def plan_injection(
         inventory, name, cfg, method, targets, tie.targets, parameters, saved, tie.saved, tokens, tokens_tied,
         None if spread else device, initialise, autocast_adapter_dtype, classes, own, spread,
     )  # fmt: skip
+
+
+def _given(inventory: Inventory, keys: Iterable[str], matched: Iterable[str]) -> list[str]:
+    """The modules that a state dict is for, by the names that they have here; a warning if the config means others.
+
+    Args:
+        keys: their names in the state dict. matched: what the config means.
+
+    Raises:
+        ValueError: modules that the model does not have.
+    """
+    names = inventory.names
+    live = {strip_wrappers(n): n for n in names}  # files know nothing of compiled and sharded models
+    asked = [strip_wrappers(k) for k in keys]
+    # what is inside an adapted module is adapted with it
+    asked = [k if k in live else k.partition(".base_layer.")[0] for k in asked]
+    wanted = list(dict.fromkeys(live.get(k, k) for k in asked))
+    unknown = [k for k in wanted if k not in names]
+    if unknown:
+        raise ValueError(f"The state dict adapts modules that the model does not have: {enumerate_some(unknown)}")
+    _say_difference(set(matched), set(wanted))
+    return [n for n in names if n in set(wanted)]
 
 
 def _without_saved(cfg: PeftConfig, matched: Sequence[str], saved: Sequence[str]) -> list[str]:
@@ -321,7 +334,7 @@ def _say_difference(by_config: set[str], by_state: set[str]) -> None:
         message += f"The PEFT config contained these additional target modules: {sorted(by_config - by_state)}. "
     if by_state - by_config:
         message += f"The state_dict contained these additional target modules: {sorted(by_state - by_config)}. "
-    warnings.warn(message, RuntimeWarning, stacklevel=6)
+    warnings.warn(message, RuntimeWarning, stacklevel=7)
 
 
 def _check_sites(

@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -261,39 +261,7 @@ def report_matches(
     names = list(names)
     targets = cfg.target_modules
     if not matched and not parameters:
-        if not targets:
-            raise NoMatchingPeftModuleError(
-                "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
-                "arguments."
-            )
-        if matcher.excluded and matcher.unmatched():
-            raise NoMatchingPeftModuleError(
-                "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
-                f"modules and excluded modules: {matcher.unmatched()} of `target_modules` matched no module, and "
-                f"`exclude_modules` ({cfg.exclude_modules!r}) excludes {enumerate_some(matcher.excluded)}."
-            )
-        if matcher.excluded:
-            raise NoMatchingPeftModuleError(
-                "All modules were excluded. This is likely unintended. Check your `target_modules` "
-                f"({targets!r}), `exclude_modules` ({cfg.exclude_modules!r}) and `modules_to_save` configuration."
-            )
-        if matcher.kept:
-            raise NoMatchingPeftModuleError(
-                "No modules were targeted for adaptation. This might be caused by a combination of `target_modules` "
-                f"and `modules_to_save`: all that {targets!r} matches is inside {list(matcher.never)}, which is "
-                "trained in full. Please check both."
-            )
-        message = (
-            f"Target modules {targets} not found in the base model. Please check the target modules and try again."
-        )
-        if getattr(cfg, "layers_to_transform", None) is not None:
-            message += f" Note: You specified 'layers_to_transform': {cfg.layers_to_transform}."
-        if getattr(cfg, "layers_pattern", None) is not None:
-            message += f" You also specified 'layers_pattern': {cfg.layers_pattern}."
-        if not isinstance(targets, str):
-            known = name_ends(names)
-            message += "".join(close_matches(t, known) for t in sorted(targets or ()))
-        raise NoMatchingPeftModuleError(message)
+        _refuse_unmatched(cfg, matcher, names)
     complaints = []
     if targets and not matched:
         warnings.warn(f"target_modules={targets} were set but no module was matched.", RuntimeWarning, stacklevel=5)
@@ -325,6 +293,42 @@ def report_matches(
         if strict:
             raise ValueError("The config does not fit the model (strict=True):\n  " + "\n  ".join(complaints))
         warnings.warn("\n".join(complaints), AdapterMismatchWarning, stacklevel=5)
+
+
+def _refuse_unmatched(cfg: PeftConfig, matcher: Matcher, names: Iterable[str]) -> NoReturn:
+    """NoMatchingPeftModuleError that says why nothing matched."""
+    targets = cfg.target_modules
+    if not targets:
+        raise NoMatchingPeftModuleError(
+            "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+            "arguments."
+        )
+    if matcher.excluded and matcher.unmatched():
+        raise NoMatchingPeftModuleError(
+            "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
+            f"modules and excluded modules: {matcher.unmatched()} of `target_modules` matched no module, and "
+            f"`exclude_modules` ({cfg.exclude_modules!r}) excludes {enumerate_some(matcher.excluded)}."
+        )
+    if matcher.excluded:
+        raise NoMatchingPeftModuleError(
+            "All modules were excluded. This is likely unintended. Check your `target_modules` "
+            f"({targets!r}), `exclude_modules` ({cfg.exclude_modules!r}) and `modules_to_save` configuration."
+        )
+    if matcher.kept:
+        raise NoMatchingPeftModuleError(
+            "No modules were targeted for adaptation. This might be caused by a combination of `target_modules` "
+            f"and `modules_to_save`: all that {targets!r} matches is inside {list(matcher.never)}, which is "
+            "trained in full. Please check both."
+        )
+    message = f"Target modules {targets} not found in the base model. Please check the target modules and try again."
+    if getattr(cfg, "layers_to_transform", None) is not None:
+        message += f" Note: You specified 'layers_to_transform': {cfg.layers_to_transform}."
+    if getattr(cfg, "layers_pattern", None) is not None:
+        message += f" You also specified 'layers_pattern': {cfg.layers_pattern}."
+    if not isinstance(targets, str):
+        known = name_ends(names)
+        message += "".join(close_matches(t, known) for t in sorted(targets or ()))
+    raise NoMatchingPeftModuleError(message)
 
 
 def refuse_mamba(model: nn.Module, cfg: PeftConfig, matched: Iterable[str], refused: bool = True) -> None:
