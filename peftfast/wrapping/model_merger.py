@@ -157,6 +157,7 @@ class ModelMerger:
             others -= {other.base_layer for other, source in tied.items() if source is layer}
             if others and layer.site.weight.quantization is None:
                 found.add(layer)
+        found |= {layer for layer, source in tied.items() if source in found}
         if found:
             named = enumerate_some([key for layer, key in keys.items() if layer in found])
             if any(layer.merged for layer in found):
