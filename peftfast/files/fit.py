@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, every_name
+from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, every_name
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.fingerprint import METADATA_KEY as BASE_KEY
@@ -189,9 +189,15 @@ class Fit:
             targets = {strip_wrappers(k): v for k, v in targets.items()}
             for key, tensor in self.base:
                 copy_whole(targets[key], tensor)
-        for layer in dict.fromkeys(entry.layer for entry, _ in self.found):
-            if layer is not None:
-                layer.changed(self.adapter_name)
+        layers = [layer for layer in dict.fromkeys(entry.layer for entry, _ in self.found) if layer is not None]
+        for layer in layers:
+            layer.changed(self.adapter_name)
+        if any(layer.merged and self.adapter_name in layer.merged_adapters for layer in layers):
+            warnings.warn(
+                f"Adapter {self.adapter_name} is merged, so its new weights have no effect until it is unmerged.",
+                PeftWarning,
+                stacklevel=3,
+            )
 
 
 def fit_state_dict(

@@ -258,6 +258,8 @@ def test_what_changes_an_adapter_while_it_is_merged_is_refused_or_handled(tmp_pa
         with pytest.raises(TypeError, match="list of strings"):
             base.merge_adapter("default")
         model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))  # does not read the base
+        with pytest.warns(peftfast.PeftWarning, match="its new weights have no effect until it is unmerged"):
+            peftfast.set_peft_model_state_dict(model, peftfast.get_peft_model_state_dict(model))
         with pytest.warns(UserWarning, match="Unmerging the model first"):
             model.set_adapter("default")
         assert torch.equal(oracle.logits(model), expected)
@@ -416,6 +418,32 @@ def test_an_adapter_beside_one_that_ties_is_merged_where_it_is(first, active):
             if active == ["own"]:
                 model.delete_adapter("tied")
             torch.testing.assert_close(oracle.logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_of_several_modules_that_share_a_weight_has_another_adapter_too():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder")
+             for what, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 8))}  # fmt: skip
+    model = BartForConditionalGeneration(BartConfig(vocab_size=32, d_model=16, max_position_embeddings=16, **sizes))
+    ids = torch.tensor([[4, 5, 6]])
+
+    def logits(model):
+        return model(input_ids=ids, decoder_input_ids=ids.flip(1)).logits
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tying = LoraConfig(r=2, target_modules=["shared"], ensure_weight_tying=True)
+        model = peftfast.get_peft_model(model, tying, "all")
+        model.add_adapter("one", LoraConfig(r=3, target_modules=["encoder.embed_tokens"]))
+        random_adapters(model, 0.5).base_model.set_adapter(["all", "one"])
+        assert len(model.base_model.inventory.layers) == 4
+        expected = logits(model)
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), expected)
+        torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
