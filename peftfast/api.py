@@ -252,7 +252,7 @@ def set_peft_model_state_dict(
     fit = fit_state_dict(model, cfg, peft_model_state_dict, adapter_name, finite=strict != "off")
     # names that do not fit are returned to the caller, as PEFT does, instead of warned about
     fit.check(strict, ignore_mismatched_sizes, only_tensors=strict is False)
-    fit.fill_gaps(model)
+    fit.fill_gaps(model, empty=False)
     fit.apply(model, assign=low_cpu_mem_usage)
     return fit.incompatible_keys()
 

@@ -293,7 +293,7 @@ class HasFiles:
             if undo is not None:
                 undo()
             raise
-        fit.fill_gaps(self, everywhere=new and repeats_init(cfg))
+        fit.fill_gaps(self, empty=new, everywhere=new and repeats_init(cfg))
         fit.apply(self)
         return fit
 

@@ -138,10 +138,11 @@ class Fit:
         lines += [f"not checked: {line}" for line in self.remarks]
         return "\n".join(lines)
 
-    def fill_gaps(self, model: nn.Module, everywhere: bool = False) -> None:
-        """Initialise the layers for which the file lacks a usable tensor; the adapter may have been created empty.
+    def fill_gaps(self, model: nn.Module, *, empty: bool, everywhere: bool = False) -> None:
+        """Initialise the layers that would be left without values, where the file lacks a usable tensor.
 
         Args:
+            empty: the adapter was created without values; otherwise only tensors on the meta device have none.
             everywhere: all layers, because initialising changes the base as well.
         """
         if not self.missing and not self.mismatched and not everywhere:
@@ -154,7 +155,10 @@ class Fit:
             if adapter is None:
                 continue
             entries = list(layer_entries(key, layer, self.adapter_name))
-            complete = all((id(entry.owner), entry.attribute) in loaded for entry in entries)
+            complete = all(
+                (id(entry.owner), entry.attribute) in loaded or not (empty or entry.tensor().is_meta)
+                for entry in entries
+            )
             if complete and not (everywhere and self.adapter_name not in layer.merger.sources):
                 continue
             if layer.site.weight.device.type != "meta":

@@ -184,6 +184,23 @@ def test_state_dicts_as_functions():
     assert "rubbish" in result.unexpected_keys[0]
 
 
+@pytest.mark.parametrize("how", ["set_peft_model_state_dict", "load_adapter"])
+def test_what_is_not_given_stays_as_it_was(how, tmp_path):
+    """As where the matrices B alone are exchanged."""
+    twins = oracle.Twins(oracle.llama, OPTIONS)
+    half = {k: v * 2 for k, v in peftfast.get_peft_model_state_dict(twins.ours).items() if "lora_B" in k}
+    twins.ours.save_pretrained(tmp_path)
+    save_file(half, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    for model, library in ((twins.ours, peftfast), (twins.theirs, peft)):
+        if how == "load_adapter":
+            oracle.quietly(model.load_adapter, tmp_path, "default", is_trainable=True)
+        else:
+            library.set_peft_model_state_dict(model, half)
+    theirs = peft.get_peft_model_state_dict(twins.theirs)
+    for key, tensor in peftfast.get_peft_model_state_dict(twins.ours).items():
+        assert torch.equal(tensor, theirs[key]), key
+
+
 def test_what_was_not_loaded_is_returned_by_its_name_in_the_model(tmp_path):
     peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
