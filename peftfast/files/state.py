@@ -195,12 +195,15 @@ def adapter_state_dict(
             # an adapted embedding travels with its adapter; where none is named, they were resized, and both do
             here = [key for key, m in modules.items() if isinstance(m, BaseTunerLayer) and adapter_name in m.adapters]
             modules = {key: modules[key] for key in here or modules}
+        # an embedding may be a module around an adapted one (a ViT's around a convolution)
+        adapters = {entry.live for name in model.peft_config for entry in adapter_entries(model, name)}
+        base = {k: v for k, v in source.items() if k not in adapters}
         for name in modules:
             module = modules[name]
             place = next((place for kind, place in _BASE_INSIDE.items() if isinstance(module, kind)), "")
             own = bool(place) and adapter_name in module._get_available_adapters()
             inside, saved = f"{name}.{place}", f"{name}.{place if own else ''}"
-            result.update({saved + k.removeprefix(inside): v for k, v in source.items() if k.startswith(inside)})
+            result.update({saved + k.removeprefix(inside): v for k, v in base.items() if k.startswith(inside)})
     result = gathered(result)  # also detaches
     method = method_for(cfg) if not cfg.is_prompt_learning else None
     return method.to_file(cfg, result) if hasattr(type(method), "to_file") else result

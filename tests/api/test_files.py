@@ -899,6 +899,23 @@ def test_biases_beside_layers_of_other_adapters(kind, tmp_path):
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_embedding_around_an_adapted_module_travels_without_other_adapters(tmp_path):
+    """A ViT's is a module around a convolution."""
+    from transformers import ViTConfig, ViTModel
+
+    def base():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        return ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4))
+
+    for library, name in ((peftfast, "ours"), (peft, "theirs")):
+        model = library.get_peft_model(base(), library.LoraConfig(target_modules=["projection"]))
+        model.add_adapter("other", library.LoraConfig(target_modules=["projection"]))
+        model.save_pretrained(tmp_path / name, save_embedding_layers=True)
+    oracle.same_files(tmp_path / "ours", tmp_path / "theirs")
+    peftfast.PeftModel.from_pretrained(base(), tmp_path / "ours", strict=True)
+
+
 def test_asking_for_embeddings_that_nobody_can_find_is_said(tmp_path):
     model = peftfast.get_peft_model(torch.nn.Sequential(torch.nn.Embedding(9, 4)), LoraConfig(target_modules=["0"]))
     with pytest.warns(UserWarning, match=r"Could not identify embedding layer\(s\)"):
