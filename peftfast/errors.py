@@ -34,9 +34,9 @@ class AdapterMismatchWarning(PeftWarning):
 
 
 def close_matches(value: object, known: Iterable[str], limit: int = 3) -> str:
-    """`" Did you mean 'q_proj'?"`, or an empty string if nothing in `known` is near `value`."""
+    """`" Did you mean 'q_proj'?"`, or an empty string if nothing in `known` is near `value`, or it is known itself."""
     near = difflib.get_close_matches(str(value), [str(k) for k in known], n=limit, cutoff=0.6)
-    if not near:
+    if not near or near[0] == str(value):
         return ""
     return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
 

@@ -271,7 +271,11 @@ def report_matches(
             RuntimeWarning,
             stacklevel=5,
         )
+    layers = getattr(cfg, "layers_to_transform", None)
     for target in matcher.unmatched():
+        if layers is not None and any(f".{name}".endswith(f".{target}") for name in names):
+            complaints.append(f"target_modules: {target!r} matched no module in layers_to_transform={layers}.")
+            continue
         known = name_ends(names) if "." not in target else set(names)
         complaints.append(f"target_modules: {target!r} matched no module.{close_matches(target, known)}")
     for name in ("rank_pattern", "alpha_pattern"):

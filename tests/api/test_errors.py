@@ -42,7 +42,7 @@ def same_picture(model, before):
         ({"target_modules": r".*\.nothing"}, NoMatchingPeftModuleError, "nothing"),
         ({"target_modules": []}, NoMatchingPeftModuleError, "arget"),
         ({"target_modules": QV, "exclude_modules": QV}, NoMatchingPeftModuleError, "excluded"),
-        ({"target_modules": QV, "layers_to_transform": [9]}, NoMatchingPeftModuleError, "layers_to_transform.*9"),
+        ({"target_modules": QV, "layers_to_transform": [9]}, NoMatchingPeftModuleError, r"layers_to_transform.*9\].$"),
         ({"target_modules": ["self_attn"]}, ValueError, "self_attn.*not supported.*torch.nn.Linear"),
         ({"target_modules": ["q_proj", "norm"]}, ValueError, "norm.*not supported"),
         ({"target_modules": "(q_proj"}, ValueError, "target_modules"),
@@ -106,6 +106,10 @@ def test_no_target_matched_in_a_second_adapter():
     [
         ({"target_modules": ["q_proj", "w_proj"]}, "w_proj"),
         ({"target_modules": QV, "modules_to_save": ["lm_hed"]}, "lm_hed.*Did you mean 'lm_head'"),
+        (
+            {"target_modules": [*QV, "embed_tokens"], "layers_to_transform": [1]},
+            r"'embed_tokens' matched no module in layers_to_transform=\[1\].$",
+        ),
         ({"target_modules": QV, "exclude_modules": ["k_prj"]}, "k_prj"),
     ],
 )
