@@ -219,7 +219,7 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     cfg = _config(model, adapter_name)
-    embeddings = needs_embedding_layers(model, cfg, save_embedding_layers)
+    embeddings = needs_embedding_layers(model, cfg, adapter_name, save_embedding_layers)
     return adapter_state_dict(model, cfg, adapter_name, state_dict, embeddings, complete=False)
 
 

@@ -70,7 +70,7 @@ class HasFiles:
         prepared = []
         for name in names:
             cfg = self.peft_config[name]
-            embeddings = needs_embedding_layers(self, cfg, save_embedding_layers)
+            embeddings = needs_embedding_layers(self, cfg, name, save_embedding_layers)
             tensors = adapter_state_dict(self, cfg, name, state_dict, embeddings, complete=complete)
             if complete and start is not None:
                 cfg, tensors = as_plain_lora(self, name, self.peft_config, tensors, start)

@@ -129,7 +129,7 @@ def _safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     return write
 
 
-def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, asked: bool | str) -> bool:
+def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, adapter_name: str, asked: bool | str) -> bool:
     """Resolve `save_embedding_layers`: "auto" saves the embeddings with the adapter if they are adapted or have been
     resized."""
     if asked != "auto":
@@ -145,7 +145,7 @@ def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, asked: bool | str)
         return bool(asked)
     if trains_rows(cfg):
         return _vocabulary_changed(model, cfg)
-    if targets_embeddings(model, cfg):
+    if targets_embeddings(model, cfg, adapter_name):
         warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.",
                       stacklevel=4)  # fmt: skip
         return True

@@ -191,10 +191,9 @@ def adapter_state_dict(
                 result[key if layer is None or own else without_places(key)] = tensor
     if save_embedding_layers:
         modules = embedding_modules(model)
-        if targets_embeddings(model, cfg) and not trains_rows(cfg):
-            # an adapted embedding travels with its adapter; where none is named, they were resized, and both do
-            here = [key for key, m in modules.items() if isinstance(m, BaseTunerLayer) and adapter_name in m.adapters]
-            modules = {key: modules[key] for key in here or modules}
+        if targets_embeddings(model, cfg, adapter_name) and not trains_rows(cfg):
+            # an adapted embedding travels with its adapter; where none is, they were resized, and both do
+            modules = {key: module for key, module in modules.items() if _adapts(module, adapter_name)}
         # an embedding may be a module around an adapted one (a ViT's around a convolution)
         adapters = {entry.live for name in model.peft_config for entry in adapter_entries(model, name)}
         base = {k: v for k, v in source.items() if k not in adapters}
@@ -243,13 +242,23 @@ def without_places(key: str) -> str:
     return _INSIDE.sub("", key)
 
 
-def targets_embeddings(model: nn.Module, cfg: PeftConfig) -> bool:
-    """Whether the config's targets name an embedding or head, in the way in which PEFT looks for it."""
+def targets_embeddings(model: nn.Module, cfg: PeftConfig, adapter_name: str) -> bool:
+    """Whether the config's targets name an embedding or head, in the way in which PEFT looks for it, and the adapter is
+    on one: it is not where the config leaves it out again, by its layers or as a module that is trained in full."""
     targets = getattr(cfg, "target_modules", None)
-    if not isinstance(targets, str):
-        return any(name in (targets or ()) for name in EMBEDDING_LAYER_NAMES)
-    names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
-    return any(re.fullmatch(targets, in_base(n)) for n in names)
+    if isinstance(targets, str):
+        names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+        named = any(re.fullmatch(targets, in_base(n)) for n in names)
+    else:
+        named = any(name in (targets or ()) for name in EMBEDDING_LAYER_NAMES)
+    if not named:
+        return False
+    modules = embedding_modules(model).values()
+    return not modules or any(_adapts(module, adapter_name) for module in modules)
+
+
+def _adapts(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, BaseTunerLayer) and adapter_name in module.adapters
 
 
 def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -302,6 +302,15 @@ def test_saving_embeddings(asked, make, tmp_path):
     peftfast.PeftModel.from_pretrained(make(), tmp_path / "theirs", strict=True)
 
 
+@pytest.mark.parametrize("changes", [{"layers_to_transform": [1]}, {"modules_to_save": ["embed_tokens"]}])
+def test_an_embedding_that_is_named_but_not_adapted_stays_at_home(changes, tmp_path):
+    """The tables would be most of the file."""
+    twins = oracle.Twins(oracle.llama, {**OPTIONS, "target_modules": ["q_proj", "embed_tokens"], **changes})
+    for model, name in ((twins.ours, "ours"), (twins.theirs, "theirs")):
+        oracle.quietly(model.save_pretrained, tmp_path / name)
+    oracle.same_files(tmp_path / "ours", tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["model.embed_tokens", "q_proj"]], ids=["q", "embedding"])
 def test_resized_vocabulary_is_saved(targets, base_folder, tmp_path):
     models = []
