@@ -332,8 +332,8 @@ class AdapterPool:
             reading = self._reading.get(name)
             mine = reading is None
             if mine:
+                source = self._sources[name]  # none if it was prefetched and is unregistered now: nobody may wait then
                 reading = self._reading[name] = Future()
-                source = self._sources[name]
         if not mine:
             return reading.result()
         try:

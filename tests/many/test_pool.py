@@ -337,6 +337,16 @@ def test_prefetching_loads_in_the_background():
     assert not any(hasattr(m, "base_layer") for m in pool.model.modules())
 
 
+def test_an_adapter_that_is_unregistered_before_its_turn_to_be_fetched():
+    """A second request for it, and `close`, would wait for ever."""
+    pool = make_pool(2)
+    pool.unregister("a1")
+    pool._fetch_ahead("a1")
+    assert not pool._reading
+    pool._fetch_ahead("a0")
+    assert pool.in_slots == ["a0"]
+
+
 def test_beside_ordinary_adapters_and_on_a_quantised_base():
     bnb = pytest.importorskip("bitsandbytes")
     base = oracle.llama(hidden=64)
