@@ -159,8 +159,9 @@ class Inventory(Listing):
             self.unmerge()
         to_shards(self.model)
         trainable = set() if inference_mode else set(names)
-        self._say_if_steps_repeat([name for name in self.active if name not in names])
-        for name in self._trainable.union(self.active, names):
+        acting = self._acting()
+        self._say_if_steps_repeat([name for name in acting if name not in names])
+        for name in self._trainable.union(acting, names):
             if not _switch(self._places_of(name), name in trainable):
                 self._places.pop(name, None)
                 _switch(self._places_of(name), name in trainable)
@@ -176,11 +177,17 @@ class Inventory(Listing):
     def activate_added(self, name: str, inference_mode: bool) -> None:
         """Make an adapter that was just added the active one; of the others, what was trainable stays so."""
         trained = [p for _, wrapper in self.wrappers() for p in _own_parameters(wrapper) if p.requires_grad]
-        touched = self._trainable.union(self.active)
+        touched = self._trainable.union(self._acting())
         self.set_adapter([name], inference_mode)
         for parameter in trained:
             parameter.requires_grad_(True)
         self._trainable |= touched  # the next `set_adapter` looks there for what to freeze
+
+    def _acting(self) -> list[str]:
+        """The active adapters as the layers have them, which transformers and others tell one by one."""
+        if not self.layers:
+            return self.active
+        return list(dict.fromkeys(name for layer in self.layers.values() for name in layer.active_adapters))
 
     def _say_if_steps_repeat(self, leaving: Iterable[str]) -> None:
         """Warn where adapters that are no longer active would be trained on by their last gradients."""
@@ -267,15 +274,15 @@ class Inventory(Listing):
         if name not in self.configs:
             raise ValueError(f"Adapter {name} does not exist. Adapters present: {sorted(self.configs)}")
         self.check_deletable([name])
-        remaining = [n for n in self.active if n != name]
+        acting = self._acting()
+        remaining = [n for n in acting if n != name]
         others = [n for n in self.configs if n != name]
-        if name in self.active and not remaining and others:
+        if name in acting and not remaining and others:
             remaining = [self.successor(others)]
             warnings.warn(
                 f"Adapter {name} was active which is now deleted. Setting active adapter to {remaining[0]}.",
                 stacklevel=3,
             )
-        was_active = name in self.active
         for layer in self.layers.values():
             layer.activate([n for n in layer.active_adapters if n != name])
             layer.delete_adapter(name)
@@ -286,8 +293,8 @@ class Inventory(Listing):
         self._number_tables = {}
         self._places.pop(name, None)
         self._trainable.discard(name)
-        if was_active:
-            self.active = []
+        self.active = remaining
+        if name in acting:
             self.set_adapter(remaining)
 
     # ---- merging -----------------------------------------------------------------------------------------------------

@@ -178,6 +178,37 @@ def test_delete_the_active_one():
     assert pair.ours.active_adapters == ["other"]
 
 
+@pytest.mark.parametrize("deleted, acts", [("c", "b"), ("b", "a")])
+def test_what_layers_were_told_one_by_one_counts(deleted, acts):
+    """As transformers and diffusers switch adapters: deleting one that acts no more leaves the one that does."""
+    models = []
+    for library in (peftfast, peft):
+        functions = importlib.import_module(f"{library.__name__}.functional")
+        model = oracle.llama()
+        for name in ("a", "b", "c"):
+            oracle.quietly(library.inject_adapter_in_model, library.LoraConfig(**FIRST), model, name)
+        models.append((model, functions))
+    (ours, _), (theirs, _) = models
+    oracle.copy_parameters(theirs, ours)
+
+    def tell(name):
+        for model, _ in models:
+            for module in model.modules():
+                if hasattr(module, "adapter_layer_names"):
+                    module.set_adapter(name)
+
+    tell("b")
+    for model, functions in models:
+        active = oracle.quietly(functions.delete_adapter, model, deleted, prefix="lora_")
+        assert active == [acts]
+    oracle.same_live_state(ours, theirs)
+    torch.testing.assert_close(oracle.logits(ours), oracle.logits(theirs), rtol=1e-4, atol=1e-4)
+    tell(acts)
+    for model, functions in models:
+        functions.set_adapter(model, "c" if acts == "a" else "a")
+    oracle.same_live_state(ours, theirs)  # what acted before is frozen
+
+
 def test_deleting_the_last_adapter_leaves_the_base():
     model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
     expected = oracle.logits(oracle.llama())
