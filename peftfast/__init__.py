@@ -50,6 +50,11 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "calibration.corda": ("preprocess_corda",),
     "calibration.lora_ga": ("preprocess_loraga",),
+    "calibration.prefix": (
+        "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
+    ),
     "errors": (
         "AdapterLoadError",
         "AdapterMismatchWarning",

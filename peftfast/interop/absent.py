@@ -20,8 +20,6 @@ NAMES = frozenset(
     SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel
     VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel bloom_model_postprocess_past_key_value
     compose_cartridge_adapters factorization
-    initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
-    prompt_embeddings_from_past_key_values
     """.split()
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -172,6 +172,18 @@ class PrefixTuning:
             yield inputs
             if not checkpointed and cache.get_seq_length() == before:
                 raise ValueError(f"{type(model).__name__} did not read the cache that prefix tuning gave it")
+
+    def rows_of(self, states: Sequence[tuple[Tensor, Tensor] | None], cfg: PrefixTuningConfig, rows: Tensor) -> Tensor:
+        """`rows` `[tokens, width]` with these keys and values `[heads, tokens, head size]` in them. What layers take
+        none of stays: those that keep no keys (None), those that are larger than the prefix."""
+        heads, size = cfg.num_attention_heads, cfg.token_dim // cfg.num_attention_heads
+        rows = rows.clone()
+        parts = rows.view(len(rows), cfg.num_layers, 2, heads, size)
+        for i, kept in enumerate(states):
+            for j, part in enumerate(kept or ()):
+                if part.shape[0] <= heads and part.shape[2] <= size:
+                    parts[:, i, j, : part.shape[0], : part.shape[2]] = part.transpose(0, 1)
+        return rows
 
     def shown(self, prompt: Tensor, cfg: PrefixTuningConfig, model: nn.Module) -> Any:
         return fill(empty_cache(model), layer_states(_in_dtype(prompt, model), cfg), model)

@@ -359,7 +359,7 @@ def _check_rows(encoder: Prompts, inputs: Inputs) -> None:
 
 
 # ---- functions for users ---------------------------------------------------------------------------------------------
-def _tuner_of(model: nn.Module) -> PromptTuner:
+def tuner_of(model: nn.Module) -> PromptTuner:
     tuner = model.__dict__.get("_prompts")
     if tuner is None:
         raise TypeError(f"{type(model).__name__} has no prompt-learning adapters")
@@ -400,7 +400,7 @@ def resize_prompt(model: nn.Module, num_virtual_tokens: int, adapter_name: str |
     Raises:
         TypeError: no prompt-learning model. ValueError: the length is not positive, no such adapter.
     """
-    tuner = _tuner_of(model)
+    tuner = tuner_of(model)
     _check_length(num_virtual_tokens)
     name = model.active_adapter if adapter_name is None else adapter_name
     encoder, cfg = tuner.encoder(name), tuner.peft_config[name]
@@ -427,7 +427,7 @@ def nearest_tokens(
     Returns:
         For every virtual token, `(token, cosine)` from the nearest on.
     """
-    tuner = _tuner_of(model)
+    tuner = tuner_of(model)
     name = model.active_adapter if adapter_name is None else adapter_name
     rows = tuner.encoder(name).prompt_embeddings.detach()
     table = tuner.word_embeddings
