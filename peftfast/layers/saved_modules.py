@@ -72,6 +72,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         super().__init__()
         self.original_module = module_to_save
         self.modules_to_save = nn.ModuleDict()
+        self.follows: set[str] = set()  # the adapters whose copy has the input embedding's weight
         if adapter_name is not None:
             self.update(adapter_name)
 
@@ -79,14 +80,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Make the adapter's copy, frozen and inactive; a `tied` weight is shared instead of copied."""
         if adapter_name in self._adapters:
             return
-        if tied is None:
-            with whole(self.original_module):
-                self.modules_to_save[adapter_name] = _trainable_copy(self.original_module)
-        else:
-            shared = copy.copy(self.original_module)
-            shared._parameters = {**self.original_module._parameters, "weight": tied}
-            self.modules_to_save[adapter_name] = shared
+        with whole(self.original_module):
+            self.modules_to_save[adapter_name] = _trainable_copy(self.original_module, tied)
         self._adapters.add(adapter_name)
+        if tied is not None:
+            self.modules_to_save[adapter_name].weight = tied
+            self.follows.add(adapter_name)
         self.original_module.requires_grad_(False)
         self.modules_to_save[adapter_name].requires_grad_(False)
 
@@ -144,6 +143,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if adapter_name not in self._adapters:
             return
         self._adapters.discard(adapter_name)
+        self.follows.discard(adapter_name)
         del self.modules_to_save[adapter_name]
         self.set_adapter([n for n in new_active_adapters or [] if n in self._adapters][:1])
 
@@ -164,12 +164,21 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         # unloading without merging gives the trained copy as well: there is no other place for what was trained
         return self.modules_to_save[names[0]] if names else self.original_module
 
+    def left_behind(self, module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+        """All but the weight, where the copy has the embedding's and so stays as tied as the original was."""
+        if module not in [self.modules_to_save[name] for name in self.follows]:
+            return {}
+        old = self.original_module._parameters
+        return {p: module._parameters[name] for name, p in old.items() if p is not None and name != "weight"}
+
 
 @torch.no_grad()
-def _trainable_copy(module: nn.Module) -> nn.Module:
+def _trainable_copy(module: nn.Module, tied: nn.Parameter | None = None) -> nn.Module:
     """A copy in which packed linear layers are dense, because nobody can train the packed bytes, or read them in a
-    file, and what FSDP2 has taken apart is whole, because FSDP2 knows nothing of the copy."""
-    copied = copy.deepcopy(module)
+    file, and what FSDP2 has taken apart is whole, because FSDP2 knows nothing of the copy. With `tied` as its weight,
+    which is that of another copy."""
+    dense_tied = tied is not None and not is_quantised(module)
+    copied = copy.deepcopy(module, {id(module.weight): tied} if dense_tied else None)
     for part in copied.modules():
         for name, p in part._parameters.items():
             if is_distributed(p):

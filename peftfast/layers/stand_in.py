@@ -64,3 +64,8 @@ class StandIn(HasActivation):
     ) -> nn.Module:
         """The module to put back in this one's place."""
         raise NotImplementedError
+
+    def left_behind(self, module: nn.Module) -> Mapping[nn.Parameter, nn.Parameter]:
+        """Parameters of the original that others share -> what they are to share with `module`, which takes its
+        place."""
+        return {}

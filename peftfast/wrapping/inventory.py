@@ -327,8 +327,13 @@ class Inventory(Listing):
             self._take_out()
         for key, layer in self.layers.items():
             self.replace(key, layer.base_layer)
+        left: dict[nn.Parameter, nn.Parameter] = {}
         for key, wrapper in self.extras.items():
-            self.replace(key, wrapper.unload_and_optionally_merge_module(False, safe_merge, names))
+            module = wrapper.unload_and_optionally_merge_module(False, safe_merge, names)
+            self.replace(key, module)
+            left |= wrapper.left_behind(module)
+        for module in self.model.modules() if left else ():
+            module._parameters.update({n: left[p] for n, p in module._parameters.items() if p in left})
         self.layers, self.extras, self._inner = {}, {}, {}
         self.configs.clear()
         self.numbers, self._number_tables, self._places = {}, {}, {}

@@ -252,9 +252,19 @@ def say_if_untied(model: nn.Module) -> None:
     if outputs is not None and inputs is not None and outputs.weight is not inputs.weight:
         if outputs.weight.shape != inputs.weight.shape or not torch.equal(outputs.weight, inputs.weight):
             config.tie_word_embeddings = False
+            _part(outputs, model)
             warnings.warn(
                 "Input and output embeddings are no longer tied after merging. Setting "
                 "`config.tie_word_embeddings = False`, so that the saved model keeps both.",
                 PeftWarning,
                 stacklevel=5,
             )
+
+
+def _part(head: nn.Module, model: nn.Module) -> None:
+    """Give a head its own copy of what it shares besides the weight: BERT's has its bias under two names, of which a
+    file keeps one, and who reads the file ties them only along with the embeddings."""
+    others = {p for module in model.modules() if module is not head for p in module._parameters.values()}
+    for name, p in head._parameters.items():
+        if p is not None and p in others:
+            head._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)

@@ -485,3 +485,45 @@ def test_a_model_that_does_not_say_which_its_embeddings_are():
     assert oracle.quietly(model.merge_and_unload).config.tie_word_embeddings
     with pytest.raises(ValueError, match="needs a model with get_input_embeddings"):
         peftfast.get_peft_model(Silent(), peftfast.LoraConfig(target_modules=["linear"], trainable_token_indices=[0]))
+
+
+def bert_head():
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    model = BertForMaskedLM(BertConfig(vocab_size=64, **sizes))
+    with torch.no_grad():
+        model.cls.predictions.bias.normal_(generator=torch.Generator().manual_seed(3))
+    return model
+
+
+@pytest.mark.parametrize("ensure", [True, False])
+@pytest.mark.parametrize("saved", ["word_embeddings", "decoder"])
+def test_saved_copies_of_a_tied_head_leave_its_bias_to_the_base(saved, ensure, tmp_path):
+    """BERT's head has a bias that the model holds under two names."""
+    base = logits(seeded(bert_head))
+    config = peftfast.LoraConfig(target_modules=["query"], modules_to_save=[saved], ensure_weight_tying=ensure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        model = peftfast.get_peft_model(seeded(bert_head), config)
+    before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    randomise(model)
+    assert {n for n, p in model.named_parameters() if not p.requires_grad and not torch.equal(p, before[n])} == set()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    trained = logits(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        model.add_adapter("other", config)
+    model.set_adapter("other")
+    assert torch.equal(logits(model), base)
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path / "adapter", selected_adapters=["default"])
+    again = peftfast.PeftModel.from_pretrained(seeded(bert_head), tmp_path / "adapter")
+    assert torch.equal(logits(again), trained)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), trained, atol=1e-5, rtol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(type(merged).from_pretrained(tmp_path / "merged")), trained, atol=1e-5, rtol=1e-5)
