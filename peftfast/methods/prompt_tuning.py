@@ -23,6 +23,7 @@ from peftfast.prompts.prompt import (
     batch_size_of,
     drop_token_types,
     fill_sizes,
+    per_layer_inputs,
     widen_mask,
     word_embeddings_of,
 )
@@ -166,6 +167,9 @@ class PromptTuning:
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
             embeds = word_embeddings_of(model)(inputs["input_ids"])
+        rows = per_layer_inputs(inputs, embeds, count, model)
+        if rows is not None:
+            inputs["per_layer_inputs"] = rows
         inputs.pop("input_ids", None)
         batch = batch_size_of({"inputs_embeds": embeds})
         prompts = encoder.prompts(batch)[:, :count].to(device=embeds.device, dtype=embeds.dtype)

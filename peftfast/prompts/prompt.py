@@ -295,6 +295,36 @@ def _word_embeddings_name(model: nn.Module) -> str:
     )
 
 
+#: Base model -> name of the module in it that has an embedding of every token for every layer, "" where none has.
+_per_layer: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def per_layer_inputs(inputs: Inputs, embeds: Tensor, count: int, model: nn.Module) -> Tensor | None:
+    """What Gemma 3n and 4 make of `input_ids` besides `embeds`: an embedding of every token for every layer, with rows
+    in front for `count` virtual tokens, which have those of padding, as images and sound have there. None for models
+    that have no such table."""
+    name = _per_layer.get(model)
+    if name is None:
+        found = (n for n, m in model.named_modules() if hasattr(m, "embed_tokens_per_layer"))
+        name = _per_layer[model] = next(found, "")
+    backbone = model.get_submodule(name) if name else None
+    if backbone is None or not getattr(backbone, "hidden_size_per_layer_input", None):
+        return inputs.get("per_layer_inputs")
+    ids, rows = inputs.get("input_ids"), inputs.get("per_layer_inputs")
+    padding = getattr(backbone.config, "pad_token_id", None) or 0
+    if rows is None and ids is not None:
+        for kind in ("image", "video", "audio"):
+            placeholder = getattr(model.config, f"{kind}_token_id", None)
+            ids = ids if placeholder is None else ids.masked_fill(ids == placeholder, padding)
+        rows = backbone.get_per_layer_inputs(ids)
+    elif rows is None and "inputs_embeds" in inspect.signature(backbone.get_per_layer_inputs).parameters:
+        rows = backbone.get_per_layer_inputs(None, embeds)  # Gemma 4 finds the ids that the embeddings are of
+    if rows is None:
+        return None
+    virtual = backbone.get_per_layer_inputs(torch.full((len(embeds), count), padding, device=embeds.device))
+    return torch.cat((virtual, rows), dim=1)
+
+
 def fill_sizes(cfg: PromptLearningConfig, config: Any) -> None:
     """Fill the sizes that `cfg` leaves open from the base model's config, by PEFT's rules.
 

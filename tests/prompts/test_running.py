@@ -260,3 +260,54 @@ def test_what_rows_cannot_have():
         result(model(input_ids=ids, adapter_names=["long"] * 3)),
         [model.set_adapter("long"), result(model(input_ids=ids))][1],
     )
+
+
+# ---- models that have an embedding of every token for every layer ----------------------------------------------------
+def _with_tables_per_layer(family: str) -> torch.nn.Module:
+    sizes = {
+        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16, "pad_token_id": 0, "eos_token_id": 2,
+        "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 4, "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": 24,
+    }  # fmt: skip
+    if family == "Gemma3n":
+        sizes |= {"laurel_rank": 2, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [24] * 4}
+    else:
+        sizes |= {"global_head_dim": 8}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}TextConfig")(**sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "per_layer" in name or "embed_tokens" in name or "scale" in name:  # some are nothing at first
+                parameter.normal_()
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("family", ["Gemma3n", "Gemma4"])
+def test_tokens_behind_a_prompt_keep_their_embeddings_for_every_layer(family: str):
+    """Virtual tokens with the embedding of padding are padding that is not masked."""
+    model = _with_tables_per_layer(family)
+    ids = torch.tensor([[5, 9, 4, 11], [7, 3, 8, 6]])
+    padded = torch.cat((ids.new_zeros(2, 3), ids), 1)
+    table = model.get_input_embeddings()
+    with torch.no_grad():
+        wanted = model(input_ids=padded, attention_mask=torch.ones_like(padded)).logits
+        generated = model.generate(padded, attention_mask=torch.ones_like(padded), max_new_tokens=5, eos_token_id=None)
+        prompt, embeds = table(padded[0, :3]), table(ids)
+    tuned = peftfast.get_peft_model(
+        model, peftfast.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).double()
+    tuned.prompt_encoder["default"].embedding.weight.data.copy_(prompt)
+    with torch.no_grad():
+        assert_same(tuned(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, wanted, 1e-9)
+        out = tuned.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None
+        )
+        assert torch.equal(out[:, 4:], generated[:, 7:])
+        rows = model.model.get_per_layer_inputs(ids)
+        assert_same(tuned(inputs_embeds=embeds, per_layer_inputs=rows).logits, wanted, 1e-9)
+        if family == "Gemma4":  # which finds the ids of embeddings by itself
+            assert_same(tuned(inputs_embeds=embeds).logits, wanted, 1e-9)
+    loss = tuned(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert tuned.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
