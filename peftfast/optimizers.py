@@ -166,7 +166,8 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> Optimizer:
-    """A LoRA-FA optimizer for a model with LoRA adapters; freezes every down factor.
+    """A LoRA-FA optimizer for a model with LoRA adapters; freezes the down factor of every layer but embeddings, of
+    which both factors are trained as by AdamW.
 
     Args:
         r, lora_alpha: as in the config. The scale of every layer is read from the layer, where patterns have their say.
