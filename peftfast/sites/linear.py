@@ -91,6 +91,16 @@ class LinearSite(UsualSite):
             )
         return y
 
+    def _checked(self, x: Tensor, y: Tensor, width: int) -> Tensor:
+        """What a subclass's own forward gave. TypeError unless it has the shape of a product."""
+        if y.shape != (*x.shape[:-1], width):
+            raise TypeError(
+                f"{type(self.module).__name__} is a torch.nn.Linear that gives {tuple(y.shape)} for an input of "
+                f"{tuple(x.shape)}, which is no product with its weight of {tuple(self.weight.shape)}: leave modules "
+                "of this class out of target_modules, for example with exclude_modules."
+            )
+        return y
+
     def adapt(
         self,
         x: Tensor,
@@ -101,6 +111,8 @@ class LinearSite(UsualSite):
         dropout: float,
         gate: Tensor | None = None,
     ) -> Tensor:
+        if not self._known_forward:
+            y = self._checked(x, self.base(x) if y is None else y, b.shape[0])
         if isinstance(scale, Tensor):  # a scale that may change inside a compiled graph
             b, scale = b * scale.to(b.dtype), 1.0
         if not is_plain(x, a, b):

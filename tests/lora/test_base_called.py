@@ -341,3 +341,20 @@ def test_output_that_is_no_tensor_is_refused_by_its_class(method):
         model(ids)
     with model.disable_adapter():
         assert model(ids).logits.isfinite().all()
+
+
+class Grouped(nn.Linear):
+    """A block-diagonal matrix, as DeepSeek-V4 has one behind its attention."""
+
+    def forward(self, x):
+        return torch.einsum("...gi,goi->...go", x, self.weight.view(2, -1, self.in_features))
+
+
+def test_linear_layers_in_groups_are_refused_by_name():
+    model = peftfast.get_peft_model(
+        nn.Sequential(Grouped(8, 12, bias=False)), peftfast.LoraConfig(target_modules=["0"])
+    )
+    with pytest.raises(TypeError, match=r"Grouped is a torch.nn.Linear that gives \(3, 2, 6\) for .* \(3, 2, 8\)"):
+        model(torch.randn(3, 2, 8))
+    with model.disable_adapter():
+        assert model(torch.randn(3, 2, 8)).shape == (3, 2, 6)
