@@ -65,7 +65,8 @@ class RunningComponents:
         largest = v.gather(1, v.abs().argmax(1, keepdim=True))
         before, new = self.components, (v * largest.sign())[: self.count]
         self.components, self.singular_values = new, s[: self.count]
-        self.explained = self.singular_values.double().square() / scatter
+        # rows that are all alike have no variance to explain
+        self.explained = self.singular_values.double().square() / scatter.clamp(min=torch.finfo(scatter.dtype).tiny)
         self.mean, self.scatter, self.seen = mean, scatter, total
         self.converged = None if before is None else torch.cosine_similarity(new, before) >= threshold
         return True
@@ -89,7 +90,8 @@ def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor],
     """Indices [n, 2] of the tokens that count: not padding and, if the config says so, with a label."""
     if not isinstance(model_input, Mapping):
         raise TypeError("When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary")
-    mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
+    mask = model_input.get("attention_mask")
+    mask = torch.ones_like(model_input["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
     settings = peft_config.eva_config or EvaConfig()
     if settings.use_label_mask and "labels" in model_input:
         mask = mask & (model_input["labels"] != settings.label_mask_value)
@@ -213,6 +215,8 @@ def components_of(
         if goal and found[name].is_settled(max(goal[n] for n in found if found[n] is found[name])):
             return
         x = rows(name)(args, current["prepared"], name)
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name}: its inputs hold NaN or infinite values; check the calibration data")
         found[name].update(_gathered(x) if gather else x, threshold)
 
     goal: Mapping[str, int] = {}
@@ -334,6 +338,8 @@ def _check_components(found: Mapping[str, Tensor], adapters: Mapping[str, Adapte
             size = slots["lora_A"][0].numel()
             if part.dim() < 2 or part.shape[1:].numel() != size:
                 wrong.append(f"{key} {list(part.shape)}, which needs [rank, {size}]")
+            elif not torch.isfinite(part).all():
+                wrong.append(f"{key}, which has NaN or infinite values")
         elif slots:
             wrong.append(f"{key}, which is looked up and has no directions")
     if wrong:

@@ -19,6 +19,7 @@ from peftfast.calibration.eva import prepare_model_inputs_fn_language_modeling a
 from peftfast.calibration.modes import in_mode
 from peftfast.calibration.ranks import pattern_of
 from peftfast.config import PeftType
+from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.wrapping.default_targets import LORA
@@ -195,4 +196,7 @@ def _gradients(
             p.requires_grad_(True)
     if not count:
         raise ValueError("batches is empty")
+    broken = [n for n, s in sketches.items() if not torch.isfinite(s).all()]
+    if broken:
+        raise ValueError(f"The gradients of these weights hold NaN or infinite values: {enumerate_some(broken)}")
     return {n: torch.linalg.svdvals(s / count).square() for n, s in sketches.items()}

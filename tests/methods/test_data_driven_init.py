@@ -176,6 +176,20 @@ def test_eva_says_what_is_wrong():
         peftfast.initialize_lora_eva_weights(oracle.llama(), batches())
     with pytest.raises(ValueError, match="not found in the model"):
         peftfast.get_eva_state_dict(model, batches(), prepare_layer_inputs_fn={"nowhere": len})
+    with torch.no_grad():
+        model.get_input_embeddings().weight[batches()[1]["input_ids"][1, 0]] = torch.inf
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj: its inputs hold NaN or infinite values"):
+        peftfast.initialize_lora_eva_weights(model, batches(), show_progress_bar=False)
+
+
+def test_eva_takes_a_mask_without_token_ids():
+    model = peftfast.get_peft_model(oracle.llama(), config(peftfast))
+    table = model.get_input_embeddings()
+    embedded = [{"inputs_embeds": table(b["input_ids"]).detach(), "attention_mask": b["attention_mask"]}
+                for b in batches()]  # fmt: skip
+    found, expected = (peftfast.get_eva_state_dict(model, data, show_progress_bar=False)
+                       for data in (embedded, batches()))  # fmt: skip
+    assert all(torch.equal(found[name], part) for name, part in expected.items())
 
 
 def test_eva_states_that_do_not_fit_change_nothing():
@@ -190,6 +204,9 @@ def test_eva_states_that_do_not_fit_change_nothing():
     wrong = {**state, "model.layers.1.mlp.down_proj": torch.randn(3, 7)}
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj \[3, 7\], which needs \[rank, 64\]"):
         peftfast.initialize_lora_eva_weights(model, eva_state_dict=wrong)
+    broken = {**state, "model.layers.1.mlp.down_proj": torch.full((3, 64), torch.nan)}
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj, which has NaN or infinite values"):
+        peftfast.initialize_lora_eva_weights(model, eva_state_dict=broken)
     oracle_state, found = before[2], everything()
     assert found[:2] == before[:2] and found[2].keys() == oracle_state.keys()
     assert all(torch.equal(found[2][name], value) for name, value in oracle_state.items())

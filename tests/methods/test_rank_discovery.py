@@ -40,6 +40,25 @@ def test_variance_goes_where_the_inputs_vary():
     assert all(m.training for m in model.modules())
 
 
+class WithConstant(nn.Module):
+    """What `constant` is given never varies, and `real` varies in one direction far more than in the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.constant, self.real, self.other = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.constant(torch.zeros_like(x)) + self.real(x) + self.other(x.flip(-1).cos())
+
+
+def test_inputs_that_never_vary_get_what_the_others_leave():
+    scales = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    data = [{"x": batch["x"][:, :4] * scales} for batch in rows()]
+    cfg = config(r=2, target_modules=["constant", "real", "other"])
+    ranks = peftfast.discover_ranks(WithConstant(), cfg, data, budget=9)
+    assert ranks["constant"] == 1 and sum(ranks.values()) == 9
+
+
 def test_gradients_go_where_the_loss_is():
     torch.manual_seed(0)
     cfg = config()
@@ -132,6 +151,9 @@ def test_what_cannot_be_is_refused_and_the_config_is_untouched():
         peftfast.discover_ranks(Chain(), config(target_modules=["nowhere"]), rows())
     with pytest.raises(ValueError, match="empty"):
         peftfast.discover_ranks(Chain(), cfg, [], by="gradient")
+    for by, what in (("gradient", "gradients of these weights"), ("variance", "inputs")):
+        with pytest.raises(ValueError, match=f"{what} hold NaN or infinite values"):
+            peftfast.discover_ranks(Chain(), cfg, [{"x": torch.full((64, 32), torch.nan)}], by=by)
     with pytest.raises(ValueError, match="needs a loss"):
         peftfast.discover_ranks(Chain(), cfg, rows(), by="gradient", forward_fn=lambda m, b: m(**b)["y"])
     with pytest.raises(ValueError, match="before adding adapters"):
