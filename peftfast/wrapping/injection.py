@@ -80,8 +80,21 @@ class Injection:
         try:
             self._put_in()
         except BaseException:
+            self._say_what_stays()
             self.inventory.forget(self.name)
             raise
+
+    def _say_what_stays(self) -> None:
+        """Warn of base weights that an initialisation has written to, before it failed or was interrupted."""
+        begun = [key for key in self.targets if key in self.inventory.layers]
+        written = [key for key in begun if self.name in self.inventory.layers[key].adapters][:-1]
+        if written and self.initialise and self.method.changes_base(self.cfg):
+            warnings.warn(
+                f"Adapter {self.name} was not added, but its initialisation has changed the base weights of "
+                f"{enumerate_some(written)} already: load the base model anew.",
+                PeftWarning,
+                stacklevel=6,
+            )
 
     def _put_in(self) -> None:
         inventory = self.inventory

@@ -253,6 +253,18 @@ def test_conversion_where_a_layer_has_fewer_directions_than_the_rank(init, tmp_p
         torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_start_that_fails_half_way_says_what_it_has_written():
+    model = oracle.llama()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.warns(peftfast.PeftWarning, match="load the base model anew") as said, pytest.raises(RuntimeError):
+        peftfast.get_peft_model(model, LoraConfig(target_modules=["down_proj"], init_lora_weights="pissa"))
+    changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert changed == ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+    assert "layers.0.mlp.down_proj" in str(said[0].message) and "layers.1" not in str(said[0].message)
+
+
 def test_a_randomised_start_is_the_same_at_every_loading(tmp_path):
     """What loading takes out of the base is what was taken out for the training, whatever the seeds are."""
     model = trained(wrap(peftfast, "pissa_niter_1", seed=1))
