@@ -222,13 +222,14 @@ class PromptTuner(KeepsBeside):
         """The base model's, with the virtual tokens in."""
         inputs = self.model.prepare_inputs_for_generation(*args, **kwargs)
         source = self.source()
-        return inputs if source is None else self._prepared(source, inputs, kwargs.get("attention_mask"))
+        return inputs if source is None else self._prepared(source, inputs, kwargs)
 
-    def _prepared(self, source: Source, inputs: Inputs, mask: Tensor | None) -> Inputs:
+    def _prepared(self, source: Source, inputs: Inputs, given: Inputs) -> Inputs:
         method, encoder, cfg = source
-        if isinstance(inputs.get("attention_mask"), dict) or getattr(inputs.get("attention_mask"), "ndim", 2) == 4:
-            # a mask made for a cache of fixed length, without the virtual tokens; the model makes its own from this
-            inputs = {**inputs, "attention_mask": mask}
+        for name in ("attention_mask", "decoder_attention_mask"):
+            if isinstance(inputs.get(name), dict) or getattr(inputs.get(name), "ndim", 2) == 4:
+                # made for a cache of fixed length, without the virtual tokens; the model makes its own from this
+                inputs = {**inputs, name: given.get(name)}
         if inputs.get("use_cache") is False:
             # every step sees all tokens again; a cache that comes back is that of the step before
             inputs = {k: v for k, v in inputs.items() if k not in STATE_NAMES}
@@ -265,7 +266,7 @@ class PromptTuner(KeepsBeside):
 
         @functools.wraps(original)  # generate reads the signature
         def prepare(*args: Any, **kwargs: Any) -> Inputs:
-            inputs = self._prepared(source, original(*args, **kwargs), kwargs.get("attention_mask"))
+            inputs = self._prepared(source, original(*args, **kwargs), kwargs)
             cache = next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
             if cache is None and inputs.get("use_cache") and self.model._supports_default_dynamic_cache():
                 # transformers below 5.4 leaves it to the model to make one, which could not be counted in
