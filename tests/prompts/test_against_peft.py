@@ -6,7 +6,9 @@ import inspect
 
 import pytest
 import torch
-from prompts.tiny import CAUSAL, METHODS, assert_same, batch, gradients, loss, pair, result
+from prompts.tiny import CAUSAL, METHODS, assert_same, base, batch, gradients, loss, ours, pair, result
+
+import peftfast
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -102,12 +104,24 @@ def test_positions_and_token_types(family: str, method: str):
     assert_same(result(mine(**embedded)), result(other(**embedded)))
 
 
+def test_question_answering_is_given_token_types_and_positions():
+    """PEFT drops both, with adapters of weights too."""
+    plain, prompted = base("bert-qa"), ours("bert-qa", "prefix").eval()
+    config = peftfast.LoraConfig(task_type="QUESTION_ANS", target_modules=["query"])
+    adapted = peftfast.get_peft_model(base("bert-qa"), config).eval()
+    inputs = {"input_ids": batch("bert-qa")["input_ids"]}
+    seen = [result(prompted(**inputs))]
+    for name, value in (("token_type_ids", 1), ("position_ids", 2)):
+        inputs[name] = torch.full_like(inputs["input_ids"], value)
+        assert_same(result(adapted(**inputs)), result(plain(**inputs)))
+        seen.append(result(prompted(**inputs)))
+        assert (seen[-1] - seen[-2]).abs().max() > 1e-2
+
+
 def test_a_table_of_more_rows_than_the_vocabulary():
     """Moshi's has one more. PEFT finds no word embeddings there, and its prompt tuning fails at the first call."""
     import peft
     import transformers
-
-    import peftfast
 
     sizes = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 24}
     ids = torch.arange(8).view(2, 4)
