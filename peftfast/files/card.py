@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 
 from torch import nn
 
 from peftfast.config import PeftConfig
+from peftfast.errors import PeftWarning
 from peftfast.files.atomic import write_atomically
 from peftfast.version import COMPATIBLE_PEFT_VERSION
 
@@ -22,7 +24,11 @@ def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: s
     method = str(getattr(cfg.peft_type, "value", cfg.peft_type)).lower()
     path = Path(output_dir) / "README.md"
     if path.exists():
-        card = ModelCard.load(path)
+        try:
+            card = ModelCard.load(path)
+        except Exception as e:  # whatever somebody has put there; the adapter is saved all the same
+            warnings.warn(f"{path} is no model card and stays as it is: {e}", PeftWarning, stacklevel=4)
+            return
     else:
         card = ModelCard.from_template(
             ModelCardData(), template_str=_TEMPLATE, method=method, base=name or type(base).__name__, load=_load(cfg)

@@ -72,14 +72,17 @@ def lost_checksums(metadata: Mapping[str, str]) -> list[str]:
 
 def config_changes(cfg: PeftConfig, metadata: Mapping[str, str]) -> list[str]:
     """What in the config is not as it was when the weights were saved, of the fields that matter."""
+    if CONFIG_KEY not in metadata:
+        return []
+    now = json.loads(cfg.to_json())
     try:
         saved = json.loads(metadata[CONFIG_KEY])
-        now = json.loads(cfg.to_json())
-    except (KeyError, ValueError):
-        return []
+        names = saved.keys() & now.keys() - _FREE_FIELDS
+    except (ValueError, AttributeError) as e:
+        return [f"The record of the adapter's config in its file cannot be read: {e}."]
     changed = [
         f"{name} was {saved[name]!r} and is {now[name]!r}"
-        for name in sorted(saved.keys() & now.keys() - _FREE_FIELDS)
+        for name in sorted(names)
         if _unordered(saved[name]) != _unordered(now[name])
     ]
     return [f"The config was changed after the weights were saved: {'; '.join(changed)}."] if changed else []

@@ -272,8 +272,14 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_whole(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to save what a sharded engine has taken apart, an empty factor being a lost adapter; warn of what looks
-    like it."""
+    """Refuse to save what has no values, or what a sharded engine has taken apart, an empty factor being a lost
+    adapter; warn of what looks like it."""
+    without = [k for k, t in tensors.items() if t.is_meta]
+    if without:
+        raise AdapterLoadError(
+            f"These tensors are on the meta device and have no values yet: {enumerate_some(without)}. Load the adapter "
+            "(load_adapter), or initialise it, before it is saved"
+        )
     # a rank of zero has two dimensions; what an engine leaves behind has one
     empty = [k for k, t in tensors.items() if t.numel() == 0 and t.dim() < 2]
     if empty:

@@ -286,6 +286,13 @@ def test_factors_that_look_like_shards_are_saved_with_a_warning(tmp_path):
     assert (tmp_path / "flat" / "adapter_model.safetensors").exists()
 
 
+def test_factors_without_values_are_not_saved(tmp_path):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS), low_cpu_mem_usage=True)
+    with pytest.raises(peftfast.AdapterLoadError, match=r"meta device .* 'base_model.*lora_A"):
+        model.save_pretrained(tmp_path)
+    assert files(tmp_path) == []
+
+
 @pytest.mark.parametrize("asked", [True, False, "auto"])
 @pytest.mark.parametrize("make", [oracle.llama, oracle.gpt2], ids=["llama", "gpt2"])
 def test_saving_embeddings(asked, make, tmp_path):
@@ -557,6 +564,16 @@ def test_only_the_version_in_a_card_is_replaced(section, tmp_path):
             assert ("- Transformers 5.0\n\n## Thanks\n\n- PEFT 1 to all" in text) is bool(section)
         data = text.partition("\n---\n")[0]
         assert "\n- mine\n" in data and "pipeline_tag: summarization" in data
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"---\ntags: [mine\n---\n"])
+def test_a_card_that_is_none_keeps_nobody_from_saving(content, tmp_path):
+    (tmp_path / "README.md").write_bytes(content)
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    with pytest.warns(peftfast.PeftWarning, match=r"README.md is no model card and stays as it is"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == content
+    peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path)
 
 
 def test_reloading_weights_into_a_present_adapter(tmp_path):

@@ -1,4 +1,4 @@
-"""A file of ours that has lost its checksums is reported: a flipped bit in their name hides one in a weight."""
+"""A file of ours that has lost its records is reported: a flipped bit in their names hides one in a weight."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def test_lost_checksums_are_reported(tmp_path, given):
         peftfast.PeftModel.from_pretrained(base.Tiny(), tmp_path, **options)
     with pytest.raises(peftfast.AdapterLoadError, match="peftfast.crc32"):
         peftfast.PeftModel.from_pretrained(base.Tiny(), tmp_path, strict=True, **options)
+
+
+def test_a_record_of_the_config_that_is_none_is_reported(tmp_path):
+    trained().save_pretrained(tmp_path)
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    for record in ("[]", "no json"):
+        save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {**metadata, "peftfast.config": record})
+        with pytest.warns(peftfast.AdapterMismatchWarning, match="record of the adapter's config .* cannot be read"):
+            peftfast.PeftModel.from_pretrained(base.Tiny(), tmp_path)
