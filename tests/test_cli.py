@@ -265,13 +265,15 @@ def test_text_file(tmp_path, capsys):
     assert "t.txt" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("form", ["lines", "list"])
+@pytest.mark.parametrize("form", ["lines", "list", "mark"])
 def test_jsonl_with_prompt_and_completion(tmp_path, capsys, form):
     values = [{"prompt": f"{i} plus one is", "completion": f" {i + 1}"} for i in range(20)]
     path = lines(tmp_path / "d.jsonl", values)
     if form == "list":
         path = str(tmp_path / "d.json")
         Path(path).write_text(json.dumps(values))
+    elif form == "mark":  # as editors on Windows put it in front
+        Path(path).write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes())
     assert train(tmp_path / "a", *QUICK, "--data", path) == 0
     out = capsys.readouterr().out
     assert "18 documents" in out and "2 documents" in out

@@ -76,7 +76,7 @@ def read(data: str, seed: int) -> Corpus:
         raise UserError(f"--data {data!r} is a folder; name one text or JSONL file")
     if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
         except UnicodeDecodeError as error:
             raise UserError(f"--data {data!r} is not UTF-8 text: {error}") from None
         if not text.strip():

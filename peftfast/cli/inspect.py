@@ -14,9 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from peftfast.cli import _settings
 
     parser.add_argument("adapter", metavar="ADAPTER", nargs="?", help="folder of a saved adapter, instead of options")
-    parser.add_argument(
-        "--max-lora-rank", type=_settings.whole(1), default=16, metavar="N", help="that vLLM is started with (16)"
-    )
+    parser.add_argument("--max-lora-rank", type=_settings.whole(1), metavar="N", help="that vLLM is started with (16)")
     _settings.add_model(parser)
     _settings.add_adapter(parser)
 
@@ -26,10 +24,9 @@ def run(args: argparse.Namespace) -> int:
 
     given = _settings.given(args)
     if args.adapter is not None:
-        if given:
-            raise UserError(
-                f"--{next(iter(given))} is about an adapter to be made, and {args.adapter!r} is a saved one"
-            )
+        about_new = [*given, *(["max-lora-rank"] if args.max_lora_rank else [])]
+        if about_new:
+            raise UserError(f"--{about_new[0]} is about an adapter to be made, and {args.adapter!r} is a saved one")
         return _show(_settings.check_adapter(args.adapter))
     settings = _settings.with_defaults(given)
     source = _settings.check_model(settings["model"])
@@ -40,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         config = _setup.make_config(settings)
         model = _setup.load_empty(source, settings["model"], settings["dtype"])
         with _setup.one_line("--method " + settings["method"]):
-            plan = plan_adapter(model, config, max_lora_rank=args.max_lora_rank)
+            plan = plan_adapter(model, config, max_lora_rank=args.max_lora_rank or 16)
     print(plan)
     return int(plan.refusal is not None)
 

@@ -99,8 +99,9 @@ def test_at_the_command_line(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("LORA for") and "model.layers.0.self_attn.q_proj  rank 2, change of norm" in out
-    assert main(["inspect", str(tmp_path), "--r", "3"]) == USAGE_ERROR
-    assert "--r is about an adapter to be made" in capsys.readouterr().err
+    for option in ("--r", "--max-lora-rank"):
+        assert main(["inspect", str(tmp_path), option, "3"]) == USAGE_ERROR
+        assert f"{option} is about an adapter to be made" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "no")]) == USAGE_ERROR
     assert "adapter_config.json" in capsys.readouterr().err
     (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
