@@ -2,21 +2,46 @@
 
 Everything after the script is the script's own: `peftfast run train.py --lr 1e-4`. With -m the script is a module, as
 in `peftfast run -m trl.scripts.sft --use_peft`. Works under launchers: `torchrun -m peftfast run train.py`,
-`accelerate launch -m peftfast run train.py`.
+`accelerate launch -m peftfast run train.py`; processes that multiprocessing starts find peftfast too.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing.spawn
 import os
 import runpy
 import sys
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", dest="is_module", action="store_true", help="the script is the name of a module")
     parser.add_argument("script", help="path of the script, or name of the module with -m")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's arguments")
+
+
+class _FirstOfAll:
+    """What a process runs that reads this from a pickle."""
+
+    def __reduce__(self) -> tuple:
+        lines = (
+            f"import sys; sys.path = {sys.path!r}",
+            "import peftfast.as_peft, peftfast.cli.run",
+            "peftfast.cli.run.serve_spawned_processes()",
+        )
+        return exec, ("\n".join(lines),)
+
+
+def serve_spawned_processes() -> None:
+    """Let processes that multiprocessing starts anew, which import the script once more, find peftfast as this one
+    does."""
+    described = multiprocessing.spawn.get_preparation_data
+
+    def describe(name: str) -> dict[str, Any]:
+        return {**described(name), "peft": _FirstOfAll()}  # read before anything of the script is
+
+    multiprocessing.spawn.get_preparation_data = describe
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         alias.install()
     except ImportError as error:
         raise UserError(error) from error
+    serve_spawned_processes()
     sys.argv = [args.script, *args.arguments]
     if args.is_module:
         sys.path[0:1] = [os.getcwd()]

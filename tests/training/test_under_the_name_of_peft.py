@@ -294,3 +294,28 @@ def test_run_finds_what_is_beside_a_script_that_a_link_leads_to(tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("beside_it\n")
+
+
+STARTS_OTHERS = """
+import multiprocessing, peft, sys
+
+def generation(number):
+    print(number, peft.__name__, hasattr(peft, "_served_by_peftfast"), flush=True)
+    if number < 2:
+        process = multiprocessing.get_context("spawn").Process(target=generation, args=(number + 1,))
+        process.start()
+        process.join()
+        sys.exit(process.exitcode)
+
+if __name__ == "__main__":
+    generation(0)
+"""
+
+
+def test_run_serves_processes_that_import_the_script_anew(tmp_path):
+    (tmp_path / "script.py").write_text(STARTS_OTHERS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    done = subprocess.run([sys.executable, "-m", "peftfast", "run", "script.py"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(f"{number} peft True\n" for number in range(3))
