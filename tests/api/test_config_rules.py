@@ -163,6 +163,18 @@ def test_the_same_config_as_peft():
     assert mine.to_dict() == {**other.to_dict(), "peft_version": mine.peft_version}
 
 
+@pytest.mark.parametrize("part", ["LoftQConfig", "EvaConfig"])
+def test_settings_of_an_initialisation_that_is_not_chosen(part):
+    import peft
+
+    configs = []
+    for library in (peft, peftfast):
+        field = {part.replace("Config", "_config").lower(): getattr(library, part)()}
+        with pytest.warns(UserWarning, match="specified but will be ignored when"):
+            configs.append(library.LoraConfig(**field).to_dict())
+    assert configs[1] == {**configs[0], "peft_version": configs[1]["peft_version"]}
+
+
 def test_config_files_both_ways(tmp_path):
     import peft
 

@@ -261,6 +261,8 @@ class LoraConfig(PeftConfig):
                     f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.",
                     stacklevel=5,
                 )
+                if name == "loftq":
+                    self.loftq_config = {}  # PEFT keeps the others
         patterns = self.rank_pattern or self.alpha_pattern
         changes = isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga"))
         if self.use_rslora and patterns and changes:
