@@ -53,6 +53,7 @@ from bench.measure import (  # noqa: E402
     versions,
 )
 from bench.operands import BUILDERS, MODELS, TINY, Model, Size, arguments  # noqa: E402
+from bench.report import red_file, write_page  # noqa: E402
 from peftfast_kernels import OPS, device_masks  # noqa: E402
 from peftfast_kernels.configs import chip_of  # noqa: E402
 from peftfast_kernels.row_norm import MAX_RANK  # noqa: E402
@@ -145,6 +146,9 @@ class Bench:
     def _reject(self, text: str) -> None:
         self.red.append(text)
         print(f"  RED  {text}", flush=True)
+        if self.path is not None:
+            with red_file(self.path).open("a") as f:
+                f.write(f"{text}\n")
 
     def each(self, suite: str, cases: list, work: Callable[[Any], None], size_of: Callable[[Any], Size]) -> None:
         """Every case that the suite's share of the budget has room for. One that fails is reported and counted red."""
@@ -513,10 +517,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print("dry run: the times mean nothing")
     if path.exists():
-        from bench.report import write_page
-
         print(f"page -> {write_page(path)}")
-    return 1 if bench.red else 0
+    return 1 if bench.red or after[0] else 0  # a run that starts anew has lost a case
 
 
 def _start_anew(

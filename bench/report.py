@@ -13,7 +13,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,11 @@ def read(path: Path) -> list[Row]:
         for name in NUMBERS:
             row[name] = float(row[name]) if row.get(name) not in ("", None) else None
     return rows
+
+
+def red_file(path: Path) -> Path:
+    """Where what failed stands beside a CSV, a line each: what has crashed has no row in it."""
+    return path.with_suffix(".red.txt")
 
 
 def cases(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
@@ -198,7 +203,7 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def page(rows: list[Row], source: str) -> str:
+def page(rows: list[Row], source: str, failed: Sequence[str] = ()) -> str:
     """The whole page as one HTML text without outside files."""
     if not rows:
         return f"<!doctype html><meta charset=utf-8><p class=red>{html.escape(source)} has no rows."
@@ -219,6 +224,7 @@ def page(rows: list[Row], source: str) -> str:
         parts.append("<p class=red>A dry run on a CPU at tiny sizes: the figures mean nothing.</p>")
     red = [r for r in rows if r["role"] == "ours" and r["gate"] == "red"]
     parts.append(f"<p class={'red' if red else 'green'}>{len(red)} rows of ours failed the correctness gate.</p>")
+    parts += [f"<p class=red>Failed: {html.escape(text)}</p>" for text in failed]
     parts.append("<h2>Claims</h2>" + _table(("claim", "figure", ""), verdicts(rows)))
     try:
         for caption, png in plots(rows):
@@ -263,7 +269,8 @@ def _table(names: tuple[str, ...], lines: list[tuple]) -> str:
 def write_page(path: Path, out: Path | None = None) -> Path:
     """The page beside the CSV; returns where."""
     out = out or path.with_suffix(".html")
-    out.write_text(page(read(path), path.name))
+    red = red_file(path)
+    out.write_text(page(read(path), path.name, red.read_text().splitlines() if red.exists() else ()))
     return out
 
 

@@ -146,7 +146,11 @@ def test_a_lost_gpu_costs_one_case(tmp_path, monkeypatch, capsys):
     assert command[-3:] == ["--only", "questions", "ops"] and "RED  questions" in capsys.readouterr().out
     assert command[command.index("--after") + 1 :][:2] == ["questions", "0"]
     monkeypatch.setattr(gpu.Bench, "ops", lambda self: None)
-    assert gpu.main([*command[2:], "--dry-run"]) == 0  # the case is not tried again
+    first = gpu.Bench("cpu", 10, quick=True, dry=True, path=path)
+    first.compare("linear", "case", [Contestant("frozen", LIMIT, torch.ones(8).sum, dict)], {}, Size(8, 8, 8))
+    assert gpu.main([*command[2:], "--dry-run"]) == 1  # it counts, and is not tried again
+    assert path.with_suffix(".red.txt").read_text().count("\n") == 1
+    assert "Failed: questions" in path.with_suffix(".html").read_text()
 
 
 def test_what_needs_another_package_is_left_out(monkeypatch):
