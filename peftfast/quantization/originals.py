@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ class Originals:
     """Weights [N, K] by module name, read when asked for.
 
     Args:
-        source: a folder with `model.safetensors`, whole or sharded, or that file; a mapping of tensors by parameter
-            name; or the unquantised model itself.
+        source: a folder with `model.safetensors`, whole or sharded, or that file or its index; a mapping of tensors by
+            parameter name; or the unquantised model itself.
         prefix: of the model's own inner module ("model" in a causal LM), which checkpoints may leave out or add.
 
     Raises:
-        FileNotFoundError: no safetensors file there. TypeError: something else than the above.
+        FileNotFoundError: no safetensors file there. ValueError: a damaged one, also when a weight is asked for.
+        TypeError: something else than the above.
     """
 
     def __init__(self, source: str | os.PathLike | Mapping[str, Tensor] | nn.Module, prefix: str = "") -> None:
@@ -82,19 +84,31 @@ class Originals:
 def _open(path: Path) -> tuple[set[str], Callable[[str], Tensor]]:
     from safetensors import safe_open
 
-    folder = path if path.is_dir() else path.parent
-    single = folder / _SINGLE if path.is_dir() else path
-    index = folder / _INDEX
-    if single.is_file():
-        with safe_open(single, framework="pt") as f:
-            where = dict.fromkeys(f.keys(), single)
-    elif index.is_file():
-        where = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    else:
-        raise FileNotFoundError(f"No {_SINGLE} and no {_INDEX} in {folder}")
+    places = (path / _SINGLE, path / _INDEX) if path.is_dir() else (path,)
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path} is neither a safetensors file nor a folder with {_SINGLE} or {_INDEX}")
+    with _named(found):
+        if found.suffix == ".json":
+            files = json.loads(found.read_text(encoding="utf-8"))["weight_map"]
+            where = {name: found.parent / file for name, file in files.items()}
+        else:
+            with safe_open(found, framework="pt") as f:
+                where = dict.fromkeys(f.keys(), found)
 
     def read(name: str) -> Any:
-        with safe_open(where[name], framework="pt") as f:
+        with _named(where[name]), safe_open(where[name], framework="pt") as f:
             return f.get_tensor(name)
 
     return set(where), read
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What a damaged file raises, with its name."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged, or not what its name says: {e}") from e

@@ -368,6 +368,25 @@ def test_refusals_of_extraction(tmp_path):
         peftfast.extract_lora(base, state, 4)
 
 
+def test_a_trained_model_in_files(tmp_path):
+    base, other = oracle.llama(), tuned(oracle.llama)
+    other.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    expected = peftfast.extract_lora(base, other, 4)[1]
+    for source in (tmp_path, index):
+        found = peftfast.extract_lora(base, source, 4)[1]
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    with pytest.raises(FileNotFoundError, match="modle.safetensors is neither"):  # and not what is beside it
+        peftfast.extract_lora(base, tmp_path / "modle.safetensors", 4)
+    shard = sorted(tmp_path.glob("*.safetensors"))[-1]
+    shard.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        peftfast.extract_lora(base, tmp_path, 4)
+    index.write_text("{")
+    with pytest.raises(ValueError, match="index.json is damaged"):
+        peftfast.extract_lora(base, tmp_path, 4)
+
+
 def test_a_bias_beside_a_quantised_weight():
     def make():
         return oracle.llama(bias=True)
