@@ -16,8 +16,10 @@ def cached(path: str | os.PathLike | None) -> dict[str, Tensor] | None:
     """The tensors of a file, in host memory; None where there is no such file, or nothing in it.
 
     Raises:
-        ValueError: a file that is damaged, or holds something else.
+        ValueError: a file that is damaged, or holds something else; a folder, to which nothing could be written later.
     """
+    if path is not None and os.path.isdir(path):
+        raise ValueError(f"{os.fspath(path)!r} is a folder; name a file for what the calibration finds")
     if path is None or not os.path.isfile(path) or os.path.getsize(path) == 0:
         return None
     try:

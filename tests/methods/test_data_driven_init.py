@@ -328,13 +328,16 @@ def test_corda_files_that_are_of_something_else(kind, tmp_path, monkeypatch):
     refused("found.pt is no file of a calibration", "q_proj")
     path.write_bytes(whole)
     preprocess(oracle.llama(), "q_proj")
+    path.unlink()
+    path.mkdir()
+    refused("found.pt' is a folder", "q_proj")  # before anything is computed that could not be written
+    path.rmdir()
 
     def full(tensors, target):
         with open(target, "wb") as f:
             f.write(b"half")
         raise OSError("disk full")
 
-    path.unlink()
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="found.pt"):
         preprocess(oracle.llama(), "q_proj")
