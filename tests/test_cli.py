@@ -547,6 +547,17 @@ def test_resume_refuses_another_run(tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_a_state_that_cannot_be_written_leaves_no_part_of_it(tmp_path, monkeypatch):
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="training_state.pt"):
+        train(tmp_path / "a", *QUICK)
+    assert sorted(os.listdir(tmp_path / "a")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to a process")
 def test_ctrl_c_on_a_process(tmp_path):
     folder = tmp_path / "a"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from peftfast.cli import UserError
 from peftfast.cli._data import IGNORED, Row, batch_of_step, collate
 from peftfast.cli._settings import STATE_FILE
+from peftfast.files.atomic import write_atomically
 from peftfast.files.state import adapter_entries
 
 WARMUP = 0.05  # share of the steps
@@ -153,9 +153,7 @@ class Run:
             "random_cuda": torch.cuda.get_rng_state_all() if self.device.startswith("cuda") else [],
             "random_own": {n: m.random_state() for n, m in self.samplers()},
         }
-        unfinished = self.folder / (STATE_FILE + ".tmp")
-        torch.save(state, unfinished)
-        os.replace(unfinished, self.folder / STATE_FILE)
+        write_atomically(self.folder / STATE_FILE, lambda path: torch.save(state, path))
 
     def schedule_of_ranks(self) -> torch.Tensor | None:
         tuner = self.model.base_model
