@@ -36,13 +36,14 @@ def test_on_the_embedded_model(capsys, few_tokens):
     assert float(kept["peftfast, blocks"]) < float(kept["peftfast"]) <= float(kept["PEFT"])
 
 
-def test_no_ratios_where_results_differ(capsys, few_tokens, monkeypatch):
+@pytest.mark.parametrize("change", [1.0, torch.nan])
+def test_no_ratios_where_results_differ(change, capsys, few_tokens, monkeypatch):
     real = bench.contestants
 
     def broken(base, settings):
         models = real(base, settings)
         with torch.no_grad():
-            next(p for n, p in models["PEFT"].named_parameters() if "lora_B" in n).add_(1.0)
+            [p for n, p in models["PEFT"].named_parameters() if "lora_B" in n][-1].add_(change)
         return models
 
     monkeypatch.setattr(bench, "contestants", broken)
