@@ -287,7 +287,17 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
-    """Load a base checkpoint, under its original names, into a model that carries adapters."""
+    """Load a base checkpoint, under its original names, into a model that carries adapters.
+
+    Raises:
+        RuntimeError: names or sizes differ, or adapters are inside the weights; nothing was changed.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise RuntimeError(
+            f"Adapters {merged} are inside the base weights. Please unmerge them before other base weights are loaded."
+        )
     mine = get_base_model_state_dict(model)
     missing = [k for k in mine if k not in state_dict]
     unexpected = [k for k in state_dict if k not in mine]
@@ -304,6 +314,8 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
         for key, tensor in mine.items():
             if key in state_dict:
                 tensor.copy_(state_dict[key])
+    for layer in layers:
+        layer.changed()
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 

@@ -334,3 +334,19 @@ def test_what_is_said_of_it(tmp_path):
     assert plan.trainable_parameters == model.get_nb_trainable_parameters()[0]
     verdicts = {v.server: v.verdict for v in plan.servers}
     assert (verdicts["vLLM"], verdicts["llama.cpp"]) == ("refuses", "refuses")
+
+
+def test_other_base_weights_have_other_components():
+    """What is left out of the base is that of the weights that are there."""
+    model, fresh = adapted(), adapted()
+    other = {name: 1.5 * tensor for name, tensor in peftfast.get_base_model_state_dict(model).items()}
+    with torch.no_grad():
+        logits(model)  # what is left out is kept from here on
+        for m in (model, fresh):
+            peftfast.set_base_model_state_dict(m, other)
+        torch.testing.assert_close(logits(model), logits(fresh))
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"\['default'\] are inside the base weights"):
+        peftfast.set_base_model_state_dict(model, other)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), logits(fresh))
