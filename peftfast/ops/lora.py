@@ -140,7 +140,7 @@ class _LoraLinear(torch.autograd.Function):
         # the copies that live anyway are kept; others are a rank-sized cast away
         ctx.copies = (a_copy if keep_a else None, b_copy if keep_b else None)
         ctx.save_for_backward(x, t, a, b, seed, gate, *stored)
-        return fresh(y)
+        return y if x.dim() == 2 else fresh(y)
 
     @staticmethod
     @second_order(_linear_again)
