@@ -2,9 +2,9 @@
 
 The values of 4-bit formats are further apart than most adapters change a weight, those of bf16 than many do. Rounding
 to the nearest value then gives the base weight back: the adapter is lost, and the error, small beside the weight, does
-not show it. Stochastic rounding (up or down, with the probabilities that make the expected value exact) keeps what an
-adapter changes. Its errors are larger, but they point nowhere, while what is lost by rounding to the nearest is exactly
-what was trained.
+not show it. Stochastic rounding (Gupta et al., arXiv 1502.02551: up or down, with the probabilities that make the
+expected value exact) keeps what an adapter changes. Its errors are larger, but they point nowhere, while what is lost
+by rounding to the nearest is exactly what was trained.
 """
 
 from __future__ import annotations
@@ -57,8 +57,13 @@ def store(weight: BaseWeight, exact: Tensor, rounding: str = "auto") -> Rounded 
 
     The draws of stochastic rounding follow from the weight's name alone, so that merging again gives the same bits.
     Weights that are spread over processes are rounded to the nearest.
+
+    Raises:
+        RuntimeError: such a weight was to be rounded stochastically; nothing was written.
     """
     if not (weight.draws or weight.quantization) or is_distributed(exact):
+        if weight.draws and rounding == "stochastic":
+            raise RuntimeError(f"{weight.name} is spread over processes, where rounding='stochastic' is not known")
         weight.assign(exact)
         return None
     wide = torch.float32 if weight.quantization else None
