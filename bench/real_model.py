@@ -19,11 +19,9 @@ import copy
 import importlib.util
 import platform
 import random
-import statistics
 import sys
 import sysconfig
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from train_step import interleaved, median_ratio
 
 Batch = dict[str, Tensor]
 
@@ -209,12 +208,14 @@ def accuracy(task: Task, model: nn.Module, data: Batch) -> float:
     return right / len(data["labels"])
 
 
-def make_step(model: nn.Module, data: Batch, lr: float, batch: int) -> Callable[[int], float]:
+def make_step(model: nn.Module, data: Batch, lr: float, batch: int, losses: list[float]) -> Callable[[], None]:
+    """The next step, whose loss it appends to `losses`."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     allocate = getattr(model.base_model, "update_and_allocate", None)
     model.train()
 
-    def step(i: int) -> float:
+    def step() -> None:
+        i = len(losses)
         rows = torch.randint(0, len(data["labels"]), (batch,), generator=torch.Generator().manual_seed(i))
         loss = model(**rows_of(data, rows)).loss
         loss.backward()
@@ -222,7 +223,7 @@ def make_step(model: nn.Module, data: Batch, lr: float, batch: int) -> Callable[
         if allocate is not None:
             allocate(i)
         optimizer.zero_grad()
-        return loss.item()
+        losses.append(loss.item())
 
     return step
 
@@ -248,16 +249,14 @@ def measure(name: str, task: Task, base: nn.Module, data: dict[str, Batch], args
             if parameter.requires_grad:
                 parameter.copy_(start[key])
     before = accuracy(task, ours, data["test"])
-    steps = {library: make_step(model, data["train"], method.lr, args.batch) for library, model in models.items()}
-    losses: dict[str, list[float]] = {library: [] for library in steps}
-    times: dict[str, list[float]] = {library: [] for library in steps}
-    for i in range(args.steps):
-        for library in list(steps) if i % 2 else list(reversed(steps)):
-            began = time.perf_counter()
-            losses[library].append(steps[library](i))
-            times[library].append(time.perf_counter() - began)
+    losses: dict[str, list[float]] = {library: [] for library in models}
+    times = interleaved(
+        {n: make_step(model, data["train"], method.lr, args.batch, losses[n]) for n, model in models.items()},
+        args.steps,
+        warmup=0,
+    )
     apart = max(abs(a - b) for a, b in zip(losses["peftfast"], losses["peft"], strict=True))
-    ratio = statistics.median(a / b for a, b in zip(times["peftfast"], times["peft"], strict=True))
+    ratio = median_ratio(times["peftfast"], times["peft"])
     after = {library: accuracy(task, model, data["test"]) for library, model in models.items()}
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
