@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import peftfast
-from peftfast import LoraConfig
+from peftfast import LoftQConfig, LoraConfig
 
 peft = importlib.import_module("peft")
 
@@ -195,7 +195,7 @@ def test_fewer_ranks_beside_full_ones():
 
 
 def test_loftq_with_more_ranks_than_directions():
-    model = wrap(peftfast, "loftq", **NARROW, loftq_config=peftfast.LoftQConfig(loftq_bits=8))
+    model = wrap(peftfast, "loftq", **NARROW, loftq_config=LoftQConfig(loftq_bits=8))
     torch.testing.assert_close(model(X), Narrow()(X), rtol=1e-3, atol=2e-3)
     a, b = factors(model.base_model.model.down)
     assert a.shape == (4, 16) and not a[3].any() and not b[:, 3].any() and a[:3].any()
@@ -253,15 +253,28 @@ def test_conversion_where_a_layer_has_fewer_directions_than_the_rank(init, tmp_p
         torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_start_that_fails_half_way_says_what_it_has_written():
+@pytest.mark.parametrize("init", [*CHANGING, "mica", "loftq"])
+def test_a_weight_that_is_not_finite_stops_a_start_before_anything_is_changed(init):
     model = oracle.llama()
-    before = {n: p.clone() for n, p in model.named_parameters()}
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.warns(peftfast.PeftWarning, match="load the base model anew") as said, pytest.raises(RuntimeError):
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    config = LoraConfig(target_modules=["down_proj"], init_lora_weights=init, loftq_config=LoftQConfig())
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: init_lora_weights=.* 1 numbers are NaN"):
+        peftfast.get_peft_model(model, config)
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters())
+
+
+def test_a_start_that_fails_half_way_says_what_it_has_written(monkeypatch):
+    model = oracle.llama()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    results = iter([torch.linalg.svd(before["model.layers.0.mlp.down_proj.weight"], full_matrices=False)])
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: next(results))
+    with pytest.warns(peftfast.PeftWarning, match="load the base model anew") as said, pytest.raises(StopIteration):
         peftfast.get_peft_model(model, LoraConfig(target_modules=["down_proj"], init_lora_weights="pissa"))
     changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
-    assert changed == ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+    assert changed == ["model.layers.0.mlp.down_proj.weight"]
     assert "layers.0.mlp.down_proj" in str(said[0].message) and "layers.1" not in str(said[0].message)
 
 

@@ -207,6 +207,16 @@ def wide_weight(site: Site) -> Tensor:
     return site.weight.dense(torch.float32)
 
 
+def check_finite(site: Site, cfg: LoraConfig, r: int) -> None:
+    """Refuse weights of which one number would spoil all, before those of other modules are changed."""
+    broken = site.weight.dense().isfinite().logical_not_().sum().item()
+    if broken:
+        raise ValueError(
+            f"init_lora_weights={cfg.init_lora_weights!r} starts from the base weight, of which {broken} numbers are "
+            "NaN or infinite"
+        )
+
+
 def check_dense(name: str) -> Check:
     """What refuses weights that the initialisation `name` cannot write to, or read exactly."""
 
@@ -217,6 +227,7 @@ def check_dense(name: str) -> Check:
                 f"Please initialize {name} under float32, float16, or bfloat16; the base weight of "
                 f"{type(site.module).__name__} is stored as {stored}. Quantise after the initialisation."
             )
+        check_finite(site, cfg, r)
 
     return check
 
@@ -262,7 +273,7 @@ def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     take_out(site, weight, a, b, scale)
 
 
-@initialiser("olora", check=_check_whole)
+@initialiser("olora", check=_check_whole, ready=check_finite)
 def _olora(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """Orthonormal basis of W's columns (Büyükakyüz, arXiv 2406.01775)."""
     weight = wide_weight(site)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.base.weight import quantise_and_back
 from peftfast.errors import PeftWarning
-from peftfast.methods.lora.init import initialiser
+from peftfast.methods.lora.config import LoraConfig
+from peftfast.methods.lora.init import check_finite, initialiser
 from peftfast.sites import Site
 
 #: `loftq_bits` -> storage format
@@ -49,7 +50,16 @@ def best_factors(residual: Tensor, rank: int, scale: float) -> tuple[Tensor, Ten
     )
 
 
-@initialiser("loftq")
+def _check(site: Site, cfg: LoraConfig, r: int) -> None:
+    if site.weight.quantization is not None:
+        return
+    bits = cfg.loftq_config.loftq_bits
+    if bits not in _FORMATS:
+        raise ValueError(f"loftq_bits={bits} is not supported: bitsandbytes stores {sorted(_FORMATS)} bits")
+    check_finite(site, cfg, r)
+
+
+@initialiser("loftq", ready=_check)
 def _loftq(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """The base becomes the dequantised Q; the factors hold the rest."""
     if site.weight.quantization is not None:
@@ -65,14 +75,11 @@ def _loftq(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
         b.zero_()
         return
     settings = adapter.cfg.loftq_config
-    bits = settings.loftq_bits
-    if bits not in _FORMATS:
-        raise ValueError(f"loftq_bits={bits} is not supported: bitsandbytes stores {sorted(_FORMATS)} bits")
     stored = weight = site.weight.dense(torch.float32)
 
     def store(target: Tensor) -> Tensor:
         nonlocal stored
-        stored = quantise_and_back(target, _FORMATS[bits])
+        stored = quantise_and_back(target, _FORMATS[settings.loftq_bits])
         return stored
 
     new_a, new_b = loftq_factors(weight, adapter.setting("r"), adapter.scale, settings.loftq_iter, store)
