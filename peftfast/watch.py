@@ -3,7 +3,7 @@ the question than for the answer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from operator import attrgetter, is_
 from typing import Any
 
@@ -38,25 +38,42 @@ class Watch:
         return all(map(is_, map(dict.get, self.dicts, self.keys), self.values)) and not any(self.empty)
 
 
-class ContentWatch(Watch):
-    """Besides, tensors that nobody may write to or give other memory. Writing through `tensor.data` leaves no trace to
-    see; none of them may be an inference tensor, which does not count writes."""
+class TensorWatch:
+    """Tensors that nobody may write to or give other memory. Writing through `tensor.data` leaves no trace to see; none
+    of them may be an inference tensor, which does not count writes."""
 
     __slots__ = ("tensors", "versions", "addresses", "_aliases")
 
-    def __init__(self, entries: Iterable[Entry], tensors: Sequence[Tensor]) -> None:
-        super().__init__(entries, ())
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
-        self.versions, self.addresses = list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))
+        self.versions, self.addresses = list(map(_VERSION, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
         # the aliases keep the storage alive, so that no other tensor can appear at its address
-        self._aliases = [t.detach() for t in tensors]
+        self._aliases = [t.detach() for t in self.tensors]
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> TensorWatch | None:
+        """None where changes could not be seen."""
+        tensors = list(tensors)
+        return None if any(t.is_inference() for t in tensors) else cls(tensors)
 
     def holds(self) -> bool:
         return (
-            Watch.holds(self)
-            and list(map(_VERSION, self.tensors)) == self.versions
+            list(map(_VERSION, self.tensors)) == self.versions
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
         )
+
+
+class ContentWatch(Watch):
+    """Besides, what is in tensors."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, entries: Iterable[Entry], content: TensorWatch) -> None:
+        super().__init__(entries, ())
+        self.content = content
+
+    def holds(self) -> bool:
+        return Watch.holds(self) and self.content.holds()
 
 
 def untouched(module: nn.Module) -> tuple[list[Entry], list[Collection]]:

@@ -17,6 +17,7 @@ from peftfast.config import PromptLearningConfig, TaskType
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import PeftWarning
 from peftfast.sharding import copy_whole, is_distributed, put_together, whole_shape
+from peftfast.watch import TensorWatch
 
 Inputs = dict[str, Any]  # the keyword arguments of the base model's forward
 
@@ -87,7 +88,7 @@ class BasePromptEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: tuple[tuple, Tensor] | None = None
+        self._kept: tuple[TensorWatch, Tensor] | None = None
 
     @property
     def has_network(self) -> bool:
@@ -130,10 +131,13 @@ class BasePromptEncoder(nn.Module):
         if not self.has_network or wants_grad or self.training or torch.compiler.is_compiling():
             self._kept = None
             return self._compute()
-        key = tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
-        if self._kept is None or self._kept[0] != key:
+        if self._kept is None or not self._kept[0].holds():
             with torch.inference_mode(False), torch.no_grad():  # a tensor that later forwards with gradients may use
-                self._kept = (key, self._compute())
+                tokens = self._compute()
+            watch = TensorWatch.of(parameters)
+            if watch is None:
+                return tokens
+            self._kept = (watch, tokens)
         return self._kept[1]
 
     def _compute(self) -> Tensor:

@@ -448,14 +448,27 @@ def test_dora_caching_reads_the_weight_once():
     layer = model.base_model.model.m
     with torch.no_grad(), DoraCaching():
         first = model(x)
-        kept = layer.lora_magnitude_vector["default"]._kept[1]
+        kept = layer.lora_magnitude_vector["default"]._kept.norm
         assert torch.equal(model(x), first)
-        assert layer.lora_magnitude_vector["default"]._kept[1] is kept
+        assert layer.lora_magnitude_vector["default"]._kept.norm is kept
         layer.lora_A["default"].weight.mul_(3.0)
         y, *_ = exact(model, "dora", "linear", x)
         torch.testing.assert_close(model(x).double(), y, rtol=1e-5, atol=1e-5)
         model.train()
         assert layer.lora_magnitude_vector["default"]._kept is None
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_dora_of_inference_tensors(caching):
+    from peftfast.helpers import DoraCaching
+
+    x = make_input("linear", "fp32")
+    with torch.inference_mode():
+        model = make(peftfast, "dora", "linear", "fp32").eval()
+        with DoraCaching(caching):
+            first = model(x)
+            model.base_model.model.m.lora_B["default"].weight.mul_(3)
+            assert not torch.allclose(model(x), first)
 
 
 def test_dora_with_rank_pattern_and_trained_biases():

@@ -182,6 +182,15 @@ def test_kept_prompt_from_inference_mode_can_be_trained_through():
     assert embeds.grad.abs().max() > 0
 
 
+def test_a_prompt_of_inference_tensors_is_not_kept():
+    with torch.inference_mode():
+        model = double("llama", "projected").eval()
+        inputs = batch("llama")
+        first = result(model(**inputs))
+        next(model.prompt_encoder["default"].parameters()).mul_(2)
+        assert not torch.equal(result(model(**inputs)), first)
+
+
 # ---- half precision --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_base_keeps_fp32_prompts(method: str):

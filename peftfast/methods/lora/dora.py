@@ -9,7 +9,7 @@ trace that a cache could see; inside `helpers.DoraCaching` layers in eval mode k
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,17 @@ from peftfast.methods.lora.init import initialise, rank_of_factors
 from peftfast.methods.lora.lora import Lora, factors
 from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
+from peftfast.watch import TensorWatch
 
 MAGNITUDE = "lora_magnitude_vector"
+
+
+class _Kept(NamedTuple):
+    """A norm, and what it depends on."""
+
+    norm: Tensor
+    scale: float | Tensor
+    watch: TensorWatch
 
 
 class _Magnitude(nn.Module):
@@ -32,7 +41,7 @@ class _Magnitude(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_parameter("weight", None)
-        self.__dict__["_kept"] = None  # (what the norm depends on, the norm), see `cache_norms`
+        self.__dict__["_kept"] = None  # a `_Kept`, see `cache_norms`
 
     def train(self, mode: bool = True) -> _Magnitude:
         self.__dict__["_kept"] = None
@@ -129,9 +138,13 @@ def _kept_norm(site: Site, adapter: Adapter) -> Tensor:
     holder = adapter.setting(MAGNITUDE)
     if holder.training:
         return _norm(site, adapter)
-    tensors = (*factors(adapter), site.module.weight)
-    key = (adapter.scale, *((t.data_ptr(), t._version) for t in tensors))
-    if holder._kept is None or holder._kept[0] != key:
+    kept, scale = holder._kept, adapter.scale
+    if kept is None or kept.scale is not scale or not kept.watch.holds():
         with torch.no_grad():
-            holder.__dict__["_kept"] = (key, _norm(site, adapter))
-    return holder._kept[1]
+            norm = _norm(site, adapter)
+        written = [*factors(adapter), site.module.weight]
+        watch = TensorWatch.of([*written, scale] if isinstance(scale, Tensor) else written)
+        if watch is None:
+            return norm
+        holder.__dict__["_kept"] = kept = _Kept(norm, scale, watch)
+    return kept.norm

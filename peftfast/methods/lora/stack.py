@@ -15,7 +15,7 @@ from peftfast.rows.mix import Verdicts
 from peftfast.rows.routing import Routing, Rows
 from peftfast.sharding import is_distributed
 from peftfast.sites import Site
-from peftfast.watch import ContentWatch
+from peftfast.watch import ContentWatch, TensorWatch
 
 
 def factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -75,8 +75,8 @@ class Remembered:
     def watch_of(self, adapters: Sequence[Adapter]) -> ContentWatch | None:
         """What sees changes of factors and scales; None where one is kept elsewhere or does not count writes."""
         cells = [adapter.cell(slot) for adapter in adapters for slot in adapter.pair]
-        written = [*self.kept, *self.tensor_scales]
-        if None in cells or any(t.is_inference() for t in written):
+        written = TensorWatch.of([*self.kept, *self.tensor_scales])
+        if None in cells or written is None:
             return None
         scaling = adapters[0].settings_of("scaling")
         kept = [(adapters[0].kept, "scaling", scaling), *((*c, t) for c, t in zip(cells, self.kept, strict=True))]
