@@ -46,6 +46,8 @@ class PeftMixedModel(PeftModel):
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        if not self.active_adapters:
+            raise ValueError(f"No adapter is active; there are {list(self.peft_config)}")
         return self.peft_config[self.active_adapters[0]]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
