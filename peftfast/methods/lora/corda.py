@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftfast.adapter import Adapter
 from peftfast.methods.lora.config import LoraConfig
-from peftfast.methods.lora.init import initialiser
+from peftfast.methods.lora.init import initialiser, take_out, wide_weight
 from peftfast.sites import Site
 
 
@@ -62,6 +62,5 @@ def _corda(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     root = (eigens.S_WC.to(a.device) / scale).sqrt()
     a.copy_((eigens.V_WC.to(a.device).t() * root[:, None]).reshape(a.shape))
     b.copy_((eigens.U_WC.to(b.device) * root).reshape(b.shape))
-    weight = site.weight.dense(torch.float32)
-    site.weight.assign(weight - scale * site.delta(a.float(), b.float()))
+    take_out(site, wide_weight(site), a, b, scale)
     del site.module.eigens
