@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.weight import BaseWeight
+from peftfast.errors import enumerate_some
 from peftfast.watch import GLOBAL_HOOKS
 
 if TYPE_CHECKING:
@@ -229,14 +230,16 @@ def make_site(module: nn.Module) -> Site:
     """The site of a module.
 
     Raises:
-        ValueError: the kind of module is not supported; lists the supported ones.
+        ValueError: the kind of module is not supported; lists the supported ones, and those inside of it.
     """
     for claims, cls in _SITES:
         if claims(module):
             return cls(module)
+    inside = [name for name, part in module.named_modules() if has_site(part)]
+    instead = f" Inside of it are some, to be named instead: {enumerate_some(inside)}." if inside else ""
     raise ValueError(
         f"Target module {module} is not supported. Currently, only the following modules are supported: "
-        f"{', '.join(f'`{name}`' for name in _SUPPORTED)}."
+        f"{', '.join(f'`{name}`' for name in _SUPPORTED)}.{instead}"
     )
 
 
