@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import PROGRAMS, Tile, cdiv, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import PROGRAMS, TALL_DECODE, Tile, cdiv, chip_of, dot_precision, rank_tile, tile
 from peftfast_kernels.decode import Operand, weight_nk
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
@@ -200,38 +200,30 @@ def expand_kernel(
     expand_tile(acc, y_ptr, out_ptr, rows, cols, M, O, stride_ym, stride_yo, ADD, INTERP)
 
 
-def product_config(format: str, single: bool, chip: str) -> Tile:
-    """The tile of `gemm_kernel`: fp32 tiles are smaller, formats decoded in the main loop take few rows."""
-    if single:
-        return tile("lora_gemm_fp32", chip)
-    return tile("lora_gemm" if format.startswith("dense") else "lora_gemm_decode", chip)
-
-
 def swaps(format: str, transposed: bool) -> bool:
     """Whether `gemm_kernel` puts the weight on the left: where it is decoded row by row."""
     return not transposed and not format.startswith("dense")
 
 
-def row_block(config: Tile, rows: int) -> int:
-    """BM of a big product: no more than the power of two that holds all rows."""
-    return min(config.BM, max(16, 1 << (rows - 1).bit_length()))
+def product_tile(chip: str, format: str, single: bool, transposed: bool, rows: int, widths: Sequence[int]) -> Tile:
+    """The tile of a big product of so many rows and output columns; fp32 (`single`) tiles are smaller.
 
-
-def column_block(
-    config: Tile, format: str, transposed: bool, rows: int, bm: int, widths: Sequence[int]
-) -> tuple[int, int]:
-    """BO and BC of a big product. Where few programs would decode the weight, more of them take fewer columns and, for
-    as many bytes under way, longer steps.
-
-    Not fewer than half of the tile's where they are read in a row (32 bytes) or where 64 rows are on the narrow side of
-    the matrix instruction, which then takes twice as many instructions a weight; otherwise a quarter.
+    No more rows than the power of two that holds all. A weight that is decoded in the main loop is decoded once for
+    every tile of rows: tall ones, where the chip has them, decode it less often. Where few programs would decode it,
+    more of them take fewer columns and, for as many bytes under way, longer steps: not fewer than half of the tile's
+    where they are read in a row (32 bytes) or where 64 rows are on the narrow side of the matrix instruction, which
+    then takes twice as many instructions a weight; otherwise a quarter.
     """
-    columns = config.BN
-    if not format.startswith("dense"):
+    decodes = not format.startswith("dense")
+    config = tile("lora_gemm_fp32" if single else "lora_gemm_decode" if decodes else "lora_gemm", chip)
+    if decodes and not single and rows > config.BM and chip in TALL_DECODE:
+        return TALL_DECODE[chip][transposed]
+    bm, columns = min(config.BM, max(16, 1 << (rows - 1).bit_length())), config.BN
+    if decodes:
         least = max(16, columns // (2 if transposed or bm > 32 else 4))
         while columns > least and cdiv(rows, bm) * sum(cdiv(width, columns) for width in widths) < PROGRAMS:
             columns //= 2
-    return columns, config.BK * (config.BN // columns)
+    return config._replace(BM=bm, BN=columns, BK=config.BK * (config.BN // columns))
 
 
 @planned
@@ -240,13 +232,12 @@ def _gemm_plan(
     b_strides: tuple[int, int], single: bool, precision: str, biased: bool, transposed: bool, prob: float, scale: float,
 ) -> Launch:  # fmt: skip
     """A 1D grid of [BM, BN] tiles of y, row tiles grouped so that weight tiles are reused in L2."""
-    config = product_config(w.format, single, chip)
-    bm, width = row_block(config, m), w.shape[1 if transposed else 0]
-    bo, bc = column_block(config, w.format, transposed, m, bm, (width,))
+    width = w.shape[1 if transposed else 0]
+    config = product_tile(chip, w.format, single, transposed, m, (width,))
     return Launch(
         gemm_kernel,
-        (cdiv(m, bm) * cdiv(width, bo),),
-        **decode_arguments(w, bo if transposed else bc),
+        (cdiv(m, config.BM) * cdiv(width, config.BN),),
+        **decode_arguments(w, config.BN if transposed else config.BK),
         M=m,
         R=r,
         stride_xm=x_strides[0],
@@ -261,9 +252,9 @@ def _gemm_plan(
         SWAP=swaps(w.format, transposed),
         HAS_BIAS=biased,
         DROP=threshold(prob) > 0,
-        BM=bm,
-        BO=bo,
-        BC=bc,
+        BM=config.BM,
+        BO=config.BN,
+        BC=config.BK,
         BR=rank_tile(r, 32),
         GROUP=8,
         PRECISION=precision,
@@ -392,9 +383,8 @@ def variants(chip: str):
         ("nf4", "bf16", True, True, 64),
         ("int8", "fp16", False, False, 128),
     ):
-        config = product_config(format, dtype == "fp32", chip)
-        bm, few = min(config.BM, rows), rows < 128
-        bo, bc = column_block(config, format, transposed, rows if few else 8192, bm, (4096,))
+        few = rows < 128
+        config = product_tile(chip, format, dtype == "fp32", transposed, rows if few else 8192, (4096,))
         pointers, constexprs = decode_variant(format, 64, format == "nf4" and not transposed, dtype)
         matrix = BIG_MATRIX if dtype != "fp32" and not few else ANY_MATRIX
         yield Variant(
@@ -413,9 +403,9 @@ def variants(chip: str):
                 "SWAP": swaps(format, transposed),
                 "HAS_BIAS": not transposed,
                 "DROP": drop,
-                "BM": bm,
-                "BO": bo,
-                "BC": bc,
+                "BM": config.BM,
+                "BO": config.BN,
+                "BC": config.BK,
                 "BR": 16,
                 "GROUP": 8,
                 "PRECISION": dot_precision(chip, torch.float32),
@@ -425,7 +415,7 @@ def variants(chip: str):
             stages=config.stages,
             matrix=NO_MATRIX if dtype == "fp32" else matrix,
             fp_fusion=False,
-            weights=bo * bc if format == "nf4" else 0,
+            weights=config.BN * config.BK if format == "nf4" else 0,
             quick=not transposed and not few and dtype == "bf16",
         )  # fmt: skip
     config = tile("expand", chip)

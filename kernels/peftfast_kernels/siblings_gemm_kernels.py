@@ -18,13 +18,11 @@ from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm import base_product
 from peftfast_kernels.lora_gemm_kernels import (
     adapter_tile,
-    column_block,
     contract,
     expand_tile,
     gemm_tile,
     masked_adapter,
-    product_config,
-    row_block,
+    product_tile,
     swaps,
 )
 from peftfast_kernels.op import is_interpreting
@@ -188,24 +186,23 @@ def _gemm_plan(
     t_strides: tuple[int, ...], single: bool, precision: str, biased: bool, scales: tuple[float, ...],
 ) -> Launch:  # fmt: skip
     """A 1D grid over the tiles of all outputs."""
-    config = product_config(w[0].format, single, chip)
-    bm, widths = row_block(config, m), [one.shape[0] for one in w]
-    bo, bc = column_block(config, w[0].format, False, m, bm, widths)
+    widths = [one.shape[0] for one in w]
+    config = product_tile(chip, w[0].format, single, False, m, widths)
     return Launch(
         siblings_gemm_kernel,
-        (cdiv(m, bm) * sum(cdiv(width, bo) for width in widths),),
+        (cdiv(m, config.BM) * sum(cdiv(width, config.BN) for width in widths),),
         M=m,
         RS=ranks,
         stride_xm=x_strides[0],
         stride_xc=x_strides[1],
         strides_tm=t_strides,
         scales=tuple(map(float, scales)),
-        **_decode_arguments(w, bc),
+        **_decode_arguments(w, config.BK),
         SWAP=swaps(w[0].format, False),
         HAS_BIAS=biased,
-        BM=bm,
-        BO=bo,
-        BC=bc,
+        BM=config.BM,
+        BO=config.BN,
+        BC=config.BK,
         BR=rank_tile(max(ranks), 32),
         GROUP=8,
         PRECISION=precision,
@@ -256,21 +253,20 @@ def _gemm_t_plan(
     p_strides: tuple[int, ...], single: bool, precision: str, add: bool,
 ) -> Launch:  # fmt: skip
     """A 1D grid over the tiles of dx."""
-    config = product_config(w[0].format, single, chip)
-    bm, width = row_block(config, m), w[0].shape[1]
-    bo, bc = column_block(config, w[0].format, True, m, bm, (width,))
+    width = w[0].shape[1]
+    config = product_tile(chip, w[0].format, single, True, m, (width,))
     return Launch(
         siblings_gemm_t_kernel,
-        (cdiv(m, bm) * cdiv(width, bo),),
+        (cdiv(m, config.BM) * cdiv(width, config.BN),),
         M=m,
         RS=ranks,
         strides_m=dy_strides,
         strides_pm=p_strides,
-        **_decode_arguments(w, bo),
+        **_decode_arguments(w, config.BN),
         ADD=add,
-        BM=bm,
-        BO=bo,
-        BC=bc,
+        BM=config.BM,
+        BO=config.BN,
+        BC=config.BK,
         BR=rank_tile(max(ranks), 32),
         GROUP=8,
         PRECISION=precision,
@@ -354,17 +350,16 @@ def variants(chip: str):
         ("nf4", True, 16, 3),
         ("nf4", True, 64, 3),
     ):
-        config = product_config(format, False, chip)
-        bm, few = min(config.BM, rows), rows < 128
-        bo, bc = column_block(config, format, transposed, rows if few else 8192, bm, (1024,) * members)
+        few = rows < 128
+        config = product_tile(chip, format, False, transposed, rows if few else 8192, (1024,) * members)
         pointers, constexprs = decode_variant(format, 64, format == "nf4" and not transposed, "bf16")
         own = ("w0", "w1", "w2", "w3", "w4", "NS", "RS", "strides_n", "strides_k")
         name = f"{format} bf16 x{members}{f' {rows} rows' * few}"
         constexprs = {f"strides_{n[-1]}" if n.startswith("stride_") else n: v for n, v in constexprs.items()}
-        constexprs |= {**common, "BM": bm, "BO": bo, "BC": bc, "BR": 16, "GROUP": 8}
+        constexprs |= {**common, "BM": config.BM, "BO": config.BN, "BC": config.BK, "BR": 16, "GROUP": 8}
         options = {
             "members": members, "warps": config.warps, "stages": config.stages, "fp_fusion": False,
-            "matrix": ANY_MATRIX if few else BIG_MATRIX, "weights": bo * bc if format == "nf4" else 0,
+            "matrix": ANY_MATRIX if few else BIG_MATRIX, "weights": config.BN * config.BK if format == "nf4" else 0,
         }  # fmt: skip
         if transposed:
             yield Variant(

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from peftfast_kernels import OPS, configs, dense, use_backend
 from peftfast_kernels.launch import Launch
+from peftfast_kernels.lora_gemm_kernels import product_tile
 
 SHAPES = [(m, n, k) for m in (1, 512, 2048, 8192, 16384) for n, k in ((4096, 4096), (1024, 14336), (1024, 1024))]
 
@@ -47,6 +48,16 @@ def test_one_launch_each(launches, shape, rank):
     tiles = -(-n // third["BC"]) + -(-k // third["BC"])
     assert both == (tiles * -(-rank // third["BRT"]),) and both[0] >= configs.PROGRAMS
     assert second["UNIT"] == third["UNIT_T"] == third["UNIT_P"] == (16 if rank == 16 else 8) and first["UNIT"] == 1
+
+
+@pytest.mark.parametrize("chip, heights", [("sm_90", (16, 64, 128, 128)), ("sm_80", (16, 64, 64, 64))])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_that_share_a_decoded_weight(chip, heights, transposed):
+    """Up to `FUSED_ROWS` are all in one tile where the chip has tall ones, so that the weight is decoded once."""
+    for rows, height in zip((16, 64, 65, 500), heights, strict=True):
+        config = product_tile(chip, "nf4", False, transposed, rows, (14336,))
+        assert config.BM == height and config.BN >= (64 if height > 32 else 16)
+    assert product_tile(chip, "nf4", True, transposed, 500, (4096,)).BM == configs.tile("lora_gemm_fp32", chip).BM
 
 
 def test_absent_halves_take_no_programs(launches):

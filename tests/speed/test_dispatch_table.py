@@ -175,7 +175,7 @@ def test_without_a_table_the_rules_hold(tmp_path, monkeypatch, gpu):
     monkeypatch.setattr(dispatch, "TABLES", tmp_path)
     dispatch.table_of.cache_clear()
     packed, plain = nf4(256, 64), dense(gpu(256, 64))
-    for rows, w, runs in ((64, packed, True), (65, packed, False), (1, plain, False), (64, plain, False)):
+    for rows, w, runs in ((128, packed, True), (129, packed, False), (1, plain, False), (64, plain, False)):
         call = (gpu(rows, 64), w, None, gpu(rows, 4), gpu(256, 4), 1.0)
         assert lora_gemm.runs_triton(*call) is runs, (rows, w.format)
     monkeypatch.setitem(dispatch.FUSED_ROWS["lora_gemm"], "dense", 64)
