@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import enumerate_some
-from peftfast.layers.layer import BaseTunerLayer, Steps
+from peftfast.layers.calls import Steps
+from peftfast.layers.layer import BaseTunerLayer
 from peftfast.rows.routing import Routing
 from peftfast.sites.parameter import LowRank, ParameterSite, run_changed, run_mixed
 
