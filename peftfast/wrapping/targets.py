@@ -277,7 +277,8 @@ def report_matches(
             complaints.append(f"target_modules: {target!r} matched no module in layers_to_transform={layers}.")
             continue
         known = name_ends(names) if "." not in target else set(names)
-        complaints.append(f"target_modules: {target!r} matched no module.{close_matches(target, known)}")
+        hint = _in_a_list(target) or close_matches(target, known)
+        complaints.append(f"target_modules: {target!r} matched no module.{hint}")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = {k: compiled(k, name, r"(.*\.)?({})$") for k in getattr(cfg, name, None) or {}}
         unused = [k for k, p in patterns.items() if not any(p.match(m) for m in (*matched, *parameters))]
@@ -329,10 +330,27 @@ def _refuse_unmatched(cfg: PeftConfig, matcher: Matcher, names: Iterable[str]) -
         message += f" Note: You specified 'layers_to_transform': {cfg.layers_to_transform}."
     if getattr(cfg, "layers_pattern", None) is not None:
         message += f" You also specified 'layers_pattern': {cfg.layers_pattern}."
-    if not isinstance(targets, str):
+    if isinstance(targets, str):
+        message += _misread(targets, list(names))
+    else:
         known = name_ends(names)
-        message += "".join(close_matches(t, known) for t in sorted(targets or ()))
+        message += "".join(_in_a_list(t) or close_matches(t, known) for t in sorted(targets))
     raise NoMatchingPeftModuleError(message)
+
+
+def _misread(targets: str, names: Sequence[str]) -> str:
+    """What a string that matches no module is likely to have been meant as."""
+    parts = re.split(r"[,|\s]+", targets.strip())
+    if name_ends(names).issuperset(parts):
+        return f" A string is a regular expression for whole names; modules that end so are a list: {parts!r}."
+    part_of = next((n for n in names if re.search(targets, n)), None)
+    if part_of is not None:
+        return f" A string is a regular expression for whole names, and matches only a part of {part_of!r}."
+    return close_matches(targets.lower(), [ALL_LINEAR])
+
+
+def _in_a_list(target: str) -> str:
+    return f" {ALL_LINEAR!r} is given as a string, not in a list." if target.lower() == ALL_LINEAR else ""
 
 
 def refuse_mamba(model: nn.Module, cfg: PeftConfig, matched: Iterable[str], refused: bool = True) -> None:

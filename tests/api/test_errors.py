@@ -39,7 +39,12 @@ def same_picture(model, before):
     "options, error, message",
     [
         ({"target_modules": ["q_prj"]}, NoMatchingPeftModuleError, r"q_prj.*not found.*Did you mean .*q_proj"),
-        ({"target_modules": r".*\.nothing"}, NoMatchingPeftModuleError, "nothing"),
+        ({"target_modules": r".*\.nothing"}, NoMatchingPeftModuleError, r"nothing not found.* try again\.$"),
+        ({"target_modules": "q_proj"}, NoMatchingPeftModuleError, r"whole names.* are a list: \['q_proj'\]"),
+        ({"target_modules": "q_proj, v_proj"}, NoMatchingPeftModuleError, r"are a list: \['q_proj', 'v_proj'\]"),
+        ({"target_modules": r"layers\.1"}, NoMatchingPeftModuleError, r"only a part of 'model\.layers\.1'"),
+        ({"target_modules": "all_linear"}, NoMatchingPeftModuleError, "Did you mean 'all-linear'"),
+        ({"target_modules": ["all-linear"]}, NoMatchingPeftModuleError, "'all-linear' is given as a string, not in"),
         ({"target_modules": []}, NoMatchingPeftModuleError, "arget"),
         ({"target_modules": QV, "exclude_modules": QV}, NoMatchingPeftModuleError, "excluded"),
         ({"target_modules": QV, "layers_to_transform": [9]}, NoMatchingPeftModuleError, r"layers_to_transform.*9\].$"),
