@@ -11,7 +11,7 @@ import os
 import typing
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,12 +48,23 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+#: Rules of fields. Not in the fields' metadata, all of which transformers' HfArgumentParser hands on to argparse.
+_RULES: dict[Field, Rule] = {}
+
+
 def setting(default: Any, rule: Rule) -> Any:
     """A config field: its default and the rule every value of it is held to."""
-    metadata = {"rule": rule}
     if isinstance(default, (dict, list, set)):
-        return field(default_factory=functools.partial(type(default), default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        made = field(default_factory=functools.partial(type(default), default))
+    else:
+        made = field(default=default)
+    _RULES[made] = rule
+    return made
+
+
+def rule_of(f: Field) -> Rule | None:
+    """The rule that values of a config's field are held to, if there is one."""
+    return _RULES.get(f)
 
 
 _C = typing.TypeVar("_C", bound=type)
@@ -87,7 +98,7 @@ def check_fields(config: Any) -> None:
             is expected.
     """
     for f in fields(config):
-        rule: Rule | None = f.metadata.get("rule")
+        rule = rule_of(f)
         if rule is not None:
             value = getattr(config, f.name)
             kept = rule.enforce(value, f"{type(config).__name__}.{f.name}")

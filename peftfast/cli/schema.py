@@ -22,7 +22,7 @@ def config_schema(peft_type: str | None = None) -> dict[str, Any]:
     """
     from dataclasses import fields
 
-    from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, TaskType, config_class
+    from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, TaskType, config_class, rule_of
 
     wanted = config_class(peft_type or "LORA")  # registers every method, too
     kinds = {getattr(t, "value", t): c for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -30,7 +30,7 @@ def config_schema(peft_type: str | None = None) -> dict[str, Any]:
     for kind, cls in sorted(kinds.items()):
         if peft_type is not None and cls is not wanted:
             continue
-        properties = {f.name: dict(f.metadata["rule"].schema) for f in fields(cls) if "rule" in f.metadata}
+        properties = {f.name: dict(rule.schema) for f in fields(cls) if (rule := rule_of(f)) is not None}
         properties["task_type"] = {"anyOf": [{"type": "null"}, {"enum": sorted(t.value for t in TaskType)}]}
         properties["peft_type"] = {"const": kind}
         definitions[kind] = {

@@ -2,14 +2,16 @@
 
 import collections
 import dataclasses
+import importlib
 import json
 
 import oracle
 import pytest
 import torch
+from transformers import HfArgumentParser
 
 import peftfast
-from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, config_class
+from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, config_class, rule_of
 from peftfast.methods.lora.settings import (
     ArrowConfig,
     BdLoraConfig,
@@ -56,7 +58,7 @@ ANYTHING = [
 def fields():
     for cls in CLASSES:
         for field in dataclasses.fields(cls):
-            rule = field.metadata.get("rule")
+            rule = rule_of(field)
             if rule is not None and field.init:
                 yield pytest.param(cls, field.name, rule, id=f"{cls.__name__}.{field.name}")
 
@@ -91,8 +93,19 @@ def test_wrong_values(cls, name, rule):
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_field_has_a_rule(cls):
-    without = {f.name for f in dataclasses.fields(cls) if f.init and f.metadata.get("rule") is None}
+    without = {f.name for f in dataclasses.fields(cls) if f.init and rule_of(f) is None}
     assert without <= {"task_type"}  # checked on its own, with PEFT's words
+
+
+def test_configs_are_read_from_a_command_line_as_in_peft():
+    peft = importlib.import_module("peft")
+    line = ["--num_virtual_tokens", "7", "--task_type", "CAUSAL_LM", "--modules_to_save", "lm_head"]
+    for name, words in (
+        ("PromptTuningConfig", line), ("PrefixTuningConfig", [*line, "--prefix_projection"]), ("IA3Config", []),
+        ("EvaConfig", ["--rho", "3"]),
+    ):  # fmt: skip
+        read = [HfArgumentParser(getattr(m, name)).parse_args_into_dataclasses(words)[0] for m in (peftfast, peft)]
+        assert vars(read[0]) == vars(read[1])
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
