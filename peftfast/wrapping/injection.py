@@ -4,7 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +14,13 @@ from torch import nn
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterMismatchWarning, PeftWarning, close_matches, enumerate_some
 from peftfast.keys import strip_wrappers
-from peftfast.layers.layer import BaseTunerLayer, site_of
+from peftfast.layers.layer import BaseTunerLayer, make_layer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.method import AdapterMethod, chooses_targets, method_for
 from peftfast.sites import Site
 from peftfast.wrapping.attention import plan_attention
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.own_layers import add_to_own_layer, own_layer_classes
+from peftfast.wrapping.own_layers import add_to_own_layer, own_layer_classes, settings_of
 from peftfast.wrapping.parameters import Targets, full_names, plan_parameters, report_parameters
 from peftfast.wrapping.read_past import say_read_by_parents
 from peftfast.wrapping.targets import (
@@ -101,7 +101,7 @@ class Injection:
         # a model from a file is in eval mode; dropout acts in training loops that never say train(), as with PEFT
         trains = not inventory.places() and not self.cfg.inference_mode
         for key in self.targets:
-            layer = inventory.wrap(key, self.classes.get(key))
+            layer = inventory.wrap(key, self._maker(key))
             if trains:
                 _start_training(layer, *layer.inside().values())
             source = inventory.layers[embedding_name(inventory)] if key in self.tied else None
@@ -123,6 +123,11 @@ class Injection:
             add_to_own_layer(inventory, key, cls, self.name, self.cfg, self.device, trains)
         self._add_saved()
         self._add_tokens()
+
+    def _maker(self, key: str) -> Callable[[nn.Module], BaseTunerLayer]:
+        """What makes the layer around the module `key`."""
+        cls = self.classes.get(key)
+        return make_layer if cls is None else lambda module: cls(module, self.name, **settings_of(self.cfg, key))
 
     def _wrapped(self, key: str, kind: type[AuxiliaryTrainingWrapper]) -> Any:
         """The wrapper of a module that trains beside the adapters, made where there is none yet."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -113,13 +113,12 @@ class Listing:
         for parent, attribute in self._hangs(name):
             setattr(parent, attribute, module)
 
-    def wrap(self, name: str, kind: type[BaseTunerLayer] | None = None) -> BaseTunerLayer:
-        """The adapter layer in the place of the module `name`, made if there is none, of the class `kind` or of the
-        one for the module."""
+    def wrap(self, name: str, make: Callable[[nn.Module], BaseTunerLayer] = make_layer) -> BaseTunerLayer:
+        """The adapter layer in the place of the module `name`, made if there is none."""
         layer = self.layers.get(name)
         if layer is None:
             module = self.module(name)
-            layer = self._prepared(make_layer(module) if kind is None else kind(module), module)
+            layer = self._prepared(make(module), module)
             for inner in layer.inside().values():
                 self._prepared(inner, inner.base_layer)
             self._list_layer(name, layer)

@@ -39,12 +39,28 @@ def own_layer_classes(inventory: Inventory, cfg: PeftConfig, keys: Sequence[str]
                     f"{key}: {cls.__name__}, which the config registers for {type(present).__name__}, derives neither "
                     "from peft.tuners.lora.LoraLayer nor from one of the library's layers"
                 )
+            if issubclass(cls, BaseTunerLayer) and hasattr(cls, "update_layer"):
+                raise TypeError(
+                    f"{key}: {cls.__name__} has an update_layer, which nothing calls in a layer that derives from one "
+                    "of the library's; a layer that makes its adapters itself derives from torch.nn.Module and "
+                    "peft.tuners.lora.LoraLayer"
+                )
             found[key] = cls
             if not has_site(present):
                 warnings.warn(
                     f"Unsupported layer type '{type(present)}' encountered, proceed at your own risk.", stacklevel=7
                 )
     return found
+
+
+def settings_of(cfg: Any, key: str) -> dict[str, Any]:
+    """What a layer of the user's own is told by keyword, beside its module and the adapter's name."""
+    return {
+        "r": pattern_value(cfg.rank_pattern, key, cfg.r),
+        "lora_alpha": pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha),
+        "config": cfg,
+        "target_name": key,
+    }
 
 
 def add_to_own_layer(
@@ -58,22 +74,16 @@ def add_to_own_layer(
 ) -> None:
     """Add an adapter, frozen and inactive, to a layer of the user's own, which is made where there is none yet: in
     training mode if it `trains`, in its module's otherwise."""
-    settings = {
-        "r": pattern_value(cfg.rank_pattern, key, cfg.r),
-        "lora_alpha": pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha),
-        "config": cfg,
-        "target_name": key,
-    }
     layer = inventory.extras.get(key)
     if layer is None:
         module = inventory.module(key)
-        layer = cls(module, name, **settings)
+        layer = cls(module, name, **settings_of(cfg, key))
         if not trains:
             layer.train(module.training)
         inventory.extras[key] = layer
         inventory.replace(key, layer)
     else:
-        layer.update_layer(name, **settings)
+        layer.update_layer(name, **settings_of(cfg, key))
     layer._adapters.add(name)
     base = next(layer.base_layer.parameters(), None)
     device = base.device if device is None and base is not None else device

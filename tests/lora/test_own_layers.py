@@ -234,6 +234,27 @@ def test_a_class_derived_from_a_layer_of_the_library_adapts_modules_like_its_own
     torch.testing.assert_close(models[0].merge_and_unload()(X), models[1].merge_and_unload()(X))
 
 
+def test_a_class_derived_from_a_layer_of_the_library_is_made_as_in_peft():
+    class Told(kinds.Linear):
+        def __init__(self, base_layer, adapter_name, config=None, r=0, lora_alpha=0, **settings):
+            super().__init__(base_layer, adapter_name, config=config, r=r, lora_alpha=lora_alpha, **settings)
+            self.told = (adapter_name, config, r, lora_alpha)
+
+    class Fills(kinds.Linear):
+        def update_layer(self, adapter_name, *args, **settings):
+            """What PEFT calls for every adapter."""
+
+    config = peftfast.LoraConfig(target_modules=["0"], rank_pattern={"0": 3}, lora_alpha=5)
+    config._register_custom_module({nn.Linear: Told})
+    model = peftfast.get_peft_model(nn.Sequential(nn.Linear(6, 6)), config, adapter_name="one")
+    assert model.base_model.model[0].told == ("one", config, 3, 5)
+    config._register_custom_module({nn.Linear: Fills})
+    net = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(TypeError, match="0: Fills has an update_layer, which nothing calls"):
+        peftfast.get_peft_model(net, config)
+    assert type(net[0]) is nn.Linear
+
+
 def test_layers_are_told_apart_by_the_kind_of_their_module():
     net = nn.ModuleDict(
         {"Linear": nn.Linear(4, 4), "Embedding": nn.Embedding(5, 4), "Conv1d": nn.Conv1d(4, 4, 1),
