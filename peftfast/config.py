@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from peftfast.errors import AdapterMismatchWarning, close_matches
 from peftfast.files.migrate import migrate_config
+from peftfast.interop import absent
 from peftfast.interop.alias import take_if_vacant
 from peftfast.rules import Rule, boolean, integer, optional, sequence, table, text
 from peftfast.version import COMPATIBLE_PEFT_VERSION
@@ -80,9 +81,11 @@ def checked(cls: _C) -> _C:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name not in known:
+                meant = getattr(cls, "_called_elsewhere", {}).get(name)
+                hint = close_matches(name, known) if meant is None else f" Did you mean {meant!r}?"
                 raise TypeError(
-                    f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}."
-                    f"{close_matches(name, known)} Known fields: {', '.join(known)}"
+                    f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}.{hint} "
+                    f"Known fields: {', '.join(known)}"
                 )
         generated(self, *args, **kwargs)
 
@@ -340,9 +343,11 @@ def config_class(peft_type: str) -> type[PeftConfig]:
         return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     except (KeyError, TypeError):
         known = [str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_CONFIG_MAPPING]
-        raise ValueError(
-            f"Unknown peft_type {peft_type!r}.{close_matches(peft_type, known)} Known types: {', '.join(known)}"
-        ) from None
+        if absent.is_method(peft_type):
+            hint = " It is a method of PEFT's that peftfast does not have; use PEFT itself for such an adapter."
+        else:
+            hint = close_matches(peft_type, known)
+        raise ValueError(f"Unknown peft_type {peft_type!r}.{hint} Known types: {', '.join(known)}") from None
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
@@ -354,7 +359,7 @@ def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **hub
     """Path of the `adapter_config.json` of a folder or Hub repository; ValueError if there is none."""
     from peftfast.files.atomic import find_file
 
-    path = find_file(model_id, CONFIG_NAME, subfolder=subfolder, **hub)
+    path = find_file(model_id, CONFIG_NAME, subfolder=subfolder, required=True, **hub)
     if path is None:
         raise ValueError(
             f"Can't find '{CONFIG_NAME}' at '{model_id}'" + (f" (subfolder {subfolder!r})" if subfolder else "")

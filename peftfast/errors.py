@@ -35,10 +35,12 @@ class AdapterMismatchWarning(PeftWarning):
 
 def close_matches(value: object, known: Iterable[str], limit: int = 3) -> str:
     """`" Did you mean 'q_proj'?"`, or an empty string if nothing in `known` is near `value`, or it is known itself."""
-    near = difflib.get_close_matches(str(value), [str(k) for k in known], n=limit, cutoff=0.6)
-    if not near or near[0] == str(value):
+    names = [str(k) for k in known]
+    written = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(value).lower(), written, n=limit, cutoff=0.6)
+    if not near or str(value) in names:
         return ""
-    return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
+    return " Did you mean " + " or ".join(repr(written[n]) for n in near) + "?"
 
 
 def enumerate_some(names: Iterable[str], limit: int = 8) -> str:

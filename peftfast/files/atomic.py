@@ -148,7 +148,9 @@ def locked(folder: str | os.PathLike, exclusive: bool = False) -> Iterator[None]
                 os.close(handle)
 
 
-def find_file(model_id: str | os.PathLike, name: str, *, subfolder: str | None = None, **hub: Any) -> str | None:
+def find_file(
+    model_id: str | os.PathLike, name: str, *, subfolder: str | None = None, required: bool = False, **hub: Any
+) -> str | None:
     """Path of `name` in a local folder or, only if `model_id` is no folder, in a Hub repository; None if it is not
     there.
 
@@ -156,6 +158,7 @@ def find_file(model_id: str | os.PathLike, name: str, *, subfolder: str | None =
         model_id: folder or repository id.
         name: file name, relative to `subfolder`.
         subfolder: must stay inside the folder.
+        required: whether it is an error that the Hub cannot be asked for what the local cache does not have.
         hub: arguments of `hf_hub_download` (revision, token, cache_dir, local_files_only, ...).
     """
     for part in (name, subfolder or ""):
@@ -171,12 +174,14 @@ def find_file(model_id: str | os.PathLike, name: str, *, subfolder: str | None =
             f"Can't find {name!r} at {str(model_id)!r}, which is a file; expected a folder or a Hub repository id"
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     hub = {k: v for k, v in hub.items() if v is not None}
     try:
         return hf_hub_download(os.fspath(model_id), name, subfolder=subfolder, **hub)
-    except EntryNotFoundError:
+    except EntryNotFoundError as e:
+        if required and isinstance(e, LocalEntryNotFoundError):
+            raise ValueError(f"Can't find {name!r} at {str(model_id)!r}: {e}") from e
         return None
     except HFValidationError as e:
         raise ValueError(

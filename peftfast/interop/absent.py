@@ -19,7 +19,7 @@ NAMES = frozenset(
     RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig
     SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel
     VeraConfig VeraModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel bloom_model_postprocess_past_key_value
-    compose_cartridge_adapters factorization
+    compose_cartridge_adapters factorization register_peft_method
     """.split()
 )
 
@@ -49,6 +49,11 @@ INTERNAL: dict[str, tuple[str, ...]] = {
         "TorchaoBackend", "get_quantization_kwargs", "quantization_extra_repr", "resolve_quantization_backend",
     ),
 }  # fmt: skip
+
+
+def is_method(peft_type: object) -> bool:
+    """Whether `peft_type` is one of PEFT's that peftfast has no config for."""
+    return str(peft_type).replace("_", "") in {n.removesuffix("Config").upper() for n in NAMES if n.endswith("Config")}
 
 
 class _Refused:

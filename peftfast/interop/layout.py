@@ -58,7 +58,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "peft.optimizers.loraplus": {"create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer"},
     "peft.optimizers.riemannian": {"create_riemannian_optimizer": "peftfast.optimizers:create_riemannian_optimizer"},
-    "peft.peft_model": {},
+    "peft.peft_model": {name: f"peftfast.status:{name}" for name in ("TunerLayerStatus", "TunerModelStatus")},
     "peft.tuners": {"MixedModel": "peftfast.tuners.mixed:MixedModel"},
     "peft.tuners.adalora": {"RankAllocator": "peftfast.methods.rank_allocator:RankAllocator"},
     "peft.tuners.ia3": {},

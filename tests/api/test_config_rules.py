@@ -119,9 +119,13 @@ def test_close_field_names():
         ("lora_alhpa", "lora_alpha"),
         ("target_module", "target_modules"),
         ("dropout", "lora_dropout"),
+        ("lora_r", "r"),
+        ("Target_Modules", "target_modules"),
     ):
-        with pytest.raises(TypeError, match=f"Did you mean .*'{right}'"):
+        with pytest.raises(TypeError, match=f"Did you mean '{right}'"):
             peftfast.LoraConfig(**{wrong: 1})
+    with pytest.raises(ValueError, match="Did you mean 'CAUSAL_LM'"):
+        peftfast.LoraConfig(task_type="causal_lm")
 
 
 def test_values_written_later_are_checked_before_anything_changes():

@@ -308,6 +308,7 @@ BROKEN = {
     "not json": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "not a JSON"),
     "json list": (lambda f: (f / "adapter_config.json").write_text("[]"), ValueError, "JSON object"),
     "unknown type": (edit_config(peft_type="LORRA"), ValueError, "LORRA.*Did you mean 'LORA'"),
+    "other method": (edit_config(peft_type="LN_TUNING"), ValueError, "'LN_TUNING'. It is a method of PEFT's"),
     "wrong field": (edit_config(r="eight"), TypeError, r"LoraConfig.r must be .*'eight'"),
     "shape": (rewrite(put(KEY, lambda t: torch.zeros(8, 31))), AdapterLoadError, "size mismatch.*q_proj.*31.*32"),
     "other rank": (edit_config(r=4), AdapterLoadError, "size mismatch"),
@@ -351,6 +352,12 @@ def test_a_place_without_a_config_is_named_as_in_peft(place, tmp_path):
     for read in (peftfast.PeftConfig.from_pretrained, peft.PeftConfig.from_pretrained):
         with pytest.raises(ValueError, match=f"Can't find 'adapter_config.json' at '{tmp_path / place}'"):
             read(str(tmp_path / place))
+
+
+def test_a_hub_that_cannot_be_asked_is_the_reason_that_is_given(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json' at 'me/adapter': .*cache"):
+        peftfast.PeftModel.from_pretrained(oracle.llama(), "me/adapter")
 
 
 @pytest.mark.parametrize(

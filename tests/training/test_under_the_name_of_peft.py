@@ -122,6 +122,7 @@ def test_names_that_other_libraries_import(tmp_path):
         "get_bnb_param_type init_empty_weights",
         "peft.utils.merge_utils": "dare_linear dare_ties magnitude_prune task_arithmetic ties",
         "peft.utils.other": "AuxiliaryTrainingWrapper fsdp_auto_wrap_policy get_pattern_key",
+        "peft.utils.peft_types": "register_peft_method",
         "peft.utils.quantization_utils": "QuantizationBackend resolve_quantization_backend",
         "peft.utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter_from_state_dict hotswap_adapter "
         "prepare_model_for_compiled_hotswap",
@@ -161,6 +162,7 @@ def test_every_method_of_ours_is_the_real_one(tmp_path):
         "PromptEmbedding PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig "
         "PromptTuningInit get_eva_state_dict initialize_lora_eva_weights prepare_model_for_kbit_training "
         "replace_lora_weights_loftq",
+        "peft.peft_model": "TunerLayerStatus TunerModelStatus",
         "peft.tuners.adalora": "AdaLoraConfig AdaLoraModel",
         "peft.tuners.ia3.config": "IA3Config",
         "peft.tuners.ia3.model": "IA3Model",

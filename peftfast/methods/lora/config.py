@@ -150,6 +150,8 @@ class LoraConfig(PeftConfig):
     ensure_weight_tying: bool = setting(False, boolean())
 
     _custom_modules = None  # no field: a file cannot hold classes
+    #: Other libraries' names of fields whose own are too short to be near them.
+    _called_elsewhere = {"rank": "r", "lora_r": "r", "lora_rank": "r"}
 
     def __post_init__(self) -> None:
         for name, cls in _PARTS.items():
