@@ -136,6 +136,7 @@ class PromptTuner(KeepsBeside):
         wrapper.base_model = self.model
         wrapper.prompt_encoder = self.inventory.encoders
         wrapper.__dict__["_prompts"] = self
+        wrapper.register_load_state_dict_pre_hook(_only_once)
 
     # ---- as a tuner --------------------------------------------------------------------------------------------------
     def add(self, adapter_name: str, config: PeftConfig, **options: Any) -> None:
@@ -329,6 +330,11 @@ class PromptTuner(KeepsBeside):
                 "weights; there is nothing to merge, unmerge or combine. get_base_model() is the unchanged base model."
             )
         return getattr(self.model, name)
+
+
+def _only_once(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *details: Any) -> None:
+    """Leave out the word embeddings that PEFT's state dicts have a second time, beside the base model's."""
+    state_dict.pop(f"{prefix}word_embeddings.weight", None)
 
 
 _OWN = (

@@ -162,6 +162,23 @@ def test_weights_loaded_into_a_network(tmp_path, method: str):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family, method", [("llama", "prompt"), ("llama", "prefix"), ("t5", "prompt")])
+def test_state_dicts_of_whole_models_are_pefts_but_for_the_second_word_embeddings(family, method):
+    mine, other = pair(family, method)
+    tensors = other.state_dict()
+    assert mine.state_dict().keys() == tensors.keys() - {"word_embeddings.weight"}
+    fresh = ours(family, method).double()
+    around = torch.nn.ModuleDict({"a": fresh})
+    for model, state in ((fresh, tensors), (around, {f"a.{k}": v for k, v in tensors.items()})):
+        with torch.no_grad():
+            fresh.prompt_encoder["default"].embedding.weight.zero_()
+        model.load_state_dict(state)
+        assert_same(result(fresh.eval()(**batch(family))), result(other.eval()(**batch(family))))
+    with pytest.raises(RuntimeError, match="other.weight"):
+        fresh.load_state_dict({**tensors, "other.weight": tensors["word_embeddings.weight"]})
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_state_dict_functions():
     mine, other = pair("bert-seq", "prefix")
     tensors = peft.get_peft_model_state_dict(other)
