@@ -2,7 +2,7 @@
 
 Which modules the targets match, ranks, trainable parameters, memory with the optimizer's state, and which servers would
 load the saved adapter. Without options: LoRA on the embedded model. With the folder of a saved adapter: how much it
-changes each module, and which features IA3 makes larger and smaller.
+changes each module, which features IA3 makes larger and smaller, and which servers would load it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ def run(args: argparse.Namespace) -> int:
 
     given = _settings.given(args)
     if args.adapter is not None:
-        about_new = [*given, *(["max-lora-rank"] if args.max_lora_rank else [])]
-        if about_new:
-            raise UserError(f"--{about_new[0]} is about an adapter to be made, and {args.adapter!r} is a saved one")
-        return _show(_settings.check_adapter(args.adapter))
+        if given:
+            raise UserError(
+                f"--{next(iter(given))} is about an adapter to be made, and {args.adapter!r} is a saved one"
+            )
+        return _show(_settings.check_adapter(args.adapter), args.max_lora_rank or 16)
     settings = _settings.with_defaults(given)
     source = _settings.check_model(settings["model"])
     from peftfast import plan_adapter
@@ -42,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
     return int(plan.refusal is not None)
 
 
-def _show(adapter: str) -> int:
+def _show(adapter: str, max_lora_rank: int) -> int:
     from peftfast import adapter_contents
     from peftfast.cli import _setup
 
     with _setup.one_line(repr(adapter)):
-        contents = adapter_contents(adapter)
+        contents = adapter_contents(adapter, max_lora_rank=max_lora_rank)
     print(contents)
     return 0

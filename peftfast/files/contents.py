@@ -1,34 +1,42 @@
-"""What is in a saved adapter, in words: a line a module, without its base model."""
+"""What is in a saved adapter, in words: a line a module, without its base model; and which programs would load it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from peftfast.config import PeftConfig
 from peftfast.files.io import read_adapter
+from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.keys import in_base
 from peftfast.method import method_for
+from peftfast.wrapping.targets import pattern_value
 
 
 class Contents(NamedTuple):
     """A saved adapter.
 
     Attributes:
-        config: as it was saved. lines: module -> what the adapter does to it.
+        config: as it was saved. lines: module -> what the adapter does to it. servers: what other programs do with it.
     """
 
     config: PeftConfig
     lines: Mapping[str, str]
+    servers: Sequence[Verdict] = ()
 
     def __str__(self) -> str:
         kind = getattr(self.config.peft_type, "value", self.config.peft_type)
-        width = max(map(len, self.lines), default=0)
         head = f"{kind} for {self.config.base_model_name_or_path or 'a base model that it does not name'}"
-        return "\n".join([head, *(f"  {module:<{width}}  {said}" for module, said in self.lines.items())])
+        said = {v.server: "; ".join([v.verdict, *v.reasons]) for v in self.servers}
+        return "\n".join([head, *_columns(self.lines), "in other programs", *_columns(said)])
+
+
+def _columns(lines: Mapping[str, str]) -> list[str]:
+    width = max(map(len, lines), default=0)
+    return [f"  {name:<{width}}  {said}" for name, said in lines.items()]
 
 
 def _natural(item: tuple[str, Any]) -> list[tuple[str, int]]:
@@ -36,9 +44,10 @@ def _natural(item: tuple[str, Any]) -> list[tuple[str, int]]:
     return [("", int(part)) if part.isdigit() else (part, 0) for part in item[0].split(".")]
 
 
-def adapter_contents(folder: str | os.PathLike) -> Contents:
+def adapter_contents(folder: str | os.PathLike, *, max_lora_rank: int = 16) -> Contents:
     """Read an adapter's folder or Hub repository and say what it does where: ranks, how large the change of a weight is
-    and in how many directions most of it lies; which features IA3 makes larger and smaller.
+    and in how many directions most of it lies; which features IA3 makes larger and smaller; and what vLLM (started with
+    `max_lora_rank`), SGLang, llama.cpp and MLX do with these files.
 
     Raises:
         ValueError: a file is not there. AdapterLoadError: one that is damaged.
@@ -58,4 +67,22 @@ def adapter_contents(folder: str | os.PathLike) -> Contents:
         module: method.describe(stored.config, module, tensors) for module, tensors in sorted(own.items(), key=_natural)
     }
     lines |= {key: f"kept whole, {' x '.join(map(str, tensor.shape))}" for key, tensor in others.items()}
-    return Contents(stored.config, lines)
+    return Contents(stored.config, lines, judge_servers(_facts(stored.config, own, others, max_lora_rank)))
+
+
+def _facts(cfg: PeftConfig, adapted: Collection[str], others: Collection[str], max_rank: int) -> Facts:
+    """What servers' rules ask of a saved adapter; `others` are its keys that no module's adapter has."""
+    lora = cfg.peft_type == "LORA"
+    tokens = [key for key in others if "trainable_tokens_delta" in key]
+    biases = [key for key in others if key.endswith(".bias")] if lora and cfg.bias != "none" else []
+    whole = [key for key in others if "." in key and key not in (*tokens, *biases)]  # prompts have no place
+    return Facts(
+        cfg,
+        ranks=[pattern_value(cfg.rank_pattern, module, cfg.r) for module in adapted] if lora else [],
+        alphas=[pattern_value(cfg.alpha_pattern, module, cfg.lora_alpha) for module in adapted] if lora else [],
+        max_rank=max_rank,
+        saved=list(dict.fromkeys(key.rpartition(".")[0] for key in whole)),
+        tokens=bool(tokens),
+        parameters=[module for module in adapted if ".base_layer" in f".{module}"]
+        or list(getattr(cfg, "target_parameters", None) or ()),
+    )

@@ -94,14 +94,45 @@ def test_a_stack_of_experts(tmp_path):
     assert set(peftfast.adapter_contents(tmp_path).lines.values()) == {"rank 2 in each of 4 matrices"}
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"v_proj": 4}}, {"alpha_pattern": {"v_proj": 9}},
+        {"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"trainable_token_indices": [1]}, {"r": 32},
+        {"init_lora_weights": "pissa"}, {"use_rslora": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_servers_do_with_a_saved_adapter_is_what_was_planned(options, tmp_path):
+    config = peftfast.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **options})
+    planned = peftfast.plan_adapter(oracle.llama(), config).servers
+    saved(tmp_path, config)
+    assert peftfast.adapter_contents(tmp_path).servers == planned and len(planned) == 4
+
+
+def test_what_servers_do_with_what_only_files_show(tmp_path):
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        saved(tmp_path / "e", peftfast.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    vllm = peftfast.adapter_contents(tmp_path / "e").servers[0]
+    assert vllm.verdict == "refuses" and vllm.reasons == (
+        "supports no modules_to_save, this has ['model.embed_tokens.base_layer']",
+    )
+    saved(tmp_path / "p", peftfast.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    verdicts = peftfast.adapter_contents(tmp_path / "p").servers
+    assert {v.reasons[0] for v in verdicts} == {"knows LORA only, this is PROMPT_TUNING"}
+
+
 def test_at_the_command_line(tmp_path, capsys):
     saved(tmp_path, peftfast.LoraConfig(r=2, target_modules=["q_proj"]))
     assert main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("LORA for") and "model.layers.0.self_attn.q_proj  rank 2, change of norm" in out
-    for option in ("--r", "--max-lora-rank"):
-        assert main(["inspect", str(tmp_path), option, "3"]) == USAGE_ERROR
-        assert f"{option} is about an adapter to be made" in capsys.readouterr().err
+    assert "\nin other programs\n  vLLM       loads\n" in out
+    assert main(["inspect", str(tmp_path), "--max-lora-rank", "1"]) == 0
+    assert "vLLM       refuses; r=2 is above max_lora_rank=1" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--r", "3"]) == USAGE_ERROR
+    assert "--r is about an adapter to be made" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "no")]) == USAGE_ERROR
     assert "adapter_config.json" in capsys.readouterr().err
     (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
