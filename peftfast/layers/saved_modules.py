@@ -92,7 +92,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def check_set_adapter(self, adapter_name: str | list[str]) -> list[str]:
         names = super().check_set_adapter(adapter_name)
         if len(names) > 1:
-            raise ValueError(f"Only one adapter can be set at a time for {self}, got {len(names)}")
+            kind = f"{type(self).__name__}({type(self.original_module).__name__})"
+            raise ValueError(
+                f"Only one adapter can be set at a time for {kind}, "
+                f"got {len(names)}: {enumerate_some(names)} have each its own copy of the module"
+            )
         return names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

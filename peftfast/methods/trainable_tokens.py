@@ -76,7 +76,8 @@ class TrainableTokens:
         outside = [i for i in cfg.token_indices if not 0 <= i < rows]
         if outside:
             raise ValueError(
-                f"trainable_token_indices {outside} are outside the embedding, which has rows 0 to {rows - 1}"
+                f"trainable_token_indices {outside} are outside the embedding, which has rows 0 to {rows - 1}; "
+                "model.resize_token_embeddings(...) adds rows"
             )
         if len(set(cfg.token_indices)) != len(cfg.token_indices):
             raise ValueError(f"trainable_token_indices {cfg.token_indices} names a row twice")

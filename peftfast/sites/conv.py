@@ -132,4 +132,3 @@ class ConvSite(UsualSite):
 
 for _cls in _CONV:
     register_site(f"torch.nn.{_cls.__name__}", lambda module, _cls=_cls: isinstance(module, _cls))(ConvSite)
-register_site("transformers.pytorch_utils.Conv1D", lambda module: False)  # listed for messages; LinearSite serves it

@@ -53,6 +53,7 @@ def linear_with(weight: Tensor, like: nn.Module) -> nn.Linear:
 
 
 @register_site("torch.nn.Linear", is_linear)
+@register_site("transformers.pytorch_utils.Conv1D", is_conv1d)
 class LinearSite(UsualSite):
     """y = x Wᵀ + bias with x [..., K] and y [..., N]."""
 

@@ -152,8 +152,11 @@ class Inventory(Listing):
         Only the parameters of adapters that change are touched, so the cost does not grow with their number.
         """
         names = self.check_known(names)
-        for wrapper in self.extras.values():
-            wrapper.check_set_adapter(names)
+        for key, wrapper in self.extras.items():
+            try:
+                wrapper.check_set_adapter(names)
+            except ValueError as e:
+                raise ValueError(f"{key}: {e}") from None
         if any(layer.merged for layer in self.layers.values()):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge()

@@ -161,7 +161,8 @@ def plan_tokens(
             outside = [i for i in indices if i >= shape[0]]
             if outside:
                 raise ValueError(
-                    f"trainable_token_indices {outside} are outside {key!r}, which has rows 0 to {shape[0] - 1}"
+                    f"trainable_token_indices {outside} are outside {key!r}, which has rows 0 to {shape[0] - 1}; "
+                    "model.resize_token_embeddings(...) adds rows"
                 )
             plan[key] = list(indices)
     embedding = embedding_name(inventory) if heads else None

@@ -49,10 +49,10 @@ def same_picture(model, before):
         ({"target_modules": QV, "exclude_modules": QV}, NoMatchingPeftModuleError, "excluded"),
         ({"target_modules": QV, "layers_to_transform": [9]}, NoMatchingPeftModuleError, r"layers_to_transform.*9\].$"),
         ({"target_modules": ["self_attn"]}, ValueError, "self_attn.*not supported.*nn.Linear.*named instead: .q_proj"),
-        ({"target_modules": ["q_proj", "norm"]}, ValueError, "norm.*not supported"),
+        ({"target_modules": ["q_proj", "norm"]}, ValueError, "norm.*not supported.*transformers.pytorch_utils.Conv1D"),
         ({"target_modules": "(q_proj"}, ValueError, "target_modules"),
         ({"target_modules": QV, "rank_pattern": {"(": 3}}, ValueError, "rank_pattern"),
-        ({"target_modules": QV, "trainable_token_indices": [1000]}, ValueError, "1000.*63"),
+        ({"target_modules": QV, "trainable_token_indices": [1000]}, ValueError, "1000.*63; model.resize_token"),
         (
             {"target_modules": QV, "trainable_token_indices": {"embed_token": [1]}},
             ValueError,

@@ -509,8 +509,17 @@ def test_token_rows_that_two_adapters_train_cannot_be_active_twice():
     model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**TOKENS))
     model.add_adapter("same", peftfast.LoraConfig(**{**TOKENS, "trainable_token_indices": [4, 7]}))
     model.add_adapter("else", peftfast.LoraConfig(**{**TOKENS, "trainable_token_indices": [5]}))
-    with pytest.raises(ValueError, match="Only one adapter can be set at a time for TrainableTokensWrapper.*common"):
+    for name in ("head", "other head"):
+        model.add_adapter(
+            name, peftfast.LoraConfig(target_modules=TOKENS["target_modules"], modules_to_save=["lm_head"])
+        )
+    only = "Only one adapter can be set at a time for"
+    with pytest.raises(ValueError, match=f"model.embed_tokens: {only} TrainableTokensWrapper.*common"):
         model.base_model.set_adapter(["default", "same"])
+    with pytest.raises(
+        ValueError, match=rf"^lm_head: {only} ModulesToSaveWrapper\(Linear\), got 2: 'head', 'other head'"
+    ):
+        model.base_model.set_adapter(["head", "default", "other head"])
     assert model.active_adapters == ["default"]
     model.base_model.set_adapter(["default", "else"])
     assert torch.isfinite(oracle.logits(model)).all()
