@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import os
+import reprlib
 import typing
 import warnings
 from collections.abc import Callable
@@ -217,9 +218,12 @@ class PeftConfigMixin:
                 )
             if strict:
                 raise TypeError(f"The config in {source} has fields that {target.__name__} does not know: {unknown}")
+            told = ", ".join(f"{key}={reprlib.repr(data[key])}" for key in unknown if data[key])
+            meant = f" With {told} the adapter may compute something else; strict=True refuses it." if told else ""
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored. This probably "
-                "means that you're loading a configuration file that was saved using a higher version of the library.",
+                "means that you're loading a configuration file that was saved using a higher version of the library."
+                + meant,
                 AdapterMismatchWarning,
                 stacklevel=3,
             )

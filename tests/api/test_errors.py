@@ -393,8 +393,12 @@ def test_ignore_mismatched_sizes(saved, tmp_path):
 
 def test_unknown_keys_in_the_config_are_let_pass(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "adapter")
-    edit_config(of_tomorrow=1)(tmp_path / "adapter")
-    with pytest.warns(UserWarning, match="of_tomorrow"):
+    edit_config(of_tomorrow=1, of_later=None)(tmp_path / "adapter")
+    ignored = r"\['of_later', 'of_tomorrow'\] .* these are ignored.*"
+    with pytest.warns(UserWarning, match=ignored + "With of_tomorrow=1 the adapter may compute something else"):
+        peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "adapter")
+    edit_config(of_tomorrow=False)(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=ignored + "of the library\\.$"):
         peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "adapter")
 
 
