@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, require_config
 from peftfast.errors import PeftWarning, close_matches
 from peftfast.files.fit import fit_state_dict
 from peftfast.files.io import needs_embedding_layers
@@ -58,11 +58,7 @@ def get_peft_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"peft_config must be a PeftConfig such as LoraConfig, got {peft_config!r} of type "
-            f"{type(peft_config).__name__}"
-        )
+    require_config(peft_config)
     refuse_peft_model(model)
     new_name = getattr(model, "name_or_path", None) or None
     old_name = peft_config.base_model_name_or_path
@@ -174,6 +170,7 @@ def inject_adapter_in_model(
         state_dict: adapt exactly the modules that these weights are for.
         autocast_adapter_dtype: keep factors in fp32 on a half-precision base; False: in the base's dtype.
     """
+    require_config(peft_config)
     if peft_config.is_prompt_learning:
         raise ValueError("`create_and_replace` does not support prompt learning, adaption prompt and shadow yet.")
     inventory = inventory_of(model)

@@ -359,6 +359,19 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     return PeftConfig.from_dict(config_dict)
 
 
+def require_config(value: object, name: str = "peft_config") -> None:
+    """TypeError unless `value` is one of this package's configs; `name` is what the argument is called."""
+    if isinstance(value, PeftConfig):
+        return
+    kind = type(value)
+    if kind.__module__.partition(".")[0] == "peft":
+        raise TypeError(
+            f"{name} must be one of peftfast's configs, got a {kind.__name__} of the peft package; "
+            f"peftfast.get_peft_config({name}.to_dict()) says the same here"
+        )
+    raise TypeError(f"{name} must be a PeftConfig such as LoraConfig, got {value!r} of type {kind.__name__}")
+
+
 def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:
     """Path of the `adapter_config.json` of a folder or Hub repository; ValueError if there is none."""
     from peftfast.files.atomic import find_file

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftfast import status
-from peftfast.config import PeftConfig, PeftType
+from peftfast.config import PeftConfig, PeftType, require_config
 from peftfast.interop.counterpart import HasCounterpart
 from peftfast.many.router import Choice
 from peftfast.model_files import HasFiles
@@ -61,6 +61,7 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
     ) -> None:
         super().__init__()
         refuse_peft_model(model)
+        require_config(peft_config)
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._is_prompt_learning = peft_config.is_prompt_learning
         self.peft_type = peft_config.peft_type
@@ -181,7 +182,9 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
         Raises:
             ValueError: the name is taken, the type differs from the present ones, the config does not fit.
         """
-        if not isinstance(adapter_name, str) or not isinstance(peft_config, PeftConfig):
+        if isinstance(adapter_name, str):
+            require_config(peft_config)
+        else:
             raise TypeError(
                 "add_adapter(adapter_name, peft_config) takes an adapter name and a PeftConfig such as LoraConfig, in "
                 f"this order; got {adapter_name!r} and {peft_config!r}"

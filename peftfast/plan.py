@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, require_config
 from peftfast.errors import close_matches, every_name
 from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.layers.layer import site_of
@@ -152,8 +152,7 @@ def plan_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
-    if not isinstance(config, PeftConfig):
-        raise TypeError(f"config must be a PeftConfig such as LoraConfig, got {config!r} of {type(config).__name__}")
+    require_config(config, "config")
     if config.is_prompt_learning:
         raise ValueError(f"{type(config).__name__} adapts no modules, there is nothing to plan")
     base = model.get_base_model() if isinstance(model, PeftModel) else model

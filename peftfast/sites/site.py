@@ -235,6 +235,12 @@ def make_site(module: nn.Module) -> Site:
     for claims, cls in _SITES:
         if claims(module):
             return cls(module)
+    if type(module).__module__.startswith("peft.tuners."):
+        raise ValueError(
+            f"Target module {module} is not supported: it is a layer of the peft package, with adapters in it. "
+            "peftfast.patch(model) without a config lets peftfast's kernels compute those; the peft model's unload() "
+            "takes them away"
+        )
     inside = [name for name, part in module.named_modules() if has_site(part)]
     instead = f" Inside of it are some, to be named instead: {enumerate_some(inside)}." if inside else ""
     raise ValueError(

@@ -187,6 +187,28 @@ def test_errors_that_name_what_is_wrong():
             call()
 
 
+@pytest.mark.filterwarnings("ignore:.*(unused|not used)")
+def test_configs_and_models_of_the_peft_package_are_told_apart_from_ours():
+    model, theirs = oracle.llama(), peft.LoraConfig(target_modules=["q_proj"], r=3)
+    message = r"a LoraConfig of the peft package; peftfast.get_peft_config\((peft_)?config.to_dict\(\)\)"
+    for call in (
+        lambda: peftfast.get_peft_model(model, theirs), lambda: peftfast.patch(model, theirs),
+        lambda: peftfast.PeftModel(model, theirs), lambda: peftfast.inject_adapter_in_model(theirs, model),
+        lambda: peftfast.plan_adapter(model, theirs),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=message):
+            call()
+    for config in (
+        theirs, peft.IA3Config(), peft.AdaLoraConfig(total_step=9), peft.PromptTuningConfig(num_virtual_tokens=2),
+        peft.LoraConfig(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=3.0)),
+    ):  # fmt: skip
+        ours = peftfast.get_peft_config(config.to_dict())
+        assert type(ours).__name__ == type(config).__name__ and ours.to_dict() == config.to_dict()
+    wrapped = peft.get_peft_model(model, theirs)
+    with pytest.raises(ValueError, match=r"(?s)q_proj.*a layer of the peft package.*patch\(model\) without a config"):
+        peftfast.patch(wrapped, LoraConfig(target_modules=["q_proj"]))
+
+
 def test_one_name_is_a_selection_of_one(tmp_path):
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
     model.add_adapter("other", LoraConfig(target_modules=QV))
