@@ -413,6 +413,19 @@ def test_ignore_mismatched_sizes(saved, tmp_path):
     assert not model.get_parameter(KEY.replace("lora_A", "lora_A.default")).isnan().any()
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}], ids=str)
+def test_a_vocabulary_of_another_size_says_how_to_resize(options, tmp_path):
+    base = oracle.llama()
+    base.resize_token_embeddings(67)
+    peftfast.get_peft_model(base, LoraConfig(**{"target_modules": QV, **options})).save_pretrained(tmp_path)
+    with pytest.raises(AdapterLoadError, match=r"(?s)size mismatch.*resize .*: model.resize_token_embeddings\(67\)"):
+        peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path)
+    base = oracle.llama()
+    base.resize_token_embeddings(67)
+    peftfast.PeftModel.from_pretrained(base, tmp_path)
+
+
 def test_unknown_keys_in_the_config_are_let_pass(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "adapter")
     edit_config(of_tomorrow=1, of_later=None)(tmp_path / "adapter")
