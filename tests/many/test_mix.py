@@ -179,6 +179,19 @@ def test_what_is_kept_goes_with_its_adapters():
         assert not kept(model)
 
 
+def test_a_new_adapter_of_an_old_name_acts_where_the_old_one_did_not():
+    model = several()
+    fewer = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    batch = oracle.inputs(model, batch=2)
+    for config in (fewer, model.peft_config[NAMES[0]]):
+        model.delete_adapter(NAMES[1])
+        model.add_adapter(NAMES[1], config)
+        with torch.no_grad():
+            both = model(**batch, adapter_names=NAMES[:2]).logits
+            model.set_adapter(NAMES[1])
+            torch.testing.assert_close(both[1:], model(**batch).logits[1:])
+
+
 def test_as_many_sets_of_adapters_are_kept_as_were_said_to_be():
     model = several()
     with torch.no_grad():
