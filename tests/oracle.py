@@ -183,7 +183,8 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
 
 
 def same_live_state(ours: nn.Module, theirs: nn.Module, without: str = "$^") -> None:
-    """Names, shapes, dtypes and requires_grad of all parameters and buffers are PEFT's; names in which the regex
+    """Names, shapes, dtypes and requires_grad of all parameters and buffers are PEFT's, the order of what trains, by
+    which optimizers save their state, and what the factors' modules say of themselves; names in which the regex
     `without` is found are left out."""
 
     def left_out(name: str) -> bool:
@@ -196,7 +197,16 @@ def same_live_state(ours: nn.Module, theirs: nn.Module, without: str = "$^") -> 
         buffers = {n: (tuple(b.shape), b.dtype, "buffer") for n, b in model.named_buffers(remove_duplicate=False)}
         return {n: v for n, v in (parameters | buffers).items() if not left_out(n)}
 
+    def trained(model: nn.Module) -> list[str]:
+        return [n for n, p in model.named_parameters() if p.requires_grad and not left_out(n)]
+
+    def factors(model: nn.Module) -> dict[str, str]:
+        named = {n: m for n, m in model.named_modules() if re.search(r"\.lora_[AB]\.[^.]*$", n)}
+        return {n: repr(m) for n, m in named.items() if not left_out(n)}
+
     assert listing(ours) == listing(theirs)
+    assert trained(ours) == trained(theirs)
+    assert factors(ours) == factors(theirs)
     assert {n for n in ours.state_dict() if not left_out(n)} == {n for n in theirs.state_dict() if not left_out(n)}
 
 
