@@ -155,6 +155,20 @@ def test_autocast_leaves_fp64():
         torch.testing.assert_close(ours[name], value)
 
 
+@pytest.mark.parametrize("size", ["large", "host-bound"], indirect=True)
+def test_autocast_that_begins_after_the_forward_pass_has_no_part_in_gradients(size):
+    make, shape = SITES["linear"]
+    model, x = adapted(peftfast, make, torch.float32, True), input_of(shape, torch.float32)
+    expected = step(model, x)
+    y = model(x)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(13))
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward(upstream)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.equal(parameter.grad, expected[name]), name
+
+
 @pytest.mark.parametrize("site", ["linear", "linear-no-bias"])
 def test_large_products_take_the_function_and_small_ones_do_not(site, size, monkeypatch):
     made, apply = [], lora_ops.apply
