@@ -145,6 +145,17 @@ def test_with_dora_and_a_bias(change, config):
     assert_same(change, 8, **config)
 
 
+def test_a_convolution_with_dora():
+    outputs = []
+    for library in (peftfast, peft):
+        torch.manual_seed(0)
+        config = library.LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False)
+        model = library.get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3)), config)
+        scale_input(model)
+        outputs.append(model(torch.randn(2, 4, 6, 6)))
+    torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_several_active_adapters_one_of_them_hooked(rows):
     ours, theirs = models()
