@@ -395,6 +395,10 @@ def test_files_go_both_ways_after_training(tmp_path, shrink):
     assert config.rank_pattern.keys() == peer.rank_pattern.keys()
 
 
+def ranks(model):
+    return [layer.r["default"] for layer in model.base_model.inventory.layers.values()]
+
+
 @pytest.mark.parametrize("stop", [6, 14, 18])
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("shrink", [True, False])
@@ -413,6 +417,8 @@ def test_resuming_gives_the_run_that_was_not_interrupted(tmp_path, stop, existin
     assert (tmp_path / "adalora_state.safetensors").exists() == (stop < 12 or not shrink)
     if existing:
         second = peftfast.get_peft_model(oracle.llama(), peftfast.AdaLoraConfig(**OPTIONS))
+        second.base_model.shrink_after_final = shrink
+        train(second, 12)  # to other ranks
         second.load_adapter(tmp_path, "default", is_trainable=True)
     else:
         second = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, is_trainable=True)
@@ -422,10 +428,31 @@ def test_resuming_gives_the_run_that_was_not_interrupted(tmp_path, stop, existin
     resumed, _ = train(second, 20 - stop, first=stop + 1, optimizer=optimizer)
     assert begun + resumed == expected
     assert masks(second) == masks(whole)
-    if not shrink:  # of cut ranks, a file only says how many there are
-        assert second.peft_config["default"].rank_pattern == whole.peft_config["default"].rank_pattern
+    patterns = [model.peft_config["default"].rank_pattern for model in (second, whole)]
+    if shrink:  # of cut ranks, a file only says how many there are
+        patterns = [{name: sum(kept) for name, kept in pattern.items()} for pattern in patterns]
+    assert patterns[0] == patterns[1] and ranks(second) == ranks(whole)
     final, other = (m.get_nb_trainable_parameters() for m in (whole, second))
     assert final == other
+
+
+@pytest.mark.parametrize("refused", ["broken values", "more ranks"])
+def test_a_file_of_other_ranks_that_is_refused_changes_nothing(tmp_path, refused):
+    _, ours = pair()
+    _, first = pair(init_r=8 if refused == "more ranks" else 5)
+    first.base_model.shrink_after_final = True
+    train(first, 2 if refused == "more ranks" else 14)
+    if refused == "broken values":
+        name, parameter = next((n, p) for n, p in first.named_parameters() if "lora_A" in n and len(p))
+        parameter.data.fill_(torch.nan)
+    first.save_pretrained(tmp_path)
+    train(ours, 5)
+    other = copy.deepcopy(ours)
+    with pytest.raises(peftfast.AdapterLoadError, match="nothing was changed"):
+        ours.load_adapter(tmp_path, "default", is_trainable=True)
+    assert ours.peft_config == other.peft_config and ranks(ours) == ranks(other)
+    assert train(ours, 11, first=6)[0] == train(other, 11, first=6)[0]
+    assert masks(ours) == masks(other)
 
 
 def drawn():
