@@ -270,9 +270,12 @@ class AdaLoraModel(PeftSteps, BaseTuner):
             if slot == VALUES and tensor.dim() == 2:
                 ranks[in_base(owner)] = len(tensor)
         changed = False
-        for adapter in self._adapters(adapter_name):
-            rank = ranks.get(adapter.key)
-            if rank is None or rank == whole_shape(adapter[VALUES])[0] or rank > cfg.init_r:
+        for adapter in adapters:
+            rank, present = ranks.get(adapter.key), whole_shape(adapter[VALUES])[0]
+            if rank is None or rank > cfg.init_r or rank == present == cfg.rank_of(adapter.key):
+                continue
+            changed = True
+            if rank == present:  # others were pruned here, but only masked
                 continue
             check_not_partitioned(
                 adapter.parameters().items(),
@@ -283,10 +286,9 @@ class AdaLoraModel(PeftSteps, BaseTuner):
             for p, shape in ((a, (rank, a.shape[1])), (b, (b.shape[0], rank)), (adapter[VALUES], (rank, 1))):
                 replace(p, p.new_empty(shape))
             adapter.change("r", rank)
-            changed = True
         if changed:
             self._allocators.pop(adapter_name, None)
-            kept = {f"{a.key}.{VALUES}": len(a[VALUES]) for a in self._adapters(adapter_name)}
+            kept = {f"{a.key}.{VALUES}": len(a[VALUES]) for a in adapters}
             full = all(n == cfg.init_r for n in kept.values())
             # which of the ranks were kept is history; how many is what readers of the file go by
             cfg.rank_pattern = None if full else {k: [i < n for i in range(cfg.init_r)] for k, n in kept.items()}

@@ -422,6 +422,7 @@ def test_resuming_gives_the_run_that_was_not_interrupted(tmp_path, stop, existin
         second.load_adapter(tmp_path, "default", is_trainable=True)
     else:
         second = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, is_trainable=True)
+    assert (second.peft_config["default"].rank_pattern is None) == (stop == 6)
     second.base_model.shrink_after_final = shrink
     optimizer = torch.optim.AdamW(trainable(second), lr=5e-2)
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
@@ -434,6 +435,20 @@ def test_resuming_gives_the_run_that_was_not_interrupted(tmp_path, stop, existin
     assert patterns[0] == patterns[1] and ranks(second) == ranks(whole)
     final, other = (m.get_nb_trainable_parameters() for m in (whole, second))
     assert final == other
+
+
+@pytest.mark.parametrize("shrink", [True, False])
+def test_going_back_to_a_file_of_before_the_pruning(tmp_path, shrink):
+    """As `load_best_model_at_end` does: what is saved then is what was loaded."""
+    _, ours = pair()
+    ours.base_model.shrink_after_final = shrink
+    train(ours, 6)
+    ours.save_pretrained(tmp_path / "early")
+    train(ours, 8, first=7)
+    ours.load_adapter(tmp_path / "early", "default")
+    ours.save_pretrained(tmp_path / "again")
+    early, again = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("early", "again"))
+    torch.testing.assert_close(again, early, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("refused", ["broken values", "more ranks"])
