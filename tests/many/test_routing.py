@@ -136,8 +136,10 @@ def test_samples_of_the_base_are_untouched_bit_for_bit(numbers):
     assert not torch.equal(got[0], base[0])
 
 
-def test_error_is_no_larger_than_pefts():
-    twins = oracle.Twins(lambda: oracle.llama(hidden=64), {"r": 4, "target_modules": "all-linear"})
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_error_is_no_larger_than_pefts(precision):
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    twins = oracle.Twins(lambda: oracle.llama(hidden=64).to(dtype), {"r": 4, "target_modules": "all-linear"})
     for model, library in ((twins.ours, peftfast), (twins.theirs, twins.peft)):
         model.add_adapter("two", library.LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "up_proj"]))
     twins.copy()
@@ -145,11 +147,13 @@ def test_error_is_no_larger_than_pefts():
     batch = oracle.inputs(twins.ours, batch=len(names))
     truth = copy.deepcopy(twins.theirs).double()
     with torch.no_grad():
-        oracle.assert_no_further(
-            {"logits": twins.ours(**batch, adapter_names=names).logits},
-            {"logits": twins.theirs(**batch, adapter_names=names).logits},
-            {"logits": truth(**batch, adapter_names=names).logits},
-        )
+        exact = {"logits": truth(**batch, adapter_names=names).logits}
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            oracle.assert_no_further(
+                {"logits": twins.ours(**batch, adapter_names=names).logits},
+                {"logits": twins.theirs(**batch, adapter_names=names).logits},
+                exact,
+            )
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
