@@ -163,6 +163,41 @@ def test_autocast_leaves_fp64():
         torch.testing.assert_close(ours[name], value)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast-fp32-base"])
+def test_a_trained_bias_of_the_base(precision):
+    make, shape = SITES["linear"]
+    dtype, input_dtype, autocast, wide = PRECISIONS[precision]
+    ours, theirs = (adapted(library, make, dtype, wide, bias="all") for library in (peftfast, peft))
+    assert any(
+        name.endswith("base_layer.bias") for name in compare(ours, theirs, input_of(shape, input_dtype), autocast)
+    )
+
+
+@pytest.mark.parametrize("each", ["token", "rank"])
+@pytest.mark.parametrize("onto_an_output", [False, True])
+def test_gates_get_their_gradients(onto_an_output, each):
+    shapes = {"y": (2, 3, 8), "x": (2, 3, 16), "a": (4, 16), "b": (8, 4), "gate": (2, 3, 1 if each == "token" else 4)}
+    weight, leaves = torch.randn(8, 16), {name: torch.randn(shape) for name, shape in shapes.items()}
+
+    def gradients(formula, dtype):
+        own = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
+        out = formula(**own)
+        found = torch.autograd.grad(out.square().sum(), list(own.values()), allow_unused=True)
+        return [out, *(one for one in found if one is not None)]
+
+    def exact(y, x, a, b, gate):
+        base = y if onto_an_output else x @ weight.to(x.dtype).t()
+        return base + 2.0 * ((x @ a.t()) * gate) @ b.t()
+
+    def ours(y, x, a, b, gate):
+        if onto_an_output:
+            return lora_ops.lora_linear_add(y, x, a, b, 2.0, 0.0, gate)
+        return lora_ops.lora_linear(x, dense(weight), None, a, b, 2.0, 0.0, gate)
+
+    for one, other in zip(gradients(ours, torch.float32), gradients(exact, torch.float64), strict=True):
+        assert oracle.rms_error(one, other) < 1e-6
+
+
 @pytest.mark.parametrize("size", ["large", "host-bound"], indirect=True)
 def test_autocast_that_begins_after_the_forward_pass_has_no_part_in_gradients(size):
     make, shape = SITES["linear"]
