@@ -10,4 +10,3 @@ from peftfast.sites.site import Slot as Slot
 from peftfast.sites.site import has_site as has_site
 from peftfast.sites.site import make_site as make_site
 from peftfast.sites.site import parts_of as parts_of
-from peftfast.sites.site import supported_modules as supported_modules

@@ -211,11 +211,6 @@ def register_site(name: str, claims: Callable[[nn.Module], bool]) -> Callable[[S
     return register
 
 
-def supported_modules() -> list[str]:
-    """Names of the kinds of module that can carry an adapter."""
-    return list(_SUPPORTED)
-
-
 def has_site(module: nn.Module) -> bool:
     """Whether `module` is of a kind that can carry an adapter."""
     return any(claims(module) for claims, _ in _SITES)
