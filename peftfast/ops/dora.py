@@ -27,8 +27,6 @@ from peftfast_kernels.row_norm import row_norm
 @torch.no_grad()
 def weight_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """‖W + scale · B A‖ of every row, [N], in fp32 or wider; W [N, K] in any storage, a [r, K], b [N, r]."""
-    if a.shape[0] and a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
     with without_autocast(a):
         norm = row_norm.reference if composing() else row_norm
         return norm(w, a, b, float(scale))

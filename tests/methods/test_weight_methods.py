@@ -371,11 +371,13 @@ def test_dora_makes_nothing_of_the_weights_size():
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d-hf", "embedding", "conv2"])
-@pytest.mark.parametrize("storage", ["fp32", "bf16"])
-def test_dora_norm_is_the_direct_one(kind, storage):
+@pytest.mark.parametrize(("storage", "factors"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")])
+def test_dora_norm_is_the_direct_one(kind, storage, factors):
     from peftfast.methods.lora.dora import _norm
 
     model = make(peftfast, "dora", kind, storage)
+    if factors == "bf16":
+        model.to(torch.bfloat16)
     layer = model.base_model.model.m
     adapter = layer.adapters["default"]
     a, b = (adapter[s].detach().double() for s in adapter.slots if s.endswith(("_A", "_B")))
