@@ -94,6 +94,18 @@ def test_gradients_are_no_further_from_the_oracle_than_pefts(storage, init_type,
             assert (value.double() - truth[key]).norm() <= limit * truth[key].norm(), key
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_a_bias_of_the_up_factor_acts_in_training(large, request):
+    if large:
+        request.getfixturevalue("large_products")
+    config = options(peftfast, ["m"])
+    config.lora_bias = True
+    model, x = peftfast.get_peft_model(make_base("linear", "fp32"), config), make_input()
+    model.base_model.model.m.lora_B["default"].bias.data.normal_()
+    y = model.eval()(x)
+    torch.testing.assert_close(model.train()(x), y)
+
+
 def test_dropout_compresses_what_was_dropped(large_products):
     """The kept numbers are of drop(x): with a direction for each feature the gradient is LoRA's own."""
     changes = {"dropout": 0.4, "init_type": "random", "num_groups": K}

@@ -229,6 +229,20 @@ def test_the_same_as_on_a_gpu(method, storage, small, monkeypatch):
         test_dora_under_autocast()
 
 
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(("storage", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_adapters_pass_gradients_on(method, storage, tolerance, small, monkeypatch):
+    if not small:
+        monkeypatch.setattr("peftfast.ops.composed.SMALL", {})
+    model, x = make(peftfast, method, "linear", storage).requires_grad_(False), make_input("linear", storage)
+    own, upstream = run(model, x)
+    y, exact_x, _ = exact(model, method, "linear", x)
+    y.backward(upstream.to(own["y"].dtype).double())
+    assert own.keys() == {"y", "x"}
+    assert distance(own, {"x": exact_x.grad, "y": y.detach()})["x"] < tolerance
+
+
 @pytest.mark.parametrize(("method", "kind", "storage"), [c for c in cases() if peft_supports(*c)])
 def test_files_go_both_ways_with_identical_outputs(method, kind, storage, tmp_path):
     x = make_input(kind, storage)
