@@ -6,12 +6,15 @@
 In this order: what the machine is, the tests marked cuda (while others compile what will be measured), the dispatch
 table of this chip, the benchmark with it, the host's time, peak memory. Each is a process with a time limit, and the
 next ones get the time that it leaves; one that fails or does not end takes nothing from the others. Everything is
-written as it is found, so that a session which is cut off leaves what it has:
+written as it is found, why a test failed too, so that a session which is cut off leaves what it has:
 
     session.log, tests.log                 what was printed
     <chip>.json                            the table; PEFTFAST_TABLES=FOLDER uses it
     bench.csv, bench.html                  rows and page of bench/gpu.py
     host_gpu_path.md, peak_memory.md
+
+Packages that are not installed there and lie in a folder: PYTHONPATH=FOLDER. Without bitsandbytes no row over 4-bit or
+int8 weights is measured.
 
 Last, also in session.log, stand a few lines that say how it went. Exit status 1: a test failed, a row is red, or a step
 did not come to its end.
@@ -31,7 +34,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -41,6 +44,8 @@ START = 20.0  # seconds in which a process has imported everything and, at its e
 HOW = "(PASSED|FAILED|ERROR|SKIPPED)"
 #: of a test's end, as pytest prints it by itself and as it does for several processes
 LINE = re.compile(rf"^(?:(tests/\S+::.*?) {HOW}\b|\[gw\d+\].*? {HOW} (tests/\S+::.*\S))", re.MULTILINE)
+#: of tests that fail, so many are written out as they do, and so much of each
+FAILURES, TRACEBACK = 60, 4000
 #: suites of the benchmark; what the table has measured already comes last
 TARGETED = ("linear", "layer", "mixed", "step", "decode", "questions", "compiled", "ops")
 
@@ -64,9 +69,10 @@ def steps(out: Path, dry: bool) -> list[Step]:
     dryness = ("--dry-run",) * dry
     workers = min(8, os.cpu_count() or 1)
     spread = ("-n", str(workers)) if importlib.util.find_spec("xdist") and not dry else ()
-    marked = ("tests/lora/test_host_bound.py",) if dry else ()
-    # a file that cannot be imported there has nothing to do with the others
-    options = ("-v", "-p", "no:cacheprovider", "--color=no", "--continue-on-collection-errors")
+    marked = ["tests/lora/test_host_bound.py"] if dry else marked_files()
+    # a file that cannot be imported there has nothing to do with the others; what hangs is to say where
+    options = ("-v", "-p", "no:cacheprovider", "--color=no", "--continue-on-collection-errors", "--tb=short")
+    options += ("-p", "tools.gpu_session", "-o", "faulthandler_timeout=60")
     tests = ("-m", "pytest", "-m", "cuda", *options, *spread, *marked)
     tune = ("tools/tune.py", *dryness)
     suites = ("questions",) if dry else TARGETED
@@ -84,6 +90,25 @@ def steps(out: Path, dry: bool) -> list[Step]:
     return found[:-1] if dry else found  # the last has no dry form
 
 
+def marked_files() -> list[str]:
+    """What has tests marked cuda: every process that runs tests would collect all the others as well, for longer than
+    some of the marked ones run."""
+    found = {path for path in (ROOT / "tests").rglob("*.py") if "mark.cuda" in path.read_text()}
+    files = [path.parent if path.name == "conftest.py" else path for path in sorted(found)]
+    return [str(path.relative_to(ROOT)) for path in files if not {*path.parents} & {*files}]
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """pytest's, for which this file is a plugin: it shows failures when all is over, which may be too late."""
+    global _failures
+    if report.failed and _failures < FAILURES and "PYTEST_XDIST_WORKER" not in os.environ:
+        _failures += 1
+        print(f"\n{report.nodeid}\n{str(report.longrepr)[-TRACEBACK:]}", flush=True)
+
+
+_failures = 0
+
+
 class Running:
     """A step that was started."""
 
@@ -94,8 +119,8 @@ class Running:
         environment = {**os.environ, "PYTHONPATH": paths, "PEFTFAST_TABLES": str(out), "PYTHONUNBUFFERED": "1"}
         with (out / step.log).open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *step.arguments, *seconds], cwd=ROOT, env=environment, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                [sys.executable, *step.arguments, *seconds], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,  # whoever ends our session ends it too
             )  # fmt: skip
 
     def result(self, limit: float) -> str:
@@ -133,6 +158,8 @@ def run(todo: list[Step], out: Path, seconds: float) -> dict[str, str]:
             running.end()
             if beside is not None:
                 beside.end()
+            for path in out.glob("*.new"):  # of a table that was being written
+                path.unlink()
         say(out, f"{time.perf_counter() - running.start:6.1f} s  {step.name}: {results[step.name]}")
     return results
 
@@ -146,7 +173,7 @@ def say(out: Path, text: str) -> None:
 # ---- what was found --------------------------------------------------------------------------------------------------
 def summary(out: Path) -> tuple[str, bool]:
     """The last lines, and whether all is well."""
-    from bench.report import read, verdicts
+    from bench.report import read, slow_rows, verdicts, write_page
 
     lines, well = [], True
     names: dict[str, list[str]] = {"PASSED": [], "FAILED": [], "ERROR": [], "SKIPPED": []}
@@ -155,7 +182,7 @@ def summary(out: Path) -> tuple[str, bool]:
     lines.append("tests: " + ", ".join(f"{len(found)} {how.lower()}" for how, found in names.items()))
     broken = names["FAILED"] + names["ERROR"]
     lines += [f"  FAILED  {name}" for name in broken[:20]]
-    well &= not broken
+    well &= not broken and (bool(names["PASSED"]) or not (out / "tests.log").exists())
     for path in sorted(out.glob("*.json")):
         table = json.loads(path.read_text())
         choices = [entry["choice"] for entry in table["entries"]]
@@ -170,6 +197,11 @@ def summary(out: Path) -> tuple[str, bool]:
     well &= bool(rows) and not red
     if rows:
         lines += [f"  {state:<13} {text}: {figure}" for text, figure, state in verdicts(rows)]
+        lines += [f"  slower: {text}" for text in slow_rows(rows)[:10]]
+        try:
+            write_page(out / "bench.csv")  # the benchmark's own is missing where it was stopped
+        except Exception as error:
+            lines.append(f"no page: {type(error).__name__}: {error}")
     return "\n".join(lines), well
 
 

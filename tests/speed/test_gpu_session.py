@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from gpu_session import Step, main, run, steps, summary
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from gpu_session import Step, main, marked_files, run, steps, summary  # noqa: E402
+
+from bench.gpu import FIELDS  # noqa: E402
 
 
 def python(name, code, weight=1.0, **more):
@@ -41,7 +44,7 @@ def test_a_step_takes_nothing_from_the_others(tmp_path):
 def test_the_tools_it_runs(tmp_path):
     """The table and the rows, by themselves as `steps` starts them; the rest is as quick on a GPU only."""
     chosen = [step for step in steps(tmp_path, dry=True) if step.name in ("table", "benchmark")]
-    assert run(chosen, tmp_path, 30) == {"table": "ok", "benchmark": "ok"}
+    assert run(chosen, tmp_path, 200) == {"table": "ok", "benchmark": "ok"}
     text, well = summary(tmp_path)
     assert "table interpreter.json: " in text and "in the table: 0\n" in text and "not measured" in text and well, text
     assert {path.name for path in tmp_path.iterdir()} == {"session.log", "interpreter.json", "bench.csv", "bench.html"}
@@ -63,6 +66,39 @@ def test_failures_are_named(tmp_path):
         "  FAILED  tests/b/test_b.py::test_y[3-a b]" in text
         and "benchmark: 0 rows; red there and in the table: 1" in text
     )
+
+
+def test_nothing_that_ran_is_no_success(tmp_path):
+    """A run of tests that was stopped while it collected them."""
+    (tmp_path / "tests.log").write_text("created: 8/8 workers\n")
+    row = {**dict.fromkeys(FIELDS, "0"), "versions": "{}"}
+    (tmp_path / "bench.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    text, well = summary(tmp_path)
+    assert not well and "tests: 0 passed, 0 failed" in text and "benchmark: 1 rows" in text
+    assert (tmp_path / "bench.html").exists()  # also where the benchmark was stopped before it drew one
+
+
+def test_half_a_table_is_gone(tmp_path):
+    run([python("writes", f"open({str(tmp_path / 'sm_90.new')!r}, 'w').write('half')")], tmp_path, 10)
+    assert {path.name for path in tmp_path.iterdir()} == {"session.log"}
+
+
+def test_a_failure_is_told_at_once(tmp_path):
+    """By the plugin that the tests run with: what is killed later has said why."""
+    code = "import os\ndef test_a(): assert 1 == 2, 'said why'\ndef test_b(): os.kill(os.getpid(), 9)\n"
+    (tmp_path / "test_it.py").write_text(code)
+    (tests,) = [step for step in steps(tmp_path, dry=False) if step.name == "tests"]
+    (plugin,) = [one for one in tests.arguments if one.startswith("tools.")]
+    arguments = ("-m", "pytest", "-p", plugin, "-p", "no:cacheprovider", str(tmp_path))
+    assert run([Step("tests", arguments, 1, "tests.log")], tmp_path, 60) == {"tests": "exit status -9"}
+    assert "said why" in (tmp_path / "tests.log").read_text()
+
+
+def test_every_marked_test_is_in_the_files_that_are_run():
+    chosen = marked_files()
+    assert "tests/kernels" in chosen and all((ROOT / one).exists() for one in chosen)
+    assert len(chosen) == len(set(chosen)) and "tests/lora/test_host_bound.py" in chosen
+    assert not any(one.startswith("tests/kernels/") for one in chosen)
 
 
 def test_a_folder_is_for_one_session(tmp_path, capsys):
