@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.operands import Maker, Size, arguments
-from peftfast_kernels import OPS, use_backend
+from peftfast_kernels import OPS, Operand, use_backend
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -84,15 +84,16 @@ def _fused(size: Size) -> Question:
             x, w = kwargs["x"], kwargs["w"].tensors[0]
             calls["cuBLAS alone"] = lambda: torch.mm(x, w.t())
         elif size.format == "nf4":
-            calls |= _bitsandbytes(size, device, kwargs["x"])
+            calls |= _bitsandbytes(size, device, **kwargs)
         return calls
 
     flops = 2.0 * size.m * size.n * (size.k + size.r)
     return Question(f"fused {size.format} product, M={size.m}", size, make, flops)
 
 
-def _bitsandbytes(size: Size, device: str, x: Tensor) -> Calls:
-    """bitsandbytes' own product with a weight it has quantised itself."""
+def _bitsandbytes(size: Size, device: str, x: Tensor, w: Operand, **_: Any) -> Calls:
+    """bitsandbytes' own product with a weight it has quantised itself; where it cannot be imported, what that does with
+    more than one row: decode the whole weight, then cuBLAS."""
     try:
         import bitsandbytes as bnb
 
@@ -100,7 +101,9 @@ def _bitsandbytes(size: Size, device: str, x: Tensor) -> Calls:
         packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     except Exception as error:
         print(f"  bitsandbytes is left out: {type(error).__name__}: {error}", flush=True)
-        return {}
+        paths = _paths("dequantize", {"w": w, "dtype": size.dtype}, device)
+        decode = paths.get("triton", paths["torch"])
+        return {"bitsandbytes' formula": lambda: torch.mm(x, decode().t())}
     return {"bitsandbytes": lambda: bnb.matmul_4bit(x, packed.t(), quant_state=state)}
 
 

@@ -164,6 +164,17 @@ def test_what_needs_another_package_is_left_out(monkeypatch):
     assert "without bitsandbytes: 2 cases of linear" in gpu.summary(bench)
 
 
+def test_nf4_has_a_peer_without_bitsandbytes(monkeypatch):
+    size = Size(24, 48, 64, 4, format="nf4")
+    (question,) = [q for q in gpu.questions.all_questions(True) if q.size == size and q.text.startswith("fused")]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    torch.manual_seed(0)
+    calls = question.make("cpu")
+    kwargs = arguments("lora_gemm", size, "cpu")  # the same numbers
+    truth = kwargs["x"].double() @ OPS["dequantize"].reference(kwargs["w"], torch.float64).t()
+    assert measure.relative_error(calls["bitsandbytes' formula"](), truth) < 0.01
+
+
 def test_the_budget_is_shared_among_the_suites_that_run(tmp_path):
     assert sum(gpu.SHARES.values()) == pytest.approx(1)
     due = gpu._due(["ops", "linear"])
@@ -191,12 +202,31 @@ def test_claims_are_judged_by_their_worst_row(tmp_path):
         writer = csv.DictWriter(f, gpu.FIELDS)
         writer.writeheader()
         writer.writerows(rows)
-    states = {text: state for text, _, state in report.verdicts(report.read(path))}
+    found = report.read(path)
+    states = {text: state for text, _, state in report.verdicts(found)}
     assert states["bf16, M >= 2048, r = 16, 4096 -> 4096, against PEFT"] == "met"
-    assert states["bf16, M >= 2048, r = 16, 4096 -> 1024, against PEFT"] == "not measured"  # its gate is red
+    assert states["bf16, M >= 2048, r = 16, 4096 -> 1024, against PEFT"] == "missed"  # its gate is red
     assert states["over the frozen base, 4096 -> 4096"] == "met"
     assert states["the same against Unsloth's function"] == "missed"
     assert states["NF4, M <= 128, against PEFT over bitsandbytes"] == "not measured"
+    # of two sizes one is wrong: red, or left out because it is not finite
+    found += [{**one, "m": 8192.0, "ratio_to_limit": None, "gate": "red"} for one in found if one["n"] == 4096]
+    for rows in (found, [one for one in found if one["gate"] == "green" or one["role"] != OURS]):
+        figures = {text: (figure, state) for text, figure, state in report.verdicts(rows)}
+        figure, state = figures["bf16, M >= 2048, r = 16, 4096 -> 4096, against PEFT"]
+        assert state == "missed" and figure.startswith("1.45 to 1.45") and "wrong: 1 of 2" in figure
+        figure, state = figures["over the frozen base, 4096 -> 4096"]
+        assert state == "missed" and figure.startswith("1.100") and "wrong: 1 of 2" in figure
+
+
+def test_slow_rows_are_named():
+    one = {"role": OURS, "suite": "linear", "case": "q", "model": "llama", "format": "nf4", "dtype": "bfloat16"}
+    one |= {"m": 16.0, "r": 16.0, "dropout": 0.0, "contestant": "peftfast"}
+    rows = [{**one, "speedup": 0.97}, {**one, "speedup": 0.98, "m": 1.0}, {**one, "speedup": 0.5, "m": 4.0}]
+    rows += [{**one, "speedup": 0.5, "suite": "ops"}, {**one, "speedup": None}]
+    assert report.slow_rows(rows) == [
+        "0.50 linear llama q M=4 r=16 nf4 bfloat16 peftfast", "0.97 linear llama q M=16 r=16 nf4 bfloat16 peftfast"
+    ]  # fmt: skip
 
 
 def test_every_claim_finds_its_rows():
