@@ -90,3 +90,21 @@ def test_every_launch_file_has_a_line(module):
     done = subprocess.run([sys.executable, LAUNCH / "estimate.py"], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name, *_ in module.LAUNCHES)
     assert done.stdout.startswith("PREDICTED, not measured")
+
+
+def test_deepspeed_makes_one_training_of_all_nodes(monkeypatch):
+    """Its own launcher, which Accelerate takes otherwise, wants a file of hosts; without one each node trains alone."""
+    launch = pytest.importorskip("accelerate.commands.launch")
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    started = []
+    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: True)
+    monkeypatch.setattr(launch, "deepspeed_launcher", started.append)
+    options = ["--machine_rank", "1", "--main_process_ip", "head", "script.py"]
+    file = LAUNCH / "accelerate-zero3-64.yaml"
+    launch.launch_command(launch.launch_command_parser().parse_args(["--config_file", str(file), *options]))
+    (args,) = started
+    command, _ = prepare_deepspeed_cmd_env(args)
+    assert command is None  # torchrun's, with what follows
+    assert (args.nnodes, args.node_rank, args.nproc_per_node) == ("8", 1, "8")
+    assert args.rdzv_endpoint == "head:29500"
