@@ -181,6 +181,17 @@ def test_the_budget_is_shared_among_the_suites_that_run(tmp_path):
     assert list(due) == ["ops", "linear"] and 0 < due["ops"] < 0.5 and due["linear"] == pytest.approx(1)
 
 
+def test_no_suite_goes_without_its_first_case():
+    bench = gpu.Bench("cpu", 10, quick=True, dry=True)
+    sizes, seen = [Size(8, 8, 8), Size(16, 8, 8)], []
+    bench.due["layer"] = 0.0  # what was before has taken longer than its share
+    bench.each("layer", sizes, seen.append, lambda size: size)
+    assert seen == sizes[:1] and bench.skipped == {"layer": 1}
+    bench.deadline.seconds = 0.0
+    bench.each("layer", sizes, seen.append, lambda size: size)
+    assert seen == sizes[:1] and bench.skipped == {"layer": 2}
+
+
 def test_the_proposed_table(tmp_path):
     assert gpu.main(["--dry-run", "--seconds", "1", "--only", "tune", "--out", str(tmp_path)]) == 0
     assert dispatch.Table.read(tmp_path / "dispatch-interpreter.json").entries
