@@ -70,9 +70,9 @@ img { max-width: 100% } .note { color: #5c5c66 }
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV, numbers as numbers and empty cells as None."""
+    """The rows of a CSV, numbers as numbers and empty cells as None; without one that was cut off in its middle."""
     with path.open(newline="") as f:
-        rows = list(csv.DictReader(f))
+        rows = [row for row in csv.DictReader(f) if None not in row.values()]
     for row in rows:
         for name in NUMBERS:
             row[name] = float(row[name]) if row.get(name) not in ("", None) else None

@@ -251,9 +251,11 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out.resolve()
     if (out / "session.log").exists():  # its failures would be counted again, and its table be what tests run with
         parser.error(f"{out} holds a session already; name a new folder")
-    results = run(steps(out, args.dry_run), out, args.seconds)
-    text, well = summary(out)
-    say(out, "\n" + text)
+    try:
+        results = run(steps(out, args.dry_run), out, args.seconds)
+    finally:  # of a session that is ended from outside too
+        text, well = summary(out)
+        say(out, "\n" + text)
     # tests and rows that fail are counted above
     ended = all(how in ("ok", "exit status 1") for how in results.values())
     return 0 if well and ended else 1

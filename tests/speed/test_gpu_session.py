@@ -1,5 +1,7 @@
 """A session with a GPU: steps end, fail and hang without taking the others along, and what they leave is summed up."""
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import gpu_session  # noqa: E402
 from gpu_session import Step, main, marked_files, run, steps, summary  # noqa: E402
 
 from bench.gpu import FIELDS  # noqa: E402
@@ -76,6 +79,23 @@ def test_nothing_that_ran_is_no_success(tmp_path):
     text, well = summary(tmp_path)
     assert not well and "tests: 0 passed, 0 failed" in text and "benchmark: 1 rows" in text
     assert (tmp_path / "bench.html").exists()  # also where the benchmark was stopped before it drew one
+
+
+def test_a_session_that_is_ended_sums_up(tmp_path, monkeypatch, capsys):
+    """What it started is gone, and a row that was being written is none."""
+    row = {**dict.fromkeys(FIELDS, "0"), "versions": "{}"}
+    (tmp_path / "bench.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\nlinear,q 4096->40")
+    child, ends = tmp_path / "pid", f"import os, signal; os.kill({os.getpid()}, signal.SIGTERM)\n"
+    hangs = f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid()))\n{ends}time.sleep(60)"
+    monkeypatch.setattr(gpu_session, "steps", lambda out, dry: [python("hangs", hangs), python("never", "")])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            main(["--out", str(tmp_path), "--seconds", "50"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "benchmark: 1 rows" in capsys.readouterr().out and "never" not in (tmp_path / "session.log").read_text()
+    assert not Path(f"/proc/{child.read_text()}").exists()
 
 
 def test_half_a_table_is_gone(tmp_path):
