@@ -121,19 +121,38 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "plan": ("AdapterPlan", "plan_adapter"),
 }
 
+#: Modules that are names of the package themselves, as `helpers` is in PEFT.
+_MODULES = ("functional", "helpers", "optimizers")
+
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = list(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     module = _WHERE.get(name)
     if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_instead(name)}")
     value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
+
+
+def _instead(name: str) -> str:
+    """Where to go for what this package does not have under this name."""
+    if name.startswith("_"):
+        return ""
+    from peftfast.errors import close_matches
+    from peftfast.interop import absent, layout
+
+    if name in absent.NAMES:
+        return ", which peftfast does not provide; use the peft package itself for it"
+    if f"peft.{name}" in layout.MODULES:
+        return f"; `import peftfast.as_peft`, and what PEFT has there is in peft.{name}"
+    return "." + close_matches(name, __all__)

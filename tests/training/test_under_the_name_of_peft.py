@@ -210,6 +210,22 @@ for config in (
     run(["-c", code], tmp_path)
 
 
+def test_the_package_itself_has_pefts_helpers_and_says_where_the_rest_is(tmp_path):
+    code = """
+import peftfast
+peftfast.helpers.DoraCaching, peftfast.functional.set_adapter, peftfast.optimizers.create_loraplus_optimizer
+for name, said in (
+    ("LoraConfg", "Did you mean 'LoraConfig'"), ("LoHaConfig", "use the peft package itself"),
+    ("utils", "import peftfast.as_peft.*peft.utils"), ("nothing_like_it", "attribute 'nothing_like_it'.$"),
+):
+    try: getattr(peftfast, name)
+    except AttributeError as e: assert __import__("re").search(said, str(e)), e
+    else: raise SystemExit(name)
+assert not hasattr(peftfast, "__wrapped__") and "helpers" in dir(peftfast)
+"""
+    run(["-c", code], tmp_path)
+
+
 def test_attributes_of_other_libraries_stay(tmp_path):
     """`import peftfast` and `patch` change nothing in torch, transformers, peft and accelerate, and import no peft."""
     code = """
