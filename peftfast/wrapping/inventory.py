@@ -156,7 +156,7 @@ class Inventory(Listing):
             try:
                 wrapper.check_set_adapter(names)
             except ValueError as e:
-                raise ValueError(f"{key}: {e}") from None
+                raise ValueError(f"{e} (at {key!r})") from None
         if any(layer.merged for layer in self.layers.values()):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge()

@@ -514,11 +514,9 @@ def test_token_rows_that_two_adapters_train_cannot_be_active_twice():
             name, peftfast.LoraConfig(target_modules=TOKENS["target_modules"], modules_to_save=["lm_head"])
         )
     only = "Only one adapter can be set at a time for"
-    with pytest.raises(ValueError, match=f"model.embed_tokens: {only} TrainableTokensWrapper.*common"):
+    with pytest.raises(ValueError, match=f"{only} TrainableTokensWrapper.*common.*'model.embed_tokens'"):
         model.base_model.set_adapter(["default", "same"])
-    with pytest.raises(
-        ValueError, match=rf"^lm_head: {only} ModulesToSaveWrapper\(Linear\), got 2: 'head', 'other head'"
-    ):
+    with pytest.raises(ValueError, match=rf"^{only} ModulesToSaveWrapper\(Linear\), got 2: 'head', .*'lm_head'"):
         model.base_model.set_adapter(["head", "default", "other head"])
     assert model.active_adapters == ["default"]
     model.base_model.set_adapter(["default", "else"])
