@@ -135,6 +135,20 @@ def test_slices_are_those_of_one_draw(dtype, shape, monkeypatch):
         assert torch.equal(made, whole[i]) and torch.equal(again(), whole[i])
 
 
+def test_a_bias_of_the_up_factor_acts_in_training():
+    config = options(peftfast, ["m"])
+    config.lora_bias = True
+    model, x, outputs = peftfast.get_peft_model(make_base("linear", "fp32"), config).train(), make_input(), []
+    sampler, layer = copy.deepcopy(model.state_dict()), model.base_model.model.m
+    bias = torch.randn(len(layer.lora_B["default"].bias))
+    for value in (torch.zeros_like(bias), bias):
+        model.load_state_dict(sampler)
+        layer.lora_B["default"].bias.data.copy_(value)
+        torch.manual_seed(4)
+        outputs.append(copy.deepcopy(model)(x))
+    torch.testing.assert_close(outputs[1] - outputs[0], (layer.scaling["default"] * bias).expand_as(outputs[0]))
+
+
 def test_little_is_kept(monkeypatch):
     """PEFT keeps the samples of all calls ahead."""
     model = one(peftfast, buffer_size=150, r=16, num_samples=16)
