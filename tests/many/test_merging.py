@@ -131,6 +131,29 @@ def test_a_merged_weight_is_within_half_an_ulp_of_the_fp64_merge(dtype, scale):
     assert not torch.equal(weight.double(), exact)
 
 
+def test_merged_experts_are_within_half_an_ulp_of_the_fp64_merge():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 48, 64))
+
+        def forward(self, x):
+            return torch.einsum("enk,bk->ben", self.up, x)
+
+    base = nn.Sequential(Stack())
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["0.up"], init_lora_weights=False)
+    model = peftfast.get_peft_model(base, config, "one")
+    model.add_adapter("two", config)
+    (layer,) = model.base_model.inventory.layers.values()
+    exact = layer.site.weight.dense(torch.float64)
+    for adapter in layer.adapters.values():
+        a, b = (adapter[slot].detach().double() for slot in adapter.pair)
+        exact = exact + adapter.scale * layer.site.delta(a, b)
+    model.base_model.merge_adapter(["one", "two"])
+    error = (layer.site.weight.dense(torch.float64) - exact).abs()
+    assert (error / half_ulp(exact, torch.float32)).max() <= 1 + 1e-9
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrowing_rounds_once(dtype):
     from peftfast.base.dense import for_narrowing
