@@ -175,13 +175,11 @@ class BaseTunerLayer(IsCalled, HasActivation, HasScaling, GatheredAsOne, AsInPef
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; if it was active, the alphabetically first remaining one becomes active."""
-        if adapter_name not in self.adapters:
-            return
         if adapter_name in self.merged_adapters:
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
-        del self.adapters[adapter_name]
+        self.adapters.pop(adapter_name, None)
         self._initial_scaling.pop(adapter_name, None)
         self.merger.sources.pop(adapter_name, None)
         for name in (*self.adapter_layer_names, *self.other_param_names):

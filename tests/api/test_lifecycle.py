@@ -126,6 +126,32 @@ def test_several_active():
     assert pair.ours.active_adapters == ["other"]
 
 
+def test_layers_by_themselves():
+    """As libraries call them that know no model of ours."""
+    pair = Pair()
+    for name in ("other", "third", "another"):
+        pair.add(name)
+
+    def each(method, *args):
+        def call(model, library):
+            for layer in model.modules():
+                if hasattr(layer, "adapter_layer_names"):
+                    getattr(layer, method)(*args)
+
+        pair.both(call)
+        pair.check()
+
+    each("merge")
+    each("merge")
+    each("merge", False, ["default", "other"])
+    each("unmerge")
+    each("unmerge")
+    each("set_adapter", ["default", "other"])
+    each("delete_adapter", "other")
+    each("delete_adapter", "missing")
+    each("delete_adapter", "default")
+
+
 def test_two_kept_modules_cannot_be_active_at_once():
     pair = Pair(SAVED)
     pair.add("other", SAVED)
