@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
+from peftfast.errors import PeftWarning, enumerate_some
 from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
 from peftfast.method import Call, method_for
 from peftfast.ops.casts import CastStore
@@ -36,6 +38,7 @@ class IsCalled:
     router: Router | None
     _checkpointing: Any
     _casts: CastStore
+    _said_frozen: set[str]  # adapters of which was said that they are not trained
 
     def forward(
         self, *args: Any, adapter_names: Choice | None = None, alora_offsets: Offsets | None = None, **kwargs: Any
@@ -131,8 +134,23 @@ class IsCalled:
         for layer in self.inventory.own_layers():
             if routing.slots is not None or not layer._adapters.isdisjoint(routing.names):
                 raise TypeError(f"{type(layer).__name__}, a layer of one's own, does not support mixed adapter batches")
+        named = routing.slots is None and routing.host is not None  # numbers may be any of all adapters
+        if named and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._say_if_frozen(routing.names)
         with self.inventory.control.use(routing):
             yield
+
+    def _say_if_frozen(self, names: Sequence[str]) -> None:
+        """Warn, once of each, of adapters that a batch names beside others that it trains, and that get no gradient."""
+        frozen = [name for name in names if self.inventory.is_frozen(name)]
+        if len(frozen) < len(names) and not self._said_frozen.issuperset(frozen):
+            self._said_frozen.update(frozen)
+            warnings.warn(
+                f"adapter_names names {enumerate_some(frozen)} in training, whose parameters are frozen: they act, but "
+                f"learn nothing. model.set_requires_grad({frozen!r}) makes them trainable.",
+                PeftWarning,
+                stacklevel=5,
+            )
 
     def set_router(self, router: Router | Callable[[Mapping[str, Any]], Choice | None] | None) -> None:
         """Let `router` choose the adapters of every batch that comes without `adapter_names`; None: none any more."""

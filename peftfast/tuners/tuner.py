@@ -86,6 +86,7 @@ class BaseTuner(IsCalled, KeepsBeside, GatheredAsOne, nn.Module):
         self.__dict__["_checkpointing"] = checkpointing_switches(model)
         self.prefix = method_for(config).prefix
         self._casts = CastStore()
+        self._said_frozen = set()
         self.router: Router | None = None
 
     def install(self, wrapper: nn.Module) -> None:

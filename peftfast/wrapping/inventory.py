@@ -214,6 +214,11 @@ class Inventory(Listing):
                 self._places[name] = places
         return places
 
+    def is_frozen(self, name: str) -> bool:
+        """Whether an adapter of layers has no Parameter that would get a gradient."""
+        found = [parameters.get(leaf) for *_, parameters, leaf in self._places_of(name)]
+        return bool(found) and not any(p is not None and p.requires_grad for p in found)
+
     def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters without activating them."""
         names = self.check_known(names)

@@ -206,6 +206,26 @@ def test_adapters_trained_in_one_batch_get_the_gradients_they_get_alone(kind, ch
         torch.testing.assert_close(got[key], expected[key], rtol=1e-9, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
 
 
+def test_adapters_that_learn_nothing_beside_others_are_named_once():
+    model = many()
+    model.set_adapter("one")
+    batch, names = oracle.inputs(model, batch=3), ["one", "two", BASE]
+    silent = [["two", "three", BASE], model.base_model.adapter_numbers(names)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.PeftWarning)
+        oracle.logits(model.eval(), **batch, adapter_names=names)
+        model.train()
+        for choice in silent:
+            oracle.logits(model, **batch, adapter_names=choice)
+    with pytest.warns(peftfast.PeftWarning, match=r"'two' in training.*set_requires_grad\(\['two'\]\)"):
+        oracle.logits(model, **batch, adapter_names=names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.PeftWarning)
+        oracle.logits(model, **batch, adapter_names=names)
+        model.set_requires_grad(["one", "three"])
+        oracle.logits(model, **batch, adapter_names=["one", "three", BASE])
+
+
 def test_one_backward_through_two_mixes_is_refused_with_checkpointing():
     model = many()
     model.train()
