@@ -163,7 +163,7 @@ class Adapter:
         return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
     def __reduce__(self) -> tuple:
-        # `locate` runs when the layer, which is still being unpickled, first makes its plan
+        # the layer, which is still being unpickled, runs `locate` when it has everything
         return Adapter, (self.name, self.cfg, self.key, self.method, self.slots, self._layer)
 
     def __deepcopy__(self, memo: dict) -> Adapter:

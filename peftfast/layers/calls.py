@@ -110,7 +110,7 @@ class IsCalled:
             active = [self.adapters[n] for n in names if n in self.adapters and n not in inside]
         for adapter in active:
             # a compiler cannot follow this into a checkpointed block, and where a tensor hangs is known by then
-            if not (adapter._where and torch.compiler.is_compiling()):
+            if not torch.compiler.is_compiling():
                 adapter.locate()
         # methods that change the input must see it before anybody has multiplied it
         active.sort(key=lambda adapter: getattr(adapter.method, "order", 0))

@@ -76,9 +76,6 @@ class Mix:
         found = [adapters.get(name) for name in names]
         self.present = tuple([adapter is not None for adapter in found])
         self.adapters = [adapter for adapter in found if adapter is not None]
-        for adapter in self.adapters:
-            if not adapter._where:
-                adapter.locate()
         groups: dict[int, tuple[AdapterMethod, list[int]]] = {}
         for position, adapter in enumerate(self.adapters):
             groups.setdefault(id(adapter.method), (adapter.method, []))[1].append(position)
