@@ -94,6 +94,15 @@ def test_gradients_are_no_further_from_the_oracle_than_pefts(storage, init_type,
             assert (value.double() - truth[key]).norm() <= limit * truth[key].norm(), key
 
 
+def test_a_deleted_adapter_takes_its_direction_along():
+    model = adapted()
+    model.add_adapter("other", options(peftfast))
+    model.delete_adapter("default")
+    names = [name for name, _ in (*model.named_buffers(), *model.named_parameters())]
+    assert any(name.endswith("lora_velora_embed.other") for name in names)
+    assert not any("default" in name for name in names)
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_a_bias_of_the_up_factor_acts_in_training(large, request):
     if large:
