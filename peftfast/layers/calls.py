@@ -106,7 +106,7 @@ class IsCalled:
         """The active adapters that are not inside the weight already, in order, neighbours of one method together."""
         active: list[Adapter] = []
         if not self._disable_adapters:
-            names, inside = self.active_adapters, self.__dict__["merged_adapters"]
+            names, inside = self.active_adapters, self.__dict__["_merged"]
             active = [self.adapters[n] for n in names if n in self.adapters and n not in inside]
         for adapter in active:
             # a compiler cannot follow this into a checkpointed block, and where a tensor hangs is known by then

@@ -293,18 +293,18 @@ class BaseTunerLayer(IsCalled, HasActivation, HasScaling, GatheredAsOne, AsInPef
     def merged_adapters(self) -> list[str]:
         """Names of the adapters whose change is inside the base weight now, in merge order. Others write to it as well,
         by assignment or in place, once they have put the weight back themselves, or mean to leave it as it is."""
-        return MergedNames(self, self.__dict__["merged_adapters"])
+        return MergedNames(self, self.__dict__["_merged"])
 
     @merged_adapters.setter
     def merged_adapters(self, names: Sequence[str]) -> None:
-        self.__dict__["merged_adapters"] = list(names)
+        self.__dict__["_merged"] = list(names)  # torch 2.11 compiles no property that reads its own name there
         self._plan = None
         if not names:
             self.merger.forget()
 
     @property
     def merged(self) -> bool:
-        return bool(self.__dict__["merged_adapters"])
+        return bool(self.__dict__["_merged"])
 
     @property
     def merge_error(self) -> Tensor | None:

@@ -149,7 +149,7 @@ class Kasa(Lora):
     def _merged(self, adapter: Adapter) -> list[Adapter]:
         """Those of this method that are inside the weight, which has been truncated with them."""
         layer = adapter.kept
-        present = [layer["adapters"][name] for name in layer["merged_adapters"]]
+        present = [layer["adapters"][name] for name in layer["_merged"]]
         return [other for other in present if other.method is self]
 
     @staticmethod
@@ -209,7 +209,7 @@ def _components(site: Site, adapter: Adapter, weight: Tensor | None = None) -> C
     if keeper.components is not None:
         return keeper.components
     if weight is None:
-        inside = adapter.kept["merged_adapters"]
+        inside = adapter.kept["_merged"]
         if inside:
             raise RuntimeError(
                 f"Adapter {adapter.name} leaves out a part of the base weight of {adapter.key}, which contains "

@@ -43,7 +43,7 @@ class Snapshot:
             return module._disable_adapters, active
         own = module.__dict__
         scales = [id(s) if isinstance(s, Tensor) else s for s in own.get("scaling", {}).values()]
-        return own["_disable_adapters"], active, list(own["merged_adapters"]), list(own["adapters"]), scales
+        return own["_disable_adapters"], active, list(own["_merged"]), list(own["adapters"]), scales
 
     def _of(self, tensor: Tensor) -> tuple:
         if self.mixed:
