@@ -98,15 +98,22 @@ def marked_files() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files if not {*path.parents} & {*files}]
 
 
+def pytest_sessionstart(session: Any) -> None:
+    """pytest's, for which this file is a plugin. In a process that runs tests for another one there is no terminal."""
+    global _terminal
+    _terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+
+
 def pytest_runtest_logreport(report: Any) -> None:
-    """pytest's, for which this file is a plugin: it shows failures when all is over, which may be too late."""
+    """pytest shows failures when all is over, which may be too late. What is merely printed here would be captured."""
     global _failures
-    if report.failed and _failures < FAILURES and "PYTEST_XDIST_WORKER" not in os.environ:
+    if report.failed and _failures < FAILURES and _terminal is not None:
         _failures += 1
-        print(f"\n{report.nodeid}\n{str(report.longrepr)[-TRACEBACK:]}", flush=True)
+        _terminal.write_line(f"\n{report.nodeid}\n{str(report.longrepr)[-TRACEBACK:]}")
+        _terminal.flush()
 
 
-_failures = 0
+_failures, _terminal = 0, None
 
 
 class Running:
