@@ -17,6 +17,12 @@ from peftfast.autocast import is_autocasting, without_autocast
 fresh = Tensor.detach
 
 
+def fresh_if_compiled(y: Tensor) -> Tensor:
+    """An output that is no view, but may have been written to in `Function.forward`: torch 2.11, compiling, gives such
+    a tensor out twice, and the gradient of the first is zero."""
+    return fresh(y) if torch.compiler.is_compiling() else y
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a `Function.backward`: differentiating it a second time raises instead of giving zeros.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from peftfast.autocast import autocast_dtype
 from peftfast.ops.casts import compute_copy
 from peftfast.ops.composed import composed_add, composed_lora, composes
-from peftfast.ops.function import apply, fresh, gradients_of, second_order, transformed
+from peftfast.ops.function import apply, fresh, fresh_if_compiled, gradients_of, second_order, transformed
 from peftfast.ops.gate import gate_grad, gate_rows, gated
 from peftfast.ops.host_bound import host_bound_limit, host_bound_lora, is_host_bound
 from peftfast.ops.plan import Part, Plan, Way, branch_dtype, plan_of
@@ -140,7 +140,7 @@ class _LoraLinear(torch.autograd.Function):
         # the copies that live anyway are kept; others are a rank-sized cast away
         ctx.copies = (a_copy if keep_a else None, b_copy if keep_b else None)
         ctx.save_for_backward(x, t, a, b, seed, gate, *stored)
-        return y if x.dim() == 2 else fresh(y)
+        return fresh_if_compiled(y) if x.dim() == 2 else fresh(y)
 
     @staticmethod
     @second_order(_linear_again)

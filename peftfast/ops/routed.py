@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftfast.autocast import autocast_dtype
-from peftfast.ops.function import first_order
+from peftfast.ops.function import first_order, fresh_if_compiled
 from peftfast.ops.plan import branch_dtype
 from peftfast_kernels.lora_routed import Route, make_route, routed_add, routed_down, routed_down_grad, routed_up_grad
 
@@ -54,7 +54,7 @@ class _RoutedAdd(torch.autograd.Function):
         if unknown is not None:
             t = t.masked_fill(unknown, float("nan"))
         ctx.save_for_backward(x, t, a, b, scales, *route)
-        return routed_add(y, t, *route, narrow_b, scales)
+        return fresh_if_compiled(routed_add(y, t, *route, narrow_b, scales))
 
     @staticmethod
     @first_order

@@ -374,6 +374,7 @@ def _check_sites(
             )
         try:
             site = site_of(module, classes.get(key))
+            site.weight.name = key  # as refusals call it
             settings = method.settings(site, cfg, key)
             method.slots(site, cfg, settings)
             if check_init is not None and site.weight.device.type != "meta":
