@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from importlib.metadata import version
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,15 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # before anything imports triton: tests/kernels runs kernels in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure():
+    """Triton 3.6 turns arrays of one element into numbers, which NumPy ended: hundreds of tests would say no more."""
+    if torch.cuda.is_available():
+        return
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        raise pytest.UsageError("the interpreter of Triton 3.6 needs NumPy below 2.4: pip install 'numpy<2.4'")
 
 
 @pytest.hookimpl(trylast=True)
