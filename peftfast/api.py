@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, require_config
 from peftfast.errors import PeftWarning, close_matches
+from peftfast.files.beside import room_for
 from peftfast.files.fit import fit_state_dict
 from peftfast.files.io import needs_embedding_layers
 from peftfast.files.state import adapter_state_dict
@@ -246,9 +247,10 @@ def set_peft_model_state_dict(
                 f"peft_model_state_dict must be a dict of tensors by name; {key!r} is {type(value).__name__}"
             )
     cfg = _config(model, adapter_name)
-    fit = fit_state_dict(model, cfg, peft_model_state_dict, adapter_name, finite=strict != "off")
-    # names that do not fit are returned to the caller, as PEFT does, instead of warned about
-    fit.check(strict, ignore_mismatched_sizes, only_tensors=strict is False)
+    with room_for(getattr(model, "_tuner", None), adapter_name, peft_model_state_dict):
+        fit = fit_state_dict(model, cfg, peft_model_state_dict, adapter_name, finite=strict != "off")
+        # names that do not fit are returned to the caller, as PEFT does, instead of warned about
+        fit.check(strict, ignore_mismatched_sizes, only_tensors=strict is False)
     fit.fill_gaps(model, empty=False)
     fit.apply(model, assign=low_cpu_mem_usage)
     return fit.incompatible_keys()

@@ -13,6 +13,7 @@ from torch import nn
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning
 from peftfast.files.activation import Activation, adapters_in, read_activation, write_activation
+from peftfast.files.beside import room_for
 from peftfast.files.card import write_card
 from peftfast.files.convert_init import as_plain_lora, warn_beside_others
 from peftfast.files.fingerprint import fingerprint
@@ -284,15 +285,10 @@ class HasFiles:
     ) -> Fit:
         cfg, tensors = self.peft_config[adapter_name], stored.tensors
         self._tuner.inventory.check_not_merged(adapter_name, "load weights into")
-        undo = self._tuner.before_load(adapter_name, tensors)
-        try:
+        with room_for(self._tuner, adapter_name, tensors):
             fit = fit_state_dict(self, cfg, tensors, adapter_name, finite=strict != "off")
             judge(fit, stored.config, self.get_base_model(), stored.metadata, stored.changes)
             fit.check(strict, ignore_mismatched_sizes)
-        except BaseException:
-            if undo is not None:
-                undo()
-            raise
         fit.fill_gaps(self, empty=new, everywhere=new and repeats_init(cfg))
         fit.apply(self)
         return fit

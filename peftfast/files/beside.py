@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -20,3 +21,15 @@ class KeepsBeside:
 
     def save_beside(self, adapter_name: str, folder: str | os.PathLike) -> None:
         """Called when an adapter has been written to a folder."""
+
+
+@contextmanager
+def room_for(keeper: object, adapter_name: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, an adapter that `keeper` manages has room for tensors that are compared with it; an error undoes it."""
+    undo = keeper.before_load(adapter_name, tensors) if isinstance(keeper, KeepsBeside) else None
+    try:
+        yield
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise

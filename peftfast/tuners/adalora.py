@@ -267,7 +267,7 @@ class AdaLoraModel(PeftSteps, BaseTuner):
         ranks = {}
         for key, tensor in tensors.items():
             owner, _, slot = key.rpartition(".")
-            if slot == VALUES and tensor.dim() == 2:
+            if slot == VALUES and tensor.dim() == 2 and {f"{owner}.lora_A", f"{owner}.lora_B"} <= tensors.keys():
                 ranks[in_base(owner)] = len(tensor)
         changed = False
         for adapter in adapters:

@@ -437,21 +437,25 @@ def test_resuming_gives_the_run_that_was_not_interrupted(tmp_path, stop, existin
     assert final == other
 
 
+@pytest.mark.parametrize("how", ["load_adapter", "state dict"])
 @pytest.mark.parametrize("shrink", [True, False])
-def test_going_back_to_a_file_of_before_the_pruning(tmp_path, shrink):
+def test_going_back_to_a_file_of_before_the_pruning(tmp_path, shrink, how):
     """As `load_best_model_at_end` does: what is saved then is what was loaded."""
     _, ours = pair()
     ours.base_model.shrink_after_final = shrink
     train(ours, 6)
     ours.save_pretrained(tmp_path / "early")
     train(ours, 8, first=7)
-    ours.load_adapter(tmp_path / "early", "default")
+    if how == "load_adapter":
+        ours.load_adapter(tmp_path / "early", "default")
+    else:
+        peftfast.set_peft_model_state_dict(ours, load_file(tmp_path / "early" / "adapter_model.safetensors"))
     ours.save_pretrained(tmp_path / "again")
     early, again = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("early", "again"))
     torch.testing.assert_close(again, early, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("refused", ["broken values", "more ranks"])
+@pytest.mark.parametrize("refused", ["broken values", "more ranks", "a factor is missing"])
 def test_a_file_of_other_ranks_that_is_refused_changes_nothing(tmp_path, refused):
     _, ours = pair()
     _, first = pair(init_r=8 if refused == "more ranks" else 5)
@@ -461,6 +465,10 @@ def test_a_file_of_other_ranks_that_is_refused_changes_nothing(tmp_path, refused
         name, parameter = next((n, p) for n, p in first.named_parameters() if "lora_A" in n and len(p))
         parameter.data.fill_(torch.nan)
     first.save_pretrained(tmp_path)
+    if refused == "a factor is missing":
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        del tensors[next(name for name in tensors if "lora_A" in name)]
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
     train(ours, 5)
     other = copy.deepcopy(ours)
     with pytest.raises(peftfast.AdapterLoadError, match="nothing was changed"):
