@@ -52,6 +52,23 @@ def _update(size: Size) -> Question:
     return Question(f"addmm_ of rank {size.r}: bandwidth", size, make, 2.0 * size.m * size.n * size.r, moved)
 
 
+def _order(size: Size) -> Question:
+    """Whether cuBLAS hides reading y where it adds the big product to the adapter's, which is how peftfast goes."""
+
+    def make(device: str) -> Calls:
+        t = Maker(size, device)
+        x, w = t.normal(size.m, size.k), t.normal(size.n, size.k)
+        h, b = t.normal(size.m, size.r), t.normal(size.r, size.n)
+        return {
+            "adapter first": lambda: torch.mm(h, b).addmm_(x, w.t()),
+            "adapter last": lambda: torch.mm(x, w.t()).addmm_(h, b),
+            "cuBLAS alone": lambda: torch.mm(x, w.t()),
+        }
+
+    flops = 2.0 * size.m * size.n * (size.k + size.r)
+    return Question("adapter before or after the big product", size, make, flops)
+
+
 def _skinny(size: Size) -> Question:
     def make(device: str) -> Calls:
         kwargs = arguments("lora_down", size, device)
@@ -148,12 +165,12 @@ def all_questions(dry: bool) -> list[Question]:
     if dry:
         small = Size(24, 48, 64, 4)
         quantised = small._replace(format="nf4")
-        dense = [_padded, _update, _skinny, _fused, _back, _gradients]
+        dense = [_padded, _update, _order, _skinny, _fused, _back, _gradients]
         return [*(ask(small) for ask in dense), _decode(quantised), _fused(quantised)]
     q, gate = Size(8192, 4096, 4096), Size(8192, 14336, 4096)
     nf4 = q._replace(format="nf4")
     return [
-        _padded(q), _padded(gate), _update(q), _skinny(q), _skinny(q._replace(r=48)), _skinny(q._replace(dropout=0.1)),
+        _padded(q), _padded(gate), _update(q), _order(q), _order(gate), _skinny(q), _skinny(q._replace(r=48)), _skinny(q._replace(dropout=0.1)),
         _fused(q), _fused(gate), _decode(nf4), *(_fused(nf4._replace(m=m)) for m in (16, 64, 128, 256, 512, 2048)),
         _back(q), _back(gate), _gradients(q), _gradients(gate), _gradients(q._replace(dropout=0.1)),
     ]  # fmt: skip

@@ -5,12 +5,12 @@ that ``PEFTFAST_TABLES`` names: per op, storage format, dtype and dropout the po
 call takes the choice of the nearest point, by the ratios of its sizes; a chip without a table takes that of its nearest
 relative. Nothing is timed while a user's program runs.
 
-Choices: ``"triton"``; ``"torch"`` (cuBLAS and in-place ``addmm_``); ``"split"``, torch's product and one Triton pass
-for a masked update.
+Choices: ``"triton"``; ``"torch"`` (cuBLAS, the big product added to the small one); ``"split"``, the small product and
+its mask in one Triton pass, and torch's big one added to it.
 
 Without a table the skinny ops (one dimension is the rank), which are bound by memory, run in Triton. A big product is
 fused up to the number of rows in `FUSED_ROWS`. 0 means never: an unspecialised Triton product has to reach about 0.95
-of cuBLAS before saving one pass over y pays, and no measurement shows that yet. With few rows and a 4-bit weight it is
+of cuBLAS before saving a pass over y pays, and no measurement shows that yet. With few rows and a 4-bit weight it is
 fused by prediction, not by measurement: half a byte a weight is read where the other way moves four and a half, which
 by the kernel's instructions a weight (`tools/aot.py`) is 1.1 to 3 times as fast on an H100, and is one launch instead
 of three. With more than 128 rows the products take as long as what is saved.

@@ -3,9 +3,11 @@
 Shapes: x [M, K], W [N, K] in any storage (`Operand`), bias [N], t = drop(x) aᵀ [M, R], b [N, R], y [M, N];
 dy [M, N], p = s dy b [M, R], a [R, K], dx [M, K]. drop'(v) = keep_mask * v / (1 - p), the transpose of dropout.
 
-Fused: base product, bias, adapter and dropout share one fp32 accumulator and one rounding. The plain-torch path adds
-the adapter in place (``addmm_``), so that no [M, N] temporary appears. *Wide* means fp32 factors with half-precision
-activations: t and b are then never rounded, the fp32 update is added in one pass by a kernel, by torch in chunks.
+Fused: base product, bias, adapter and dropout share one fp32 accumulator and one rounding. Elsewhere the adapter comes
+first and cuBLAS adds the big product to it, reading what is there while it multiplies (beta = 1): a pass over y less
+than adding a rank-sized product to a big one. *Wide* means fp32 factors with half-precision activations: t and b are
+never rounded then, and neither is their product before it is added, so that one comes last, in one pass by a kernel, in
+chunks by torch.
 """
 
 import torch
@@ -17,6 +19,9 @@ from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, small
 from peftfast_kernels.lora_down import WIDE_CHUNK, lora_cases, make_inputs, make_seed
 from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks, transposed, zero_like
 
+#: Rows below which a CPU's product adds its terms to y one by one, each with a rounding as large as y.
+_FEW_ROWS = 4
+
 
 def base_product(x: Tensor, w: Operand, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias [M, N], by torch."""
@@ -24,23 +29,62 @@ def base_product(x: Tensor, w: Operand, bias: Tensor | None) -> Tensor:
     return torch.mm(x, wt) if bias is None else torch.addmm(bias.to(x.dtype), x, wt)
 
 
-def add_update_(y: Tensor, t: Tensor, bt: Tensor, scale: float) -> Tensor:
-    """y += scale * t bt, in place; t [M, R], bt [R, N]."""
-    if t.dtype == y.dtype:
-        return y.addmm_(t, bt, alpha=scale)
-    for rows in row_chunks(y.shape[0], y.shape[1], WIDE_CHUNK, y.device):
+def input_product(dy: Tensor, w: Operand) -> Tensor:
+    """dy W [M, K], by torch."""
+    return torch.mm(dy, weight_nk(w, dy.dtype))
+
+
+def add_product_(y: Tensor, x: Tensor, w: Operand) -> Tensor:
+    """y += x Wᵀ, in place, by torch."""
+    return _add_product_(y, x, weight_kn(w, x.dtype))
+
+
+def add_input_product_(dx: Tensor, dy: Tensor, w: Operand) -> Tensor:
+    """dx += dy W, in place, by torch."""
+    return _add_product_(dx, dy, weight_nk(w, dy.dtype))
+
+
+def _add_product_(y: Tensor, x: Tensor, wt: Tensor) -> Tensor:
+    if y.is_cpu and y.shape[0] < _FEW_ROWS:
+        return y.add_(torch.mm(x, wt))
+    return y.addmm_(x, wt)
+
+
+def update(t: Tensor, bt: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """scale * t bt + bias [M, N], by torch; t [M, R], bt [R, N]."""
+    if bias is None:
+        return torch.addmm(zero_like(t), t, bt, beta=0, alpha=scale)
+    return torch.addmm(bias.to(t.dtype), t, bt, alpha=scale)
+
+
+def masked_update(p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
+    """keep_mask * (p a) / (1 - prob) [M, K], by torch; p [M, R], a [R, K]."""
+    scale, zero, shape = keep_scale(prob), zero_like(p), (p.shape[0], a.shape[1])
+    if not prob or threshold(prob) == 0:
+        return update(p, a, None, scale)
+    keep = small_keep(*shape, seed, prob, p.dtype)
+    if keep is not None:
+        return torch.addmm(zero, p, a, beta=0, alpha=scale).mul_(keep)
+    y = torch.empty(shape, dtype=p.dtype, device=p.device)
+    for rows, dropped in masked_rows(*shape, seed, prob):
+        torch.addmm(zero, p[rows], a, beta=0, alpha=scale, out=y[rows]).masked_fill_(dropped, 0)
+    return y
+
+
+def add_wide_update_(y: Tensor, t: Tensor, bt: Tensor, scale: float) -> Tensor:
+    """y += scale * t bt, in place; t [M, R] and bt [R, N] are wider than y."""
+    for rows in row_chunks(*y.shape, WIDE_CHUNK, y.device):
         # Mixed-precision add: computed in fp32, rounded to y's dtype once.
         y[rows].add_(torch.mm(t[rows], bt), alpha=scale)
     return y
 
 
-def add_masked_update_(y: Tensor, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
-    """y += keep_mask * (p a) / (1 - prob), in place; p [M, R], a [R, K]."""
+def add_wide_masked_update_(y: Tensor, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
+    """y += keep_mask * (p a) / (1 - prob), in place; p [M, R] and a [R, K] are wider than y."""
     scale, zero = keep_scale(prob), zero_like(p)
-    keep = small_keep(*y.shape, seed, prob, p.dtype) if y.dtype == p.dtype else None
-    if keep is not None:
-        return y.addcmul_(torch.mm(p, a), keep, value=scale)
-    for rows, dropped in masked_rows(y.shape[0], y.shape[1], seed, prob):
+    if not prob or threshold(prob) == 0:
+        return add_wide_update_(y, p, a, scale)
+    for rows, dropped in masked_rows(*y.shape, seed, prob):
         y[rows].add_(torch.addmm(zero, p[rows], a, beta=0, alpha=scale).masked_fill_(dropped, 0))
     return y
 
@@ -107,7 +151,10 @@ def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, 
 
     x [M, K], w an operand [N, K], bias [N] or None, t [M, R] and b [N, R] in x's dtype or both in fp32.
     """
-    return add_update_(base_product(x, w, bias), t, transposed(b), scale)
+    bt = transposed(b)
+    if t.dtype == x.dtype:
+        return add_product_(update(t, bt, bias, scale), x, w)
+    return add_wide_update_(base_product(x, w, bias), t, bt, scale)
 
 
 # -- dx = dy W + drop'(p a) --------------------------------------------------------------------------------------------
@@ -150,10 +197,9 @@ def lora_gemm_t(dy: Tensor, w: Operand, p: Tensor, a: Tensor, seed: Tensor | Non
     dy [M, N], w an operand [N, K], p [M, R] and a [R, K] in dy's dtype or both in fp32. ``seed`` may be None where
     ``prob`` is 0; raises ``ValueError`` where it is missing.
     """
-    dx = torch.mm(dy, weight_nk(w, dy.dtype))
-    if not prob or threshold(prob) == 0:
-        return add_update_(dx, p, a, 1.0)
-    return add_masked_update_(dx, p, a, seed, prob)
+    if p.dtype == dy.dtype:
+        return add_input_product_(masked_update(p, a, seed, prob), dy, w)
+    return add_wide_masked_update_(input_product(dy, w), p, a, seed, prob)
 
 
 # -- the adapter alone, for a base layer that was called as a module --------------------------------------------------
@@ -188,7 +234,8 @@ def lora_add(y: Tensor, t: Tensor, b: Tensor, scale: float) -> Tensor:
     """Returns y + scale t bᵀ in y's dtype, out of place; y [M, N], t [M, R], b [N, R] in y's dtype or both fp32."""
     if t.dtype == y.dtype:
         return torch.addmm(y, t, transposed(b), alpha=scale)
-    return add_update_(torch.empty(y.shape, dtype=y.dtype, device=y.device).copy_(y), t, transposed(b), scale)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device).copy_(y)
+    return add_wide_update_(out, t, transposed(b), scale)
 
 
 def _dx_reference(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torch.dtype) -> Tensor:
@@ -217,7 +264,7 @@ def _dx_cost(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torc
 )
 def lora_dx(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torch.dtype) -> Tensor:
     """Returns keep_mask * (p a) / (1 - prob) [M, K] in ``dtype``, for p [M, R] and a [R, K]."""
-    if threshold(prob) == 0 and p.dtype == dtype:
-        return torch.mm(p, a)
+    if p.dtype == dtype:
+        return masked_update(p, a, seed, prob)
     dx = torch.zeros(p.shape[0], a.shape[1], dtype=dtype, device=p.device)
-    return add_update_(dx, p, a, 1.0) if threshold(prob) == 0 else add_masked_update_(dx, p, a, seed, prob)
+    return add_wide_masked_update_(dx, p, a, seed, prob)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from peftfast_kernels import dispatch
 from peftfast_kernels.configs import PROGRAMS, TALL_DECODE, Tile, cdiv, chip_of, dot_precision, rank_tile, tile
-from peftfast_kernels.decode import Operand, weight_nk
+from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.lora_gemm import base_product
+from peftfast_kernels.lora_gemm import add_input_product_, base_product, input_product
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import grouped_order, keep_tile, narrow, operand, owner, padded, pick, row_keys, total
 from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, NO_MATRIX, Variant
@@ -342,7 +342,7 @@ def _turned(b: Tensor) -> tuple[int, int]:
 
 
 def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
-    """One launch; where the table prefers cuBLAS: its product, and one pass for the update."""
+    """One launch; where the table prefers cuBLAS: its product, and one pass for the wide update."""
     if dispatch.fuses("lora_gemm", x, w, bias, t, b, scale):
         return _gemm(x, w, bias, t, b, _turned(b), scale, None, 0.0, transposed=False)
     y = base_product(x, w, bias)
@@ -350,12 +350,14 @@ def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, 
 
 
 def lora_gemm_t(dy: Tensor, w: Operand, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
-    """Launches the same kernel transposed, or, where the table prefers cuBLAS, its product and one masked pass."""
-    scale = keep_scale(prob)
+    """Launches the same kernel transposed; where the table prefers cuBLAS: one masked pass and its product, or, where
+    the update is wide, its product and one masked pass."""
     if dispatch.fuses("lora_gemm_t", dy, w, p, a, seed, prob):
-        return _gemm(dy, w, None, p, a, a.stride(), scale, seed, prob, transposed=True)
-    dx = torch.mm(dy, weight_nk(w, dy.dtype))
-    return _expand(dx, p, a, a.stride(), scale, seed, prob, out=dx)
+        return _gemm(dy, w, None, p, a, a.stride(), keep_scale(prob), seed, prob, transposed=True)
+    if p.dtype == dy.dtype:
+        return add_input_product_(lora_dx(p, a, seed, prob, dy.dtype), dy, w)
+    dx = input_product(dy, w)
+    return _expand(dx, p, a, a.stride(), keep_scale(prob), seed, prob, out=dx)
 
 
 def lora_add(y: Tensor, t: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -421,8 +423,9 @@ def variants(chip: str):
     config = tile("expand", chip)
     for add, drop, factors in (
         (True, False, "bf16"),
-        (True, True, "bf16"),
+        (False, True, "bf16"),
         (True, False, "fp32"),
+        (True, True, "fp32"),
         (False, True, "fp32"),
     ):
         yield Variant(
@@ -444,5 +447,5 @@ def variants(chip: str):
             warps=config.warps,
             stages=config.stages,
             matrix=ANY_MATRIX,
-            quick=add and drop,
+            quick=drop,
         )

@@ -2,16 +2,24 @@
 
 As in siblings.py, with W_i [N_i, K], bias_i [N_i] and y_i [M, N_i]. Forward, the tiles of all outputs are one grid;
 backward, dx is summed over the siblings in one accumulator instead of in memory. Where cuBLAS is faster
-(`dispatch.fuses_together`), the products are its own and one pass adds all updates.
+(`dispatch.fuses_together`), one pass makes all updates and it adds the products to them, or the other way round where
+updates are wide, as in lora_gemm.py.
 """
 
 import torch
 from torch import Tensor
 
-from peftfast_kernels.decode import Operand, random_operand, weight_nk
-from peftfast_kernels.keep_mask import threshold
+from peftfast_kernels.decode import Operand, random_operand
 from peftfast_kernels.lora_down import make_inputs
-from peftfast_kernels.lora_gemm import add_masked_update_, add_update_, lora_gemm, lora_gemm_t
+from peftfast_kernels.lora_gemm import (
+    add_input_product_,
+    add_wide_masked_update_,
+    input_product,
+    lora_gemm,
+    lora_gemm_t,
+    masked_update,
+    update,
+)
 from peftfast_kernels.op import Case, Cost, op
 from peftfast_kernels.siblings import drops, make_factors, make_seeds, siblings_cases, summed
 
@@ -96,12 +104,16 @@ def _gemm_t_cost(
     return Cost(flops, moved - again)
 
 
+def add_input_products_(dx: Tensor, dys: list[Tensor], w: list[Operand]) -> Tensor:
+    """dx += Σ dy_i W_i, in place, by torch."""
+    for dy, one in zip(dys, w, strict=True):
+        add_input_product_(dx, dy, one)
+    return dx
+
+
 def input_products(dys: list[Tensor], w: list[Operand]) -> Tensor:
     """Σ dy_i W_i [M, K], by torch, summed where it is computed."""
-    dx = torch.mm(dys[0], weight_nk(w[0], dys[0].dtype))
-    for dy, one in zip(dys[1:], w[1:], strict=True):
-        dx.addmm_(dy, weight_nk(one, dx.dtype))
-    return dx
+    return add_input_products_(input_product(dys[0], w[0]), dys[1:], w[1:])
 
 
 @op(
@@ -119,9 +131,15 @@ def siblings_gemm_t(
     """Returns dx [M, K] in dy's dtype, the sum of what `lora_gemm_t` gives for each."""
     if len(w) == 1:
         return lora_gemm_t(dys[0], w[0], p[0], a[0], seeds[0], probs[0])
-    dx = input_products(dys, w)
+    if p[0].dtype != dys[0].dtype:
+        dx = input_products(dys, w)
+        for own in zip(p, a, seeds, probs, strict=True):
+            add_wide_masked_update_(dx, *own)
+        return dx
     if not drops(probs):
-        return add_update_(dx, torch.cat(p, dim=1), torch.cat(a), 1.0)
-    for pi, ai, seed, prob in zip(p, a, seeds, probs, strict=True):
-        add_masked_update_(dx, pi, ai, seed, prob) if threshold(prob) else add_update_(dx, pi, ai, 1.0)
-    return dx
+        return add_input_products_(update(torch.cat(p, dim=1), torch.cat(a), None, 1.0), dys, w)
+    first, *others = zip(p, a, seeds, probs, strict=True)
+    dx = masked_update(*first)
+    for own in others:
+        dx += masked_update(*own)
+    return add_input_products_(dx, dys, w)

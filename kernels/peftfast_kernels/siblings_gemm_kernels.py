@@ -15,7 +15,7 @@ from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, expand_
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.lora_gemm import base_product
+from peftfast_kernels.lora_gemm import add_product_, base_product
 from peftfast_kernels.lora_gemm_kernels import (
     adapter_tile,
     contract,
@@ -27,7 +27,7 @@ from peftfast_kernels.lora_gemm_kernels import (
 )
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.siblings import drops
-from peftfast_kernels.siblings_gemm import input_products
+from peftfast_kernels.siblings_gemm import add_input_products_, input_products
 from peftfast_kernels.siblings_kernels import contiguous, keep_scales, masks, row_major, seeds_or
 from peftfast_kernels.tiles import grouped_order, narrow, owner, pick, tile_counts, total
 from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, Variant
@@ -90,10 +90,15 @@ def siblings_gemm_t_kernel(
 
 @triton.jit
 def siblings_expand_kernel(
-    y_ptrs, t_ptrs, b_ptrs, M, NS, RS, strides_tm, scales,
-    BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
+    y_ptrs, t_ptrs, b_ptrs, bias_ptrs, M, NS, RS, LS, strides_tm, scales,
+    ADD: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j) adds scale * t bᵀ to BM rows and BO columns of one y, in place; see `siblings_gemm_kernel`."""
+    """Program (i, j) computes BM rows and BO columns of one y = scale * t bᵀ + bias, or, where ADD, adds scale * t bᵀ
+    to what is there; see `siblings_gemm_kernel`.
+
+    bias_ptrs: [L_i], where L_i is N_i, or 0 without a bias.
+    """
     which, first = owner(tl.program_id(1), tile_counts(NS, BO))
     O, R = pick(NS, which), pick(RS, which)
     y_ptr = pick(y_ptrs, which)
@@ -103,16 +108,20 @@ def siblings_expand_kernel(
         pick(t_ptrs, which), pick(b_ptrs, which), y_ptr, rows, cols, M, O, R, pick(strides_tm, which), 1, 1, R,
         pick(scales, which), 0, False, BM, BO, BR, PRECISION, INTERP,
     )  # fmt: skip
-    expand_tile(acc, y_ptr, y_ptr, rows, cols, M, O, O, 1, True, INTERP)
+    if not ADD:
+        bias = tl.load(pick(bias_ptrs, which) + cols, mask=cols < pick(LS, which), other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    expand_tile(acc, y_ptr, y_ptr, rows, cols, M, O, O, 1, ADD, INTERP)
 
 
 @triton.jit
 def siblings_expand_t_kernel(
     dx_ptr, p_ptrs, a_ptrs, seed_ptrs, M, K, RS, strides_pm, scales, thresholds,
-    DROP: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
-    INTERP: tl.constexpr,
+    ADD: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j) adds the sum of all scale * mask(p a) to BM rows and BO columns of dx, in place."""
+    """Program (i, j) computes the sum of all scale * mask(p a) for BM rows and BO columns of dx, and adds it to what is
+    there where ADD."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BO + tl.arange(0, BO)
     acc = tl.zeros((BM, BO), tl.float32)
@@ -121,7 +130,7 @@ def siblings_expand_t_kernel(
             p_ptrs[i], a_ptrs[i], seed_ptrs[i], rows, cols, M, K, RS[i], strides_pm[i], 1, K, 1, scales[i],
             thresholds[i], DROP, BM, BO, BR, PRECISION, INTERP,
         )  # fmt: skip
-    expand_tile(acc, dx_ptr, dx_ptr, rows, cols, M, K, K, 1, True, INTERP)
+    expand_tile(acc, dx_ptr, dx_ptr, rows, cols, M, K, K, 1, ADD, INTERP)
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------------
@@ -157,8 +166,8 @@ def _masked_rows(config: Tile) -> int:
 
 @planned
 def _expand_plan(
-    chip: str, m: int, widths: tuple[int, ...], ranks: tuple[int, ...], t_strides: tuple[int, ...], precision: str,
-    scales: tuple[float, ...],
+    chip: str, m: int, widths: tuple[int, ...], biases: tuple[int, ...], ranks: tuple[int, ...],
+    t_strides: tuple[int, ...], precision: str, scales: tuple[float, ...], add: bool,
 ) -> Launch:  # fmt: skip
     """A 2D grid (row tiles, column tiles of every y)."""
     config = tile("expand", chip)
@@ -168,8 +177,10 @@ def _expand_plan(
         M=m,
         NS=widths,
         RS=ranks,
+        LS=biases,
         strides_tm=t_strides,
         scales=tuple(map(float, scales)),
+        ADD=add,
         BM=config.BM,
         BO=config.BN,
         BR=expand_ranks(max(ranks), config, precision),
@@ -216,34 +227,37 @@ def _gemm_plan(
 def siblings_gemm(
     x: Tensor, w: list[Operand], bias: list[Tensor | None], t: list[Tensor], b: list[Tensor], scales: list[float]
 ) -> list[Tensor]:
-    """One launch over the tiles of all outputs; where one of them prefers cuBLAS or reads otherwise: their products by
-    cuBLAS, and one pass for all updates."""
+    """One launch over the tiles of all outputs; where one of them prefers cuBLAS or reads otherwise: one pass for all
+    updates and biases, and their products by cuBLAS, or, where updates are wide, the products and one pass."""
     chip, m, dtype = chip_of(x.device), x.shape[0], x.dtype
-    biased = {one is not None for one in bias}
+    biases = tuple([0 if one is None else one.shape[0] for one in bias])
+    biased = any(biases)
     alike = None
-    if len(biased) == 1:
+    if biased == all(biases):
         members = [(x, *own) for own in zip(w, bias, t, b, scales, strict=True)]
         if dispatch.fuses_together("siblings_gemm", (x, w, bias, t, b, scales), "lora_gemm", members):
             alike = _stored_alike(w)
     ranks = tuple([one.shape[1] for one in t])
     t_rows, t_strides = row_major(t)
     precision = dot_precision(chip, dtype, t[0].dtype)
-    if alike is None:
+    wide = t[0].dtype != dtype
+    if alike is None and wide:
         ys = [base_product(x, *own) for own in zip(w, bias, strict=True)]
-        if m:
-            widths = tuple([y.shape[1] for y in ys])
-            launch = _expand_plan(chip, m, widths, ranks, t_strides, precision, tuple(scales))
-            launch(tuple(ys), t_rows, contiguous(b))
+    else:
+        ys = [torch.empty(m, one.shape[0], dtype=dtype, device=x.device) for one in w]
+    if not m:
         return ys
+    vectors = tuple([x if one is None else one.to(dtype).contiguous() for one in bias])
+    if alike is None:
+        widths = tuple([one.shape[0] for one in w])
+        launch = _expand_plan(chip, m, widths, biases, ranks, t_strides, precision, tuple(scales), wide)
+        launch(tuple(ys), t_rows, contiguous(b), vectors)
+        return ys if wide else [add_product_(y, x, one) for y, one in zip(ys, w, strict=True)]
     kinds, pointers = alike
-    ys = [torch.empty(m, one.shape[0], dtype=dtype, device=x.device) for one in w]
-    if m:
-        launch = _gemm_plan(
-            chip, m, kinds, ranks, x.stride(), t_strides, dtype is torch.float32, precision, True in biased,
-            tuple(scales),
-        )  # fmt: skip
-        biases = tuple([x if one is None else one.contiguous() for one in bias])
-        launch(x, *pointers, biases, t_rows, contiguous(b), tuple(ys))
+    launch = _gemm_plan(
+        chip, m, kinds, ranks, x.stride(), t_strides, dtype is torch.float32, precision, biased, tuple(scales)
+    )
+    launch(x, *pointers, vectors, t_rows, contiguous(b), tuple(ys))
     return ys
 
 
@@ -280,7 +294,7 @@ def _gemm_t_plan(
 @planned
 def _expand_t_plan(
     chip: str, m: int, k: int, ranks: tuple[int, ...], p_strides: tuple[int, ...], precision: str,
-    probs: tuple[float, ...],
+    probs: tuple[float, ...], add: bool,
 ) -> Launch:  # fmt: skip
     """A 2D grid over the tiles of dx."""
     config = tile("expand", chip)
@@ -293,6 +307,7 @@ def _expand_t_plan(
         RS=ranks,
         strides_pm=p_strides,
         scales=keep_scales(probs),
+        ADD=add,
         **masks(probs),
         BM=bm,
         BO=config.BN,
@@ -309,7 +324,8 @@ def siblings_gemm_t(
     probs: list[float],
 ) -> Tensor:  # fmt: skip
     """One launch, and with dropout a second one for the masked updates: a masked tile beside the accumulator would not
-    fit into registers. Where one product prefers cuBLAS or is read otherwise: all by cuBLAS, and that second one."""
+    fit into registers. Where one product prefers cuBLAS or is read otherwise: the updates, and all products added to
+    them by cuBLAS, or the other way round where updates are wide."""
     first = dys[0]
     m, dtype, chip = first.shape[0], first.dtype, chip_of(first.device)
     args = (dys, w, p, a, seeds, probs)
@@ -318,7 +334,11 @@ def siblings_gemm_t(
     if dispatch.fuses_together("siblings_gemm_t", args, "lora_gemm_t", members):
         alike = _stored_alike(w)
     k, seed_pointers = w[0].shape[1], seeds_or(seeds, probs, first)
-    dx = input_products(dys, w) if alike is None else torch.empty(m, k, dtype=dtype, device=first.device)
+    wide = p[0].dtype != dtype
+    if alike is None and wide:
+        dx = input_products(dys, w)
+    else:
+        dx = torch.empty(m, k, dtype=dtype, device=first.device)
     if m == 0:
         return dx
     ranks, dropping = tuple([one.shape[1] for one in p]), drops(probs)
@@ -332,8 +352,10 @@ def siblings_gemm_t(
         )  # fmt: skip
         launch(dy_rows, *pointers, p_rows, factors, dx)
     if alike is None or dropping:
-        launch = _expand_t_plan(chip, m, k, ranks, p_strides, precision, tuple(probs))
+        launch = _expand_t_plan(chip, m, k, ranks, p_strides, precision, tuple(probs), wide or alike is not None)
         launch(dx, p_rows, factors, seed_pointers)
+    if alike is None and not wide:
+        add_input_products_(dx, dys, w)
     return dx
 
 
@@ -394,9 +416,9 @@ def variants(chip: str):
         yield Variant(
             name=f"siblings_expand{name}",
             kernel=siblings_expand_kernel,
-            pointers={"y_ptrs": "bf16", "t_ptrs": factors, "b_ptrs": factors},
-            tuples=("y_ptrs", "t_ptrs", "b_ptrs", "NS", "RS", "strides_tm", "scales"),
-            constexprs=sizes,
+            pointers={"y_ptrs": "bf16", "t_ptrs": factors, "b_ptrs": factors, "bias_ptrs": "bf16"},
+            tuples=("y_ptrs", "t_ptrs", "b_ptrs", "bias_ptrs", "NS", "RS", "LS", "strides_tm", "scales"),
+            constexprs={**sizes, "ADD": factors == "fp32"},
             **options,
         )
         yield Variant(
@@ -404,6 +426,6 @@ def variants(chip: str):
             kernel=siblings_expand_t_kernel,
             pointers={"dx_ptr": "bf16", "p_ptrs": factors, "a_ptrs": factors, "seed_ptrs": "i64"},
             tuples=("p_ptrs", "a_ptrs", "seed_ptrs", "RS", "strides_pm", "scales", "thresholds"),
-            constexprs={**sizes, "BM": _masked_rows(config), "DROP": True},
+            constexprs={**sizes, "BM": _masked_rows(config), "ADD": True, "DROP": True},
             **options,
         )

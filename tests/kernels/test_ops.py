@@ -140,12 +140,17 @@ def test_cost_counts_work(name, device):
             assert cost.bytes > 0 or kwargs.get("rows") == 0
 
 
-WIDE_PRODUCTS = [(name, case) for name, case in CASES if name in ("lora_gemm", "lora_gemm_t") and "-wide" in case.id]
+BESIDE_CUBLAS = [
+    (name, case)
+    for name, case in CASES
+    if name == "lora_gemm" and "-wide" in case.id
+    or name == "lora_gemm_t" and ("-wide" in case.id or "-p0.0-" not in case.id)
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "case"), WIDE_PRODUCTS, ids=[f"{name}-{case.id}" for name, case in WIDE_PRODUCTS])
-def test_wide_update_beside_cublas(name, case, device, monkeypatch):
-    """Where the base product is not fused, a wide update still is one launch."""
+@pytest.mark.parametrize(("name", "case"), BESIDE_CUBLAS, ids=[f"{name}-{case.id}" for name, case in BESIDE_CUBLAS])
+def test_update_beside_cublas(name, case, device, monkeypatch):
+    """Where the base product is not fused, a wide update still is one launch, and so is a masked one."""
     monkeypatch.setattr("peftfast_kernels.dispatch.fuses", lambda *args: False)
     with use_backend("triton"):
         assert OPS[name].runs_triton(**case.make(device))
@@ -162,6 +167,41 @@ def test_updates_of_siblings_beside_cublas(name, case, device, monkeypatch):
     with use_backend("triton"):
         assert OPS[name].runs_triton(**case.make(device))
         check(name, case, device, "launch")
+
+
+@pytest.mark.parametrize(
+    ("name", "factors", "backend"),
+    [
+        ("lora_gemm", "t", "torch"),
+        ("lora_gemm_t", "p", "torch"),
+        ("lora_gemm_t", "p", "triton"),
+        ("siblings_gemm", "t", "torch"),
+        ("siblings_gemm", "t", "triton"),
+        ("siblings_gemm_t", "p", "torch"),
+        ("siblings_gemm_t", "p", "triton"),
+    ],
+)
+def test_a_small_update_costs_no_accuracy(name, factors, backend, device, monkeypatch):
+    """Where the adapter is not in the accumulator it comes first, so that the big product is rounded once."""
+    monkeypatch.setattr("peftfast_kernels.dispatch.fuses", lambda *args: False)
+    case = next(case for case in OPS[name].cases() if case.id.startswith("dense-") and case.id.endswith("bfloat16"))
+    kwargs = case.make(device)
+    if "bias" in kwargs:  # which comes with the adapter, and is rounded with it
+        kwargs["bias"] = [None] * len(kwargs["w"]) if isinstance(kwargs["w"], list) else None
+    scaled = kwargs[factors] if isinstance(kwargs[factors], list) else [kwargs[factors]]
+
+    def error():
+        with use_backend(backend):
+            outputs, truths = OPS[name](**kwargs), OPS[name].reference(**kwargs)
+        outputs, truths = (out if isinstance(out, list) else [out] for out in (outputs, truths))
+        return sum((out - truth).norm() / truth.norm() for out, truth in zip(outputs, truths, strict=True))
+
+    for one in scaled:
+        one.mul_(1 / 64)
+    with_update = error()
+    for one in scaled:
+        one.zero_()
+    assert with_update <= 1.1 * error()
 
 
 def test_siblings_that_do_not_fit_together(device):
