@@ -189,21 +189,24 @@ def has_triton_gpu(device: torch.device) -> bool:
     if device.type != "cuda":  # ROCm devices call themselves cuda as well
         return False
     if torch.compiler.is_compiling():  # a graph would depend on what is remembered
-        return has_triton() and (is_interpreting() or _has_matrix_units(device))
+        return _compiles_for(device)
     usable = _usable.get(device.index)
     if usable is None:
-        usable = has_triton() and (is_interpreting() or _has_driver() and _has_matrix_units(device))
-        _usable[device.index] = usable
+        usable = _usable[device.index] = _compiles_for(device) and (is_interpreting() or _has_driver())
     return usable
 
 
-def _has_matrix_units(device: torch.device) -> bool:
-    """Whether Triton makes matrix instructions for this GPU: before sm_80 it makes none, and kernels spill."""
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+def _compiles_for(device: torch.device) -> bool:
+    """Whether there is a Triton that makes matrix instructions for this GPU: before sm_80 it makes none, and kernels
+    spill."""
+    if not has_triton():
+        return False
+    return is_interpreting() or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-# what torch.compiler.assume_constant_result does, without importing the compiler
-_has_matrix_units._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# What torch.compiler.assume_constant_result does, without importing the compiler; torch 2.11's cannot follow the search
+# for a package.
+_compiles_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -39,6 +39,7 @@ def test_without_a_compiler_for_triton_torch_computes(monkeypatch):
     monkeypatch.setattr(op, "_usable", {})
     monkeypatch.setattr(op, "_has_driver", op._has_driver.__wrapped__)
     monkeypatch.setattr(op, "is_interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     gpu = torch.device("cuda")
     with pytest.warns(UserWarning, match="plain torch.*Failed to find C compiler"):
         assert not op.has_triton_gpu(gpu)
@@ -53,6 +54,17 @@ def test_gpus_without_matrix_units_that_triton_uses_are_left_to_torch(monkeypatc
     monkeypatch.setattr(op, "is_interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert op.has_triton_gpu(torch.device("cuda", 0)) and op.has_triton_gpu(torch.device("cuda", 1)) == usable
+
+
+def test_compilers_do_not_follow_the_search_for_triton(monkeypatch):
+    """torch 2.11's cannot: every compiled model on a GPU was in pieces, and `fullgraph=True` an error."""
+    monkeypatch.setattr(op, "has_triton", lambda: torch._dynamo.graph_break() is None)
+    monkeypatch.setattr(op, "is_interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda", 0)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + op.has_triton_gpu(gpu), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)) == 1
 
 
 def test_everything_runs_with_triton_blocked():
