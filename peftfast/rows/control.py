@@ -47,6 +47,7 @@ class Control:
         self._has_followed = False
         self._mixes: dict[tuple[str, ...], Mixes] = {}
         self._promises = self._unseen = 0
+        self.outdated = 0  # how often what was made of factors was said to be
         self._entering = threading.Lock()
 
     @property
@@ -166,6 +167,13 @@ class Control:
         for names, mixes in self._mixes.items():
             if name is None or name in names:
                 mixes.pop(layer, None)
+
+    def outdate(self) -> None:
+        """Keep nothing that was made of factors, which may have been written to without a trace."""
+        self.outdated += 1
+        for mixes in list(self._mixes.values()):
+            for group in groups_of(mixes):
+                group.kept = None
 
     def follow(self, output: Any) -> None:
         """Let layers that are run again during the backward pass from `output` follow what is in force now."""

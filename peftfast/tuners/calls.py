@@ -179,6 +179,7 @@ class IsCalled:
     def forget_stacks(self) -> None:
         """Make anew what is made of factors and kept, as the stacks of mixed batches and of experts: needed after
         factors were written through `.data`."""
+        self.inventory.control.outdate()
         for layer in self.inventory.layers.values():
             layer.changed()
 

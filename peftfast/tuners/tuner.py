@@ -99,6 +99,12 @@ class BaseTuner(IsCalled, KeepsBeside, GatheredAsOne, nn.Module):
         add_adapter(self.inventory, adapter_name, config, **options)
         self._set_by_name = False
 
+    def train(self, mode: bool = True) -> BaseTuner:
+        # after training: bitsandbytes' optimizers, and others with kernels of their own, write to a Parameter without
+        # counting it
+        self.inventory.control.outdate()
+        return super().train(mode)
+
     def inject_adapter(
         self,
         model: nn.Module,

@@ -179,6 +179,32 @@ def test_what_is_kept_goes_with_its_adapters():
         assert not kept(model)
 
 
+@pytest.mark.parametrize("how", ["alone", "mixed", "said"])
+def test_what_optimizers_write_without_a_trace_is_seen(how):
+    """bitsandbytes' and others with kernels of their own count no write."""
+    model = several()
+    model.set_requires_grad(NAMES)
+    before = mixed(model)
+    batch = oracle.inputs(model, batch=len(NAMES))
+    if how == "alone":
+        model.train()(**batch)
+    elif how == "mixed":  # dropout is off, and nobody has switched to training
+        model(**batch, adapter_names=NAMES)
+    versions = [p._version for p in model.parameters()]
+    for p in model.parameters():
+        if p.requires_grad:
+            p.detach().numpy()[...] *= 2
+    assert [p._version for p in model.parameters()] == versions
+    if how == "alone":
+        model.eval()
+    elif how == "said":
+        model.base_model.forget_stacks()
+    after = mixed(model)
+    fresh = several()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(after, mixed(fresh)) and differing(before, after) == NAMES
+
+
 def test_a_new_adapter_of_an_old_name_acts_where_the_old_one_did_not():
     model = several()
     fewer = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)

@@ -494,7 +494,7 @@ def test_nothing_moves_while_decoding():
         assert addresses() == first
 
 
-@pytest.mark.parametrize("kind", ["added", "deleted", "merged", "disabled", "scale", "data", "trained"])
+@pytest.mark.parametrize("kind", ["added", "deleted", "merged", "disabled", "scale", "data", "trained", "traceless"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_decoding_with_a_changed_model_is_refused_or_captured_again(kind, mixed):
     def trained(model) -> None:
@@ -503,7 +503,15 @@ def test_decoding_with_a_changed_model_is_refused_or_captured_again(kind, mixed)
                 if p.requires_grad:
                     p.add_(0.05)
 
-    change = trained if kind == "trained" else CHANGES[kind]
+    def traceless(model) -> None:
+        """As by optimizers with kernels of their own, which count no write."""
+        model.train()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.detach().numpy()[...] += 0.05
+        model.eval()
+
+    change = {"trained": trained, "traceless": traceless}.get(kind) or CHANGES[kind]
     model = several()
     strict = peftfast.capture_decoding(model, 3, 40, mixed=mixed, on_change="error")
     loose = peftfast.capture_decoding(model, 3, 40, mixed=mixed)
@@ -512,7 +520,7 @@ def test_decoding_with_a_changed_model_is_refused_or_captured_again(kind, mixed)
         decode.generate(ids, 3)
     before = dict(loose._recordings)
     change(model)
-    if kind == "trained" and not mixed:  # read where they are
+    if kind in ("trained", "traceless") and not mixed:  # read where they are
         assert torch.equal(strict.generate(ids, 20), generated(model, ids))
         return
     with pytest.raises(RuntimeError, match="not the one that was captured"):

@@ -138,6 +138,7 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None, pair: Pai
     if not known.alike:
         return known
     if known.wants_grad():
+        adapters.kept = None  # of before the optimizer's step, which may leave no trace
         known.stack = known.build()
     else:
         known.watch = known.watch_of(adapters)

@@ -33,6 +33,7 @@ class Snapshot:
         self._tensors = [(name, t, self._of(t)) for name, t in tensors]
         self._tuner = tuner_of(model)
         self._router = getattr(self._tuner, "router", None)
+        self._outdated = self._tuner.inventory.control.outdated if mixed else 0
 
     def _state(self, module: nn.Module) -> tuple:
         """What a module computes with beside its tensors and children."""
@@ -67,6 +68,8 @@ class Snapshot:
         for name, tensor, state in self._tensors:
             if self._of(tensor) != state:
                 return f"{name}: its values, address or requires_grad"
+        if self.mixed and self._tuner.inventory.control.outdated != self._outdated:
+            return "the adapters' values, as train(), eval() or forget_stacks() tell,"
         if getattr(self._tuner, "router", None) is not self._router:
             return "the router"
         return None
