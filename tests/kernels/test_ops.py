@@ -406,7 +406,9 @@ def test_slopes_of_activations_are_no_further_than_torch(act, device):
     with use_backend("triton"):
         _, found, _ = gated_grad(one, gate, one, act)
     _, plain, _ = gated_grad.eager(one, gate, one, act)
-    assert (found - exact).norm() <= 1.1 * (plain - exact).norm()
+    # a GPU's quick exponential and division, within two ulp of torch's, may double an error of half an ulp
+    slack = 1.1 if device == "cpu" else 2.0
+    assert (found - exact).norm() <= slack * (plain - exact).norm()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
