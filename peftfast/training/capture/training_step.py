@@ -212,7 +212,8 @@ def capture_training_step(
         accumulate: add to the gradients; False: `.grad` holds the gradients of the last batch alone, without
             `zero_grad`.
         max_grad_norm: clip the gradients to this norm before the optimizer's step.
-        warmup: steps that run before recording. With `torch.nn.parallel.DistributedDataParallel` at least 11.
+        warmup: steps that run before recording. With `torch.nn.parallel.DistributedDataParallel` at least 11; it has to
+            be made inside `with torch.cuda.stream(torch.cuda.Stream())`.
         on_change: what to do when the model is no longer what was captured: "error", or "recapture", with a warm-up.
 
     Raises:
