@@ -12,7 +12,6 @@ from peftfast.base.bnb4 import OFFLOADED, import_bnb, is_bnb
 from peftfast.base.offload import device_of
 from peftfast.base.rounding import drawn
 from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, kept_copy, register_format
-from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand, dequantize
 
 
@@ -91,12 +90,6 @@ class Int8Weight(UsualWeight):
         if problem:
             raise ValueError(f"{self.name or type(m).__name__}: {problem}")
         return holder.SCB
-
-    def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
-        return None
-
-    def lasting(self, w: Operand) -> list[Entry] | None:
-        return None
 
     def readable(self) -> Operand:
         codes = self.module.weight.data

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.weight import UsualWeight, register_format
-from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
 
 
@@ -31,12 +30,6 @@ class ByModule(UsualWeight):
     @property
     def device(self) -> torch.device:
         return next(_tensors(self.module)).device
-
-    def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
-        return None
-
-    def lasting(self, w: Operand) -> list[Entry] | None:
-        return None
 
 
 def _tensors(module: nn.Module):

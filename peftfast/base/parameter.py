@@ -11,7 +11,6 @@ from peftfast.base.offload import device_of, stored_weight
 from peftfast.base.rounding import drawn_float
 from peftfast.base.weight import UsualWeight, kept_copy
 from peftfast.sharding import whole_shape
-from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
 
 
@@ -40,12 +39,6 @@ class ParameterWeight(UsualWeight):
     @property
     def device(self) -> torch.device:
         return device_of(self.module, self.parameter)
-
-    def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
-        return None  # only the module knows what it does with it
-
-    def lasting(self, w: Operand) -> list[Entry] | None:
-        return None
 
     def readable(self) -> Operand:
         return Operand("dense", [self.value.detach().flatten(0, -2)], self.shape, self.compute_dtype)

@@ -35,6 +35,12 @@ class UsualWeight:
     draws: bool = False
     foreign_linear: bool = False
 
+    def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
+        return None  # only the module multiplies by W
+
+    def lasting(self, w: Operand) -> list[Entry] | None:
+        return None
+
 
 class BaseWeight(Protocol):
     """The weight of one module as a matrix W [N, K]: N output features, K input features (an embedding: N tokens of
