@@ -142,6 +142,21 @@ class Adapter:
         return self._layer.adapters
 
     @property
+    def merged(self) -> list[Adapter]:
+        """Those of `others` that are inside the weight."""
+        return [self._layer.adapters[name] for name in self._layer.__dict__["_merged"]]
+
+    @property
+    def site(self) -> Site:
+        """Where it is."""
+        return self._layer.site
+
+    @property
+    def training(self) -> bool:
+        """Whether its layer is training."""
+        return self._layer.training
+
+    @property
     def derived(self) -> dict[Any, Any]:
         """What methods make of the adapters here and keep from call to call; emptied when something other than training
         wrote to one, and never copied or saved."""

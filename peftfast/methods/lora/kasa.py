@@ -148,9 +148,7 @@ class Kasa(Lora):
 
     def _merged(self, adapter: Adapter) -> list[Adapter]:
         """Those of this method that are inside the weight, which has been truncated with them."""
-        layer = adapter.kept
-        present = [layer["adapters"][name] for name in layer["_merged"]]
-        return [other for other in present if other.method is self]
+        return [other for other in adapter.merged if other.method is self]
 
     @staticmethod
     def _lacking(
@@ -181,7 +179,7 @@ class Kasa(Lora):
     def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
         """See `Additive`: of twice the rank, for the base as it is."""
         a, b = super().as_product(adapter)
-        down, up = _components(adapter.kept["site"], adapter)
+        down, up = _components(adapter.site, adapter)
         return torch.cat([a, down.to(a.dtype)]), torch.cat([b, up.to(b.dtype)], dim=1)
 
     def describe(self, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
@@ -209,11 +207,10 @@ def _components(site: Site, adapter: Adapter, weight: Tensor | None = None) -> C
     if keeper.components is not None:
         return keeper.components
     if weight is None:
-        inside = adapter.kept["_merged"]
-        if inside:
+        if adapter.merged:
             raise RuntimeError(
                 f"Adapter {adapter.name} leaves out a part of the base weight of {adapter.key}, which contains "
-                f"{', '.join(inside)} now. Please unmerge first."
+                f"{', '.join(other.name for other in adapter.merged)} now. Please unmerge first."
             )
         weight = site.weight.dense(torch.promote_types(site.weight.compute_dtype, torch.float32))
     dtype = factors(adapter)[0].dtype

@@ -264,7 +264,7 @@ class Monteclora(TrainedOtherwise):
 
     @staticmethod
     def trains(adapter: Adapter) -> bool:
-        return adapter.kept["training"]
+        return adapter.training
 
     def forward_training(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         if len(active) > 1:

@@ -61,7 +61,7 @@ class Velora(TrainedOtherwise):
     @staticmethod
     def trains(adapter: Adapter) -> bool:
         """Whether this call keeps compressed inputs for the backward pass."""
-        return adapter.kept["training"] and torch.is_grad_enabled() and factors(adapter)[0].requires_grad
+        return adapter.training and torch.is_grad_enabled() and factors(adapter)[0].requires_grad
 
     def forward_training(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         y = site.base(x) if y is None else y
