@@ -22,6 +22,12 @@ class AdapterMethod(Protocol):
     """Stateless: every tensor lives in the layer, every choice in the config.
 
     Attributes:
+        order: optional, at layers with several methods the least acts first; without it 0. Below it, the method changes
+            the input.
+        layer_name: optional, for a family and a kind of module that PEFT calls by another name.
+        peft_layer: optional, the class of PEFT that its layers pass for where others ask.
+        refused_by_mamba: optional, False where PEFT lets it on weights that Mamba's kernels read themselves.
+        condense_targets: optional, False where a long list of targets has to stay as it was given.
         only_for_training: optional, slots of which a pool that serves the adapter has no use.
         uncapturable: optional, why a model with such adapters cannot be recorded once and replayed.
         uncapturable_training: optional, the same of training steps in which they are active.
@@ -29,8 +35,7 @@ class AdapterMethod(Protocol):
 
     peft_type: ClassVar[str]
     prefix: ClassVar[str]  # "lora_": the parameters that are this method's start with it
-    family: ClassVar[str]  # "lora": what reprs and status reports call its layers, before the kind of module; instead
-    # of both, where PEFT has another name for them, a method may have a `layer_name`
+    family: ClassVar[str]  # "lora": what reprs and status reports call its layers, before the kind of module
     default_targets: ClassVar[Mapping[str, Any]]  # model type -> target modules
 
     def claims(self, cfg: PeftConfig) -> bool:
@@ -66,6 +71,23 @@ class AdapterMethod(Protocol):
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         """`dense` with the adapter inside; `base` is the weight without any adapter. Pure: the layer stores the
         result, and keeps the original bytes for unmerging."""
+        ...
+
+
+class Targeting(Protocol):
+    """Optional, known by its functions, of which a method may have any: configs that are completed in place, by the
+    model, in this order."""
+
+    def retarget(self, cfg: PeftConfig, model: nn.Module) -> None:
+        """Bring targets to the model's own names for them."""
+        ...
+
+    def choose_targets(self, cfg: PeftConfig, model: nn.Module) -> None:
+        """A default for `target_modules` that no table of `default_targets` could have."""
+        ...
+
+    def resolve(self, cfg: PeftConfig, model: nn.Module) -> None:
+        """What else a config leaves to the model; its targets are known."""
         ...
 
 
@@ -145,6 +167,23 @@ def sample_by_sample(
     return out
 
 
+class Slotted(Protocol):
+    """Optional, known by its one function: adapters that slots of a pool can hold."""
+
+    def for_slot(
+        self, site: Site, cfg: PeftConfig, key: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float]:
+        """Down factor, up factor and scaling of an adapter from a file.
+
+        Args:
+            tensors: of this module, by slot name.
+
+        Raises:
+            ValueError: it is more than a pair of factors.
+        """
+        ...
+
+
 class Exclusive(Protocol):
     """Optional, known by its one function: adapters of which not every set means something."""
 
@@ -192,6 +231,22 @@ class Repeated(Protocol):
     def repeats_init(self, cfg: PeftConfig) -> bool: ...
 
 
+class Restartable(Protocol):
+    """Optional, known by its one function: adapters that can start anew."""
+
+    def restart(self, site: Site, adapter: Adapter, init: bool | str) -> None:
+        """Fill the factors as the initialisation `init`, True or "gaussian", does."""
+        ...
+
+
+class Trimmed(Protocol):
+    """Optional, known by its one function: adapters of which files have less than the model."""
+
+    def to_file(self, cfg: PeftConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a file has of `tensors`, under the same names."""
+        ...
+
+
 class Prepared(Protocol):
     """Optional, known by its one function: adapters whose `init` starts from what somebody has left on the module."""
 
@@ -219,6 +274,14 @@ class TrainingHooks(Protocol):
     """Optional, known by its one function: a term of the loss (AdaLoRA's regulariser)."""
 
     def loss_term(self, adapters: Sequence[Adapter]) -> Tensor | None: ...
+
+
+def retarget(cfg: PeftConfig, model: nn.Module) -> None:
+    """Bring the targets of a config to the model's own names for them, in place: layers that were modules where an
+    adapter comes from may be parts of a fused Parameter here."""
+    method = method_for(cfg)
+    if hasattr(type(method), "retarget"):
+        method.retarget(cfg, model)
 
 
 def chooses_targets(method: AdapterMethod) -> bool:

@@ -24,7 +24,7 @@ from peftfast.files.state import adapter_entries
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.swappable import pads, rank_of, runs_of
-from peftfast.method import method_for
+from peftfast.method import method_for, retarget
 from peftfast.methods.lora.combine import padded
 from peftfast.methods.lora.config import VARIANTS, LoraConfig
 from peftfast.sharding import to_shards
@@ -109,12 +109,9 @@ def hotswap_adapter_from_state_dict(
 
 
 def _in_names_of(model: nn.Module, config: PeftConfig) -> PeftConfig:
-    """The config as it is read where an adapter is added: layers that this model has fused are Parameters."""
-    method = method_for(config)
-    if not hasattr(type(method), "retarget"):
-        return config
+    """The config as it is read where an adapter is added."""
     config = copy.deepcopy(config)
-    method.retarget(config, _base(model))
+    retarget(config, _base(model))
     return config
 
 

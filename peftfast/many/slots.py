@@ -18,7 +18,7 @@ from peftfast.files.experts import migrate_experts
 from peftfast.files.io import read_adapter
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer, site_of
-from peftfast.method import method_for
+from peftfast.method import method_for, retarget
 from peftfast.methods.lora.stack import FactorStack, apply_stack
 from peftfast.rows.routing import Routing
 from peftfast.sites import Site
@@ -217,9 +217,8 @@ class Slots:
         Raises:
             ValueError: the adapter adapts other Parameters than have slots.
         """
-        cfg, method = copy.deepcopy(cfg), method_for(cfg)
-        if hasattr(type(method), "retarget"):
-            method.retarget(cfg, self._inventory.model)
+        cfg = copy.deepcopy(cfg)
+        retarget(cfg, self._inventory.model)
         wanted = getattr(cfg, "target_parameters", None)
         # which Parameter a tensor is for follows from how layers are nested
         if wanted and matching_parameters(self._inventory, wanted) != self._parameters:

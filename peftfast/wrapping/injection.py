@@ -16,7 +16,7 @@ from peftfast.errors import AdapterMismatchWarning, PeftWarning, close_matches, 
 from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, make_layer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from peftfast.method import AdapterMethod, chooses_targets, method_for
+from peftfast.method import AdapterMethod, chooses_targets, method_for, retarget
 from peftfast.sites import Site
 from peftfast.wrapping.attention import plan_attention
 from peftfast.wrapping.inventory import Inventory
@@ -194,8 +194,7 @@ def plan_injection(
     model = inventory.model
     names = list(inventory.names)
     tied_heads = tied_module_names(inventory)
-    if hasattr(type(method), "retarget"):  # names of layers that a model no longer has
-        method.retarget(cfg, model)
+    retarget(cfg, model)
     if keys is not None and getattr(cfg, "target_parameters", None):
         raise ValueError(
             "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
@@ -204,7 +203,7 @@ def plan_injection(
     if chooses_targets(method):
         method.choose_targets(cfg, model)
     resolve_targets(cfg, model, method.default_targets)
-    if hasattr(type(method), "resolve"):  # what else a config leaves to the model
+    if hasattr(type(method), "resolve"):
         method.resolve(cfg, model)
     always = getattr(method, "always_ties", False)
     tie = Tying() if always else plan_tying(inventory, cfg, tied_heads)

@@ -49,7 +49,6 @@ class Lora:
         return isinstance(cfg, LoraConfig) and cfg.peft_type == self.peft_type and cfg.variant == self.variant
 
     def retarget(self, cfg: LoraConfig, model: nn.Module) -> None:
-        """Called with a new config before its targets are looked up, to bring them to the model's own names."""
         retarget_experts(cfg, model)
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
@@ -185,14 +184,7 @@ class Lora:
     def for_slot(
         self, site: Site, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, float]:
-        """Down factor, up factor and scaling of an adapter from a file, for a slot of a pool.
-
-        Args:
-            tensors: of this module, by slot name.
-
-        Raises:
-            ValueError: it is more than a pair of factors.
-        """
+        """See `Slotted`."""
         settings = self.settings(site, cfg, key)
         slots = self.slots(site, cfg, settings)
         if len(slots) != 2 or cfg.lora_bias or set(tensors) != set(slots):
