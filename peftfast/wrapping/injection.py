@@ -44,10 +44,12 @@ class Injection:
 
     Attributes:
         targets: module names to adapt. tied: of these, the heads that share the input embedding's factors. classes: of
-            these, the ones that get a layer of another class than usual, and which. own: module names that get a layer
-            which a user has written, and its class.
+            these, the ones that get a layer of another class than usual, and which. spread: of these, the ones that
+            are spread over processes, and how. own: module names that get a layer which a user has written, and its
+            class.
         parameters: module name -> Parameters of it to adapt by themselves.
-        saved: module names to keep a trained copy of. tokens: module name -> rows to train.
+        saved: module names to keep a trained copy of. saved_tied: heads whose copy has the input embedding's weight.
+        tokens: module name -> rows to train. tokens_tied: heads that share the input embedding's rows.
     """
 
     inventory: Inventory
@@ -56,6 +58,9 @@ class Injection:
     method: AdapterMethod
     targets: list[str]
     tied: list[str] = field(default_factory=list)
+    classes: dict[str, type] = field(default_factory=dict)
+    spread: dict[str, Spread] = field(default_factory=dict)
+    own: dict[str, type] = field(default_factory=dict)
     parameters: Targets = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     saved_tied: list[str] = field(default_factory=list)
@@ -64,9 +69,6 @@ class Injection:
     device: torch.device | str | None = None
     initialise: bool = True
     autocast_adapter_dtype: bool = True
-    classes: dict[str, type] = field(default_factory=dict)
-    own: dict[str, type] = field(default_factory=dict)
-    spread: dict[str, Spread] = field(default_factory=dict)
 
     def dtype(self, site: Site) -> torch.dtype:
         """fp32 for the factors on a half-precision base, unless that is switched off."""
@@ -223,9 +225,8 @@ def plan_injection(
     matched, parts = plan_attention(inventory, cfg, method, matched, saved)
     rows = getattr(cfg, "trainable_token_indices", None)
     parameters = plan_parameters(inventory, cfg, method, [*matched, *parts], saved)
-    if not (matched or (not cfg.target_modules and not isinstance(cfg.target_modules, str) and (saved or rows))):
-        report_matches(cfg, matcher, matched, names, strict, full_names(parameters))
-    elif keys is None and modules is None:
+    wants_none = not cfg.target_modules and not isinstance(cfg.target_modules, str) and (saved or rows)
+    if keys is None and modules is None or not (matched or wants_none):
         report_matches(cfg, matcher, matched, names, strict, full_names(parameters))
     if getattr(cfg, "target_parameters", None):
         report_parameters(cfg, parameters, inventory, strict)
@@ -256,9 +257,24 @@ def plan_injection(
     beside = (*saved, *tie.saved, *tokens, *tokens_tied, *parameters)
     spread = plan_spreading(inventory, cfg, method, targets, beside)
     return Injection(
-        inventory, name, cfg, method, targets, tie.targets, parameters, saved, tie.saved, tokens, tokens_tied,
-        None if spread else device, initialise, autocast_adapter_dtype, classes, own, spread,
-    )  # fmt: skip
+        inventory,
+        name,
+        cfg,
+        method,
+        targets=targets,
+        tied=tie.targets,
+        classes=classes,
+        spread=spread,
+        own=own,
+        parameters=parameters,
+        saved=saved,
+        saved_tied=tie.saved,
+        tokens=tokens,
+        tokens_tied=tokens_tied,
+        device=None if spread else device,
+        initialise=initialise,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
 
 
 def _given(inventory: Inventory, keys: Iterable[str], matched: Iterable[str]) -> list[str]:
