@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
-from peftfast.config import PeftConfig, TaskType
+from peftfast.config import PeftConfig, TaskType, plain_name
 from peftfast.files.atomic import find_file
 from peftfast.model import PeftModel
 from peftfast.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -77,9 +77,9 @@ class _AutoPeftModel:
         import importlib
 
         if cfg.task_type is not None:
-            task = getattr(cfg.task_type, "value", cfg.task_type)
             raise ValueError(
-                f"Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type, {task}. "
+                "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type, "
+                f"{plain_name(cfg.task_type)}. "
                 "(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`)"
             )
         if cfg.auto_mapping is None:

@@ -50,6 +50,11 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+def plain_name(kind: PeftType | TaskType | str | None) -> str:
+    """The name that files have: methods of others than peftfast register strings, and so may a task be given."""
+    return str(getattr(kind, "value", kind))
+
+
 #: Rules of fields. Not in the fields' metadata, all of which transformers' HfArgumentParser hands on to argparse.
 _RULES: dict[Field, Rule] = {}
 
@@ -346,7 +351,7 @@ def config_class(peft_type: str) -> type[PeftConfig]:
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     except (KeyError, TypeError):
-        known = [str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_CONFIG_MAPPING]
+        known = list(map(plain_name, PEFT_TYPE_TO_CONFIG_MAPPING))
         if absent.is_method(peft_type):
             hint = " It is a method of PEFT's that peftfast does not have; use PEFT itself for such an adapter."
         else:

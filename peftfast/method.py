@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, plain_name
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
 from peftfast.sites.parameter import LowRank, ParameterSite
@@ -333,5 +333,5 @@ def method_for(cfg: PeftConfig) -> AdapterMethod:
             return method
     raise ValueError(
         f"No adapter method handles {type(cfg).__name__} with peft_type {cfg.peft_type!r}. "
-        f"Known methods: {', '.join(sorted({str(m.peft_type) for m in METHODS}))}"
+        f"Known methods: {', '.join(sorted({plain_name(m.peft_type) for m in METHODS}))}"
     )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
+from peftfast.config import plain_name
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
@@ -92,8 +93,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 def _layer_status(model: nn.Module, caller: str) -> list[TunerLayerStatus]:
     if getattr(model, "_is_prompt_learning", False):
         raise TypeError(
-            f"{caller}() got an invalid PeftModel instance: prompt learning methods, such as {model.peft_type.value}, "
-            "adapt no layer"
+            f"{caller}() got an invalid PeftModel instance: prompt learning methods, such as "
+            f"{plain_name(model.peft_type)}, adapt no layer"
         )
     result = []
     base = getattr(model, "base_model", None)
@@ -148,7 +149,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(_wrapped(model)).__name__ if known else "other",
         adapter_model_type=type(base).__name__ if wrapped else "None",
-        peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()} if wrapped else {},
+        peft_types={n: plain_name(c.peft_type) for n, c in configs.items()} if wrapped else {},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfast.calibration.modes import in_mode
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, plain_name
 from peftfast.method import method_for
 from peftfast.model import PeftModel
 from peftfast.prompts.prompt_model import tuner_of
@@ -88,7 +88,7 @@ def _checked(model: PeftModel, adapter_name: str | None, num_virtual_tokens: int
     name = model.active_adapter if adapter_name is None else adapter_name
     cfg = model.peft_config.get(name)
     if cfg is None or not hasattr(method_for(cfg), "rows_of"):
-        present = {n: c.peft_type.value for n, c in model.peft_config.items()}
+        present = {n: plain_name(c.peft_type) for n, c in model.peft_config.items()}
         raise ValueError(f"Adapter {name!r} must be a PREFIX_TUNING adapter. Adapters present: {present}")
     if cfg.prefix_projection:
         raise ValueError(

@@ -84,10 +84,10 @@ def make_config(settings: dict[str, Any]) -> PeftConfig:
     """The method's config from the options, of which what was not given is filled in, in place; fields that a method
     lacks may not be given."""
     import peftfast.methods  # noqa: F401  (registers every method)
-    from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING as known
+    from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, plain_name
     from peftfast.method import METHODS, chooses_targets
 
-    classes = {str(getattr(k, "value", k)).lower(): v for k, v in known.items()}
+    classes = {plain_name(k).lower(): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     method = settings["method"].lower()
     if method in _LORA_WITH:
         raise UserError(f"--method {settings['method']!r} is LoRA with a setting of its own: {_LORA_WITH[method]}")

@@ -26,13 +26,14 @@ def run(args: argparse.Namespace) -> int:
     source = _settings.check_model(name)
     from peftfast import PeftConfig, PeftModel
     from peftfast.cli import _setup
+    from peftfast.config import plain_name
     from peftfast.files.atomic import whole_folder
 
     with _setup.quiet_libraries():
         with _setup.one_line(f"{args.adapter!r} could not be loaded"):
             config = PeftConfig.from_pretrained(adapter)
         if config.is_prompt_learning:
-            raise UserError(f"{args.adapter!r} is {config.peft_type.value}: virtual tokens are part of no weight")
+            raise UserError(f"{args.adapter!r} is {plain_name(config.peft_type)}: virtual tokens are part of no weight")
         base = _setup.load_stored(source, name, args.dtype)
         with _setup.one_line(f"{args.adapter!r} does not fit {name!r}"):
             model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)

@@ -22,10 +22,10 @@ def config_schema(peft_type: str | None = None) -> dict[str, Any]:
     """
     from dataclasses import fields
 
-    from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, TaskType, config_class, rule_of
+    from peftfast.config import PEFT_TYPE_TO_CONFIG_MAPPING, TaskType, config_class, plain_name, rule_of
 
     wanted = config_class(peft_type or "LORA")  # registers every method, too
-    kinds = {getattr(t, "value", t): c for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds = {plain_name(t): c for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     definitions = {}
     for kind, cls in sorted(kinds.items()):
         if peft_type is not None and cls is not wanted:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, plain_name
 from peftfast.errors import PeftWarning
 from peftfast.files.atomic import write_atomically
 from peftfast.version import COMPATIBLE_PEFT_VERSION
@@ -21,7 +21,7 @@ def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: s
 
     config = getattr(base, "config", None)
     name = getattr(config, "_name_or_path", None) or cfg.base_model_name_or_path
-    method = str(getattr(cfg.peft_type, "value", cfg.peft_type)).lower()
+    method = plain_name(cfg.peft_type).lower()
     path = Path(output_dir) / "README.md"
     if path.exists():
         try:
@@ -79,7 +79,7 @@ _AUTO = {
 
 def _load(cfg: PeftConfig) -> str:
     """The lines of Python that load the adapter."""
-    auto = _AUTO.get(getattr(cfg.task_type, "value", cfg.task_type))
+    auto = _AUTO.get(plain_name(cfg.task_type))
     if auto is None:
         return (
             'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "<this folder or repository>")'

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, plain_name
 from peftfast.files.io import read_adapter
 from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.keys import in_base
@@ -28,7 +28,7 @@ class Contents(NamedTuple):
     servers: Sequence[Verdict] = ()
 
     def __str__(self) -> str:
-        kind = getattr(self.config.peft_type, "value", self.config.peft_type)
+        kind = plain_name(self.config.peft_type)
         head = f"{kind} for {self.config.base_model_name_or_path or 'a base model that it does not name'}"
         said = {v.server: "; ".join([v.verdict, *v.reasons]) for v in self.servers}
         return "\n".join([head, *_columns(self.lines), "in other programs", *_columns(said)])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, plain_name
 from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, every_name
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
@@ -318,9 +318,9 @@ def _has_bias(layer: BaseTunerLayer | None) -> bool:
 
 def _task_doubts(cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str]) -> list[str]:
     """Whether the base model's class or the arguments of its forward say that it cannot serve the config's task."""
-    task = getattr(cfg.task_type, "value", cfg.task_type)
-    if task is None:
+    if cfg.task_type is None:
         return []
+    task = plain_name(cfg.task_type)
     kind = type(base).__name__
     head = next((t for suffix, t in _HEADS.items() if kind.endswith(suffix)), None)
     if head is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, plain_name
 from peftfast.method import method_for
 
 REFUSES, WRONG, UNKNOWN = "refuses", "loads, wrong output", "not known"
@@ -39,7 +39,7 @@ class Facts:
 
     @property
     def kind(self) -> str:
-        return str(getattr(self.cfg.peft_type, "value", self.cfg.peft_type))
+        return plain_name(self.cfg.peft_type)
 
     @property
     def uneven_rank(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, plain_name
 from peftfast.method import method_for
 from peftfast.sites import Site, make_site
 from peftfast.sites.site import is_untouched
@@ -172,7 +172,7 @@ class _Fast:
             return None
         data = {k: v for k, v in theirs.to_dict().items() if v is not None}
         try:
-            cfg = PeftConfig.from_dict({**data, "peft_type": getattr(theirs.peft_type, "value", theirs.peft_type)})
+            cfg = PeftConfig.from_dict({**data, "peft_type": plain_name(theirs.peft_type)})
             method = method_for(cfg)
             settings = method.settings(self.site, cfg, self.key)
             slots = method.slots(self.site, cfg, {**settings, "r": layer.r[name]})

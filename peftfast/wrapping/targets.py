@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, plain_name
 from peftfast.embeddings import SEQ_CLS_HEAD_NAMES, output_embeddings
 from peftfast.errors import (
     AdapterMismatchWarning,
@@ -366,7 +366,7 @@ def refuse_mamba(model: nn.Module, cfg: PeftConfig, matched: Iterable[str], refu
         leaf = name.rpartition(".")[2]
         if leaf not in _MAMBA_MODULES:
             continue
-        method = f"[PEFT:{getattr(cfg.peft_type, 'value', cfg.peft_type)}] Module '{leaf}'"
+        method = f"[PEFT:{plain_name(cfg.peft_type)}] Module '{leaf}'"
         if refused:
             raise ValueError(
                 f"{method} is incompatible with Mamba-based models (model_type='{kind}'). Incompatible module found: "
