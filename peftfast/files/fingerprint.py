@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
+from peftfast.layers.walk import outer_modules
 from peftfast.prompts.prompt import PromptEncoders
 
 #: Key of the metadata.
@@ -134,12 +135,7 @@ def _spread(names: list[str]) -> list[str]:
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Place]]:
     """Every module of the base with a weight, by its name without adapters, and the layer that stands there."""
-    inside: str | None = None
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        wrapped = isinstance(module, (PromptEncoders, StandIn, BaseTunerLayer))
-        inside = name + "." if wrapped else None
+    for name, module in outer_modules(model, lambda m: isinstance(m, (PromptEncoders, StandIn, BaseTunerLayer))):
         place = None if isinstance(module, PromptEncoders) else _unwrapped(module)
         if place is not None:
             yield name, place

@@ -16,6 +16,7 @@ from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
+from peftfast.layers.walk import outer_modules
 from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
 from peftfast.sharding import gathered, to_shards
@@ -30,16 +31,15 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if listed is not None:
         yield from listed
         return
-    inside: str | None = None
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        inside = None
-        if isinstance(module, (BaseTunerLayer, StandIn, PromptEncoders)):
-            inside = name + "."
+    for name, module in outer_modules(model, _is_wrapped):
+        if _is_wrapped(module):
             yield strip_wrappers(name), module
             for where, layer in module.inside().items() if isinstance(module, BaseTunerLayer) else ():
                 yield strip_wrappers(f"{name}.{where}"), layer
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    return isinstance(module, (BaseTunerLayer, StandIn, PromptEncoders))
 
 
 def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:

@@ -17,6 +17,7 @@ from peftfast.embeddings import SEQ_CLS_HEAD_NAMES, output_embeddings
 from peftfast.errors import close_matches, enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
+from peftfast.layers.walk import outer_modules
 from peftfast.methods.lora.loftq import best_factors, loftq_factors
 from peftfast.methods.lora.lora import factors
 from peftfast.quantization.originals import Originals
@@ -135,18 +136,11 @@ def _relative_error(held: Tensor, weight: Tensor) -> float:
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer | None, nn.Module]]:
     """(name without wrappers, the adapter layer around it or None, the module) of all modules of the base model."""
-    inside: str | None = None
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        inside = None
+    for name, module in outer_modules(model, lambda m: isinstance(m, (BaseTunerLayer, StandIn))):
         if isinstance(module, BaseTunerLayer):
-            inside = name + "."
             if module.site.adapts_output:  # a Parameter that is adapted by itself stays what it is
                 yield name, module, module.get_base_layer()
-        elif isinstance(module, StandIn):
-            inside = name + "."  # modules trained in full stay dense
-        else:
+        elif not isinstance(module, StandIn):  # modules trained in full stay dense
             yield name, None, module
 
 

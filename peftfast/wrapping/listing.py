@@ -11,6 +11,7 @@ from peftfast.layers.layer import BaseTunerLayer, make_layer
 from peftfast.layers.own import LoraLayer
 from peftfast.layers.parameter import ParameterLayer
 from peftfast.layers.stand_in import StandIn
+from peftfast.layers.walk import outer_modules
 from peftfast.rows.control import Control
 from peftfast.sites.parameter import ParameterSite
 
@@ -43,23 +44,17 @@ class Listing:
         self.names: dict[str, list[tuple[nn.Module, str]]] = {}
         self._inner: dict[str, list[tuple[nn.Module, str]]] = {}  # layers inside layers: where those hang
         first_place: dict[int, str] = {}
-        inside: str | None = None
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            if inside is not None and name.startswith(inside):
-                continue
-            inside = None
+        for name, module in outer_modules(self.model, lambda m: isinstance(m, Wrapper), every_place=True):
             parent_name, _, attribute = name.rpartition(".")
             if not name:
                 continue
             parent = self.model.get_submodule(parent_name) if parent_name else self.model
-            if isinstance(module, (BaseTunerLayer, StandIn)):
-                inside = name + "."
-                if isinstance(module, ParameterLayer):
-                    self._list_nest(name, module.nest())
-                elif isinstance(module, BaseTunerLayer):
-                    self._list_layer(name, module)
-                else:
-                    self.extras[name] = module
+            if isinstance(module, ParameterLayer):
+                self._list_nest(name, module.nest())
+            elif isinstance(module, BaseTunerLayer):
+                self._list_layer(name, module)
+            elif isinstance(module, StandIn):
+                self.extras[name] = module
             # a module in several places is one module: it is replaced everywhere, under its first name
             known = first_place.setdefault(id(module), name)
             self.names.setdefault(known, []).append((parent, attribute))

@@ -21,6 +21,7 @@ from peftfast.errors import (
     close_matches,
     enumerate_some,
 )
+from peftfast.layers.walk import outer_modules
 from peftfast.sites.linear import is_linear
 
 ALL_LINEAR = "all-linear"
@@ -170,19 +171,17 @@ def resolve_targets(cfg: PeftConfig, model: nn.Module, table: Mapping[str, Any])
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer, without those inside adapters or kept copies."""
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        # a layer of adapters or a wrapper of copies, ours or PEFT's; a model may have a module called base_layer itself
-        if hasattr(module, "adapter_layer_names") or hasattr(module, "adapter_state_dict_load_map"):
-            # an adapted layer counts as the linear layer it was
-            inside.append(name + ".")
-            base = getattr(module, "base_layer", None)
-            if base is not None and is_linear(base):
-                yield name, base
-        elif is_linear(module):
-            yield name, module
+    for name, module in outer_modules(model, _has_adapters):
+        # an adapted layer counts as the linear layer it was
+        base = getattr(module, "base_layer", None) if _has_adapters(module) else module
+        if base is not None and is_linear(base):
+            yield name, base
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    """Whether this is a layer of adapters or a wrapper of copies, ours or PEFT's; a model may have a module called
+    base_layer itself."""
+    return hasattr(module, "adapter_layer_names") or hasattr(module, "adapter_state_dict_load_map")
 
 
 def linear_targets(model: nn.Module, cfg: PeftConfig) -> dict[str, nn.Module]:
