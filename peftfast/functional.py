@@ -59,7 +59,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """Half-precision tensors of an adapter to fp32; nothing with `autocast_adapter_dtype=False`."""
     if not autocast_adapter_dtype:
         return
-    for layer in inventory_of(model).mergeable():
+    for layer in inventory_of(model).mergeable().values():
         adapter = layer.adapters.get(adapter_name)
         for tensor in () if adapter is None else adapter.parameters().values():
             if isinstance(tensor, nn.Parameter) and tensor.dtype in (torch.float16, torch.bfloat16):

@@ -313,7 +313,7 @@ class Inventory(Listing):
 
     def check_not_merged(self, name: str, what: str) -> None:
         """ValueError if the adapter is inside the weights, where a change of it would not arrive."""
-        if any(name in layer.merged_adapters for layer in (*self.mergeable(), *self.own_layers())):
+        if any(name in layer.merged_adapters for layer in (*self.mergeable().values(), *self.own_layers())):
             raise ValueError(f"Cannot {what} adapter {name} while it is merged. Please unmerge it first.")
 
     def unmerge(self) -> None:
@@ -323,7 +323,7 @@ class Inventory(Listing):
 
     def _take_out(self) -> bool:
         """Unmerge all there is; whether there was anything."""
-        merged = [layer for layer in (*self.own_layers(), *self.mergeable()) if layer.merged]
+        merged = [layer for layer in (*self.own_layers(), *self.mergeable().values()) if layer.merged]
         to_shards(self.model)
         for layer in reversed(merged):  # the reverse order matters where layers share one weight
             layer.unmerge()

@@ -10,6 +10,7 @@ from torch import nn
 from peftfast.layers.layer import BaseTunerLayer, make_layer
 from peftfast.layers.own import LoraLayer
 from peftfast.layers.parameter import ParameterLayer
+from peftfast.layers.saved_modules import TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import outer_modules
 from peftfast.rows.control import Control
@@ -168,10 +169,10 @@ class Listing:
             if name not in except_for:
                 self.unwrap(name)
 
-    def mergeable(self) -> list[BaseTunerLayer]:
-        """All layers that merge: the adapted ones, and rows of tokens."""
-        rows = [w.token_adapter for w in self.extras.values() if hasattr(type(w), "is_tied")]
-        return [*self.layers.values(), *rows]
+    def mergeable(self) -> dict[str, BaseTunerLayer]:
+        """All layers that merge, by module name: the adapted ones, and rows of tokens."""
+        rows = {n: w.token_adapter for n, w in self.extras.items() if isinstance(w, TrainableTokensWrapper)}
+        return self.layers | rows
 
     def own_layers(self) -> list[LoraLayer]:
         """Layers that a user has written."""

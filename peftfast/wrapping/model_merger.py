@@ -119,13 +119,13 @@ class ModelMerger:
 
     def _merged(self) -> set[str]:
         """Names of the adapters that are inside some weight."""
-        return {n for layer in self.inventory.mergeable() for n in layer.merged_adapters}
+        return {n for layer in self.inventory.mergeable().values() for n in layer.merged_adapters}
 
     def _unmerged(self, adapter_names: list[str] | None) -> tuple[list[Work], list[Work]]:
         """The layers that have adapters to merge, and those among the layers that a user has written: a layer that was
         merged by itself says nothing of the others."""
         found: tuple[list[Work], list[Work]] = [], []
-        for layers, work in zip((self.inventory.mergeable(), self.inventory.own_layers()), found, strict=True):
+        for layers, work in zip((self.inventory.mergeable().values(), self.inventory.own_layers()), found, strict=True):
             for layer in layers:
                 asked = layer.active_adapters if adapter_names is None else adapter_names
                 present = layer._get_available_adapters()
@@ -136,7 +136,7 @@ class ModelMerger:
 
     def active(self) -> list[str]:
         """Names of the adapters that are active in some layer; layers may have been told so one by one."""
-        layers = self.inventory.mergeable()
+        layers = self.inventory.mergeable().values()
         return list(dict.fromkeys(n for layer in layers for n in layer.active_adapters if n in layer.adapters))
 
     def _weights_of_others(self, work: list[Work]) -> set[BaseTunerLayer]:
@@ -148,8 +148,6 @@ class ModelMerger:
                     users.setdefault(id(parameter), set()).add(module)
         inside = {layer: {*layer.merged_adapters, *wanted} for layer, wanted in work}
         tied = _tied(inside)
-        rows = {w.token_adapter: key for key, w in self.inventory.extras.items() if hasattr(type(w), "is_tied")}
-        keys = {layer: key for key, layer in self.inventory.layers.items()} | rows
         found: set[BaseTunerLayer] = set()
         for layer in inside.keys() - tied.keys():
             own = layer.get_base_layer()._parameters.get(layer.site.parameter)
@@ -159,7 +157,7 @@ class ModelMerger:
                 found.add(layer)
         found |= {layer for layer, source in tied.items() if source in found}
         if found:
-            named = enumerate_some([key for layer, key in keys.items() if layer in found])
+            named = enumerate_some([key for key, layer in self.inventory.mergeable().items() if layer in found])
             if any(layer.merged for layer in found):
                 raise ValueError(
                     f"Nothing was merged: {named} share a weight that has adapters inside, and are to "
