@@ -209,6 +209,11 @@ class BaseTunerLayer(IsCalled, HasActivation, HasScaling, GatheredAsOne, AsInPef
         for source in self.merger.sources.values():  # views of its factors
             yield from source.parameters()
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether it has an adapter, or slots of a pool."""
+        return bool(self.adapters) or "slots" in self.store
+
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
 
@@ -352,7 +357,7 @@ class BaseTunerLayer(IsCalled, HasActivation, HasScaling, GatheredAsOne, AsInPef
     def counterparts(self) -> tuple[str, ...]:
         methods = {a.method for a in self.__dict__.get("adapters", {}).values()}
         named = dict.fromkeys(m.peft_layer for m in methods if hasattr(m, "peft_layer"))
-        return (*named, "tuners.tuners_utils.BaseTunerLayer") if not named else tuple(named)
+        return tuple(named) or ("tuners.tuners_utils.BaseTunerLayer",)
 
     def get_base_layer(self) -> nn.Module:
         """The innermost base module, also through several wrappers."""

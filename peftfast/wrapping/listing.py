@@ -144,12 +144,12 @@ class Listing:
         return layer
 
     def unwrap(self, name: str) -> None:
-        """Put the module back where nothing has an adapter or slots of a pool any more."""
+        """Put the module back where nothing needs what replaced it any more."""
         layer = self.layers.get(name)
         if layer is None:
             if not self.extras[name]._adapters:
                 self.replace(name, self.extras.pop(name).original_module)
-        elif not layer.adapters and "slots" not in layer.store:
+        elif not layer.is_needed:
             self.replace(name, layer.base_layer)
             del self.layers[name]
             self._inner.pop(name, None)

@@ -142,7 +142,7 @@ def _check_module(
         raise ValueError(f"target_parameters match {names} of {key}, which modules_to_save trains in full")
     nest = inventory.nest(key)
     adapted = [layer.site.parameter for layer in nest]
-    if any(layer.adapters or "slots" in layer.store for layer in nest) and adapted != list(names):
+    if any(layer.is_needed for layer in nest) and adapted != list(names):
         raise ValueError(f"Adapters of {key} adapt its {adapted}; the new adapter has to as well, and got {names}")
 
 
