@@ -68,6 +68,10 @@ class RankAllocator:
         pairs = [factors(a) for a in self.adapters]
         return [a for a, _ in pairs] + [b for _, b in pairs] + [a[VALUES] for a in self.adapters]
 
+    def _names(self) -> list[str]:
+        """What a state calls them."""
+        return [f"{side}.{a.key}" for side in ("A", "B", "E") for a in self.adapters]
+
     # ---- the schedule ------------------------------------------------------------------------------------------------
     def budget_schedule(self, step: int) -> tuple[int, bool]:
         """The number of ranks of all modules together at `step`, and whether ranks are allocated in it."""
@@ -251,7 +255,7 @@ class RankAllocator:
         state = {"step": torch.tensor(self.step), "finished": torch.tensor(self.finished)}
         if self._keep is not None:
             state["keep"] = self._keep.clone()
-        names = [f"{side}.{a.key}" for side in ("A", "B", "E") for a in self.adapters]
+        names = self._names()
         for kind, tensors in (("sensitivity", self.sensitivity), ("uncertainty", self.uncertainty)):
             if tensors is not None:
                 state.update({f"{kind}.{n}": t.clone() for n, t in zip(names, tensors, strict=True)})
@@ -281,7 +285,7 @@ class RankAllocator:
             ValueError: the state belongs to an adapter with other modules or shapes.
         """
         parameters = self.parameters()
-        names = [f"{side}.{a.key}" for side in ("A", "B", "E") for a in self.adapters]
+        names = self._names()
         averages: dict[str, list[Tensor] | None] = {"sensitivity": None, "uncertainty": None}
         for kind in averages:
             found = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(kind + ".")}
@@ -329,7 +333,7 @@ class RankAllocator:
             state["keep"] = keep.bool()
         if known:
             parameters = self.parameters()
-            names = [f"{side}.{a.key}" for side in ("A", "B", "E") for a in self.adapters]
+            names = self._names()
             parts = iter(rest.split([p.numel() for p in parameters] * 2))
             for kind in ("sensitivity", "uncertainty"):
                 state.update({f"{kind}.{n}": next(parts).view(p.shape) for n, p in zip(names, parameters, strict=True)})
