@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftfast.errors import close_matches, enumerate_some
 from peftfast.many.router import check_length
 from peftfast.many.slots import Factors, Slots, Source
-from peftfast.rows.routing import BASE, Routing, batch_of
+from peftfast.rows.routing import BASE, Routing, batch_of, tokens_of
 from peftfast.wrapping.inventory import Inventory
 
 
@@ -186,13 +186,13 @@ class AdapterPool:
     def __call__(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """The model's output with an adapter from the pool for every sample."""
         check_length(len(adapter_names), batch_of(args, kwargs))
-        with self._using(adapter_names, tokens=_tokens(args, kwargs)):
+        with self._using(adapter_names, tokens=tokens_of(batch_of(args, kwargs))):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """The model's `generate` with an adapter from the pool for every prompt."""
         check_length(len(adapter_names), batch_of(args, kwargs))
-        with self._using(adapter_names, tokens=_tokens(args, kwargs)):
+        with self._using(adapter_names, tokens=tokens_of(batch_of(args, kwargs))):
             return self.model.generate(*args, **kwargs)
 
     def forward(self, slots: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +202,8 @@ class AdapterPool:
         Args:
             slots: [B] int64 on the model's device, from `use`, which has to be open around the call.
         """
-        with self.inventory.control.use(Routing((), slots, None, tokens=_tokens(args, kwargs), slots=self._places)):
+        tokens = tokens_of(batch_of(args, kwargs))
+        with self.inventory.control.use(Routing((), slots, None, tokens=tokens, slots=self._places)):
             return self.model(*args, **kwargs)
 
     def prefetch(self, names: Iterable[str]) -> None:
@@ -362,12 +363,6 @@ class AdapterPool:
 
 #: Rows a prompt may be expanded to in `generate` (beams); the pool does not see the arguments of every call.
 _COPIES = tuple(range(1, 65))
-
-
-def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """How many tokens a sample has, for layers that see the batch flattened."""
-    batch = batch_of(args, kwargs)
-    return batch.shape[1] if batch is not None and batch.dim() > 1 else None
 
 
 def _event(device: torch.device | None) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import close_matches
-from peftfast.rows.routing import BASE, Routing, batch_of
+from peftfast.rows.routing import BASE, Routing, batch_of, tokens_of
 
 if TYPE_CHECKING:
     from peftfast.wrapping.inventory import Inventory
@@ -80,7 +80,7 @@ def resolve(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
     batch = batch_of(args, kwargs)
-    tokens = batch.shape[1] if batch is not None and batch.dim() > 1 else None
+    tokens = tokens_of(batch)
     if isinstance(choice, Tensor):
         return _by_number(inventory, choice, batch, copies=copies, tokens=tokens)
     if isinstance(choice, str) or not isinstance(choice, Sequence) or not all(isinstance(n, str) for n in choice):

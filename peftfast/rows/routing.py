@@ -256,3 +256,8 @@ def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         if isinstance(value, Tensor) and value.dim() > 0:
             return value
     return None
+
+
+def tokens_of(batch: Tensor | None) -> int | None:
+    """How many tokens a sample of it has, for layers that see the batch flattened; None: that is not known."""
+    return batch.shape[1] if batch is not None and batch.dim() > 1 else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.many.router import Choice
 from peftfast.method import method_for
-from peftfast.rows.routing import batch_of
+from peftfast.rows.routing import batch_of, tokens_of
 from peftfast.training.capture.captured import Captured
 from peftfast.training.capture.gradients import Gradients
 from peftfast.training.capture.inputs import buffers_for, check_batch, copy_batch
@@ -149,8 +149,7 @@ class CapturedTrainingStep(Captured):
     def _following(self) -> AbstractContextManager[None]:
         if self.index is None:
             return nullcontext()
-        first = batch_of((), self.inputs)
-        return following(self.tuner, self.index, first.shape[1] if first.dim() > 1 else None, keeps=False)
+        return following(self.tuner, self.index, tokens_of(batch_of((), self.inputs)), keeps=False)
 
     def _run(self) -> None:
         self._gradients.before_backward()
