@@ -17,6 +17,7 @@ from peftfast.method import register_method
 from peftfast.rules import boolean, either, integer, optional, sequence, text
 from peftfast.sharding import put_together, taken_apart
 from peftfast.sites import Dense, Site, Slot
+from peftfast.sites.embedding import scaled_by
 
 
 @register_config(PeftType.TRAINABLE_TOKENS)
@@ -104,10 +105,7 @@ class TrainableTokens:
         m = site.module
         if isinstance(m, nn.Embedding):
             y = F.embedding(x, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
-            embed_scale = getattr(m, "embed_scale", None)
-            if embed_scale is None:
-                return y
-            return y * (embed_scale.to(y.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
+            return scaled_by(m, y)
         return F.linear(x, weight, m.bias)
 
     def check_together(self, adapters: Sequence[Adapter]) -> None:

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from peftfast.rows.routing import Rows
 
 
+def scaled_by(module: nn.Embedding, y: Tensor) -> Tensor:
+    """Rows of a table as the module would give them. Gemma scales its embeddings in forward, a change of the table with
+    them."""
+    embed_scale = getattr(module, "embed_scale", None)
+    if embed_scale is None:
+        return y
+    return y * (embed_scale.to(y.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
+
+
 @register_site("torch.nn.Embedding", lambda module: isinstance(module, nn.Embedding))
 class EmbeddingSite(UsualSite):
     """y = W[ids] with ids [...] and y [..., K]; W [N, K] is N tokens of K features.
@@ -45,7 +54,7 @@ class EmbeddingSite(UsualSite):
         if self.weight.quantization is not None or table.is_meta or not is_plain(table) or not is_untouched(m):
             return
         ids = torch.arange(min(8, len(table)), device=table.device)
-        want, training = self._scaled(table[ids]), m.training
+        want, training = scaled_by(self.module, table[ids]), m.training
         try:
             found = m.eval()(ids)
         except Exception as e:
@@ -129,21 +138,14 @@ class EmbeddingSite(UsualSite):
         if gate is not None:
             t = gated(t, gate.reshape(t.shape[0], -1, 1))
         t = t * (scale.view(-1, 1, 1) if isinstance(scale, Tensor) else scale)
-        return (y + self._scaled(torch.bmm(t, up)).view(y.shape)).to(y.dtype)
+        return (y + scaled_by(self.module, torch.bmm(t, up)).view(y.shape)).to(y.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         m = self.module
         return F.embedding(x, a.t(), m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
 
     def up(self, t: Tensor, b: Tensor) -> Tensor:
-        return self._scaled(t @ b.t())
-
-    def _scaled(self, y: Tensor) -> Tensor:
-        # Gemma scales its embeddings in forward; the low-rank part is a change of the table and is scaled with it
-        embed_scale = getattr(self.module, "embed_scale", None)
-        if embed_scale is None:
-            return y
-        return y * (embed_scale.to(y.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
+        return scaled_by(self.module, t @ b.t())
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
         return x  # token ids: nothing to drop, as in PEFT
