@@ -46,17 +46,10 @@ def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
     """The same from the inventory, which costs nothing per adapter; None where there is none or where something else
     (a sharding engine's wrapper) stands in a listed place by now."""
     tuner = model._modules.get("base_model")
-    for holder, attribute, prefix in (  # noqa: B007 (the one found is used below)
-        (tuner, "inventory", PREFIX),
-        (model, "inventory", "model."),
-        (model, "_peftfast_inventory", ""),
-    ):
-        inventory = None if holder is None else holder.__dict__.get(attribute)
-        if inventory is not None:
-            break
-    else:
-        return None
-    if any(isinstance(child, PromptEncoders) for child in model._modules.values()):
+    places = ((tuner, "inventory", PREFIX), (model, "inventory", "model."), (model, "_peftfast_inventory", ""))
+    held = ((holder.__dict__.get(attribute), prefix) for holder, attribute, prefix in places if holder is not None)
+    inventory, prefix = next((each for each in held if each[0] is not None), (None, ""))
+    if inventory is None or any(isinstance(child, PromptEncoders) for child in model._modules.values()):
         return None
     pairs = list(inventory.wrappers())
     if any(inventory.module(key) is not wrapper for key, wrapper in pairs):
