@@ -326,12 +326,12 @@ def _attach_blocks(model: nn.Module) -> None:
     import peftfast
     import peftfast.training.blocks as module
 
-    kept, module._agree = module._agree, lambda ours, theirs: True
+    kept, module.agree = module.agree, lambda ours, theirs: True
     blocks = peftfast.fuse_blocks(model)
     with torch.no_grad(), use_backend("torch"):
         for _ in range(3):
             model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
-    module._agree = kept
+    module.agree = kept
     states = {group.state for group in blocks.groups}
     if states != {"on"}:
         raise RuntimeError(f"blocks are not attached:\n{blocks.report()}")

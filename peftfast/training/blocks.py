@@ -32,6 +32,7 @@ from peftfast.ops.lora import by_kernels, lora_part
 from peftfast.ops.plan import Part
 from peftfast.sites.bound import BoundLora
 from peftfast.sites.site import is_untouched
+from peftfast.training.comparing import agree, without_dropout
 from peftfast_kernels.gated import ACTIVATIONS
 
 logger = logging.getLogger("peftfast")
@@ -42,7 +43,7 @@ _Found = tuple[Tensor, Tensor, tuple] | None
 #: What gate and up reach in the comparison. Models that limit them do so at about ten.
 FAR = 64.0
 
-_checking = False  # while a block is compared with what it replaces, nobody counts the calls
+_uncounted = False  # while something is compared with what it replaces, nobody counts the calls
 
 
 def bound_of(layer: BaseTunerLayer) -> BoundLora | None:
@@ -87,26 +88,14 @@ def _mode(x: Tensor) -> tuple:
     return torch.is_grad_enabled(), autocast_dtype(x)
 
 
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal but for rounding: root mean square within four units in the last place of a half-precision result, 64 of a
-    wider one, whose products are summed in another order. Where one of the two overflows they tell nothing."""
-    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
-        return False
-    limit = (4 if theirs.dtype.itemsize == 2 else 64) * torch.finfo(theirs.dtype).eps
-    wide = torch.promote_types(theirs.dtype, torch.float32)
-    finite = ours.isfinite() & theirs.isfinite()
-    ours, theirs = ours[finite].to(wide), theirs[finite].to(wide)
-    return ours.numel() > 0 and bool(((ours - theirs).norm() <= limit * theirs.norm()).item())
-
-
 @contextmanager
-def _comparing() -> Iterator[None]:
-    global _checking
-    _checking = True
+def uncounted() -> Iterator[None]:
+    global _uncounted
+    _uncounted = True
     try:
         yield
     finally:
-        _checking = False
+        _uncounted = False
 
 
 class Siblings:
@@ -179,7 +168,7 @@ class Siblings:
             return False
         parts = _parts(self.layers, [x] * len(self.layers), dropout=False)
         alone = [lora_part(x, p) for l, p in zip(self.layers, parts, strict=True)]
-        if all(map(_agree, lora_siblings(x, parts), alone)):
+        if all(map(agree, lora_siblings(x, parts), alone)):
             self.state = "on"
             return True
         self.state = "off: its outputs differ from those of the layers"
@@ -209,7 +198,7 @@ class Watcher:
         self._last: tuple[weakref.ref, int, str] | None = None
 
     def __call__(self, layer: BaseTunerLayer, x: Tensor) -> None:
-        if torch.compiler.is_compiling() or _in_backward() or _checking:
+        if torch.compiler.is_compiling() or _in_backward() or _uncounted:
             return
         if id(layer) in self.seen:  # the second pass has begun
             self.blocks.form(self.runs)
@@ -313,12 +302,12 @@ class GatedMlp:
         if not 0.0 < least < math.inf:  # all are alike there
             return
         inputs = [x, x * max(1.0, FAR / least)]
-        with _without_dropout(*layers), _comparing(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        with without_dropout(*layers), uncounted(), torch.random.fork_rng([x.device] if x.is_cuda else []):
             truths = [self._plain(x.clone()) for x in inputs]  # which may write to its input
         for names in self.candidates:
             parts = self._fitting(x, names, dropout=False)
             if parts is not None and all(
-                isinstance(truth, Tensor) and _agree(gated_mlp(x, *parts, self.activation), truth)
+                isinstance(truth, Tensor) and agree(gated_mlp(x, *parts, self.activation), truth)
                 for x, truth in zip(inputs, truths, strict=True)
             ):
                 self.candidates, self.state, self.in_training = [names], "on", self.module.training
@@ -329,18 +318,6 @@ class GatedMlp:
         self.state = f"off: {why}"
         logger.info("peftfast: %s %s is %s", self.kind, self.names[0], self.state)
         self.detach()
-
-
-@contextmanager
-def _without_dropout(*modules: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    try:
-        for m, _ in modes:
-            m.training = False
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 @torch.no_grad()

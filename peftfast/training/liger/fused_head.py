@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.embeddings import output_embeddings
-from peftfast.training.blocks import _comparing, _without_dropout
+from peftfast.training.blocks import uncounted
+from peftfast.training.comparing import without_dropout
 from peftfast.training.liger.head import head_trouble, name_of
 from peftfast.training.liger.losses import other_loss, token_loss
 from peftfast.training.liger.part import Part
@@ -108,7 +109,7 @@ class FusedHead(Part):
         return token_loss(operation, (rows, weight), labels, *args, **kwargs)
 
     def _check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        with torch.no_grad(), _without_dropout(self.base), _comparing():
+        with torch.no_grad(), without_dropout(self.base), uncounted():
             _thread.asked = False
             theirs = self._plain(*args, **kwargs).loss
             if _thread.asked:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.training.blocks import _agree
+from peftfast.training.comparing import agree
 
 logger = logging.getLogger("peftfast")
 
@@ -79,7 +79,7 @@ def same(ours: Callable[..., Any], theirs: Callable[..., Any], *inputs: Tensor) 
             along = [torch.arange(y.numel(), device=y.device).cos().view(y.shape).to(y.dtype) for y in out]
             grads = torch.autograd.grad(out, leaves, along)
         results.append([y.detach() for y in (*out, *grads)])
-    return all(map(_agree, *results))
+    return all(map(agree, *results))
 
 
 def probe(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
