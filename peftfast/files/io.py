@@ -102,9 +102,9 @@ def _config_files(cfg: PeftConfig, auto_mapping: dict | None) -> tuple[str, dict
         cfg.inference_mode = mode
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically; tensors that share memory are written each for itself."""
-    write_atomically(path, _safetensors_writer(tensors, metadata or {}))
+    write_atomically(path, _safetensors_writer(tensors, {}))
 
 
 def _safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Callable[[str], None]:
@@ -291,9 +291,9 @@ def _read_weights(
     return _read_pickle(path, device), {}
 
 
-def read_safetensors(path: str | os.PathLike, device: str | torch.device | None = None) -> dict[str, Tensor]:
+def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """All tensors of a safetensors file; AdapterLoadError with the path if it is damaged."""
-    return _read_with_metadata(path, device)[0]
+    return _read_with_metadata(path, None)[0]
 
 
 def _read_with_metadata(
