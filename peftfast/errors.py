@@ -50,12 +50,17 @@ def enumerate_some(names: Iterable[str], limit: int = 8) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def every_name(names: Iterable[str], limit: int = 20) -> str:
-    """All names. More than `limit` of them are grouped: the numbers in them become sets, as in
-    `layers.{0-31}.q_proj.lora_A.weight`, so that thousands stay readable and none is left out."""
+def every_name(names: Iterable[str]) -> str:
+    """All names, grouped where they are many."""
     names = list(names)
-    if len(names) <= limit:
+    if len(names) <= 20:
         return ", ".join(repr(n) for n in names)
+    return f"{', '.join(map(repr, grouped(names)))} ({len(names)} names)"
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+    """Names without the differences in their numbers, which become sets as in `layers.{0-31}.q_proj.lora_A.weight`:
+    thousands stay readable, and none is left out."""
     groups: dict[str, list[set[int]]] = {}
     for name in names:
         numbers = [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", name)]
@@ -63,8 +68,7 @@ def every_name(names: Iterable[str], limit: int = 20) -> str:
         sets = groups.setdefault(pattern, [set() for _ in numbers])
         for known, number in zip(sets, numbers, strict=True):
             known.add(number)
-    shown = [repr(p.format(*("{" + _ranges(s) + "}" for s in sets))) for p, sets in groups.items()]
-    return f"{', '.join(shown)} ({len(names)} names)"
+    return [p.format(*("{" + _ranges(s) + "}" for s in sets)) for p, sets in groups.items()]
 
 
 def _ranges(numbers: Iterable[int]) -> str:

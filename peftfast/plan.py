@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, require_config
-from peftfast.errors import close_matches, every_name
+from peftfast.errors import close_matches, every_name, grouped
 from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.layers.layer import site_of
 from peftfast.method import method_for
@@ -326,9 +326,9 @@ def _sum(module: str, kind: str, tensors: Iterable[Tensor]) -> PlannedPart:
     return PlannedPart(module, kind, None, count, size, len(tensors))
 
 
-def _together(parts: Iterable[PlannedPart]) -> str:
+def _together(parts: Sequence[PlannedPart]) -> str:
     """One name for modules that differ in numbers only: `layers.{0-4}.q_proj`."""
-    return every_name([p.module for p in parts], limit=1).partition(" (")[0].strip("'")
+    return parts[0].module if len(parts) == 1 else grouped(p.module for p in parts)[0]
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
