@@ -24,17 +24,13 @@ from peftfast.files.io import Stored
 from peftfast.files.state import adapter_entries
 from peftfast.methods.lora.lora import scaling_of
 
-#: Beginnings of `init_lora_weights` -> what the method is called.
-_CHANGES_BASE = {"pissa": "PiSSA", "corda": "CorDA", "olora": "OLoRA", "lora_ga": "LoRA-GA"}
 _SLOT = re.compile(r"\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?$")
 
 
 def changes_base(cfg: PeftConfig) -> str | None:
     """What the initialisation of such an adapter is called if it changed the base in a way that can be taken back."""
-    init = getattr(cfg, "init_lora_weights", None)
-    if not isinstance(init, str):
-        return None
-    return next((name for beginning, name in _CHANGES_BASE.items() if init.startswith(beginning)), None)
+    kind = getattr(cfg, "base_changed_by", None)
+    return None if kind == "LoftQ" else kind
 
 
 def warn_beside_others(configs: Iterable[PeftConfig]) -> None:

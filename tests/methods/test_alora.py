@@ -534,8 +534,9 @@ def test_refusals(tmp_path):
         oracle.quietly(peftfast.AdaLoraConfig, alora_invocation_tokens=[1], total_step=1)
     with pytest.warns(UserWarning, match="only supported for CAUSAL_LM"):
         peftfast.LoraConfig(alora_invocation_tokens=[1])
-    with pytest.warns(UserWarning, match="changes the base weights"):
-        peftfast.LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM", init_lora_weights="pissa")
+    for init in ("pissa", "lora_ga"):
+        with pytest.warns(UserWarning, match="changes the base weights"):
+            peftfast.LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM", init_lora_weights=init)
 
 
 def test_contents_say_from_where(tmp_path):

@@ -65,6 +65,9 @@ VARIANTS = (
     "kasa_config",
 )
 
+#: Beginnings of `init_lora_weights` that write to the base weight -> what the method is called.
+_CHANGES_BASE = {"pissa": "PiSSA", "corda": "CorDA", "olora": "OLoRA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+
 
 def _is_named(value: Any) -> bool:
     """Whether this is a sub-config as files hold it."""
@@ -173,6 +176,14 @@ class LoraConfig(PeftConfig):
         """Which of `VARIANTS` is set; None for a plain LoRA."""
         return next(iter(self._variants()), None)
 
+    @property
+    def base_changed_by(self) -> str | None:
+        """What the initialisation is called if it writes to the base weight; None if it leaves that as it is."""
+        init = self.init_lora_weights
+        if not isinstance(init, str):
+            return None
+        return next((name for beginning, name in _CHANGES_BASE.items() if init.startswith(beginning)), None)
+
     def _variants(self) -> list[str]:
         return [name for name in VARIANTS if getattr(self, name)]
 
@@ -231,11 +242,10 @@ class LoraConfig(PeftConfig):
             raise ValueError(f"alora_invocation_tokens is a list of at least one token in their order, got {tokens!r}")
         if self.task_type != TaskType.CAUSAL_LM:
             warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", stacklevel=5)
-        init = self.init_lora_weights
-        if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq")):
+        if self.base_changed_by is not None:
             warnings.warn(
-                f"init_lora_weights={init!r} changes the base weights, so that what comes before the invocation of an "
-                "aLoRA is not the base model's output any more.",
+                f"init_lora_weights={self.init_lora_weights!r} changes the base weights, so that what comes before the "
+                "invocation of an aLoRA is not the base model's output any more.",
                 PeftWarning,
                 stacklevel=5,
             )
@@ -266,8 +276,7 @@ class LoraConfig(PeftConfig):
                 if name == "loftq":
                     self.loftq_config = {}  # PEFT keeps the others
         patterns = self.rank_pattern or self.alpha_pattern
-        changes = isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga"))
-        if self.use_rslora and patterns and changes:
+        if self.use_rslora and patterns and self.base_changed_by not in (None, "LoftQ"):
             warnings.warn(
                 "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion to a plain "
                 "LoRA does not go together: save_pretrained(path_initial_model_for_weight_conversion=...) will refuse "

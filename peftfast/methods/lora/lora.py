@@ -99,9 +99,7 @@ class Lora:
         return self.changes_base(cfg) or cfg.init_lora_weights == "mica"
 
     def changes_base(self, cfg: LoraConfig) -> bool:
-        return isinstance(cfg.init_lora_weights, str) and cfg.init_lora_weights.startswith(
-            ("pissa", "olora", "corda", "loftq", "lora_ga")
-        )
+        return cfg.base_changed_by is not None
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         sites = [adapter.through(site) for adapter in active]
