@@ -286,7 +286,6 @@ def _copy_state(own: Any, new: Any) -> None:
             setattr(own, name, value)
 
 
-# ---- quantising ------------------------------------------------------------------------------------------------------
 def keep_layout(module: nn.Module) -> None:
     """On CPUs with AVX-512, bitsandbytes repacks a weight at the first forward without gradients and rounds its scales
     to bf16 (and fails where rows are no multiple of 64). A weight that adapters are trained against stays as it is."""
@@ -294,6 +293,7 @@ def keep_layout(module: nn.Module) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
+# ---- quantising ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def _quantised(
     weight: Tensor,

@@ -49,7 +49,7 @@ def stored_weight(module: nn.Module, name: str = "weight", *, write: bool = Fals
         kept = getattr(hook, "weights_map", None)
         if kept is not None and name in kept:
             value = kept[name]
-            if write and kept[name].data_ptr() != value.data_ptr():
+            if write and kept[name].data_ptr() != value.data_ptr():  # from disk, a map reads it anew at every look
                 raise ValueError(
                     f"The {name} of {type(module).__name__} is offloaded to disk and cannot be changed there. Merge "
                     "into a model that is loaded without disk offloading."
