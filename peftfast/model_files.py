@@ -58,8 +58,9 @@ class HasFiles:
             selected_adapters: their names, or one name; None: all.
             save_embedding_layers: with the base's embeddings; "auto": if they are adapted or were resized.
             is_main_process: False writes nothing.
-            path_initial_model_for_weight_conversion: the adapter as it was right after a PiSSA or OLoRA
-                initialisation; the result is a plain LoRA of twice the rank for the unchanged base.
+            path_initial_model_for_weight_conversion: the adapter as it was right after an initialisation that changed
+                the base (PiSSA, OLoRA, CorDA, LoRA-GA); the result is a plain LoRA of twice the rank for the unchanged
+                base.
             kwargs: `state_dict`, tensors gathered from a sharded model.
         """
         check_folder(save_directory)
@@ -169,18 +170,13 @@ class HasFiles:
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         check_arguments(HasFiles.from_pretrained, kwargs, strict)
         stored = _read(model_id, model, key_mapping, strict, kwargs, config=config, device=torch_device)
-        config, tensors = stored.config, stored.tensors
-        if config.is_prompt_learning and is_trainable:
-            raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
-        config.inference_mode = not is_trainable
-        if num_virtual_tokens is not None:
-            tensors = resize_saved_prompt(config, tensors, num_virtual_tokens)
+        stored = _for_adding(stored, is_trainable, num_virtual_tokens)
         with unchanged_if_refused(model):
-            wrapped = cls._for_config(config)(
-                model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
+            wrapped = cls._for_config(stored.config)(
+                model, stored.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
                 strict=strict is True, initialise=False,
             )  # fmt: skip
-            wrapped._load_tensors(stored._replace(tensors=tensors), adapter_name, strict, ignore_mismatched_sizes, True)
+            wrapped._load_tensors(stored, adapter_name, strict, ignore_mismatched_sizes, True)
         if not is_trainable:
             wrapped.eval()
         else:
@@ -244,13 +240,8 @@ class HasFiles:
             model_id, self.get_base_model(), key_mapping, strict, kwargs, present=present, device=torch_device
         )
         if new:
-            config = stored.config
-            if config.is_prompt_learning and is_trainable:
-                raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
-            config.inference_mode = not is_trainable
-            warn_beside_others([config, *self.peft_config.values()])
-            if num_virtual_tokens is not None:
-                stored = stored._replace(tensors=resize_saved_prompt(config, stored.tensors, num_virtual_tokens))
+            stored = _for_adding(stored, is_trainable, num_virtual_tokens)
+            warn_beside_others([stored.config, *self.peft_config.values()])
         elif num_virtual_tokens is not None:
             raise ValueError(
                 f"num_virtual_tokens={num_virtual_tokens} is for a new adapter; {adapter_name!r} exists, and "
@@ -259,7 +250,7 @@ class HasFiles:
         before = self._tuner.inventory.places()
         if new:
             self.add_adapter(
-                adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype,
+                adapter_name, stored.config, low_cpu_mem_usage, autocast_adapter_dtype,
                 strict=strict is True, initialise=False,
             )  # fmt: skip
         try:
@@ -305,3 +296,14 @@ def _read(
     if key_mapping is None:
         key_mapping = getattr(base, "_checkpoint_conversion_mapping", None) or None
     return read_adapter(model_id, key_mapping=key_mapping, strict=strict, **options, **kwargs)
+
+
+def _for_adding(stored: Stored, is_trainable: bool, num_virtual_tokens: int | None) -> Stored:
+    """An adapter that was read as it is to be added; its config is changed in place."""
+    config, tensors = stored.config, stored.tensors
+    if config.is_prompt_learning and is_trainable:
+        raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+    config.inference_mode = not is_trainable
+    if num_virtual_tokens is not None:
+        tensors = resize_saved_prompt(config, tensors, num_virtual_tokens)
+    return stored._replace(tensors=tensors)
