@@ -332,6 +332,6 @@ def method_for(cfg: PeftConfig) -> AdapterMethod:
         if method.claims(cfg):
             return method
     raise ValueError(
-        f"No adapter method handles {type(cfg).__name__} with peft_type {cfg.peft_type!r}. "
+        f"No adapter method handles {type(cfg).__name__} with peft_type {plain_name(cfg.peft_type)!r}. "
         f"Known methods: {', '.join(sorted({plain_name(m.peft_type) for m in METHODS}))}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftfast.config import PeftConfig, PeftType
+from peftfast.config import PeftConfig, PeftType, plain_name
 from peftfast.model import PeftModel
 from peftfast.tuners.mixed import MixedModel
 from peftfast.tuners.tuner import BaseTuner
@@ -31,8 +31,8 @@ class PeftMixedModel(PeftModel):
         if peft_config.peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
             known = ", ".join(t.value for t in PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
             raise ValueError(
-                f"The provided `peft_type` '{getattr(peft_config.peft_type, 'value', peft_config.peft_type)}' is not "
-                f"compatible with the `PeftMixedModel`. Compatible types are: {known}"
+                f"The provided `peft_type` '{plain_name(peft_config.peft_type)}' is not compatible "
+                f"with the `PeftMixedModel`. Compatible types are: {known}"
             )
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftType
+from peftfast.config import PeftType, plain_name
 from peftfast.many.merging import add_weighted_adapter
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.combine import svd_of_sum
@@ -54,7 +54,7 @@ def reduce_intruder_dimension(
     if cfg.peft_type != PeftType.LORA or variant is not None:
         raise ValueError(
             "The provided model is not using LoRA and is therefore not supported: "
-            f"{old_adapter_name} is {cfg.peft_type}{f' with {variant}' if variant else ''}."
+            f"{old_adapter_name} is {plain_name(cfg.peft_type)}{f' with {variant}' if variant else ''}."
         )
     if cfg.target_parameters:
         raise ValueError(

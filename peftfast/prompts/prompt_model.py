@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig, PromptLearningConfig
+from peftfast.config import PeftConfig, PromptLearningConfig, plain_name
 from peftfast.errors import PeftWarning, close_matches
 from peftfast.files.beside import KeepsBeside
 from peftfast.method import method_for
@@ -388,7 +388,7 @@ def resize_saved_prompt(cfg: PeftConfig, tensors: Mapping[str, Tensor], num_virt
     """The tensors of a file with the prompt cut or extended as `resize_prompt` does; `cfg` follows."""
     _check_length(num_virtual_tokens)
     if not cfg.is_prompt_learning or "prompt_embeddings" not in tensors:
-        raise ValueError(f"num_virtual_tokens is the length of a prompt; this is a {cfg.peft_type} adapter")
+        raise ValueError(f"num_virtual_tokens is the length of a prompt; the adapter is {plain_name(cfg.peft_type)}")
     rows = _resized(tensors["prompt_embeddings"], cfg.num_virtual_tokens, num_virtual_tokens)
     cfg.num_virtual_tokens = num_virtual_tokens
     return {**tensors, "prompt_embeddings": rows}
@@ -442,8 +442,8 @@ def nearest_tokens(
         vocabulary = table(torch.arange(table.num_embeddings, device=table.weight.device)).float()
         if vocabulary.shape[1] != rows.shape[1]:
             raise ValueError(
-                f"Adapter {name!r} ({tuner.peft_config[name].peft_type}) is not made of input embeddings: it has width "
-                f"{rows.shape[1]}, the vocabulary {vocabulary.shape[1]}"
+                f"Adapter {name!r} ({plain_name(tuner.peft_config[name].peft_type)}) is not made of input "
+                f"embeddings: it has width {rows.shape[1]}, the vocabulary {vocabulary.shape[1]}"
             )
         cosines = nn.functional.normalize(rows.float(), dim=-1) @ nn.functional.normalize(vocabulary, dim=-1).T
         values, ids = cosines.topk(min(k, vocabulary.shape[0]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, plain_name
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.own import LoraLayer
 from peftfast.sites.site import has_site
@@ -28,7 +28,7 @@ def own_layer_classes(inventory: Inventory, cfg: PeftConfig, keys: Sequence[str]
         if isinstance(present, LoraLayer):
             if not hasattr(cfg, "_custom_modules"):
                 raise ValueError(
-                    f"{key} has a layer of a user's own, which takes LoRA's adapters and no {cfg.peft_type}"
+                    f"{key} has a layer of a user's own, which takes LoRA's adapters and no {plain_name(cfg.peft_type)}"
                 )
             found[key] = type(present)
             continue
