@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ class Contestant(NamedTuple):
     name: str
     role: str
     call: Callable[[], object]
-    results: Callable[[], dict[str, Tensor]]  # of one pass without dropout, for the gate
+    results: Callable[[], dict[str, Tensor]] = dict  # of one pass without dropout, for the gate
+    truth: Callable[[], dict[str, Tensor]] | None = None  # what they should be, if it is known of this one
 
 
 class One(nn.Module):
@@ -75,7 +77,7 @@ def fill(model: nn.Module) -> None:
             parameter.normal_(std=parameter.shape[1] ** -0.5 * 0.5, generator=generator)
 
 
-def _context(device: str, dtype: torch.dtype, enabled: bool) -> Any:
+def autocast(device: str, dtype: torch.dtype, enabled: bool) -> Any:
     return torch.autocast(device.partition(":")[0], dtype, enabled=enabled and dtype != torch.float32)
 
 
@@ -87,7 +89,7 @@ def _pass(
     given = {dy.dtype: dy}
 
     def call() -> tuple[Tensor, ...]:
-        with _context(device, dtype, amp):
+        with autocast(device, dtype, amp):
             y = model(x)
         if y.dtype not in given:  # as the next layer would give it
             given[y.dtype] = dy.to(y.dtype)
@@ -124,6 +126,7 @@ def linear(size: Size, device: str, compiler: str | None = None, dora: bool = Fa
     add("peftfast", OURS, wrap("peftfast", copy.deepcopy(base), size, ["proj"], dora))
     peft = wrap("peft", copy.deepcopy(base), size, ["proj"], dora)
     add("peft", PEER, peft)
+    found[-1] = found[-1]._replace(truth=partial(linear_truth, size, device, peft, x, dy))
     add("peft, no autocast", PEER, wrap("peft", copy.deepcopy(base), size, ["proj"], dora), amp=False)
     if compiler is not None:
         model = wrap("peft", copy.deepcopy(base), size, ["proj"], dora)
@@ -262,7 +265,7 @@ def training_pass(model: nn.Module, ids: Tensor, dtype: torch.dtype, step: bool)
 
     def call() -> Tensor:
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
-        with _context(device, dtype, True):
+        with autocast(device, dtype, True):
             loss = model(inputs_embeds=embeds, labels=ids).loss
         loss.backward()
         if optimizer is not None:

@@ -18,6 +18,7 @@ behind it, in a process of its own, into the same files.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import datetime
 import gc
@@ -182,7 +183,7 @@ class Bench:
     def questions(self) -> None:
         def ask(question: questions.Question) -> None:
             size, calls = question.size, question.make(self.device)
-            entrants = [Contestant(n, PEER, call, dict) for n, call in calls.items()]
+            entrants = [Contestant(n, PEER, call) for n, call in calls.items()]
             self.compare("questions", question.text, entrants, {}, size, flops=question.flops, bytes=question.bytes)
 
         self.each("questions", questions.all_questions(self.dry), ask, lambda question: question.size)
@@ -209,7 +210,7 @@ class Bench:
                 gate[path] = max(relative_error(o, t) for o, t in zip(outputs, truth, strict=True))
             del truth, outputs
             passed = {n: (e, n == "torch" or no_worse(e, gate["torch"], size.dtype)) for n, e in gate.items()}
-            entrants = [Contestant(n, PEER if n == "torch" else OURS, c, dict) for n, c in calls.items()]
+            entrants = [Contestant(n, PEER if n == "torch" else OURS, c) for n, c in calls.items()]
             cost = op.cost(**kwargs)
             self.compare("ops", name, entrants, passed, size, op=name, flops=cost.flops, bytes=cost.bytes)
 
@@ -230,9 +231,7 @@ class Bench:
 
     def _gate_linear(self, size: Size, entrants: list[Contestant]) -> dict[str, tuple[float, bool]]:
         """Against fp64, without dropout (every library has masks of its own; the op gate checks ours)."""
-        call = next(e for e in entrants if e.name == "peft").call
-        cells = dict(zip(call.__code__.co_freevars, (c.cell_contents for c in call.__closure__), strict=True))
-        truth = sides.linear_truth(size, self.device, cells["model"], cells["x"], cells["dy"])
+        truth = next(e.truth for e in entrants if e.name == "peft")()
         errors = {}
         for entrant in entrants:
             # Unsloth's may write into its input; evaluating would be compiled as well as training
@@ -272,7 +271,7 @@ class Bench:
             for _, (role, model) in built.items():
                 model.train(role != LIMIT)
             gate = self._gate_losses(built, ids, size)
-            entrants = [Contestant(n, role, calls[n], dict) for n, (role, _) in built.items()]
+            entrants = [Contestant(n, role, calls[n]) for n, (role, _) in built.items()]
             self.compare(suite, f"{layers} layer(s)", entrants, gate, size, ahead=False, model=shape.name)
 
         return measure
@@ -294,15 +293,13 @@ class Bench:
 
     def _gate_losses(self, built: dict, ids: torch.Tensor, size: Size) -> dict[str, tuple[float, bool]]:
         """Logits against an fp32 oracle, PEFT's model with everything widened, without dropout."""
-        import copy
-
         logits = {}
         some = ids[:1, :256]
         for name, (role, model) in built.items():
             if role == LIMIT or "compile" in name:
                 continue
             model.eval()
-            with torch.no_grad(), sides._context(self.device, size.dtype, True):
+            with torch.no_grad(), sides.autocast(self.device, size.dtype, True):
                 logits[name] = model(input_ids=some).logits.float()
             model.train()
         if size.format == "dense":
@@ -326,7 +323,7 @@ class Bench:
             entrants = []
             for name, (role, model) in built.items():
                 model.eval()
-                entrants.append(Contestant(name, role, sides.decoding(model, ids, 4 if self.dry else 16), dict))
+                entrants.append(Contestant(name, role, sides.decoding(model, ids, 4 if self.dry else 16)))
             gate = self._gate_losses(built, ids, size)
             for _, model in built.values():
                 model.eval()
@@ -346,8 +343,6 @@ class Bench:
             ids = torch.randint(0, 512, (size.m, 16), device=self.device)
             entrants, logits = [], {}
             for library, role in (("peftfast", OURS), ("peft", PEER)):
-                import copy
-
                 model, names = sides.mixed(library, copy.deepcopy(base), size, size.adapters)
                 chosen = [names[i % len(names)] for i in range(size.m)]
 
@@ -356,7 +351,7 @@ class Bench:
                         return model(input_ids=ids, adapter_names=chosen).logits
 
                 logits[library] = call()
-                entrants.append(Contestant(library, role, call, dict))
+                entrants.append(Contestant(library, role, call))
             error = relative_error(logits["peftfast"], logits["peft"].float())
             gate = {"peftfast": (error, error < 8 * torch.finfo(size.dtype).eps)}
             self.compare("mixed", f"{size.adapters} adapters", entrants, gate, size, ahead=False, model=shape.name)
