@@ -247,7 +247,7 @@ class HasFiles:
                 f"num_virtual_tokens={num_virtual_tokens} is for a new adapter; {adapter_name!r} exists, and "
                 "peftfast.resize_prompt changes its length"
             )
-        before = self._tuner.inventory.places()
+        before = self._tuner.inventory.wrapped()
         if new:
             self.add_adapter(
                 adapter_name, stored.config, low_cpu_mem_usage, autocast_adapter_dtype,

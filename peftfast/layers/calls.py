@@ -19,7 +19,7 @@ from peftfast.sites.bound import BoundLora
 Steps = list[tuple[AdapterMethod, list[Adapter]]]
 
 
-class IsCalled:
+class CalledLayer:
     """Mixin of the layers."""
 
     base_layer: nn.Module

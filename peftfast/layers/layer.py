@@ -14,7 +14,7 @@ from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.layers.activation import HasActivation
 from peftfast.layers.as_in_peft import AsInPeft, absent_in
-from peftfast.layers.calls import IsCalled
+from peftfast.layers.calls import CalledLayer
 from peftfast.layers.merger import MergedNames, Merger
 from peftfast.layers.scaling import HasScaling
 from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
@@ -36,7 +36,7 @@ def _made_again() -> dict[str, Any]:
     return {"_plan": None, "store": {}, "derived": {}}
 
 
-class BaseTunerLayer(IsCalled, HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Module):
+class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Module):
     """A module with adapters. Attribute names are PEFT's, because other libraries reach for them.
 
     Attributes:

@@ -25,7 +25,7 @@ from peftfast.wrapping.inventory import Inventory
 Offsets = Sequence[int | None] | Tensor
 
 
-class IsCalled:
+class CalledModel:
     """Mixin of the module around a base model.
 
     Attributes:

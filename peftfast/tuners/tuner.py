@@ -20,7 +20,7 @@ from peftfast.ops.casts import CastStore
 from peftfast.quantization.quantize import dequantize_model, name_dense_layers
 from peftfast.sharding import GatheredAsOne
 from peftfast.training.checkpointing import checkpointing_switches
-from peftfast.tuners.calls import IsCalled
+from peftfast.tuners.calls import CalledModel
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
@@ -29,7 +29,7 @@ from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
-class BaseTuner(IsCalled, KeepsBeside, GatheredAsOne, nn.Module):
+class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, nn.Module):
     """A base model with adapters in it; behaves as the base model in everything it does not define.
 
     Args:

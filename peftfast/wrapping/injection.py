@@ -101,7 +101,7 @@ class Injection:
     def _put_in(self) -> None:
         inventory = self.inventory
         # a model from a file is in eval mode; dropout acts in training loops that never say train(), as with PEFT
-        trains = not inventory.places() and not self.cfg.inference_mode
+        trains = not inventory.wrapped() and not self.cfg.inference_mode
         for key in self.targets:
             layer = inventory.wrap(key, self._maker(key))
             if trains:

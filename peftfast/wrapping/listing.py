@@ -159,7 +159,7 @@ class Listing:
         yield from self.layers.items()
         yield from self.extras.items()
 
-    def places(self) -> set[str]:
+    def wrapped(self) -> set[str]:
         """Names of the modules that something stands in for."""
         return {*self.layers, *self.extras}
 
