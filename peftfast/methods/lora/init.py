@@ -130,14 +130,20 @@ def restarted(site: Site, a: Tensor, b: Tensor, init: bool | str, r: int) -> Non
     """Fill the factors of an adapter that was used before, drawing what a new one draws of them."""
     if init not in (True, "gaussian"):
         raise ValueError(f"Unknown initialization init_lora_weights={init!r}; to start anew, True or 'gaussian'")
+    if site.looks_up or init is True:
+        fill_as_identity(site, a, b)
+    else:
+        a.normal_(std=1 / r)
+        b.zero_()
+
+
+def fill_as_identity(site: Site, a: Tensor, b: Tensor) -> None:
+    """Draw one factor and let the other be zero."""
     if site.looks_up:
         a.zero_()
         b.normal_()
-    elif init is True:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b.zero_()
     else:
-        a.normal_(std=1 / r)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         b.zero_()
 
 
@@ -159,12 +165,7 @@ def rank_of_factors(site: Site, cfg: LoraConfig, r: int) -> int:
 @_drawn_as_in_peft(after_building=True)
 def start_as_identity(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """The adapter changes nothing at first. The data-driven kinds start here too and are filled in a second call."""
-    if site.looks_up:
-        a.zero_()
-        b.normal_()
-    else:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b.zero_()
+    fill_as_identity(site, a, b)
 
 
 @initialiser("False", lookups=True)

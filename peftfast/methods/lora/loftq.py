@@ -12,7 +12,7 @@ from peftfast.adapter import Adapter
 from peftfast.base.weight import quantise_and_back
 from peftfast.errors import PeftWarning
 from peftfast.methods.lora.config import LoraConfig
-from peftfast.methods.lora.init import check_finite, initialiser
+from peftfast.methods.lora.init import check_finite, fill_as_identity, initialiser
 from peftfast.sites import Site
 
 #: `loftq_bits` -> storage format
@@ -71,9 +71,7 @@ def _loftq(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
             PeftWarning,
             stacklevel=2,  # the same for all modules, so that it is said once
         )
-        torch.nn.init.kaiming_uniform_(a, a=5**0.5)
-        b.zero_()
-        return
+        return fill_as_identity(site, a, b)
     settings = adapter.cfg.loftq_config
     stored = weight = site.weight.dense(torch.float32)
 
