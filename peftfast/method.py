@@ -152,8 +152,7 @@ def sample_by_sample(
     for position, adapter in enumerate(adapters):
         if rows.host is None:
             own = method.forward(site, x, None if fresh else y, [adapter])
-            mask = (rows.index == position).view(-1, *(1,) * (y.dim() - 1))
-            out = torch.where(mask, own, out)
+            out = torch.where(rows.mask(position, out), own, out)
             continue
         where = rows.of(position)
         if where.numel() == 0:
@@ -161,10 +160,7 @@ def sample_by_sample(
         mine = y if fresh else y.index_select(0, where)
         own = method.forward(site, x.index_select(0, where), None if fresh else mine, [adapter])
         out = out.index_copy(0, where, own.to(out.dtype))
-    if rows.host is None:
-        unknown = (rows.index >= len(adapters)).view(-1, *(1,) * (y.dim() - 1))
-        out = out.masked_fill(unknown, float("nan"))
-    return out
+    return rows.without_unknown(out, len(adapters)) if rows.host is None else out
 
 
 class Slotted(Protocol):

@@ -124,18 +124,14 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             out = _samples_first(self.original_module(x, **kwargs), x, name)
         for position, copied in enumerate(copies):
             if rows.host is None:
-                mask = (rows.index == position).view(-1, *(1,) * (out.dim() - 1))
-                out = torch.where(mask, copied(x, **kwargs), out)
+                out = torch.where(rows.mask(position, out), copied(x, **kwargs), out)
                 continue
             where = rows.of(position)
             own = _samples_first(copied(x.index_select(0, where), **kwargs), where, name)
             if out is None:
                 out = own.new_empty(x.shape[0], *own.shape[1:])
             out = out.index_copy(0, where, own.to(out.dtype))
-        if rows.host is None:
-            unknown = (rows.index >= len(copies)).view(-1, *(1,) * (out.dim() - 1))
-            out = out.masked_fill(unknown, float("nan"))
-        return out
+        return rows.without_unknown(out, len(copies)) if rows.host is None else out
 
     def _standing_in(self) -> nn.Module:
         names = self.active_adapters

@@ -54,6 +54,16 @@ class Rows:
             f"of {position}", lambda: self._indices(i for i, g in enumerate(self.host) if g == position)
         )
 
+    def mask(self, position: int, y: Tensor) -> Tensor:
+        """Which samples of y [B, ...] are one adapter's, [B, 1, ...]."""
+        return (self.index == position).view(-1, *(1,) * (y.dim() - 1))
+
+    def without_unknown(self, y: Tensor, count: int) -> Tensor:
+        """y [B, ...] with NaN in samples whose number none of `count` adapters has; as it is where it has no NaN."""
+        if not y.is_floating_point():
+            return y
+        return y.masked_fill((self.index >= count).view(-1, *(1,) * (y.dim() - 1)), float("nan"))
+
     def only(self, positions: Sequence[int], count: int) -> Rows:
         """The same for a method that has the adapters at `positions`, out of `count`; the rest is not its business."""
         new = {p: i for i, p in enumerate(positions)}

@@ -144,7 +144,7 @@ def run_mixed(
     if has_routed_form(module, named, args, kwargs):
         own = rows(args[0])
         y = routed_experts(module, named, *args, own.index)
-        return y if own.host is not None else _without_unknown(y, own, count)
+        return y if own.host is not None else own.without_unknown(y, count)
     given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
     if torch.compiler.is_compiling() or any(site.weight.value.dim() != 2 for site in changes):
         return None
@@ -176,16 +176,8 @@ def _in_turns(call: Callable[[int, Tensor], Any], rows: Rows, x: Tensor, count: 
         out = tensors[0].new_empty(x.shape[0], *tensors[0].shape[1:])
         for (position, where, _), t in zip(parts, tensors, strict=True):
             if where is None:
-                mask = (rows.index == position).view(-1, *(1,) * (t.dim() - 1))
-                out = torch.where(mask, t, out if position >= 0 else t)
+                out = torch.where(rows.mask(position, t), t, out if position >= 0 else t)
             else:
                 out = out.index_copy(0, where, t)
-        results.append(out if rows.host is not None else _without_unknown(out, rows, count))
+        results.append(out if rows.host is not None else rows.without_unknown(out, count))
     return results[0] if len(results) == 1 and not isinstance(y, tuple) else tuple(results)
-
-
-def _without_unknown(y: Tensor, rows: Rows, count: int) -> Tensor:
-    """NaN for samples whose number no adapter has."""
-    if not y.is_floating_point():
-        return y
-    return y.masked_fill((rows.index >= count).view(-1, *(1,) * (y.dim() - 1)), float("nan"))
