@@ -112,17 +112,14 @@ _VARIANT = Rule(
     "{f.cfg.variant}: not known from that file",
 )
 
+_EVERYWHERE = (_NO_LORA, _FUSED, _STACKED, _CHANGED, _ROUTER, _VARIANT)
+
 SERVERS: dict[str, tuple[Rule, ...]] = {
     # vllm-project/vllm, vllm/lora/peft_helper.py, e745bafffc44744aa601169f8c6f325e47ca7cd5: validate_legal and
     # __post_init__; fields that the class does not declare (the patterns) are dropped in from_dict
     "vLLM": (
-        _NO_LORA,
-        _FUSED,
-        _STACKED,
-        _CHANGED,
-        _ROUTER,
+        *_EVERYWHERE,
         _INVOKED,
-        _VARIANT,
         Rule(REFUSES, lambda f: f.saved, "supports no modules_to_save, this has {f.saved}"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
         # vllm/lora/utils.py: parse_fine_tuned_lora_name raises at every tensor that is no factor
@@ -138,13 +135,8 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     # reads target_modules, r, lora_alpha and the patterns, which its tests say are rejected where they change a value;
     # python/sglang/srt/lora/lora.py, 002c60aa61549a08b2d4662d0f876f1fc6aa6863: asserts peft_type, scales by alpha / r
     "SGLang": (
-        _NO_LORA,
-        _FUSED,
-        _STACKED,
-        _CHANGED,
-        _ROUTER,
+        *_EVERYWHERE,
         _INVOKED,
-        _VARIANT,
         Rule(REFUSES, lambda f: f.uneven_scale, "takes no rank_pattern or alpha_pattern that changes a value"),
         Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / r, rsLoRA by its root"),
         Rule(
@@ -157,12 +149,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     # tensor that is no factor (or norm); one lora_alpha is written, and divided by the rank that the tensor has; so are
     # alora_invocation_tokens (set_gguf_parameters)
     "llama.cpp": (
-        _NO_LORA,
-        _FUSED,
-        _STACKED,
-        _CHANGED,
-        _ROUTER,
-        _VARIANT,
+        *_EVERYWHERE,
         Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved}"),
         Rule(REFUSES, lambda f: f.tokens, "its converter takes factors only, this trains single tokens"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "its converter takes factors only, DoRA has magnitudes"),
@@ -180,13 +167,8 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     # ml-explore/mlx-lm, mlx_lm/tuner/utils.py, 036728670ef951c1d583689ad2255020702dcfa3: load_adapters reads
     # num_layers and lora_parameters (one rank and scale) from the config and the weights from adapters.safetensors
     "MLX": (
-        _NO_LORA,
-        _FUSED,
-        _STACKED,
-        _CHANGED,
-        _ROUTER,
+        *_EVERYWHERE,
         _INVOKED,
-        _VARIANT,
         Rule(REFUSES, lambda f: f.uneven_scale, "knows one rank and one scale, whatever the file is converted to"),
         Rule(CONVERT, lambda f: True, "reads its own adapters.safetensors and config, not a PEFT folder"),
     ),
