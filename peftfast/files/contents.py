@@ -53,12 +53,12 @@ def adapter_contents(folder: str | os.PathLike, *, max_lora_rank: int = 16) -> C
         ValueError: a file is not there. AdapterLoadError: one that is damaged.
     """
     stored = read_adapter(folder)
-    method = None if stored.config.is_prompt_learning else method_for(stored.config)
+    method = method_for(stored.config)
     own: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in stored.tensors.items():
         name = in_base(key).removesuffix(".weight")
-        module, found, slot = name.rpartition(f".{method.prefix}") if method is not None else ("", "", "")
+        module, found, slot = name.rpartition(f".{method.prefix}")
         if found:
             own.setdefault(module, {})[method.prefix + slot] = tensor
         else:

@@ -197,7 +197,7 @@ def adapter_state_dict(
             inside, saved = f"{name}.{place}", f"{name}.{place if own else ''}"
             result.update({saved + k.removeprefix(inside): v for k, v in base.items() if k.startswith(inside)})
     result = gathered(result)  # also detaches
-    method = method_for(cfg) if not cfg.is_prompt_learning else None
+    method = method_for(cfg)
     return method.to_file(cfg, result) if hasattr(type(method), "to_file") else result
 
 

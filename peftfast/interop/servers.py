@@ -61,7 +61,7 @@ class Facts:
     @property
     def changes_base(self) -> bool:
         """Whether the factors are for a base that their initialisation has changed."""
-        return not self.cfg.is_prompt_learning and method_for(self.cfg).changes_base(self.cfg)
+        return method_for(self.cfg).changes_base(self.cfg)
 
     @property
     def saved_not_norms(self) -> list[str]:

@@ -7,18 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from peftfast.config import PeftType
+import peftfast.methods  # noqa: F401  (registers every method)
+from peftfast.method import METHODS
 
 #: peft_type -> how the names of its parameters begin
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {
-    PeftType.LORA: "lora_",
-    PeftType.ADALORA: "lora_",
-    PeftType.IA3: "ia3_",
-    PeftType.PROMPT_TUNING: "prompt_tuning_",
-    PeftType.PREFIX_TUNING: "prefix_tuning_",
-    PeftType.P_TUNING: "p_tuning_",
-    PeftType.TRAINABLE_TOKENS: "trainable_tokens_",
-}
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {method.peft_type: method.prefix for method in METHODS}
 
 
 def build_peft_weight_mapping(weight_conversions: list | None, adapter_name: str, peft_config: Any = None) -> list:

@@ -125,7 +125,7 @@ def _replicate(inventory: Inventory, name: str, cfg: PeftConfig) -> bool:
 def _check_sharded(name: str, cfg: PeftConfig, initialise: bool) -> None:
     """RuntimeError for an adapter that starts from weights which FSDP2 has taken apart, and a warning for one that is
     to be trained."""
-    if initialise and not cfg.is_prompt_learning and reads_base(cfg):
+    if initialise and reads_base(cfg):
         raise RuntimeError(
             f"Adapter {name} starts from the base weights, which FSDP2 has taken apart. Add it before fully_shard, or "
             "load it from a file (model.load_adapter)."
