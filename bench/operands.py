@@ -101,11 +101,23 @@ class Maker:
         return make_route(rows, self.size.adapters)._asdict()
 
 
+#: op name -> its arguments at a size
+BUILDERS: dict[str, Callable[[Maker], dict[str, Any]]] = {}
+
+
+def _builds(function: Callable[[Maker], dict[str, Any]]) -> Callable[[Maker], dict[str, Any]]:
+    """Decorator: it makes the arguments of the op whose name follows the underscore."""
+    BUILDERS[function.__name__[1:]] = function
+    return function
+
+
+@_builds
 def _lora_down(t: Maker) -> dict[str, Any]:
     s = t.size
     return {"x": t.normal(s.m, s.k), "a": t.factor(s.r, s.k, std=s.k**-0.5), "seed": t.seed, "prob": s.dropout}
 
 
+@_builds
 def _lora_gemm(t: Maker) -> dict[str, Any]:
     s = t.size
     return {
@@ -114,6 +126,7 @@ def _lora_gemm(t: Maker) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@_builds
 def _lora_gemm_t(t: Maker) -> dict[str, Any]:
     s = t.size
     return {
@@ -122,22 +135,26 @@ def _lora_gemm_t(t: Maker) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@_builds
 def _lora_add(t: Maker) -> dict[str, Any]:
     s = t.size
     return {"y": t.normal(s.m, s.n), "t": t.factor(s.m, s.r), "b": t.factor(s.n, s.r, std=s.r**-0.5), "scale": 2.0}
 
 
+@_builds
 def _lora_dx(t: Maker) -> dict[str, Any]:
     s = t.size
     a = t.factor(s.r, s.k, std=s.r**-0.5)
     return {"p": t.factor(s.m, s.r), "a": a, "seed": t.seed, "prob": s.dropout, "dtype": s.dtype}
 
 
+@_builds
 def _lora_dt(t: Maker) -> dict[str, Any]:
     s = t.size
     return {"dy": t.normal(s.m, s.n), "b": t.factor(s.n, s.r, std=s.n**-0.5), "scale": 2.0}
 
 
+@_builds
 def _lora_factor_grads(t: Maker) -> dict[str, Any]:
     s = t.size
     return {
@@ -153,27 +170,32 @@ def _qkv(t: Maker, build: Callable[[Maker], dict[str, Any]]) -> tuple[dict[str, 
     return parts[0], {name: [part[name] for part in parts] for name in parts[0]}
 
 
+@_builds
 def _siblings_down(t: Maker) -> dict[str, Any]:
     one, three = _qkv(t, _lora_down)
     return {"x": one["x"], "a": three["a"], "seeds": three["seed"], "probs": three["prob"]}
 
 
+@_builds
 def _siblings_dt(t: Maker) -> dict[str, Any]:
     _, three = _qkv(t, _lora_dt)
     return {"dys": three["dy"], "b": three["b"], "scales": three["scale"]}
 
 
+@_builds
 def _siblings_gemm(t: Maker) -> dict[str, Any]:
     one, three = _qkv(t, _lora_gemm)
     return {"x": one["x"], **{n: three[n] for n in ("w", "bias", "t", "b")}, "scales": three["scale"]}
 
 
+@_builds
 def _siblings_gemm_t(t: Maker) -> dict[str, Any]:
     _, three = _qkv(t, _lora_gemm_t)
     same = {n: three[n] for n in ("w", "p", "a")}
     return {"dys": three["dy"], **same, "seeds": three["seed"], "probs": three["prob"]}
 
 
+@_builds
 def _siblings_factor_grads(t: Maker) -> dict[str, Any]:
     one, three = _qkv(t, _lora_factor_grads)
     return {
@@ -182,16 +204,19 @@ def _siblings_factor_grads(t: Maker) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@_builds
 def _dequantize(t: Maker) -> dict[str, Any]:
     return {"w": t.operand(), "dtype": t.size.dtype}
 
 
+@_builds
 def _row_norm(t: Maker) -> dict[str, Any]:
     s, wide = t.size, torch.float32
     a, b = t.normal(s.r, s.k, std=s.k**-0.5, dtype=wide), t.normal(s.n, s.r, std=0.01, dtype=wide)
     return {"w": t.operand(), "a": a, "b": b, "scale": 2.0}
 
 
+@_builds
 def _dora_add(t: Maker) -> dict[str, Any]:
     s = t.size
     g = t.normal(s.n, std=0.1, dtype=torch.float32) + 1
@@ -199,25 +224,30 @@ def _dora_add(t: Maker) -> dict[str, Any]:
     return {"y": t.normal(s.m, s.n), "g": g, "shift": None, "t": t.factor(s.m, s.r), "b": b, "scale": 2.0}
 
 
+@_builds
 def _feature_scale(t: Maker) -> dict[str, Any]:
     return {"y": t.normal(t.size.m, t.size.n), "s": t.normal(t.size.n, dtype=torch.float32)}
 
 
+@_builds
 def _feature_scale_grad(t: Maker) -> dict[str, Any]:
     s = t.size
     vector = t.normal(s.n, dtype=torch.float32)
     return {"dy": t.normal(s.m, s.n), "y": t.normal(s.m, s.n), "s": vector, "grad_dtype": torch.float32}
 
 
+@_builds
 def _gated(t: Maker) -> dict[str, Any]:
     s = t.size
     return {"gate": t.normal(s.m, s.n), "up": t.normal(s.m, s.n), "act": "silu"}
 
 
+@_builds
 def _gated_grad(t: Maker) -> dict[str, Any]:
     return {"dh": t.normal(t.size.m, t.size.n), **_gated(t)}
 
 
+@_builds
 def _keep_mask(t: Maker) -> dict[str, Any]:
     s = t.size
     prob = s.dropout or 0.1
@@ -236,33 +266,29 @@ def _routed(t: Maker) -> dict[str, Any]:
 _ROUTE = ("rows", "order", "starts")
 
 
+@_builds
 def _routed_down(t: Maker) -> dict[str, Any]:
     made = _routed(t)
     return {"x": t.normal(t.size.m, t.size.k), **{n: made[n] for n in (*_ROUTE, "a")}}
 
 
+@_builds
 def _routed_add(t: Maker) -> dict[str, Any]:
     made, s = _routed(t), t.size
     return {"y": t.normal(s.m, s.n), "t": t.normal(s.m, s.r), **{n: made[n] for n in (*_ROUTE, "b", "scales")}}
 
 
+@_builds
 def _routed_up_grad(t: Maker) -> dict[str, Any]:
     made = _routed_add(t)
     return {"dy": made.pop("y"), **made, "grad_dtype": torch.float32}
 
 
+@_builds
 def _routed_down_grad(t: Maker) -> dict[str, Any]:
     s = t.size
     x, p = t.normal(s.m, s.k), t.normal(s.m, s.r)
     return {"x": x, "p": p, **t.route(), "grad_dtype": torch.float32}
-
-
-#: op name -> its arguments at a size
-BUILDERS: dict[str, Callable[[Maker], dict[str, Any]]] = {
-    name[1:]: function
-    for name, function in list(globals().items())
-    if name.startswith("_") and callable(function) and name not in ("_routed", "_qkv") and not name.startswith("__")
-}
 
 
 def arguments(op: str, size: Size, device: str) -> dict[str, Any]:
