@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
+from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import outer_modules
@@ -73,8 +74,11 @@ def fingerprint(model: nn.Module) -> str:
     return json.dumps({"version": 1, "facts": _facts(model), "weights": packed}, separators=(",", ":"))
 
 
-def differences(saved: str, model: nn.Module) -> list[str]:
+def differences(saved: str, model: nn.Module, adapter_name: str) -> list[str]:
     """In what the base model differs from the one with the fingerprint `saved`; each a readable phrase.
+
+    Args:
+        adapter_name: whose file says so. Modules of which it has copies of its own may be anything in the base.
 
     Raises:
         ValueError: `saved` is not a fingerprint.
@@ -87,8 +91,12 @@ def differences(saved: str, model: nn.Module) -> list[str]:
     for name, value in facts.items():
         if name in here and here[name] != value:
             found.append(f"{name} was {value!r} and is {here[name]!r}")
-    for name, sample in samples.items():
-        place = _place(model, name)
+    for saved_name, sample in samples.items():
+        name = strip_wrappers(saved_name)
+        module = _module(model, name)
+        if isinstance(module, StandIn) and module.replaces(adapter_name):
+            continue
+        place = _unwrapped(module) if module is not None else None
         if place is None:
             found.append(f"there is no {name!r} here")
             continue
@@ -138,17 +146,26 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Place]]:
     for name, module in outer_modules(model, lambda m: isinstance(m, (PromptEncoders, StandIn, BaseTunerLayer))):
         place = None if isinstance(module, PromptEncoders) else _unwrapped(module)
         if place is not None:
-            yield name, place
+            yield strip_wrappers(name), place
 
 
-def _place(model: nn.Module, name: str) -> Place | None:
-    """The module of this name without adapters, looked up step by step."""
-    module = model
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    """What stands at this name without adapters and wrappers, looked up step by step."""
+    module = _inside(model)
     for part in name.split("."):
-        module = _without_adapters(module)._modules.get(part)
-        if module is None:
+        child = _without_adapters(module)._modules.get(part)
+        if child is None:
             return None
-    return _unwrapped(module)
+        module = _inside(child)
+    return module
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """The module in torch.compile's and FSDP's wrappers."""
+    for wrapper in ("_orig_mod", "_fsdp_wrapped_module"):
+        while (inner := module._modules.get(wrapper)) is not None:
+            module = inner
+    return module
 
 
 def _without_adapters(module: nn.Module) -> nn.Module:

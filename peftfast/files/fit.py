@@ -290,7 +290,7 @@ def judge(fit: Fit, cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str
     """
     if BASE_KEY in metadata:
         try:
-            found = differences(metadata[BASE_KEY], base)
+            found = differences(metadata[BASE_KEY], base, fit.adapter_name)
         except ValueError as e:
             fit.doubts.append(f"The adapter's record of its base model cannot be read: {e}.")
         else:

@@ -89,6 +89,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self.original_module.requires_grad_(False)
         self.modules_to_save[adapter_name].requires_grad_(False)
 
+    def replaces(self, adapter_name: str) -> bool:
+        return adapter_name in self._adapters
+
     def check_set_adapter(self, adapter_name: str | list[str]) -> list[str]:
         names = super().check_set_adapter(adapter_name)
         if len(names) > 1:

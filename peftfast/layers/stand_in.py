@@ -51,6 +51,10 @@ class StandIn(HasActivation):
             self.set_requires_grad(name, enabled and name in self.active_adapters)
         self._disable_adapters = not enabled
 
+    def replaces(self, adapter_name: str) -> bool:
+        """Whether the adapter has a whole module of its own, so that the original is no part of what it computes."""
+        return False
+
     # ---- what subclasses answer --------------------------------------------------------------------------------------
     def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
         raise NotImplementedError

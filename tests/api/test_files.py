@@ -958,3 +958,34 @@ def test_a_new_card_shows_how_to_load_this_adapter(task, loader, tmp_path):
     assert "# Adapter for LlamaForCausalLM" in text and "{{" not in text
     for section in ("Intended use", "Training", "Evaluation", "Limitations"):
         assert f"\n## {section}\n" in text
+
+
+def classifier_loading(labels=3):
+    """A sequence classifier as a script gets it: the head is a new one each time."""
+    from transformers import LlamaForSequenceClassification
+
+    language_model = oracle.llama()
+    language_model.config.num_labels = labels
+    base = LlamaForSequenceClassification(language_model.config)
+    base.model.load_state_dict(language_model.model.state_dict())
+    return base
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained-head", "forgotten-head"])
+def test_a_head_that_the_adapter_brings_may_be_any_in_the_base(trained, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS" if trained else None)
+    peftfast.get_peft_model(classifier_loading(), config).save_pretrained(tmp_path)
+    expected = nullcontext() if trained else pytest.warns(peftfast.AdapterMismatchWarning, match="weights of 'score'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.AdapterMismatchWarning)
+        with expected:
+            peftfast.PeftModel.from_pretrained(classifier_loading(), tmp_path)
+
+
+@pytest.mark.parametrize("compiled", ["saved", "loaded"])
+def test_a_compiled_base_is_the_same_base(compiled, tmp_path):
+    bases = {name: oracle.llama() for name in ("saved", "loaded")}
+    bases[compiled] = torch.compile(bases[compiled], backend="eager")
+    bases[compiled].model.layers[0] = torch.compile(bases[compiled].model.layers[0], backend="eager")
+    peftfast.get_peft_model(bases["saved"], LoraConfig(**OPTIONS)).save_pretrained(tmp_path)
+    peftfast.PeftModel.from_pretrained(bases["loaded"], tmp_path, strict=True)
