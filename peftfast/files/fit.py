@@ -46,7 +46,7 @@ class Fit:
         missing: file keys the adapter has and the file has not. unexpected: the other way round, `foreign` included.
         unset: names in the model of what will not be loaded.
         foreign: of these, the ones for modules that the base model does not have.
-        mismatched: "key: shape in the file, shape here". vocabulary: the file's number of rows, where it is such a key.
+        mismatched: "key: shape in the file, shape here". advice: how the base model comes to the shapes of the file.
         mistyped: as mismatched for kinds of numbers. broken: keys with NaN or infinite values, or with values that the
             dtype here cannot hold. fixed: "key why" of tensors that cannot be written.
         doubts: what else speaks against this adapter on this model (another base, another task, a changed config).
@@ -61,7 +61,7 @@ class Fit:
     unexpected: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
-    vocabulary: int | None = None
+    advice: str = ""
     mistyped: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
@@ -72,10 +72,7 @@ class Fit:
         """What cannot be right, whoever wrote the file; one line each."""
         lines = []
         if self.mismatched:
-            resize = f"; resize the base model first: model.resize_token_embeddings({self.vocabulary})"
-            lines.append(
-                f"size mismatch for {every_name(self.mismatched)}{resize if self.vocabulary is not None else ''}"
-            )
+            lines.append(f"size mismatch for {every_name(self.mismatched)}{self.advice}")
         if self.mistyped:
             lines.append(f"numbers of another kind in {every_name(self.mistyped)}")
         if self.broken:
@@ -253,8 +250,7 @@ def fit_state_dict(
             )
             if entry is not None:
                 fit.unset.append(entry.live)
-            if tensor.dim() == 2 and whole_shape(here)[1:] == tensor.shape[1:] and _is_vocabulary(key, model):
-                fit.vocabulary = len(tensor)
+            fit.advice = fit.advice or _advice(key, tensor, whole_shape(here), model)
             continue
         if not is_alike(here, tensor):
             fit.mistyped.append(f"{key}: {tensor.dtype} in the file, {here.dtype} here")
@@ -391,9 +387,15 @@ def _aligned(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dic
     return {in_base(k): v for k, v in tensors.items()}
 
 
-def _is_vocabulary(key: str, model: nn.Module) -> bool:
-    """Whether this is the whole weight of an embedding or a head, a row a token."""
-    return any(key in (f"{name}.weight", f"{name}.base_layer.weight") for name in embedding_modules(model))
+def _advice(key: str, tensor: Tensor, here: torch.Size, model: nn.Module) -> str:
+    """How to make the base model one of which this weight, a row a token or a label, has the shape of the file's."""
+    if tensor.dim() != 2 or here[1:] != tensor.shape[1:]:
+        return ""
+    if any(key in (f"{name}.weight", f"{name}.base_layer.weight") for name in embedding_modules(model)):
+        return f"; resize the base model first: model.resize_token_embeddings({len(tensor)})"
+    if here[0] == getattr(getattr(model, "config", None), "num_labels", None):
+        return f"; load the base model with as many labels: from_pretrained(..., num_labels={len(tensor)})"
+    return ""
 
 
 def _may_travel(key: str, embeddings: Iterable[str]) -> bool:

@@ -982,6 +982,14 @@ def test_a_head_that_the_adapter_brings_may_be_any_in_the_base(trained, tmp_path
             peftfast.PeftModel.from_pretrained(classifier_loading(), tmp_path)
 
 
+def test_a_head_of_other_labels_says_how_to_load_the_base(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    peftfast.get_peft_model(classifier_loading(labels=5), config).save_pretrained(tmp_path)
+    with pytest.raises(peftfast.AdapterLoadError, match=r"size mismatch .*score.*num_labels=5"):
+        peftfast.PeftModel.from_pretrained(classifier_loading(labels=2), tmp_path)
+    peftfast.PeftModel.from_pretrained(classifier_loading(labels=5), tmp_path)
+
+
 @pytest.mark.parametrize("compiled", ["saved", "loaded"])
 def test_a_compiled_base_is_the_same_base(compiled, tmp_path):
     bases = {name: oracle.llama() for name in ("saved", "loaded")}
