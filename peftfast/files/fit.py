@@ -211,7 +211,8 @@ def fit_state_dict(
     """Compare tensors, under file names, with what the adapter has in the model.
 
     Args:
-        tensors: keys with or without the `base_model.model.` in front, as the model itself has it or not.
+        tensors: keys with or without the `base_model.model.` in front, as the model itself has it or not; those of the
+            model's own state dict, with the adapter's name in them, too.
         finite: look for NaN and infinite values.
     """
     fit = Fit(adapter_name)
@@ -377,14 +378,14 @@ def _is_foreign(key: str, modules: set[str]) -> bool:
 
 
 def _aligned(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """Keys with the prefix that the model has."""
+    """Keys as in this model's own file: with the prefix that the model has, without the adapter's name."""
     tensors = {strip_wrappers(k): v for k, v in tensors.items()}
     if any(entry.store is not None for entry in entries.values()):  # prompts: the base model is not wrapped
         return {k if k in entries or k.startswith("base_model.") else f"base_model.{k}": v for k, v in tensors.items()}
     wants = any(k.startswith(PREFIX) for k in entries)
-    if wants:
-        return {k if k.startswith(PREFIX) else PREFIX + k: v for k, v in tensors.items()}
-    return {in_base(k): v for k, v in tensors.items()}
+    tensors = {PREFIX * wants + in_base(k): v for k, v in tensors.items()}
+    by_live = {strip_wrappers(entry.live): entry.file for entry in entries.values()}
+    return {k if by_live.get(k, k) in tensors else by_live[k]: v for k, v in tensors.items()}
 
 
 def _advice(key: str, tensor: Tensor, here: torch.Size, model: nn.Module) -> str:

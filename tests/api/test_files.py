@@ -168,7 +168,8 @@ def test_state_dicts_as_functions():
     assert peftfast.get_peft_model_state_dict(twins.ours, state_dict=fsdp).keys() == mine.keys()
     target = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
     without = {k.removeprefix("base_model.model."): v for k, v in mine.items()}
-    for form in (mine, without):
+    live = {k: v for k, v in twins.theirs.state_dict().items() if "lora_" in k}
+    for form in (mine, without, live):
         with torch.no_grad():
             for name, parameter in target.named_parameters():
                 if "lora_" in name:
@@ -182,6 +183,32 @@ def test_state_dicts_as_functions():
     assert result.missing_keys == [key for key in theirs.missing_keys if ".lora_" in key]
     assert next(iter(mine)).replace(".weight", ".default.weight") in result.missing_keys
     assert "rubbish" in result.unexpected_keys[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [1, 2]},
+    ],
+    ids=["factors", "copies"],
+)
+def test_names_of_the_model_are_read_as_well(options, tmp_path):
+    """What a script has picked out of `model.state_dict()` itself, and saved."""
+    trained = oracle.quietly(peftfast.get_peft_model, oracle.llama(), LoraConfig(**{**OPTIONS, **options}))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.rand_like(parameter))
+    live = {n: p.detach().clone() for n, p in trained.named_parameters() if p.requires_grad}
+    trained.save_pretrained(tmp_path)
+    save_file(live, tmp_path / "adapter_model.safetensors")
+    from_file = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, strict=True)
+    given = oracle.quietly(peftfast.get_peft_model, oracle.llama(), LoraConfig(**{**OPTIONS, **options}))
+    result = peftfast.set_peft_model_state_dict(given, live)
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    for model in (from_file, given):
+        assert torch.equal(logits(model), logits(trained))
 
 
 @pytest.mark.parametrize("how", ["set_peft_model_state_dict", "load_adapter"])
