@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: Hooks that compute a weight before every call -> the function in torch.nn.utils that ends it.
+_ENDED_BY = {
+    "BasePruningMethod": "prune.remove", "WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm",
+}  # fmt: skip
+
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
     hook = getattr(module, "_hf_hook", None)
@@ -34,14 +39,16 @@ def stored_weight(module: nn.Module, name: str = "weight", *, write: bool = Fals
         write: what is written to it must last.
 
     Raises:
-        ValueError: there is none: the weight is computed by a parametrization (to write), kept on disk (to write), or
+        ValueError: there is none: the weight is computed from other tensors (to write), kept on disk (to write), or
             on the meta device for good.
     """
     weight = getattr(module, name)
     if write and name not in module._parameters and name not in module._buffers:
+        kinds = {kind.__name__ for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__}
+        end = next((end for kind, end in _ENDED_BY.items() if kind in kinds), "parametrize.remove_parametrizations")
         raise ValueError(
-            f"The {name} of {type(module).__name__} is computed by a parametrization; nothing can be merged into it. "
-            f"Remove it first: torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+            f"The {name} of {type(module).__name__} is computed from other tensors at every call; nothing can be "
+            f"merged into it. End that first: torch.nn.utils.{end}(module, {name!r})"
         )
     if not weight.is_meta:
         return weight

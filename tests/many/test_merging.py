@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import peftfast
 from peftfast import LoraConfig
@@ -554,3 +555,26 @@ def test_copies_of_a_layer_have_lists_of_their_own():
     assert model.base_model.model.lin.merged_adapters == ["n0"]
     names = pickle.loads(pickle.dumps(model.base_model.model.lin.merged_adapters))
     assert names == ["n0"] and type(names) is list
+
+
+@pytest.mark.parametrize(
+    ("compute", "end"),
+    [
+        (torch.nn.utils.weight_norm, torch.nn.utils.remove_weight_norm),
+        (torch.nn.utils.spectral_norm, torch.nn.utils.remove_spectral_norm),
+        (torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrize.remove_parametrizations),
+        (lambda m: prune.l1_unstructured(m, "weight", 0.5), prune.remove),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_weight_that_is_computed_is_not_merged_into_and_the_error_says_what_ends_that(compute, end):
+    base = torch.nn.Sequential()
+    base.fc = compute(torch.nn.Linear(8, 8))
+    model = peftfast.get_peft_model(base, LoraConfig(target_modules=["fc"], init_lora_weights=False)).eval()
+    x = torch.randn(2, 8)
+    before = model(x)
+    with pytest.raises(ValueError, match=rf"torch\.nn\.utils\.\S*{end.__name__}\(module, 'weight'\)"):
+        model.merge_adapter()
+    end(base.fc.base_layer, "weight")
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), before)
