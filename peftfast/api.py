@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig, require_config
+from peftfast.config import PeftConfig, require_config, require_module
 from peftfast.errors import PeftWarning, close_matches
 from peftfast.files.beside import room_for
 from peftfast.files.fit import fit_state_dict
@@ -57,8 +57,7 @@ def get_peft_model(
     Raises:
         NoMatchingPeftModuleError: no module matched. ValueError, TypeError: anything else about the config.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+    require_module(model)
     require_config(peft_config)
     refuse_peft_model(model)
     new_name = getattr(model, "name_or_path", None) or None

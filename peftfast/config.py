@@ -16,6 +16,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from peftfast.errors import AdapterMismatchWarning, close_matches
 from peftfast.files.migrate import migrate_config
 from peftfast.interop import absent
@@ -375,6 +377,16 @@ def require_config(value: object, name: str = "peft_config") -> None:
             f"peftfast.get_peft_config({name}.to_dict()) says the same here"
         )
     raise TypeError(f"{name} must be a PeftConfig such as LoraConfig, got {value!r} of type {kind.__name__}")
+
+
+def require_module(value: object) -> None:
+    """TypeError unless `value`, an argument `model`, is a module."""
+    if isinstance(value, nn.Module):
+        return
+    got = f"{reprlib.repr(value)} of type {type(value).__name__}"
+    if isinstance(value, str):
+        got += "; AutoPeftModel loads a base model and its adapter from the adapter's folder"
+    raise TypeError(f"model must be a torch.nn.Module, got {got}")
 
 
 def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:

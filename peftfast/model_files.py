@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, require_module
 from peftfast.errors import PeftWarning
 from peftfast.files.activation import Activation, adapters_in, read_activation, write_activation
 from peftfast.files.beside import room_for
@@ -166,6 +166,7 @@ class HasFiles:
         Raises:
             AdapterLoadError: wrong shapes, non-finite values, a damaged file; names every offender.
         """
+        require_module(model)
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         check_arguments(HasFiles.from_pretrained, kwargs, strict)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig, require_config
+from peftfast.config import PeftConfig, require_config, require_module
 from peftfast.errors import close_matches, every_name, grouped
 from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.layers.layer import site_of
@@ -150,8 +150,7 @@ def plan_adapter(
     Raises:
         TypeError: no model, no config. ValueError: a prompt method, which adapts no modules.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+    require_module(model)
     require_config(config, "config")
     if config.is_prompt_learning:
         raise ValueError(f"{type(config).__name__} adapts no modules, there is nothing to plan")

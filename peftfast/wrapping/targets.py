@@ -276,7 +276,7 @@ def report_matches(
             complaints.append(f"target_modules: {target!r} matched no module in layers_to_transform={layers}.")
             continue
         known = name_ends(names) if "." not in target else set(names)
-        hint = _in_a_list(target) or close_matches(target, known)
+        hint = _in_a_list(target, names) or close_matches(target, known)
         complaints.append(f"target_modules: {target!r} matched no module.{hint}")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = {k: compiled(k, name, r"(.*\.)?({})$") for k in getattr(cfg, name, None) or {}}
@@ -332,8 +332,9 @@ def _refuse_unmatched(cfg: PeftConfig, matcher: Matcher, names: Iterable[str]) -
     if isinstance(targets, str):
         message += _misread(targets, list(names))
     else:
+        names = list(names)
         known = name_ends(names)
-        message += "".join(_in_a_list(t) or close_matches(t, known) for t in sorted(targets))
+        message += "".join(_in_a_list(t, names) or close_matches(t, known) for t in sorted(targets))
     raise NoMatchingPeftModuleError(message)
 
 
@@ -348,8 +349,21 @@ def _misread(targets: str, names: Sequence[str]) -> str:
     return close_matches(targets.lower(), [ALL_LINEAR])
 
 
-def _in_a_list(target: str) -> str:
-    return f" {ALL_LINEAR!r} is given as a string, not in a list." if target.lower() == ALL_LINEAR else ""
+def _in_a_list(target: str, names: Iterable[str]) -> str:
+    """What an entry of a list that matches no module should have been outside of it."""
+    if target.lower() == ALL_LINEAR:
+        return f" {ALL_LINEAR!r} is given as a string, not in a list."
+    for pattern in (target, target.replace(".", r"\.").replace("*", ".*")):
+        try:
+            found = any(re.fullmatch(pattern, name) for name in names)
+        except re.error:
+            continue
+        if found:
+            return (
+                " Entries of a list are names or ends of names; a regular expression for whole names is given by "
+                f"itself: target_modules={pattern!r}."
+            )
+    return ""
 
 
 def refuse_mamba(model: nn.Module, cfg: PeftConfig, matched: Iterable[str], refused: bool = True) -> None:

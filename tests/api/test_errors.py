@@ -44,6 +44,12 @@ def same_picture(model, before):
         ({"target_modules": "q_proj, v_proj"}, NoMatchingPeftModuleError, r"are a list: \['q_proj', 'v_proj'\]"),
         ({"target_modules": r"layers\.1"}, NoMatchingPeftModuleError, r"only a part of 'model\.layers\.1'"),
         ({"target_modules": "all_linear"}, NoMatchingPeftModuleError, "Did you mean 'all-linear'"),
+        (
+            {"target_modules": [r".*layers\.0\..*_proj"]},
+            NoMatchingPeftModuleError,
+            r"a regular expression .* by itself: target_modules='\.\*layers",
+        ),
+        ({"target_modules": ["*self_attn.q_proj"]}, NoMatchingPeftModuleError, r"target_modules='\.\*self_attn"),
         ({"target_modules": ["all-linear"]}, NoMatchingPeftModuleError, "'all-linear' is given as a string, not in"),
         ({"target_modules": []}, NoMatchingPeftModuleError, "arget"),
         ({"target_modules": QV, "exclude_modules": QV}, NoMatchingPeftModuleError, "excluded"),
@@ -182,6 +188,11 @@ def test_errors_that_name_what_is_wrong():
         (lambda: peftfast.set_peft_model_state_dict(model, [1]), "dict of tensors by name, got list"),
         (lambda: peftfast.set_peft_model_state_dict(model, {"a": 1}), "dict of tensors by name; 'a' is int"),
         (lambda: peftfast.capture_decoding("x", 1, 8), "model must be a torch.nn.Module, got 'x'"),
+        (
+            lambda: peftfast.PeftModel.from_pretrained("a/base", "an/adapter"),
+            "model must be a torch.nn.Module, got 'a/base' of type str; AutoPeftModel loads",
+        ),
+        (lambda: peftfast.get_peft_model(LoraConfig(), model), r"got LoraConfig\(.{,30} of type LoraConfig$"),
     ):
         with pytest.raises(TypeError, match=message):
             call()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftfast.config import require_module
 from peftfast.method import method_for
 from peftfast.training.capture import recording
 from peftfast.training.capture.freshness import Snapshot
@@ -38,8 +39,7 @@ class Captured:
     def __init__(
         self, model: nn.Module, autocast: torch.dtype | None, warmup: int, on_change: str, mixed: bool = False
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+        require_module(model)
         check_count("warmup", warmup, ", because capture cannot do what is done only once")
         if on_change not in ON_CHANGE:
             raise ValueError(f"on_change must be one of {', '.join(ON_CHANGE)}, got {on_change!r}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peftfast.config import require_module
 from peftfast.errors import close_matches
 from peftfast.training.liger.fused_head import FusedHead
 from peftfast.training.liger.head import head_trouble
@@ -88,8 +89,7 @@ def use_liger(
         automatic = name == "fused_linear_cross_entropy"
         if not isinstance(value, bool) and not (automatic and value == "auto"):
             raise ValueError(f"{name} is True or False{' or auto' if automatic else ''}, got {value!r}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+    require_module(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "_liger" in base.__dict__:
         raise ValueError("The model has Liger's kernels already; remove() those first")
