@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +21,13 @@ def _forward(*names: str) -> Callable[..., Any]:
     """A `forward` that takes these arguments by position or by name, and any others by name.
 
     Trainers read the names to decide which columns of a data set to keep. What is None is not passed on: base models
-    differ in which arguments they take.
+    differ in which arguments they take. Where they take no text at all, positions are the base model's own.
     """
     known = frozenset(names)
 
     def forward(self: PeftModel, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        if args and not _takes(type(self.get_base_model()).forward, names[0]):
+            return self._tuner(*args, **kwargs)
         if len(args) > len(names):
             raise TypeError(f"forward takes at most {len(names)} arguments by position ({', '.join(names)})")
         for name, value in zip(names, args, strict=False):
@@ -42,6 +45,15 @@ def _forward(*names: str) -> Callable[..., Any]:
         ]
     )
     return forward
+
+
+@functools.cache
+def _takes(forward: Callable[..., Any], name: str) -> bool:
+    """Whether a method has an argument of this name, as far as it names its arguments."""
+    kinds = inspect.Parameter
+    given = inspect.signature(forward).parameters.values()
+    named = [p.name for p in given if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.POSITIONAL_ONLY)]
+    return name in named or len(named) <= 1
 
 
 class _Generating(PeftModel):

@@ -70,3 +70,18 @@ def test_a_task_that_fits_loads_without_a_word(tmp_path, model, task):
     with torch.no_grad():
         found = loaded(ids=ids) if model is Images else loaded(ids)
         assert torch.equal(found, trained()(ids))
+
+
+class TakesPixels(base.Tiny):
+    def forward(self, pixel_values, scale=1.0):
+        return super().forward(pixel_values) * scale
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"])
+def test_arguments_by_position_are_the_base_models_where_it_takes_no_text(task):
+    config = peftfast.LoraConfig(target_modules=trained().peft_config["default"].target_modules, task_type=task)
+    model, ids = peftfast.get_peft_model(TakesPixels(), config).eval(), base.inputs()
+    with torch.no_grad():
+        assert torch.equal(model(ids, 2.0), 2 * model(pixel_values=ids))
+        text = peftfast.get_peft_model(TakesIds(), config).eval()
+        assert torch.equal(text(ids), text(input_ids=ids))
