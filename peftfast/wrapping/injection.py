@@ -227,7 +227,7 @@ def plan_injection(
     parameters = plan_parameters(inventory, cfg, method, [*matched, *parts], saved)
     wants_none = not cfg.target_modules and not isinstance(cfg.target_modules, str) and (saved or rows)
     if keys is None and modules is None or not (matched or wants_none):
-        report_matches(cfg, matcher, matched, names, strict, full_names(parameters))
+        report_matches(cfg, matcher, matched, names, model, strict, full_names(parameters))
     if getattr(cfg, "target_parameters", None):
         report_parameters(cfg, parameters, inventory, strict)
     refuse_mamba(model, cfg, matched, refused=getattr(method, "refused_by_mamba", True))

@@ -246,13 +246,14 @@ def report_matches(
     matcher: Matcher,
     matched: Sequence[str],
     names: Iterable[str],
+    model: nn.Module,
     strict: bool,
     parameters: Sequence[str] = (),
 ) -> None:
     """Refuse a config that matched nothing; say what part of one matched nothing.
 
     Args:
-        matched: modules. parameters: those adapted by themselves.
+        names: of the model's modules. matched: of those, the adapted ones. parameters: those adapted by themselves.
 
     Raises:
         NoMatchingPeftModuleError: nothing matched. ValueError: with `strict`, also for what would be a warning.
@@ -260,7 +261,7 @@ def report_matches(
     names = list(names)
     targets = cfg.target_modules
     if not matched and not parameters:
-        _refuse_unmatched(cfg, matcher, names)
+        _refuse_unmatched(cfg, matcher, names, model)
     complaints = []
     if targets and not matched:
         warnings.warn(f"target_modules={targets} were set but no module was matched.", RuntimeWarning, stacklevel=5)
@@ -299,7 +300,7 @@ def report_matches(
         warnings.warn("\n".join(complaints), AdapterMismatchWarning, stacklevel=5)
 
 
-def _refuse_unmatched(cfg: PeftConfig, matcher: Matcher, names: Iterable[str]) -> NoReturn:
+def _refuse_unmatched(cfg: PeftConfig, matcher: Matcher, names: Sequence[str], model: nn.Module) -> NoReturn:
     """NoMatchingPeftModuleError that says why nothing matched."""
     targets = cfg.target_modules
     if not targets:
@@ -330,12 +331,14 @@ def _refuse_unmatched(cfg: PeftConfig, matcher: Matcher, names: Iterable[str]) -
     if getattr(cfg, "layers_pattern", None) is not None:
         message += f" You also specified 'layers_pattern': {cfg.layers_pattern}."
     if isinstance(targets, str):
-        message += _misread(targets, list(names))
+        hint = _misread(targets, names)
     else:
-        names = list(names)
         known = name_ends(names)
-        message += "".join(_in_a_list(t, names) or close_matches(t, known) for t in sorted(targets))
-    raise NoMatchingPeftModuleError(message)
+        hint = "".join(_in_a_list(t, names) or close_matches(t, known) for t in sorted(targets))
+    linear = sorted(name_ends(name for name, _ in linear_modules(model)))
+    if linear and not hint and getattr(cfg, "layers_to_transform", None) is None:
+        hint = f" The linear layers of this model are called {enumerate_some(linear)}."
+    raise NoMatchingPeftModuleError(message + hint)
 
 
 def _misread(targets: str, names: Sequence[str]) -> str:

@@ -39,11 +39,16 @@ def same_picture(model, before):
     "options, error, message",
     [
         ({"target_modules": ["q_prj"]}, NoMatchingPeftModuleError, r"q_prj.*not found.*Did you mean .*q_proj"),
-        ({"target_modules": r".*\.nothing"}, NoMatchingPeftModuleError, r"nothing not found.* try again\.$"),
+        (
+            {"target_modules": r".*\.nothing"},
+            NoMatchingPeftModuleError,
+            r"nothing not found.* try again\. The linear layers",
+        ),
         ({"target_modules": "q_proj"}, NoMatchingPeftModuleError, r"whole names.* are a list: \['q_proj'\]"),
         ({"target_modules": "q_proj, v_proj"}, NoMatchingPeftModuleError, r"are a list: \['q_proj', 'v_proj'\]"),
         ({"target_modules": r"layers\.1"}, NoMatchingPeftModuleError, r"only a part of 'model\.layers\.1'"),
         ({"target_modules": "all_linear"}, NoMatchingPeftModuleError, "Did you mean 'all-linear'"),
+        ({"target_modules": ["query"]}, NoMatchingPeftModuleError, "linear layers .* called 'down_proj', .*'q_proj'"),
         (
             {"target_modules": [r".*layers\.0\..*_proj"]},
             NoMatchingPeftModuleError,
