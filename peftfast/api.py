@@ -15,6 +15,7 @@ from peftfast.errors import PeftWarning, close_matches
 from peftfast.files.beside import room_for
 from peftfast.files.fit import fit_state_dict
 from peftfast.files.io import needs_embedding_layers
+from peftfast.files.renamed import renamed
 from peftfast.files.state import adapter_state_dict
 from peftfast.interop.takeover import is_wrapped_by_peft, take_over
 from peftfast.layers.layer import BaseTunerLayer
@@ -246,8 +247,9 @@ def set_peft_model_state_dict(
                 f"peft_model_state_dict must be a dict of tensors by name; {key!r} is {type(value).__name__}"
             )
     cfg = _config(model, adapter_name)
-    with room_for(getattr(model, "_tuner", None), adapter_name, peft_model_state_dict):
-        fit = fit_state_dict(model, cfg, peft_model_state_dict, adapter_name, finite=strict != "off")
+    given = renamed(getattr(model, "get_base_model", lambda: model)(), None, given)
+    with room_for(getattr(model, "_tuner", None), adapter_name, given):
+        fit = fit_state_dict(model, cfg, given, adapter_name, finite=strict != "off")
         # names that do not fit are returned to the caller, as PEFT does, instead of warned about
         fit.check(strict, ignore_mismatched_sizes, only_tensors=strict is False)
     fit.fill_gaps(model, empty=False)

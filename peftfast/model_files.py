@@ -29,6 +29,7 @@ from peftfast.files.io import (
     read_adapter,
     save_adapter,
 )
+from peftfast.files.renamed import renamed
 from peftfast.files.state import adapter_state_dict, is_in
 from peftfast.method import repeats_init
 from peftfast.prompts.prompt_model import resize_saved_prompt
@@ -157,7 +158,7 @@ class HasFiles:
             is_trainable: for further training; otherwise frozen and in eval mode.
             config: instead of the saved one.
             ephemeral_gpu_offload: as in `LoraRuntimeConfig`, without effect.
-            key_mapping: regex -> replacement for keys, None: the base model's own conversion of old checkpoints.
+            key_mapping: regex -> replacement for keys; the base model's own renamings come after it.
             strict: True refuses missing and unexpected tensors, False warns, "off" is silent about everything.
             num_virtual_tokens: cut a saved prompt to this length, or extend it by repeating it.
             torch_device: where the file is read to; None: the CPU, from which tensors are copied to their layers.
@@ -296,7 +297,9 @@ def _read(
 ) -> Stored:
     if key_mapping is None:
         key_mapping = getattr(base, "_checkpoint_conversion_mapping", None) or None
-    return read_adapter(model_id, key_mapping=key_mapping, strict=strict, **options, **kwargs)
+    stored = read_adapter(model_id, key_mapping=key_mapping, strict=strict, **options, **kwargs)
+    config = stored.config if options.get("present") is None else None
+    return stored._replace(tensors=renamed(base, config, stored.tensors))
 
 
 def _for_adding(stored: Stored, is_trainable: bool, num_virtual_tokens: int | None) -> Stored:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
+from peftfast.files.renamed import current_names, module_at, without_adapters
 from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
@@ -91,9 +92,10 @@ def differences(saved: str, model: nn.Module, adapter_name: str) -> list[str]:
     for name, value in facts.items():
         if name in here and here[name] != value:
             found.append(f"{name} was {value!r} and is {here[name]!r}")
-    for saved_name, sample in samples.items():
-        name = strip_wrappers(saved_name)
-        module = _module(model, name)
+    samples = {strip_wrappers(name): sample for name, sample in samples.items()}
+    names = current_names(model, samples)
+    for name, sample in samples.items():
+        module = module_at(model, names.get(name, name))
         if isinstance(module, StandIn) and module.replaces(adapter_name):
             continue
         place = _unwrapped(module) if module is not None else None
@@ -149,34 +151,9 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Place]]:
             yield strip_wrappers(name), place
 
 
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    """What stands at this name without adapters and wrappers, looked up step by step."""
-    module = _inside(model)
-    for part in name.split("."):
-        child = _without_adapters(module)._modules.get(part)
-        if child is None:
-            return None
-        module = _inside(child)
-    return module
-
-
-def _inside(module: nn.Module) -> nn.Module:
-    """The module in torch.compile's and FSDP's wrappers."""
-    for wrapper in ("_orig_mod", "_fsdp_wrapped_module"):
-        while (inner := module._modules.get(wrapper)) is not None:
-            module = inner
-    return module
-
-
-def _without_adapters(module: nn.Module) -> nn.Module:
-    if isinstance(module, StandIn):
-        return module.original_module
-    return module.base_layer if isinstance(module, BaseTunerLayer) else module
-
-
 def _unwrapped(module: nn.Module) -> Place | None:
     layer = module if isinstance(module, BaseTunerLayer) else None
-    module = _without_adapters(module)
+    module = without_adapters(module)
     return (module, layer) if isinstance(module._parameters.get("weight"), Tensor) else None
 
 

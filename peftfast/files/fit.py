@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from peftfast.files.experts import migrate_experts
 from peftfast.files.fingerprint import METADATA_KEY as BASE_KEY
 from peftfast.files.fingerprint import differences
 from peftfast.files.metadata import CONFIG_KEY
+from peftfast.files.renamed import SLOT
 from peftfast.files.state import (
     adapter_entries,
     embedding_modules,
@@ -368,12 +368,9 @@ def holds(dtype: torch.dtype, tensor: Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
-_SLOT = re.compile(r"(?:^|\.)(lora_\w+|ia3_l|trainable_tokens_\w+|token_adapter|base_layer)(?:\.|$)")
-
-
 def _is_foreign(key: str, modules: set[str]) -> bool:
     """Whether an adapter's tensor is for a module that the model does not have."""
-    found = _SLOT.search(key)
+    found = SLOT.search(key)
     return found is not None and key[: found.start()] not in modules
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from peftfast.files.atomic import (
 )
 from peftfast.files.metadata import check_sizes, config_changes, describe, lost_checksums, other_settings, verify
 from peftfast.files.migrate import migrate_keys
+from peftfast.files.renamed import first_renaming
 from peftfast.files.state import check_whole, targets_embeddings, trains_rows
 from peftfast.keys import PREFIX
 
@@ -333,8 +333,4 @@ def _mapped(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None) -> di
 
 def _renamed(key: str, mapping: Mapping[str, str]) -> str:
     front = next((prefix for prefix in (PREFIX, "base_model.") if key.startswith(prefix)), "")
-    for pattern, replacement in mapping.items():
-        name, count = re.subn(pattern, replacement, key[len(front) :])
-        if count:
-            return front + name
-    return key
+    return front + first_renaming(mapping, key[len(front) :])
