@@ -75,6 +75,13 @@ for _name in ("append", "clear", "extend", "insert", "pop", "remove", "__delitem
     setattr(MergedNames, _name, _assigning(_name))
 
 
+def _with_changes(kept: Tensor, stored: Tensor, now: Tensor) -> Tensor:
+    """A bias as before merging, with what was added since it was `stored`: with `bias="all"` it trains also while
+    adapters are merged. What nothing changed has the bits that it had."""
+    same = (now == stored) | (now.isnan() & stored.isnan())
+    return torch.where(same, kept, torch.where(stored == kept, now, kept + (now - stored)))
+
+
 class Merger:
     """Merges into one layer's base weight and restores it. Which adapters are inside is `layer.merged_adapters`.
 
@@ -144,6 +151,8 @@ class Merger:
                 raise
             self._store(dense, rounding, apart)
             self.kept = kept if keep or not first else None
+            if self.kept is not None and kept["bias"] is not None:
+                kept["stored_bias"] = kept_copy(layer.base_layer.bias, keep == "host")
         if names:
             layer.merged_adapters = [*layer.merged_adapters, *names]
 
@@ -300,7 +309,10 @@ class Merger:
         else:
             layer.site.weight.restore(kept["weight"])
         if kept["bias"] is not None:
-            layer.base_layer.bias.copy_(kept["bias"])
+            bias = layer.base_layer.bias
+            if "stored_bias" in kept:
+                kept["bias"] = _with_changes(kept["bias"].to(bias), kept["stored_bias"].to(bias), bias)
+            bias.copy_(kept["bias"])
 
     def unmerge(self) -> None:
         """Take all merged adapters out again; every bit of the base is as before."""

@@ -326,6 +326,35 @@ def test_disabled_while_merged_and_merged_for_good():
         model.base_model.model.model.layers[0].self_attn.q_proj.merge(keep="disk")
 
 
+@pytest.mark.parametrize("options", [
+    {"bias": "all", "target_modules": ["lin"]}, {"bias": "lora_only", "target_modules": ["lin"], "lora_bias": True},
+    {"bias": "all", "target_modules": [], "target_parameters": ["lin.weight"]},
+])  # fmt: skip
+def test_a_bias_that_trains_while_adapters_are_merged_keeps_what_it_learnt(options):
+    """`bias="all"` trains the base's biases, merged or not; unmerging takes out the adapters alone, as in PEFT."""
+    peft = pytest.importorskip("peft")
+    x, before = torch.randn(4, 8, dtype=torch.float64), nn.Linear(8, 6).double()
+    models = [
+        library.get_peft_model(One(copy.deepcopy(before)), library.LoraConfig(r=2, **options))
+        for library in (peftfast, peft)
+    ]
+    oracle.copy_parameters(random_adapters(models[0]), models[1])
+    for model in models:
+        bias = model.base_model.model.lin.base_layer.bias
+        model.merge_adapter()
+        model(x).square().sum().backward()
+        with torch.no_grad():
+            bias -= 0.01 * bias.grad
+    if options["target_modules"]:
+        models[0].add_adapter("other", LoraConfig(r=2, target_modules=["lin"]))
+        with pytest.warns(UserWarning, match="additionally merging other"):
+            models[0].merge_adapter(["other"])
+    ours, theirs = (model.unmerge_adapter() or model.base_model.model.lin.base_layer for model in models)
+    assert torch.equal(ours.weight, before.weight)
+    assert (ours.bias - before.bias).abs().min() > 1e-4
+    torch.testing.assert_close(ours.bias, theirs.bias)
+
+
 def test_unloading_without_merging_takes_out_what_is_merged():
     """Also rows of tokens, and in the order in which layers that share a weight can give it back."""
     base = One(nn.Linear(8, 8, bias=False))
