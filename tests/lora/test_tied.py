@@ -527,3 +527,16 @@ def test_saved_copies_of_a_tied_head_leave_its_bias_to_the_base(saved, ensure, t
     torch.testing.assert_close(logits(merged), trained, atol=1e-5, rtol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(type(merged).from_pretrained(tmp_path / "merged")), trained, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [
+    peftfast.TrainableTokensConfig(token_indices=[1, 5]),
+    peftfast.LoraConfig(target_modules=["query"], trainable_token_indices=[1, 5]),
+])  # fmt: skip
+def test_a_tied_head_keeps_its_bias_beside_trained_rows(rows):
+    expected, model = seeded(bert_head), peftfast.get_peft_model(seeded(bert_head), rows)
+    (delta,) = (p for n, p in model.named_parameters() if "trainable_tokens_delta" in n)
+    with torch.no_grad():
+        delta.add_(torch.randn_like(delta))
+        expected.bert.embeddings.word_embeddings.weight[[1, 5]] = delta
+    torch.testing.assert_close(logits(model), logits(expected))

@@ -1,6 +1,7 @@
 """What importing and wrapping cost."""
 
 import ast
+import copy
 import importlib
 import subprocess
 import sys
@@ -248,6 +249,44 @@ def test_all_linear_leaves_out_the_head_alone():
         model = library.get_peft_model(base, library.LoraConfig(**OPTIONS))
         names.append(sorted(n for n, p in model.named_parameters() if p.requires_grad))
     assert names[0] == names[1] and any("mlp.lm_head.lora_A" in n for n in names[1])
+
+
+class Twofold(nn.Module):
+    """Two of its modules hang in two places, and are called by their second names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.second, self.last = self.first, self.head
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["head"]}])
+def test_a_module_that_hangs_in_several_places_is_adapted_in_all(more, tmp_path):
+    """What the adapted model computes is what it computes merged, and what PEFT computes merged."""
+    x, base = torch.randn(5, 8, dtype=torch.float64), Twofold().double()
+    models = [
+        library.get_peft_model(copy.deepcopy(base), library.LoraConfig(target_modules=["first"], **more))
+        for library in (peftfast, peft)
+    ]
+    with torch.no_grad():
+        for parameter in models[0].parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+        values = dict(models[0].named_parameters())
+        for name, parameter in models[1].named_parameters():
+            parameter.copy_(values[name])
+        expected = models[0](x)
+        models[1].save_pretrained(tmp_path)
+        assert (models[1](x) - expected).abs().max() > 1e-2  # there the first place alone
+        torch.testing.assert_close(peftfast.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), expected)
+        ours, theirs = (model.merge_and_unload() for model in models)
+        assert ours.first is ours.second and ours.head is ours.last
+        theirs.last = theirs.head
+        torch.testing.assert_close(ours(x), expected)
+        torch.testing.assert_close(theirs(x), expected)
 
 
 @pytest.mark.parametrize("place", ["base_layer", "inner.base_layer", "original_module", "inner.original_module.0"])
