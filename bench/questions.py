@@ -170,7 +170,8 @@ def all_questions(dry: bool) -> list[Question]:
     q, gate = Size(8192, 4096, 4096), Size(8192, 14336, 4096)
     nf4 = q._replace(format="nf4")
     return [
-        _padded(q), _padded(gate), _update(q), _order(q), _order(gate), _skinny(q), _skinny(q._replace(r=48)), _skinny(q._replace(dropout=0.1)),
+        _padded(q), _padded(gate), _update(q), _order(q), _order(gate),
+        _skinny(q), _skinny(q._replace(r=48)), _skinny(q._replace(dropout=0.1)),
         _fused(q), _fused(gate), _decode(nf4), *(_fused(nf4._replace(m=m)) for m in (16, 64, 128, 256, 512, 2048)),
         _back(q), _back(gate), _gradients(q), _gradients(gate), _gradients(q._replace(dropout=0.1)),
     ]  # fmt: skip
