@@ -7,6 +7,7 @@ Function, which has no forward mode and no rule for vmap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,9 @@ def _update(dropped: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: Tensor | No
     """An update and its factor, whose product is s gate(drop(x) Aᵀ) Bᵀ."""
     if torch.is_autocast_enabled(dropped.device.type):
         return F.linear(gated(F.linear(dropped, a), gate), b), plan.scale
+    t = F.linear(dropped.to(plan.branch), a.to(plan.branch))
+    if not torch.is_grad_enabled() and math.frexp(plan.scale)[0] == 0.5:
+        # a power of two gives the same bits wherever it enters, so an operation is saved
+        return F.linear(gated(t, gate), b.to(plan.branch)), plan.scale
     # t is scaled, not the gradients, which would be rounded once more
-    t = F.linear(dropped.to(plan.branch), a.to(plan.branch)) * plan.scale
-    return F.linear(gated(t, gate), b.to(plan.branch)), 1.0
+    return F.linear(gated(t * plan.scale, gate), b.to(plan.branch)), 1.0

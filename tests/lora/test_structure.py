@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
+from peftfast.ops import composed
 
 peft = importlib.import_module("peft")
 
@@ -123,6 +124,21 @@ def test_dispatched_operations(shape):
         counts = [tuple(map(len, passes)) for passes in (mine, other)]
         print(f"p={prob} {shape}: forward + backward {counts[0]}, PEFT {counts[1]}")
         assert sum(counts[0]) <= share * sum(counts[1]), mine
+
+
+@pytest.mark.parametrize(("alpha", "scaling"), [(2 * RANK, 0), (RANK // 4, 0), (24, 1)])
+def test_a_small_wide_update_is_scaled_where_it_is_added(alpha, scaling, monkeypatch):
+    """bf16 base, fp32 factors, no autocast, no gradients: no operation for a scaling that is a power of two, with which
+    the output has the bits that it has in training."""
+    monkeypatch.setattr(composed, "SMALL", {2: 1 << 18})
+    torch.manual_seed(0)
+    config = peftfast.LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["linear"], init_lora_weights=False)
+    model = peftfast.get_peft_model(OneLinear(64), config)
+    x = torch.randn(2, 24, 64, dtype=torch.bfloat16)
+    with torch.no_grad(), Dispatched() as inference:
+        y = model(x)
+    assert inference.names.count("aten.mul.Tensor") == scaling
+    assert torch.equal(y, model(x))
 
 
 _HOST_SIDE = """
