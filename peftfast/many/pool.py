@@ -31,7 +31,9 @@ class _Slot:
     pins: int = 0
     ready: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
-    last_use: Any = None  # CUDA event after which the slot may be written to
+    # CUDA events by stream: of what was written to the slot last, and of all that has used that since
+    written: dict[Any, Any] = field(default_factory=dict)
+    uses: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -267,6 +269,7 @@ class AdapterPool:
                 slot.ready.wait()
                 if slot.error is not None:
                     raise RuntimeError(f"Adapter {name} could not be loaded: {slot.error}") from slot.error
+                _await(slot.written)  # whoever loaded it, on whatever stream
         except BaseException as e:
             for _, slot in mine:
                 if not slot.ready.is_set():  # loads that were not begun
@@ -291,21 +294,21 @@ class AdapterPool:
         return slot
 
     def _release(self, held: Mapping[str, _Slot]) -> None:
+        events = _events(self._places.devices)
         with self._changed:
             for slot in held.values():
+                slot.uses.update(events)
                 slot.pins -= 1
-                if slot.pins == 0:
-                    slot.last_use = _event(self._places.device)
-                    if slot.error is not None:
-                        slot.name = None
+                if slot.pins == 0 and slot.error is not None:
+                    slot.name = None
             self._changed.notify_all()
 
     def _load(self, name: str, slot: _Slot) -> None:
         try:
             factors = self._read(name)
-            if slot.last_use is not None:
-                torch.cuda.current_stream().wait_event(slot.last_use)
+            _await(slot.uses)
             self._places.write(factors, slot.index)
+            slot.written, slot.uses = _events(self._places.devices), {}
         except BaseException as e:
             self._fail(slot, e)
             raise
@@ -365,12 +368,21 @@ class AdapterPool:
 _COPIES = tuple(range(1, 65))
 
 
-def _event(device: torch.device | None) -> Any:
-    if device is None or device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
+def _events(devices: Iterable[torch.device]) -> dict[Any, Any]:
+    """By stream of this thread's, one on every GPU, an event of all that it has been given so far."""
+    events = {}
+    for device in devices:
+        if device.type == "cuda":
+            stream, event = torch.cuda.current_stream(device), torch.cuda.Event()
+            event.record(stream)
+            events[stream] = event
+    return events
+
+
+def _await(events: Mapping[Any, Any]) -> None:
+    """Let this thread's streams go on after these events; the host does not wait."""
+    for stream, event in events.items():
+        torch.cuda.current_stream(stream.device).wait_event(event)
 
 
 def _inventory_of(model: nn.Module) -> Inventory:

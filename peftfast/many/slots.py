@@ -64,6 +64,7 @@ class Slots:
         self._stacks: dict[str, FactorStack] = {}
         self._changes: dict[str, list[LowRank]] = {}
         self.device_bytes = self._allocate(keys, count, max_device_bytes, dtype)
+        self.devices = {stack.scale.device for stack in self._stacks.values()}
 
     @property
     def layers(self) -> list[str]:

@@ -173,6 +173,38 @@ def test_a_request_waits_for_its_own_loads_only():
     assert pool.statistics.reads == reads + 1 and pool.pinned == 0
 
 
+def test_streams_of_threads_wait_for_each_other(monkeypatch):
+    """A GPU's streams know nothing of locks: who uses a slot goes on after it is written, and who writes to it after
+    all that use it, whichever of them was given back last."""
+    waits, current = [], "one"
+
+    class Stream(str):
+        device = torch.device("cuda", 0)
+
+        def wait_event(self, event) -> None:
+            if event.stream != self:
+                waits.append(f"{self} for {event.stream}")
+
+    class Event:
+        def record(self, stream) -> None:
+            self.stream = stream
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(current))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pool = make_pool(slots=1)
+    pool._places.devices = {Stream.device}
+    with pool.use(["a0"]):
+        current = "two"
+        with pool.use(["a0"]):
+            assert waits == ["two for one"]
+        current = "one"
+    current = "three"
+    write = pool._places.write
+    monkeypatch.setattr(pool._places, "write", lambda *args: (waits.append("written"), write(*args)))
+    with pool.use(["a1"]):
+        assert sorted(waits[1:-1]) == ["three for one", "three for two"] and waits[-1] == "written"
+
+
 def test_errors_lose_no_slot():
     pool = make_pool(20, slots=2)
     cfg, tensors = adapter(3)
