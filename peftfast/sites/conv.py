@@ -19,7 +19,7 @@ _CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 class ConvSite(UsualSite):
-    """y = W * x + bias with x [B, Cin, ...] and y [B, Cout, ...]; W is seen as [Cout, Cin · kernel]."""
+    """y = W * x + bias with x [B, Cin, ...] and y [B, Cout, ...], or without B; W is seen as [Cout, Cin · kernel]."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -88,7 +88,7 @@ class ConvSite(UsualSite):
         return b.flatten(1) @ a.flatten(1)
 
     def _per_channel(self, s: Tensor) -> Tensor:
-        return s.reshape(1, -1, *self._ones)
+        return s.reshape(-1, *self._ones)
 
     def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
         return (x * self._per_channel(s)).to(x.dtype)

@@ -584,6 +584,23 @@ def test_grouped_convolutions():
     assert type(base.m) is nn.Conv2d
 
 
+@pytest.mark.parametrize("config", [
+    peftfast.LoraConfig(r=4, target_modules=["m"], lora_bias=True),
+    peftfast.LoraConfig(r=4, target_modules=["m"], use_dora=True),
+    peftfast.IA3Config(target_modules=["m"], feedforward_modules=[]),
+    peftfast.IA3Config(target_modules=["m"], feedforward_modules=["m"]),
+    peftfast.AdaLoraConfig(init_r=4, target_r=2, target_modules=["m"], total_step=100),
+], ids=["bias", "dora", "ia3", "ia3-input", "adalora"])  # fmt: skip
+@pytest.mark.parametrize("cls, shape", [(nn.Conv1d, (8, 9)), (nn.Conv2d, (8, 6, 6)), (nn.Conv3d, (8, 4, 5, 6))])
+def test_convolutions_of_one_sample_without_a_batch(cls, shape, config):
+    """As torch's own take it. In PEFT they fail with DoRA, and get a dimension from IA3."""
+    model = peftfast.get_peft_model(One(cls(8, 12, 3)).double(), config).eval()
+    fill(model, 3)
+    x = torch.randn(shape, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model(x[None])[0])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(
     "cls, shape", [(nn.Conv1d, (2, 8, 9)), (nn.Conv2d, (2, 8, 6, 6)), (nn.Conv3d, (2, 8, 4, 5, 6))]
