@@ -246,10 +246,12 @@ class Inventory(Listing):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """All adapters off; afterwards every module is as it was, trainability included."""
+        """All adapters off; afterwards every module is as it was, trainability included, but for adapters that were
+        activated, frozen or unfrozen meanwhile."""
         before = {w: w.disable_adapters for _, w in self.wrappers()}
         grads = {place: (p, p.requires_grad) for w in before for place, p in _own_places(w)}
-        enabled = self.enabled
+        acted = {w: list(w.active_adapters) for w in before}
+        trainable, enabled = set(self._trainable), self.enabled
         self.enable(False)
         try:
             yield
@@ -259,7 +261,11 @@ class Inventory(Listing):
                 if isinstance(wrapper, BaseTunerLayer):
                     wrapper.__dict__["_plan"] = None
             now = dict(found for wrapper in before for found in _own_places(wrapper))
+            switched = trainable ^ self._trainable
             for place, (parameter, requires_grad) in grads.items():
+                wrapper, name, _ = place
+                if name in switched or list(wrapper.active_adapters) != acted[wrapper]:
+                    continue
                 for p in (parameter, now.get(place, parameter)):  # FSDP2 may have put it together, see `to_shards`
                     p.requires_grad_(requires_grad)
             self.enabled = enabled

@@ -261,12 +261,61 @@ def test_disable(options):
     pair.check()
 
 
+@pytest.mark.parametrize("options", [FIRST, SAVED, TOKENS], ids=["lora", "modules_to_save", "tokens"])
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_what_is_switched_while_adapters_are_off_is_what_trains_afterwards(options, layer_by_layer):
+    """And the adapters that were active before are frozen, then and by the next `set_adapter`."""
+    pair = Pair(options)
+    pair.add("other", {**SECOND, **{k: v for k, v in options.items() if k == "modules_to_save"}})
+
+    def switch(model, name):
+        with model.disable_adapter():
+            if layer_by_layer:
+                for module in model.modules():
+                    if hasattr(module, "adapter_layer_names"):
+                        module.set_adapter(name)
+            else:
+                model.set_adapter(name)
+
+    for name in ("other", "default"):
+        pair.both(lambda m, _, name=name: switch(m, name))
+        if layer_by_layer:
+            trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (pair.ours, pair.theirs)]
+            assert trained[0] == trained[1] and trained[0]
+        else:
+            pair.check()
+    pair.both(lambda m, _: m.set_adapter("other"))
+    pair.check()
+
+
+def test_what_is_frozen_or_unfrozen_while_adapters_are_off_stays_so():
+    model = Pair(FIRST).ours
+    model.add_adapter("other", peftfast.LoraConfig(**SECOND))
+
+    def trained():
+        return {one for one in model.peft_config for n, p in model.named_parameters() if one in n and p.requires_grad}
+
+    with model.disable_adapter():
+        model.set_requires_grad("other")
+    assert trained() == {"default", "other"}
+    with model.disable_adapter():
+        model.set_requires_grad("default", False)
+    assert trained() == {"other"}
+    with model.disable_adapter():
+        model.set_adapter("default", inference_mode=True)
+    assert trained() == set()
+    with model.disable_adapter(), model.disable_adapter():
+        model.set_adapter("default")
+    assert trained() == {"default"}
+
+
 def test_an_adapter_that_was_added_and_called_while_others_were_off_acts_afterwards():
     model = Pair(FIRST).ours
     with model.disable_adapter():
         model.add_adapter("added", peftfast.LoraConfig(target_modules=["down_proj"], init_lora_weights=False))
         model.set_adapter("added")
         torch.testing.assert_close(oracle.logits(model), oracle.logits(oracle.llama()))
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "default" in n} == set()
     found = oracle.logits(model)
     model.set_adapter("added")
     assert torch.equal(found, oracle.logits(model))
