@@ -28,7 +28,7 @@ from peftfast.training.checkpointing import checkpointing_switches, is_checkpoin
 from peftfast.tuners.tuner import adapted_modules
 from peftfast.wrapping.adding import add_adapter, say_if_in_prefix
 from peftfast.wrapping.injection import plan_injection
-from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.inventory import Inventory, injected_inventory
 from peftfast.wrapping.replication import replicated
 
 
@@ -191,7 +191,7 @@ def inject_adapter_in_model(
 
 def inventory_of(model: nn.Module) -> Inventory:
     """The inventory of a model with injected adapters, made on first use."""
-    inventory = model.__dict__.get("_peftfast_inventory")
+    inventory = injected_inventory(model)
     if inventory is None:
         configs = getattr(model, "peft_config", None)
         inventory = Inventory(model, configs if isinstance(configs, dict) else {})

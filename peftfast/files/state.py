@@ -51,10 +51,9 @@ def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
     inventory, prefix = next((each for each in held if each[0] is not None), (None, ""))
     if inventory is None or any(isinstance(child, PromptEncoders) for child in model._modules.values()):
         return None
-    pairs = list(inventory.wrappers())
-    if any(inventory.module(key) is not wrapper for key, wrapper in pairs):
+    if not inventory.stands():
         return None
-    return [(prefix + strip_wrappers(key), wrapper) for key, wrapper in pairs]
+    return [(prefix + strip_wrappers(key), wrapper) for key, wrapper in inventory.wrappers()]
 
 
 def adapter_entries(model: nn.Module, adapter_name: str) -> list[Entry]:

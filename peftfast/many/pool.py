@@ -21,7 +21,7 @@ from peftfast.errors import close_matches, enumerate_some
 from peftfast.many.router import check_length
 from peftfast.many.slots import Factors, Slots, Source
 from peftfast.rows.routing import BASE, Routing, batch_of, tokens_of
-from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.inventory import Inventory, injected_inventory
 
 
 @dataclass
@@ -390,7 +390,7 @@ def _inventory_of(model: nn.Module) -> Inventory:
     inventory = None if tuner is None else tuner.__dict__.get("inventory")
     if inventory is not None:
         return inventory
-    inventory = model.__dict__.get("_peftfast_inventory")
+    inventory = injected_inventory(model)
     if inventory is None:
         inventory = model.__dict__["_peftfast_inventory"] = Inventory(model)
     return inventory

@@ -50,6 +50,7 @@ class Inventory(Listing):
     def admit(self, name: str, cfg: PeftConfig) -> None:
         """The adapter is whole: it has a config here from now on, and a number."""
         self.configs[name] = cfg
+        self._places.pop(name, None)  # of an adapter of the name that was deleted layer by layer
         self._give_number(name)
 
     def method_of(self, name: str) -> AdapterMethod:
@@ -369,6 +370,16 @@ class Inventory(Listing):
         return {**self.__dict__, "_methods": {}}  # there is one object of every method
 
 
+def injected_inventory(model: nn.Module) -> Inventory | None:
+    """The inventory of a model that adapters were injected into; None where there is none, or where its layers have
+    been taken out of the model since, as diffusers' `unload_lora` does."""
+    inventory = model.__dict__.get("_peftfast_inventory")
+    if inventory is None or inventory.stands():  # something else may stand around them: a sharding engine's wrapper
+        return inventory
+    present = {id(module) for module in model.modules()}
+    return inventory if all(id(wrapper) in present for _, wrapper in inventory.wrappers()) else None
+
+
 def _own_parameters(wrapper: Wrapper) -> Iterator[nn.Parameter]:
     return (parameter for _, parameter in _own_places(wrapper))
 
@@ -385,10 +396,14 @@ def _own_places(wrapper: Wrapper) -> Iterator[tuple[tuple[Wrapper, str, str], nn
 
 
 def _switch(places: Iterable[Place], requires_grad: bool) -> bool:
-    """Freeze or unfreeze the Parameters at `places`; False if something was replaced since they were listed. Dict
-    look-ups and nothing else: switching adapters is on the path of a served request."""
-    for container, key, held, parameters, leaf in places:
-        if container[key] is not held or leaf not in parameters:
-            return False
-        parameters[leaf].requires_grad = requires_grad
+    """Freeze or unfreeze the Parameters at `places`; False if something was replaced since they were listed, or taken
+    away layer by layer, as diffusers deletes adapters. Dict look-ups and nothing else: switching adapters is on the
+    path of a served request."""
+    try:
+        for container, key, held, parameters, leaf in places:
+            if container[key] is not held:
+                return False
+            parameters[leaf].requires_grad = requires_grad
+    except KeyError:
+        return False
     return True

@@ -169,6 +169,10 @@ class Listing:
             if name not in except_for:
                 self.unwrap(name)
 
+    def stands(self) -> bool:
+        """Whether all that is listed hangs where it was put."""
+        return all(self.module(name) is wrapper for name, wrapper in self.wrappers())
+
     def mergeable(self) -> dict[str, BaseTunerLayer]:
         """All layers that merge, by module name: the adapted ones, and rows of tokens."""
         rows = {n: w.token_adapter for n, w in self.extras.items() if isinstance(w, TrainableTokensWrapper)}

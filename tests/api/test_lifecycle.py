@@ -235,6 +235,41 @@ def test_what_layers_were_told_one_by_one_counts(deleted, acts):
     oracle.same_live_state(ours, theirs)  # what acted before is frozen
 
 
+def test_adapters_that_others_delete_layer_by_layer_can_come_again():
+    """As diffusers deletes adapters (`delete_adapters`), from every layer itself."""
+    models = []
+    for library in (peftfast, peft):
+        model = oracle.llama()
+        for name, targets in (("a", ["q_proj", "v_proj"]), ("b", ["q_proj"]), ("a", ["v_proj"])):
+            oracle.quietly(library.inject_adapter_in_model, library.LoraConfig(**{**FIRST, "target_modules": targets}),
+                           model, name)  # fmt: skip
+            models.append(model)
+            if len(models) % 3 == 1:
+                for module in model.modules():
+                    if hasattr(module, "adapter_layer_names"):
+                        module.delete_adapter(name)
+                del model.peft_config[name]
+    ours, theirs = models[0], models[-1]
+    oracle.copy_parameters(theirs, ours)
+    oracle.same_live_state(ours, theirs)
+    torch.testing.assert_close(oracle.logits(ours), oracle.logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_that_others_have_taken_out_are_forgotten():
+    """As diffusers unloads adapters (`unload_lora_weights`): it puts the modules back and deletes `peft_config`."""
+    model = peftfast.inject_adapter_in_model(peftfast.LoraConfig(**FIRST), oracle.llama(), "first")
+    base = oracle.logits(oracle.llama())
+    for name, layer in [(n, m) for n, m in model.named_modules() if hasattr(m, "adapter_layer_names")]:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    del model.peft_config
+    for name in ("first", "second"):
+        peftfast.inject_adapter_in_model(peftfast.LoraConfig(**FIRST), model, name)
+        assert list(model.peft_config) == ["first", "second"][: 1 + (name == "second")]
+        assert (oracle.logits(model) - base).abs().max() > 1e-4
+        assert peftfast.get_peft_model_state_dict(model, adapter_name=name)
+
+
 def test_deleting_the_last_adapter_leaves_the_base():
     model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
     expected = oracle.logits(oracle.llama())
