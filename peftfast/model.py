@@ -12,6 +12,7 @@ from torch import nn
 
 from peftfast import status
 from peftfast.config import PeftConfig, PeftType, require_config
+from peftfast.errors import PeftWarning
 from peftfast.interop.counterpart import HasCounterpart
 from peftfast.many.router import Choice
 from peftfast.model_files import HasFiles
@@ -226,7 +227,25 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._tuner(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model with its adapters; a training's loss that nothing gives a gradient is warned of, because what
+        `backward` says of it ("element 0 of tensors does not require grad") does not tell why."""
+        result = self._tuner(*args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            loss = getattr(result, "loss", None)
+            if isinstance(loss, torch.Tensor) and not (
+                loss.requires_grad or any(p.requires_grad for p in self.parameters())
+            ):
+                warnings.warn(
+                    "The loss has no gradient, so that backward() will fail: no parameter is trainable. Saved adapters "
+                    "are loaded for training with is_trainable=True; model.set_adapter(name) makes one trainable that "
+                    "is there.",
+                    PeftWarning,
+                    stacklevel=5,
+                )
+        return result
 
     def generate(self, *args: Any, adapter_names: Choice | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters or, by `adapter_names`, with one for each prompt."""

@@ -27,14 +27,14 @@ def _forward(*names: str) -> Callable[..., Any]:
 
     def forward(self: PeftModel, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         if args and not _takes(type(self.get_base_model()).forward, names[0]):
-            return self._tuner(*args, **kwargs)
+            return self._run(*args, **kwargs)
         if len(args) > len(names):
             raise TypeError(f"forward takes at most {len(names)} arguments by position ({', '.join(names)})")
         for name, value in zip(names, args, strict=False):
             if name in kwargs:
                 raise TypeError(f"forward got {name!r} by position and by name")
             kwargs[name] = value
-        return self._tuner(**{k: v for k, v in kwargs.items() if v is not None or k not in known})
+        return self._run(**{k: v for k, v in kwargs.items() if v is not None or k not in known})
 
     kind = inspect.Parameter
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

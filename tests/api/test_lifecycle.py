@@ -866,3 +866,24 @@ def test_switching_and_loading_take_as_long_with_many_adapters(group, tmp_path, 
         counts.append((switching, loading))
     (few, loaded), (many, loaded_later) = counts
     assert few == many and loaded_later <= 1.02 * loaded, counts
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_a_loss_without_gradient_says_what_gives_it_one(task, tmp_path):
+    ids = torch.arange(6)[None]
+    config = peftfast.LoraConfig(target_modules=["q_proj"], task_type=task)
+    trained = peftfast.get_peft_model(oracle.llama(), config)
+    trained.save_pretrained(tmp_path)
+    frozen = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.PeftWarning)
+        trained.train()(input_ids=ids, labels=ids).loss.backward()
+        frozen(input_ids=ids, labels=ids)  # in evaluation
+        with torch.no_grad():
+            frozen.train()(input_ids=ids, labels=ids)
+    with pytest.warns(peftfast.PeftWarning, match=r"no gradient.*is_trainable=True"):
+        loss = frozen(input_ids=ids, labels=ids).loss
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
+    frozen.set_adapter("default")
+    frozen(input_ids=ids, labels=ids).loss.backward()
