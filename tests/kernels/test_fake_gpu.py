@@ -50,3 +50,26 @@ def test_results_are_those_of_the_host(tmp_path):
     done = run("--compute", script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "cuda:0"
+
+
+@pytest.mark.skipif(torch.version.cuda is None or torch.cuda.is_available(), reason="needs a CUDA build and no GPU")
+def test_bitsandbytes_multiplies_there(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import bitsandbytes as bnb
+            import torch
+
+            w, x = torch.randn(48, 64), torch.randn(5, 64)
+            packed, state = bnb.functional.quantize_4bit(w.cuda(), quant_type="nf4", compress_statistics=True)
+            weight = bnb.functional.dequantize_4bit(packed, state)
+            y = bnb.matmul_4bit(x.cuda(), packed, quant_state=state)
+            assert packed.is_cuda and weight.is_cuda and y.is_cuda and (weight.cpu() - w).norm() < 0.2 * w.norm()
+            torch.testing.assert_close(y.cpu(), x @ weight.cpu().t())
+            """
+        )
+    )
+    done = run("--compute", script)
+    assert done.returncode == 0, done.stderr

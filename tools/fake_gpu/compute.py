@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+#: Whose operators have kernels of their own for GPUs, and others for CPUs.
+TWINS = ("bitsandbytes",)
 #: Operations that launch nothing.
 NATIVE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "set_", "resize_", "record_stream"}
 
@@ -85,7 +87,7 @@ class Compute(TorchDispatchMode):
             return function(*args, **kwargs)  # of a subclass, which comes back with what is in it
         if not any(on_gpu(v) or isinstance(v, torch.device) and v.type == "cuda" for v in values):
             return function(*args, **kwargs)
-        if function.namespace not in ("aten", "prims"):  # an operator of somebody's, made of others
+        if function.namespace not in ("aten", "prims", *TWINS):  # an operator of somebody's, made of others
             with self:
                 return function(*args, **kwargs)
         if _is_native(function):
@@ -106,6 +108,9 @@ class Compute(TorchDispatchMode):
         if _draws(function) and not any(isinstance(value, torch.Generator) for value in lowered):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(_drawn_from(None).initial_seed())
+                result = function(*args, **kwargs)
+        elif function.namespace in TWINS:
+            with torch._dynamo.config.patch(disable=True):  # which would not know the host's memory for a tensor's
                 result = function(*args, **kwargs)
         else:
             result = function(*args, **kwargs)
