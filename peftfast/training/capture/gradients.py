@@ -18,6 +18,7 @@ class Gradients:
     def __init__(self, parameters: Sequence[nn.Parameter], accumulate: bool) -> None:
         self.parameters, self.accumulate = parameters, accumulate
         self._kept: dict[Tensor, Tensor] = {}
+        _await_anew(parameters)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -39,6 +40,7 @@ class Gradients:
 
     def before_recording(self) -> None:
         """Those of the warm-up make room for those in the recording's own memory."""
+        _await_anew(self.parameters)
         if not self.accumulate:
             self.before_backward()
             self._kept = {}
@@ -62,3 +64,18 @@ class Gradients:
             self._kept = {p: p.grad for p in self.parameters if p.grad is not None}
         for p, grad in self._kept.items():
             p.grad = grad
+
+
+def _await_anew(parameters: Sequence[nn.Parameter]) -> None:
+    """Let autograd await gradients on the stream of the next forward pass. As long as the graph of another one is there
+    (a loss that nobody has deleted), it would on that one's: the default stream, which no recording may use.
+
+    Not with several processes, whose gradients are reduced by what hangs on where they are awaited now.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return
+    for p in parameters:
+        if type(p) is nn.Parameter:
+            kept = p.data
+            p.data = kept.new_empty(0, dtype=torch.float32 if p.dtype is torch.float64 else torch.float64)
+            p.data = kept  # data of another dtype in between makes autograd forget

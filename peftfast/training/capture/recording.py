@@ -84,12 +84,10 @@ class Recording:
             with suppress(Exception):
                 # Until a recording succeeds, torch below 2.14 takes its generator for one in a recording: draws raise.
                 self._record_into(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self._stream.device))
-            # which autograd asks for where a Parameter's gradient was first awaited, and DDP awaits all it is made with
             raise RuntimeError(
                 "This cannot be captured as a CUDA graph, because something in it waits for the device, decides on the "
-                f"host or asks for the default stream: {e}\nThe default stream is asked for as long as a loss of an "
-                "ordinary step is there (del loss), and by a DistributedDataParallel that was made outside of `with "
-                "torch.cuda.stream(torch.cuda.Stream())`."
+                "host, or awaits gradients on the default stream, as DistributedDataParallel does unless it was made "
+                f"inside `with torch.cuda.stream(torch.cuda.Stream())`: {e}"
             ) from e
         self.graph, self.held = graph, _kept(self.model)
 
