@@ -335,6 +335,14 @@ def _check_tokens(inventory: Inventory, tokens: Iterable[str], targets: Sequence
             f"The embedding layer is already marked to be trained fully: {sorted(both)} cannot be in modules_to_save "
             "and in trainable_token_indices, or share the weight of what is, at once"
         )
+    for key in tokens:
+        layer = inventory.layers.get(key)
+        if layer is not None:
+            raise ValueError(
+                f"Rows of {key} are in trainable_token_indices of this adapter, but {sorted(layer.adapters)} adapt it "
+                "in whole: a module can be trained in one of these ways only, in all adapters of a model. A head that "
+                "is tied to the embedding has the embedding's rows."
+            )
 
 
 def _check_wrappers(inventory: Inventory, keys: Iterable[str], kind: type[AuxiliaryTrainingWrapper]) -> None:

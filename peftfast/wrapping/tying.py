@@ -156,7 +156,7 @@ def plan_tokens(
             module = inventory.module(key)
             weight = _base_weight(module)
             shape = whole_shape(weight) if isinstance(weight, Tensor) else ()
-            if isinstance(module, BaseTunerLayer) or len(shape) != 2:
+            if len(shape) != 2:
                 raise ValueError(f"trainable_token_indices: {key!r} is a {type(module).__name__}, not a table of rows")
             outside = [i for i in indices if i >= shape[0]]
             if outside:

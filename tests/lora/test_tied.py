@@ -408,6 +408,21 @@ def test_two_ways_of_training_one_module_are_refused(first):
     assert list(model.peft_config) == ["default"] and model.state_dict().keys() == before.keys()
 
 
+@pytest.mark.parametrize("whole", [
+    {"target_modules": ["embed_tokens"]}, {"target_modules": ["lm_head"]},
+    {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]},
+])  # fmt: skip
+def test_rows_of_what_another_adapter_adapts_are_refused_by_name(whole):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        model = peftfast.get_peft_model(oracle.llama(tied=True), peftfast.LoraConfig(**whole))
+    before = set(model.state_dict())
+    config = peftfast.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1])
+    with pytest.raises(ValueError, match=r"Rows of .*(embed_tokens|lm_head) are.*'default'\] adapt it"):
+        model.add_adapter("second", config)
+    assert list(model.peft_config) == ["default"] and set(model.state_dict()) == before
+
+
 def test_a_saved_head_that_shares_the_trained_rows_is_refused():
     """PEFT makes such a model, whose forward then fails."""
     config = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [1]}
