@@ -151,6 +151,19 @@ class Pair:
         self.both(lambda i, m: getattr(m.base_model, call)())
         return True
 
+    def switch_inside(self) -> bool:
+        """While all adapters are off."""
+        if self.merged or self.disabled:
+            return False
+        name = self.names()[0]
+
+        def call(i: int, model: nn.Module) -> None:
+            with model.disable_adapter():
+                model.set_adapter(name)
+
+        self.both(call)
+        return True
+
     def merge(self) -> bool:
         if self.merged or self.disabled:
             return False
@@ -256,8 +269,8 @@ class Pair:
             _same({"out": oracle.logits(ours)}, {"out": oracle.logits(theirs)}, "output")
 
 
-OPERATIONS = ("add", "add", "switch", "switch", "delete", "toggle", "merge", "unmerge", "unload", "step", "step", "mix",
-              "combine", "rescale", "save", "load", "copies")  # fmt: skip
+OPERATIONS = ("add", "add", "switch", "switch", "switch_inside", "delete", "toggle", "merge", "unmerge", "unload",
+              "step", "step", "mix", "combine", "rescale", "save", "load", "copies")  # fmt: skip
 
 
 def run_against_peft(count: int, seed: int, length: int = 20) -> tuple[int, list[str]]:
