@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peftfast.config import PeftConfig, require_module
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, every_name
 from peftfast.files.activation import Activation, adapters_in, read_activation, write_activation
 from peftfast.files.beside import room_for
 from peftfast.files.card import write_card
@@ -30,7 +30,8 @@ from peftfast.files.io import (
     save_adapter,
 )
 from peftfast.files.renamed import renamed
-from peftfast.files.state import adapter_state_dict, is_in
+from peftfast.files.state import adapter_state_dict, is_in, without_places
+from peftfast.keys import in_base, strip_wrappers
 from peftfast.method import repeats_init
 from peftfast.prompts.prompt_model import resize_saved_prompt
 from peftfast.wrapping.undo import unchanged_if_refused
@@ -80,6 +81,16 @@ class HasFiles:
             prepared.append((name, cfg, tensors))
         if not is_main_process:
             return
+        saved = {without_places(in_base(key)) for *_, tensors in prepared for key in tensors}
+        trained = [strip_wrappers(name) for name, p in self._tuner.inventory.base_parameters() if p.requires_grad]
+        lost = [name for name in trained if without_places(name) not in saved and "_flat_param" not in name]
+        if lost:
+            warnings.warn(
+                f"The base model has trainable parameters that are not saved with its adapters: {every_name(lost)}. "
+                "Modules that modules_to_save names are.",
+                PeftWarning,
+                stacklevel=2,
+            )
         os.makedirs(save_directory, exist_ok=True)
         # what was rewritten is for the weights before the initialisation, which are not here
         base_record = "" if start is not None else fingerprint(self.get_base_model())

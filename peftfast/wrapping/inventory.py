@@ -96,10 +96,13 @@ class Inventory(Listing):
 
     def freeze_base(self) -> None:
         """Everything that is no adapter's."""
+        for _, parameter in self.base_parameters():
+            parameter.requires_grad_(False)
+
+    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is no adapter's, by its name in the model."""
         adapters = {p for _, w in self.wrappers() for p in _own_parameters(w)}
-        for parameter in self.model.parameters():
-            if parameter not in adapters:
-                parameter.requires_grad_(False)
+        return ((name, p) for name, p in self.model.named_parameters() if p not in adapters)
 
     def train_biases(self, cfg: PeftConfig) -> None:
         """Unfreeze the base biases that the config's `bias` names."""

@@ -1024,3 +1024,15 @@ def test_a_compiled_base_is_the_same_base(compiled, tmp_path):
     bases[compiled].model.layers[0] = torch.compile(bases[compiled].model.layers[0], backend="eager")
     peftfast.get_peft_model(bases["saved"], LoraConfig(**OPTIONS)).save_pretrained(tmp_path)
     peftfast.PeftModel.from_pretrained(bases["loaded"], tmp_path, strict=True)
+
+
+def test_what_is_trained_and_not_saved_is_named(tmp_path):
+    config = {**OPTIONS, "modules_to_save": ["lm_head"], "bias": "all"}
+    model = oracle.quietly(peftfast.get_peft_model, oracle.llama(bias=True), LoraConfig(**config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.PeftWarning)
+        model.save_pretrained(tmp_path)
+    model.base_model.model.model.norm.weight.requires_grad_(True)  # as LongLoRA's script does
+    model.base_model.model.value_head = torch.nn.Linear(8, 1)
+    with pytest.warns(peftfast.PeftWarning, match=r"not saved.*: 'model.norm.weight', 'value_head.weight'\. "):
+        model.save_pretrained(tmp_path)
