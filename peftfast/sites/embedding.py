@@ -74,6 +74,13 @@ class EmbeddingSite(UsualSite):
                 "target_modules; modules_to_save trains such a module in full."
             )
 
+    def probe(self) -> Tensor | None:
+        m = self.module
+        if m.max_norm is None or m.weight.is_meta or not is_plain(m.weight) or not is_untouched(m):
+            return None
+        # rows longer than that are shortened where they are looked up, also with adapters inside
+        return torch.arange(len(m.weight), device=m.weight.device)
+
     def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
         if bias:
             raise ValueError("lora_bias=True is not supported for Embedding")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import oracle
 import pytest
@@ -607,3 +608,16 @@ def test_a_weight_that_is_computed_is_not_merged_into_and_the_error_says_what_en
     end(base.fc.base_layer, "weight")
     model.merge_adapter()
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 1000.0], ids=["shortened", "never reached"])
+def test_an_embedding_whose_rows_are_shortened_is_not_merged_into(max_norm):
+    """Its merged rows would be shortened together, not the table's alone."""
+    torch.manual_seed(0)
+    model = peftfast.get_peft_model(
+        One(nn.Embedding(10, 4, max_norm=max_norm)), LoraConfig(target_modules=["lin"], r=2, init_lora_weights=False)
+    )
+    before = model(torch.arange(10))
+    with pytest.raises(RuntimeError, match="would not be the adapted one") if max_norm == 1 else nullcontext():
+        model.merge_adapter()
+    torch.testing.assert_close(model(torch.arange(10)), before)
