@@ -127,7 +127,8 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         return adapter
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Others may put modules of their own in the place of the base module, and of what keeps adapters' tensors."""
+        """Others may put modules of their own in the place of the base module, and of what keeps adapters' tensors; and
+        they switch layers by writing to PEFT's attributes."""
         known = isinstance(value, nn.Module) and "adapters" in self.__dict__
         if known and name == "base_layer":
             self._look_at(value)
@@ -136,7 +137,8 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
             for adapter in self.adapters.values():
                 adapter.locate()
                 self.changed(adapter.name)
-            self._plan = None
+        if known or name in ("_active_adapter", "_disable_adapters"):
+            self.__dict__["_plan"] = None
 
     def _look_at(self, module: nn.Module) -> None:
         """Compute with another base module from now on. Wrappers of the one before, which have its weight, leave it."""
@@ -245,7 +247,6 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
     def activate(self, names: list[str]) -> None:
         """Make `names` the active adapters without touching any parameter."""
         self._active_adapter = names
-        self._plan = None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate these adapters: their parameters become trainable (unless `inference_mode`), all others frozen."""
@@ -291,7 +292,6 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
             for name in self.adapters:
                 self.set_requires_grad(name, False)
         self._disable_adapters = not enabled
-        self._plan = None
 
     # ---- merging -----------------------------------------------------------------------------------------------------
     @property

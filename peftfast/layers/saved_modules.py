@@ -232,7 +232,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         layer = self._modules.get("token_adapter")
         if layer is not None:
             layer._disable_adapters = value
-            layer._plan = None
 
     def add(self, adapter_name: str, cfg: Any, method: Any, dtype: torch.dtype | None = None, **where: Any) -> None:
         """Add an adapter's rows.

@@ -262,8 +262,6 @@ class Inventory(Listing):
         finally:
             for wrapper in {**before, **{w: None for _, w in self.wrappers()}}:
                 wrapper._disable_adapters = before.get(wrapper, not enabled)  # others were made inside the block
-                if isinstance(wrapper, BaseTunerLayer):
-                    wrapper.__dict__["_plan"] = None
             now = dict(found for wrapper in before for found in _own_places(wrapper))
             switched = trainable ^ self._trainable
             for place, (parameter, requires_grad) in grads.items():

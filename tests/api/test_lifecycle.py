@@ -235,6 +235,23 @@ def test_what_layers_were_told_one_by_one_counts(deleted, acts):
     oracle.same_live_state(ours, theirs)  # what acted before is frozen
 
 
+@pytest.mark.parametrize("options", [FIRST, SAVED], ids=["lora", "modules_to_save"])
+def test_attributes_by_which_scripts_switch_layers(options):
+    """For a teacher's logits, say, without the calls that freeze what is trained."""
+    pair = Pair(options)
+    pair.add("other", {**FIRST, "r": 2})
+    pair.check()
+    for attribute, value in (
+        ("_disable_adapters", True), ("_disable_adapters", False), ("_active_adapter", ["default", "other"]),
+        ("_active_adapter", "other"), ("_disable_adapters", True), ("_disable_adapters", False),
+    ):  # fmt: skip
+        for model in (pair.ours, pair.theirs):
+            for module in model.modules():
+                if isinstance(module, (BaseTunerLayer, peft.tuners.tuners_utils.BaseTunerLayer)):
+                    setattr(module, attribute, value)
+        pair.check()
+
+
 def test_adapters_that_others_delete_layer_by_layer_can_come_again():
     """As diffusers deletes adapters (`delete_adapters`), from every layer itself."""
     models = []
