@@ -53,7 +53,10 @@ class _AutoPeftModel:
         model_kwargs = {name: value for name, value in others.items() if name not in _OF_ADAPTER}
         cfg = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         if not cfg.base_model_name_or_path:
-            raise ValueError(f"The adapter in {pretrained_model_name_or_path} does not name its base model")
+            raise ValueError(
+                f"The adapter in {pretrained_model_name_or_path} does not name its base model; load that yourself, and "
+                "the adapter onto it: PeftModel.from_pretrained(base, folder)"
+            )
         peft_class = PeftModel if cls.task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task_type]
         if cls.task_type is not None and cfg.task_type not in (None, cls.task_type):
             raise ValueError(

@@ -486,6 +486,9 @@ def test_auto_classes(base_folder, tmp_path):
             library.AutoPeftModel.from_pretrained(tmp_path / "causal")
     with pytest.raises(EnvironmentError, match="from_pretrained"):
         peftfast.AutoPeftModelForCausalLM()
+    peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS)).save_pretrained(tmp_path / "nameless")
+    with pytest.raises(ValueError, match=r"does not name its base model.*PeftModel.from_pretrained\(base, folder\)"):
+        peftfast.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "nameless")
     # without a task type the class of the base is in the file
     plain = peftfast.get_peft_model(from_folder(base_folder), LoraConfig(**{**OPTIONS, "task_type": None}))
     plain.save_pretrained(tmp_path / "plain")
