@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -64,15 +66,49 @@ def current_names(base: nn.Module, names: Iterable[str]) -> dict[str, str]:
 def _renamings(base: nn.Module) -> list[Callable[[str], str]]:
     own = getattr(base, "_checkpoint_conversion_mapping", None) or {}
     steps: list[Callable[[str], str]] = [lambda name: first_renaming(own, name)]
+    return steps + [lambda name, step=step: step.rename_source_key(name)[0] for step in _of_transformers(base)]  # type: ignore[misc]
+
+
+def _of_transformers(base: nn.Module) -> list[Any]:
     if "transformers" not in sys.modules or not hasattr(base, "base_model_prefix"):
-        return steps
+        return []
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
     except ImportError:  # transformers 4
-        return steps
-    theirs = [step for step in get_model_conversion_mapping(base) if isinstance(step, WeightRenaming)]
-    return steps + [lambda name, step=step: step.rename_source_key(name)[0] for step in theirs]  # type: ignore[misc]
+        return []
+    return [step for step in get_model_conversion_mapping(base) if isinstance(step, WeightRenaming)]
+
+
+def former_names(base: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What modules of `base` were called before -> their names, of those that transformers has renamed."""
+    back = []
+    for step in reversed(_of_transformers(_inside(base))):
+        with suppress(ValueError, NotImplementedError):  # not all renamings can be undone
+            back.append(step.reverse_transform())
+    found = {}
+    for name in names if back else ():
+        weight = f"{name}.weight"
+        for step in back:
+            weight = step.rename_source_key(weight)[0]
+        found[weight.removesuffix(".weight")] = name
+    return {old: name for old, name in current_names(base, found).items() if found[old] == name}
+
+
+def rename_targets(base: nn.Module, config: PeftConfig, names: Iterable[str]) -> bool:
+    """Where a config's targets are names that modules of `base` had before, make it name those modules as they are
+    called now; False where they are not.
+
+    Args:
+        names: of all modules.
+    """
+    if not config.target_modules or getattr(config, "target_parameters", None):
+        return False
+    matches, former = make_matcher(config), former_names(base, names)
+    adapted = [old for old in former if matches(old)]
+    if adapted:
+        _rename_in(config, former, adapted)
+    return bool(adapted)
 
 
 def first_renaming(mapping: Mapping[str, str], name: str) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterMismatchWarning, PeftWarning, close_matches, enumerate_some
+from peftfast.files.renamed import rename_targets
 from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, make_layer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -211,6 +212,17 @@ def plan_injection(
     tie = Tying() if always else plan_tying(inventory, cfg, tied_heads)
     matcher = make_matcher(cfg)
     matched = [n for n in names if matcher(n)]
+    if not matched and not strict and keys is None and modules is None:
+        asked = cfg.target_modules
+        if rename_targets(model, cfg, names):
+            matcher = make_matcher(cfg)
+            matched = [n for n in names if matcher(n)]
+            warnings.warn(
+                f"transformers has renamed what target_modules={asked!r} of a {type(model).__name__} are; adapted are "
+                f"the modules that were called so, now {enumerate_some(sorted(name_ends(matched)))}.",
+                PeftWarning,
+                stacklevel=6,
+            )
     if keys is not None:
         matched = _given(inventory, keys, matched)
     if modules is not None:

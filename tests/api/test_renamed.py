@@ -152,6 +152,20 @@ def test_names_that_nobody_has_changed_are_refused(tmp_path):
         peftfast.PeftModel.from_pretrained(vit(), tmp_path)
 
 
+@pytest.mark.parametrize("case", ["list", "regex", "some layers"])
+def test_targets_of_a_new_adapter_under_old_names(case):
+    """As in the tutorials that were written for them."""
+    make, kind, now, then = CASES[case]
+    said = "transformers has renamed what target_modules=.* now .*'q_proj'"
+    with pytest.warns(peftfast.PeftWarning, match=said) as caught:
+        model = peftfast.get_peft_model(make(), kind(**then))
+    assert not [w for w in caught if issubclass(w.category, peftfast.AdapterMismatchWarning)]
+    expected = peftfast.get_peft_model(make(), kind(**now))
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in expected.named_parameters()]
+    with pytest.raises(ValueError, match="not found in the base model"):
+        peftfast.get_peft_model(make(), kind(**then), strict=True)
+
+
 def test_adalora_under_old_names(tmp_path):
     config = AdaLoraConfig(target_modules=["q_proj", "v_proj"], init_r=4, target_r=2, total_step=4)
     model = trained(vit, config)
