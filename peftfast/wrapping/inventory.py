@@ -253,7 +253,7 @@ class Inventory(Listing):
         """All adapters off; afterwards every module is as it was, trainability included, but for adapters that were
         activated, frozen or unfrozen meanwhile."""
         before = {w: w.disable_adapters for _, w in self.wrappers()}
-        grads = {place: (p, p.requires_grad) for w in before for place, p in _own_places(w)}
+        trained = {place: p for w in before for place, p in _own_places(w) if p.requires_grad}
         acted = {w: list(w.active_adapters) for w in before}
         trainable, enabled = set(self._trainable), self.enabled
         self.enable(False)
@@ -264,12 +264,12 @@ class Inventory(Listing):
                 wrapper._disable_adapters = before.get(wrapper, not enabled)  # others were made inside the block
             now = dict(found for wrapper in before for found in _own_places(wrapper))
             switched = trainable ^ self._trainable
-            for place, (parameter, requires_grad) in grads.items():
+            for place, parameter in trained.items():
                 wrapper, name, _ = place
                 if name in switched or list(wrapper.active_adapters) != acted[wrapper]:
                     continue
                 for p in (parameter, now.get(place, parameter)):  # FSDP2 may have put it together, see `to_shards`
-                    p.requires_grad_(requires_grad)
+                    p.requires_grad_(True)
             self.enabled = enabled
 
     # ---- deleting ----------------------------------------------------------------------------------------------------

@@ -359,6 +359,11 @@ def test_what_is_frozen_or_unfrozen_while_adapters_are_off_stays_so():
     with model.disable_adapter(), model.disable_adapter():
         model.set_adapter("default")
     assert trained() == {"default"}
+    model.disable_adapter_layers()
+    assert trained() == set()
+    with model.disable_adapter():
+        model.set_adapter("default")
+    assert trained() == {"default"}
 
 
 def test_an_adapter_that_was_added_and_called_while_others_were_off_acts_afterwards():
