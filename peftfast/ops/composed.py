@@ -80,11 +80,13 @@ def composed_lora(
     if composing():  # an update for many may not be written into an output that is one
         update, alpha = _update(dropped, a, b, plan, gate)
         y = torch.add(y, update, alpha=alpha).to(y.dtype)
-    elif y.dtype.itemsize >= 4 and y.dtype is rows.dtype is a.dtype is b.dtype:
-        t = F.linear(dropped, a)
+    elif y.dtype is rows.dtype is a.dtype is b.dtype and not torch.is_autocast_enabled(x.device.type):
+        t, alpha = F.linear(dropped, a), plan.scale
+        if y.dtype.itemsize < 4:
+            t, alpha = _scaled(t, alpha)
         if gate is not None:
             t = gated(t, gate)
-        y.addmm_(t, b.t(), alpha=plan.scale)  # y is new, so it may be written to
+        y.addmm_(t, b.t(), alpha=alpha)  # y is new, so it may be written to
     else:
         update, alpha = _update(dropped, a, b, plan, gate)
         y.add_(update, alpha=alpha)
@@ -101,9 +103,13 @@ def _update(dropped: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: Tensor | No
     """An update and its factor, whose product is s gate(drop(x) Aᵀ) Bᵀ."""
     if torch.is_autocast_enabled(dropped.device.type):
         return F.linear(gated(F.linear(dropped, a), gate), b), plan.scale
-    t = F.linear(dropped.to(plan.branch), a.to(plan.branch))
-    if not torch.is_grad_enabled() and math.frexp(plan.scale)[0] == 0.5:
-        # a power of two gives the same bits wherever it enters, so an operation is saved
-        return F.linear(gated(t, gate), b.to(plan.branch)), plan.scale
-    # t is scaled, not the gradients, which would be rounded once more
-    return F.linear(gated(t * plan.scale, gate), b.to(plan.branch)), 1.0
+    t, alpha = _scaled(F.linear(dropped.to(plan.branch), a.to(plan.branch)), plan.scale)
+    return F.linear(gated(t, gate), b.to(plan.branch)), alpha
+
+
+def _scaled(t: Tensor, scale: float) -> tuple[Tensor, float]:
+    """t, and what its product is to be multiplied by: t is scaled, not the gradients, which would be rounded once more.
+    Without gradients, a power of two gives the same bits wherever it enters, so an operation is saved."""
+    if scale == 1.0 or not torch.is_grad_enabled() and math.frexp(scale)[0] == 0.5:
+        return t, scale
+    return t * scale, 1.0
