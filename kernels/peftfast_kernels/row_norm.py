@@ -1,6 +1,8 @@
-"""‖W + s B A‖ per output row without building the sum: the norm of DoRA (Liu et al., arXiv 2402.09353).
+"""‖W + s B A‖ per output row without the whole sum in memory: the norm of DoRA (Liu et al., arXiv 2402.09353).
 
-norm² = ‖W_i‖² + 2 s Σ (W Aᵀ ∘ B)_i + s² Σ (B (A Aᵀ) ∘ B)_i. Shapes: W [N, K] in any storage, a [R, K], b [N, R].
+The kernel builds none of it: norm² = ‖W_i‖² + 2 s Σ (W Aᵀ ∘ B)_i + s² Σ (B (A Aᵀ) ∘ B)_i, from one read of W. torch
+builds some rows at a time, which takes it half of that formula's operations. Shapes: W [N, K] in any storage, a [R, K],
+b [N, R].
 """
 
 import torch
@@ -10,7 +12,7 @@ from peftfast_kernels.decode import Operand, decoder_of, random_operand, weight_
 from peftfast_kernels.lora_down import make_inputs
 from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks
 
-CHUNK = 1 << 20  # fp32 elements of the weight held at a time: 4 MiB
+CHUNK = 1 << 18  # fp32 elements of the changed weight held at a time: 1 MiB
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of a weight that the kernel reads; torch reads any
 MAX_RANK = 128  # the kernel keeps all ranks of its rows in registers, which hold no more
 
@@ -67,12 +69,13 @@ def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     a [R, K], b [N, R].
     """
     dtype = accumulate_dtype(a, b)
-    source, a, product = weight_nk(w, w.dtype), a.to(dtype), gram(a)
+    source, a = weight_nk(w, w.dtype), a.to(dtype)
     out = torch.empty(w.shape[0], dtype=dtype, device=a.device)
     for rows in row_chunks(w.shape[0], w.shape[1], CHUNK, w.device):
-        part, factor = source[rows].to(dtype), b[rows].to(dtype)
-        cross = torch.addmm(part @ a.t(), factor, product, beta=2 * scale, alpha=scale * scale)
-        squared = part.square().sum(1)
-        # Cancellation may leave a tiny negative number where W + s B A is nearly zero.
-        torch.sqrt((squared + (cross * factor).sum(1)).clamp_(min=0), out=out[rows])
+        part, factor = source[rows], b[rows].to(dtype)
+        if part.dtype is dtype:
+            changed = torch.addmm(part, factor, a, alpha=scale)
+        else:
+            changed = part.to(dtype).addmm_(factor, a, alpha=scale)
+        torch.linalg.vector_norm(changed, dim=1, out=out[rows])
     return out

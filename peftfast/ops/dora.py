@@ -1,7 +1,7 @@
 """g (y - bias + s t Bᵀ) + bias with t = x Aᵀ: DoRA on top of a base product y (Liu et al., arXiv 2402.09353).
 
-g = m / ‖W + s B A‖ per output feature. The norm is a constant of the gradient (section 4.3 of the paper) and comes
-from a product of W with A, never from W + s B A. Saved for the backward pass: x, y, t [M, r] and the parameters.
+g = m / ‖W + s B A‖ per output feature. The norm is a constant of the gradient (section 4.3 of the paper); W + s B A
+is never there as a whole. Saved for the backward pass: x, y, t [M, r] and the parameters.
 """
 
 from __future__ import annotations

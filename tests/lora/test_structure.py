@@ -141,6 +141,20 @@ def test_a_small_wide_update_is_scaled_where_it_is_added(alpha, scaling, monkeyp
     assert torch.equal(y, model(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_dispatches_little(dtype, monkeypatch):
+    """Its norm is a product and a reduction; PEFT makes B A of an identity matrix."""
+    monkeypatch.setattr(composed, "SMALL", dict.fromkeys((2, 4), 1 << 18))
+    counts = []
+    for library in (peftfast, peft):
+        config = library.LoraConfig(r=RANK, target_modules=["linear"], use_dora=True)
+        model = library.get_peft_model(OneLinear(64).to(dtype), config).eval()
+        with torch.no_grad(), Dispatched() as inference:
+            model(torch.randn(48, 64, dtype=dtype))
+        counts.append(len(inference.names))
+    assert counts[0] < counts[1], counts
+
+
 _HOST_SIDE = """
 import sys
 sys.path[:0] = {path!r}

@@ -1,9 +1,9 @@
 """DoRA: y = (m / ‖W + s B A‖) (W + s B A) x with a trained magnitude m per output feature (Liu et al., arXiv
 2402.09353). The norm is treated as a constant by the gradient, as the paper suggests in section 4.3.
 
-The norm follows from ‖W‖², W Aᵀ and A Aᵀ; neither B A nor W + s B A is ever built, save for grouped convolutions (see
-`ConvSite.adapted_norm`). It is computed anew in every forward, because writes to the factors through `.data` leave no
-trace that a cache could see; inside `helpers.DoraCaching` layers in eval mode keep it.
+Neither B A nor W + s B A is ever built as a whole, save for grouped convolutions (see `ConvSite.adapted_norm`). The
+norm is computed anew in every forward, because writes to the factors through `.data` leave no trace that a cache could
+see; inside `helpers.DoraCaching` layers in eval mode keep it.
 """
 
 from __future__ import annotations
