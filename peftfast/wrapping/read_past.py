@@ -6,7 +6,7 @@ import dis
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from types import CodeType
 
@@ -65,12 +65,20 @@ def _never_calls(parent: nn.Module, leaf: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _only_reads(cls: type[nn.Module], leaf: str) -> bool:
-    """Whether methods of a class use the weight of its child `leaf`, and none calls the child or passes it on."""
-    codes = [code for code in _methods(cls) if leaf in code.co_names]
-    if not any("weight" in code.co_names for code in codes):
+    """Whether the class uses the weight of its child `leaf` when it is called, and no method of it calls the child or
+    passes it on. What others do to it does not count: diffusers' attention is read where its projections are fused,
+    and called by the processor that it passes itself to."""
+    methods = _methods(cls)
+    called, reached = ["forward"], {"forward"}
+    while called:
+        names = {name for code in methods.get(called.pop(), ()) for name in code.co_names}
+        called += (new := names & methods.keys() - reached)
+        reached |= new
+    codes = {name: [c for c in codes if leaf in c.co_names] for name, codes in methods.items()}
+    if not any("weight" in code.co_names for name in reached for code in codes.get(name, ())):
         return False
     reads = False
-    for code in codes:
+    for name, code in ((name, code) for name, several in codes.items() for code in several):
         steps = list(dis.get_instructions(code))
         for i, step in enumerate(steps):
             path = [s.argval if s.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for s in steps[i + 1 : i + 4]]
@@ -78,12 +86,13 @@ def _only_reads(cls: type[nn.Module], leaf: str) -> bool:
                 continue
             if path[1:2] in ([], [None]):
                 return False
-            reads |= path[1] == "weight" and not _DESCRIPTIONS.intersection(path[2:])
+            reads |= name in reached and path[1] == "weight" and not _DESCRIPTIONS.intersection(path[2:])
     return reads
 
 
-def _methods(cls: type[nn.Module]) -> Iterator[CodeType]:
-    """The code of a class's methods, of those it inherits and of what is defined inside them."""
+def _methods(cls: type[nn.Module]) -> dict[str, list[CodeType]]:
+    """The code of a class's methods by name, of those it inherits and of what is defined inside them."""
+    found: dict[str, list[CodeType]] = defaultdict(list)
     for base in cls.__mro__:
         if base.__module__.startswith("torch."):
             continue
@@ -91,8 +100,9 @@ def _methods(cls: type[nn.Module]) -> Iterator[CodeType]:
             code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
             inside = [code] if code is not None and name != "__init__" else []
             while inside:
-                yield (code := inside.pop())
+                found[name].append(code := inside.pop())
                 inside += [c for c in code.co_consts if isinstance(c, CodeType)]
+    return found
 
 
 def _loads_self(step: dis.Instruction) -> bool:

@@ -198,7 +198,7 @@ class Reads(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in ("read", "described", "inside", "passed", "both"):
+        for name in ("read", "described", "inside", "passed", "both", "fused"):
             setattr(self, name, torch.nn.Linear(8, 8))
 
     def forward(self, x):
@@ -207,7 +207,15 @@ class Reads(torch.nn.Module):
         return self.both(x) if self.both.weight.numel() else x
 
     def later(self, module, x):
-        return module(x) + self.passed.weight[0]
+        return module(x) + self.passed.weight[0] + apply(self, x)
+
+    def fuse(self):
+        """What a forward does not call may read weights."""
+        return self.fused.weight @ self.fused.weight
+
+
+def apply(module, x):
+    return module.fused(x)
 
 
 def test_only_modules_that_nobody_calls_are_named():
