@@ -19,7 +19,7 @@ from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, small
 from peftfast_kernels.lora_down import WIDE_CHUNK, lora_cases, make_inputs, make_seed
 from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks, transposed, zero_like
 
-#: Rows below which a CPU's product adds its terms to y one by one, each with a rounding as large as y.
+#: Rows below which products of libraries may add their terms to y one by one, each with a rounding as large as y.
 _FEW_ROWS = 4
 
 
@@ -45,7 +45,7 @@ def add_input_product_(dx: Tensor, dy: Tensor, w: Operand) -> Tensor:
 
 
 def _add_product_(y: Tensor, x: Tensor, wt: Tensor) -> Tensor:
-    if y.is_cpu and y.shape[0] < _FEW_ROWS:
+    if not torch.compiler.is_compiling() and y.shape[0] < _FEW_ROWS:  # a compiler would hold on to the number
         return y.add_(torch.mm(x, wt))
     return y.addmm_(x, wt)
 
