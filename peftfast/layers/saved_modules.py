@@ -148,7 +148,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self._adapters.discard(adapter_name)
         self.follows.discard(adapter_name)
         del self.modules_to_save[adapter_name]
-        self.set_adapter([n for n in new_active_adapters or [] if n in self._adapters][:1])
+        names = [n for n in new_active_adapters or [] if n in self._adapters][:1]
+        if names != self.active_adapters:  # what stays active may be frozen
+            self.set_adapter(names)
 
     def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
         if adapter_name not in self._adapters:
@@ -295,7 +297,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self._adapters.discard(adapter_name)
         self.token_adapter.activate([n for n in self.token_adapter.active_adapters if n != adapter_name])
         self.token_adapter.delete_adapter(adapter_name)
-        self.set_adapter([n for n in new_active_adapters or [] if n in self._adapters])
+        names = [n for n in new_active_adapters or [] if n in self._adapters]
+        if names != self.active_adapters:
+            self.set_adapter(names)
 
     def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
         adapter = self.token_adapter.adapters.get(adapter_name)

@@ -287,6 +287,21 @@ def test_adapters_that_others_have_taken_out_are_forgotten():
         assert peftfast.get_peft_model_state_dict(model, adapter_name=name)
 
 
+@pytest.mark.parametrize("options", [FIRST, SAVED, TOKENS], ids=["lora", "modules_to_save", "tokens"])
+def test_deleting_an_inactive_adapter_leaves_the_active_one_frozen(options):
+    pair = Pair(options)
+    pair.both(lambda m, _: m.set_adapter("default", inference_mode=True))
+    pair.add("other", {**SECOND, **{k: v for k, v in options.items() if k == "modules_to_save"}})
+    if options is TOKENS:
+        rows = {**SECOND, "trainable_token_indices": [7]}
+        pair.ours.add_adapter("rows", oracle.config_of(peftfast, rows))
+        pair.ours.delete_adapter("rows")
+    pair.both(lambda m, _: m.delete_adapter("other"))
+    assert not [n for n, p in pair.ours.named_parameters() if p.requires_grad]
+    if options is not TOKENS:  # PEFT unfreezes rows of tokens when another adapter goes
+        pair.check()
+
+
 def test_deleting_the_last_adapter_leaves_the_base():
     model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
     expected = oracle.logits(oracle.llama())
