@@ -58,7 +58,10 @@ class ConvSite(UsualSite):
 
     def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
         y = self.module(x) if y is None else y
-        return (y + self.up(self.down(self.drop(x.to(a.dtype), dropout), a), b) * scale).to(y.dtype)
+        update = self.up(self.down(self.drop(x.to(a.dtype), dropout), a), b)
+        if isinstance(scale, Tensor):
+            return (y + update * scale).to(y.dtype)
+        return torch.add(y, update, alpha=scale).to(y.dtype)
 
     def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
         runs = a.shape[0]
@@ -69,14 +72,17 @@ class ConvSite(UsualSite):
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         m = self.module
-        a = a.reshape(len(a), -1, *m.kernel_size)  # also of factors that are kept as matrices
+        if a.dim() == 2:  # factors that are kept as matrices
+            a = a.reshape(len(a), -1, *m.kernel_size)
         if m.padding_mode != "zeros":
             x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
             return self._conv(x, a, None, m.stride, 0, m.dilation)
         return self._conv(x, a, None, m.stride, m.padding, m.dilation)
 
     def up(self, t: Tensor, b: Tensor) -> Tensor:
-        return self._conv(t, b.reshape(*b.shape[:2], *self._ones), groups=self.module.groups)
+        if b.dim() == 2:
+            b = b.reshape(*b.shape, *self._ones)
+        return self._conv(t, b, groups=self.module.groups)
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
         return F.dropout(x, dropout) if dropout > 0.0 else x

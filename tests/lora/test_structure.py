@@ -155,6 +155,19 @@ def test_dora_dispatches_little(dtype, monkeypatch):
     assert counts[0] < counts[1], counts
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolutions_dispatch_less(dtype):
+    counts = []
+    for library in (peftfast, peft):
+        model = nn.Sequential(nn.Conv2d(4, 8, 3)).to(dtype)
+        model = library.get_peft_model(model, library.LoraConfig(r=4, target_modules=["0"])).eval()
+        x = torch.randn(2, 4, 6, 6, dtype=dtype)
+        with torch.no_grad(), Dispatched() as inference:
+            model(x)
+        counts.append(len(inference.names))
+    assert counts[0] < counts[1], counts
+
+
 _HOST_SIDE = """
 import sys
 sys.path[:0] = {path!r}
