@@ -77,5 +77,6 @@ def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
             changed = torch.addmm(part, factor, a, alpha=scale)
         else:
             changed = part.to(dtype).addmm_(factor, a, alpha=scale)
-        torch.linalg.vector_norm(changed, dim=1, out=out[rows])
+        # named for traces, in which the product has another dtype where autocast is on
+        torch.linalg.vector_norm(changed, dim=1, dtype=dtype, out=out[rows])
     return out
