@@ -59,13 +59,13 @@ def update(t: Tensor, bt: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 def masked_update(p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     """keep_mask * (p a) / (1 - prob) [M, K], by torch; p [M, R], a [R, K]."""
-    scale, zero, shape = keep_scale(prob), zero_like(p), (p.shape[0], a.shape[1])
-    if not prob or threshold(prob) == 0:
+    scale, shape = keep_scale(prob), (p.shape[0], a.shape[1])
+    if threshold(prob) == 0:
         return update(p, a, None, scale)
     keep = small_keep(*shape, seed, prob, p.dtype)
     if keep is not None:
-        return torch.addmm(zero, p, a, beta=0, alpha=scale).mul_(keep)
-    y = torch.empty(shape, dtype=p.dtype, device=p.device)
+        return update(p, a, None, scale).mul_(keep)
+    y, zero = torch.empty(shape, dtype=p.dtype, device=p.device), zero_like(p)
     for rows, dropped in masked_rows(*shape, seed, prob):
         torch.addmm(zero, p[rows], a, beta=0, alpha=scale, out=y[rows]).masked_fill_(dropped, 0)
     return y
@@ -81,11 +81,11 @@ def add_wide_update_(y: Tensor, t: Tensor, bt: Tensor, scale: float) -> Tensor:
 
 def add_wide_masked_update_(y: Tensor, p: Tensor, a: Tensor, seed: Tensor | None, prob: float) -> Tensor:
     """y += keep_mask * (p a) / (1 - prob), in place; p [M, R] and a [R, K] are wider than y."""
-    scale, zero = keep_scale(prob), zero_like(p)
-    if not prob or threshold(prob) == 0:
+    scale = keep_scale(prob)
+    if threshold(prob) == 0:
         return add_wide_update_(y, p, a, scale)
     for rows, dropped in masked_rows(*y.shape, seed, prob):
-        y[rows].add_(torch.addmm(zero, p[rows], a, beta=0, alpha=scale).masked_fill_(dropped, 0))
+        y[rows].add_(update(p[rows], a, None, scale).masked_fill_(dropped, 0))
     return y
 
 

@@ -49,12 +49,6 @@ def _cost(w: Operand, a: Tensor, b: Tensor, scale: float) -> Cost:
     return Cost(2.0 * n * k * r + 2.0 * n * r * r, float(stored + (n + k) * r * a.element_size() + 4 * n))
 
 
-def gram(a: Tensor) -> Tensor:
-    """a aᵀ [R, R] in fp32 (fp64 for fp64 factors)."""
-    a = a.to(accumulate_dtype(a))
-    return a @ a.t()
-
-
 @op(
     reference=_reference,
     module="row_norm_kernels",

@@ -39,6 +39,11 @@ class AuxiliaryTrainingWrapper(StandIn, nn.Module):
         names = self.active_adapters
         self._active_adapter = names[0] if len(names) == 1 else names  # PEFT keeps the name: scripts use it as a key
 
+    def _activate_remaining(self, names: list[str]) -> None:
+        """After another adapter was deleted; what stays active stays frozen if it was."""
+        if names != self.active_adapters:
+            self.set_adapter(names)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._standing_in()(*args, **kwargs)
 
@@ -148,9 +153,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self._adapters.discard(adapter_name)
         self.follows.discard(adapter_name)
         del self.modules_to_save[adapter_name]
-        names = [n for n in new_active_adapters or [] if n in self._adapters][:1]
-        if names != self.active_adapters:  # what stays active may be frozen
-            self.set_adapter(names)
+        self._activate_remaining([n for n in new_active_adapters or [] if n in self._adapters][:1])
 
     def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
         if adapter_name not in self._adapters:
@@ -297,9 +300,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self._adapters.discard(adapter_name)
         self.token_adapter.activate([n for n in self.token_adapter.active_adapters if n != adapter_name])
         self.token_adapter.delete_adapter(adapter_name)
-        names = [n for n in new_active_adapters or [] if n in self._adapters]
-        if names != self.active_adapters:
-            self.set_adapter(names)
+        self._activate_remaining([n for n in new_active_adapters or [] if n in self._adapters])
 
     def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
         adapter = self.token_adapter.adapters.get(adapter_name)
