@@ -74,13 +74,13 @@ class Adapter:
         """`site`, or, where calling this adapter's modules is more than a product with their weights, one that calls
         them."""
         holders = self.holders
-        if holders is None or holders.are_plain():
+        if holders is None or holders.are_products():
             return site
         if holders.replaced:
             self.locate()
             self._layer._plan = None
             holders = self.holders
-        return site if holders.are_plain() else CalledSite(site, holders, self._layer.cast_input_dtype_enabled)
+        return site if holders.are_products() else CalledSite(site, holders, self._layer.cast_input_dtype_enabled)
 
     def _found(self, slot: str) -> tuple[dict[str, Any], str, nn.Module]:
         """Where a slot's Parameter is kept now: others may have put another module there."""

@@ -62,13 +62,18 @@ def frozen_product(rows: Tensor, part: Part) -> Tensor:
 
 
 def composed_lora(
-    x: Tensor, part: Part, gate: Tensor | None = None, read: Callable[[Tensor], Tensor] | None = None
+    x: Tensor,
+    part: Part,
+    gate: Tensor | None = None,
+    read: Callable[[Tensor], Tensor] | None = None,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias + s gate(drop(x) Aᵀ) Bᵀ [..., N]: the update in the factors' precision, or in autocast's.
+    """x Wᵀ + bias + s (gate(drop(x) Aᵀ) Bᵀ + up_bias) [..., N]: the update in the factors' precision, or in autocast's.
 
     Args:
         gate: see `gated`, of the flattened input.
         read: what A reads in place of drop(x), made of that.
+        up_bias: [N], in the update's precision.
     """
     _, _, a, b, plan = part
     n, k = plan.shape
@@ -78,9 +83,11 @@ def composed_lora(
     if read is not None:
         dropped = read(dropped if torch.is_autocast_enabled(x.device.type) else dropped.to(plan.branch))
     if composing():  # an update for many may not be written into an output that is one
-        update, alpha = _update(dropped, a, b, plan, gate)
+        update, alpha = _update(dropped, a, b, plan, gate, up_bias)
         y = torch.add(y, update, alpha=alpha).to(y.dtype)
-    elif y.dtype is rows.dtype is a.dtype is b.dtype and not torch.is_autocast_enabled(x.device.type):
+    elif (
+        up_bias is None and y.dtype is rows.dtype is a.dtype is b.dtype and not torch.is_autocast_enabled(x.device.type)
+    ):
         t, alpha = F.linear(dropped, a), plan.scale
         if y.dtype.itemsize < 4:
             t, alpha = _scaled(t, alpha)
@@ -88,7 +95,7 @@ def composed_lora(
             t = gated(t, gate)
         y.addmm_(t, b.t(), alpha=alpha)  # y is new, so it may be written to
     else:
-        update, alpha = _update(dropped, a, b, plan, gate)
+        update, alpha = _update(dropped, a, b, plan, gate, up_bias)
         y.add_(update, alpha=alpha)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
@@ -99,12 +106,18 @@ def composed_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: T
     return torch.add(y, update, alpha=alpha).to(y.dtype)
 
 
-def _update(dropped: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: Tensor | None) -> tuple[Tensor, float]:
-    """An update and its factor, whose product is s gate(drop(x) Aᵀ) Bᵀ."""
+def _update(
+    dropped: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: Tensor | None, up_bias: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """An update and its factor, whose product is s (gate(drop(x) Aᵀ) Bᵀ + up_bias)."""
     if torch.is_autocast_enabled(dropped.device.type):
-        return F.linear(gated(F.linear(dropped, a), gate), b), plan.scale
-    t, alpha = _scaled(F.linear(dropped.to(plan.branch), a.to(plan.branch)), plan.scale)
-    return F.linear(gated(t, gate), b.to(plan.branch)), alpha
+        return F.linear(gated(F.linear(dropped, a), gate), b, up_bias), plan.scale
+    t, alpha = F.linear(dropped.to(plan.branch), a.to(plan.branch)), plan.scale
+    if up_bias is None or plan.branch.itemsize >= 4:  # scaled in half precision, its gradient were rounded twice
+        t, alpha = _scaled(t, alpha)
+    if up_bias is not None and alpha != plan.scale:
+        up_bias = up_bias * plan.scale
+    return F.linear(gated(t, gate), b.to(plan.branch), up_bias), alpha
 
 
 def _scaled(t: Tensor, scale: float) -> tuple[Tensor, float]:

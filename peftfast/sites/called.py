@@ -29,10 +29,10 @@ class Holders:
 
     Args:
         kept: for each of the three, the dict in which the layer keeps it by the adapter's name.
-        biased: those of the dicts whose module has a bias that the method adds.
+        biased: those of the dicts whose module has a bias.
     """
 
-    __slots__ = ("places", "entries", "empty", "watch", "foreign")
+    __slots__ = ("places", "entries", "empty", "watch", "foreign", "biased")
 
     def __init__(
         self, kept: Sequence[Mapping[str, nn.Module]], name: str, biased: Sequence[Mapping[str, nn.Module]] = ()
@@ -44,6 +44,7 @@ class Holders:
         self.entries += [(module._parameters, "bias", None) for module in modules if module not in added]
         self.empty = [module.__dict__[hooks] for module in modules for hooks in HOOKS]
         self.watch = Watch(self.entries, (*GLOBAL_HOOKS, *self.empty))
+        self.biased = bool(added)
         # parametrised modules, and those that FSDP2 shards, have the forward of their class
         self.foreign = any(type(m).forward not in _PLAIN and not hasattr(type(m), "is_view") for m in modules)
 
@@ -53,8 +54,13 @@ class Holders:
         return any(kept.get(name) is not module for kept, name, module in self.places)
 
     def are_plain(self) -> bool:
-        """Whether these are the layer's modules still, and calling them is no more than their products."""
+        """Whether these are the layer's modules still, and calling them is no more than products, and sums with a
+        bias."""
         return not self.foreign and self.watch.holds()
+
+    def are_products(self) -> bool:
+        """The same, without a bias."""
+        return not self.biased and self.are_plain()
 
 
 class CalledSite:

@@ -173,6 +173,17 @@ def test_a_trained_bias_of_the_base(precision):
     )
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("site", ["linear", "linear-no-bias", "conv1d-hf", "conv1d"])
+def test_a_bias_of_the_up_factor(site, precision):
+    make, shape = SITES[site]
+    dtype, input_dtype, autocast, wide = PRECISIONS[precision]
+    ours, theirs = (adapted(library, make, dtype, wide, lora_bias=True) for library in (peftfast, peft))
+    assert any(
+        name.endswith("lora_B.a0.bias") for name in compare(ours, theirs, input_of(shape, input_dtype), autocast)
+    )
+
+
 @pytest.mark.parametrize("each", ["token", "rank"])
 @pytest.mark.parametrize("onto_an_output", [False, True])
 def test_gates_get_their_gradients(onto_an_output, each):

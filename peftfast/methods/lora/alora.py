@@ -21,9 +21,8 @@ from peftfast.errors import PeftWarning
 from peftfast.method import Call, register_method
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.config import LoraConfig
-from peftfast.methods.lora.lora import Lora, bias_of, factors
+from peftfast.methods.lora.lora import Lora, factors
 from peftfast.ops.function import transformed
-from peftfast.ops.gate import gated
 from peftfast.rows.invoked import Invoked, gate_of, last_occurrences
 from peftfast.rows.routing import BASE, Rows, batch_of
 from peftfast.sites import Dense, Site
@@ -97,9 +96,6 @@ class Alora(Lora):
             y = sites[0].adapt(x, y, *factors(adapter), adapter.scale, adapter.dropout, gates[0])
         else:
             y = self.one_by_one(site, sites, x, y, active, gates)
-        for adapter, own, gate in zip(active, sites, gates, strict=True):
-            if adapter.cfg.lora_bias and own is site:  # a module that is called adds its bias itself
-                y = y + gated(bias_of(adapter) * adapter.scale, gate).to(y.dtype)
         return y
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:

@@ -22,7 +22,6 @@ from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import drawn_through
 from peftfast.methods.lora.lora import (
     Lora,
-    bias_of,
     check_linear,
     describe_change,
     factors,
@@ -111,9 +110,6 @@ class Kasa(Lora):
             if rest or lacking is not None:
                 wide = site.adapt(wide_x, wide, *self._together(rest, lacking), 1.0, 0.0)
             y = wide.to(dtype)
-        for adapter in active:
-            if adapter.cfg.lora_bias and adapter.through(site) is site:  # a module that is called adds its bias itself
-                y = site.add_to_output(y, bias_of(adapter) * adapter.scale)
         return y
 
     def _adapt(self, own: Site, site: Site, x: Tensor, y: Tensor, adapter: Adapter) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,8 @@ from peftfast.methods.lora.combine import combined, combined_fields, rank_keepin
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import check_ready, initialise, rank_of_factors, restarted
 from peftfast.methods.lora.stack import apply_stack, factors, remembered
+from peftfast.ops.composed import composed_lora
+from peftfast.ops.plan import Part
 from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
@@ -110,16 +113,16 @@ class Lora:
             y = site.adapt(x, y, *_stacked([self.pair(adapter) for adapter in active], active))
         else:
             y = self.one_by_one(site, sites, x, y, active)
-        for adapter, own in zip(active, sites, strict=True):
-            if adapter.cfg.lora_bias and own is site:  # a module that is called adds its bias itself
-                y = site.add_to_output(y, bias_of(adapter) * adapter.scale)
         return y
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         """See `Bindable`: for the one plain adapter of a layer that most models have."""
-        if len(active) != 1 or active[0].cfg.lora_bias or len(active[0].slots) != 2:
+        if len(active) != 1 or len(active[0].slots) != 2:
             return None
-        return site.bind(active[0])
+        (adapter,) = active
+        if adapter.cfg.lora_bias:
+            return site.bind(adapter, partial(_with_bias, adapter), partial(_few_with_bias, adapter))
+        return site.bind(adapter)
 
     def changes(self, site: ParameterSite, active: Sequence[Adapter]) -> list[LowRank]:
         """See `Parametric`."""
@@ -277,6 +280,21 @@ def _stacked(
     return a, torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], dim=1), 1.0, 0.0
 
 
+def _with_bias(adapter: Adapter, part: Part) -> Part | None:
+    """The part with s times the up factor's bias in the layer's own. None where their sum would be rounded to half
+    precision, which a bias is only where autocast rounds each of them."""
+    own, plan = bias_of(adapter), part.plan
+    if plan.dtype.itemsize < 4 and own.dtype.itemsize <= plan.branch.itemsize:
+        return None
+    bias = own * adapter.scale if part.bias is None else torch.add(part.bias, own, alpha=adapter.scale)
+    return part._replace(bias=bias.to(plan.dtype))
+
+
+def _few_with_bias(adapter: Adapter, x: Tensor, part: Part) -> Tensor:
+    whole = _with_bias(adapter, part)
+    return composed_lora(x, part, up_bias=bias_of(adapter)) if whole is None else composed_lora(x, whole)
+
+
 def bias_of(adapter: Adapter) -> Tensor:
     """The bias of the up factor, where the config asks for one (`lora_bias`)."""
-    return adapter[next(slot for slot in adapter.parameters() if slot.endswith(".bias"))]
+    return adapter[f"{adapter.pair[1]}.bias"]

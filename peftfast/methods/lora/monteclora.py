@@ -23,7 +23,7 @@ from peftfast.errors import PeftWarning
 from peftfast.method import register_method
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import drawn_through
-from peftfast.methods.lora.lora import bias_of, check_linear, factors, widened
+from peftfast.methods.lora.lora import check_linear, factors, widened
 from peftfast.methods.lora.trained_otherwise import TrainedOtherwise
 from peftfast.methods.random_stream import NormalSlices
 from peftfast.sites import Site, Slot
@@ -280,8 +280,6 @@ class Monteclora(TrainedOtherwise):
                 noise = sampler.noise()
                 a = a if noise is None else (a + noise).to(a.dtype)
                 y = site.adapt(dropped, y, a, b, adapter.scale, dropout)
-                if adapter.cfg.lora_bias:
-                    y = site.add_to_output(y, bias_of(adapter) * adapter.scale)
             else:
                 y = site.base(x) if y is None else y
                 dropped = own.drop(x.to(a.dtype), dropout)

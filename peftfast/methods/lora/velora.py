@@ -70,7 +70,7 @@ class Velora(TrainedOtherwise):
             x, y = widened(x, y, factors(active[0])[0])
         for adapter in active:
             own, (a, b) = adapter.through(site), factors(adapter)
-            if own is not site or not self.trains(adapter) or not is_plain(x, y, a, b):
+            if not adapter.holders.are_plain() or not self.trains(adapter) or not is_plain(x, y, a, b):
                 y = own.adapt(x, y, a, b, adapter.scale, adapter.dropout)
             else:
                 if isinstance(scale := adapter.scale, Tensor):  # a scale that may change inside a compiled graph
@@ -79,8 +79,8 @@ class Velora(TrainedOtherwise):
                     y, x, a, b, scale, adapter.dropout, lambda rows, of=adapter: _project(site, of, rows),
                     adapter.setting(_SCALE),
                 )  # fmt: skip
-            if adapter.cfg.lora_bias and own is site:
-                y = site.add_to_output(y, bias_of(adapter) * adapter.scale)
+                if adapter.cfg.lora_bias:
+                    y = site.add_to_output(y, bias_of(adapter) * adapter.scale)
         return y.to(dtype)
 
 
