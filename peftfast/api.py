@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, require_config, require_module
-from peftfast.errors import PeftWarning, close_matches
+from peftfast.errors import PeftWarning, close_matches, warn
 from peftfast.files.beside import room_for
 from peftfast.files.fit import fit_state_dict
 from peftfast.files.io import needs_embedding_layers
@@ -64,18 +64,16 @@ def get_peft_model(
     new_name = getattr(model, "name_or_path", None) or None
     old_name = peft_config.base_model_name_or_path
     if old_name is not None and old_name != new_name:
-        warnings.warn(
+        warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{old_name}' to '{new_name}'. "
-            "Please ensure that the correct base model is loaded when loading this checkpoint.",
-            stacklevel=2,
+            "Please ensure that the correct base model is loaded when loading this checkpoint."
         )
     say_if_in_prefix(adapter_name, peft_config)
     if peft_config.inference_mode:
-        warnings.warn(
+        warn(
             "The config has inference_mode=True, as saved adapters' configs have, so that nothing will be trainable. "
             "For training set config.inference_mode = False.",
             PeftWarning,
-            stacklevel=2,
         )
     before = (peft_config.base_model_name_or_path, peft_config.revision)
     peft_config.base_model_name_or_path = new_name

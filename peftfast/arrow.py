@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from peftfast.config import CONFIG_NAME
-from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.methods.lora.arrow import GENERAL
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.settings import ArrowConfig
@@ -49,7 +48,7 @@ def create_arrow_model(
     if arrow_config.use_gks and not general:
         raise ValueError("You should provide general LoRA paths if you want to use GenKnowSub.")
     if general and not arrow_config.use_gks:
-        warnings.warn("general_adapter_paths are not loaded: arrow_config.use_gks is False.", PeftWarning, stacklevel=2)
+        warn("general_adapter_paths are not loaded: arrow_config.use_gks is False.", PeftWarning)
         general = []
     tasks = {f"{TASK}{i}": path for i, path in enumerate(task_specific_adapter_paths)}
     knowledge = {f"{GENERAL}{i}": path for i, path in enumerate(general)}

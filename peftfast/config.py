@@ -10,7 +10,6 @@ import json
 import os
 import reprlib
 import typing
-import warnings
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from peftfast.errors import AdapterMismatchWarning, close_matches
+from peftfast.errors import AdapterMismatchWarning, close_matches, warn
 from peftfast.files.migrate import migrate_config
 from peftfast.interop import absent
 from peftfast.interop.alias import take_if_vacant
@@ -227,12 +226,11 @@ class PeftConfigMixin:
                 raise TypeError(f"The config in {source} has fields that {target.__name__} does not know: {unknown}")
             told = ", ".join(f"{key}={reprlib.repr(data[key])}" for key in unknown if data[key])
             meant = f" With {told} the adapter may compute something else; strict=True refuses it." if told else ""
-            warnings.warn(
+            warn(
                 f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored. This probably "
                 "means that you're loading a configuration file that was saved using a higher version of the library."
                 + meant,
                 AdapterMismatchWarning,
-                stacklevel=3,
             )
         return target(**{k: v for k, v in data.items() if k in known})
 
@@ -403,10 +401,9 @@ def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **hub
 
 def _drop_runtime_config(data: dict[str, Any], source: str) -> None:
     if data.pop("runtime_config", None) is not None:
-        warnings.warn(
+        warn(
             f"`runtime_config` in {source} is ignored: it says how one process runs the adapter, not what the adapter "
-            "is. Pass it to the config's class instead.",
-            stacklevel=4,
+            "is. Pass it to the config's class instead."
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -31,6 +33,22 @@ class PeftWarning(UserWarning):
 
 class AdapterMismatchWarning(PeftWarning):
     """Something about an adapter does not fit and was let pass, as PEFT lets it pass; `strict=True` refuses it."""
+
+
+#: Whose frames may lie between a caller and a warning: this library, and what calls it for him.
+_IN_BETWEEN = ("peftfast", "torch", "contextlib")
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, naming the line outside of this library that led here, however deep this is."""
+    import torch  # the command line shows its help without
+
+    level = 2
+    if not torch.compiler.is_compiling():  # which cannot look at frames, and breaks its graph for the warning alone
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _IN_BETWEEN:
+            frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)  # noqa: TID251
 
 
 def close_matches(value: object, known: Iterable[str], limit: int = 3) -> str:

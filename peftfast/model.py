@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from peftfast import status
 from peftfast.config import PeftConfig, PeftType, require_config
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.interop.counterpart import HasCounterpart
 from peftfast.many.router import Choice
 from peftfast.model_files import HasFiles
@@ -68,10 +67,9 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
         self.peft_type = peft_config.peft_type
         self._last_set = adapter_name
         if getattr(model, "peft_config", None):
-            warnings.warn(
+            warn(
                 "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
-                "different config, make sure to call `.unload()` before.",
-                stacklevel=3,
+                "different config, make sure to call `.unload()` before."
             )
         tuner = self.tuner_class(peft_config)(
             model, peft_config, adapter_name, low_cpu_mem_usage,
@@ -221,7 +219,7 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model's outputs inside the `with` block; everything as before after it. May be nested."""
-        self._tuner.inventory.say_if_biases_stay(stacklevel=4)
+        self._tuner.inventory.say_if_biases_stay()
         with self._tuner.inventory.disabled():
             yield
 
@@ -238,12 +236,11 @@ class PeftModel(HasFiles, HasCounterpart, nn.Module):
             if isinstance(loss, torch.Tensor) and not (
                 loss.requires_grad or any(p.requires_grad for p in self.parameters())
             ):
-                warnings.warn(
+                warn(
                     "The loss has no gradient, so that backward() will fail: no parameter is trainable. Saved adapters "
                     "are loaded for training with is_trainable=True; model.set_adapter(name) makes one trainable that "
                     "is there.",
                     PeftWarning,
-                    stacklevel=5,
                 )
         return result
 

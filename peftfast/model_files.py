@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peftfast.config import PeftConfig, require_module
-from peftfast.errors import PeftWarning, every_name
+from peftfast.errors import PeftWarning, every_name, warn
 from peftfast.files.activation import Activation, adapters_in, read_activation, write_activation
 from peftfast.files.beside import room_for
 from peftfast.files.card import write_card
@@ -85,11 +84,10 @@ class HasFiles:
         trained = [strip_wrappers(name) for name, p in self._tuner.inventory.base_parameters() if p.requires_grad]
         lost = [name for name in trained if without_places(name) not in saved and "_flat_param" not in name]
         if lost:
-            warnings.warn(
+            warn(
                 f"The base model has trainable parameters that are not saved with its adapters: {every_name(lost)}. "
                 "Modules that modules_to_save names are.",
                 PeftWarning,
-                stacklevel=2,
             )
         os.makedirs(save_directory, exist_ok=True)
         # what was rewritten is for the weights before the initialisation, which are not here
@@ -124,12 +122,11 @@ class HasFiles:
         absent = [name for name in names if not is_in(state_dict, self, name)]
         if not absent or absent == names:
             return names
-        warnings.warn(
+        warn(
             f"The given state_dict has nothing of adapters {absent}, which are not saved: frozen parameters "
             "are not gathered under DeepSpeed ZeRO-3. model.save_pretrained(folder), called by all processes "
             "and without a state_dict, saves all adapters.",
             PeftWarning,
-            stacklevel=3,
         )
         return [name for name in names if name not in absent]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peftfast.errors import warn
 from peftfast.files.state import wrapped_modules
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.model import PeftModel
@@ -187,10 +187,9 @@ def create_lorafa_optimizer(
                 f"`use_rslora={use_rslora}` was passed to create_lorafa_optimizer, but the following active adapters "
                 f"have `use_rslora` set differently in the model config: {differing}."
             )
-        warnings.warn(
+        warn(
             "`use_rslora` in create_lorafa_optimizer is deprecated; configure rsLoRA via LoraConfig instead.",
             FutureWarning,
-            stacklevel=2,
         )
     pairs: dict[Tensor, tuple[Tensor, Callable[[], float]]] = {}
     for _, layer in wrapped_modules(model):

@@ -216,9 +216,8 @@ def _has_driver() -> bool:
         importlib.import_module("triton.runtime.driver").driver.active.get_current_device()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        warnings.warn(
-            f"peftfast: Triton does not work here, so plain torch computes everything ({reason})", stacklevel=2
-        )
+        message = f"peftfast: Triton does not work here, so plain torch computes everything ({reason})"
+        warnings.warn(message, stacklevel=2)  # noqa: TID251
         return False
     return True
 

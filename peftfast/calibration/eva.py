@@ -3,7 +3,6 @@ arXiv 2410.07170)."""
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.calibration.modes import in_mode
 from peftfast.calibration.ranks import drop_adapter, pattern_of, resize_adapter
-from peftfast.errors import PeftWarning, close_matches, enumerate_some
+from peftfast.errors import PeftWarning, close_matches, enumerate_some, warn
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
@@ -238,11 +237,10 @@ def components_of(
         if short:
             least = max(c.count for c in found.values())
             raise ValueError(f"No batch has the {least} rows that {least} components need; use larger batches")
-    warnings.warn(
+    warn(
         f"After {MAX_PASSES} passes over the data {len(found) - settled} layers' components still change by more than "
         f"tau={threshold} allows; they are used as they are. More data would help.",
         PeftWarning,
-        stacklevel=3,
     )
     return found
 
@@ -347,10 +345,9 @@ def _check_components(found: Mapping[str, Tensor], adapters: Mapping[str, Adapte
     unknown = [key for key in found if key not in adapters]
     if unknown:
         near = "".join(dict.fromkeys(close_matches(key, adapters, 1) for key in unknown[:8]))
-        warnings.warn(
+        warn(
             f"The eva_state_dict has modules that the adapter does not have: {enumerate_some(unknown)}.{near}",
             PeftWarning,
-            stacklevel=3,
         )
 
 
@@ -422,9 +419,8 @@ def initialize_lora_eva_weights(
             a = inventory.layers[key].adapters[adapter_name]["lora_A"]
             a.copy_(found[key].reshape(a.shape))
     if missing:
-        warnings.warn(
+        warn(
             "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
             f"state_dict (embeddings and convolutions have none): {missing}",
             PeftWarning,
-            stacklevel=2,
         )

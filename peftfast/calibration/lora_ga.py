@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
 from peftfast.calibration.modes import in_mode
-from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.method import method_for
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.lora_ga import GRADIENT
@@ -87,10 +86,9 @@ def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:
     matcher = make_matcher(cfg)
     others = [n for n, m in model.named_modules() if n not in found and matcher(n) and has_site(m)]
     if others:
-        warnings.warn(
+        warn(
             f"LoRA-GA is for linear layers: the adapters of {enumerate_some(others)} will start as the identity",
             PeftWarning,
-            stacklevel=3,
         )
     return found
 
@@ -130,11 +128,10 @@ def _estimated(
     if all(unseen.values()):
         raise ValueError("train_step gave no target a gradient: it has to run forward and backward passes of the model")
     if any(unseen.values()):
-        warnings.warn(
+        warn(
             f"train_step gave these targets no gradient, so their adapters will start as the identity: "
             f"{_named(unseen)}",
             PeftWarning,
-            stacklevel=3,
         )
     broken = {name: not torch.isfinite(sums[id(m.weight)]).all() for name, m in modules.items() if not unseen[name]}
     if any(broken.values()):

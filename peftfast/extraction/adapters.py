@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType
-from peftfast.errors import enumerate_some
+from peftfast.errors import enumerate_some, warn
 from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, matrix, set_targets, svd
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.io import save_adapter
@@ -130,10 +129,7 @@ def _check_config(cfg: PeftConfig | None) -> None:
     if getattr(cfg, "bias", "none") != "none":
         raise ValueError(f"The adapter's config sets bias={cfg.bias}, this is not supported right now.")
     if cfg.peft_type == PeftType.LORA and cfg.variant is None:
-        warnings.warn(
-            "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.",
-            stacklevel=4,
-        )
+        warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.")
 
 
 def _svd_of(adapter: Adapter, layer: BaseTunerLayer, decomposed: Callable[[Tensor], Svd]) -> Svd:

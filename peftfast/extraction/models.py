@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from peftfast.errors import AdapterMismatchWarning, enumerate_some
+from peftfast.errors import AdapterMismatchWarning, enumerate_some, warn
 from peftfast.extraction.factors import Change, as_lora, check_rank, matrix, set_targets, svd
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
@@ -80,11 +79,10 @@ def extract_lora(
         for key in base.get_submodule(name).state_dict():
             tensors[f"{PREFIX}{name}.{key}"] = source.tensor(f"{name}.{key}").detach().clone()
     if left := source.never_asked():
-        warnings.warn(
+        warn(
             f"The tuned model has tensors that the base has none of, and that the adapter leaves out: "
             f"{enumerate_some(left)}. If it has more layers or another head, take a base that has them too.",
             AdapterMismatchWarning,
-            stacklevel=2,
         )
     return config, tensors
 

@@ -5,13 +5,12 @@ Where "default" or the only adapter is active no such file is needed, and folder
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from peftfast.config import CONFIG_NAME
-from peftfast.errors import AdapterLoadError, PeftWarning
+from peftfast.errors import AdapterLoadError, PeftWarning, warn
 from peftfast.files.atomic import write_atomically
 
 ACTIVATION_NAME = "active_adapters.json"
@@ -33,11 +32,10 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     found = {"default": folder} if (folder / CONFIG_NAME).is_file() else {}
     for one in sorted(folder.glob(f"*/{CONFIG_NAME}")):
         if found.setdefault(one.parent.name, one.parent) != one.parent:
-            warnings.warn(
+            warn(
                 f"{folder} has an adapter of its own, which is 'default', and a sub-folder of that name with another "
                 "one, which is passed over; give the sub-folder another name.",
                 PeftWarning,
-                stacklevel=3,
             )
     if not found:
         raise ValueError(f"There is no adapter in {folder}: neither {CONFIG_NAME} nor a sub-folder with one")

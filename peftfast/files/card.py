@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from pathlib import Path
 
 from torch import nn
 
 from peftfast.config import PeftConfig, plain_name
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.files.atomic import write_atomically
 from peftfast.version import COMPATIBLE_PEFT_VERSION
 
@@ -27,7 +26,7 @@ def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: s
         try:
             card = ModelCard.load(path)
         except Exception as e:  # whatever somebody has put there; the adapter is saved all the same
-            warnings.warn(f"{path} is no model card and stays as it is: {e}", PeftWarning, stacklevel=4)
+            warn(f"{path} is no model card and stays as it is: {e}", PeftWarning)
             return
     else:
         card = ModelCard.from_template(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.files.io import Stored
 from peftfast.files.state import adapter_entries
 from peftfast.methods.lora.lora import scaling_of
@@ -38,12 +37,11 @@ def warn_beside_others(configs: Iterable[PeftConfig]) -> None:
     configs = list(configs)
     kinds = [kind for kind in map(changes_base, configs) if kind is not None]
     if kinds and len(configs) > 1:
-        warnings.warn(
+        warn(
             f"{kinds[0]} changes the base weights of the model and should thus not be used with other adapters. "
             f"Convert the {kinds[0]} adapter to a plain LoRA: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
             PeftWarning,
-            stacklevel=3,
         )
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, plain_name
-from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, every_name
+from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, every_name, warn
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.fingerprint import METADATA_KEY as BASE_KEY
@@ -124,7 +123,7 @@ class Fit:
                 + "\n  ".join(wrong + odd)
             )
         if odd:
-            warnings.warn("\n".join(odd), AdapterMismatchWarning, stacklevel=5)
+            warn("\n".join(odd), AdapterMismatchWarning)
 
     def incompatible_keys(self) -> Any:
         """As `nn.Module.load_state_dict` and PEFT return it: what is missing by its name in the model, in which
@@ -198,10 +197,9 @@ class Fit:
         for layer in layers:
             layer.changed(self.adapter_name)
         if any(layer.merged and self.adapter_name in layer.merged_adapters for layer in layers):
-            warnings.warn(
+            warn(
                 f"Adapter {self.adapter_name} is merged, so its new weights have no effect until it is unmerged.",
                 PeftWarning,
-                stacklevel=3,
             )
 
 

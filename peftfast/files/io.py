@@ -6,7 +6,6 @@ import copy
 import inspect
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import CONFIG_NAME, PeftConfig, PeftConfigMixin, config_fields
-from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, close_matches
+from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, close_matches, warn
 from peftfast.files.atomic import (
     SAFETENSORS_WEIGHTS_NAME,
     WEIGHTS_NAME,
@@ -136,18 +135,16 @@ def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, adapter_name: str,
         if asked not in (True, False):
             raise ValueError(f"save_embedding_layers must be True, False or 'auto', got {asked!r}")
         if asked and not hasattr(model, "get_input_embeddings"):
-            warnings.warn(
+            warn(
                 "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. It has no "
                 "get_input_embeddings, so save_embedding_layers=True saves no embedding.",
                 PeftWarning,
-                stacklevel=4,
             )
         return bool(asked)
     if trains_rows(cfg):
         return _vocabulary_changed(model, cfg)
     if targets_embeddings(model, cfg, adapter_name):
-        warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.",
-                      stacklevel=4)  # fmt: skip
+        warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.")
         return True
     return _vocabulary_changed(model, cfg)
 
@@ -167,18 +164,14 @@ def _vocabulary_changed(model: nn.Module, cfg: PeftConfig) -> bool:
         with open(path, encoding="utf-8") as f:
             original = json.load(f).get("vocab_size")
     except (ValueError, OSError) as e:
-        warnings.warn(
+        warn(
             f"Could not find a config file in {base} - will assume that the vocabulary was not modified. ({e})",
             PeftWarning,
-            stacklevel=5,
         )
         return False
     if original is None or original == size:
         return False
-    warnings.warn(
-        "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
-        stacklevel=5,
-    )
+    warn("Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.")
     return True
 
 
@@ -249,7 +242,7 @@ def check_arguments(function: Callable[..., Any], kwargs: dict[str, Any], strict
     if strict is True:
         raise TypeError(message)
     if strict != "off":
-        warnings.warn(f"{message} They have no effect.", AdapterMismatchWarning, stacklevel=3)
+        warn(f"{message} They have no effect.", AdapterMismatchWarning)
     for name in unknown:
         del kwargs[name]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.embeddings import EMBEDDING_LAYER_NAMES, input_embeddings, output_embeddings
-from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some
+from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some, warn
 from peftfast.files.entry import Entry
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
@@ -281,10 +280,9 @@ def check_whole(tensors: Mapping[str, Tensor]) -> None:
         )
     flat = [k for k, t in tensors.items() if t.dim() == 1 and _FACTOR.search(k)]
     if flat:
-        warnings.warn(
+        warn(
             f"These factors are flat where they should be matrices: {enumerate_some(flat)}. They look like DeepSpeed "
             "ZeRO-3 / FSDP shards that were not gathered, and no model will load them; pass the gathered tensors as "
             "state_dict=",
             PeftWarning,
-            stacklevel=4,
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from peftfast.errors import warn
 from peftfast.methods.combination import Combination
 
 
@@ -31,9 +31,7 @@ def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
 def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) -> Tensor:
     """Prune by "magnitude" or at "random"."""
     if density >= 1:
-        warnings.warn(
-            f"The density {density} is greater than or equal to 1, no pruning will be performed.", stacklevel=2
-        )
+        warn(f"The density {density} is greater than or equal to 1, no pruning will be performed.")
         return tensor
     if density < 0:
         raise ValueError(f"Density should be >= 0, got {density}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from peftfast.base.bnb4 import import_bnb, is_bnb
 from peftfast.base.dense import DenseWeight
 from peftfast.base.weight import base_weight
 from peftfast.config import PeftConfig
+from peftfast.errors import warn
 from peftfast.wrapping.targets import ALL_LINEAR, all_linear
 
 #: in which adapters can compute, and the names of those that are widened for it
@@ -195,11 +195,10 @@ def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None)
     if not module.merged:
         return names
     names = [name for name in names if name not in module.merged_adapters]
-    warnings.warn(
+    warn(
         f"Already following adapters were merged {','.join(module.merged_adapters)}. You are now additionally merging "
         f"{','.join(names)}."
         if names
-        else "All adapters are already merged, nothing to do.",
-        stacklevel=2,
+        else "All adapters are already merged, nothing to do."
     )
     return names

@@ -3,7 +3,6 @@ and unmerges. Written once for all methods, storage formats and kinds of module.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
+from peftfast.errors import warn
 from peftfast.layers.activation import HasActivation
 from peftfast.layers.as_in_peft import AsInPeft, absent_in
 from peftfast.layers.calls import CalledLayer
@@ -192,10 +192,7 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
             remaining = [a for a in self.active_adapters if a != adapter_name]
             if not remaining and self.adapters:
                 new = min(self.adapters)
-                warnings.warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {new}.",
-                    stacklevel=2,
-                )
+                warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {new}.")
                 remaining = [new]
             self.set_adapter(remaining)
         self._plan = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from peftfast.base.dense import for_narrowing
 from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
+from peftfast.errors import warn
 from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
 from peftfast.sites import Dense
 
@@ -252,13 +252,12 @@ class Merger:
         if layer.merged:
             names = [n for n in names if n not in layer.merged_adapters]
             if names:
-                warnings.warn(
+                warn(
                     f"Already following adapters were merged {','.join(layer.merged_adapters)}. "
-                    f"You are now additionally merging {','.join(names)}.",
-                    stacklevel=4,
+                    f"You are now additionally merging {','.join(names)}."
                 )
             else:
-                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+                warn("All adapters are already merged, nothing to do.")
         self._check_together(names)
         return names
 
@@ -318,7 +317,7 @@ class Merger:
         """Take all merged adapters out again; every bit of the base is as before."""
         layer = self.layer
         if not layer.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+            warn("Already unmerged. Nothing to do.")
             return
         check_mergeable(layer)
         if self.kept is None and all(map(self.follows, layer.merged_adapters)):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor
+
+from peftfast.errors import warn
 
 
 class HasScaling:
@@ -31,9 +31,7 @@ class HasScaling:
 
     def _write_scale(self, adapter: str, value: float) -> None:
         if adapter in self.merged_adapters:
-            warnings.warn(
-                f"Adapter {adapter} is merged, so its new scaling has no effect until it is unmerged.", stacklevel=4
-            )
+            warn(f"Adapter {adapter} is merged, so its new scaling has no effect until it is unmerged.")
         current = self.scaling[adapter]
         if isinstance(current, Tensor):  # a compiled graph reads it: written in place, no new graph is needed
             current.fill_(value)

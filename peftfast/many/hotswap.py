@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, plain_name
-from peftfast.errors import AdapterMismatchWarning
+from peftfast.errors import AdapterMismatchWarning, warn
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.fit import holds, is_alike
@@ -86,7 +85,7 @@ def hotswap_adapter(
     config = _in_names_of(model, stored.config)
     check_hotswap_configs_compatible(present[adapter_name], config)
     if stored.changes:
-        warnings.warn(" ".join(stored.changes), AdapterMismatchWarning, stacklevel=2)
+        warn(" ".join(stored.changes), AdapterMismatchWarning)
     _swap(model, stored.tensors, adapter_name, config, by_file_name=True)
 
 

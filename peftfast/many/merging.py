@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.errors import enumerate_some
+from peftfast.errors import enumerate_some, warn
 from peftfast.layers.saved_modules import ModulesToSaveWrapper
 from peftfast.method import method_for
 from peftfast.methods.combination import KINDS, Combination
@@ -56,9 +55,7 @@ def add_weighted_adapter(
             different methods. TypeError: a method that has no combination, a kind that lacks its density.
     """
     if adapter_name in inventory.configs:
-        warnings.warn(
-            f"Adapter {adapter_name!r} exists already; add_weighted_adapter leaves it as it is.", stacklevel=3
-        )
+        warn(f"Adapter {adapter_name!r} exists already; add_weighted_adapter leaves it as it is.")
         return
     adapters, weights = [adapters] if isinstance(adapters, str) else list(adapters), _numbers(weights)
     method, how = _checked(inventory, adapters, weights, how)

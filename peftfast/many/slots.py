@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peftfast.config import PeftConfig
-from peftfast.errors import AdapterMismatchWarning, enumerate_some
+from peftfast.errors import AdapterMismatchWarning, enumerate_some, warn
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.io import read_adapter
@@ -167,7 +166,7 @@ class Slots:
             stored = read_adapter(source)
             cfg, tensors = stored.config, stored.tensors
             if stored.changes:
-                warnings.warn(f"Adapter {name}: {' '.join(stored.changes)}", AdapterMismatchWarning, stacklevel=2)
+                warn(f"Adapter {name}: {' '.join(stored.changes)}", AdapterMismatchWarning)
         method = method_for(cfg)
         reader: Callable[..., tuple[Tensor, Tensor, float]] | None = getattr(method, "for_slot", None)
         if reader is None:

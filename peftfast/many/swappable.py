@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 
 from peftfast.adapter import Adapter
+from peftfast.errors import warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.combine import padded
 from peftfast.methods.lora.config import LoraConfig
@@ -39,10 +38,9 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "error":
             raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
         if check_compiled == "warn":
-            warnings.warn(
+            warn(
                 "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely "
-                "result in re-compilation, hurting performance. Call the function before compiling the model.",
-                stacklevel=2,
+                "result in re-compilation, hurting performance. Call the function before compiling the model."
             )
     inner = getattr(model, "_orig_mod", model)
     layers = [m for m in inner.modules() if isinstance(m, BaseTunerLayer) and "scaling" in m.__dict__]

@@ -4,7 +4,6 @@ ranks end up where they matter (Zhang et al., arXiv 2303.10512). The schedule is
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.keys import in_base
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.lora.config import LoraConfig
@@ -62,16 +61,13 @@ class AdaLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r != 8:
-            warnings.warn(
+            warn(
                 "Note that `r` is not used in AdaLora and will be ignored. "
-                "If you intended to set the initial rank, use `init_r` instead.",
-                stacklevel=4,
+                "If you intended to set the initial rank, use `init_r` instead."
             )
         ignored = [n for n in ("use_rslora", "lora_bias", "alpha_pattern") if getattr(self, n)]
         if ignored:
-            warnings.warn(
-                f"{', '.join(ignored)}: not used in AdaLoRA and ignored, as in PEFT.", PeftWarning, stacklevel=4
-            )
+            warn(f"{', '.join(ignored)}: not used in AdaLoRA and ignored, as in PEFT.", PeftWarning)
 
     def _no_pattern(self) -> dict | None:
         return None
@@ -94,10 +90,9 @@ class AdaLoraConfig(LoraConfig):
                 f"`total_step`. Got tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}"
             )
         if self.target_r > self.init_r:
-            warnings.warn(
+            warn(
                 f"target_r={self.target_r} is larger than init_r={self.init_r}: ranks only shrink, so none will change",
                 PeftWarning,
-                stacklevel=4,
             )
 
     def rank_of(self, key: str) -> int:

@@ -4,14 +4,13 @@ election (TIES, Yadav et al., arXiv 2306.01708)."""
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from peftfast.errors import close_matches
+from peftfast.errors import close_matches, warn
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,7 @@ class Combination:
             if self.density < 0:
                 raise ValueError(f"Density should be >= 0, got {self.density}")
             if self.density >= 1:
-                warnings.warn(
-                    f"The density {self.density} is greater than or equal to 1, no pruning will be performed.",
-                    stacklevel=4,
-                )
+                warn(f"The density {self.density} is greater than or equal to 1, no pruning will be performed.")
         if self.majority_sign_method not in ("total", "frequency"):
             raise ValueError(f"majority_sign_method must be 'total' or 'frequency', got {self.majority_sign_method!r}")
         if self.svd_rank is not None and self.svd_rank < 1:

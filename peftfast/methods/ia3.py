@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.method import register_method
 from peftfast.methods.combination import Combination
 from peftfast.rows.routing import Rows
@@ -97,11 +96,10 @@ class IA3:
         row = default_targets.IA3_FEEDFORWARD.get(model_type(model))
         targets = cfg.target_modules
         if row is None:
-            warnings.warn(
+            warn(
                 f"No default feedforward_modules are known for model type {model_type(model)!r}; the outputs of all "
                 "target modules are scaled. Pass `feedforward_modules` ([] for none) to choose yourself.",
                 PeftWarning,
-                stacklevel=4,
             )
             row = []
         if isinstance(targets, str):

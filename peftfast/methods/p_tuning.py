@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-import warnings
 from typing import ClassVar
 
 from torch import nn
 
 from peftfast.config import PeftType, PromptLearningConfig, checked, register_config, setting
+from peftfast.errors import warn
 from peftfast.method import register_method
 from peftfast.methods.prompt_tuning import PromptTuning, as_choice
 from peftfast.prompts.prompt import BasePromptEncoder
@@ -78,10 +78,9 @@ class PromptEncoder(BasePromptEncoder):
             self.mlp_head = nn.Sequential(nn.Linear(hidden * 2, hidden * 2), nn.ReLU(), nn.Linear(hidden * 2, width))
             return
         if config.encoder_num_layers != _MLP_LAYERS:
-            warnings.warn(
+            warn(
                 f"for {self.encoder_type.value}, the argument `encoder_num_layers` is ignored. "
-                f"Exactly {_MLP_LAYERS} MLP layers are used.",
-                stacklevel=3,
+                f"Exactly {_MLP_LAYERS} MLP layers are used."
             )
         self.mlp_head = nn.Sequential(
             nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftType, PromptLearningConfig, TaskType, checked, register_config, setting
-from peftfast.errors import close_matches
+from peftfast.errors import close_matches, warn
 from peftfast.method import register_method
 from peftfast.prompts.prefix_cache import grown, holds_tokens, take_cache
 from peftfast.prompts.prompt import (
@@ -155,9 +154,7 @@ class PromptTuning:
         if mask is not None:
             inputs["attention_mask"] = widen_mask(mask, count)
         if inputs.pop("position_ids", None) is not None and not generating:
-            warnings.warn(
-                "Position ids are not supported for parameter efficient tuning. Ignoring position ids.", stacklevel=4
-            )
+            warn("Position ids are not supported for parameter efficient tuning. Ignoring position ids.")
         drop_token_types(cfg, inputs)
         name, cache = take_cache(inputs, model)
         if holds_tokens(cache) and not getattr(model.config, "is_encoder_decoder", False):

@@ -7,7 +7,6 @@ host waits for the device in allocation steps only.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora.lora import factors
 from peftfast.ops.orthogonality import by_shape
@@ -203,11 +202,10 @@ class RankAllocator:
         state = {} if optimizer is None else optimizer.state
         stuck = _uncuttable(self.parameters(), optimizer)
         if stuck:
-            warnings.warn(
+            warn(
                 f"AdaLoRA's ranks are final but stay masked instead of being cut: {stuck}. Call shrink_ranks() after "
                 "training; saved files are small either way.",
                 PeftWarning,
-                stacklevel=2,
             )
             return False
         for adapter, kept in zip(self.adapters, self._keep.split(self._sizes), strict=True):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from peftfast.errors import warn
 
 States = Sequence[tuple[Tensor, Tensor]]  # (keys, values) of every layer, each [B, heads, tokens, head size]
 
@@ -130,10 +131,9 @@ def fill(cache: Any, states: States, model: nn.Module) -> Any:
             "`PrefixTuningConfig` to match a layer that should receive the prefix."
         )
     if wider:
-        warnings.warn(
+        warn(
             f"Prefix tuning injected into layers {taken}; skipped {wider}, whose keys are larger than the prefix's "
-            f"(num_attention_heads={heads}, head_dim={size}).",
-            stacklevel=5,
+            f"(num_attention_heads={heads}, head_dim={size})."
         )
     return cache
 

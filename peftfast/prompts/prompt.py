@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PromptLearningConfig, TaskType
 from peftfast.embeddings import input_embeddings
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.sharding import copy_whole, is_distributed, put_together, whole_shape
 from peftfast.watch import TensorWatch
 
@@ -160,11 +159,10 @@ class BasePromptEncoder(nn.Module):
                 f"Invalid `prompt_embeddings` shape. Expected {tuple(expected)}, got {tuple(prompt_embeddings.shape)}."
             )
         if self.has_network:
-            warnings.warn(
+            warn(
                 "The file holds what the prompt encoder's network computed, not the network itself. The adapter is now "
                 "this plain prompt; further training would train its rows directly.",
                 PeftWarning,
-                stacklevel=4,
             )
         self.replace_rows(prompt_embeddings)
 
@@ -242,9 +240,7 @@ _WITH_TOKEN_TYPES = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS
 def drop_token_types(cfg: PromptLearningConfig, inputs: Inputs) -> None:
     """Remove token types, with a warning, where PEFT does."""
     if inputs.get("token_type_ids") is not None and cfg.task_type not in _WITH_TOKEN_TYPES:
-        warnings.warn(
-            "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids", stacklevel=5
-        )
+        warn("Token type ids are not supported for parameter efficient tuning. Ignoring token type ids")
         del inputs["token_type_ids"]
 
 

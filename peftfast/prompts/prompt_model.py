@@ -4,7 +4,6 @@ adapters. The base model stays as it is; virtual tokens enter through its inputs
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PromptLearningConfig, plain_name
-from peftfast.errors import PeftWarning, close_matches
+from peftfast.errors import PeftWarning, close_matches, warn
 from peftfast.files.beside import KeepsBeside
 from peftfast.method import method_for
 from peftfast.prompts.prefix_cache import CACHE_NAMES, STATE_NAMES, cache_name, counting, empty_cache
@@ -247,10 +246,7 @@ class PromptTuner(KeepsBeside):
                 raise ValueError("input_ids must be provided for Peft model generation")
             if method.in_encoder:
                 if kwargs.pop("encoder_outputs", None) is not None:
-                    warnings.warn(
-                        "`encoder_outputs` should not be passed to `generate` when using prompt tuning. Ignoring it.",
-                        stacklevel=3,
-                    )
+                    warn("`encoder_outputs` should not be passed to `generate` when using prompt tuning. Ignoring it.")
                 kwargs = method.attach(encoder, cfg, kwargs, self.model)
                 return self.model.generate(*args, **kwargs)
         with self._prepared_by(source):
@@ -412,9 +408,7 @@ def resize_prompt(model: nn.Module, num_virtual_tokens: int, adapter_name: str |
     name = model.active_adapter if adapter_name is None else adapter_name
     encoder, cfg = tuner.encoder(name), tuner.peft_config[name]
     if encoder.has_network:
-        warnings.warn(
-            f"The prompt encoder of adapter {name!r} is replaced by its output, resized.", PeftWarning, stacklevel=2
-        )
+        warn(f"The prompt encoder of adapter {name!r} is replaced by its output, resized.", PeftWarning)
     rows = encoder.prompt_embeddings.detach()
     encoder.replace_rows(_resized(rows, cfg.num_virtual_tokens, num_virtual_tokens))
     cfg.num_virtual_tokens = num_virtual_tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from peftfast.autocast import autocast_dtype
 from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import base_weight, is_foreign_linear
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.ops.composed import composes
 from peftfast.ops.dora import dora_linear_add, weight_norm
 from peftfast.ops.gate import gated
@@ -83,12 +82,11 @@ class LinearSite(UsualSite):
                 "cannot change: leave modules of this class out of target_modules, for example with exclude_modules."
             )
         if self.weight.cuts_gradients and not y.requires_grad and x.requires_grad and torch.is_grad_enabled():
-            warnings.warn(
+            warn(
                 f"{self.weight.name or type(self.module).__name__}: this {self.weight.quantization} weight multiplies "
                 "without a derivative, so that what comes before it gets the gradient of the adapter alone, not that "
                 "of the layer. Choose a format that trains (weight-only quantisation does).",
                 PeftWarning,
-                stacklevel=2,
             )
         return y
 

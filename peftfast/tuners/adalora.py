@@ -10,7 +10,6 @@ others alone. Nothing of torch, of the optimizer or of a trainer is replaced.
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from peftfast.adapter import Adapter
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.keys import in_base
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora.lora import factors
@@ -152,13 +151,12 @@ class AdaLoraModel(PeftSteps, BaseTuner):
         if gone and not allocator.finished:
             if "_said" not in self.__dict__:
                 self.__dict__["_said"] = True
-                warnings.warn(
+                warn(
                     f"AdaLoRA prunes nothing: at the step of the optimizer that trains its first lora_E, {gone} of its "
                     f"{len(parameters)} factors, which other optimizers train, have no gradient, so their importance "
                     "cannot be known. Step all optimizers before clearing gradients, or call update_and_allocate(step) "
                     "while the gradients are there.",
                     PeftWarning,
-                    stacklevel=2,
                 )
             return
         allocator.remember()
@@ -172,10 +170,9 @@ class AdaLoraModel(PeftSteps, BaseTuner):
             self.automatic = False
             _watched.discard(self)
             if allocator.counts and not allocator.take_back():
-                warnings.warn(
+                warn(
                     f"AdaLoRA's schedule has run by itself for {allocator.step} steps; manual calls take over now.",
                     PeftWarning,
-                    stacklevel=2,
                 )
         self._advance(allocator, global_step)
 
@@ -340,11 +337,10 @@ class AdaLoraModel(PeftSteps, BaseTuner):
             return
         now = self._packed_schedules()
         if len(state) != sum(map(len, now.values())):
-            warnings.warn(
+            warn(
                 "The state dict's AdaLoRA schedule belongs to other adapters or ranks; the schedule here is left as it "
                 "is.",
                 PeftWarning,
-                stacklevel=2,
             )
             return
         for name, saved in zip(now, state.split([len(p) for p in now.values()]), strict=True):

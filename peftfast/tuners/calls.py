@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
 from peftfast.method import Call, method_for
 from peftfast.ops.casts import CastStore
@@ -145,11 +144,10 @@ class CalledModel:
         frozen = [name for name in names if self.inventory.is_frozen(name)]
         if len(frozen) < len(names) and not self._said_frozen.issuperset(frozen):
             self._said_frozen.update(frozen)
-            warnings.warn(
+            warn(
                 f"adapter_names names {enumerate_some(frozen)} in training, whose parameters are frozen: they act, but "
                 f"learn nothing. model.set_requires_grad({frozen!r}) makes them trainable.",
                 PeftWarning,
-                stacklevel=5,
             )
 
     def set_router(self, router: Router | Callable[[Mapping[str, Any]], Choice | None] | None) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
+from peftfast.errors import warn
 from peftfast.files.beside import KeepsBeside
 from peftfast.keys import in_base
 from peftfast.many.merging import add_weighted_adapter, subtract
@@ -63,10 +63,9 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, nn.Module):
         self.peft_config: dict[str, PeftConfig] = earlier if _are_configs(earlier) else {}
         replaced = self.peft_config.pop(adapter_name, None)
         if replaced is not None or self.peft_config:
-            warnings.warn(
+            warn(
                 "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in "
-                "the model. Make sure to know what you are doing!",
-                stacklevel=3,
+                "the model. Make sure to know what you are doing!"
             )
         self.inventory = Inventory(model, self.peft_config)
         beside_others = bool(self.peft_config)
@@ -170,7 +169,7 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, nn.Module):
         self.inventory.enable(True)
 
     def disable_adapter_layers(self) -> None:
-        self.inventory.say_if_biases_stay(stacklevel=3)
+        self.inventory.say_if_biases_stay()
         self.inventory.enable(False)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.method import method_for, reads_base
 from peftfast.sharding import is_run_by_zero3, is_sharded_by_fsdp2, to_shards
 from peftfast.wrapping.injection import Injection, plan_injection
@@ -31,10 +30,9 @@ def say_if_in_prefix(name: str, cfg: PeftConfig) -> None:
     """Warn of a name that PEFT, where it loads the file, may take for a part of its own names."""
     prefix = "" if cfg.is_prompt_learning else method_for(cfg).prefix
     if isinstance(name, str) and name in prefix:
-        warnings.warn(
+        warn(
             f"Adapter name '{name}' should not be contained in the prefix '{prefix}'. This may lead to "
-            "reinitialization of the adapter weights during loading.",
-            stacklevel=3,
+            "reinitialization of the adapter weights during loading."
         )
 
 
@@ -131,12 +129,11 @@ def _check_sharded(name: str, cfg: PeftConfig, initialise: bool) -> None:
             "load it from a file (model.load_adapter)."
         )
     if not cfg.inference_mode:
-        warnings.warn(
+        warn(
             f"Adapter {name} comes to a model that FSDP2 has sharded already: its Parameters are whole in every "
             "process, and FSDP2 reduces no gradients for them, so that processes would train different adapters. To "
             "train it, add it before fully_shard.",
             PeftWarning,
-            stacklevel=6,
         )
 
 
@@ -149,11 +146,10 @@ def _check_biases(inventory: Inventory, name: str, cfg: PeftConfig) -> None:
             f"{type(cfg).__name__.removesuffix('Config')}Model supports only 1 adapter with bias. When using "
             "multiple adapters, set bias to 'none' for all adapters."
         )
-    warnings.warn(
+    warn(
         f"Adapter {name} has bias={cfg.bias!r}, but is not the first one of this model: the base's biases are not "
         f"trained with it, as in PEFT, and those of its file act on {enumerate_some(inventory.configs)} too.",
         PeftWarning,
-        stacklevel=4,
     )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.method import AdapterMethod
 from peftfast.sites import parts_of
 from peftfast.wrapping.inventory import Inventory
@@ -53,9 +52,8 @@ def _check_settings(names: str, cfg: PeftConfig, method: AdapterMethod) -> None:
     if cfg.init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(f"{what} init_lora_weights={cfg.init_lora_weights!r}; use True, False or 'gaussian'")
     if cfg.lora_dropout:
-        warnings.warn(
+        warn(
             f"{names}: lora_dropout={cfg.lora_dropout} has no effect in MultiheadAttention, which takes changed "
             "weights and no adapter's output (as in PEFT).",
             PeftWarning,
-            stacklevel=7,
         )

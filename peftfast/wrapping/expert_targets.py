@@ -4,7 +4,6 @@ the Parameters in which all experts are now, as PEFT reads them, so that a confi
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.sharding import whole_shape
 from peftfast.wrapping.targets import ALL_LINEAR, all_linear, linear_modules, make_matcher, model_type
 
@@ -108,12 +107,11 @@ def _say_what_is_left_out(cfg: PeftConfig, model: nn.Module, meant: Sequence[str
     after = make_matcher(cfg)
     left = [name for name in meant if not after(name)]
     if left:
-        warnings.warn(
+        warn(
             f"On models of type {model_type(model)!r}, names in target_modules mean the experts' layers that "
             f"{enumerate_some(left)} share them with; these linear layers are not adapted. To adapt them, name their "
             f"weights in target_parameters, for example {'.'.join(left[0].split('.')[-2:])}.weight.",
             PeftWarning,
-            stacklevel=6,
         )
 
 

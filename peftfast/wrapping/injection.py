@@ -3,7 +3,6 @@ nothing."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import AdapterMismatchWarning, PeftWarning, close_matches, enumerate_some
+from peftfast.errors import AdapterMismatchWarning, PeftWarning, close_matches, enumerate_some, warn
 from peftfast.files.renamed import rename_targets
 from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, make_layer, site_of
@@ -92,11 +91,10 @@ class Injection:
         begun = [key for key in self.targets if key in self.inventory.layers]
         written = [key for key in begun if self.name in self.inventory.layers[key].adapters][:-1]
         if written and self.initialise and self.method.changes_base(self.cfg):
-            warnings.warn(
+            warn(
                 f"Adapter {self.name} was not added, but its initialisation has changed the base weights of "
                 f"{enumerate_some(written)} already: load the base model anew.",
                 PeftWarning,
-                stacklevel=6,
             )
 
     def _put_in(self) -> None:
@@ -217,11 +215,10 @@ def plan_injection(
         if rename_targets(model, cfg, names):
             matcher = make_matcher(cfg)
             matched = [n for n in names if matcher(n)]
-            warnings.warn(
+            warn(
                 f"transformers has renamed what target_modules={asked!r} of a {type(model).__name__} are; adapted are "
                 f"the modules that were called so, now {enumerate_some(sorted(name_ends(matched)))}.",
                 PeftWarning,
-                stacklevel=6,
             )
     if keys is not None:
         matched = _given(inventory, keys, matched)
@@ -316,11 +313,10 @@ def _without_saved(cfg: PeftConfig, matched: Sequence[str], saved: Sequence[str]
     config is left without targets that then mean nothing, so that every reader of it finds the same."""
     kept = [n for n in matched if n not in set(saved)]
     both = [n for n in matched if n in set(saved)]
-    warnings.warn(
+    warn(
         f"{enumerate_some(both)}: trained in full and not adapted, because their names end with one of modules_to_save "
         f"({cfg.modules_to_save}).",
         PeftWarning,
-        stacklevel=6,
     )
     if not isinstance(cfg.target_modules, str):
         cfg.target_modules = {
@@ -373,7 +369,7 @@ def _check_wrappers(inventory: Inventory, keys: Iterable[str], kind: type[Auxili
 def _complain(message: str, strict: bool) -> None:
     if strict:
         raise ValueError(message + " (strict=True)")
-    warnings.warn(message, AdapterMismatchWarning, stacklevel=6)
+    warn(message, AdapterMismatchWarning)
 
 
 def _say_difference(by_config: set[str], by_state: set[str]) -> None:
@@ -387,7 +383,7 @@ def _say_difference(by_config: set[str], by_state: set[str]) -> None:
         message += f"The PEFT config contained these additional target modules: {sorted(by_config - by_state)}. "
     if by_state - by_config:
         message += f"The state_dict contained these additional target modules: {sorted(by_state - by_config)}. "
-    warnings.warn(message, RuntimeWarning, stacklevel=7)
+    warn(message, RuntimeWarning)
 
 
 def _check_sites(
@@ -418,11 +414,10 @@ def _check_sites(
             kind = TypeError if isinstance(e, TypeError) else ValueError
             raise kind(f"{key}: {e}") from e
         if getattr(cfg, "lora_bias", False) and getattr(site.module, "bias", None) is None:
-            warnings.warn(
+            warn(
                 f"`lora_bias=True` was passed but the targeted layer of type {type(site.module).__name__} has no bias. "
                 "This means that merging LoRA weights won't be possible.",
                 PeftWarning,
-                stacklevel=6,
             )
         if isinstance(site.module, nn.Linear) or site.weight.transposed:
             transposed.append(site.weight.transposed)
@@ -434,15 +429,10 @@ def _settle_orientation(cfg: PeftConfig, transposed: list[bool]) -> None:
     if not hasattr(cfg, "fan_in_fan_out") or not transposed:
         return
     if cfg.fan_in_fan_out and not any(transposed):
-        warnings.warn(
-            "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to "
-            "False.",
-            stacklevel=6,
+        warn(
+            "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False."
         )
         cfg.fan_in_fan_out = False
     elif not cfg.fan_in_fan_out and all(transposed):
-        warnings.warn(
-            "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True.",
-            stacklevel=6,
-        )
+        warn("fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True.")
         cfg.fan_in_fan_out = True

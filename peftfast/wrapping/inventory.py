@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.layers.layer import BaseTunerLayer, Place
 from peftfast.method import AdapterMethod, method_for
 from peftfast.sharding import gather_without_wrapper, is_stepped_by_zero3, to_shards
@@ -162,7 +161,7 @@ class Inventory(Listing):
             except ValueError as e:
                 raise ValueError(f"{e} (at {key!r})") from None
         if any(layer.merged for layer in self.layers.values()):
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge()
         to_shards(self.model)
         trainable = set() if inference_mode else set(names)
@@ -200,12 +199,11 @@ class Inventory(Listing):
         """Warn where adapters that are no longer active would be trained on by their last gradients."""
         for name in leaving:
             if any(is_stepped_by_zero3(parameters.get(leaf)) for *_, parameters, leaf in self._places_of(name)[:1]):
-                warnings.warn(
+                warn(
                     f"DeepSpeed ZeRO-3 trains adapter {name!r}, which is no longer active. In a step that does not use "
                     "a parameter, DeepSpeed (0.19.8) applies the parameter's last gradient again, so further steps "
                     f"change {name!r}. ZeRO-1 and ZeRO-2 leave it as it is.",
                     PeftWarning,
-                    stacklevel=4,
                 )
 
     def _places_of(self, name: str) -> list[Place]:
@@ -238,14 +236,13 @@ class Inventory(Listing):
             wrapper.enable_adapters(enabled)
         self.enabled = enabled
 
-    def say_if_biases_stay(self, stacklevel: int) -> None:
+    def say_if_biases_stay(self) -> None:
         """Warn that trained biases of the base act on while adapters are off."""
         biases = [cfg.bias for cfg in self.configs.values() if getattr(cfg, "bias", "none") != "none"]
         if biases:
-            warnings.warn(
+            warn(
                 f"Careful, disabling adapter layers with bias configured to be '{biases[0]}' does not produce the same "
-                "output as the base model would without adaption.",
-                stacklevel=stacklevel,
+                "output as the base model would without adaption."
             )
 
     @contextmanager
@@ -295,10 +292,7 @@ class Inventory(Listing):
         others = [n for n in self.configs if n != name]
         if name in acting and not remaining and others:
             remaining = [self.successor(others)]
-            warnings.warn(
-                f"Adapter {name} was active which is now deleted. Setting active adapter to {remaining[0]}.",
-                stacklevel=3,
-            )
+            warn(f"Adapter {name} was active which is now deleted. Setting active adapter to {remaining[0]}.")
         for layer in self.layers.values():
             layer.activate([n for n in layer.active_adapters if n != name])
             layer.delete_adapter(name)
@@ -327,7 +321,7 @@ class Inventory(Listing):
     def unmerge(self) -> None:
         """Take everything merged out again; bitwise the base as before."""
         if not self._take_out():
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
+            warn("Already unmerged. Nothing to do.")
 
     def _take_out(self) -> bool:
         """Unmerge all there is; whether there was anything."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from peftfast.base.rounding import ENOUGH, check_rounding
 from peftfast.embeddings import input_embeddings, output_embeddings
-from peftfast.errors import PeftWarning, close_matches, enumerate_some
+from peftfast.errors import PeftWarning, close_matches, enumerate_some, warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.merger import check_mergeable
 from peftfast.layers.own import LoraLayer
@@ -63,13 +63,12 @@ class ModelMerger:
         merged = self._merged()
         new = list(dict.fromkeys(n for _, wanted in (*work, *own_work) for n in wanted))
         if merged and new:
-            warnings.warn(
+            warn(
                 f"Already following adapters were merged {','.join(sorted(merged))}. "
-                f"You are now additionally merging {','.join(new)}.",
-                stacklevel=4,
+                f"You are now additionally merging {','.join(new)}."
             )
         elif merged and present:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+            warn("All adapters are already merged, nothing to do.")
             return
         if not keep:  # there is no way back, so nothing may fail half-way
             for layer, wanted in work:
@@ -163,11 +162,10 @@ class ModelMerger:
                     f"Nothing was merged: {named} share a weight that has adapters inside, and are to "
                     "change in different ways now. Unmerge first, and merge all adapters together."
                 )
-            warnings.warn(
+            warn(
                 f"The weights of {named} are tied to other modules, which the adapters do not change, or "
                 "not so; while merged, they are weights of their own.",
                 PeftWarning,
-                stacklevel=5,
             )
         return found
 
@@ -199,7 +197,7 @@ class ModelMerger:
                 f"In {len(lost)} of them only {_mean(r.kept for r in lost):.0%} of what the adapters change is left."
             )
         said.append("merge_and_unload(dequantize=True) merges without that rounding, into dense weights.")
-        warnings.warn(" ".join(said), PeftWarning, stacklevel=5)
+        warn(" ".join(said), PeftWarning)
 
     def _untie_one_sided(self, names: Iterable[str]) -> None:
         """Where an adapter is about to change one of two modules that share a weight, the other gets its own copy;
@@ -251,11 +249,10 @@ def say_if_untied(model: nn.Module) -> None:
         if outputs.weight.shape != inputs.weight.shape or not torch.equal(outputs.weight, inputs.weight):
             config.tie_word_embeddings = False
             _part(outputs, model)
-            warnings.warn(
+            warn(
                 "Input and output embeddings are no longer tied after merging. Setting "
                 "`config.tie_word_embeddings = False`, so that the saved model keeps both.",
                 PeftWarning,
-                stacklevel=5,
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from peftfast.config import PeftConfig, plain_name
+from peftfast.errors import warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.own import LoraLayer
 from peftfast.sites.site import has_site
@@ -47,9 +47,7 @@ def own_layer_classes(inventory: Inventory, cfg: PeftConfig, keys: Sequence[str]
                 )
             found[key] = cls
             if not has_site(present):
-                warnings.warn(
-                    f"Unsupported layer type '{type(present)}' encountered, proceed at your own risk.", stacklevel=7
-                )
+                warn(f"Unsupported layer type '{type(present)}' encountered, proceed at your own risk.")
     return found
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import AdapterMismatchWarning, close_matches, enumerate_some
+from peftfast.errors import AdapterMismatchWarning, close_matches, enumerate_some, warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.method import AdapterMethod
@@ -173,4 +172,4 @@ def report_parameters(cfg: PeftConfig, targets: Targets, inventory: Inventory, s
         lines.append(f"target_parameters: {target!r} matched no Parameter.{close_matches(target, known)}")
     if strict:
         raise ValueError("The config does not fit the model (strict=True):\n  " + "\n  ".join(lines))
-    warnings.warn("\n".join(lines), AdapterMismatchWarning, stacklevel=6)
+    warn("\n".join(lines), AdapterMismatchWarning)

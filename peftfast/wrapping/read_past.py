@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import inspect
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
@@ -13,7 +12,7 @@ from types import CodeType
 import torch
 from torch import nn
 
-from peftfast.errors import PeftWarning, enumerate_some
+from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.sites import parts_of
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import Targets, full_names
@@ -39,19 +38,17 @@ def say_read_by_parents(inventory: Inventory, keys: Iterable[str], parameters: T
                 in_evaluation.append(key)
     for (parent_class, leaf), read in unused.items():
         torchs = "torch.nn." if parent_class.__module__.startswith("torch.") else ""
-        warnings.warn(
+        warn(
             f"{enumerate_some(read)}: {torchs}{parent_class.__name__} reads the weight of its {leaf} and never calls "
             f"it, so an adapter there is neither used nor trained. Leave it out (exclude_modules=[{leaf!r}]).",
             PeftWarning,
-            stacklevel=6,
         )
     if in_evaluation:
-        warnings.warn(
+        warn(
             f"{enumerate_some(in_evaluation)}: in evaluation without gradients torch.nn.TransformerEncoderLayer reads "
             "these weights itself, past any adapter. Merge before evaluating, or switch that off: "
             "torch.backends.mha.set_fastpath_enabled(False).",
             PeftWarning,
-            stacklevel=6,
         )
 
 

@@ -4,7 +4,6 @@ architectures that the table does not know."""
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from peftfast.errors import (
     PeftWarning,
     close_matches,
     enumerate_some,
+    warn,
 )
 from peftfast.layers.walk import outer_modules
 from peftfast.sites.linear import is_linear
@@ -161,11 +161,10 @@ def resolve_targets(cfg: PeftConfig, model: nn.Module, table: Mapping[str, Any])
                 f"Linear layers it has: {enumerate_some(linear)}"
             )
         cfg.target_modules = set(found)
-        warnings.warn(
+        warn(
             f"No default target modules are known for model type {model_type(model)!r}; chose {sorted(found)} from its "
             "module graph. Pass `target_modules` to choose yourself.",
             PeftWarning,
-            stacklevel=4,
         )
 
 
@@ -264,13 +263,9 @@ def report_matches(
         _refuse_unmatched(cfg, matcher, names, model)
     complaints = []
     if targets and not matched:
-        warnings.warn(f"target_modules={targets} were set but no module was matched.", RuntimeWarning, stacklevel=5)
+        warn(f"target_modules={targets} were set but no module was matched.", RuntimeWarning)
     elif getattr(cfg, "target_parameters", None) and not parameters:
-        warnings.warn(
-            f"target_parameters={cfg.target_parameters} were set but no parameter was matched.",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+        warn(f"target_parameters={cfg.target_parameters} were set but no parameter was matched.", RuntimeWarning)
     layers = getattr(cfg, "layers_to_transform", None)
     for target in matcher.unmatched():
         if layers is not None and any(f".{name}".endswith(f".{target}") for name in names):
@@ -288,7 +283,7 @@ def report_matches(
             message = f"The following {name} keys did not match any targeted module and were ignored: {unused}"
             if strict:
                 raise ValueError(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=5)
+            warn(message, RuntimeWarning)
     if getattr(cfg, "exclude_modules", None) and not matcher.excluded:
         complaints.append(
             f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. "
@@ -297,7 +292,7 @@ def report_matches(
     if complaints:
         if strict:
             raise ValueError("The config does not fit the model (strict=True):\n  " + "\n  ".join(complaints))
-        warnings.warn("\n".join(complaints), AdapterMismatchWarning, stacklevel=5)
+        warn("\n".join(complaints), AdapterMismatchWarning)
 
 
 def _refuse_unmatched(cfg: PeftConfig, matcher: Matcher, names: Sequence[str], model: nn.Module) -> NoReturn:
@@ -388,11 +383,10 @@ def refuse_mamba(model: nn.Module, cfg: PeftConfig, matched: Iterable[str], refu
                 f"{method} is incompatible with Mamba-based models (model_type='{kind}'). Incompatible module found: "
                 f"'{name}'."
             )
-        warnings.warn(
+        warn(
             f"{method} of a Mamba-based model (model_type='{kind}') is adapted; where Mamba's fused kernels run, they "
             f"read its weight themselves, past the adapter. Found: '{name}'.",
             PeftWarning,
-            stacklevel=5,
         )
         return
 

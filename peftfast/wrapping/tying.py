@@ -4,7 +4,6 @@ module that has such a weight."""
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.embeddings import input_embeddings
-from peftfast.errors import close_matches
+from peftfast.errors import close_matches, warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.sharding import whole_shape
@@ -92,12 +91,11 @@ def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> Tying
     if not heads:
         if ensure:
             rows = getattr(cfg, "trainable_token_indices", None)
-            warnings.warn(
+            warn(
                 "ensure_weight_tying=True but the model does not have tied weights: the rows in "
                 "trainable_token_indices are trained apart in every module"
                 if rows
-                else "You have requested `ensure_weight_tying`, but no tied modules were found in the model",
-                stacklevel=6,
+                else "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
             )
         return Tying()
     embedding = embedding_name(inventory)
@@ -110,7 +108,7 @@ def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> Tying
     kept = [n for n in both if any(n.endswith(s) for s in saved)]
     if not ensure:
         if targeted or kept:
-            warnings.warn(_TIED_WARNING, stacklevel=6)
+            warn(_TIED_WARNING)
         return Tying()
     if kept:
         cfg.modules_to_save = [s for s in saved if not any(h.endswith(s) for h in heads)]
@@ -124,10 +122,9 @@ def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> Tying
             own = {t for t in targets if not any(h == t or h.endswith("." + t) for h in heads)}
             cfg.target_modules = own | {embedding}
         return Tying(targets=heads)
-    warnings.warn(
+    warn(
         "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
-        "`target_modules`",
-        stacklevel=6,
+        "`target_modules`"
     )
     return Tying()
 

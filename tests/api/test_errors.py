@@ -470,3 +470,41 @@ def test_set_state_dict_refuses_before_it_changes(saved):
         with pytest.raises(AdapterLoadError, match="q_proj.lora_A"):
             peftfast.set_peft_model_state_dict(model, {**tensors, KEY: bad})
         same_picture(model, before)
+
+
+# ---- warnings --------------------------------------------------------------------------------------------
+def test_warnings_name_the_line_that_led_to_them():
+    """Through torch's frames and contextlib's, and however deep in the library."""
+    model = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(target_modules=QV))
+    model.add_adapter("frozen", LoraConfig(target_modules=QV))
+    batch = {**oracle.inputs(model), "adapter_names": ["default", "frozen"]}
+    merged = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    merged.merge_adapter()
+    biased = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(target_modules=QV, bias="all"))
+
+    def switched_off():
+        with biased.disable_adapter():
+            pass
+
+    calls = (
+        (lambda: LoraConfig(alora_invocation_tokens=[1], task_type="SEQ_CLS"), "only supported for CAUSAL_LM"),
+        (lambda: peftfast.get_peft_model(oracle.llama(), LoraConfig(rank_pattern={"k": 2})), "rank_pattern keys"),
+        (lambda: model(**batch), "learn nothing"),
+        (lambda: merged.merge_adapter(), "already merged"),
+        (lambda: merged.base_model.merge_adapter(), "already merged"),
+        (switched_off, "disabling adapter layers with bias"),
+    )
+    for call, text in calls:
+        with pytest.warns(Warning, match=text) as said:
+            call()
+        [warning] = said
+        assert warning.filename == __file__ and warning.lineno - call.__code__.co_firstlineno in (0, 1), text
+
+
+def test_a_warning_is_all_that_a_compiled_call_says():
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2))
+    batch = oracle.inputs(model)
+    batch["position_ids"] = torch.arange(16).expand(2, 16)
+    with pytest.warns(UserWarning) as said:
+        torch.compile(model, backend="eager")(**batch)
+    assert {str(w.message)[:16] for w in said} == {"Position ids are"}

@@ -7,7 +7,6 @@ all tokens of a call come after it, as in the steps of generating, a layer does 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.method import Call, register_method
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.config import LoraConfig
@@ -66,7 +65,7 @@ class Alora(Lora):
                 return None
             if not isinstance(ids, Tensor) or ids.is_floating_point():
                 if inputs.get("inputs_embeds") is not None:
-                    warnings.warn(_UNKNOWN_IN_GENERATE if call.generates else _UNKNOWN_IN_FORWARD, stacklevel=7)
+                    warn(_UNKNOWN_IN_GENERATE if call.generates else _UNKNOWN_IN_FORWARD)
                 return None
             ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
         _check_beams(call)
@@ -238,9 +237,7 @@ def calculate_alora_offsets(
     offsets: list[int | None] = [None] * input_ids.shape[0]
     for name in dict.fromkeys(names):
         if name != BASE and name not in peft_config:
-            warnings.warn(
-                f"Adapter '{name}' not found in peft_config. Using base model for its rows.", PeftWarning, stacklevel=2
-            )
+            warn(f"Adapter '{name}' not found in peft_config. Using base model for its rows.", PeftWarning)
         sequence = getattr(peft_config.get(name), "alora_invocation_tokens", None)
         if sequence:
             found = last_occurrences(input_ids, sequence).tolist()
@@ -278,6 +275,6 @@ def _with_offsets(model: nn.Module, ids: Tensor | None, kwargs: dict[str, Any], 
     if not is_alora_relevant_in_batch(model, names) or kwargs.get("alora_offsets") is not None:
         return kwargs
     if ids is None and unknown is not None:
-        warnings.warn(unknown, stacklevel=3)
+        warn(unknown)
     offsets = None if ids is None else calculate_alora_offsets(model.peft_config, model.active_adapter, ids, names)
     return {**kwargs, "alora_offsets": offsets}

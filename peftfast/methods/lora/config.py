@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from peftfast.config import PeftConfig, PeftType, TaskType, checked, register_config, setting
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.methods.lora.settings import (
     ArrowConfig,
     BdLoraConfig,
@@ -241,13 +240,12 @@ class LoraConfig(PeftConfig):
         if not tokens or not isinstance(tokens, (list, tuple)):
             raise ValueError(f"alora_invocation_tokens is a list of at least one token in their order, got {tokens!r}")
         if self.task_type != TaskType.CAUSAL_LM:
-            warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", stacklevel=5)
+            warn("aLoRA is currently only supported for CAUSAL_LM task.")
         if self.base_changed_by is not None:
-            warnings.warn(
+            warn(
                 f"init_lora_weights={self.init_lora_weights!r} changes the base weights, so that what comes before the "
                 "invocation of an aLoRA is not the base model's output any more.",
                 PeftWarning,
-                stacklevel=5,
             )
 
     def _validate_initialisation(self) -> None:
@@ -261,27 +259,22 @@ class LoraConfig(PeftConfig):
             raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
         for name, title, settings in (("eva", "EVA", EvaConfig), ("corda", "CorDA", CordaConfig)):
             if init == name and getattr(self, f"{name}_config") is None:
-                warnings.warn(
+                warn(
                     f"`init_lora_weights` is '{name}' but `{name}_config` is not specified. Using default {title} "
-                    "config.",
-                    stacklevel=5,
+                    "config."
                 )
                 setattr(self, f"{name}_config", settings())
         for name in ("loftq", "eva", "corda", "lora_ga"):
             if getattr(self, f"{name}_config") and init != name:
-                warnings.warn(
-                    f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.",
-                    stacklevel=5,
-                )
+                warn(f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.")
                 if name == "loftq":
                     self.loftq_config = {}  # PEFT keeps the others
         patterns = self.rank_pattern or self.alpha_pattern
         if self.use_rslora and patterns and self.base_changed_by not in (None, "LoftQ"):
-            warnings.warn(
+            warn(
                 "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion to a plain "
                 "LoRA does not go together: save_pretrained(path_initial_model_for_weight_conversion=...) will refuse "
-                "this adapter.",
-                stacklevel=5,
+                "this adapter."
             )
 
     def to_dict(self) -> dict[str, Any]:

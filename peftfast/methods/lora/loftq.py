@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.base.weight import quantise_and_back
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import check_finite, fill_as_identity, initialiser
 from peftfast.sites import Site
@@ -63,13 +62,12 @@ def _check(site: Site, cfg: LoraConfig, r: int) -> None:
 def _loftq(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     """The base becomes the dequantised Q; the factors hold the rest."""
     if site.weight.quantization is not None:
-        warnings.warn(
+        warn(
             "init_lora_weights='loftq' needs the weights before quantisation, but some or all modules are already "
             f"stored as {site.weight.quantization}. Their adapters start as the identity, unless they are loaded now; "
             "peftfast.replace_lora_weights_loftq(model, originals) computes the factors, and "
             "peftfast.patch(dense_model, config, quantize='nf4') does both steps.",
             PeftWarning,
-            stacklevel=2,  # the same for all modules, so that it is said once
         )
         return fill_as_identity(site, a, b)
     settings = adapter.cfg.loftq_config

@@ -4,13 +4,11 @@ leaves the gradient on the module, under PEFT's name."""
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from peftfast.adapter import Adapter
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import draw_as_building, initialiser, start_as_identity, take_out, wide_weight
 from peftfast.methods.lora.settings import LoraGAConfig
@@ -82,13 +80,12 @@ def _lora_ga(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     gradient = getattr(site.module, GRADIENT, None)
     if gradient is None:
         if not hasattr(site.module, "kernel_size"):  # convolutions always start so, as `preprocess_loraga` says
-            warnings.warn(
+            warn(
                 "init_lora_weights='lora_ga', but `preprocess_loraga` has left no gradient on some or all modules: "
                 "their base weights stay as they are, and adapters start as the identity. A trained LoRA-GA adapter "
                 "that is loaded needs the base weights that its initialisation left; save it with "
                 "path_initial_model_for_weight_conversion to load it on the original ones.",
                 PeftWarning,
-                stacklevel=2,  # the same for all modules, so that it is said once
             )
         return start_as_identity(site, a, b, adapter)
     weight = wide_weight(site)

@@ -9,7 +9,6 @@ every call draws its own. A call that gradient checkpointing repeats takes the s
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.errors import PeftWarning
+from peftfast.errors import PeftWarning, warn
 from peftfast.method import register_method
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import drawn_through
@@ -83,11 +82,10 @@ class MontecloraSampler(nn.Module):
             unknown = w.isnan().any()
             if not unknown.is_cuda:
                 if not torch.compiler.is_compiling() and bool(unknown):
-                    warnings.warn(
+                    warn(
                         "MonteCLoRA's sample weights are NaN (expert_weights_prior is too large, too small or NaN); "
                         "the adapter's own weights are used.",
                         PeftWarning,
-                        stacklevel=2,
                     )
                     return None
             else:  # a GPU is not waited for
