@@ -1,4 +1,4 @@
-"""How files, and a PeftModel's state dict, call what is inside the base model."""
+"""Names of modules and tensors: in the base model, in a PeftModel's state dict, in files and in configs."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def strip_wrappers(name: str) -> str:
         if shorter == name:
             return name
         name = shorter
+
+
+def ends_of(name: str) -> list[str]:
+    """The name and what is behind each of its dots: by any of these a config means the module."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]

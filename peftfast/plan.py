@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig, require_config, require_module
 from peftfast.errors import close_matches, every_name, grouped
 from peftfast.interop.servers import Facts, Verdict, judge_servers
+from peftfast.keys import ends_of
 from peftfast.layers.layer import site_of
 from peftfast.method import method_for
 from peftfast.model import PeftModel
@@ -231,7 +232,7 @@ def _targets(
         return [PlannedTarget(asked, tuple(adapted), tuple(n for n in meant if n not in set(adapted)))]
     rows, taken = [], set(adapted)
     for target in sorted(asked):
-        meant = [n for n in names if n == target or n.endswith("." + target)]
+        meant = [n for n in names if target in ends_of(n)]
         known = name_ends(names) if "." not in target else set(names)
         rows.append(
             PlannedTarget(
@@ -246,7 +247,7 @@ def _targets(
 
 def _parameter_targets(resolved: PeftConfig, adapted: Sequence[str]) -> list[PlannedTarget]:
     return [
-        PlannedTarget(f"parameter {t}", tuple(n for n in adapted if n == t or n.endswith(f".{t}")))
+        PlannedTarget(f"parameter {t}", tuple(n for n in adapted if t in ends_of(n)))
         for t in sorted(getattr(resolved, "target_parameters", None) or ())
     ]
 

@@ -122,10 +122,10 @@ def as_lora(
 def set_targets(config: LoraConfig, wanted: list[str], names: Iterable[str]) -> None:
     """Let the config's targets be these modules and no others."""
     names, only = [n for n in names if n], set(wanted)
-    config.target_modules = shortest_suffixes(wanted, [n for n in names if n not in only])
-    if {n for n in names if make_matcher(config)(n)} != only:  # a name that another's ends with
+    config.target_modules = shortest_suffixes(wanted, names)
+    if set(filter(make_matcher(config), names)) != only:  # a name that another's ends with
         config.target_modules = "|".join(re.escape(n) for n in wanted)
-    missed = only - {n for n in names if make_matcher(config)(n)}
+    missed = only.difference(filter(make_matcher(config), names))
     if missed:
         raise ValueError(
             f"{enumerate_some(sorted(missed))} would be kept whole as well, because modules_to_save="

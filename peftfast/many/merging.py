@@ -190,7 +190,7 @@ def _name_exactly(cfg: PeftConfig, inventory: Inventory, keys: Sequence[str]) ->
             setattr(cfg, name, value)
         cfg.target_modules = set(keys)
     else:
-        cfg.target_modules = shortest_suffixes(keys, [n for n in inventory.names if n not in set(keys)])
+        cfg.target_modules = shortest_suffixes(keys, inventory.names)
 
 
 def _combine_copies(

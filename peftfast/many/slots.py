@@ -15,7 +15,7 @@ from peftfast.errors import AdapterMismatchWarning, enumerate_some, warn
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.io import read_adapter
-from peftfast.keys import in_base
+from peftfast.keys import ends_of, in_base
 from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.method import method_for, retarget
 from peftfast.methods.lora.stack import FactorStack, apply_stack
@@ -261,8 +261,8 @@ def _matching(
         wanted = set(all_linear(inventory.model, PeftConfig()))
         keys = [n for n in inventory.names if n in wanted]
     else:
-        suffixes = (targets,) if isinstance(targets, str) else tuple(targets)
-        keys = [n for n in inventory.names if any(n == s or n.endswith("." + s) for s in suffixes)]
+        wanted = {targets} if isinstance(targets, str) else set(targets)
+        keys = [n for n in inventory.names if not wanted.isdisjoint(ends_of(n))]
     if parameters and not found:
         raise ValueError(f"target_parameters {parameters} match no Parameter of {type(inventory.model).__name__}")
     if not keys and not found:

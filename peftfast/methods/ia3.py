@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.errors import PeftWarning, warn
+from peftfast.keys import ends_of
 from peftfast.method import register_method
 from peftfast.methods.combination import Combination
 from peftfast.rows.routing import Rows
@@ -105,7 +106,7 @@ class IA3:
         if isinstance(targets, str):
             cfg.feedforward_modules = set(row)
         else:  # by the names the targets have, of which they must stay a subset
-            cfg.feedforward_modules = {t for t in targets if any(t == n or t.endswith("." + n) for n in row)}
+            cfg.feedforward_modules = {t for t in targets if not set(row).isdisjoint(ends_of(t))}
 
     def settings(self, site: Site, cfg: IA3Config, key: str) -> Mapping[str, Any]:
         return {"scaled_side": "input" if cfg.is_feedforward(key) else "output"}

@@ -15,6 +15,7 @@ from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import BaseWeight, Quantizer, base_weight, quantizer
 from peftfast.embeddings import SEQ_CLS_HEAD_NAMES, output_embeddings
 from peftfast.errors import close_matches, enumerate_some
+from peftfast.keys import ends_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import outer_modules
@@ -157,7 +158,7 @@ def _skipped(model: nn.Module, places: list[tuple[str, Any, nn.Module]], skip: I
             raise TypeError(f"skip must be a list of names, got the string {skip!r}")
         chosen = set()
         for wanted in skip:
-            found = {n for n in names if n == wanted or n.endswith(f".{wanted}")}
+            found = {n for n in names if wanted in ends_of(n)}
             if not found:
                 known = names if "." in wanted else name_ends(names)
                 raise ValueError(f"skip: no linear layer is named {wanted!r}.{close_matches(wanted, known)}")

@@ -12,6 +12,7 @@ from torch import nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some, warn
+from peftfast.keys import ends_of
 from peftfast.sharding import whole_shape
 from peftfast.wrapping.targets import ALL_LINEAR, all_linear, linear_modules, make_matcher, model_type
 
@@ -84,7 +85,7 @@ def retarget_experts(cfg: PeftConfig, model: nn.Module) -> None:
         if cfg.target_modules.lower() == ALL_LINEAR:
             everything = set(all_linear(model, cfg))
             before = everything.__contains__
-    asked = {name for name in family.parameters if any(f".{t}".endswith(f".{name}") for t in targets or ())}
+    asked = family.parameters.keys() & {end for t in targets or () for end in ends_of(t)}
     ranks, alphas = dict(cfg.rank_pattern or {}), dict(cfg.alpha_pattern or {})
     for parameter, layers in family.fused.items():
         present = asked.intersection(layers)
@@ -98,7 +99,7 @@ def retarget_experts(cfg: PeftConfig, model: nn.Module) -> None:
             ranks[pattern], alphas[pattern] = cfg.r * len(layers), cfg.lora_alpha * len(layers)
     cfg.rank_pattern, cfg.alpha_pattern = ranks, alphas
     cfg.target_parameters = {*(cfg.target_parameters or ()), *(family.parameters[name] for name in asked)}
-    cfg.target_modules = {t for t in targets or () if not any(f".{t}".endswith(f".{n}") for n in family.parameters)}
+    cfg.target_modules = {t for t in targets or () if family.parameters.keys().isdisjoint(ends_of(t))}
     _say_what_is_left_out(cfg, model, [n for n, _ in linear_modules(model) if before(n)])
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterMismatchWarning, PeftWarning, close_matches, enumerate_some, warn
 from peftfast.files.renamed import rename_targets
-from peftfast.keys import strip_wrappers
+from peftfast.keys import ends_of, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, make_layer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.method import AdapterMethod, chooses_targets, method_for, retarget
@@ -257,7 +257,7 @@ def plan_injection(
     if isinstance(cfg.target_modules, (set, list)) and len(cfg.target_modules) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
         free = keys is None and modules is None and not getattr(cfg, "layers_to_transform", None)
         if free and getattr(method, "condense_targets", True):
-            cfg.target_modules = shortest_suffixes(matched, [n for n in names if n not in set(matched)])
+            cfg.target_modules = shortest_suffixes(matched, names)
     targets = [key for key in dict.fromkeys((*matched, *tie.targets)) if key not in own]
     tokens, tokens_tied = plan_tokens(inventory, cfg, rows, tied_heads)
     _check_tokens(inventory, {**tokens, **dict.fromkeys(tokens_tied)}, targets, (*saved, *tie.saved))
@@ -319,11 +319,9 @@ def _without_saved(cfg: PeftConfig, matched: Sequence[str], saved: Sequence[str]
         PeftWarning,
     )
     if not isinstance(cfg.target_modules, str):
-        cfg.target_modules = {
-            t
-            for t in cfg.target_modules
-            if not any(n == t or n.endswith("." + t) for n in both) or any(n == t or n.endswith("." + t) for n in kept)
-        }
+        meant_by = {end for name in kept for end in ends_of(name)}
+        idle = {end for name in both for end in ends_of(name)} - meant_by
+        cfg.target_modules = set(cfg.target_modules) - idle
     return kept
 
 

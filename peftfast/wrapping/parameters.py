@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterMismatchWarning, close_matches, enumerate_some, warn
+from peftfast.keys import ends_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.method import AdapterMethod
@@ -160,7 +161,7 @@ def _check_parameter(module: nn.Module, key: str, name: str) -> None:
 def report_parameters(cfg: PeftConfig, targets: Targets, inventory: Inventory, strict: bool) -> None:
     """Say which entries of `target_parameters` matched nothing."""
     names = full_names(targets)
-    unmatched = [t for t in cfg.target_parameters if not any(n == t or n.endswith(f".{t}") for n in names)]
+    unmatched = set(cfg.target_parameters).difference(*map(ends_of, names))
     if not unmatched:
         return
     all_names = [f"{key}.{name}" for key, name in _parameters(inventory)]

@@ -21,6 +21,7 @@ from peftfast.errors import (
     enumerate_some,
     warn,
 )
+from peftfast.keys import ends_of
 from peftfast.layers.walk import outer_modules
 from peftfast.sites.linear import is_linear
 
@@ -63,12 +64,10 @@ class Matcher:
     hits: Counter = field(default_factory=Counter)  # how many modules each target matched, also those kept out
 
     def __post_init__(self) -> None:
-        self._exact = set() if self.targets is None or isinstance(self.targets, str) else set(self.targets)
-        self._suffixes = tuple("." + t for t in self._exact)
+        self._names = set() if self.targets is None or isinstance(self.targets, str) else set(self.targets)
         self._regex = compiled(self.targets, "target_modules") if isinstance(self.targets, str) else None
         self._exclude_regex = compiled(self.exclude, "exclude_modules") if isinstance(self.exclude, str) else None
-        exclude = [] if self.exclude is None or isinstance(self.exclude, str) else list(self.exclude)
-        self._exclude_exact, self._exclude_suffixes = set(exclude), tuple("." + e for e in exclude)
+        self._excluded_names = set() if self.exclude is None or isinstance(self.exclude, str) else set(self.exclude)
         self._never = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in self.never]
         self._layers = {self.layers} if isinstance(self.layers, int) else set(self.layers or ())
         patterns = self.layers_pattern or ()
@@ -94,19 +93,15 @@ class Matcher:
     def _is_excluded(self, key: str) -> bool:
         if self._exclude_regex is not None:
             return self._exclude_regex.fullmatch(key) is not None
-        return key in self._exclude_exact or (bool(self._exclude_suffixes) and key.endswith(self._exclude_suffixes))
+        return not self._excluded_names.isdisjoint(ends_of(key))
 
     def _matches(self, key: str) -> bool:
         if self._regex is not None:
             return self._regex.fullmatch(key) is not None
-        if key not in self._exact:
-            if not self._suffixes or not key.endswith(self._suffixes):
-                return False
-            if self._layers and not self._in_layers(key):
-                return False
-        for target in self._exact:  # also where a whole name and its end are both targets
-            if key == target or key.endswith("." + target):
-                self.hits[target] += 1
+        meant_by = self._names.intersection(ends_of(key))
+        if not meant_by or (self._layers and key not in meant_by and not self._in_layers(key)):
+            return False
+        self.hits.update(meant_by)
         return True
 
     def _in_layers(self, key: str) -> bool:
@@ -118,7 +113,7 @@ class Matcher:
 
     def unmatched(self) -> list[str]:
         """Targets of a list that matched nothing."""
-        return sorted(t for t in self._exact if not self.hits[t])
+        return sorted(self._names - self.hits.keys())
 
 
 def name_ends(names: Iterable[str]) -> set[str]:
@@ -154,7 +149,7 @@ def resolve_targets(cfg: PeftConfig, model: nn.Module, table: Mapping[str, Any])
             return  # only those are meant
         found = discover_targets(model)
         if not found:
-            linear = sorted({name.rpartition(".")[2] for name, _ in linear_modules(model)})
+            linear = sorted(name_ends(name for name, _ in linear_modules(model)))
             raise ValueError(
                 "Please specify `target_modules` in `peft_config`: there is no default for model type "
                 f"{model_type(model)!r} and its module graph has no repeated block of linear layers to choose from. "
@@ -268,7 +263,7 @@ def report_matches(
         warn(f"target_parameters={cfg.target_parameters} were set but no parameter was matched.", RuntimeWarning)
     layers = getattr(cfg, "layers_to_transform", None)
     for target in matcher.unmatched():
-        if layers is not None and any(f".{name}".endswith(f".{target}") for name in names):
+        if layers is not None and any(target in ends_of(name) for name in names):
             complaints.append(f"target_modules: {target!r} matched no module in layers_to_transform={layers}.")
             continue
         known = name_ends(names) if "." not in target else set(names)
@@ -391,17 +386,14 @@ def refuse_mamba(model: nn.Module, cfg: PeftConfig, matched: Iterable[str], refu
         return
 
 
-def shortest_suffixes(wanted: Sequence[str], others: Sequence[str]) -> set[str]:
-    """A smallest-first set of suffixes that match all `wanted` names and none of `others`; keeps long "all-linear"
-    lists readable in the config file."""
+def shortest_suffixes(wanted: Iterable[str], names: Iterable[str]) -> set[str]:
+    """A smallest-first set of suffixes that match all `wanted` names and none of the other `names`; keeps long
+    "all-linear" lists readable in the config file."""
     result: set[str] = set()
+    wanted = set(wanted)
+    ambiguous = {end for name in names if name not in wanted for end in ends_of(name)}
     for name in sorted(wanted, key=lambda n: (n.count("."), n)):
-        if name in result or any(name.endswith("." + s) for s in result):
-            continue
-        parts = name.split(".")
-        for i in range(len(parts) - 1, -1, -1):
-            suffix = ".".join(parts[i:])
-            if not any(o == suffix or o.endswith("." + suffix) for o in others):
-                result.add(suffix)
-                break
+        ends = ends_of(name)
+        if result.isdisjoint(ends):
+            result.update([end for end in reversed(ends) if end not in ambiguous][:1])
     return result

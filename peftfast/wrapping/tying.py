@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import close_matches, warn
+from peftfast.keys import ends_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.sharding import whole_shape
@@ -104,7 +105,7 @@ def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> Tying
     if isinstance(targets, str):
         targeted = [n for n in both if re.fullmatch(targets, n)]
     else:
-        targeted = [n for n in both if any(n == t or n.endswith("." + t) for t in targets or ())]
+        targeted = [n for n in both if not set(targets or ()).isdisjoint(ends_of(n))]
     kept = [n for n in both if any(n.endswith(s) for s in saved)]
     if not ensure:
         if targeted or kept:
@@ -119,7 +120,7 @@ def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> Tying
         if isinstance(targets, str):
             cfg.target_modules = rf"(?:{targets}|^{re.escape(embedding)}$)"
         else:
-            own = {t for t in targets if not any(h == t or h.endswith("." + t) for h in heads)}
+            own = set(targets).difference(*map(ends_of, heads))
             cfg.target_modules = own | {embedding}
         return Tying(targets=heads)
     warn(
@@ -143,7 +144,7 @@ def plan_tokens(
         rows = {embedding_name(inventory): rows}
     plan: dict[str, list[int]] = {}
     for target, indices in rows.items():
-        found = [n for n in inventory.names if n == target or n.endswith("." + target)]
+        found = [n for n in inventory.names if target in ends_of(n)]
         if not found:
             raise ValueError(
                 f"trainable_token_indices: Target modules {{{target!r}}} not found in the base model."

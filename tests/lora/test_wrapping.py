@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
+from peftfast.wrapping.targets import Matcher, shortest_suffixes
 
 peft = importlib.import_module("peft")
 
@@ -82,6 +83,7 @@ IMPORT = "from peftfast import LoraConfig, PeftModel, TaskType, get_peft_model"
 
 USE = """
 import peftfast
+from peftfast.wrapping.targets import Matcher, shortest_suffixes
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
 model = peftfast.patch(model, peftfast.LoraConfig(target_modules=["0"]))
 model(torch.randn(2, 4)).sum().backward()
@@ -331,3 +333,26 @@ def test_modules_that_are_called_as_ours_are(place, tmp_path):
         loaded = peftfast.PeftModel.from_pretrained(base(), tmp_path, strict=True)
     x = torch.randn(3, 8)
     torch.testing.assert_close(loaded(x), models[0](x))
+
+
+def test_the_cost_of_matching_grows_with_the_model_and_not_with_its_square():
+    """Experts that are modules make tens of thousands of targets. Counted are calls of Python's and of built-ins."""
+
+    def calls(layers):
+        names = [f"layers.{i}.experts.{e}.{leaf}" for i in range(layers) for e in range(16) for leaf in ("w1", "norm")]
+        targets = [n for n in names if n.endswith("w1")]
+        matcher, count = Matcher(targets, exclude=[n for n in names if n.endswith("norm")]), 0
+
+        def counting(frame, event, arg):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(counting)
+        try:
+            assert [n for n in names if matcher(n)] == targets
+            assert shortest_suffixes(targets, names) == {"w1"}
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(16) < 2.5 * calls(8)
