@@ -189,7 +189,7 @@ def plan_adapter(
             ranks=[p.rank for p in adapted],
             alphas=[p.alpha for p in adapted if p.alpha is not None],
             max_rank=max_lora_rank,
-            saved=[*injection.saved, *injection.saved_tied],
+            saved=injection.saved,
             tokens=bool(injection.tokens),
             parameters=[name for name, _, site in _sites(injection) if isinstance(site, ParameterSite)],
         )
@@ -285,20 +285,22 @@ def _factors(injection: Injection) -> list[PlannedPart]:
 def _others(injection: Injection) -> list[PlannedPart]:
     """Copies of modules, rows of embeddings, biases of the base."""
     inventory, parts = injection.inventory, []
-    for key in (*injection.saved, *injection.saved_tied):
+    for key in injection.saved:
         module = inventory.module(key)
         module = getattr(module, "original_module", module)
         own = [(n, p) for n, p in module.named_parameters() if p.is_floating_point()]
-        own = [p for n, p in own if not (key in injection.saved_tied and n == "weight")]
+        own = [p for n, p in own if not (key in injection.tied and n == "weight")]
         parts.append(_sum(key, "copy", own))
     for key, rows in injection.tokens.items():
+        if key in injection.tied:
+            continue
         module = inventory.module(key)
         site = make_site(getattr(module, "original_module", module))
         parts.append(_part(key, "rows", [(len(rows), site.weight.shape[1])], injection.dtype(site)))
     kind = getattr(injection.cfg, "bias", "none")
     adapted = {site.module for _, _, site in _sites(injection)} if kind != "none" else ()
     targets = {id(module.bias) for module in adapted if getattr(module, "bias", None) is not None}
-    kept = tuple(f"{key}." for key in (*injection.saved, *injection.saved_tied))
+    kept = tuple(f"{key}." for key in injection.saved)
     for name, parameter in inventory.model.named_parameters() if kind != "none" else ():
         if kind == "all" and is_bias(name) and not name.startswith(kept):
             parts.append(_sum(name, "bias", [parameter]))

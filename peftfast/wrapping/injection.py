@@ -3,7 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from peftfast.wrapping.parameters import Targets, full_names, plan_parameters, r
 from peftfast.wrapping.read_past import say_read_by_parents
 from peftfast.wrapping.targets import (
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
+    Matcher,
     make_matcher,
     name_ends,
     refuse_mamba,
@@ -33,7 +34,7 @@ from peftfast.wrapping.targets import (
     shortest_suffixes,
 )
 from peftfast.wrapping.tensor_parallel import Spread, plan_spreading
-from peftfast.wrapping.tying import Tying, embedding_name, plan_tokens, plan_tying, tied_module_names
+from peftfast.wrapping.tying import embedding_name, plan_tokens, plan_tying, tied_module_names
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -43,13 +44,13 @@ class Injection:
     """What adding one adapter will do.
 
     Attributes:
-        targets: module names to adapt. tied: of these, the heads that share the input embedding's factors. classes: of
-            these, the ones that get a layer of another class than usual, and which. spread: of these, the ones that
-            are spread over processes, and how. own: module names that get a layer which a user has written, and its
-            class.
+        targets: module names to adapt. classes: of these, the ones that get a layer of another class than usual, and
+            which. spread: of these, the ones that are spread over processes, and how. own: module names that get a
+            layer which a user has written, and its class.
         parameters: module name -> Parameters of it to adapt by themselves.
-        saved: module names to keep a trained copy of. saved_tied: heads whose copy has the input embedding's weight.
-        tokens: module name -> rows to train. tokens_tied: heads that share the input embedding's rows.
+        saved: module names to keep a trained copy of.
+        tokens: module name -> rows to train.
+        tied: of targets, saved and tokens, the heads that share what the input embedding has there.
     """
 
     inventory: Inventory
@@ -57,15 +58,13 @@ class Injection:
     cfg: PeftConfig
     method: AdapterMethod
     targets: list[str]
-    tied: list[str] = field(default_factory=list)
     classes: dict[str, type] = field(default_factory=dict)
     spread: dict[str, Spread] = field(default_factory=dict)
     own: dict[str, type] = field(default_factory=dict)
     parameters: Targets = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
-    saved_tied: list[str] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
-    tokens_tied: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
     device: torch.device | str | None = None
     initialise: bool = True
     autocast_adapter_dtype: bool = True
@@ -143,10 +142,10 @@ class Injection:
 
     def _add_saved(self) -> None:
         inventory = self.inventory
-        for key in (*self.saved, *self.saved_tied):
+        for key in self.saved:
             wrapper = self._wrapped(key, ModulesToSaveWrapper)
             tied = None
-            if key in self.saved_tied:
+            if key in self.tied:
                 tied = inventory.extras[embedding_name(inventory)].modules_to_save[self.name].weight
             wrapper.update(self.name, tied)
 
@@ -154,12 +153,9 @@ class Injection:
         from peftfast.methods.trainable_tokens import TrainableTokensConfig
 
         inventory = self.inventory
-        for key in (*self.tokens, *self.tokens_tied):
+        for key, rows in self.tokens.items():
             wrapper = self._wrapped(key, TrainableTokensWrapper)
-            source = None
-            if key in self.tokens_tied:
-                source = inventory.extras[embedding_name(inventory)].token_adapter
-            rows = self.tokens[key if source is None else embedding_name(inventory)]
+            source = inventory.extras[embedding_name(inventory)].token_adapter if key in self.tied else None
             cfg = TrainableTokensConfig(token_indices=list(rows))
             dtype = self.dtype(wrapper.token_adapter.site)
             wrapper.add(self.name, cfg, method_for(cfg), dtype=dtype, device=self.device, source=source)
@@ -192,11 +188,64 @@ def plan_injection(
         device: of the new tensors; None: where the base weight is.
         initialise: False when the tensors are about to be loaded.
     """
-    model = inventory.model
-    names = list(inventory.names)
-    tied_heads = tied_module_names(inventory)
+    model, names = inventory.model, list(inventory.names)
+    by_config = keys is None and modules is None
+    heads = tied_module_names(inventory)
+    _complete(cfg, model, method, by_keys=keys is not None)
+    always = getattr(method, "always_ties", False)
+    tied, tied_saved = ([], []) if always else plan_tying(inventory, cfg, heads)
+    matcher, matched = _match(cfg, model, names, renamed=by_config and not strict)
+    if keys is not None:
+        matched = _given(inventory, keys, matched)
+    if modules is not None:
+        matched = list(modules)
+    if always and heads and embedding_name(inventory) in matched:
+        tied, matched = heads, [n for n in matched if n not in heads]
+    endings = tuple(getattr(cfg, "modules_to_save", None) or ())
+    saved = [n for n in names if n.endswith(endings)]
+    matched = _without_saved(cfg, matched, set(saved))
+    matched, parts = plan_attention(inventory, cfg, method, matched, saved)
+    rows = getattr(cfg, "trainable_token_indices", None)
+    parameters = plan_parameters(inventory, cfg, method, [*matched, *parts], saved)
+    wants_none = not cfg.target_modules and not isinstance(cfg.target_modules, str) and (saved or rows)
+    if by_config or not (matched or wants_none):
+        report_matches(cfg, matcher, matched, names, model, strict, full_names(parameters))
+    if getattr(cfg, "target_parameters", None):
+        report_parameters(cfg, parameters, inventory, strict)
+    refuse_mamba(model, cfg, matched, refused=getattr(method, "refused_by_mamba", True))
+    _report_saved(endings, names, strict)
+    meta = device is not None and torch.device(device).type == "meta"
+    if meta and initialise and method.changes_base(cfg):
+        # the base changes with this initialisation, so it has to take place, and needs values
+        device, meta = None, False
+    classes, own = own_layer_classes(inventory, cfg, matched)
+    in_place = [key for key in matched if key not in own]
+    say_read_by_parents(inventory, in_place, parameters)
+    _settle_orientation(cfg, _check_sites(inventory, cfg, method, in_place, classes, initialise and not meta))
+    if by_config and getattr(method, "condense_targets", True):
+        _condense(cfg, matched, names)
+    targets = [key for key in dict.fromkeys((*matched, *tied)) if key not in own]
+    saved = [*saved, *tied_saved]
+    tokens, tied_rows = plan_tokens(inventory, cfg, rows, heads)
+    _check_tokens(inventory, tokens, targets, saved)
+    _check_wrappers(inventory, saved, ModulesToSaveWrapper)
+    _check_wrappers(inventory, tokens, TrainableTokensWrapper)
+    spread = plan_spreading(inventory, cfg, method, targets, (*saved, *tokens, *parameters))
+    return Injection(
+        inventory, name, cfg, method, targets, classes, spread, own, parameters, saved, tokens,
+        tied=[*tied, *tied_saved, *tied_rows], device=None if spread else device, initialise=initialise,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )  # fmt: skip
+
+
+def _complete(cfg: PeftConfig, model: nn.Module, method: AdapterMethod, by_keys: bool) -> None:
+    """Fill in, in the config itself, what it leaves to the model.
+
+    Args:
+        by_keys: a state dict says which modules are adapted.
+    """
     retarget(cfg, model)
-    if keys is not None and getattr(cfg, "target_parameters", None):
+    if by_keys and getattr(cfg, "target_parameters", None):
         raise ValueError(
             "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
             "not supported -- when using `target_parameters`, please inject the adapter without the state_dict."
@@ -206,84 +255,27 @@ def plan_injection(
     resolve_targets(cfg, model, method.default_targets)
     if hasattr(type(method), "resolve"):
         method.resolve(cfg, model)
-    always = getattr(method, "always_ties", False)
-    tie = Tying() if always else plan_tying(inventory, cfg, tied_heads)
+
+
+def _match(cfg: PeftConfig, model: nn.Module, names: Sequence[str], renamed: bool) -> tuple[Matcher, list[str]]:
+    """The config's matcher, and what it matches of a model's modules.
+
+    Args:
+        renamed: where that is nothing, look for modules that had these names in earlier releases of transformers.
+    """
     matcher = make_matcher(cfg)
-    matched = [n for n in names if matcher(n)]
-    if not matched and not strict and keys is None and modules is None:
-        asked = cfg.target_modules
-        if rename_targets(model, cfg, names):
-            matcher = make_matcher(cfg)
-            matched = [n for n in names if matcher(n)]
-            warn(
-                f"transformers has renamed what target_modules={asked!r} of a {type(model).__name__} are; adapted are "
-                f"the modules that were called so, now {enumerate_some(sorted(name_ends(matched)))}.",
-                PeftWarning,
-            )
-    if keys is not None:
-        matched = _given(inventory, keys, matched)
-    if modules is not None:
-        matched = list(modules)
-    if always and tied_heads and embedding_name(inventory) in matched:
-        tie.targets = tied_heads
-        matched = [n for n in matched if n not in set(tied_heads)]
-    saved_names = list(getattr(cfg, "modules_to_save", None) or ())
-    saved = [n for n in names if any(n.endswith(s) for s in saved_names)]
-    if set(matched) & set(saved):
-        matched = _without_saved(cfg, matched, saved)
-    matched, parts = plan_attention(inventory, cfg, method, matched, saved)
-    rows = getattr(cfg, "trainable_token_indices", None)
-    parameters = plan_parameters(inventory, cfg, method, [*matched, *parts], saved)
-    wants_none = not cfg.target_modules and not isinstance(cfg.target_modules, str) and (saved or rows)
-    if keys is None and modules is None or not (matched or wants_none):
-        report_matches(cfg, matcher, matched, names, model, strict, full_names(parameters))
-    if getattr(cfg, "target_parameters", None):
-        report_parameters(cfg, parameters, inventory, strict)
-    refuse_mamba(model, cfg, matched, refused=getattr(method, "refused_by_mamba", True))
-    missing = [s for s in saved_names if not any(n.endswith(s) for n in names)]
-    if missing and not set(missing) <= {"classifier", "score", "qa_outputs"}:
-        _complain(f"modules_to_save: {missing} matched no module.{close_matches(missing[0], name_ends(names))}", strict)
-    if initialise and device is not None and torch.device(device).type == "meta" and method.changes_base(cfg):
-        device = None  # the base changes with this initialisation, so it has to take place, and needs values
-    own = own_layer_classes(inventory, cfg, matched)
-    classes = {key: cls for key, cls in own.items() if issubclass(cls, BaseTunerLayer)}
-    own = {key: cls for key, cls in own.items() if key not in classes}
-    in_place = [key for key in matched if key not in own]
-    say_read_by_parents(inventory, in_place, parameters)
-    meta = device is not None and torch.device(device).type == "meta"
-    transposed = _check_sites(inventory, cfg, method, in_place, classes, initialise and not meta)
-    if matched:
-        _settle_orientation(cfg, transposed)
-    if isinstance(cfg.target_modules, (set, list)) and len(cfg.target_modules) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
-        free = keys is None and modules is None and not getattr(cfg, "layers_to_transform", None)
-        if free and getattr(method, "condense_targets", True):
-            cfg.target_modules = shortest_suffixes(matched, names)
-    targets = [key for key in dict.fromkeys((*matched, *tie.targets)) if key not in own]
-    tokens, tokens_tied = plan_tokens(inventory, cfg, rows, tied_heads)
-    _check_tokens(inventory, {**tokens, **dict.fromkeys(tokens_tied)}, targets, (*saved, *tie.saved))
-    _check_wrappers(inventory, (*saved, *tie.saved), ModulesToSaveWrapper)
-    _check_wrappers(inventory, (*tokens, *tokens_tied), TrainableTokensWrapper)
-    beside = (*saved, *tie.saved, *tokens, *tokens_tied, *parameters)
-    spread = plan_spreading(inventory, cfg, method, targets, beside)
-    return Injection(
-        inventory,
-        name,
-        cfg,
-        method,
-        targets=targets,
-        tied=tie.targets,
-        classes=classes,
-        spread=spread,
-        own=own,
-        parameters=parameters,
-        saved=saved,
-        saved_tied=tie.saved,
-        tokens=tokens,
-        tokens_tied=tokens_tied,
-        device=None if spread else device,
-        initialise=initialise,
-        autocast_adapter_dtype=autocast_adapter_dtype,
+    matched = list(filter(matcher, names))
+    asked = cfg.target_modules
+    if matched or not renamed or not rename_targets(model, cfg, names):
+        return matcher, matched
+    matcher = make_matcher(cfg)
+    matched = list(filter(matcher, names))
+    warn(
+        f"transformers has renamed what target_modules={asked!r} of a {type(model).__name__} are; adapted are the "
+        f"modules that were called so, now {enumerate_some(sorted(name_ends(matched)))}.",
+        PeftWarning,
     )
+    return matcher, matched
 
 
 def _given(inventory: Inventory, keys: Iterable[str], matched: Iterable[str]) -> list[str]:
@@ -305,14 +297,16 @@ def _given(inventory: Inventory, keys: Iterable[str], matched: Iterable[str]) ->
     if unknown:
         raise ValueError(f"The state dict adapts modules that the model does not have: {enumerate_some(unknown)}")
     _say_difference(set(matched), set(wanted))
-    return [n for n in names if n in set(wanted)]
+    return list(filter(set(wanted).__contains__, names))
 
 
-def _without_saved(cfg: PeftConfig, matched: Sequence[str], saved: Sequence[str]) -> list[str]:
+def _without_saved(cfg: PeftConfig, matched: list[str], saved: Collection[str]) -> list[str]:
     """The matched modules without those that `modules_to_save`, which means the ends of names, trains in full. The
     config is left without targets that then mean nothing, so that every reader of it finds the same."""
-    kept = [n for n in matched if n not in set(saved)]
-    both = [n for n in matched if n in set(saved)]
+    kept = [n for n in matched if n not in saved]
+    both = [n for n in matched if n in saved]
+    if not both:
+        return matched
     warn(
         f"{enumerate_some(both)}: trained in full and not adapted, because their names end with one of modules_to_save "
         f"({cfg.modules_to_save}).",
@@ -325,10 +319,9 @@ def _without_saved(cfg: PeftConfig, matched: Sequence[str], saved: Sequence[str]
     return kept
 
 
-def _check_tokens(inventory: Inventory, tokens: Iterable[str], targets: Sequence[str], saved: Sequence[str]) -> None:
+def _check_tokens(inventory: Inventory, tokens: Collection[str], targets: Sequence[str], saved: Sequence[str]) -> None:
     """Refuse to train rows of what the same adapter trains in another way; a tied head has the embedding's rows."""
-    tokens = list(tokens)
-    adapted = [key for key in tokens if key in set(targets)]
+    adapted = [key for key in tokens if key in targets]
     if adapted:
         raise TypeError(
             "trainable_token_indices cannot be applied to modules of type "
@@ -364,10 +357,22 @@ def _check_wrappers(inventory: Inventory, keys: Iterable[str], kind: type[Auxili
             )
 
 
-def _complain(message: str, strict: bool) -> None:
-    if strict:
-        raise ValueError(message + " (strict=True)")
-    warn(message, AdapterMismatchWarning)
+def _report_saved(endings: Sequence[str], names: Sequence[str], strict: bool) -> None:
+    """Say, or with `strict` refuse, what of `modules_to_save` matches nothing, but for heads that a task asks for."""
+    missing = [s for s in endings if not any(n.endswith(s) for n in names)]
+    if missing and not set(missing) <= {"classifier", "score", "qa_outputs"}:
+        message = f"modules_to_save: {missing} matched no module.{close_matches(missing[0], name_ends(names))}"
+        if strict:
+            raise ValueError(message + " (strict=True)")
+        warn(message, AdapterMismatchWarning)
+
+
+def _condense(cfg: PeftConfig, matched: Sequence[str], names: Sequence[str]) -> None:
+    """Store a long list of targets as the shortest suffixes that mean the same."""
+    targets = cfg.target_modules
+    is_long = isinstance(targets, (set, list)) and len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION
+    if is_long and not getattr(cfg, "layers_to_transform", None):
+        cfg.target_modules = shortest_suffixes(matched, names)
 
 
 def _say_difference(by_config: set[str], by_state: set[str]) -> None:

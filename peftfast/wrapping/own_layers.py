@@ -17,8 +17,11 @@ from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.targets import pattern_value
 
 
-def own_layer_classes(inventory: Inventory, cfg: PeftConfig, keys: Sequence[str]) -> dict[str, type]:
-    """Which of the modules `keys` are to get a layer of the user's own, and its class."""
+def own_layer_classes(
+    inventory: Inventory, cfg: PeftConfig, keys: Sequence[str]
+) -> tuple[dict[str, type], dict[str, type]]:
+    """Which of the modules `keys` are to get a layer of the user's own, and its class: those whose class derives from
+    one of the library's layers, and all others."""
     mapping = getattr(cfg, "_custom_modules", None) or {}
     found: dict[str, type] = {}
     for key in keys:
@@ -48,7 +51,8 @@ def own_layer_classes(inventory: Inventory, cfg: PeftConfig, keys: Sequence[str]
             found[key] = cls
             if not has_site(present):
                 warn(f"Unsupported layer type '{type(present)}' encountered, proceed at your own risk.")
-    return found
+    derived = {key: cls for key, cls in found.items() if issubclass(cls, BaseTunerLayer)}
+    return derived, {key: cls for key, cls in found.items() if key not in derived}
 
 
 def settings_of(cfg: Any, key: str) -> dict[str, Any]:

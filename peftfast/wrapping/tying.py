@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,14 +18,6 @@ from peftfast.layers.stand_in import StandIn
 from peftfast.sharding import whole_shape
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.targets import name_ends
-
-
-@dataclass
-class Tying:
-    """Modules that follow the input embedding's adapter: adapted ones, and ones of which a copy is kept."""
-
-    targets: list[str] = field(default_factory=list)
-    saved: list[str] = field(default_factory=list)
 
 
 def embedding_name(inventory: Inventory) -> str:
@@ -87,7 +78,9 @@ _TIED_WARNING = (
 )
 
 
-def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> Tying:
+def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> tuple[list[str], list[str]]:
+    """The `heads` that follow the input embedding's adapter, and those that follow the copy kept of it, if the config
+    asks for that; it names the embedding instead of them from then on."""
     ensure = getattr(cfg, "ensure_weight_tying", False)
     if not heads:
         if ensure:
@@ -98,7 +91,7 @@ def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> Tying
                 if rows
                 else "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
             )
-        return Tying()
+        return [], []
     embedding = embedding_name(inventory)
     both = [embedding, *heads]
     targets, saved = cfg.target_modules, list(getattr(cfg, "modules_to_save", None) or ())
@@ -110,29 +103,30 @@ def plan_tying(inventory: Inventory, cfg: PeftConfig, heads: list[str]) -> Tying
     if not ensure:
         if targeted or kept:
             warn(_TIED_WARNING)
-        return Tying()
+        return [], []
     if kept:
         cfg.modules_to_save = [s for s in saved if not any(h.endswith(s) for h in heads)]
         if embedding not in cfg.modules_to_save:
             cfg.modules_to_save.append(embedding)
-        return Tying(saved=heads)
+        return [], heads
     if targeted:
         if isinstance(targets, str):
             cfg.target_modules = rf"(?:{targets}|^{re.escape(embedding)}$)"
         else:
             own = set(targets).difference(*map(ends_of, heads))
             cfg.target_modules = own | {embedding}
-        return Tying(targets=heads)
+        return heads, []
     warn(
         "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
         "`target_modules`"
     )
-    return Tying()
+    return [], []
 
 
 def plan_tokens(
     inventory: Inventory, cfg: PeftConfig, rows: Any, heads: list[str]
 ) -> tuple[dict[str, list[int]], list[str]]:
+    """Module name -> rows to train, and the tied `heads` among them that share the input embedding's."""
     if rows is None:
         return {}, []
     if not isinstance(rows, dict):
@@ -175,4 +169,5 @@ def plan_tokens(
                 f"trainable_token_indices { ({embedding: plan[embedding], **own}) }"
             )
         return plan, []  # rows of their own, as asked
-    return {key: indices for key, indices in plan.items() if key not in own}, list(heads)
+    others = {key: indices for key, indices in plan.items() if key not in own}
+    return others | dict.fromkeys(heads, plan[embedding]), heads
