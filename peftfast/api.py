@@ -28,7 +28,7 @@ from peftfast.training.checkpointing import checkpointing_switches, is_checkpoin
 from peftfast.tuners.tuner import adapted_modules
 from peftfast.wrapping.adding import add_adapter, say_if_in_prefix
 from peftfast.wrapping.injection import plan_injection
-from peftfast.wrapping.inventory import Inventory, injected_inventory
+from peftfast.wrapping.inventory import Inventory, inventory_of
 from peftfast.wrapping.replication import replicated
 
 
@@ -185,18 +185,6 @@ def inject_adapter_in_model(
     if not peft_config.inference_mode and is_checkpointing(checkpointing_switches(model)):
         require_input_gradients(model)
     return model
-
-
-def inventory_of(model: nn.Module) -> Inventory:
-    """The inventory of a model with injected adapters, made on first use."""
-    inventory = injected_inventory(model)
-    if inventory is None:
-        configs = getattr(model, "peft_config", None)
-        inventory = Inventory(model, configs if isinstance(configs, dict) else {})
-        model.__dict__["_peftfast_inventory"] = inventory
-    if getattr(model, "peft_config", None) is not inventory.configs:
-        model.peft_config = inventory.configs  # transformers deletes it with the last adapter
-    return inventory
 
 
 def get_peft_model_state_dict(

@@ -11,9 +11,9 @@ from torch import nn
 from peftfast.api import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
-    inventory_of,
     set_peft_model_state_dict,
 )
+from peftfast.wrapping.inventory import inventory_of
 
 __all__ = [
     "cast_adapter_dtype",

@@ -11,7 +11,7 @@ from peftfast.config import PeftConfig
 from peftfast.embeddings import EMBEDDING_LAYER_NAMES, input_embeddings, output_embeddings
 from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some, warn
 from peftfast.files.entry import Entry
-from peftfast.keys import PREFIX, in_base, strip_wrappers
+from peftfast.keys import in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
@@ -20,6 +20,7 @@ from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
 from peftfast.sharding import gathered, to_shards
 from peftfast.sites.site import is_bias
+from peftfast.wrapping.inventory import find_inventory
 
 _FACTOR = re.compile(r"lora_(embedding_)?[AB](\.weight)?$")
 
@@ -44,13 +45,9 @@ def _is_wrapped(module: nn.Module) -> bool:
 def _listed(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
     """The same from the inventory, which costs nothing per adapter; None where there is none or where something else
     (a sharding engine's wrapper) stands in a listed place by now."""
-    tuner = model._modules.get("base_model")
-    places = ((tuner, "inventory", PREFIX), (model, "inventory", "model."), (model, "_peftfast_inventory", ""))
-    held = ((holder.__dict__.get(attribute), prefix) for holder, attribute, prefix in places if holder is not None)
-    inventory, prefix = next((each for each in held if each[0] is not None), (None, ""))
-    if inventory is None or any(isinstance(child, PromptEncoders) for child in model._modules.values()):
-        return None
-    if not inventory.stands():
+    inventory, prefix = find_inventory(model)
+    prompts = any(isinstance(child, PromptEncoders) for child in model._modules.values())
+    if inventory is None or prompts or not inventory.stands():
         return None
     return [(prefix + strip_wrappers(key), wrapper) for key, wrapper in inventory.wrappers()]
 

@@ -21,7 +21,7 @@ from peftfast.errors import close_matches, enumerate_some
 from peftfast.many.router import check_length
 from peftfast.many.slots import Factors, Slots, Source
 from peftfast.rows.routing import BASE, Routing, batch_of, tokens_of
-from peftfast.wrapping.inventory import Inventory, injected_inventory
+from peftfast.wrapping.inventory import inventory_of
 
 
 @dataclass
@@ -85,7 +85,7 @@ class AdapterPool:
                 f"{host_capacity}"
             )
         self.model = model
-        self.inventory = _inventory_of(model)
+        self.inventory = inventory_of(model)
         self.max_rank, self.host_capacity = max_rank, host_capacity
         self.statistics = PoolStatistics()
         target_parameters = [target_parameters] if isinstance(target_parameters, str) else list(target_parameters)
@@ -383,14 +383,3 @@ def _await(events: Mapping[Any, Any]) -> None:
     """Let this thread's streams go on after these events; the host does not wait."""
     for stream, event in events.items():
         torch.cuda.current_stream(stream.device).wait_event(event)
-
-
-def _inventory_of(model: nn.Module) -> Inventory:
-    tuner = getattr(model, "base_model", None)
-    inventory = None if tuner is None else tuner.__dict__.get("inventory")
-    if inventory is not None:
-        return inventory
-    inventory = injected_inventory(model)
-    if inventory is None:
-        inventory = model.__dict__["_peftfast_inventory"] = Inventory(model)
-    return inventory

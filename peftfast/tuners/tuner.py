@@ -22,7 +22,7 @@ from peftfast.sharding import GatheredAsOne
 from peftfast.training.checkpointing import checkpointing_switches
 from peftfast.tuners.calls import CalledModel
 from peftfast.wrapping.adding import add_adapter
-from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.inventory import KEPT, Inventory
 from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
 
 #: What stands for the config of a model without one.
@@ -80,7 +80,7 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, nn.Module):
             raise
         if beside_others:
             self.inventory.activate_added(adapter_name, config.inference_mode)
-        model.__dict__.pop("_peftfast_inventory", None)  # of adapters injected before, it would miss those from now on
+        model.__dict__[KEPT] = self.inventory
         model.peft_config = self.peft_config
         self.__dict__["_checkpointing"] = checkpointing_switches(model)
         self.prefix = method_for(config).prefix
@@ -286,6 +286,7 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, nn.Module):
         self.router = None  # there is nothing left to choose from
         say_if_untied(model)
         name_dense_layers(model)
+        model.__dict__.pop(KEPT, None)
         if hasattr(model, "peft_config"):
             del model.peft_config
         return model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, warn
+from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer, Place
 from peftfast.method import AdapterMethod, method_for
 from peftfast.sharding import gather_without_wrapper, is_stepped_by_zero3, to_shards
@@ -365,14 +366,35 @@ class Inventory(Listing):
         return {**self.__dict__, "_methods": {}}  # there is one object of every method
 
 
-def injected_inventory(model: nn.Module) -> Inventory | None:
-    """The inventory of a model that adapters were injected into; None where there is none, or where its layers have
-    been taken out of the model since, as diffusers' `unload_lora` does."""
-    inventory = model.__dict__.get("_peftfast_inventory")
-    if inventory is None or inventory.stands():  # something else may stand around them: a sharding engine's wrapper
-        return inventory
-    present = {id(module) for module in model.modules()}
-    return inventory if all(id(wrapper) in present for _, wrapper in inventory.wrappers()) else None
+#: Where a base model keeps the inventory of its adapters, whoever has put them in.
+KEPT = "_peftfast_inventory"
+
+
+def find_inventory(model: nn.Module) -> tuple[Inventory | None, str]:
+    """The inventory of a base model, or of the tuner or PeftModel around one, and what stands in front of its names in
+    those of `model`. None where there is none, or where its layers have been taken out of the model since, as
+    diffusers' `unload_lora` does."""
+    tuner = getattr(model, "_tuner", model)
+    inventory = tuner.__dict__.get("inventory")
+    if inventory is not None:
+        return inventory, "model." if tuner is model else PREFIX
+    inventory = model.__dict__.get(KEPT)
+    if inventory is not None and not inventory.stands():  # something else may stand around them: an engine's wrapper
+        present = {id(module) for module in model.modules()}
+        if not all(id(wrapper) in present for _, wrapper in inventory.wrappers()):
+            inventory = None
+    return inventory, ""
+
+
+def inventory_of(model: nn.Module) -> Inventory:
+    """`find_inventory`, made where there is none yet."""
+    inventory, _ = find_inventory(model)
+    if inventory is None:
+        configs = getattr(model, "peft_config", None)
+        inventory = model.__dict__[KEPT] = Inventory(model, configs if isinstance(configs, dict) else {})
+    if getattr(model, "peft_config", None) is not inventory.configs:
+        model.peft_config = inventory.configs  # transformers deletes it with the last adapter
+    return inventory
 
 
 def _own_parameters(wrapper: Wrapper) -> Iterator[nn.Parameter]:

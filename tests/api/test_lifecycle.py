@@ -831,6 +831,23 @@ def test_a_first_adapter_starts_in_training_mode(way, inference_mode):
     assert found[peftfast] == (dict.fromkeys(found[peft], False) if inference_mode else found[peft])
 
 
+@pytest.mark.parametrize("given", ["model", "tuner", "base"])
+def test_functions_for_bare_models_and_the_methods_of_a_wrapper_see_the_same_adapters(given):
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
+    target = {"model": model, "tuner": model.base_model, "base": model.get_base_model()}[given]
+    peftfast.inject_adapter_in_model(peftfast.LoraConfig(**SECOND), target, "second")
+    assert model.active_adapters == ["second"] and set(model.peft_config) == {"default", "second"}
+    peftfast.functional.set_adapter(target, "default")
+    assert model.active_adapters == ["default"]
+    alone = oracle.logits(model)
+    model.set_adapter("second")
+    peftfast.functional.delete_adapter(target, "second")
+    assert model.active_adapters == ["default"] and torch.equal(oracle.logits(model), alone)
+    base = model.unload()
+    wrapped = peftfast.get_peft_model(base, peftfast.LoraConfig(**FIRST), "new")
+    assert wrapped.active_adapters == ["new"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_injected_factors_have_the_dtype_of_the_base(dtype):
     """Without a PeftModel around it, nothing would cast fp32 factors once for all layers."""
