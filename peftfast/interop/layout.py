@@ -8,59 +8,53 @@ from typing import Any
 from peftfast.errors import close_matches
 from peftfast.interop import absent
 
-_LORA_LAYERS = {
-    "LoraLayer": "peftfast.layers.own:LoraLayer",
-    **{name: f"peftfast.layers.kinds:{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")},
-}
+
+def _from(module: str, *names: str) -> dict[str, str]:
+    """Names that stand for what `module` calls so too."""
+    return {name: f"{module}:{name}" for name in names}
+
+
+_MIXED = _from("peftfast.tuners.mixed", "MixedModel")
+_LORA_LAYERS = _from("peftfast.layers.kinds", "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 #: The file below `peft.tuners.lora` of each kind of packed linear layer, and what its layer with adapters is called.
 _PACKED = {
     "aqlm": ("AqlmLoraLinear",), "awq": ("AwqLoraLinear",), "bnb": ("Linear4bit", "Linear8bitLt"),
     "eetq": ("EetqLoraLinear",), "gptq": ("GPTQLoraLinear",), "hqq": ("HqqLoraLinear",),
     "torchao": ("TorchaoLoraLinear",),
 }  # fmt: skip
-_FUNCTIONAL = {
-    name: f"peftfast.functional:{name}"
-    for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
-}
+_FUNCTIONAL = _from("peftfast.functional", "cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
 
 #: Modules that exist under the name `peft`. Each answers every public name of peftfast, as PEFT's modules import each
 #: other's names, and in addition what is listed here: name -> "module:attribute".
 MODULES: dict[str, dict[str, str]] = {
     "peft": {},
     "peft.auto": {},
-    "peft.config": {"PeftConfigMixin": "peftfast.config:PeftConfigMixin"},
+    "peft.config": _from("peftfast.config", "PeftConfigMixin"),
     "peft.functional": _FUNCTIONAL,
-    "peft.helpers": {
-        name: f"peftfast.helpers:{name}"
-        for name in (
-            "DoraCaching",
-            "MontecloraTrainerMixin",
-            "check_if_peft_model",
-            "disable_input_dtype_casting",
-            "rescale_adapter_scale",
-            "update_forward_signature",
-            "update_generate_signature",
-            "update_signature",
-        )
-    },
+    "peft.helpers": _from(
+        "peftfast.helpers",
+        "DoraCaching",
+        "MontecloraTrainerMixin",
+        "check_if_peft_model",
+        "disable_input_dtype_casting",
+        "rescale_adapter_scale",
+        "update_forward_signature",
+        "update_generate_signature",
+        "update_signature",
+    ),
     "peft.import_utils": {},
     "peft.mapping": {},
     "peft.mapping_func": {},
-    "peft.mixed_model": {"MixedModel": "peftfast.tuners.mixed:MixedModel"},
-    "peft.optimizers": {
-        "create_lorafa_optimizer": "peftfast.optimizers:create_lorafa_optimizer",
-        "create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer",
-        "create_riemannian_optimizer": "peftfast.optimizers:create_riemannian_optimizer",
-    },
-    "peft.optimizers.lorafa": {
-        "LoraFAOptimizer": "peftfast.optimizers:LoraFAOptimizer",
-        "create_lorafa_optimizer": "peftfast.optimizers:create_lorafa_optimizer",
-    },
-    "peft.optimizers.loraplus": {"create_loraplus_optimizer": "peftfast.optimizers:create_loraplus_optimizer"},
-    "peft.optimizers.riemannian": {"create_riemannian_optimizer": "peftfast.optimizers:create_riemannian_optimizer"},
-    "peft.peft_model": {name: f"peftfast.status:{name}" for name in ("TunerLayerStatus", "TunerModelStatus")},
-    "peft.tuners": {"MixedModel": "peftfast.tuners.mixed:MixedModel"},
-    "peft.tuners.adalora": {"RankAllocator": "peftfast.methods.rank_allocator:RankAllocator"},
+    "peft.mixed_model": _MIXED,
+    "peft.optimizers": _from(
+        "peftfast.optimizers", "create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer"
+    ),
+    "peft.optimizers.lorafa": _from("peftfast.optimizers", "LoraFAOptimizer", "create_lorafa_optimizer"),
+    "peft.optimizers.loraplus": _from("peftfast.optimizers", "create_loraplus_optimizer"),
+    "peft.optimizers.riemannian": _from("peftfast.optimizers", "create_riemannian_optimizer"),
+    "peft.peft_model": _from("peftfast.status", "TunerLayerStatus", "TunerModelStatus"),
+    "peft.tuners": _MIXED,
+    "peft.tuners.adalora": _from("peftfast.methods.rank_allocator", "RankAllocator"),
     "peft.tuners.ia3": {},
     "peft.tuners.loha": {},
     "peft.tuners.loha.layer": {},
@@ -68,24 +62,15 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.lokr.layer": {},
     "peft.tuners.lora": {
         **_LORA_LAYERS,
-        **{name: f"peftfast.interop.kinds:{name}" for names in _PACKED.values() for name in names},
+        **_from("peftfast.interop.kinds", *(name for names in _PACKED.values() for name in names)),
     },
-    **{
-        f"peft.tuners.lora.{part}": {name: f"peftfast.interop.kinds:{name}" for name in names}
-        for part, names in _PACKED.items()
-    },
-    "peft.tuners.lora.arrow": {
-        "_resolve_adapter_source": "peftfast.arrow:source_of",
-        "create_arrow_model": "peftfast.arrow:create_arrow_model",
-    },
+    **{f"peft.tuners.lora.{part}": _from("peftfast.interop.kinds", *names) for part, names in _PACKED.items()},
+    "peft.tuners.lora.arrow": {"_resolve_adapter_source": "peftfast.arrow:source_of"},
     "peft.tuners.lora.config": {},
-    "peft.tuners.lora.corda": {
-        "CordaEigens": "peftfast.methods.lora.corda:CordaEigens",
-        "preprocess_corda": "peftfast.calibration.corda:preprocess_corda",
-    },
+    "peft.tuners.lora.corda": _from("peftfast.methods.lora.corda", "CordaEigens"),
     "peft.tuners.lora.eva": {},
     "peft.tuners.lora.conversion": {},
-    "peft.tuners.lora.intruders": {"reduce_intruder_dimension": "peftfast.many.intruders:reduce_intruder_dimension"},
+    "peft.tuners.lora.intruders": {},
     "peft.tuners.lora.dora": {},
     "peft.tuners.lora.layer": {**_LORA_LAYERS, "MultiheadAttention": "peftfast.layers.attention:AttentionLayer"},
     "peft.tuners.lora.loraga": {},
@@ -93,26 +78,21 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.lora.tp_layer": {},
     "peft.tuners.lora.variants": {
         "BlockDiagonalLinear": "peftfast.methods.lora.bdlora:BlockDiagonalLinear",
-        **{
-            name: f"peftfast.methods.lora.alora:{name}"
-            for name in (
-                "calculate_alora_offsets",
-                "get_alora_offsets_for_forward",
-                "get_alora_offsets_for_generate",
-                "is_alora_relevant_in_batch",
-            )
-        },
+        **_from(
+            "peftfast.methods.lora.alora",
+            "calculate_alora_offsets",
+            "get_alora_offsets_for_forward",
+            "get_alora_offsets_for_generate",
+            "is_alora_relevant_in_batch",
+        ),
     },
-    "peft.tuners.lora.monteclora": {"MontecloraSampler": "peftfast.methods.lora.monteclora:MontecloraSampler"},
-    "peft.tuners.mixed": {"MixedModel": "peftfast.tuners.mixed:MixedModel"},
+    "peft.tuners.lora.monteclora": _from("peftfast.methods.lora.monteclora", "MontecloraSampler"),
+    "peft.tuners.mixed": _MIXED,
     "peft.tuners.p_tuning": {},
     "peft.tuners.prefix_tuning": {},
     "peft.tuners.prompt_tuning": {},
     "peft.tuners.trainable_tokens": {},
     "peft.tuners.tuners_utils": {
-        "BaseTuner": "peftfast.tuners.tuner:BaseTuner",
-        "BaseTunerLayer": "peftfast.layers.own:LoraLayer",
-        "check_target_module_exists": "peftfast.wrapping.targets:check_target_module_exists",
         "inspect_matched_modules": "peftfast.status:inspect_matched_modules",
         "_maybe_include_all_linear_layers": "peftfast.interop.utilities:include_all_linear_layers",
         **_FUNCTIONAL,
@@ -124,38 +104,28 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.utils.constants": {},
     "peft.utils.error": {},
     "peft.utils.loftq_utils": {},
-    "peft.utils.hotswap": {
-        **{
-            name: f"peftfast.many.hotswap:{name}"
-            for name in ("check_hotswap_configs_compatible", "hotswap_adapter", "hotswap_adapter_from_state_dict")
-        },
-        "prepare_model_for_compiled_hotswap": "peftfast.many.swappable:prepare_model_for_compiled_hotswap",
-    },
+    "peft.utils.hotswap": {},
     "peft.utils.integrations": {},
-    "peft.utils.merge_utils": {
-        name: f"peftfast.interop.merge_utils:{name}"
-        for name in (
-            "calculate_majority_sign_mask",
-            "dare_linear",
-            "dare_ties",
-            "disjoint_merge",
-            "magnitude_based_pruning",
-            "magnitude_prune",
-            "prune",
-            "random_pruning",
-            "reshape_weight_task_tensors",
-            "task_arithmetic",
-            "ties",
-        )
-    },
+    "peft.utils.merge_utils": _from(
+        "peftfast.interop.merge_utils",
+        "calculate_majority_sign_mask",
+        "dare_linear",
+        "dare_ties",
+        "disjoint_merge",
+        "magnitude_based_pruning",
+        "magnitude_prune",
+        "prune",
+        "random_pruning",
+        "reshape_weight_task_tensors",
+        "task_arithmetic",
+        "ties",
+    ),
     "peft.utils.peft_types": {},
     "peft.utils.quantization_utils": {},
     "peft.utils.save_and_load": {
         "_maybe_shard_state_dict_for_tp": "peftfast.interop.weight_mapping:refuse_tensor_parallel"
     },
-    "peft.utils.transformers_weight_conversion": {
-        "build_peft_weight_mapping": "peftfast.interop.weight_mapping:build_peft_weight_mapping"
-    },
+    "peft.utils.transformers_weight_conversion": _from("peftfast.interop.weight_mapping", "build_peft_weight_mapping"),
     "peft.utils.warning": {},
 }
 MODULES |= {
@@ -190,55 +160,50 @@ SHARED: dict[str, str] = {
     "WEIGHTS_NAME": "peftfast.files.io:WEIGHTS_NAME",
     "check_target_module_exists": "peftfast.wrapping.targets:check_target_module_exists",
     "id_tensor_storage": "transformers.pytorch_utils:id_tensor_storage",
-    **{
-        name: f"peftfast.layers.saved_modules:{name}"
-        for name in ("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "TrainableTokensWrapper")
-    },
-    **{
-        name: f"peftfast.interop.installed:{name}"
-        for name in (
-            "is_aqlm_available",
-            "is_bnb_4bit_available",
-            "is_bnb_available",
-            "is_diffusers_available",
-            "is_eetq_available",
-            "is_gptqmodel_available",
-            "is_hqq_available",
-            "is_inc_available",
-            "is_optimum_available",
-            "is_te_available",
-            "is_te_pytorch_available",
-            "is_torch_tpu_available",
-            "is_torchao_available",
-            "is_torchao_ge_v0_18_0",
-            "is_xpu_available",
-        )
-    },
-    **{
-        name: f"peftfast.interop.utilities:{name}"
-        for name in (
-            "ALLOWED_COMPUTE_DTYPES",
-            "DUMMY_TARGET_MODULES",
-            "TOKENIZER_CONFIG_NAME",
-            "UPCAST_DTYPES",
-            "check_adapters_to_merge",
-            "check_deepspeed_zero3_enabled",
-            "dequantize_bnb_weight",
-            "dequantize_module_weight",
-            "find_parameter_name_by_module",
-            "gather_params_ctx",
-            "get_bnb_param_type",
-            "get_device_map",
-            "get_pattern_key",
-            "get_quantization_config",
-            "infer_device",
-            "init_empty_weights",
-            "match_target_against_key",
-            "onload_layer",
-            "str_to_bool",
-            "transpose",
-        )
-    },
+    **_from(
+        "peftfast.layers.saved_modules", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "TrainableTokensWrapper"
+    ),
+    **_from(
+        "peftfast.interop.installed",
+        "is_aqlm_available",
+        "is_bnb_4bit_available",
+        "is_bnb_available",
+        "is_diffusers_available",
+        "is_eetq_available",
+        "is_gptqmodel_available",
+        "is_hqq_available",
+        "is_inc_available",
+        "is_optimum_available",
+        "is_te_available",
+        "is_te_pytorch_available",
+        "is_torch_tpu_available",
+        "is_torchao_available",
+        "is_torchao_ge_v0_18_0",
+        "is_xpu_available",
+    ),
+    **_from(
+        "peftfast.interop.utilities",
+        "ALLOWED_COMPUTE_DTYPES",
+        "DUMMY_TARGET_MODULES",
+        "TOKENIZER_CONFIG_NAME",
+        "UPCAST_DTYPES",
+        "check_adapters_to_merge",
+        "check_deepspeed_zero3_enabled",
+        "dequantize_bnb_weight",
+        "dequantize_module_weight",
+        "find_parameter_name_by_module",
+        "gather_params_ctx",
+        "get_bnb_param_type",
+        "get_device_map",
+        "get_pattern_key",
+        "get_quantization_config",
+        "infer_device",
+        "init_empty_weights",
+        "match_target_against_key",
+        "onload_layer",
+        "str_to_bool",
+        "transpose",
+    ),
 }
 
 
@@ -260,12 +225,7 @@ def lookup(module: str, name: str) -> Any:
             f"module {module!r} (served by peftfast) has no attribute {name!r}.{close_matches(name, names(module))}"
         )
     source, _, attribute = place.partition(":")
-    try:
-        return getattr(importlib.import_module(source), attribute)
-    except ModuleNotFoundError as e:
-        if e.name != source:
-            raise
-        raise AttributeError(f"module {module!r} (served by peftfast) does not provide {name!r} yet") from e
+    return getattr(importlib.import_module(source), attribute)
 
 
 def names(module: str) -> list[str]:
