@@ -209,11 +209,3 @@ def dot_precision(chip: str, *dtypes: torch.dtype) -> str:
         return "tf32x3"  # wide: x is exact in TF32, only the fp32 factor needs the extra products
     # `allow_tf32` raises once the setting was made by its newer name
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def splits(parallel: int, steps: int, wanted: int = 512) -> int:
-    """In how many parts a reduction of `steps` steps is cut when there are `parallel` independent tiles.
-
-    A function of the shape alone, so that the order of summation is the same on every GPU.
-    """
-    return max(1, min(steps, wanted // max(parallel, 1), 64))

@@ -38,11 +38,6 @@ def _build(device, gradient, m, n, dtype, single, strided):
     return {"dy": dy, "y": y, "s": s[0], "grad_dtype": torch.float32} if gradient else {"y": y, "s": s[0]}
 
 
-def _product(y: Tensor, s: Tensor) -> Tensor:
-    """y * s in y's dtype; computed in the wider of the two dtypes, rounded once, without a wide temporary."""
-    return torch.mul(y, s, out=torch.empty(y.shape, dtype=y.dtype, device=y.device))
-
-
 @op(
     reference=_reference,
     module="feature_scale_kernels",
@@ -53,7 +48,8 @@ def _product(y: Tensor, s: Tensor) -> Tensor:
 )
 def feature_scale(y: Tensor, s: Tensor) -> Tensor:
     """Returns y * s in y's dtype, for y [M, N] and s [N]."""
-    return _product(y, s)
+    # computed in the wider of the two dtypes, rounded once, without a wide temporary
+    return torch.mul(y, s, out=torch.empty(y.shape, dtype=y.dtype, device=y.device))
 
 
 def _grad_reference(dy: Tensor, y: Tensor, s: Tensor, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -79,4 +75,4 @@ def feature_scale_grad(dy: Tensor, y: Tensor, s: Tensor, grad_dtype: torch.dtype
     ds = torch.zeros(s.shape, dtype=dtype, device=s.device)
     for rows in row_chunks(y.shape[0], y.shape[1], WIDE_CHUNK, y.device):
         ds += (dy[rows].to(dtype) * y[rows].to(dtype)).sum(0)
-    return _product(dy, s), ds.to(grad_dtype)
+    return feature_scale.eager(dy, s), ds.to(grad_dtype)

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import cdiv, chip_of, splits, tile
+from peftfast_kernels.configs import cdiv, chip_of, tile
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
-from peftfast_kernels.tiles import narrow, sum_parts
+from peftfast_kernels.tiles import narrow
 from peftfast_kernels.variants import Variant
 
 
@@ -46,14 +46,15 @@ def scale_kernel(
 def _plan(
     chip: str, m: int, n: int, dy_strides: tuple[int, ...], y_strides: tuple[int, ...], grad: bool
 ) -> tuple[Launch, int]:  # fmt: skip
-    """A 2D grid (column tiles, parts of the rows), and the number of parts."""
+    """A 2D grid (column tiles, parts of the rows), and the number of parts, a function of the shape alone."""
     config = tile("elementwise", chip)
-    parts = splits(cdiv(n, config.BN), cdiv(m, 4 * config.BM), wanted=1024)
+    column_tiles = cdiv(n, config.BN)
+    parts = max(1, min(cdiv(m, 4 * config.BM), 1024 // column_tiles, 64))
     rows_per_part = cdiv(cdiv(m, parts), config.BM) * config.BM
     parts = cdiv(m, rows_per_part)
     launch = Launch(
         scale_kernel,
-        (cdiv(n, config.BN), parts),
+        (column_tiles, parts),
         M=m,
         N=n,
         stride_dm=dy_strides[0],
@@ -70,31 +71,26 @@ def _plan(
     return launch, parts
 
 
-def _launch(dy: Tensor, y: Tensor | None, s: Tensor, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    (m, n) = dy.shape
-    out = torch.empty(m, n, dtype=dy.dtype, device=dy.device)
-    if m == 0 or n == 0:
-        return out, torch.zeros(n, dtype=grad_dtype, device=s.device)
-    source, s = dy if y is None else y, s.contiguous()
-    launch, parts = _plan(chip_of(dy.device), m, n, dy.stride(), source.stride(), y is not None)
-    if y is None:
-        launch(dy, source, s, out, s)
-        return out, None
-    sums = torch.empty(parts, n, dtype=torch.float32, device=s.device)
-    launch(dy, source, s, out, sums)
-    ds = torch.empty(n, dtype=grad_dtype, device=s.device)
-    sum_parts(sums, ds, 1.0)
-    return out, ds
-
-
 def feature_scale(y: Tensor, s: Tensor) -> Tensor:
     """One launch."""
-    return _launch(y, None, s, s.dtype)[0]
+    (m, n), s = y.shape, s.contiguous()
+    out = torch.empty(m, n, dtype=y.dtype, device=y.device)
+    if m and n:
+        launch, _ = _plan(chip_of(y.device), m, n, y.stride(), (0, 0), False)
+        launch(y, y, s, out, s)
+    return out
 
 
 def feature_scale_grad(dy: Tensor, y: Tensor, s: Tensor, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The same launch, and one that adds the parts of ds in order."""
-    return _launch(dy, y, s, grad_dtype)
+    """The same launch, and torch's sum of the parts of ds."""
+    (m, n), s = dy.shape, s.contiguous()
+    out = torch.empty(m, n, dtype=dy.dtype, device=dy.device)
+    if m == 0 or n == 0:
+        return out, torch.zeros(n, dtype=grad_dtype, device=s.device)
+    launch, parts = _plan(chip_of(dy.device), m, n, dy.stride(), y.stride(), True)
+    sums = torch.empty(parts, n, dtype=torch.float32, device=s.device)
+    launch(dy, y, s, out, sums)
+    return out, sums.sum(0).to(grad_dtype)
 
 
 def variants(chip: str):

@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: dropout masks, rounding, program order, ordered sums of partial results.
+"""Device functions shared by the kernels: dropout masks, rounding, tuples, program order.
 
 Offsets are int64 wherever a row index enters, because an activation may hold more than 2**31 elements. ``INTERP`` is
 true in Triton's interpreter, whose bf16 arithmetic is wrong (products of raw bits, truncating casts): operands are
@@ -7,11 +7,6 @@ then upcast to fp32 on load and rounded to bf16 by hand on store.
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from peftfast_kernels.configs import cdiv
-from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.op import is_interpreting
 
 
 @triton.jit
@@ -123,38 +118,3 @@ def grouped_order(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     first = pid // per_group * GROUP
     size = tl.minimum(tiles_m - first, GROUP)
     return first + pid % per_group % size, pid % per_group // size
-
-
-@triton.jit
-def sum_parts_kernel(parts_ptr, out_ptr, total, part_stride, PARTS, scale, BLOCK: tl.constexpr, INTERP: tl.constexpr):
-    """Program i sums BLOCK elements of PARTS fp32 planes, first plane first, and writes scale * sum.
-
-    parts_ptr: fp32 [PARTS, total] with planes part_stride apart; out_ptr: [total], any dtype, contiguous.
-    """
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < total
-    acc = tl.zeros((BLOCK,), tl.float32)
-    plane = parts_ptr + offsets
-    for _ in range(0, PARTS):
-        acc += tl.load(plane, mask=inside, other=0.0)
-        plane += part_stride
-    tl.store(out_ptr + offsets, narrow(acc * scale, out_ptr.dtype.element_ty, INTERP), mask=inside)
-
-
-@planned
-def _sum_plan(parts: int, total: int, scale: float) -> Launch:
-    return Launch(
-        sum_parts_kernel,
-        (cdiv(total, 1024),),
-        total=total,
-        part_stride=total,
-        PARTS=parts,
-        scale=scale,
-        BLOCK=1024,
-        INTERP=is_interpreting(),
-    )
-
-
-def sum_parts(parts: Tensor, out: Tensor, scale: float) -> None:
-    """out = scale * parts.sum(0), summed in order; parts fp32 [P, ...] contiguous, out [...] contiguous."""
-    _sum_plan(parts.shape[0], out.numel(), scale)(parts, out)

@@ -23,7 +23,6 @@ def launches(request, monkeypatch):
     for module in ("lora_down_kernels", "lora_grad_kernels", "siblings_kernels", "siblings_gemm_kernels"):
         loaded = importlib.import_module(f"peftfast_kernels.{module}")
         monkeypatch.setattr(loaded, "chip_of", lambda device: request.param)
-        assert not hasattr(loaded, "sum_parts")
     return made
 
 
