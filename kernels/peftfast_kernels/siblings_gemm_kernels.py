@@ -97,7 +97,7 @@ def siblings_expand_kernel(
     """Program (i, j) computes BM rows and BO columns of one y = scale * t bᵀ + bias, or, where ADD, adds scale * t bᵀ
     to what is there; see `siblings_gemm_kernel`.
 
-    bias_ptrs: [L_i], where L_i is N_i, or 0 without a bias.
+    bias_ptrs: [L_i], where L_i is N_i, or 0 without a bias; not read where ADD.
     """
     which, first = owner(tl.program_id(1), tile_counts(NS, BO))
     O, R = pick(NS, which), pick(RS, which)
@@ -242,22 +242,22 @@ def siblings_gemm(
     precision = dot_precision(chip, dtype, t[0].dtype)
     wide = t[0].dtype != dtype
     if alike is None and wide:
-        ys = [base_product(x, *own) for own in zip(w, bias, strict=True)]
+        ys = vectors = [base_product(x, *own) for own in zip(w, bias, strict=True)]  # which have the biases in them
     else:
         ys = [torch.empty(m, one.shape[0], dtype=dtype, device=x.device) for one in w]
+        vectors = [x if one is None else one.to(dtype).contiguous() for one in bias]
     if not m:
         return ys
-    vectors = tuple([x if one is None else one.to(dtype).contiguous() for one in bias])
     if alike is None:
         widths = tuple([one.shape[0] for one in w])
         launch = _expand_plan(chip, m, widths, biases, ranks, t_strides, precision, tuple(scales), wide)
-        launch(tuple(ys), t_rows, contiguous(b), vectors)
+        launch(tuple(ys), t_rows, contiguous(b), tuple(vectors))
         return ys if wide else [add_product_(y, x, one) for y, one in zip(ys, w, strict=True)]
     kinds, pointers = alike
     launch = _gemm_plan(
         chip, m, kinds, ranks, x.stride(), t_strides, dtype is torch.float32, precision, biased, tuple(scales)
     )
-    launch(x, *pointers, vectors, t_rows, contiguous(b), tuple(ys))
+    launch(x, *pointers, tuple(vectors), t_rows, contiguous(b), tuple(ys))
     return ys
 
 
