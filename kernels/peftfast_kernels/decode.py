@@ -80,9 +80,8 @@ register_operand(
 
 
 class Decoder(NamedTuple):
-    """One storage format, host side; ``tile`` names its device function in ``decode_kernels.py``."""
+    """One storage format, host side; `TILE_FUNCTIONS` in ``decode_kernels.py`` has its device function."""
 
-    tile: str
     reference: Callable[[Operand], Tensor]  # -> [N, K], rounded to w.dtype, the definition written out
     stored: Callable[[Operand], Tensor]  # -> [N, K] (or [K, N] if transposed) in w.dtype; may alias the storage
     transposed: bool = False
@@ -271,11 +270,11 @@ def _int8_stored(w: Operand) -> Tensor:
     return torch.mul(values, INT8_STEP, out=torch.empty(rows.shape, dtype=w.dtype, device=rows.device))
 
 
-DECODERS["dense"] = Decoder("tile_dense", _dense_reference, _dense_stored)
-DECODERS["dense_t"] = Decoder("tile_dense_t", _dense_t_reference, _dense_stored, transposed=True)
-DECODERS["nf4"] = Decoder("tile_nf4", _four_bit_reference, _four_bit_stored)
-DECODERS["fp4"] = Decoder("tile_fp4", _four_bit_reference, _four_bit_stored)
-DECODERS["int8"] = Decoder("tile_int8", _int8_reference, _int8_stored)
+DECODERS["dense"] = Decoder(_dense_reference, _dense_stored)
+DECODERS["dense_t"] = Decoder(_dense_t_reference, _dense_stored, transposed=True)
+DECODERS["nf4"] = Decoder(_four_bit_reference, _four_bit_stored)
+DECODERS["fp4"] = Decoder(_four_bit_reference, _four_bit_stored)
+DECODERS["int8"] = Decoder(_int8_reference, _int8_stored)
 
 
 # -- test operands ----------------------------------------------------------------------------------------------------

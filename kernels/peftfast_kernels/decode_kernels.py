@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels.configs import cdiv, chip_of, tile
-from peftfast_kernels.decode import DECODERS, INT8_STEP, Operand, decoder_of, packed_bytes, pairs
+from peftfast_kernels.decode import INT8_STEP, Operand, decoder_of, packed_bytes, pairs
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting, lasting
 from peftfast_kernels.tiles import narrow
@@ -137,12 +137,13 @@ def dequantize_kernel(
     tl.store(out_ptr + offsets, w, mask=inside)
 
 
+#: How a kernel reads a tile of W, by storage format.
 TILE_FUNCTIONS = {
-    "tile_dense": tile_dense,
-    "tile_dense_t": tile_dense,
-    "tile_int8": tile_int8,
-    "tile_nf4": tile_4bit,
-    "tile_fp4": tile_4bit,
+    "dense": tile_dense,
+    "dense_t": tile_dense,
+    "int8": tile_int8,
+    "nf4": tile_4bit,
+    "fp4": tile_4bit,
 }
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -202,7 +203,7 @@ def decode_arguments(w: Stored, bk: int) -> dict:
         "K": w.shape[1],
         "stride_n": w.strides[0],
         "stride_k": w.strides[1],
-        "DECODE": TILE_FUNCTIONS[DECODERS[w.format].tile],
+        "DECODE": TILE_FUNCTIONS[w.format],
         "BLOCK": w.block,
         "NESTED": w.nested_block,
         "LAYOUT": decode_layout(w, bk),
@@ -244,7 +245,7 @@ def decode_variant(format: str, block: int, nested: bool, dtype: str) -> tuple[d
     pointers["table"] = "i64" if four_bit else "fp32"
     return pointers, {
         **({"stride_n": 0, "stride_k": 0} if four_bit else {"stride_k": 1}),
-        "DECODE": TILE_FUNCTIONS[decoder_of(Operand(format, [], (0, 0), torch.float32)).tile],
+        "DECODE": TILE_FUNCTIONS[format],
         "BLOCK": block,
         "NESTED": 256 if nested else 0,
         "LAYOUT": 2 if four_bit else 0,

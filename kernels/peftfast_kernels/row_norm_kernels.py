@@ -9,7 +9,7 @@ from peftfast_kernels.configs import cdiv, chip_of, rank_tile, tile
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.op import accumulate_dtype, is_interpreting
+from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.row_norm import MAX_RANK
 from peftfast_kernels.variants import ANY_MATRIX, Variant
 
@@ -105,12 +105,6 @@ def _plan(
     )
 
 
-def _gram(a: Tensor) -> Tensor:
-    """a aᵀ [R, R] in fp32 (fp64 for fp64 factors)."""
-    a = a.to(accumulate_dtype(a))
-    return a @ a.t()
-
-
 def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """One launch beside the product of the factors. Raises ``ValueError`` for a rank above MAX_RANK."""
     n, r = w.shape[0], a.shape[0]
@@ -120,7 +114,8 @@ def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
     if n:
         kind, pointers = stored(w)
         launch = _plan(chip_of(a.device), kind, r, a.stride(), b.stride(), scale)
-        launch(*pointers, a, b, _gram(a), out)
+        wide = a.float()
+        launch(*pointers, a, b, wide @ wide.t(), out)
     return out
 
 

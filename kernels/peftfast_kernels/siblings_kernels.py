@@ -65,8 +65,7 @@ def siblings_grads_kernel(
     M, NS, K, RS, strides_m, strides_tm, stride_xm, stride_xk, strides_pm,
     db_tiles, da_tiles, rank_tiles, thresholds, db_scales, da_scales,
     DA: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BRT: tl.constexpr, BRP: tl.constexpr,
-    UNIT_T: tl.constexpr, UNIT_P: tl.constexpr, PRECISION_B: tl.constexpr, PRECISION_A: tl.constexpr,
-    INTERP: tl.constexpr,
+    UNIT_T: tl.constexpr, UNIT_P: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
     """The first db_tiles * rank_tiles programs own BC columns of one dy and BRT ranks each, the others BC columns of x
     and BRP ranks of every p.
@@ -83,7 +82,7 @@ def siblings_grads_kernel(
         column_gradient(
             (program % db_tiles - first) * BC, program // db_tiles * BRT, dy_ptr, (pick(t_ptrs, which),), (dy_ptr,),
             (pick(db_ptrs, which),), M, pick(NS, which), (R,), pick(strides_m, which), 1, (pick(strides_tm, which),), 1,
-            R, 1, (0,), (pick(db_scales, which),), False, BM, BC, BRT, UNIT_T, PRECISION_B, INTERP,
+            R, 1, (0,), (pick(db_scales, which),), False, BM, BC, BRT, UNIT_T, PRECISION, INTERP,
         )  # fmt: skip
     if DA:
         if program >= db_programs:
@@ -91,7 +90,7 @@ def siblings_grads_kernel(
             column_gradient(
                 program % da_tiles * BC, program // da_tiles * BRP, x_ptr, p_ptrs, seed_ptrs, da_ptrs,
                 M, K, RS, stride_xm, stride_xk, strides_pm, 1, 1, K, thresholds, da_scales,
-                DROP, BM, BC, BRP, UNIT_P, PRECISION_A, INTERP,
+                DROP, BM, BC, BRP, UNIT_P, PRECISION, INTERP,
             )  # fmt: skip
 
 
@@ -261,8 +260,7 @@ def _grads_plan(
         BRP=brp,
         UNIT_T=gcd(16, *ranks, *t_strides),
         UNIT_P=gcd(16, *ranks, *p_strides),
-        PRECISION_B=precision,
-        PRECISION_A=precision,
+        PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=grad_warps(config.warps, single),
         num_stages=config.stages,
@@ -366,8 +364,8 @@ def variants(chip: str):
             constexprs={
                 "stride_xk": 1, "DA": True, "DROP": drop,
                 "BM": depth(config.BK, bc, max(brt, brp * members), f == "fp32"),
-                "BC": bc, "BRT": brt, "BRP": brp, "UNIT_T": 16, "UNIT_P": 16, "PRECISION_B": precision,
-                "PRECISION_A": precision, "INTERP": False,
+                "BC": bc, "BRT": brt, "BRP": brp, "UNIT_T": 16, "UNIT_P": 16, "PRECISION": precision,
+                "INTERP": False,
             },
             warps=grad_warps(config.warps, f == "fp32"),
             stages=config.stages,
