@@ -32,7 +32,6 @@ THRESHOLD_BITS = 24
 
 # int32 scratch per chunk is twice this many elements: 1 MiB, which stays in a core's L2 cache.
 _CHUNK = 1 << 17
-_CHUNK_GPU = 1 << 24
 
 # Masks of up to this many elements (bytes) outlive the call that made them, until the next one.
 _REMEMBERED = 1 << 24
@@ -227,11 +226,6 @@ def _hashes_on_cpu() -> bool:
     return is_interpreting() if _forced is None else _forced
 
 
-def chunk_elements(device: torch.device) -> int:
-    """How many elements the masked paths handle at a time on this device."""
-    return _CHUNK if device.type == "cpu" else _CHUNK_GPU
-
-
 def masked_rows(rows: int, cols: int, seed: Tensor | None, prob: float, row_offset: int = 0):
     """Yields ``(slice of rows, dropped bool [chunk, cols])`` chunk by chunk; nothing of full size is ever held.
 
@@ -244,7 +238,7 @@ def masked_rows(rows: int, cols: int, seed: Tensor | None, prob: float, row_offs
         yield from make(rows, cols, seed.item(), threshold(prob), row_offset)
         return
     columns = _column_keys(cols, seed.device)
-    for part in row_chunks(rows, cols, chunk_elements(seed.device)):
+    for part in row_chunks(rows, cols, _CHUNK, seed.device):
         yield part, dropped_rows(seed, prob, row_offset + part.start, row_offset + part.stop, columns)
 
 
