@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfast.ops.composed import frozen_product
-from peftfast.ops.function import composing
+from peftfast.ops.function import as_rows, composing, shaped_as
 from peftfast.ops.plan import Part
 
 
@@ -42,8 +42,7 @@ def by_blocks(x: Tensor, packed: Tensor) -> Tensor:
 def grouped_lora(x: Tensor, part: Part) -> Tensor:
     """x Wᵀ + bias + s drop(x) Aᵀ Bᵀ [..., N] for factors of `part` as they are kept: `composed_lora` by blocks."""
     _, _, a, b, plan = part
-    n, k = plan.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    rows = as_rows(x)
     y = frozen_product(rows, part)
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
     if torch.is_autocast_enabled(x.device.type):
@@ -56,5 +55,4 @@ def grouped_lora(x: Tensor, part: Part) -> Tensor:
         slices = torch.add(slices, update).to(y.dtype)
     else:
         slices.add_(update)
-    y = slices.view(-1, n)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    return shaped_as(slices.view(-1, plan.shape[0]), x)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftfast.ops.casts import compute_copy
-from peftfast.ops.function import apply, first_order, fresh
+from peftfast.ops.casts import compute_copies
+from peftfast.ops.function import apply, as_rows, first_order, fresh, shaped_as
 from peftfast.ops.lora import draw_seeds
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels.decode import Operand
@@ -46,10 +46,6 @@ class _Factors(NamedTuple):
         return _Factors(*([column[i] for i in which] for column in self))  # type: ignore[arg-type]
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
 def _down(rows: Tensor, f: _Factors) -> list[Tensor]:
     """t_i = drop_i(x) A_iᵀ."""
     return siblings_down(rows, f.a, f.seeds, f.drops)
@@ -75,60 +71,60 @@ def _factor_gradients(
     none = [None] * n
     if not (need_a or need_b):
         return none, none
-    rows = _rows(x).to(f.plans[0].dtype) if need_a else None
+    rows = as_rows(x).to(f.plans[0].dtype) if need_a else None
     da_dtype, db_dtype = dtypes
     grads = siblings_factor_grads(dys, ts, rows, ps, f.seeds, f.drops, f.scales, db_dtype, da_dtype)
     return grads[n:] if need_a else none, grads[:n]
 
 
-class _Shared:
-    """What both Functions keep and read back: the flat arguments (a..., b..., bias..., seed..., stored...)."""
+# What both Functions keep and read back: the flat arguments (a..., b..., bias..., seed..., stored...).
 
-    @staticmethod
-    def unpack(plans: tuple[Plan, ...], counts: tuple[int, ...], flat: Sequence[Any]) -> tuple:
-        n = len(plans)
-        a, b, bias, seeds = (flat[i * n : (i + 1) * n] for i in range(4))
-        stored, start = [], 4 * n
-        for plan, count in zip(plans, counts, strict=True):
-            stored.append(plan.weight(flat[start : start + count]))
-            start += count
-        return a, b, bias, list(seeds), stored
 
-    @staticmethod
-    def factors(plans: tuple[Plan, ...], counts: tuple[int, ...], flat: Sequence[Any]) -> tuple[_Factors, list]:
-        """The factors in the branch's dtype, and those copies that live longer than the call anyway."""
-        a, b, _, seeds, weights = _Shared.unpack(plans, counts, flat)
-        copies = [compute_copy(f, plan.branch) for fs in (a, b) for f, plan in zip(fs, plans, strict=True)]
-        n = len(plans)
-        made = [copy for copy, _ in copies]
-        return _Factors(plans, made[:n], made[n:], seeds, weights), [copy if keep else None for copy, keep in copies]
+def _unpack(plans: tuple[Plan, ...], counts: tuple[int, ...], flat: Sequence[Any]) -> tuple:
+    n = len(plans)
+    a, b, _, seeds = (flat[i * n : (i + 1) * n] for i in range(4))
+    stored, start = [], 4 * n
+    for plan, count in zip(plans, counts, strict=True):
+        stored.append(plan.weight(flat[start : start + count]))
+        start += count
+    return a, b, list(seeds), stored
 
-    @staticmethod
-    def again(ctx: Any, flat: Sequence[Any]) -> _Factors:
-        """In the backward pass."""
-        a, b, _, seeds, weights = _Shared.unpack(ctx.plans, ctx.counts, flat)
-        n = len(ctx.plans)
-        branches = [plan.branch for plan in ctx.plans] * 2
-        made = [f.to(d) if c is None else c for f, c, d in zip((*a, *b), ctx.copies, branches, strict=True)]
-        return _Factors(ctx.plans, made[:n], made[n:], seeds, weights)
+
+def _factors(plans: tuple[Plan, ...], counts: tuple[int, ...], flat: Sequence[Any]) -> tuple[_Factors, list]:
+    """The factors in the branch's dtype, and those copies that live longer than the call anyway."""
+    a, b, seeds, weights = _unpack(plans, counts, flat)
+    each = [compute_copies(*pair, plan.branch) for *pair, plan in zip(a, b, plans, strict=True)]
+    downs, ups, copies = map(list, zip(*each, strict=True))
+    return _Factors(plans, downs, ups, seeds, weights), copies
+
+
+def _factors_again(ctx: Any, flat: Sequence[Any]) -> _Factors:
+    """In the backward pass."""
+    a, b, seeds, weights = _unpack(ctx.plans, ctx.counts, flat)
+    each = [
+        copies or (down.to(plan.branch), up.to(plan.branch))
+        for copies, down, up, plan in zip(ctx.copies, a, b, ctx.plans, strict=True)
+    ]
+    downs, ups = map(list, zip(*each, strict=True))
+    return _Factors(ctx.plans, downs, ups, seeds, weights)
 
 
 def _siblings(x: Tensor, f: _Factors, bias: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """The outputs [..., N_i] and all t_i."""
-    rows = _rows(x).to(f.plans[0].dtype)
+    rows = as_rows(x).to(f.plans[0].dtype)
     ts = _down(rows, f)
-    return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in _outputs(rows, ts, bias, f)]), ts
+    return tuple([shaped_as(y, x) for y in _outputs(rows, ts, bias, f)]), ts
 
 
 def _mlp(x: Tensor, act: str, f: _Factors, bias: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output [..., N], and gate, up, t_gate, t_up, t_down."""
-    rows, pair, last = _rows(x).to(f.plans[0].dtype), f.of(0, 1), f.of(2)
+    rows, pair, last = as_rows(x).to(f.plans[0].dtype), f.of(0, 1), f.of(2)
     ts = _down(rows, pair)
     gate, up = _outputs(rows, ts, bias[:2], pair)
     hidden = gated(gate, up, act)
     t_down = _down(hidden, last)
     (y,) = _outputs(hidden, t_down, bias[2:], last)
-    return y.view(*x.shape[:-1], y.shape[1]), (gate, up, *ts, *t_down)
+    return shaped_as(y, x), (gate, up, *ts, *t_down)
 
 
 class _Siblings(torch.autograd.Function):
@@ -138,7 +134,7 @@ class _Siblings(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.plans, ctx.counts = plans, counts
-        f, ctx.copies = _Shared.factors(plans, counts, flat)
+        f, ctx.copies = _factors(plans, counts, flat)
         n = len(plans)
         ys, ts = _siblings(x, f, flat[2 * n : 3 * n])
         ctx.save_for_backward(x, *ts, *flat[: 2 * n], *(None,) * n, *flat[3 * n :])
@@ -150,10 +146,10 @@ class _Siblings(torch.autograd.Function):
         n = len(ctx.plans)
         x, *rest = ctx.saved_tensors
         ts, flat = rest[:n], rest[n:]
-        f = _Shared.again(ctx, flat)
+        f = _factors_again(ctx, flat)
         used = [i for i, dy in enumerate(dys) if dy is not None]
         f = f.of(*used)
-        dys_rows = [_rows(dys[i]) for i in used]
+        dys_rows = [as_rows(dys[i]) for i in used]
         ps = siblings_dt(dys_rows, f.b, f.scales)
         needs = ctx.needs_input_grad
         dx = None
@@ -176,7 +172,7 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, act: str, plans: tuple[Plan, ...], counts: tuple[int, ...], *flat: Any) -> Tensor:
         ctx.plans, ctx.counts, ctx.act = plans, counts, act
-        f, ctx.copies = _Shared.factors(plans, counts, flat)
+        f, ctx.copies = _factors(plans, counts, flat)
         y, kept = _mlp(x, act, f, flat[6:9])
         ctx.save_for_backward(x, *kept, *flat[:6], *(None,) * 3, *flat[9:])
         return fresh(y)
@@ -186,8 +182,8 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         needs = ctx.needs_input_grad
         x, gate, up, t_gate, t_up, t_down, *flat = ctx.saved_tensors
-        f = _Shared.again(ctx, flat)
-        dy = _rows(dy)
+        f = _factors_again(ctx, flat)
+        dy = as_rows(dy)
         last, dtypes = f.of(2), (flat[0].dtype, flat[3].dtype)
         ps = siblings_dt([dy], last.b, last.scales)
         hidden, d_gate, d_up = gated_grad(_input_gradient([dy], ps, last), gate, up, ctx.act)
@@ -234,7 +230,7 @@ def lora_siblings(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
     plans, counts, flat = _arguments(x, parts)
     if not torch.is_grad_enabled():
         n = len(plans)
-        return _siblings(x, _Shared.factors(plans, counts, flat)[0], flat[2 * n : 3 * n])[0]
+        return _siblings(x, _factors(plans, counts, flat)[0], flat[2 * n : 3 * n])[0]
     return apply(_Siblings, x, plans, counts, *flat)
 
 
@@ -243,5 +239,5 @@ def gated_mlp(x: Tensor, gate: Part, up: Part, down: Part, activation: str) -> T
     `peftfast_kernels.gated.ACTIVATIONS`; `fit_together` must hold for the three."""
     plans, counts, flat = _arguments(x, (gate, up, down))
     if not torch.is_grad_enabled():
-        return _mlp(x, activation, _Shared.factors(plans, counts, flat)[0], flat[6:9])[0]
+        return _mlp(x, activation, _factors(plans, counts, flat)[0], flat[6:9])[0]
     return apply(_GatedMlp, x, activation, plans, counts, *flat)

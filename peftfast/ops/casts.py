@@ -128,14 +128,24 @@ def compute_copy(parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
     return parameter.detach().to(dtype), False
 
 
-def compute_pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """`compute_copy` of both, the second transposed as well, and whether all outlive this call; outside compilers."""
+#: Both factors as they are multiplied by, where that outlives the call and is kept for the backward pass.
+Lasting = tuple[Tensor, Tensor] | None
+
+
+def compute_copies(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Lasting]:
+    """`compute_copy` of both, and the two once more, if both outlive this call."""
+    down, down_lives = compute_copy(a, dtype)
+    up, up_lives = compute_copy(b, dtype)
+    return down, up, (down, up) if down_lives and up_lives else None
+
+
+def compute_pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Lasting]:
+    """`compute_copies` with the second transposed as well, in fewer steps; outside compilers."""
     window = None if a.dtype is dtype else getattr(_current, "window", None)
     if window is not None and window.dtype is dtype:
         copies = window.copies()
         down, up = copies.get(id(a)), copies.get(id(b))
         if down is not None and up is not None:
-            return down[1], up[1], up[1].transposed, True
-    down, down_lives = compute_copy(a, dtype)
-    up, up_lives = compute_copy(b, dtype)
-    return down, up, up.t(), down_lives and up_lives
+            return down[1], up[1], up[1].transposed, (down[1], up[1])
+    down, up, lasting = compute_copies(a, b, dtype)
+    return down, up, up.t(), lasting

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfast.ops.function import apply, composing, exporting, first_order, transformed
+from peftfast.ops.function import apply, as_rows, composing, exporting, first_order, shaped_as, transformed
 from peftfast.ops.gate import gated
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
@@ -76,8 +76,7 @@ def composed_lora(
         up_bias: [N], in the update's precision.
     """
     _, _, a, b, plan = part
-    n, k = plan.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    rows = as_rows(x)
     y = frozen_product(rows, part)
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
     if read is not None:
@@ -91,13 +90,11 @@ def composed_lora(
         t, alpha = F.linear(dropped, a), plan.scale
         if y.dtype.itemsize < 4:
             t, alpha = _scaled(t, alpha)
-        if gate is not None:
-            t = gated(t, gate)
-        y.addmm_(t, b.t(), alpha=alpha)  # y is new, so it may be written to
+        y.addmm_(gated(t, gate), b.t(), alpha=alpha)  # y is new, so it may be written to
     else:
         update, alpha = _update(dropped, a, b, plan, gate, up_bias)
         y.add_(update, alpha=alpha)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    return shaped_as(y, x)
 
 
 def composed_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: Tensor | None = None) -> Tensor:

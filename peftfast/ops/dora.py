@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftfast.autocast import autocast_dtype, without_autocast
+from peftfast.autocast import without_autocast
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.function import apply, composing, first_order, fresh
-from peftfast.ops.plan import Plan, branch_dtype
+from peftfast.ops.function import apply, as_dtype, as_rows, composing, first_order, fresh, shaped_as
+from peftfast.ops.plan import Plan, plan_beside
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.dora_add import dora_add
 from peftfast_kernels.feature_scale import feature_scale_grad
@@ -41,16 +41,13 @@ class _Sum(NamedTuple):
 
 
 def _sum(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, plan: Plan) -> _Sum:
-    n, k = plan.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
     a_copy, keep_a = compute_copy(a, plan.branch)
-    t = lora_down(rows.to(plan.dtype), a_copy, None, 0.0)
+    t = lora_down(as_rows(x).to(plan.dtype), a_copy, None, 0.0)
     gb = _scaled_rows(b, g, plan.branch)
     shift = None if bias is None else bias.to(g.dtype) * (1 - g)
     with without_autocast(y):
-        out = dora_add(y if y.dim() == 2 else y.reshape(-1, n), g, shift, t, gb, plan.scale)
-    out = out if y.dim() == 2 else out.view(y.shape)
-    return _Sum(out, t, a_copy if keep_a else None)
+        out = dora_add(as_rows(y), g, shift, t, gb, plan.scale)
+    return _Sum(shaped_as(out, y), t, a_copy if keep_a else None)
 
 
 class _DoraAdd(torch.autograd.Function):
@@ -68,16 +65,15 @@ class _DoraAdd(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         y, x, t, a, b, g, bias = ctx.saved_tensors
         plan: Plan = ctx.plan
-        n, k = plan.shape
         a_copy = a.to(plan.branch) if ctx.copy is None else ctx.copy
         need_x, need_a = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
-        y_grad, dg = feature_scale_grad(dy_rows, y if y.dim() == 2 else y.reshape(-1, n), g, g.dtype)
+        dy_rows = as_rows(dy)
+        y_grad, dg = feature_scale_grad(dy_rows, as_rows(y), g, g.dtype)
         p = rows = None
         if need_x or need_a:
             p = lora_dt(dy_rows, _scaled_rows(b, g, plan.branch), plan.scale)
         if need_a:
-            rows = (x if x.dim() == 2 else x.reshape(-1, k)).to(plan.dtype)
+            rows = as_rows(x).to(plan.dtype)
         raw, *da = lora_factor_grads(dy_rows, t, rows, p if need_a else None, None, 0.0, plan.scale, g.dtype, a.dtype)
         dg = dg + (raw * b.to(g.dtype)).sum(1)
         dbias = None
@@ -87,16 +83,14 @@ class _DoraAdd(torch.autograd.Function):
             dbias = ((1 - g) * total).to(bias.dtype) if ctx.needs_input_grad[5] else None
         dx = None
         if need_x:
-            dx = lora_dx(p, a_copy, None, 0.0, x.dtype)
-            dx = dx if x.dim() == 2 else dx.view(x.shape)
+            dx = shaped_as(lora_dx(p, a_copy, None, 0.0, x.dtype), x)
         db = (raw * g[:, None]).to(b.dtype)
         return y_grad.view(y.shape), dx, da[0] if da else None, db, dg, dbias, None
 
 
 def _scaled_rows(b: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """g · B [N, r] in the branch's dtype, rounded once; g is the wider of the two."""
-    scaled = b * g.unsqueeze(1)
-    return scaled if scaled.dtype is dtype else scaled.to(dtype)
+    return as_dtype(b * g.unsqueeze(1), dtype)
 
 
 def dora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -107,10 +101,7 @@ def dora_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias:
         x: [..., K]. a: [r, K]. b: [N, r]. g: [N] in fp32 or wider; all three receive gradients.
         bias: [N] or None.
     """
-    autocast = autocast_dtype(x)
-    branch = branch_dtype(x, a, autocast)
-    dtype = x.dtype if autocast is None else branch
-    plan = Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), 0.0)
+    plan = plan_beside(x, a, b, scale, 0.0)
     if not torch.is_grad_enabled():  # a Function takes the host as long as two small products
         return _sum(y, x, a, b, g, bias, plan).out
     return apply(_DoraAdd, y, x, a, b, g, bias, plan)

@@ -64,6 +64,21 @@ def left_alone(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def shaped_as(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows [M, N] as [..., N], with the leading dimensions of x [..., K]."""
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[1])
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype: even a cast to the same one takes the host a while."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def gradients_of(y: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], dy: Tensor) -> list[Tensor | None]:
     """The gradients of those `inputs` that are needed, with a graph of their own."""
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from peftfast.ops.casts import compute_pair
-from peftfast.ops.function import fresh, gradients_of, left_alone
+from peftfast.ops.function import as_dtype, as_rows, fresh, gradients_of, left_alone
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.dispatch import host_bound_products
@@ -106,12 +106,12 @@ def _multiply(
     down, up, turned, kept = compute_pair(a, b, branch)
     t = F.linear(dropped, down)
     w = weight if form == "dense" and weight.dtype is dtype else _weight(weight, plan)
-    y = F.linear(rows, w, None if bias is None else _as(bias, dtype))
+    y = F.linear(rows, w, None if bias is None else as_dtype(bias, dtype))
     if branch is dtype:
         y.addmm_(t, turned, alpha=scale)
     else:
         y.add_(torch.mm(t, turned), alpha=scale)
-    return y, (t, mask, (down, up) if kept else None)
+    return y, (t, mask, kept)
 
 
 def _differentiate(
@@ -125,7 +125,7 @@ def _differentiate(
     """
     (t, mask, copies), (need_x, need_a, need_b, need_bias) = kept, needs
     _, _, dtype, branch, scale, *_ = plan
-    down, up = (a.to(branch), b.to(branch)) if copies is None else copies
+    down, up = copies or (a.to(branch), b.to(branch))
     same = branch is dtype
     wide = dy if same else dy.to(branch)
     da = db = p = None
@@ -178,7 +178,7 @@ class _HostBoundSiblings(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plans: tuple[Plan, ...], *members: Tensor | None) -> tuple[Tensor, ...]:
         flat = x.dim() == 2
-        rows = _as(x if flat else x.reshape(-1, x.shape[-1]), plans[0].dtype)
+        rows = as_dtype(x if flat else x.reshape(-1, x.shape[-1]), plans[0].dtype)
         ys, saved, copies = [], [x], []
         for plan, a, b, bias, weight in zip(plans, *[iter(members)] * 4, strict=True):
             y, (t, mask, copy) = _multiply(rows, a, b, bias, weight, plan)
@@ -229,13 +229,9 @@ def _kept_scale(plan: Plan) -> float:
     return 1.0 / (1.0 - plan.dropout) if plan.dropout < 1.0 else 0.0
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
-
-
 def _weight(stored: Tensor, plan: Plan) -> Tensor:
     """W [N, K]."""
-    return _as(stored.t() if plan.format == "dense_t" else stored, plan.dtype)
+    return as_dtype(stored.t() if plan.format == "dense_t" else stored, plan.dtype)
 
 
 def _product(left: Tensor, right: Tensor, like: Tensor, scale: float) -> Tensor:
@@ -253,8 +249,7 @@ def _again(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, plan: Plan, mask: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, a, b and bias in operations that torch can differentiate in turn."""
-    n, k = plan.shape
-    rows, dy = x.reshape(-1, k).to(plan.dtype), dy.reshape(-1, n)
+    rows, dy = as_rows(x).to(plan.dtype), as_rows(dy)
     dropped = rows.to(plan.branch) if mask is None else rows.to(plan.branch) * mask * _kept_scale(plan)
     update = dropped @ a.to(plan.branch).t() @ b.to(plan.branch).t()
     y = F.linear(rows, _weight(weight, plan)) + plan.scale * update

@@ -10,18 +10,28 @@ Small products are left to others: on a CPU to `composed.py`, on a GPU to `host_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftfast.autocast import autocast_dtype
-from peftfast.ops.casts import compute_copy
+from peftfast.ops.casts import compute_copies
 from peftfast.ops.composed import composed_add, composed_lora, composes
-from peftfast.ops.function import apply, fresh, fresh_if_compiled, gradients_of, second_order, transformed
+from peftfast.ops.function import (
+    apply,
+    as_dtype,
+    as_rows,
+    fresh,
+    fresh_if_compiled,
+    gradients_of,
+    second_order,
+    shaped_as,
+    transformed,
+)
 from peftfast.ops.gate import gate_grad, gate_rows, gated
 from peftfast.ops.host_bound import host_bound_limit, host_bound_lora, is_host_bound
-from peftfast.ops.plan import Part, Plan, Way, branch_dtype, plan_of
+from peftfast.ops.plan import Part, Plan, Way, branch_dtype, plan_beside, plan_of
 from peftfast_kernels import get_backend
 from peftfast_kernels.decode import Operand, weight_kn
 from peftfast_kernels.keep_mask import drop
@@ -50,43 +60,13 @@ def draw_seeds(x: Tensor, plans: Sequence[Plan]) -> list[Tensor | None]:
     return [next(seeds) if plan.dropout > 0.0 else None for plan in plans]
 
 
-def _product(
-    x: Tensor,
-    w: Operand,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-    gate: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The output [..., N] and t before it is gated, for factors in the branch's dtype."""
-    n, k = w.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if rows.dtype is not w.dtype:
-        rows = rows.to(w.dtype)
-    t = lora_down(rows, a, seed, dropout)
-    acting = t if gate is None else gated(t, gate)
-    y = lora_gemm(rows, w, None if bias is None else bias.to(w.dtype), acting, b, scale)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], n)), t
-
-
-def factor_grads(
-    dy: Tensor,
-    t: Tensor,
-    rows: Tensor | None,
-    p: Tensor | None,
-    seed: Tensor | None,
-    plan: Plan,
-    db_dtype: torch.dtype,
-    da_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """dB [N, r], and dA [R, K] where the input's rows are given (p may hold the stacked p of several adapters)."""
-    if rows is None:
-        return *lora_factor_grads(dy, t, None, None, None, 0.0, plan.scale, db_dtype, da_dtype), None
-    db, da = lora_factor_grads(dy, t, rows, p, seed, plan.dropout, plan.scale, db_dtype, da_dtype)
-    return db, da
+def _product(x: Tensor, part: Part, seed: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output [..., N] and t before it is gated, for a part whose factors are in the branch's dtype."""
+    w, bias, a, b, plan = part
+    rows = as_dtype(as_rows(x), plan.dtype)
+    t = lora_down(rows, a, seed, plan.dropout)
+    y = lora_gemm(rows, w, None if bias is None else bias.to(plan.dtype), gated(t, gate), b, plan.scale)
+    return shaped_as(y, x), t
 
 
 def _update(x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, plan: Plan, gate: Tensor | None) -> Tensor:
@@ -118,6 +98,36 @@ def _add_again(ctx: Any, dy: Tensor) -> tuple:
     return dy, dx, da, db, None, dg, None
 
 
+class _Branch(NamedTuple):
+    """The gradients of a low-rank branch, as far as they are needed."""
+
+    p: Tensor | None  # of drop(x) Aᵀ
+    down: Tensor  # A in the branch's dtype
+    da: Tensor | None
+    db: Tensor | None
+    dgate: Tensor | None
+
+
+def _differentiate(
+    ctx: Any, dy: Tensor, x: Tensor, t: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, gate: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> _Branch:  # fmt: skip
+    """Both Functions' part of a backward pass; dy [M, N], `needs` of x, a, b and the gate."""
+    plan: Plan = ctx.plan
+    need_x, need_a, need_b, need_gate = needs
+    down, up = ctx.copies or (a.to(plan.branch), b.to(plan.branch))  # a rank-sized cast, where no copy lives anyway
+    p = lora_dt(dy, up, plan.scale) if need_x or need_a or need_gate else None
+    dgate = gate_grad(p, t, gate) if need_gate else None
+    if gate is not None:
+        t, p = gated(t, gate), None if p is None else gated(p, gate)
+    da = db = None
+    if need_a or need_b:
+        own = (as_dtype(as_rows(x), plan.dtype), p, seed, plan.dropout) if need_a else (None, None, None, 0.0)
+        db, *das = lora_factor_grads(dy, t, *own, plan.scale, b.dtype, a.dtype)
+        da = das[0] if das else None
+    return _Branch(p, down, da, db, dgate)
+
+
 class _LoraLinear(torch.autograd.Function):
     """Base product and adapter together."""
 
@@ -133,12 +143,9 @@ class _LoraLinear(torch.autograd.Function):
         plan: Plan,
         *stored: Tensor,
     ) -> Tensor:
-        a_copy, keep_a = compute_copy(a, plan.branch)
-        b_copy, keep_b = compute_copy(b, plan.branch)
-        y, t = _product(x, plan.weight(stored), bias, a_copy, b_copy, seed, plan.scale, plan.dropout, gate)
+        down, up, ctx.copies = compute_copies(a, b, plan.branch)
+        y, t = _product(x, Part(plan.weight(stored), bias, down, up, plan), seed, gate)
         ctx.plan = plan
-        # the copies that live anyway are kept; others are a rank-sized cast away
-        ctx.copies = (a_copy if keep_a else None, b_copy if keep_b else None)
         ctx.save_for_backward(x, t, a, b, seed, gate, *stored)
         return fresh_if_compiled(y) if x.dim() == 2 else fresh(y)
 
@@ -147,31 +154,15 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, t, a, b, seed, gate, *stored = ctx.saved_tensors
         plan: Plan = ctx.plan
-        n, k = plan.shape
-        a_copy, b_copy = ctx.copies
-        a_copy = a.to(plan.branch) if a_copy is None else a_copy
-        b_copy = b.to(plan.branch) if b_copy is None else b_copy
-        dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
         need_x, need_a, need_b, need_bias, _, need_gate = ctx.needs_input_grad[:6]
-        p = lora_dt(dy_rows, b_copy, plan.scale) if need_x or need_a or need_gate else None
-        dgate = gate_grad(p, t, gate) if need_gate else None
-        if gate is not None:
-            t, p = gated(t, gate), None if p is None else gated(p, gate)
-        dx = rows = dbias = None
+        dy = as_rows(dy)
+        branch = _differentiate(ctx, dy, x, t, a, b, seed, gate, (need_x, need_a, need_b, need_gate))
+        dx = None
         if need_x:
-            w = plan.weight(stored)
-            dx = lora_gemm_t(dy_rows, w, p, a_copy, seed, plan.dropout)
-            dx = dx if dx.dtype is x.dtype else dx.to(x.dtype)  # even a cast to the same dtype takes the host a while
-            dx = dx if x.dim() == 2 else dx.view(x.shape)
-        if need_a:
-            rows = x if x.dim() == 2 else x.reshape(-1, k)
-            rows = rows if rows.dtype is plan.dtype else rows.to(plan.dtype)
-        db = da = None
-        if need_a or need_b:
-            db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
-        if need_bias:
-            dbias = dy_rows.sum(0)
-        return (dx, da, db, dbias, None, dgate, None, *(None,) * len(stored))
+            dx = lora_gemm_t(dy, plan.weight(stored), branch.p, branch.down, seed, plan.dropout)
+            dx = shaped_as(as_dtype(dx, x.dtype), x)
+        dbias = dy.sum(0) if need_bias else None
+        return (dx, branch.da, branch.db, dbias, None, branch.dgate, None, *(None,) * len(stored))
 
 
 class _LoraAdd(torch.autograd.Function):
@@ -181,44 +172,24 @@ class _LoraAdd(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, gate: Tensor | None, plan: Plan
     ) -> Tensor:
-        n, k = plan.shape
-        rows = x if x.dim() == 2 else x.reshape(-1, k)
-        rows = rows.to(plan.dtype)
-        a_copy, keep_a = compute_copy(a, plan.branch)
-        b_copy, keep_b = compute_copy(b, plan.branch)
-        t = lora_down(rows, a_copy, seed, plan.dropout)
-        acting = t if gate is None else gated(t, gate)
-        out = lora_add(y if y.dim() == 2 else y.reshape(-1, n), acting, b_copy, plan.scale)
+        down, up, ctx.copies = compute_copies(a, b, plan.branch)
+        t = lora_down(as_dtype(as_rows(x), plan.dtype), down, seed, plan.dropout)
+        out = lora_add(as_rows(y), gated(t, gate), up, plan.scale)
         ctx.plan = plan
-        ctx.copies = (a_copy if keep_a else None, b_copy if keep_b else None)
         ctx.save_for_backward(x, t, a, b, seed, gate)
-        return fresh(out if y.dim() == 2 else out.view(y.shape))
+        return fresh(shaped_as(out, y))
 
     @staticmethod
     @second_order(_add_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, t, a, b, seed, gate = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        n, k = plan.shape
-        a_copy, b_copy = ctx.copies
-        a_copy = a.to(plan.branch) if a_copy is None else a_copy
-        b_copy = b.to(plan.branch) if b_copy is None else b_copy
-        dy_rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
         need_x, need_a, need_b, _, need_gate = ctx.needs_input_grad[1:6]
-        p = lora_dt(dy_rows, b_copy, plan.scale) if need_x or need_a or need_gate else None
-        dgate = gate_grad(p, t, gate) if need_gate else None
-        if gate is not None:
-            t, p = gated(t, gate), None if p is None else gated(p, gate)
-        dx = rows = db = da = None
+        needs = need_x, need_a, need_b, need_gate
+        branch = _differentiate(ctx, as_rows(dy), x, t, a, b, seed, gate, needs)
+        dx = None
         if need_x:
-            dx = lora_dx(p, a_copy, seed, plan.dropout, x.dtype)
-            dx = dx if x.dim() == 2 else dx.view(x.shape)
-        if need_a:
-            rows = x if x.dim() == 2 else x.reshape(-1, k)
-            rows = rows.to(plan.dtype)
-        if need_a or need_b:
-            db, da = factor_grads(dy_rows, t, rows, p, seed, plan, b.dtype, a.dtype)
-        return dy, dx, da, db, None, dgate, None
+            dx = shaped_as(lora_dx(branch.p, branch.down, seed, ctx.plan.dropout, x.dtype), x)
+        return dy, dx, branch.da, branch.db, None, branch.dgate, None
 
 
 def lora_linear(
@@ -272,11 +243,12 @@ def way_of(x: Tensor, part: Part) -> Way:
 def by_kernels(x: Tensor, part: Part, gate: Tensor | None = None) -> Tensor:
     """The way of many tokens."""
     w, bias, a, b, plan = part
-    seed = draw_seed(x, plan.dropout) if plan.dropout else None
+    seed = draw_seed(x, plan.dropout)
     if not torch.is_grad_enabled():  # an autograd Function costs the host as much as two small products
         if a.dtype is not plan.branch or b.dtype is not plan.branch:
-            a, b = compute_copy(a, plan.branch)[0], compute_copy(b, plan.branch)[0]
-        return _product(x, w, bias, a, b, seed, plan.scale, plan.dropout, gate)[0]
+            a, b, _ = compute_copies(a, b, plan.branch)
+            part = part._replace(a=a, b=b)
+        return _product(x, part, seed, gate)[0]
     return apply(_LoraLinear, x, a, b, bias, seed, gate, plan, *w.tensors)
 
 
@@ -284,11 +256,7 @@ def lora_linear_add(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, gate: Tensor | None = None
 ) -> Tensor:
     """y + scale · gate(drop(x) Aᵀ) Bᵀ for y [..., N] from the base module; shapes and meaning as in `lora_linear`."""
-    autocast = autocast_dtype(x)
-    branch = branch_dtype(x, a, autocast)
-    # under autocast the input is used in the branch's dtype; otherwise as it is
-    dtype = x.dtype if autocast is None else branch
-    plan = Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), dropout)
+    plan = plan_beside(x, a, b, scale, dropout)
     if composes(x):
         return composed_add(y, x, a, b, plan, gate)
     return apply(_LoraAdd, y, x, a, b, draw_seed(x, dropout), gate_rows(gate), plan)

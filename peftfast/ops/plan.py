@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftfast.autocast import autocast_dtype
 from peftfast_kernels.decode import Operand
 
 
@@ -53,3 +54,12 @@ def branch_dtype(x: Tensor, factor: Tensor, autocast: torch.dtype | None) -> tor
 def plan_of(w: Operand, branch: torch.dtype, scale: float, dropout: float) -> Plan:
     """The plan, which is the same for every call until one of these changes."""
     return Plan(w.format, w.shape, w.dtype, branch, float(scale), dropout, w.block, w.nested_block)
+
+
+def plan_beside(x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Plan:
+    """The plan of factors that are added to an output which the base module has computed."""
+    autocast = autocast_dtype(x)
+    branch = branch_dtype(x, a, autocast)
+    # under autocast the input is used in the branch's dtype; otherwise as it is
+    dtype = x.dtype if autocast is None else branch
+    return Plan("", (b.shape[0], a.shape[1]), dtype, branch, float(scale), dropout)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftfast.autocast import autocast_dtype
-from peftfast.ops.function import first_order, fresh_if_compiled
+from peftfast.ops.function import as_rows, first_order, fresh_if_compiled
 from peftfast.ops.plan import branch_dtype
 from peftfast_kernels.lora_routed import Route, make_route, routed_add, routed_down, routed_down_grad, routed_up_grad
 
@@ -81,6 +81,5 @@ def routed_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scales: Tensor
     Returns:
         [..., N] in y's dtype; rows without an adapter are y's, bit for bit.
     """
-    flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    out = _RoutedAdd.apply(flat_y, flat_x, a, b, scales.float(), rows.unknown, *rows.route)
+    out = _RoutedAdd.apply(as_rows(y), as_rows(x), a, b, scales.float(), rows.unknown, *rows.route)
     return out.view(y.shape)

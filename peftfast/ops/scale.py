@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.composed import composes
-from peftfast.ops.function import apply, first_order, fresh
+from peftfast.ops.function import apply, as_rows, first_order, fresh
 from peftfast.ops.host_bound import is_small
 from peftfast_kernels.feature_scale import feature_scale, feature_scale_grad
 
@@ -17,20 +17,16 @@ class _ScaleFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(y, s)
-        return fresh(feature_scale(_rows(y), s).view(y.shape))
+        return fresh(feature_scale(as_rows(y), s).view(y.shape))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple:
         y, s = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
-            return feature_scale(_rows(dy), s).view(dy.shape), None
-        dx, ds = feature_scale_grad(_rows(dy), _rows(y), s, s.dtype)
+            return feature_scale(as_rows(dy), s).view(dy.shape), None
+        dx, ds = feature_scale_grad(as_rows(dy), as_rows(y), s, s.dtype)
         return (dx.view(dy.shape) if ctx.needs_input_grad[0] else None), ds
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def scale_features(y: Tensor, s: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfast.ops.composed import composes
-from peftfast.ops.function import apply, second_order
+from peftfast.ops.function import apply, as_rows, second_order
 from peftfast_kernels.lora_down import lora_down
 from peftfast_kernels.lora_gemm import lora_dx
 
@@ -25,7 +25,7 @@ class _Similarities(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: Tensor) -> Tensor:
         ctx.dtype, ctx.shape = x.dtype, x.shape
         ctx.save_for_backward(p)
-        return lora_down(x.reshape(-1, x.shape[-1]), p, None, 0.0)
+        return lora_down(as_rows(x), p, None, 0.0)
 
     @staticmethod
     @second_order(_again)

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfast.autocast import autocast_dtype
-from peftfast.ops.casts import compute_copy
+from peftfast.ops.casts import compute_copies
 from peftfast.ops.composed import composed_add, composes
-from peftfast.ops.function import apply, composing, first_order, fresh
-from peftfast.ops.lora import draw_seed, factor_grads
-from peftfast.ops.plan import Plan, branch_dtype
+from peftfast.ops.function import apply, as_rows, composing, first_order, fresh, shaped_as
+from peftfast.ops.lora import draw_seed
+from peftfast.ops.plan import Plan, plan_beside
 from peftfast_kernels.keep_mask import drop
 from peftfast_kernels.lora_down import lora_down, lora_dt, scaled_product
 from peftfast_kernels.lora_gemm import lora_add, lora_dx
+from peftfast_kernels.lora_grad import lora_factor_grads
 
 #: Makes the direction e [d], in any floating dtype, of the rows [M, K] that are going to be compressed.
 Project = Callable[[Tensor], Tensor]
@@ -58,30 +58,25 @@ class _VeloraAdd(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, e: Tensor, seed: Tensor | None, plan: Plan
     ) -> Tensor:
-        n, k = plan.shape
-        a_copy, keep_a = compute_copy(a, plan.branch)
-        b_copy, keep_b = compute_copy(b, plan.branch)
-        t = lora_down(x.reshape(-1, k).to(plan.dtype), a_copy, seed, plan.dropout)
-        out = lora_add(y.reshape(-1, n), t, b_copy, plan.scale)
+        down, up, ctx.copies = compute_copies(a, b, plan.branch)
+        t = lora_down(as_rows(x).to(plan.dtype), down, seed, plan.dropout)
+        out = lora_add(as_rows(y), t, up, plan.scale)
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
-        ctx.copies = (a_copy if keep_a else None, b_copy if keep_b else None)
         ctx.save_for_backward(t, a, b, c, e, seed)
-        return fresh(out.view(y.shape))
+        return fresh(shaped_as(out, y))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple:
         t, a, b, c, e, seed = ctx.saved_tensors
         plan: Plan = ctx.plan
-        a_copy, b_copy = ctx.copies
-        a_copy = a.to(plan.branch) if a_copy is None else a_copy
-        b_copy = b.to(plan.branch) if b_copy is None else b_copy
-        dy_rows = dy.reshape(-1, plan.shape[0])
-        p = lora_dt(dy_rows, b_copy, plan.scale)
+        down, up = ctx.copies or (a.to(plan.branch), b.to(plan.branch))
+        dy_rows = as_rows(dy)
+        p = lora_dt(dy_rows, up, plan.scale)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = lora_dx(p, a_copy, seed, plan.dropout, ctx.dtype).view(ctx.shape)
-        db, _ = factor_grads(dy_rows, t, None, None, None, plan, b.dtype, a.dtype)
+            dx = lora_dx(p, down, seed, plan.dropout, ctx.dtype).view(ctx.shape)
+        (db,) = lora_factor_grads(dy_rows, t, None, None, None, 0.0, plan.scale, b.dtype, a.dtype)
         sums = scaled_product(p.t(), c, 1.0, a.dtype)  # [r, G]
         da = (sums.unsqueeze(2) * e.to(sums.dtype)).flatten(1)[:, : plan.shape[1]]
         return dy, dx, da.to(a.dtype), db, None, None, None, None
@@ -95,18 +90,16 @@ def velora_linear_add(
     Args:
         project: of what is compressed, drop(x). gain: what A's gradient is multiplied by.
     """
-    autocast = autocast_dtype(x)
-    branch = branch_dtype(x, a, autocast)
-    plan = Plan("", (b.shape[0], a.shape[1]), x.dtype if autocast is None else branch, branch, float(scale), dropout)
+    plan = plan_beside(x, a, b, scale, dropout)
     if composing():  # which follow no Function: exact gradients
         return composed_add(y, x, a, b, plan)
     if dropout and composes(x):  # small, and torch's own mask is the faster one
         x, plan = F.dropout(x, dropout), plan._replace(dropout=0.0)
     seed = draw_seed(x, plan.dropout)
     with torch.no_grad():
-        rows = x.detach().reshape(-1, a.shape[1]).to(plan.dtype).to(branch)
+        rows = as_rows(x.detach()).to(plan.dtype).to(plan.branch)
         if seed is not None:
             rows = drop(rows, seed, plan.dropout)
         e = project(rows)
-        c = compress(rows, e.to(branch))
+        c = compress(rows, e.to(plan.branch))
     return apply(_VeloraAdd, y, x, a, b, c, e * gain, seed, plan)
