@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.ops.dora import weight_norm
 from peftfast.sites.holders import conv_holder
-from peftfast.sites.site import Slot, UsualSite, composed_magnify, probe_of, register_site
+from peftfast.sites.site import Slot, UsualSite, probe_of, register_site
 
 _CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -53,16 +52,6 @@ class ConvSite(UsualSite):
             ),
         }
 
-    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.module(x, *args, **kwargs)
-
-    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
-        y = self.module(x) if y is None else y
-        update = self.up(self.down(self.drop(x.to(a.dtype), dropout), a), b)
-        if isinstance(scale, Tensor):
-            return (y + update * scale).to(y.dtype)
-        return torch.add(y, update, alpha=scale).to(y.dtype)
-
     def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
         runs = a.shape[0]
         x, out = x.to(a.dtype).unflatten(0, (runs, -1)), y.unflatten(0, (runs, -1))
@@ -83,9 +72,6 @@ class ConvSite(UsualSite):
         if b.dim() == 2:
             b = b.reshape(*b.shape, *self._ones)
         return self._conv(t, b, groups=self.module.groups)
-
-    def drop(self, x: Tensor, dropout: float) -> Tensor:
-        return F.dropout(x, dropout) if dropout > 0.0 else x
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         if self.module.groups > 1:
@@ -116,11 +102,6 @@ class ConvSite(UsualSite):
         per_row = s.reshape(m.groups, 1, -1).expand(-1, m.out_channels // m.groups, -1).reshape(m.out_channels, -1)
         return weight * per_row.repeat_interleave(weight.shape[1] // per_row.shape[1], dim=1)
 
-    def magnify(
-        self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
-    ) -> Tensor:
-        return composed_magnify(self, x, y, a, b, g, scale, dropout)
-
     def adapted_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         if self.module.groups == 1:
             return weight_norm(self.weight.readable(), a.flatten(1), b.flatten(1), scale)
@@ -131,9 +112,6 @@ class ConvSite(UsualSite):
         wide = torch.promote_types(a.dtype, torch.float32)
         delta = (b.detach().to(wide).reshape(-1, len(a)) @ a.detach().to(wide).flatten(1)).view(self.weight.shape)
         return self.output_norm(self.weight.dense(wide) + scale * delta)
-
-    def output_norm(self, weight: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(weight, dim=1)
 
 
 for _cls in _CONV:

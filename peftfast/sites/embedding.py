@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.ops.dora import weight_norm
 from peftfast.ops.gate import gated
-from peftfast.ops.scale import scale_features
-from peftfast.sites.site import Slot, UsualSite, composed_magnify, is_plain, is_untouched, register_site
+from peftfast.sites.site import Slot, UsualSite, is_plain, is_untouched, register_site
 from peftfast_kernels.decode import Operand
 
 if TYPE_CHECKING:
@@ -87,22 +86,6 @@ class EmbeddingSite(UsualSite):
         n, k = self.weight.shape
         return {"lora_embedding_A": Slot((rank, n)), "lora_embedding_B": Slot((k, rank))}
 
-    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.module(x, *args, **kwargs)
-
-    def adapt(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
-        dropout: float,
-        gate: Tensor | None = None,
-    ) -> Tensor:
-        y = self.module(x) if y is None else y
-        return (y + self.up(gated(self.down(x, a), gate), b) * scale).to(y.dtype)
-
     def adapt_each(
         self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float, gate: Tensor | None = None
     ) -> Tensor:
@@ -163,12 +146,6 @@ class EmbeddingSite(UsualSite):
     def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
         raise ValueError("An embedding has no input features to scale")
 
-    def scale_output(self, y: Tensor, s: Tensor) -> Tensor:
-        return scale_features(y, s.flatten())
-
-    def add_to_output(self, y: Tensor, v: Tensor) -> Tensor:
-        return y + v.to(y.dtype)
-
     def vector_shape(self, side: str) -> tuple[int, ...]:
         if side == "input":
             raise ValueError("An embedding has no input features to scale; take it out of feedforward_modules")
@@ -176,11 +153,6 @@ class EmbeddingSite(UsualSite):
 
     def scale_weight(self, weight: Tensor, s: Tensor, side: str) -> Tensor:
         return weight * s.reshape(1, -1)
-
-    def magnify(
-        self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
-    ) -> Tensor:
-        return composed_magnify(self, x, y, a, b, g, scale, 0.0)
 
     def adapted_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         n, k = self.weight.shape

@@ -24,7 +24,7 @@ from peftfast.ops.routed import RowRoute, routed_linear_add, row_route, runs_seg
 from peftfast.ops.scale import scale_features
 from peftfast.sites.bound import BoundLora, BoundRuns, Weighted
 from peftfast.sites.holders import linear_holder
-from peftfast.sites.site import Slot, UsualSite, composed_magnify, is_plain, is_untouched, probe_of, register_site
+from peftfast.sites.site import Slot, UsualSite, is_plain, is_untouched, probe_of, register_site
 from peftfast_kernels.decode import Operand
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class LinearSite(UsualSite):
         if isinstance(scale, Tensor):  # a scale that may change inside a compiled graph
             b, scale = b * scale.to(b.dtype), 1.0
         if not is_plain(x, a, b):
-            return self._composed(x, y, a, b, scale, dropout, gate)
+            return super().adapt(x, y, a, b, scale, dropout, gate)  # kernels cannot read these (DTensor)
         if y is None:
             base = self.product(x, autocast_dtype(x))
             if base is not None:
@@ -167,21 +167,6 @@ class LinearSite(UsualSite):
                 return w, bias
         return None
 
-    def _composed(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
-        dropout: float,
-        gate: Tensor | None,
-    ) -> Tensor:
-        """The formula in differentiable torch, for tensors that kernels cannot read (DTensor)."""
-        y = self.base(x) if y is None else y
-        t = gated(self.down(self.drop(x.to(a.dtype), dropout), a), gate)
-        return (y + self.up(t, b) * scale).to(y.dtype)
-
     def adapt_each(
         self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float, gate: Tensor | None = None
     ) -> Tensor:
@@ -231,20 +216,11 @@ class LinearSite(UsualSite):
     def up(self, t: Tensor, b: Tensor) -> Tensor:
         return F.linear(t, b)
 
-    def drop(self, x: Tensor, dropout: float) -> Tensor:
-        return F.dropout(x, dropout) if dropout > 0.0 else x
-
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a
 
     def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
         return scale_features(x, s.flatten())
-
-    def scale_output(self, y: Tensor, s: Tensor) -> Tensor:
-        return scale_features(y, s.flatten())
-
-    def add_to_output(self, y: Tensor, v: Tensor) -> Tensor:
-        return y + v.to(y.dtype)
 
     def vector_shape(self, side: str) -> tuple[int, ...]:
         n, k = self.weight.shape
@@ -258,15 +234,12 @@ class LinearSite(UsualSite):
     ) -> Tensor:
         bias = getattr(self.module, "bias", None)
         if dropout > 0.0 or composes(x) or not is_plain(x, a, b, bias):
-            return composed_magnify(self, x, y, a, b, g, scale, dropout)
+            return super().magnify(x, y, a, b, g, scale, dropout)
         y = self.base(x) if y is None else y
         if not torch.compiler.is_compiling() and is_small(x) and is_small(y):
             # more launches than the Function's, but derived without Python; what is kept is small as well
-            return composed_magnify(self, x, y, a, b, g, scale, dropout)
+            return super().magnify(x, y, a, b, g, scale, dropout)
         return dora_linear_add(y, x, a, b, g, bias, scale)
 
     def adapted_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         return weight_norm(self.weight.readable(), a, b, scale)
-
-    def output_norm(self, weight: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(weight, dim=1)

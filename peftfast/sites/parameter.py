@@ -31,8 +31,8 @@ class LowRank(NamedTuple):
 
 class ParameterSite(UsualSite):
     """W [N, K] or [E, N, K], or [E, K, N] where the module says `is_transposed`. What is adapted is the Parameter while
-    its module runs, not the module's output: see `run_changed`. So there is no `adapt` here, and a method is asked for
-    its `changes`.
+    its module runs, not the module's output: see `run_changed`. So `adapt` has no meaning here, and a method is asked
+    for its `changes`.
 
     Attributes:
         parameter: its name in the module. experts: E; 1 for a matrix.

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.base.weight import BaseWeight
 from peftfast.errors import enumerate_some
+from peftfast.ops.gate import gated
+from peftfast.ops.scale import scale_features
 from peftfast.watch import GLOBAL_HOOKS
 
 if TYPE_CHECKING:
@@ -70,8 +73,8 @@ class UsualSite:
         parameter: name of the adapted Parameter in the module.
         adapts_output: adapters act on the module's output; False: on the Parameter, for as long as its module runs.
         looks_up: rows of W are looked up by number (embeddings): the down factor is a table, and the factors make Wᵀ.
-        gates: `adapt` and `adapt_each` take a `gate` [..., 1] (and `adapt` one [..., r]) of the input's tokens, which
-            multiplies the down factor's product; see `peftfast.ops.gate`.
+        gates: the input has tokens, of which `adapt` and `adapt_each` may be given a `gate` [..., 1] (`adapt` also one
+            [..., r]) that multiplies the down factor's product; see `peftfast.ops.gate`.
         groups: in how many runs the ranks are cut, of which each acts on channels of its own (grouped convolutions).
         experts: of how many matrices the weight is a stack, whose factors are in one pair of tensors.
         parts: names of children that are adapted with the module and never by themselves; `part(name)` is the site of
@@ -92,6 +95,44 @@ class UsualSite:
     def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> Callable[[Tensor], Tensor]:
         """The module's own output with `adapt_each` of these factors, without gradients, as a function of the input."""
         return lambda x: self.adapt_each(x, self.base(x), a, b, scale)
+
+    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module(x, *args, **kwargs)
+
+    def adapt(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """In differentiable torch, for any kind of module and tensor."""
+        y = self.base(x) if y is None else y
+        inputs = self.drop(x.to(a.dtype) if x.is_floating_point() else x, dropout)
+        update = self.up(gated(self.down(inputs, a), gate), b)
+        if isinstance(scale, Tensor):
+            return (y + update * scale).to(y.dtype)
+        return torch.add(y, update, alpha=scale).to(y.dtype)
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        return F.dropout(x, dropout) if dropout > 0.0 else x
+
+    def scale_output(self, y: Tensor, s: Tensor) -> Tensor:
+        return scale_features(y, s.flatten())
+
+    def add_to_output(self, y: Tensor, v: Tensor) -> Tensor:
+        return y + v.to(y.dtype)
+
+    def magnify(
+        self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
+    ) -> Tensor:
+        return composed_magnify(self, x, y, a, b, g, scale, dropout)
+
+    def output_norm(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight, dim=1)
 
     def segmented(self, x: Tensor) -> bool:
         """Whether kernels that pick every row's own factors serve this input, by `adapt_rows` (see `LinearSite`)."""
@@ -129,8 +170,18 @@ class Site(Protocol):
         """The untouched module's output, through the module itself (hooks, offloading, quantised kernels)."""
         ...
 
-    def adapt(self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
-        """y + scale · up(down(drop(x))). y=None: the base product has not been computed and may be fused."""
+    def adapt(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """y + scale · up(gate · down(drop(x))). y=None: the base product has not been computed and may be fused.
+        `gate` is for a site with `gates`."""
         ...
 
     def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
@@ -291,16 +342,13 @@ def composed_magnify(
     y = site.base(x) if y is None else y
     wide = torch.promote_types(y.dtype, g.dtype)
     bias = getattr(site.module, "bias", None)
-    base, inputs = y, x
-    if dropout > 0.0:
-        inputs = site.drop(x, dropout)
-        base = site.base(inputs)
-    base = base.to(wide)
+    inputs = site.drop(x, dropout) if dropout > 0.0 else x
+    base = (y if inputs is x else site.base(inputs)).to(wide)
     if bias is not None:
         base = site.add_to_output(base, -bias)
     branch = site.up(site.down(inputs.to(a.dtype) if inputs.is_floating_point() else inputs, a), b)
     out = site.scale_output(base + scale * branch, g)
-    if dropout > 0.0:
+    if inputs is not x:
         out = y.to(wide) + (out - base)
     elif bias is not None:
         out = site.add_to_output(out, bias)

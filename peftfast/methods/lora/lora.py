@@ -157,9 +157,8 @@ class Lora:
         y = site.base(x) if y is None else y
         dtype = y.dtype
         x, y = widened(x, y, factors(active[0])[0])
-        for place, (adapter, own) in enumerate(zip(active, sites, strict=True)):
-            gate = () if gates is None else (gates[place],)
-            y = own.adapt(x, y, *self.pair(adapter), adapter.scale, adapter.dropout, *gate)
+        for adapter, own, gate in zip(active, sites, gates or [None] * len(active), strict=True):
+            y = own.adapt(x, y, *self.pair(adapter), adapter.scale, adapter.dropout, gate)
         return y.to(dtype)
 
     def routed(
