@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
@@ -130,7 +129,6 @@ class Additive(Protocol):
         ...
 
 
-@runtime_checkable
 class Routable(Protocol):
     """Optional: different rows of a batch, different adapters, in one go."""
 
@@ -148,19 +146,15 @@ def sample_by_sample(
     y = site.base(x) if y is None else y
     # a method that changes the input starts from the input, whatever has been computed from it
     fresh = getattr(method, "order", 0) != 0
-    out = y
-    for position, adapter in enumerate(adapters):
-        if rows.host is None:
-            own = method.forward(site, x, None if fresh else y, [adapter])
-            out = torch.where(rows.mask(position, out), own, out)
-            continue
-        where = rows.of(position)
-        if where.numel() == 0:
-            continue
-        mine = y if fresh else y.index_select(0, where)
-        own = method.forward(site, x.index_select(0, where), None if fresh else mine, [adapter])
-        out = out.index_copy(0, where, own.to(out.dtype))
-    return rows.without_unknown(out, len(adapters)) if rows.host is None else out
+
+    def part(position: int) -> Tensor:
+        if position < 0:
+            return rows.own(position, y)
+        start = None if fresh else rows.own(position, y)
+        return method.forward(site, rows.own(position, x), start, [adapters[position]])
+
+    count = len(adapters)
+    return rows.joined([(position, part(position)) for position in rows.turns(count)], count)
 
 
 class Slotted(Protocol):
@@ -197,7 +191,6 @@ class Call(NamedTuple):
     copies: tuple[int, ...]  # how many neighbouring rows may belong to one of the samples given
 
 
-@runtime_checkable
 class Noting(Protocol):
     """Optional, known by its one function: adapters that act by what the model was given, which layers do not see.
     Layers that compute only from an `Adapter` and the routing (kept stacks of mixed batches, captured decoding) do not

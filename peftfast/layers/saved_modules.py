@@ -126,20 +126,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         names = [n for n in routing.names if n in self._adapters]
         present = tuple(n in self._adapters for n in routing.names)
         rows = routing.rows(x, present, {}, f"{name} in modules_to_save")
-        copies = [self.modules_to_save[n] for n in names]
-        out = None
-        if rows.host is None or -1 in rows.host:
-            out = _samples_first(self.original_module(x, **kwargs), x, name)
-        for position, copied in enumerate(copies):
-            if rows.host is None:
-                out = torch.where(rows.mask(position, out), copied(x, **kwargs), out)
-                continue
-            where = rows.of(position)
-            own = _samples_first(copied(x.index_select(0, where), **kwargs), where, name)
-            if out is None:
-                out = own.new_empty(x.shape[0], *own.shape[1:])
-            out = out.index_copy(0, where, own.to(out.dtype))
-        return rows.without_unknown(out, len(copies)) if rows.host is None else out
+
+        def part(position: int) -> Tensor:
+            module = self.original_module if position < 0 else self.modules_to_save[names[position]]
+            own = rows.own(position, x)
+            return _samples_first(module(own, **kwargs), own, name)
+
+        return rows.joined([(position, part(position)) for position in rows.turns(len(names))], len(names))
 
     def _standing_in(self) -> nn.Module:
         names = self.active_adapters

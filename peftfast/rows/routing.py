@@ -64,6 +64,27 @@ class Rows:
             return y
         return y.masked_fill((self.index >= count).view(-1, *(1,) * (y.dim() - 1)), float("nan"))
 
+    def turns(self, count: int) -> list[int]:
+        """Positions of the adapters of these samples, -1 for the base model; where the host does not know them, all of
+        `count`."""
+        return [p for p in range(-1, count) if self.host is None or p in self.host]
+
+    def own(self, position: int, x: Tensor) -> Tensor:
+        """The samples of x [B, ...] whose turn it is; all of them where the host does not know which."""
+        return x if self.host is None else x.index_select(0, self.of(position))
+
+    def joined(self, parts: Sequence[tuple[int, Tensor]], count: int) -> Tensor:
+        """What was computed of `own` samples in `turns`, as one batch [B, ...]."""
+        out = parts[0][1]
+        if self.host is None:
+            for position, part in parts[1:]:
+                out = torch.where(self.mask(position, out), part, out)
+            return self.without_unknown(out, count)
+        out = out.new_empty(self.index.shape[0], *out.shape[1:])
+        for position, part in parts:
+            out = out.index_copy(0, self.of(position), part.to(out.dtype))
+        return out
+
     def only(self, positions: Sequence[int], count: int) -> Rows:
         """The same for a method that has the adapters at `positions`, out of `count`; the rest is not its business."""
         new = {p: i for i, p in enumerate(positions)}

@@ -163,21 +163,12 @@ def _in_turns(call: Callable[[int, Tensor], Any], rows: Rows, x: Tensor, count: 
     """`call` for one adapter's samples after another's, -1 for the base; what it gives are samples, or several of them
     in a tuple. None where that is not so."""
     parts = []
-    for position in range(-1, count) if rows.host is None else sorted(set(rows.host)):
-        where = None if rows.host is None else rows.of(position)
-        own = x if where is None else x.index_select(0, where)
+    for position in rows.turns(count):
+        own = rows.own(position, x)
         y = call(position, own)
         each = y if isinstance(y, tuple) else (y,)
         if not all(isinstance(t, Tensor) and t.dim() and t.shape[0] == own.shape[0] for t in each):
             return None
-        parts.append((position, where, each))
-    results = []
-    for tensors in zip(*(each for _, _, each in parts), strict=True):
-        out = tensors[0].new_empty(x.shape[0], *tensors[0].shape[1:])
-        for (position, where, _), t in zip(parts, tensors, strict=True):
-            if where is None:
-                out = torch.where(rows.mask(position, t), t, out if position >= 0 else t)
-            else:
-                out = out.index_copy(0, where, t)
-        results.append(out if rows.host is not None else rows.without_unknown(out, count))
-    return results[0] if len(results) == 1 and not isinstance(y, tuple) else tuple(results)
+        parts.append([(position, t) for t in each])
+    results = tuple([rows.joined(tensors, count) for tensors in zip(*parts, strict=True)])
+    return results if isinstance(y, tuple) else results[0]
