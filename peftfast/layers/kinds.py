@@ -31,10 +31,12 @@ class _OfKind(BaseTunerLayer):
         super().__init__(base_layer, type(self).site_of(base_layer) if site is None else site)
 
 
+@register_layer(LinearSite)
 class Linear(_OfKind):
     site_of = LinearSite
 
 
+@register_layer(EmbeddingSite)
 class Embedding(_OfKind):
     site_of = EmbeddingSite
 
@@ -49,16 +51,6 @@ class Conv2d(_OfKind):
 
 class Conv3d(_OfKind):
     site_of = ConvSite
-
-
-@register_layer(LinearSite)
-def _linear(module: nn.Module, site: Site) -> BaseTunerLayer:
-    return Linear(module, site=site)
-
-
-@register_layer(EmbeddingSite)
-def _embedding(module: nn.Module, site: Site) -> BaseTunerLayer:
-    return Embedding(module, site=site)
 
 
 @register_layer(ConvSite)

@@ -3,6 +3,7 @@ and unmerges. Written once for all methods, storage formats and kinds of module.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -395,8 +396,6 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         return "+".join(dict.fromkeys(names))
 
     def __deepcopy__(self, memo: dict) -> BaseTunerLayer:
-        import copy
-
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k not in _made_again()}, memo))
@@ -416,7 +415,7 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
 
 L = TypeVar("L", bound=Callable)
 
-_LAYERS: dict[type, Callable[[nn.Module, Site], BaseTunerLayer]] = {}
+_LAYERS: dict[type, Callable[..., BaseTunerLayer]] = {}
 
 
 def register_layer(site: type) -> Callable[[L], L]:
@@ -443,4 +442,4 @@ def site_of(module: nn.Module, cls: type | None = None) -> Site:
 def make_layer(module: nn.Module) -> BaseTunerLayer:
     """The layer, without adapters, that is to stand in the module's place."""
     site = make_site(module)
-    return _LAYERS.get(type(site), BaseTunerLayer)(module, site)
+    return _LAYERS.get(type(site), BaseTunerLayer)(module, site=site)
