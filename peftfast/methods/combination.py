@@ -48,7 +48,7 @@ class Combination:
             raise ValueError(
                 f"Invalid combination_type: {self.kind}.{close_matches(self.kind, KINDS)} One of {', '.join(KINDS)}"
             )
-        if _ARITHMETIC.get(self.arithmetic, _linear) is not _linear:
+        if self.kind != "cat" and _ARITHMETIC[self.arithmetic][0] is not None:
             if self.density is None:
                 raise TypeError(f"combination_type {self.kind!r} needs a density: a number >= 0 and, to prune, < 1")
             if self.density < 0:
@@ -63,43 +63,17 @@ class Combination:
     def combine(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The tensors [P, ...], all of one shape, as one. Each of the P parts is pruned by itself."""
         w = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
-        return _ARITHMETIC[self.arithmetic](list(tensors), w.view(-1, *(1,) * tensors[0].dim()), self)
+        prune, add = _ARITHMETIC[self.arithmetic]
+        if prune is not None and self.density < 1:
+            tensors = [prune(tensor, self.density) for tensor in tensors]
+        return add(torch.stack(list(tensors)), w.view(-1, *(1,) * tensors[0].dim()), self)
 
 
-def _linear(tensors: list[Tensor], weights: Tensor, how: Combination) -> Tensor:
-    return (torch.stack(tensors) * weights).sum(0)
-
-
-def _magnitude_prune(tensors: list[Tensor], weights: Tensor, how: Combination) -> Tensor:
-    return _linear([_keep_largest(t, how.density) for t in tensors], weights, how)
-
-
-def _ties(tensors: list[Tensor], weights: Tensor, how: Combination) -> Tensor:
-    return _elect([_keep_largest(t, how.density) for t in tensors], weights, how)
-
-
-def _dare_linear(tensors: list[Tensor], weights: Tensor, how: Combination) -> Tensor:
-    return _linear([_keep_random(t, how.density) for t in tensors], weights, how)
-
-
-def _dare_ties(tensors: list[Tensor], weights: Tensor, how: Combination) -> Tensor:
-    return _elect([_keep_random(t, how.density) for t in tensors], weights, how)
-
-
-_ARITHMETIC: dict[str, Callable[[list[Tensor], Tensor, Combination], Tensor]] = {
-    "linear": _linear,
-    "ties": _ties,
-    "dare_linear": _dare_linear,
-    "dare_ties": _dare_ties,
-    "magnitude_prune": _magnitude_prune,
-}
-
-KINDS = ("svd", "cat", *_ARITHMETIC, *(f"{kind}_svd" for kind in _ARITHMETIC if kind != "linear"))
+def _linear(stacked: Tensor, weights: Tensor, how: Combination) -> Tensor:
+    return (stacked * weights).sum(0)
 
 
 def _keep_largest(tensor: Tensor, density: float) -> Tensor:
-    if density >= 1:
-        return tensor
     flat = tensor.flatten(1)
     keep = flat.abs().topk(int(density * flat.shape[1])).indices
     return tensor * torch.zeros_like(flat).scatter_(1, keep, 1).view(tensor.shape)
@@ -107,18 +81,30 @@ def _keep_largest(tensor: Tensor, density: float) -> Tensor:
 
 def _keep_random(tensor: Tensor, density: float) -> Tensor:
     """Values kept with probability `density` and scaled so that the expectation stays."""
-    if density >= 1:
-        return tensor
     return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
 
 
-def _elect(tensors: list[Tensor], weights: Tensor, how: Combination) -> Tensor:
+def _elect(stacked: Tensor, weights: Tensor, how: Combination) -> Tensor:
     """Per element the weighted mean of the values that have the majority's sign."""
-    stacked = torch.stack(tensors)
     sign = stacked.sign()
     votes = stacked if how.majority_sign_method == "total" else sign
     agrees = sign == torch.where(votes.sum(0) >= 0, 1, -1)
     return (stacked * weights * agrees).sum(0) / agrees.sum(0).clamp(min=1.0)
+
+
+_Prune = Callable[[Tensor, float], Tensor]
+_Add = Callable[[Tensor, Tensor, Combination], Tensor]
+
+#: How values are pruned first, if they are, and how what is left is added.
+_ARITHMETIC: dict[str, tuple[_Prune | None, _Add]] = {
+    "linear": (None, _linear),
+    "ties": (_keep_largest, _elect),
+    "dare_linear": (_keep_random, _linear),
+    "dare_ties": (_keep_random, _elect),
+    "magnitude_prune": (_keep_largest, _linear),
+}
+
+KINDS = ("svd", "cat", *_ARITHMETIC, *(f"{kind}_svd" for kind in _ARITHMETIC if kind != "linear"))
 
 
 def split_weight(weight: float) -> tuple[float, float]:
