@@ -14,12 +14,11 @@ from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.errors import PeftWarning, warn
 from peftfast.keys import in_base
-from peftfast.method import register_method, sample_by_sample
+from peftfast.method import register_method
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import drawn_through
 from peftfast.methods.lora.lora import describe_change, factors, pair_of
 from peftfast.ops.orthogonality import orthogonality
-from peftfast.rows.routing import Rows
 from peftfast.rules import integer, number, one_of, optional, table
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
@@ -165,9 +164,6 @@ class AdaLora:
             return None
         (adapter,) = active
         return site.bind(adapter, lambda part: part._replace(a=_weighted(adapter, part.a)))
-
-    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
-        return sample_by_sample(self, site, x, y, adapters, rows)
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = factors(adapter)

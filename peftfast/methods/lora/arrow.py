@@ -23,7 +23,6 @@ from peftfast.methods.lora.lora import Lora
 from peftfast.methods.lora.settings import ArrowConfig
 from peftfast.methods.lora.stack import Remembered, as_tensor
 from peftfast.ops.similarity import similarities
-from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site
 from peftfast.sites.bound import BoundLora
 
@@ -51,6 +50,7 @@ class Arrow(Lora):
     is made again when one was written to or replaced (see `remembered` about writes through `.data`)."""
 
     variant: ClassVar[str | None] = "arrow_config"
+    routed = sample_by_sample
     as_product = None  # type: ignore[assignment]  # what it adds depends on the token
     uncapturable = (
         "it is made of others, which a recording would go on using as they were: call the model, or delete it"
@@ -73,9 +73,6 @@ class Arrow(Lora):
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         """None: what a call does depends on its tokens."""
         return None
-
-    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
-        return sample_by_sample(self, site, x, y, adapters, rows)
 
     def describe(self, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
         how = cfg.arrow_config

@@ -20,7 +20,6 @@ from peftfast.methods.combination import Combination
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import initialise, rank_of_factors
 from peftfast.methods.lora.lora import Lora, factors
-from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 from peftfast.watch import TensorWatch
 
@@ -68,6 +67,7 @@ class Dora(Lora):
     """Several active adapters act one after the other, each on the output so far."""
 
     variant: ClassVar[str | None] = "use_dora"
+    routed = sample_by_sample
 
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
         magnitude = Slot(site.vector_shape("magnitude"), holder=_Magnitude, bare_in_file=True)
@@ -92,9 +92,6 @@ class Dora(Lora):
             g = adapter[MAGNITUDE].flatten().to(norm.dtype) / norm
             y = own.magnify(x, y, a, b, g, adapter.scale, adapter.dropout)
         return y
-
-    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
-        return sample_by_sample(self, site, x, y, adapters, rows)
 
     def combine(
         self, site: Site, adapters: Sequence[Adapter], weights: Sequence[float], how: Combination, into: Adapter

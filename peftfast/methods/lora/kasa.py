@@ -30,7 +30,6 @@ from peftfast.methods.lora.lora import (
     widened,
 )
 from peftfast.ops.orthogonality import orthogonality
-from peftfast.rows.routing import Rows
 from peftfast.sharding import put_together
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
@@ -63,6 +62,7 @@ class Kasa(Lora):
     """Several active adapters act one after the other, on a base that is truncated once."""
 
     variant: ClassVar[str | None] = "kasa_config"
+    routed = sample_by_sample
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
         return {**super().settings(site, cfg, key), DROPPED: _Dropped()}
@@ -162,9 +162,6 @@ class Kasa(Lora):
         if count <= 0:
             return None
         return (down, up) if count == len(down) else (down[:count], up[:, :count])
-
-    def routed(self, site: Site, x: Tensor, y: Tensor | None, adapters: Sequence[Adapter], rows: Rows) -> Tensor:
-        return sample_by_sample(self, site, x, y, adapters, rows)
 
     def before_merging(self, site: Site, base: Dense, adapters: Sequence[Adapter]) -> Dense:
         """See `Refining`."""
