@@ -6,12 +6,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftfast.base.offload import device_of
 from peftfast.base.rounding import drawn
 from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, kept_copy, register_format
 from peftfast.watch import Entry
@@ -40,6 +40,12 @@ def import_bnb(purpose: str) -> Any:
     return bitsandbytes
 
 
+def decoded(w: Operand, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in any dtype, as bitsandbytes decodes it."""
+    narrow = dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
+    return dequantize(w._replace(dtype=narrow), narrow).to(dtype)
+
+
 @register_format
 class Bnb4Weight(UsualWeight):
     """`bitsandbytes.nn.Linear4bit` and `Embedding4bit`: two codes per byte, kept by a Params4bit with a quant_state.
@@ -51,8 +57,7 @@ class Bnb4Weight(UsualWeight):
     draws = True
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.name = ""
+        super().__init__(module)
         self._checked: tuple[Any, int] | None = None
         if not module.weight.is_meta:
             self._state()
@@ -83,10 +88,6 @@ class Bnb4Weight(UsualWeight):
         m = self.module
         # None: not decided yet, the first input decides
         return getattr(m, "compute_dtype", None) or getattr(m, "dtype", None) or torch.get_default_dtype()
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(self.module)
 
     # ---- the state ---------------------------------------------------------------------------------------------------
     def _find_state(self) -> Any:
@@ -172,9 +173,7 @@ class Bnb4Weight(UsualWeight):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         state = self._state()
-        dtype = dtype or state.dtype
-        narrow = dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
-        weight = dequantize(self._operand(state, narrow), narrow).to(dtype)
+        weight = decoded(self._operand(state, state.dtype), dtype or state.dtype)
         return weight.t().contiguous() if self._is_turned(state) else weight
 
     # ---- writing -----------------------------------------------------------------------------------------------------
@@ -296,9 +295,9 @@ def keep_layout(module: nn.Module) -> None:
 # ---- quantising ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def _quantised(
+    quant_type: str,
     weight: Tensor,
     bias: Tensor | None,
-    quant_type: str,
     *,
     compute_dtype: torch.dtype | None = None,
     double_quant: bool = False,
@@ -332,27 +331,23 @@ def _quantised(
     return module
 
 
-def _register(quant_type: str) -> None:
-    def module(weight: Tensor, bias: Tensor | None, **options: Any) -> nn.Module:
-        return _quantised(weight, bias, quant_type, **options)
-
-    def config(
-        *,
-        compute_dtype: torch.dtype | None = None,
-        double_quant: bool = False,
-        blocksize: int = 64,
-        quant_storage: torch.dtype = torch.uint8,
-    ) -> Mapping[str, Any]:
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": quant_type,
-            "bnb_4bit_compute_dtype": compute_dtype,
-            "bnb_4bit_use_double_quant": double_quant,
-            "bnb_4bit_quant_storage": quant_storage,
-        }
-
-    QUANTIZERS[quant_type] = Quantizer(module, config)
+def _config(
+    quant_type: str,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    double_quant: bool = False,
+    blocksize: int = 64,
+    quant_storage: torch.dtype = torch.uint8,
+) -> Mapping[str, Any]:
+    """Of a Linear4bit; there is no name for its `blocksize`."""
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_quant_storage": quant_storage,
+    }
 
 
 for _type in _TYPES:
-    _register(_type)
+    QUANTIZERS[_type] = Quantizer(partial(_quantised, _type), partial(_config, _type))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftfast.base.offload import device_of, stored_weight
-from peftfast.base.rounding import drawn_float
-from peftfast.base.weight import UsualWeight, kept_copy, register_format
+from peftfast.base.offload import stored_weight
+from peftfast.base.parameter import ParameterWeight
+from peftfast.base.weight import register_format
 from peftfast.sharding import whole_shape
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
@@ -20,13 +20,12 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 @register_format
-class DenseWeight(UsualWeight):
+class DenseWeight(ParameterWeight):
     """fp64, fp32, bf16 or fp16, `[N, K, ...]` as in `nn.Linear`, `nn.Embedding` and `nn.ConvNd`, or `[K, N]` as in
     transformers' `Conv1D`."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.name = ""
+        super().__init__(module, "weight")
         self.transposed = is_conv1d(module)
         self._last: Operand | None = None  # of the weight that was there last time
 
@@ -46,14 +45,6 @@ class DenseWeight(UsualWeight):
         shape = whole_shape(self.module.weight)
         n, k = shape[0], shape[1:].numel()
         return (k, n) if self.transposed else (n, k)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.module.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(self.module)
 
     def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
         # an attribute of a module is a slow lookup; sharded and parametrised modules need it
@@ -89,42 +80,7 @@ class DenseWeight(UsualWeight):
         matrix = weight.t() if self.transposed else weight.flatten(1)
         return matrix.to(dtype=dtype or weight.dtype, copy=True)
 
-    @torch.no_grad()
-    def assign(self, weight: Tensor) -> None:
-        own = stored_weight(self.module, write=True)
-        own.copy_(for_narrowing((weight.t() if self.transposed else weight).reshape(own.shape), own.dtype))
-
-    @property
-    def draws(self) -> bool:
-        return self.compute_dtype.itemsize == 2
-
-    @torch.no_grad()
-    def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
-        own = stored_weight(self.module, write=True)
-        drawn = drawn_float(weight, own.dtype, generator)
-        own.copy_((drawn.t() if self.transposed else drawn).reshape(own.shape))
-
     @property
     def merge_dtype(self) -> torch.dtype:
         """What merging computes in: wide enough for the one rounding at the end to be the only one that shows."""
         return torch.float32 if self.device.type == "mps" else torch.float64  # which has no fp64
-
-    def snapshot(self, host: bool = False) -> Tensor:
-        return kept_copy(stored_weight(self.module, write=True), host)
-
-    @torch.no_grad()
-    def restore(self, snapshot: Tensor) -> None:
-        stored_weight(self.module, write=True).copy_(snapshot)
-
-
-def for_narrowing(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight`, or for fp64 on its way to 16 bits an fp32 tensor that rounds to what `weight` rounds to. Conversions go
-    through fp32, and rounding to nearest twice is not rounding to nearest; rounding to odd first is."""
-    if weight.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
-        return weight
-    near = weight.float()
-    back = near.double()
-    bits = near.view(torch.int32)
-    bits = bits - (back.abs() > weight.abs()).to(torch.int32)  # towards zero: bits count magnitudes
-    inexact = (back != weight) & weight.isfinite() & near.isfinite()
-    return torch.where(inexact, (bits | 1).view(torch.float32), near)

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.base.bnb4 import OFFLOADED, import_bnb, is_bnb
-from peftfast.base.offload import device_of
+from peftfast.base.bnb4 import OFFLOADED, decoded, import_bnb, is_bnb
 from peftfast.base.rounding import drawn
 from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, kept_copy, register_format
-from peftfast_kernels.decode import Operand, dequantize
+from peftfast_kernels.decode import Operand
 
 
 @register_format
@@ -28,8 +27,7 @@ class Int8Weight(UsualWeight):
     draws = True
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.name = ""
+        super().__init__(module)
         if not module.weight.is_meta:
             self._scales()
 
@@ -50,10 +48,6 @@ class Int8Weight(UsualWeight):
         dtype = getattr(self.module, "dtype", None)
         # the product follows the input's dtype; adapters get the dtype that any new Parameter has
         return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.get_default_dtype()
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(self.module)
 
     def _holder(self) -> Any:
         """What has the scales now: the Parameter, or the module's state."""
@@ -96,11 +90,7 @@ class Int8Weight(UsualWeight):
         return Operand("int8", [codes, self._scales().to(codes.device, torch.float32)], self.shape, torch.float32)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        codes = self.module.weight.data
-        scales = self._scales().to(codes.device, torch.float32)
-        dtype = dtype or torch.float32
-        narrow = dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
-        return dequantize(Operand("int8", [codes, scales], self.shape, narrow), narrow).to(dtype)
+        return decoded(self.readable(), dtype or torch.float32)
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:

@@ -17,10 +17,6 @@ class ByModule(UsualWeight):
 
     cuts_gradients = True
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.name = ""
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """The input's, whatever that will be; adapters get the dtype of the module's own floating-point tensors."""

@@ -6,9 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftfast.base.dense import for_narrowing
 from peftfast.base.offload import device_of, stored_weight
-from peftfast.base.rounding import drawn_float
+from peftfast.base.rounding import drawn_float, for_narrowing
 from peftfast.base.weight import UsualWeight, kept_copy
 from peftfast.sharding import whole_shape
 from peftfast_kernels.decode import Operand
@@ -20,8 +19,8 @@ class ParameterWeight(UsualWeight):
     the Parameter."""
 
     def __init__(self, module: nn.Module, parameter: str) -> None:
-        self.module, self.parameter = module, parameter
-        self.name = ""
+        super().__init__(module)
+        self.parameter = parameter
 
     @property
     def value(self) -> Tensor:
@@ -50,7 +49,7 @@ class ParameterWeight(UsualWeight):
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
         own = stored_weight(self.module, self.parameter, write=True)
-        own.copy_(for_narrowing(weight.reshape(own.shape), own.dtype))
+        own.copy_(for_narrowing((weight.t() if self.transposed else weight).reshape(own.shape), own.dtype))
 
     @property
     def draws(self) -> bool:
@@ -59,7 +58,8 @@ class ParameterWeight(UsualWeight):
     @torch.no_grad()
     def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
         own = stored_weight(self.module, self.parameter, write=True)
-        own.copy_(drawn_float(weight, own.dtype, generator).view(own.shape))
+        drawn = drawn_float(weight, own.dtype, generator)
+        own.copy_((drawn.t() if self.transposed else drawn).reshape(own.shape))
 
     @property
     def merge_dtype(self) -> torch.dtype:

@@ -125,3 +125,16 @@ def drawn_float(values: Tensor, dtype: torch.dtype, generator: torch.Generator) 
         up = draws * (above - below) < x.abs() - below  # false where there is no finite number above
         result[start : start + _CHUNK] = (low + up.to(bits)).view(dtype)
     return result.view(values.shape)
+
+
+def for_narrowing(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight`, or for fp64 on its way to 16 bits an fp32 tensor that rounds to what `weight` rounds to. Conversions go
+    through fp32, and rounding to nearest twice is not rounding to nearest; rounding to odd first is."""
+    if weight.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
+        return weight
+    near = weight.float()
+    back = near.double()
+    bits = near.view(torch.int32)
+    bits = bits - (back.abs() > weight.abs()).to(torch.int32)  # towards zero: bits count magnitudes
+    inexact = (back != weight) & weight.isfinite() & near.isfinite()
+    return torch.where(inexact, (bits | 1).view(torch.float32), near)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftfast.base.offload import device_of
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
 
@@ -16,6 +17,7 @@ class UsualWeight:
     """What is so of most formats; a format of which it is not says so.
 
     Attributes:
+        name: of the module inside its model, for messages; empty until somebody knows it.
         quantization: key of `QUANTIZERS` ("nf4"); None where the weight is stored as it is computed with.
         transposed: the module keeps W [N, K] as [K, N].
         merge_dtype: in which W is summed with what is merged into it.
@@ -26,6 +28,7 @@ class UsualWeight:
         foreign_linear: the modules that it claims are linear layers, though none of torch's.
     """
 
+    name: str = ""
     quantization: str | None = None
     transposed: bool = False
     merge_dtype: torch.dtype = torch.float32
@@ -34,6 +37,13 @@ class UsualWeight:
     known: bool = True
     draws: bool = False
     foreign_linear: bool = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.module)
 
     def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
         return None  # only the module multiplies by W
@@ -48,7 +58,7 @@ class BaseWeight(Protocol):
     `assign` and `restore`. Attributes: see `UsualWeight`."""
 
     module: nn.Module
-    name: str  # of the module inside its model, for messages; empty until somebody knows it
+    name: str
     quantization: str | None
     transposed: bool
     merge_dtype: torch.dtype

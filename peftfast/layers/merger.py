@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.base.dense import for_narrowing
-from peftfast.base.rounding import Rounded, check_rounding, store
+from peftfast.base.rounding import Rounded, check_rounding, for_narrowing, store
 from peftfast.base.weight import kept_copy
 from peftfast.errors import warn
 from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart

@@ -158,7 +158,7 @@ def test_merged_experts_are_within_half_an_ulp_of_the_fp64_merge():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrowing_rounds_once(dtype):
-    from peftfast.base.dense import for_narrowing
+    from peftfast.base.rounding import for_narrowing
 
     near = torch.randn(20000, dtype=torch.float64).to(dtype)
     up = torch.nextafter(near.float(), torch.tensor(torch.inf)).to(dtype)
