@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, plain_name
+from peftfast.ops.experts import LowRank
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
-from peftfast.sites.parameter import LowRank, ParameterSite
+from peftfast.sites.parameter import ParameterSite
 
 if TYPE_CHECKING:
     from peftfast.rows.routing import Rows

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from peftfast.errors import enumerate_some
 from peftfast.layers.calls import Steps
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.ops.experts import LowRank
 from peftfast.rows.routing import Routing
-from peftfast.sites.parameter import LowRank, ParameterSite, run_changed, run_mixed
+from peftfast.sites.parameter import ParameterSite, run_changed, run_mixed
 
 
 class ChangingLayer(BaseTunerLayer):

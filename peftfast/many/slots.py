@@ -19,9 +19,10 @@ from peftfast.keys import ends_of, in_base
 from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.method import method_for, retarget
 from peftfast.methods.lora.stack import FactorStack, apply_stack
+from peftfast.ops.experts import LowRank
 from peftfast.rows.routing import Routing
 from peftfast.sites import Site
-from peftfast.sites.parameter import LowRank, ParameterSite
+from peftfast.sites.parameter import ParameterSite
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import check_adaptable, full_names, matching_parameters
 from peftfast.wrapping.targets import ALL_LINEAR, all_linear

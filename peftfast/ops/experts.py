@@ -26,8 +26,13 @@ _GROUPED = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
 #: Major compute capabilities for which torch has a grouped product; on others it loops, and makes the host wait.
 _GROUPING = (9, 10)
 
-#: Factors as `per_expert` takes them, and their scale.
-Change = tuple[Tensor, Tensor, Any]
+
+class LowRank(NamedTuple):
+    """A change s · B A of a Parameter: a [E·r, K] with the expert the slowest and b [N, r·E] with it the fastest."""
+
+    a: Tensor
+    b: Tensor
+    scale: Any
 
 
 class Runs:
@@ -154,10 +159,14 @@ class Groups(Runs):
                 self._hit = (_runs_of([t - s for _, s, t in self.runs], self._ends), torch.tensor(experts))
         return self._hit
 
-    def gather(self, change: Change, dtype: torch.dtype) -> tuple[Tensor, Tensor, Branch]:
+    def gather(self, change: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor, Branch]:
         """Factors a [count, r, K] and b [count, N, r] of a change in `dtype`, and how rows meet them."""
         runs, experts = self.hit
-        return *_of_experts(change, self.count, experts, dtype), Branch(runs, change[2])
+        a, b, scale = change
+        if experts is None:  # a cast first makes less to move
+            a, b = a.to(dtype), b.to(dtype)
+        a, b = per_expert(a, b, self.count, experts)
+        return a.to(dtype), b.to(dtype), Branch(runs, scale)
 
 
 class _Share(NamedTuple):
@@ -199,7 +208,7 @@ class MixedGroups(Groups):
             start = stop
 
     def gather(
-        self, change: Sequence[Change], dtype: torch.dtype
+        self, change: Sequence[LowRank], dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None, Branch | None]:
         """The same of a change for each position. Smaller ranks are padded with zeros. None where no row has any."""
         if not self._shares:
@@ -291,15 +300,6 @@ def _runs_of(lengths: Sequence[int], like: Tensor) -> Runs:
     return Runs(len(ends), torch.tensor(ends, dtype=torch.int32, device=like.device), runs)
 
 
-def _of_experts(change: Change, count: int, experts: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`per_expert` in `dtype`."""
-    a, b, _ = change
-    if experts is None:  # a cast first makes less to move
-        a, b = a.to(dtype), b.to(dtype)
-    a, b = per_expert(a, b, count, experts)
-    return a.to(dtype), b.to(dtype)
-
-
 @cache
 def _capability(device: torch.device) -> int:
     """The major compute capability of a GPU; 0 of others than NVIDIA's."""
@@ -373,7 +373,7 @@ def _product(
     return branch.add_mm(y, t, b.transpose(1, 2)), t
 
 
-def experts_linear(x: Tensor, w: Tensor, groups: Groups, change: Change | Sequence[Change] | None) -> Tensor:
+def experts_linear(x: Tensor, w: Tensor, groups: Groups, change: LowRank | Sequence[LowRank] | None) -> Tensor:
     """Every row times its own expert's weight, and factors.
 
     Args:

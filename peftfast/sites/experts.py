@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.ops.experts import Change, Groups, MixedGroups, experts_linear
+from peftfast.ops.experts import Groups, LowRank, MixedGroups, experts_linear
 from peftfast.ops.function import transformed
 from peftfast.sites.site import is_plain, is_untouched
 
@@ -23,11 +23,11 @@ from peftfast.sites.site import is_plain, is_untouched
 _IMPLEMENTATIONS = {None: True, "eager": True, "batched_mm": True, "grouped_mm": False, "deepgemm": False,
                     "sonicmoe": False}  # fmt: skip
 #: By the name of the Parameter: its change, or one for each position that tokens may name.
-Changes = Mapping[str, Change | Sequence[Change]]
+Changes = Mapping[str, LowRank | Sequence[LowRank]]
 
 
 def has_routed_form(
-    module: nn.Module, changes: Mapping[str, Sequence[Change]], args: Sequence[Any], kwargs: Mapping[str, Any]
+    module: nn.Module, changes: Mapping[str, Sequence[LowRank]], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool:
     """Whether `routed_experts` is what the module would compute with these changes."""
     if torch.compiler.is_compiling() or transformed() or kwargs or len(args) != 3:

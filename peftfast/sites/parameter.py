@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peftfast.base.parameter import ParameterWeight
-from peftfast.ops.experts import per_expert
+from peftfast.ops.experts import LowRank, per_expert
 from peftfast.sharding import whole_shape
 from peftfast.sites.experts import has_routed_form, routed_experts
 from peftfast.sites.holders import linear_holder
@@ -19,14 +19,6 @@ from peftfast.sites.site import Slot, UsualSite
 
 if TYPE_CHECKING:
     from peftfast.rows.routing import Rows
-
-
-class LowRank(NamedTuple):
-    """A change s · B A of a Parameter: a [E·r, K] with the expert the slowest and b [N, r·E] with it the fastest."""
-
-    a: Tensor
-    b: Tensor
-    scale: Any
 
 
 class ParameterSite(UsualSite):

@@ -20,11 +20,12 @@ from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import check_ready, initialise, rank_of_factors, restarted
 from peftfast.methods.lora.stack import apply_stack, factors, remembered
 from peftfast.ops.composed import composed_lora
+from peftfast.ops.experts import LowRank
 from peftfast.ops.plan import Part
 from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
-from peftfast.sites.parameter import LowRank, ParameterSite
+from peftfast.sites.parameter import ParameterSite
 from peftfast.wrapping import default_targets
 from peftfast.wrapping.expert_targets import retarget_experts
 from peftfast.wrapping.targets import pattern_value
