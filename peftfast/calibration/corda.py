@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
-from peftfast.calibration.modes import in_mode
+from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.errors import enumerate_some
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.corda import CordaEigens, oriented_eigens
@@ -122,13 +122,9 @@ def _covariances(
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in _targets(hooked, cfg).items()]
-    try:
-        with in_mode(hooked, training=False):
-            run_model()
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [module.register_forward_hook(watch(name)) for name, module in _targets(hooked, cfg).items()]
+    with removed_after(hooks), in_mode(hooked, training=False):
+        run_model()
     unseen = [name for name in _targets(model, cfg) if name not in sums]
     if unseen:
         raise ValueError(f"run_model gave these targets no input: {unseen[:5]}")

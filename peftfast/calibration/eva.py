@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.calibration.modes import in_mode
+from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.calibration.ranks import drop_adapter, pattern_of, resize_adapter
 from peftfast.errors import PeftWarning, close_matches, enumerate_some, warn
 from peftfast.keys import in_base
@@ -135,14 +135,8 @@ def _gathered(x: Tensor) -> Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
 
 
-@contextmanager
-def _watched(modules: Mapping[str, nn.Module], seen: Callable[[str, tuple], None]) -> Iterator[None]:
-    handles = [m.register_forward_pre_hook(lambda _, args, n=n: seen(n, args)) for n, m in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _watched(modules: Mapping[str, nn.Module], seen: Callable[[str, tuple], None]) -> AbstractContextManager[None]:
+    return removed_after(m.register_forward_pre_hook(lambda _, args, n=n: seen(n, args)) for n, m in modules.items())
 
 
 def _to(inputs: Any, device: torch.device | None) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
-from peftfast.calibration.modes import in_mode
+from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.method import method_for
 from peftfast.methods.lora.config import LoraConfig
@@ -117,13 +117,9 @@ def _estimated(
             sums[key] = before.to(torch.promote_types(before.dtype, torch.float32)).add_(gradient)
 
     with _only_these_train(model, list(weights.values())):
-        handles = [weight.register_post_accumulate_grad_hook(collect) for weight in weights.values()]
-        try:
-            with torch.enable_grad():
-                train_step()
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = [weight.register_post_accumulate_grad_hook(collect) for weight in weights.values()]
+        with removed_after(hooks), torch.enable_grad():
+            train_step()
     unseen = {name: not counts[id(module.weight)] for name, module in modules.items()}
     if all(unseen.values()):
         raise ValueError("train_step gave no target a gradient: it has to run forward and backward passes of the model")

@@ -1,11 +1,12 @@
-"""Training or evaluation for the time of a calibration."""
+"""Modes and hooks for the time of a calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -18,3 +19,14 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+@contextmanager
+def removed_after(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are there inside the `with` block only, whatever becomes of it."""
+    hooks = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

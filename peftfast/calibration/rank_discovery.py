@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peftfast.base.weight import base_weight
 from peftfast.calibration.eva import (
     all_rows,
     components_of,
@@ -16,7 +17,7 @@ from peftfast.calibration.eva import (
     prepare_layer_inputs_fn_language_modeling,
 )
 from peftfast.calibration.eva import prepare_model_inputs_fn_language_modeling as token_indices
-from peftfast.calibration.modes import in_mode
+from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.calibration.ranks import pattern_of
 from peftfast.config import PeftType
 from peftfast.errors import enumerate_some
@@ -87,7 +88,7 @@ def discover_ranks(
         top = 2 * config.r if maximum is None else maximum
         if top < minimum:
             raise ValueError(f"maximum={top} is below minimum={minimum}")
-        limits = {n: min(top, *_shape(m)) for n, m in modules.items()}
+        limits = {n: min(top, *base_weight(m).shape) for n, m in modules.items()}
         with in_mode(model, training=False):
             if by == "variance":
                 shares = _variances(model, modules, batches, limits, config, forward_fn)
@@ -105,12 +106,6 @@ def discover_ranks(
             config.lora_alpha,
         )
     return ranks
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    from peftfast.base.weight import base_weight
-
-    return base_weight(module).shape
 
 
 def _loss(output: Any) -> Tensor:
@@ -157,7 +152,7 @@ def _gradients(
     sketches: dict[str, Tensor] = {}
     random: dict[str, Tensor] = {}
     for name, module in modules.items():
-        n, k = _shape(module)
+        n, k = base_weight(module).shape
         q = min(limits[name] + OVERSAMPLING, n, k)
         basis, _ = torch.linalg.qr(torch.randn(k, q, generator=generator))
         random[name] = (basis * (k / q) ** 0.5).to(module.weight.device)
@@ -180,18 +175,16 @@ def _gradients(
         return hook
 
     trainable = [p for p in model.parameters() if p.requires_grad]
-    handles = [m.register_forward_hook(watch(n)) for n, m in modules.items()]
     count = 0
     try:
         for p in trainable:  # no gradient by the weights themselves
             p.requires_grad_(False)
-        for batch in batches:
-            with torch.enable_grad():
-                loss_fn(forward_fn(model, batch)).backward()
-            count += 1
+        with removed_after(m.register_forward_hook(watch(n)) for n, m in modules.items()):
+            for batch in batches:
+                with torch.enable_grad():
+                    loss_fn(forward_fn(model, batch)).backward()
+                count += 1
     finally:
-        for handle in handles:
-            handle.remove()
         for p in trainable:
             p.requires_grad_(True)
     if not count:
