@@ -202,8 +202,11 @@ def dot_precision(chip: str, *dtypes: torch.dtype) -> str:
     """How fp32 operands are multiplied: ``ieee``, or ``tf32x3`` (fp32-like from three TF32 products) when wide.
 
     Plain TF32 is used for fp32 models only where the user allowed it for torch's own products.
+
+    Args:
+        dtypes: of the activations and of their factors.
     """
-    if chip == _INTERPRETER or chip.startswith("gfx"):
+    if chip == _INTERPRETER or chip.startswith("gfx") or torch.float32 not in dtypes:
         return "ieee"
     if torch.bfloat16 in dtypes or torch.float16 in dtypes:
         return "tf32x3"  # wide: x is exact in TF32, only the fp32 factor needs the extra products

@@ -281,7 +281,7 @@ def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor
     if m == 0:
         return out
     chip = chip_of(y.device)
-    precision = dot_precision(chip, t.dtype, b.dtype)
+    precision = dot_precision(chip, y.dtype, b.dtype)
     launch, by_row = _add_plan(chip, m, n, rank, y.stride(), t.stride(), b.stride(), precision)
     if by_row:
         launch(y, t, rows, b, scales.contiguous(), out)

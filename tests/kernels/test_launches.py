@@ -16,12 +16,20 @@ SHAPES = [(m, n, k) for m in (1, 512, 2048, 8192, 16384) for n, k in ((4096, 409
 
 @pytest.fixture(params=["sm_80", "sm_90", "gfx942"])
 def launches(request, monkeypatch):
-    """What is launched on this chip: (grid, arguments), by every kernel of four modules."""
+    """What is launched on this chip: (grid, arguments), by every kernel of these modules."""
     made = []
 
     monkeypatch.setattr(Launch, "__call__", lambda self, *pointers: made.append((self.grid, self.arguments)))
-    for module in ("lora_down_kernels", "lora_grad_kernels", "siblings_kernels", "siblings_gemm_kernels"):
-        loaded = importlib.import_module(f"peftfast_kernels.{module}")
+    for module in (
+        "lora_down",
+        "lora_grad",
+        "lora_routed",
+        "lora_routed_grad",
+        "siblings",
+        "siblings_gemm",
+        "dora_add",
+    ):
+        loaded = importlib.import_module(f"peftfast_kernels.{module}_kernels")
         monkeypatch.setattr(loaded, "chip_of", lambda device: request.param)
     return made
 
@@ -112,3 +120,24 @@ def test_siblings_take_one_launch_a_step(launches, m, rank, drop):
     db, da = sum(-(-n // fourth["BC"]) for n in widths), -(-k // fourth["BC"])
     assert both == (db * -(-rank // fourth["BRT"]) + da * -(-rank // fourth["BRP"]),)
     assert fifth["ADD"] is not bool(drop)
+
+
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
+def test_only_fp32_factors_are_multiplied_in_three_products(launches, factors, request):
+    """Which takes warps and registers, also of routed adapters, and what is half precision needs none of it."""
+    three = factors is torch.float32 and not request.node.callspec.params["launches"].startswith("gfx")
+    m, n, k, rank, count = 2048, 4096, 1024, 64, 3
+    x, y, t = meta(m, k), meta(m, n), meta(m, rank, dtype=factors)
+    a, b = meta(count, rank, k, dtype=factors), meta(count, n, rank, dtype=factors)
+    route = [meta(size, dtype=torch.int32) for size in (m, m, count + 1)]
+    scales = meta(count, dtype=torch.float32)
+    OPS["lora_down"].launch(x, a[0], None, 0.0)
+    OPS["dora_add"].launch(y, meta(n, dtype=torch.float32), None, t, b[0], 1.0)
+    OPS["siblings_gemm"].launch(x, [dense(meta(n, k))] * 2, [None] * 2, [t] * 2, [b[0]] * 2, [1.0] * 2)
+    OPS["routed_down"].launch(x, *route, a)
+    OPS["routed_add"].launch(y, t, *route, b, scales)
+    OPS["routed_up_grad"].launch(y, t, *route, b, scales, torch.float32)
+    assert [found["PRECISION"] for _, found in launches] == ["tf32x3" if three else "ieee"] * len(launches)
+    _, dora, siblings, down, add, *_ = [found for _, found in launches]
+    assert down["num_warps"] == add["num_warps"] == configs.tile("routed", "sm_90").warps * (1 + three)
+    assert (dora["BR"] == siblings["BR"] == 16) is three
