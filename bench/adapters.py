@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import platform
 import random
 import statistics
 import tempfile
@@ -22,35 +21,23 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from measure import print_row, print_table_head, print_versions, turns
+
+from bench import contestants
+from bench.operands import Model
 
 CONFIG = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False}
 Row = tuple[str, dict[str, float]]
 
 
 def alternating(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Medians of several calls that take turns, so that a slow phase of the machine meets all of them; in an order
-    drawn anew every time, so that none always finds the caches full of what a certain other one left there."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    turns, order = list(calls.items()), random.Random(0)
-    for i in range(runs + 1):
-        order.shuffle(turns)
-        for name, call in turns:
-            start = time.process_time_ns()
-            call()
-            if i:
-                times[name].append((time.process_time_ns() - start) / 1e6)
-    return {name: statistics.median(t) for name, t in times.items()}
+    """Medians of CPU time in ms of calls that take turns."""
+    return {name: 1e3 * statistics.median(t) for name, t in turns(calls, runs, clock=time.process_time).items()}
 
 
 def llama(layers: int, hidden: int) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=128,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    shape = Model("small", hidden, 2 * hidden, 8, 8, hidden // 8)
+    return contestants.llama(shape, layers, torch.float32, "cpu", vocabulary=256, use_cache=True).eval()
 
 
 def layers_of(lib: ModuleType, args: argparse.Namespace, folder: str) -> Any:
@@ -177,18 +164,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     libraries = {name: importlib.import_module(name) for name in ("peftfast", "peft")[: 1 if args.alone else 2]}
-    versions = ", ".join(f"{name} {lib.__version__}" for name, lib in libraries.items())
-    options = ", ".join(f"{k}={v}" for k, v in vars(args).items())
-    print(
-        f"{versions}, torch {torch.__version__}, Python {platform.python_version()}, one thread, CPU time; {options}\n"
-    )
-    print("| what | peftfast | PEFT | PEFT / peftfast |\n|---|---:|---:|---:|")
+    print_versions("one thread", "CPU time", *(f"{k}={v}" for k, v in vars(args).items()))
+    print_table_head("what", "peftfast", "PEFT", "PEFT / peftfast")
     for part in (wrapping, lifecycle, mixing):
         if args.only in (None, part.__name__):
             for what, figures in part(libraries, args):
                 ours, theirs = figures["peftfast"], figures.get("peft")
-                rest = "| |" if theirs is None else f"{theirs:.3f} | {theirs / ours:.2f} |"
-                print(f"| {what} | {ours:.3f} | {rest}", flush=True)
+                print_row(what, ours, *(("", "") if theirs is None else (theirs, theirs / ours)))
 
 
 if __name__ == "__main__":

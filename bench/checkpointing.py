@@ -21,22 +21,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from train_step import interleaved, make_step, median_ratio, small_llama, twins
+from measure import median_ratio, print_row, print_table_head, print_versions, turns
+from train_step import compare, make_step, random_ids, small_llama, twins
 
 MODES = {"off": None, "reentrant": True, "non-reentrant": False}
 
 
 def steps_of(args: argparse.Namespace, mode: str) -> dict[str, Callable[[], float]]:
-    torch.manual_seed(0)
-    models = twins(small_llama(args.hidden, args.layers, torch.float32), args.r, 0.0, "all-linear")
-    ids = torch.randint(0, 1024, (max(args.tokens // 128, 1), min(args.tokens, 128)))
+    models = twins(small_llama(args.hidden, args.layers, torch.float32), args.r, 0.0)
+    ids = random_ids(args.tokens)
     for model in models.values():
         if MODES[mode] is not None:
             # PEFT's users call this by hand or through their trainer; for peftfast it is enough as it is
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": MODES[mode]})
             model.enable_input_require_grads()
         model.train()
-    return {name: make_step(model, ids, False, 1e-3) for name, model in models.items()}
+    return {name: make_step(model, ids) for name, model in models.items()}
 
 
 def resident(field: str) -> int:
@@ -69,7 +69,7 @@ def rises(args: argparse.Namespace, mode: str) -> dict[str, float]:
     return {library: statistics.median(values) / 2**20 for library, values in found.items()}
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"hidden": 256, "layers": 6, "tokens": 512, "r": 16, "threads": 1, "rounds": 7, "processes": 3}
     for name, value in sizes.items():
@@ -82,23 +82,20 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     if args.child:
         print(rise(args, args.mode, args.child))
-        return 0
-    print(f"torch {torch.__version__}, {' '.join(args.passed)}, fp32, all-linear")
-    columns = ["mode", "peft_ms", "peftfast_ms", "time_ratio", "peft_MiB", "peftfast_MiB", "memory_ratio"]
-    print("".join(f"{c:>15}" for c in columns))
+        return
+    print_versions(" ".join(args.passed), "fp32", "all-linear")
+    print_table_head(
+        "mode", "PEFT, ms", "peftfast, ms", "peftfast / PEFT", "PEFT, MiB", "peftfast, MiB", "peftfast / PEFT"
+    )
     for mode in [args.mode] if args.mode else MODES:
         steps = steps_of(args, mode)
-        losses = {name: [step() for _ in range(3)] for name, step in steps.items()}
-        if not all(abs(a - b) <= 1e-5 * abs(a) for a, b in zip(*losses.values(), strict=True)):  # nor NaN
-            sys.exit(f"losses differ: {losses}; nothing is reported")
-        times = interleaved(steps, args.rounds)
+        compare(steps, 1e-5)
+        times = turns(steps, args.rounds)
         medians = [1e3 * statistics.median(times[n]) for n in ("peft", "peftfast")]
         memory = rises(args, mode)
-        row = [*medians, median_ratio(times["peftfast"], times["peft"]), *memory.values(),
-               memory["peftfast"] / memory["peft"]]  # fmt: skip
-        print(f"{mode:>15}" + "".join(f"{v:>15.3f}" for v in row), flush=True)
-    return 0
+        ratio = median_ratio(times["peftfast"], times["peft"])
+        print_row(mode, *medians, ratio, *memory.values(), memory["peftfast"] / memory["peft"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

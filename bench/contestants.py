@@ -206,15 +206,16 @@ def linear_truth(size: Size, device: str, source: nn.Module, x: Tensor, dy: Tens
 
 # ---- layers and models -----------------------------------------------------------------------------------------------
 def llama(
-    shape: Model, layers: int, dtype: torch.dtype, device: str, format: str = "dense", vocabulary: int = 512
-) -> nn.Module:
-    """A Llama of a published model's block sizes; by default its vocabulary is small."""
+    shape: Model, layers: int, dtype: torch.dtype, device: str, format: str = "dense", vocabulary: int = 512,
+    use_cache: bool = False,
+) -> nn.Module:  # fmt: skip
+    """A frozen Llama of a shape; by default its vocabulary is small."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        max_position_embeddings=32768, use_cache=False,
+        max_position_embeddings=32768, use_cache=use_cache,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):

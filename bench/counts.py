@@ -38,11 +38,13 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_flatten  # noqa: E402
 
+from bench.contestants import TARGETS, llama  # noqa: E402
+from bench.operands import Model  # noqa: E402
 from peftfast_kernels import dispatch, use_backend  # noqa: E402
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, RANK, BATCH, LENGTH = 128, 384, 4, 2, 4, 2, 160
 LINEAR = (BATCH * LENGTH, HIDDEN, INTERMEDIATE)  # M, K, N of the scope "linear"
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPE = Model("marker", HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HIDDEN // HEADS)
 SCOPES = ("linear", "layer", "step")
 #: base dtype, whether under bf16 autocast, storage
 MODES = {
@@ -176,20 +178,10 @@ class OneLinear(nn.Module):
         return self.q_proj(x)
 
 
-def llama(layers: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, use_cache=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
 def built(scope: str, contestant: str, mode: str, dropout: float) -> nn.Module:
     dtype, _, storage = MODES[mode]
-    torch.manual_seed(0)
-    model = (OneLinear() if scope == "linear" else llama(1 if scope == "layer" else 2)).to(dtype)
+    layers = 1 if scope == "layer" else 2
+    model = OneLinear().to(dtype) if scope == "linear" else llama(SHAPE, layers, dtype, "cpu", vocabulary=96)
     if storage == "nf4":
         import peftfast
 

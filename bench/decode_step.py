@@ -9,17 +9,15 @@ never reported for a step that computes something else.
 from __future__ import annotations
 
 import argparse
-import copy
-import gc
-import platform
 import statistics
 import sys
 import warnings
 from collections.abc import Callable
 
 import torch
+from measure import median_ratio, print_row, print_table_head, print_versions, turns
 from torch import nn
-from train_step import interleaved, median_ratio, small_llama, twins
+from train_step import small_llama, twins
 
 
 def make_steps(model: nn.Module, ids: torch.Tensor, tokens: int) -> Callable[[], torch.Tensor]:
@@ -43,25 +41,22 @@ def make_steps(model: nn.Module, ids: torch.Tensor, tokens: int) -> Callable[[],
 
 
 def measure(hidden: int, batch: int, args: argparse.Namespace) -> list[float]:
-    """Medians in ms per token of PEFT, peftfast and the base, and the ratios of pairs."""
-    torch.manual_seed(0)
+    """What `figures` gives, of a token."""
     base = small_llama(hidden, args.layers, torch.float32).eval()
     ids = torch.randint(0, 1024, (batch, args.context))
-    models = {name: model.eval() for name, model in twins(base, args.r, 0.0, "all-linear").items()}
-    models["frozen"] = copy.deepcopy(base)
+    models = {name: model.eval() for name, model in twins(base, args.r, 0.0).items()} | {"frozen": base}
     steps = {name: make_steps(model, ids, args.tokens) for name, model in models.items()}
     logits = {name: step() for name, step in steps.items()}
     if not torch.allclose(logits["peft"], logits["peftfast"], rtol=1e-4, atol=1e-4):
         sys.exit(f"logits differ at hidden size {hidden}, batch {batch}; no timing is reported")
-    gc.collect()
-    gc.disable()
-    times = interleaved(steps, args.rounds)
-    gc.enable()
-    medians = [1e3 * statistics.median(times[n]) / args.tokens for n in ("peft", "peftfast", "frozen")]
-    return [
-        *medians, median_ratio(times["peftfast"], times["peft"]), median_ratio(times["peftfast"], times["frozen"]),
-        median_ratio(times["peft"], times["frozen"]),
-    ]  # fmt: skip
+    return figures(turns(steps, args.rounds, warmup=3), args.tokens)
+
+
+def figures(times: dict[str, list[float]], each: int = 1) -> list[float]:
+    """Medians in ms of PEFT, peftfast and the base, of one part in `each`, and the medians of the pairwise ratios."""
+    medians = [1e3 * statistics.median(times[n]) / each for n in ("peft", "peftfast", "frozen")]
+    pairs = (("peftfast", "peft"), ("peftfast", "frozen"), ("peft", "frozen"))
+    return [*medians, *(median_ratio(times[a], times[b]) for a, b in pairs)]
 
 
 def main() -> None:
@@ -76,21 +71,17 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    import peft
-
-    import peftfast
-
-    print(
-        f"peftfast {peftfast.__version__}, peft {peft.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, one thread, fp32; {args.rounds} turns of {args.tokens} tokens "
-        f"after {args.context}, r={args.r}, all-linear, {args.layers} layers; ms per token\n"
-    )
-    print("| hidden | batch | PEFT | peftfast | frozen base | peftfast / PEFT | peftfast / frozen | PEFT / frozen |")
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print_versions(
+        f"one thread, fp32; {args.rounds} turns of {args.tokens} tokens after {args.context}", f"r={args.r}",
+        "all-linear", f"{args.layers} layers; ms per token",
+    )  # fmt: skip
+    print_table_head(
+        "hidden", "batch", "PEFT", "peftfast", "frozen base", "peftfast / PEFT", "peftfast / frozen", "PEFT / frozen",
+        text=0,
+    )  # fmt: skip
     for hidden in args.hidden:
         for batch in args.batch:
-            figures = measure(hidden, batch, args)
-            print(f"| {hidden} | {batch} | " + " | ".join(f"{f:.3f}" for f in figures) + " |", flush=True)
+            print_row(hidden, batch, *measure(hidden, batch, args))
 
 
 if __name__ == "__main__":

@@ -14,20 +14,21 @@ rows of one adapter after those of another, `set_adapter` included.
 from __future__ import annotations
 
 import argparse
-import gc
-import platform
 import statistics
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 
+import peft
 import torch
-from decode_step import make_steps
+from decode_step import figures, make_steps
+from measure import median_ratio, print_row, print_table_head, print_versions, turns
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_step import interleaved, median_ratio
 
-NAMES = ("peft", "peftfast", "frozen")
+import peftfast
+
+LIBRARIES = {"peft": peft, "peftfast": peftfast}
 
 
 def small_qwen3_moe(args: argparse.Namespace, implementation: str) -> nn.Module:
@@ -44,26 +45,26 @@ def small_qwen3_moe(args: argparse.Namespace, implementation: str) -> nn.Module:
     return model
 
 
-def contestants(args: argparse.Namespace, implementation: str) -> dict[str, nn.Module]:
-    import peft
-
-    import peftfast
-
+def with_adapters(library: object, args: argparse.Namespace, implementation: str, count: int = 1) -> nn.Module:
+    """A model with adapters "0", "1", ..., the same in both libraries."""
     options = {
         "r": args.r, "lora_alpha": 2 * args.r, "target_modules": [],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     }  # fmt: skip
-    models = {"frozen": small_qwen3_moe(args, implementation)}
-    for name, library in (("peft", peft), ("peftfast", peftfast)):
-        model = small_qwen3_moe(args, implementation)
-        models[name] = library.get_peft_model(model, library.LoraConfig(**options)).eval()
-    ours = dict(models["peftfast"].named_parameters())
+    model = library.get_peft_model(small_qwen3_moe(args, implementation), library.LoraConfig(**options), "0")
+    for i in range(1, count):
+        model.add_adapter(str(i), library.LoraConfig(**options))
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in models["peft"].named_parameters():
+        for name, parameter in sorted(model.named_parameters()):
             if "lora_" in name:
-                parameter.normal_(std=0.05)
-                ours[name].copy_(parameter)
-    return {name: models[name] for name in NAMES}
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+def contestants(args: argparse.Namespace, implementation: str) -> dict[str, nn.Module]:
+    models = {name: with_adapters(library, args, implementation) for name, library in LIBRARIES.items()}
+    return models | {"frozen": small_qwen3_moe(args, implementation)}
 
 
 class BytesWritten(TorchDispatchMode):
@@ -130,41 +131,11 @@ def compare(logits: Mapping[str, torch.Tensor], models: Mapping[str, nn.Module],
             sys.exit(f"gradients of {name} differ; no timing is reported")
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int, each: int) -> list[float]:
-    gc.collect()
-    gc.disable()
-    times = interleaved(steps, rounds)
-    gc.enable()
-    medians = [1e3 * statistics.median(times[n]) / each for n in NAMES]
-    pairs = (("peftfast", "peft"), ("peftfast", "frozen"), ("peft", "frozen"))
-    return [*medians, *(median_ratio(times[a], times[b]) for a, b in pairs)]
-
-
-def with_adapters(library: object, args: argparse.Namespace, count: int) -> nn.Module:
-    options = {
-        "r": args.r, "lora_alpha": 2 * args.r, "target_modules": [],
-        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-    }  # fmt: skip
-    model = library.get_peft_model(small_qwen3_moe(args, "grouped_mm"), library.LoraConfig(**options), "0")
-    for i in range(1, count):
-        model.add_adapter(str(i), library.LoraConfig(**options))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model.eval()
-
-
 def mixed(args: argparse.Namespace) -> None:
     """One adapter a row: the base alone, all rows at once, and one adapter after another."""
-    import peft
-
-    import peftfast
-
     most = max(args.adapters)
     frozen = small_qwen3_moe(args, "grouped_mm")
-    ours, theirs = (with_adapters(library, args, most) for library in (peftfast, peft))
+    ours, theirs = (with_adapters(library, args, "grouped_mm", most) for library in (peftfast, peft))
     for model in (ours, theirs):
         model.base_model.set_adapter([str(i) for i in range(most)])  # all of them train
 
@@ -205,16 +176,10 @@ def mixed(args: argparse.Namespace) -> None:
         }
         return {name: graded(call) for name, call in calls.items()}
 
-    print(
-        f"torch {torch.__version__}, peft {peft.__version__}, python {platform.python_version()}, 1 thread; "
-        f"{args.experts} experts, {args.active} a token, hidden {args.hidden}, {args.inner} an expert, {args.layers} "
-        f"layers, r={args.r}, {args.dtype}; {args.rows} rows\n"
-    )
-    print(
-        "| what | tokens a row | adapters | frozen ms | peftfast/frozen | PEFT/frozen | "
-        "MiB written: peftfast, PEFT, frozen |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---|")
+    print_table_head(
+        "what", "tokens a row", "adapters", "frozen ms", "peftfast / frozen", "PEFT / frozen",
+        "MiB written: peftfast, PEFT, frozen",
+    )  # fmt: skip
     for train in (False, True):
         for tokens in args.row_tokens:
             for count in args.adapters:
@@ -224,13 +189,13 @@ def mixed(args: argparse.Namespace) -> None:
                 if not torch.allclose(logits["peft"], logits["peftfast"], rtol=tolerance, atol=tolerance):
                     sys.exit("logits differ; no timing is reported")
                 written = ", ".join(f"{bytes_written(steps[n]):.1f}" for n in ("peftfast", "peft", "frozen"))
-                times = interleaved(dict(steps), args.rounds)
-                ratios = " | ".join(f"{median_ratio(times[n], times['frozen']):.2f}" for n in ("peftfast", "peft"))
-                print(
-                    f"| {'forward, backward' if train else 'forward'} | {tokens} | {count} | "
-                    f"{1e3 * statistics.median(times['frozen']):.1f} | {ratios} | {written} |",
-                    flush=True,
+                times = turns(steps, args.rounds, warmup=3)
+                ratios = [median_ratio(times[n], times["frozen"]) for n in ("peftfast", "peft")]
+                what, milliseconds = (
+                    "forward, backward" if train else "forward",
+                    1e3 * statistics.median(times["frozen"]),
                 )
+                print_row(what, tokens, count, milliseconds, *ratios, written, digits=2)
 
 
 def main() -> None:
@@ -251,18 +216,18 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    print_versions(
+        f"1 thread; {args.experts} experts", f"{args.active} a token", f"hidden {args.hidden}",
+        f"{args.inner} an expert", f"{args.layers} layers", f"r={args.r}", args.dtype,
+        *([f"{args.rows} rows"] if args.rows else []),
+    )  # fmt: skip
     if args.rows:
         return mixed(args)
-    import peft
-
-    print(
-        f"torch {torch.__version__}, peft {peft.__version__}, python {platform.python_version()}, 1 thread; "
-        f"{args.experts} experts, {args.active} a token, hidden {args.hidden}, {args.inner} an expert, {args.layers} "
-        f"layers, r={args.r}, {args.dtype}\n"
-    )
-    print("| experts_implementation | what | PEFT ms | peftfast ms | frozen ms | peftfast/PEFT | peftfast/frozen | "
-          "PEFT/frozen | MiB written: PEFT, peftfast, frozen | MiB kept: PEFT, peftfast, frozen |")  # fmt: skip
-    print("|---|---|---:|---:|---:|---:|---:|---:|---|---|")
+    print_table_head(
+        "experts_implementation", "what", "PEFT ms", "peftfast ms", "frozen ms", "peftfast / PEFT",
+        "peftfast / frozen", "PEFT / frozen", "MiB written: PEFT, peftfast, frozen",
+        "MiB kept: PEFT, peftfast, frozen", text=2,
+    )  # fmt: skip
     for implementation in args.implementation:
         models = contestants(args, implementation)
         ids = torch.randint(0, 1024, (1, args.tokens))
@@ -272,15 +237,11 @@ def main() -> None:
         for step in learning.values():
             step()
         compare(logits, models, 1e-4 if args.dtype == "float32" else 5e-2)
-        kept = [bytes_saved(model, ids) for model in models.values()]
+        kept = ", ".join(f"{bytes_saved(model, ids):.1f}" for model in models.values())
         for what, steps, each in (("decode 1 token", decoding, 4), (f"{args.tokens} tokens, step", learning, 1)):
-            written = [bytes_written(step) / each for step in steps.values()]
-            row = measure(dict(steps), args.rounds, each)
-            print(
-                f"| {implementation} | {what} | " + " | ".join(f"{v:.2f}" for v in row) + " | "
-                + ", ".join(f"{v:.1f}" for v in written) + " | "
-                + (", ".join(f"{v:.1f}" for v in kept) if each == 1 else "-") + " |", flush=True,
-            )  # fmt: skip
+            written = ", ".join(f"{bytes_written(step) / each:.1f}" for step in steps.values())
+            row = figures(turns(steps, args.rounds, warmup=3), each)
+            print_row(implementation, what, *row, written, kept if each == 1 else "-", digits=2)
 
 
 if __name__ == "__main__":

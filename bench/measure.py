@@ -10,12 +10,13 @@ import atexit
 import gc
 import importlib.metadata
 import platform
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,6 +137,44 @@ def _sample(values: list[float]) -> Sample:
     return Sample(statistics.median(values), quartiles[0], quartiles[2], len(values))
 
 
+def turns(
+    calls: Mapping[Any, Callable[[], object]], rounds: int, warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, list[float]]:  # fmt: skip
+    """Seconds of every call in each of so many rounds. The calls of a round take turns, so that a slow moment of the
+    machine hits all of them, in an order drawn anew, so that none always finds the caches as a certain other one left
+    them. The rounds before that are not counted, and no garbage is collected meanwhile."""
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    order, draw = list(calls), random.Random(0)
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds + warmup):
+            draw.shuffle(order)
+            for name in order:
+                start = clock()
+                calls[name]()
+                if i >= warmup:
+                    times[name].append(clock() - start)
+    finally:
+        gc.enable()
+    return times
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios of times from the same rounds."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def print_table_head(*columns: str, text: int = 1) -> None:
+    """The head of a table in Markdown, whose first `text` columns are no numbers."""
+    print(f"| {' | '.join(columns)} |\n|{'---|' * text}{'---:|' * (len(columns) - text)}")
+
+
+def print_row(*cells: object, digits: int = 3) -> None:
+    print(f"| {' | '.join(f'{c:.{digits}f}' if isinstance(c, float) else str(c) for c in cells)} |", flush=True)
+
+
 class Deadline:
     """A budget of seconds, of which every part of a run gets a share."""
 
@@ -179,6 +218,11 @@ def versions() -> dict[str, str]:
     from peftfast.version import __version__
 
     return {"peftfast": __version__, **found}
+
+
+def print_versions(*more: object) -> None:
+    """A line with all versions, and what else is to be known of a table."""
+    print(", ".join([*(f"{name} {version}" for name, version in versions().items()), *map(str, more)]), end="\n\n")
 
 
 def is_lost(device: str) -> bool:

@@ -12,7 +12,7 @@ from peftfast_kernels import Operand, dense, dense_t, make_route
 
 
 class Model(NamedTuple):
-    """Sizes of a published model."""
+    """Sizes of a model of Llama's kind."""
 
     name: str
     hidden: int

@@ -17,7 +17,6 @@ import argparse
 import ast
 import copy
 import importlib.util
-import platform
 import random
 import sys
 import sysconfig
@@ -28,8 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measure import median_ratio, print_row, print_table_head, print_versions, turns
 from torch import Tensor, nn
-from train_step import interleaved, median_ratio
 
 Batch = dict[str, Tensor]
 
@@ -228,7 +227,7 @@ def make_step(model: nn.Module, data: Batch, lr: float, batch: int, losses: list
     return step
 
 
-def measure(name: str, task: Task, base: nn.Module, data: dict[str, Batch], args: argparse.Namespace) -> str:
+def measure(name: str, task: Task, base: nn.Module, data: dict[str, Batch], args: argparse.Namespace) -> None:
     import peft
 
     import peftfast
@@ -250,11 +249,8 @@ def measure(name: str, task: Task, base: nn.Module, data: dict[str, Batch], args
                 parameter.copy_(start[key])
     before = accuracy(task, ours, data["test"])
     losses: dict[str, list[float]] = {library: [] for library in models}
-    times = interleaved(
-        {n: make_step(model, data["train"], method.lr, args.batch, losses[n]) for n, model in models.items()},
-        args.steps,
-        warmup=0,
-    )
+    steps = {n: make_step(model, data["train"], method.lr, args.batch, losses[n]) for n, model in models.items()}
+    times = turns(steps, args.steps, warmup=0)
     apart = max(abs(a - b) for a, b in zip(losses["peftfast"], losses["peft"], strict=True))
     ratio = median_ratio(times["peftfast"], times["peft"])
     after = {library: accuracy(task, model, data["test"]) for library, model in models.items()}
@@ -265,11 +261,10 @@ def measure(name: str, task: Task, base: nn.Module, data: dict[str, Batch], args
         library: f"{accuracy(task, model.merge_and_unload(), data['test']):.3f}" if mergeable(model) else "-"
         for library, model in models.items()
     }
-    return (
-        f"| {name} | {before:.3f} | {after['peftfast']:.3f} | {after['peft']:.3f} | {read:.3f} | "
-        f"{merged['peftfast']} | {merged['peft']} | "
-        f"{apart:.0e}{' (drawn)' if method.drawn else ''} | {ratio:.2f} |"
-    )
+    print_row(
+        name, before, after["peftfast"], after["peft"], read, merged["peftfast"], merged["peft"],
+        f"{apart:.0e}{' (drawn)' if method.drawn else ''}", f"{ratio:.2f}",
+    )  # fmt: skip
 
 
 def mergeable(model: nn.Module) -> bool:
@@ -283,7 +278,7 @@ def default_model(task: type[Task]) -> Path:
     return Path(spec.origin).parent / task.file
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--model", type=Path, help="folder or .gguf file; default: the package named above")
@@ -295,7 +290,6 @@ def main() -> int:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
-    import peft
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -307,19 +301,19 @@ def main() -> int:
     data = read_data(task, args.length)
     torch.manual_seed(0)
     base = task.model()
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, Python "
-        f"{platform.python_version()}, {args.threads} thread(s); {args.model.name}, {args.steps} steps of {args.batch} "
-        f"x {args.length} tokens; {len(LIBRARIES)} classes, {len(data['test']['labels'])} held out\n"
-    )
-    print("| method | before | after | PEFT | ours, read by PEFT | merged | PEFT | losses apart | time over PEFT |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print_versions(
+        f"{args.threads} thread(s); {args.model.name}", f"{args.steps} steps of {args.batch} x {args.length} tokens",
+        f"{len(LIBRARIES)} classes", f"{len(data['test']['labels'])} held out",
+    )  # fmt: skip
+    print_table_head(
+        "method", "before", "after", "PEFT", "ours, read by PEFT", "merged", "PEFT merged", "losses apart",
+        "time over PEFT",
+    )  # fmt: skip
     for name in args.methods or METHODS:
         if name == "prefix tuning" and args.task == "encoder":
             continue  # needs a cache, which encoders have none of
-        print(measure(name, task, base, data, args), flush=True)
-    return 0
+        measure(name, task, base, data, args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,12 +9,14 @@ both ways' times over PEFT's (below 1 is faster). Outputs are compared first; al
 from __future__ import annotations
 
 import argparse
+import itertools
 import warnings
 from collections.abc import Callable
 
 import peft
 import torch
 from adapters import alternating
+from measure import print_row, print_table_head, print_versions
 from torch import nn
 
 import peftfast
@@ -40,12 +42,12 @@ def model_of(library, width: int, dtype: torch.dtype, wide: bool, dropout: float
     return library.get_peft_model(base, config, autocast_adapter_dtype=wide).train()
 
 
-def step(model: nn.Module, x: torch.Tensor, autocast: bool, way: str | None) -> Callable[[], torch.Tensor]:
+def step(model: nn.Module, x: torch.Tensor, autocast: bool, small: dict | None) -> Callable[[], torch.Tensor]:
     dy = torch.randn_like(x)
 
     def run() -> torch.Tensor:
-        if way is not None:
-            composed.SMALL = WAYS[way]
+        if small is not None:
+            composed.SMALL = small
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = model(x)
         y.backward(dy)
@@ -54,22 +56,23 @@ def step(model: nn.Module, x: torch.Tensor, autocast: bool, way: str | None) -> 
     return run
 
 
-def row(mode: str, dropout: float, width: int, tokens: int) -> str:
+def row(mode: str, dropout: float, width: int, tokens: int) -> tuple[str, float, float]:
+    """Microseconds of PEFT's linear, and what of them both ways take."""
     dtype, wide, autocast = MODES[mode]
-    ours, theirs = (model_of(library, width, dtype, wide, dropout) for library in (peftfast, peft))
-    theirs.load_state_dict(ours.state_dict())
+    libraries = dict.fromkeys(WAYS, peftfast) | {"peft": peft}  # a model for each way: layers keep the one they took
+    models = {name: model_of(library, width, dtype, wide, dropout) for name, library in libraries.items()}
     x = torch.randn(1, tokens, width, dtype=dtype, requires_grad=True)
-    calls = {way: step(ours, x, autocast, way) for way in WAYS} | {"peft": step(theirs, x, autocast, None)}
-    for model in (ours, theirs):
+    calls = {name: step(model, x, autocast, WAYS.get(name)) for name, model in models.items()}
+    for model in models.values():
+        model.load_state_dict(models["peft"].state_dict())
         model.eval()
     expected = calls["peft"]()
     for way in WAYS:
         torch.testing.assert_close(calls[way](), expected, rtol=0.05, atol=0.05)
-    for model in (ours, theirs):
+    for model in models.values():
         model.train()
     times = alternating(calls, max(10, min(100, int(3e10 / (tokens * width * width + 1e8)))))
-    ratios = " | ".join(f"{times[way] / times['peft']:.2f}" for way in WAYS)
-    return f"| {mode} | {dropout} | {width} | {tokens} | {1e3 * times['peft'] / LAYERS:.0f} | {ratios} |"
+    return f"{1e3 * times['peft'] / LAYERS:.0f}", *(times[way] / times["peft"] for way in WAYS)
 
 
 def main() -> None:
@@ -80,14 +83,12 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(f"peftfast {peftfast.__version__}, peft {peft.__version__}, torch {torch.__version__}, one thread\n")
-    print("| precision | dropout | width | tokens | PEFT, us a linear | function / PEFT | composed / PEFT |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for mode in MODES:
-        for dropout in options.dropout:
-            for width in options.widths:
-                for tokens in options.tokens:
-                    print(row(mode, dropout, width, tokens), flush=True)
+    print_versions("one thread")
+    print_table_head(
+        "precision", "dropout", "width", "tokens", "PEFT, us a linear", "function / PEFT", "composed / PEFT"
+    )
+    for case in itertools.product(MODES, options.dropout, options.widths, options.tokens):
+        print_row(*map(str, case), *row(*case), digits=2)
 
 
 if __name__ == "__main__":
