@@ -117,6 +117,28 @@ def net() -> nn.Module:
     return Net()
 
 
+class One(nn.Module):
+    """A model that is one module, `m`, and tells PEFT how that is stored."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.m = module
+        kinds = [kind.__name__ for kind in type(module).__mro__]
+        self.is_loaded_in_4bit, self.is_loaded_in_8bit = "Linear4bit" in kinds, "Linear8bitLt" in kinds
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.m(x)
+
+
+def stored(module: nn.Module, storage: str) -> nn.Module:
+    """The module in "fp32", "bf16", "nf4", "fp4" or "int8"."""
+    from peftfast.base.weight import quantizer
+
+    if storage in ("nf4", "fp4", "int8"):
+        return quantizer(storage).module(module.weight, module.bias)
+    return module.to({"fp32": torch.float32, "bf16": torch.bfloat16}[storage])
+
+
 def inputs(model: nn.Module, batch: int = 2, length: int = 16) -> dict[str, Tensor]:
     """Token ids (and what else the model needs), the same on every call."""
     generator = torch.Generator().manual_seed(7)
@@ -239,6 +261,68 @@ def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return call(*args, **kwargs)
+
+
+# ---- training -----------------------------------------------------------------------
+def randomised(model: nn.Module, scale: float = 0.2, seed: int = 3) -> nn.Module:
+    """The model with random numbers in every factor, the same in every library and dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def descend(
+    model: nn.Module, steps: int = 5, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW, lr: float = 1e-2,
+    beside: Callable[[], Any] = lambda: 0.0, **batch: Tensor,
+) -> list[float]:  # fmt: skip
+    """Losses of so many steps on one batch, that of `inputs` if none is given; `beside` is added to the model's."""
+    batch = batch or inputs(model)
+    one = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(**{"labels": batch["input_ids"], **batch}).loss + beside()
+        loss.backward()
+        one.step()
+        one.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step_gradients(model: nn.Module, call: Callable[..., Any] | None = None, seed: int = 5) -> dict[str, Tensor]:
+    """Gradients of one step from a seed, by `call` where it is not the model's own."""
+    batch = inputs(model)
+    model.zero_grad()
+    torch.manual_seed(seed)
+    (model if call is None else call)(**batch, labels=batch["input_ids"]).loss.backward()
+    return gradients(model)
+
+
+def same_gradients_compiled(model: nn.Module) -> None:
+    """A training step is one graph with eager's gradients."""
+    expected = step_gradients(copy.deepcopy(model))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **batch: model(**batch), backend="aot_eager", fullgraph=True)
+    found = step_gradients(model, compiled)
+    torch._dynamo.reset()
+    assert expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def same_gradients_checkpointed(model: nn.Module, reentrant: bool) -> None:
+    expected = step_gradients(copy.deepcopy(model))
+    assert expected
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = step_gradients(model)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # ---- the fp64 oracle ----------------------------------------------------------------

@@ -8,6 +8,7 @@ import oracle
 import peft
 import pytest
 import torch
+from oracle import One, randomised, stored
 from torch import nn
 
 import peftfast
@@ -19,25 +20,9 @@ FORMATS = ("fp32", "bf16", "nf4", "int8")
 SIDES = ("a", "b")
 
 
-class One(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.m = module
-
-    def forward(self, x):
-        return self.m(x)
-
-
 def make_base(storage="fp32", bias=True):
     torch.manual_seed(1)
-    module = nn.Linear(K, N, bias=bias)
-    if storage in ("nf4", "int8"):
-        from peftfast.base.weight import QUANTIZERS
-
-        module = QUANTIZERS[storage].module(module.weight, module.bias)
-    elif storage == "bf16":
-        module = module.to(torch.bfloat16)
-    return One(module)
+    return One(stored(nn.Linear(K, N, bias=bias), storage))
 
 
 def config(library, side, targets=("m",), **changes):
@@ -46,19 +31,10 @@ def config(library, side, targets=("m",), **changes):
     return library.LoraConfig(**{"r": R, "lora_alpha": 12, "target_modules": list(targets), **changes}, use_bdlora=bd)
 
 
-@torch.no_grad()
-def train(model, seed=3):
-    torch.manual_seed(seed)
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            p.copy_(torch.randn(p.shape) * 0.2)
-    return model
-
-
 def make(side, storage="fp32", library=peftfast, **changes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return train(library.get_peft_model(make_base(storage), config(library, side, **changes)))
+        return randomised(library.get_peft_model(make_base(storage), config(library, side, **changes)))
 
 
 def as_plain(model, side, name="default", **changes):
@@ -121,7 +97,7 @@ def test_a_seed_gives_pefts_names_factors_and_logits(side, tmp_path):
         torch.testing.assert_close(p, peer[name], rtol=0, atol=0)
         assert p.requires_grad == peer[name].requires_grad
     for model in models:
-        train(model)
+        randomised(model)
     torch.testing.assert_close(oracle.logits(ours), oracle.logits(theirs), rtol=1e-4, atol=1e-5)
     for library, model, name in ((peft, theirs, "theirs"), (peftfast, ours, "ours")):
         model.save_pretrained(tmp_path / name)
@@ -185,7 +161,7 @@ def test_copies(conversion):
     model = make("b")
     again = conversion(model)
     torch.testing.assert_close(again(x_for()), model(x_for()), rtol=0, atol=0)
-    train(again, 9)
+    randomised(again, seed=9)
     assert not torch.allclose(again(x_for()), model(x_for()))
 
 
@@ -195,7 +171,7 @@ def test_rows_of_several_adapters(shape, grad):
     model = make("a")
     model.add_adapter("other", config(peftfast, "b"))
     model.add_adapter("smaller", config(peftfast, "a", r=4, nblocks=2))
-    train(model)
+    randomised(model)
     model.train(grad)
     x, names = x_for(shape=shape), ["other", "__base__", "default", "smaller", "other", "default"]
     with torch.set_grad_enabled(grad):
@@ -224,7 +200,7 @@ def test_beside_a_plain_lora_and_several_at_once():
     model = make("a")
     model.add_adapter("other", config(peftfast, "a", nblocks=2))
     model.add_adapter("plain", peftfast.LoraConfig(r=3, target_modules=["m"]))
-    train(model)
+    randomised(model)
     x = x_for()
     with model.disable_adapter():
         base = model(x)
@@ -274,7 +250,7 @@ def test_compiled():
 
 def test_fused_blocks_compute_the_same():
     targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
-    model = train(peftfast.get_peft_model(oracle.llama(hidden=64), config(peftfast, "b", targets)))
+    model = randomised(peftfast.get_peft_model(oracle.llama(hidden=64), config(peftfast, "b", targets)))
     ids = torch.randint(1, oracle.VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(1))
     expected = model(input_ids=ids).logits
     blocks = peftfast.fuse_blocks(model)
@@ -288,7 +264,7 @@ def test_fused_blocks_compute_the_same():
 def test_combinations_are_plain_loras(kind):
     model = make("a")
     model.add_adapter("other", config(peftfast, "a"))
-    train(model)
+    randomised(model)
     options = {"density": 0.5} if kind == "ties" else {}
     model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", kind, **options)
     assert model.peft_config["both"].variant is None
@@ -306,7 +282,7 @@ def test_combinations_are_plain_loras(kind):
 
 
 def test_a_plain_lora_for_servers_and_what_they_do(tmp_path):
-    model = train(peftfast.get_peft_model(oracle.llama(), config(peftfast, "a", ["down_proj"])))
+    model = randomised(peftfast.get_peft_model(oracle.llama(), config(peftfast, "a", ["down_proj"])))
     peftfast.save_as_lora(tmp_path / "plain", model, rank=R)
     loaded = peft.PeftModel.from_pretrained(oracle.llama(), tmp_path / "plain")
     torch.testing.assert_close(oracle.logits(loaded), oracle.logits(model), rtol=1e-3, atol=1e-4)
@@ -329,7 +305,7 @@ def test_pool_and_hot_swap(tmp_path):
     torch.testing.assert_close(pool(x_for(), adapter_names=["one"] * 4), expected, rtol=1e-4, atol=1e-5)
     pool.close()
     fresh = make("b")
-    train(fresh, 8)
+    randomised(fresh, seed=8)
     peftfast.hotswap_adapter(fresh, str(tmp_path / "one"), "default")
     torch.testing.assert_close(fresh(x_for()), expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="cannot be padded"):

@@ -10,7 +10,16 @@ import oracle
 import peft
 import pytest
 import torch
-from oracle import Twins, llama, logits, quietly, same_live_state
+from oracle import (
+    Twins,
+    descend,
+    llama,
+    logits,
+    quietly,
+    same_gradients_checkpointed,
+    same_gradients_compiled,
+    same_live_state,
+)  # fmt: skip
 from torch import nn
 
 import peftfast
@@ -52,15 +61,7 @@ def test_training_is_pefts():
     losses = []
     for library in (peftfast, peft):
         model = adapted(library).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        ids = oracle.inputs(model)["input_ids"]
-        losses.append([])
-        for _ in range(5):
-            loss = model(input_ids=ids, labels=ids).loss + model._get_kasa_loss()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.item())
+        losses.append(descend(model, beside=model._get_kasa_loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
 
 
@@ -262,32 +263,12 @@ def test_lora_bias():
 
 
 def test_compiled_is_eager():
-    model = adapted().train()
-    ids = oracle.inputs(model)["input_ids"]
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda i: model(input_ids=i, labels=i).loss, backend="aot_eager", fullgraph=True)
-    gradients = []
-    for function in (compiled, lambda i: model(input_ids=i, labels=i).loss):
-        function(ids).backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
-        model.zero_grad()
-    torch._dynamo.reset()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+    same_gradients_compiled(adapted().train())
 
 
 def test_gradient_checkpointing_and_autocast():
-    results = []
-    for checkpointing in (False, True):
-        model = adapted().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=(ids := oracle.inputs(model)["input_ids"]), labels=ids).loss
-        loss.backward()
-        results.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    for name, gradient in results[0].items():
-        torch.testing.assert_close(gradient, results[1][name])
+    with torch.autocast("cpu", torch.bfloat16):
+        same_gradients_checkpointed(adapted().train(), False)
 
 
 @pytest.mark.parametrize(

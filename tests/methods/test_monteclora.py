@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from methods.test_weight_methods import K, make_base
-from oracle import llama, logits, quietly, same_live_state
+from oracle import descend, llama, logits, quietly, same_gradients_checkpointed, same_live_state
 from torch.distributions import Dirichlet, MultivariateNormal, Wishart, kl_divergence
 
 import peftfast
@@ -101,15 +101,7 @@ def test_a_seed_gives_pefts_training(dtype):
         if library is peft:
             same_live_state(models[0], model)
         models.append(model)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-        ids, found = oracle.inputs(model)["input_ids"], []
-        for _ in range(5):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            found.append(loss.item())
-        losses.append(found)
+        losses.append(descend(model, 5, torch.optim.SGD, 0.05))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4 if dtype == torch.float32 else 2e-2)
     if dtype == torch.float32:
         state, other = (m.state_dict() for m in models)
@@ -225,16 +217,7 @@ def test_trainer_mixin():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_repeats_the_samples(reentrant):
     """PEFT takes the next ones, and so a gradient of something else."""
-    results = []
-    for checkpointing in (False, True):
-        model = adapted(dropout=0.1).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        ids = oracle.inputs(model)["input_ids"]
-        model(input_ids=ids, labels=ids).loss.backward()
-        results.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    for name, gradient in results[0].items():
-        torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-7)
+    same_gradients_checkpointed(adapted(dropout=0.1).train(), reentrant)
 
 
 def test_files_both_ways(tmp_path):

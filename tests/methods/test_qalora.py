@@ -7,6 +7,7 @@ import oracle
 import peft
 import pytest
 import torch
+from oracle import One, randomised, stored
 from torch import nn
 
 import peftfast
@@ -15,25 +16,9 @@ N, K, R, GROUP = 48, 64, 4, 8
 FORMATS = ("fp32", "bf16", "nf4", "int8")
 
 
-class One(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.m = module
-
-    def forward(self, x):
-        return self.m(x)
-
-
 def make_base(storage="fp32"):
     torch.manual_seed(1)
-    module = nn.Linear(K, N)
-    if storage in ("nf4", "int8"):
-        from peftfast.base.weight import QUANTIZERS
-
-        module = QUANTIZERS[storage].module(module.weight, module.bias)
-    elif storage == "bf16":
-        module = module.to(torch.bfloat16)
-    return One(module)
+    return One(stored(nn.Linear(K, N), storage))
 
 
 def config(library=peftfast, **changes):
@@ -41,17 +26,8 @@ def config(library=peftfast, **changes):
     return library.LoraConfig(**{**options, **changes})
 
 
-@torch.no_grad()
-def train(model, seed=3):
-    torch.manual_seed(seed)
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            p.copy_(torch.randn(p.shape) * 0.2)
-    return model
-
-
 def make(storage="fp32", **changes):
-    return train(peftfast.get_peft_model(make_base(storage), config(**changes)))
+    return randomised(peftfast.get_peft_model(make_base(storage), config(**changes)))
 
 
 def make_theirs(storage="fp32"):
@@ -64,7 +40,7 @@ def make_theirs(storage="fp32"):
     variant.init(layer, "default", cfg)
     layer.lora_variant["default"] = variant
     layer.lora_A.default.float()
-    return train(model)
+    return randomised(model)
 
 
 def as_plain(model):
@@ -138,7 +114,7 @@ def test_rows_pool_combination_conversion_and_files(tmp_path):
     model = make()
     model.add_adapter("other", config(qalora_group_size=4))
     model.add_adapter("same", config())
-    train(model)
+    randomised(model)
     x = x_for()
     with torch.no_grad():
         got = model(x, adapter_names=["other", "__base__", "default", "other"])

@@ -11,7 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from methods.test_weight_methods import K, N, make_base
-from oracle import llama, logits, quietly, same_files, same_live_state
+from oracle import (
+    descend,
+    llama,
+    logits,
+    quietly,
+    same_files,
+    same_gradients_checkpointed,
+    same_gradients_compiled,
+    same_live_state,
+)  # fmt: skip
 
 import peftfast
 
@@ -201,15 +210,7 @@ def test_training_is_pefts_and_goes_on_from_files(init_type, tmp_path):
 
 
 def train(model, steps=3):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    ids, found = oracle.inputs(model)["input_ids"], []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+    return descend(model, steps, torch.optim.SGD, 0.05)
 
 
 def test_everything_else_is_a_loras(tmp_path):
@@ -270,34 +271,14 @@ def test_mixed_rows_train():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
-    results = []
-    for checkpointing in (False, True):
-        model = adapted(dropout=0.3).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        ids = oracle.inputs(model)["input_ids"]
-        torch.manual_seed(5)
-        model(input_ids=ids, labels=ids).loss.backward()
-        results.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    for name, gradient in results[0].items():
-        torch.testing.assert_close(gradient, results[1][name])
+    same_gradients_checkpointed(adapted(dropout=0.3).train(), reentrant)
 
 
 @pytest.mark.parametrize("init_type", ["batch_average", "random"])
 def test_compiled_is_eager(init_type):
     model = adapted(init_type=init_type).train()
-    ids = oracle.inputs(model)["input_ids"]
     train(model, 1)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda i: model(input_ids=i, labels=i).loss, backend="aot_eager", fullgraph=True)
-    gradients = []
-    for function in (compiled, lambda i: model(input_ids=i, labels=i).loss):
-        function(ids).backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
-        model.zero_grad()
-    torch._dynamo.reset()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+    same_gradients_compiled(model)
 
 
 def test_autocast_and_two_active():

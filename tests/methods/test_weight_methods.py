@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import One, stored
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,15 +17,6 @@ import peftfast
 N, K, TOKENS = 48, 64, 50
 FORMATS = ("fp32", "bf16", "nf4", "fp4", "int8")
 METHODS = ("dora", "adalora", "ia3", "ia3-input", "kasa")
-
-
-class One(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.m = module
-
-    def forward(self, x):
-        return self.m(x)
 
 
 def make_module(kind, bias=True):
@@ -47,16 +39,7 @@ def make_module(kind, bias=True):
 
 
 def make_base(kind, storage, bias=True):
-    module = make_module(kind, bias)
-    if storage in ("nf4", "fp4", "int8"):
-        from peftfast.base.weight import QUANTIZERS
-
-        module = QUANTIZERS[storage].module(module.weight, module.bias)
-    elif storage == "bf16":
-        module = module.to(torch.bfloat16)
-    base = One(module)
-    base.is_loaded_in_4bit, base.is_loaded_in_8bit = storage in ("nf4", "fp4"), storage == "int8"
-    return base
+    return One(stored(make_module(kind, bias), storage))
 
 
 def make_input(kind, storage):
