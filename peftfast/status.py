@@ -111,7 +111,7 @@ def _layer_status(model: nn.Module, caller: str) -> list[TunerLayerStatus]:
         result.append(
             TunerLayerStatus(
                 name=name,
-                module_type=repr(module).partition("(")[0],
+                module_type=module._get_name(),
                 enabled=not module.disable_adapters,
                 active_adapters=module.active_adapters,
                 merged_adapters=list(getattr(module, "merged_adapters", [])),
