@@ -79,8 +79,3 @@ class DenseWeight(ParameterWeight):
         weight = stored_weight(self.module).detach()
         matrix = weight.t() if self.transposed else weight.flatten(1)
         return matrix.to(dtype=dtype or weight.dtype, copy=True)
-
-    @property
-    def merge_dtype(self) -> torch.dtype:
-        """What merging computes in: wide enough for the one rounding at the end to be the only one that shows."""
-        return torch.float32 if self.device.type == "mps" else torch.float64  # which has no fp64

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.offload import device_of, stored_weight
-from peftfast.base.rounding import drawn_float, for_narrowing
+from peftfast.base.rounding import drawn_float
 from peftfast.base.weight import UsualWeight, kept_copy
 from peftfast.sharding import whole_shape
 from peftfast_kernels.decode import Operand
@@ -49,7 +49,7 @@ class ParameterWeight(UsualWeight):
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
         own = stored_weight(self.module, self.parameter, write=True)
-        own.copy_(for_narrowing((weight.t() if self.transposed else weight).reshape(own.shape), own.dtype))
+        own.copy_((weight.t() if self.transposed else weight).reshape(own.shape))
 
     @property
     def draws(self) -> bool:
@@ -63,8 +63,7 @@ class ParameterWeight(UsualWeight):
 
     @property
     def merge_dtype(self) -> torch.dtype:
-        """Half-precision stacks are merged in fp32: in fp64 those of a large model would take gigabytes a layer for
-        bits that are rounded away."""
+        """Wide enough for the one rounding at the end to be the only one that shows."""
         narrow = self.compute_dtype in (torch.float16, torch.bfloat16) or self.device.type == "mps"
         return torch.float32 if narrow else torch.float64
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peftfast.base.weight import BaseWeight
 from peftfast.sharding import is_distributed
+from peftfast_kernels.op import row_chunks
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
@@ -68,27 +69,29 @@ def store(weight: BaseWeight, exact: Tensor, rounding: str = "auto") -> Rounded 
         return None
     wide = torch.float32 if weight.quantization else None
     base, exact = weight.dense(wide), exact.to(weight.device)
-    before = weight.snapshot() if weight.draws and rounding != "nearest" else None
+    draws = weight.draws and rounding != "nearest"
+    before = weight.snapshot() if draws and weight.quantization else None  # whose scales are drawn with
     weight.assign(exact)
     rounded = _compare(base, exact, weight.dense(wide))
     lost = (rounded.kept - 1).abs() > 1 - ENOUGH  # not where infinities make it NaN, which are to stay
-    if before is None or rounding == "auto" and not bool(lost):
+    if not draws or rounding == "auto" and not bool(lost):
         return rounded
-    weight.restore(before)
+    if before is not None:
+        weight.restore(before)
     seed = zlib.crc32(weight.name.encode())
     weight.assign_stochastic(exact, torch.Generator(exact.device).manual_seed(seed))
     return _compare(base, exact, weight.dense(wide))._replace(nearest=rounded.kept)
 
 
 def _compare(base: Tensor, exact: Tensor, stored: Tensor) -> Rounded:
-    off = norm = size = kept = torch.zeros((), device=exact.device)
-    rows = max(1, _CHUNK // exact.shape[1])
-    for start in range(0, exact.shape[0], rows):  # without another fp32 copy of a large weight
-        w, x, y = (t[start : start + rows].float() for t in (base, exact, stored))
-        change = x - w
-        off, norm = off + (y - x).square().sum(), norm + x.square().sum()
-        size, kept = size + change.square().sum(), kept + (change * (y - w)).sum()
-    return Rounded((off / norm).sqrt(), torch.where(size > 0, kept / size, 1.0))
+    off = norm = size = more = torch.zeros((), device=exact.device)
+    for rows in row_chunks(*exact.shape, 1 << 18, exact.device):  # which stay in a cache
+        w, x, y = (t[rows].flatten() for t in (base, exact, stored))
+        x = x.float()
+        change, error = x - w, y - x
+        off, norm = off + error.dot(error), norm + x.dot(x)
+        size, more = size + change.dot(change), more + change.dot(error)
+    return Rounded((off / norm).sqrt(), torch.where(size > 0, 1 + more / size, 1.0))
 
 
 def drawn(shares: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
@@ -125,16 +128,3 @@ def drawn_float(values: Tensor, dtype: torch.dtype, generator: torch.Generator) 
         up = draws * (above - below) < x.abs() - below  # false where there is no finite number above
         result[start : start + _CHUNK] = (low + up.to(bits)).view(dtype)
     return result.view(values.shape)
-
-
-def for_narrowing(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight`, or for fp64 on its way to 16 bits an fp32 tensor that rounds to what `weight` rounds to. Conversions go
-    through fp32, and rounding to nearest twice is not rounding to nearest; rounding to odd first is."""
-    if weight.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
-        return weight
-    near = weight.float()
-    back = near.double()
-    bits = near.view(torch.int32)
-    bits = bits - (back.abs() > weight.abs()).to(torch.int32)  # towards zero: bits count magnitudes
-    inexact = (back != weight) & weight.isfinite() & near.isfinite()
-    return torch.where(inexact, (bits | 1).view(torch.float32), near)

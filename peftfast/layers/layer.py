@@ -16,7 +16,7 @@ from peftfast.errors import warn
 from peftfast.layers.activation import HasActivation
 from peftfast.layers.as_in_peft import AsInPeft, absent_in
 from peftfast.layers.calls import CalledLayer
-from peftfast.layers.merger import MergedNames, Merger
+from peftfast.layers.merger import MergedNames, Merger, check_mergeable
 from peftfast.layers.scaling import HasScaling
 from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
 from peftfast.method import AdapterMethod
@@ -335,7 +335,9 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
             rounding: into 4, 8 or 16 bits: "nearest" value; "stochastic", up or down so that the expected value is
                 exact; "auto": to the nearest where that keeps nine tenths of what the adapters change.
         """
-        self.merger.merge(safe_merge, adapter_names, keep=keep, untie=untie, rounding=rounding)
+        check_mergeable(self)
+        names = self.merger.unmerged(adapter_names)
+        self.merger.merge(names, safe_merge=safe_merge, keep=keep, untie=untie, rounding=rounding)
 
     def unmerge(self) -> None:
         """Take all merged adapters out again; every bit of the base is as before."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.base.rounding import Rounded, check_rounding, for_narrowing, store
+from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
 from peftfast.errors import warn
 from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
@@ -116,21 +116,20 @@ class Merger:
 
     def merge(
         self,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+        names: Sequence[str],
         *,
+        safe_merge: bool = False,
         keep: bool | str = True,
         untie: bool = False,
         rounding: str = "auto",
     ) -> None:
-        """See `BaseTunerLayer.merge`."""
+        """See `BaseTunerLayer.merge`; `names` are adapters that are here and not merged."""
         layer = self.layer
         check_rounding(rounding, layer.site.weight)
         if keep not in (True, False, "host"):
             raise ValueError(f"keep must be True, False or 'host', got {keep!r}")
-        check_mergeable(layer)
         _check_decodable(layer)
-        names = self._names_to_merge(adapter_names)
+        self._check_together(names)
         apart = untie or self.is_apart
         inside, own = ([n for n in some if apart or not self.follows(n)] for some in (layer.merged_adapters, names))
         if own:
@@ -167,8 +166,12 @@ class Merger:
         }
 
     @torch.no_grad()
-    def check(self, names: Sequence[str]) -> None:
-        """Raise what merging these adapters would raise for their kind, without computing anything."""
+    def check(self, names: Sequence[str], passed: set[tuple]) -> None:
+        """Raise what merging these adapters would raise for their kind, without computing anything.
+
+        Args:
+            passed: the kinds of other layers that may be merged, to which this one's is added.
+        """
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         layer = self.layer
@@ -177,9 +180,12 @@ class Merger:
             layer.site.weight.dense()  # says what it is and why nobody can
         self._check_together(names)
         self._check_output(names)
+        bias = getattr(layer.base_layer, "bias", None)
+        own = getattr(layer.get_base_layer(), layer.site.parameter, None)
+        kind = self._kind(bias, names)
+        if kind in passed and not is_distributed(own):
+            return
         with FakeTensorMode(allow_non_fake_inputs=True):
-            bias = getattr(layer.base_layer, "bias", None)
-            own = getattr(layer.get_base_layer(), layer.site.parameter, None)
             weight = taken_apart(torch.empty(layer.site.weight.shape), own)
             base = Dense(weight, None if bias is None else taken_apart(torch.empty(bias.shape), bias))
             for name in names:
@@ -188,6 +194,18 @@ class Merger:
                 except RuntimeError as e:
                     if type(e) in (RuntimeError, NotImplementedError):  # others say that values would be needed
                         raise
+        passed.add(kind)
+
+    def _kind(self, bias: Tensor | None, names: Sequence[str]) -> tuple:
+        """What decides whether adapters can be merged, where their values do not."""
+        layer = self.layer
+        site, adapters = layer.site, [layer.adapters[name] for name in names]
+        shapes = [
+            (id(one.method), id(one.cfg), *((slot, tensor.shape) for slot, tensor in one.parameters().items()))
+            for one in adapters
+        ]
+        biased = None if bias is None else bias.shape
+        return type(site), type(layer.get_base_layer()), site.weight.shape, site.groups, biased, *shapes
 
     @torch.no_grad()
     def _check_output(self, names: Sequence[str]) -> None:
@@ -242,7 +260,8 @@ class Merger:
             if hasattr(type(method), "check_together"):
                 method.check_together([adapter for adapter in adapters if adapter.method is method])
 
-    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+    def unmerged(self, adapter_names: list[str] | None) -> list[str]:
+        """Those of the adapters, with None of the active ones, that are here and not merged; warns of others."""
         layer = self.layer
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
@@ -257,18 +276,26 @@ class Merger:
                 )
             else:
                 warn("All adapters are already merged, nothing to do.")
-        self._check_together(names)
         return names
 
     @torch.no_grad()
     def merged(self, names: Sequence[str], check: bool) -> Dense:
         """The base with these adapters, wide; ValueError, if `check`, for one that makes a value not finite."""
-        layer = self.layer
-        base = dense = self._dense(layer.site.weight.merge_dtype)
+        weight = self.layer.site.weight
+        dtype = weight.merge_dtype
+        if len(names) == 1 and self._adds(names[0]):  # what is added to the weight once is rounded there once
+            dtype = torch.promote_types(weight.compute_dtype, torch.float32)
+        base = dense = self._dense(dtype)
         for name, dense in self._steps(base, names):
             if check:
                 self._check_finite(dense, name)
         return dense
+
+    def _adds(self, name: str) -> bool:
+        """Whether what an adapter changes is one product of factors."""
+        adapter = self.layer.adapters[name]
+        as_product = getattr(adapter.method, "as_product", None)
+        return as_product is not None and as_product(adapter) is not None
 
     def _dense(self, dtype: torch.dtype) -> Dense:
         """The base layer as it is."""
@@ -297,7 +324,7 @@ class Merger:
             self._parameter = nn.Parameter(self._parameter.detach().clone(), requires_grad=False)
         self.rounded = store(layer.site.weight, dense.weight, rounding)
         if dense.bias is not None:
-            layer.base_layer.bias.copy_(for_narrowing(dense.bias, layer.base_layer.bias.dtype))
+            layer.base_layer.bias.copy_(dense.bias)
 
     @torch.no_grad()
     def _restore(self, kept: dict[str, Any]) -> None:
@@ -353,7 +380,7 @@ class Merger:
             if pair is not None:
                 change = layer.site.delta(*(factor.to(wide) for factor in pair))
             else:  # a small change of a large weight is lost in the difference of two fp32 sums
-                base = self._dense(layer.site.weight.merge_dtype)
+                base = self._dense(torch.float32 if layer.site.weight.device.type == "mps" else torch.float64)
                 ((_, dense),) = self._steps(base, [adapter])
                 change = (dense.weight - base.weight).to(wide)
         stored = getattr(layer.get_base_layer(), layer.site.parameter, change)  # some formats have no such Parameter

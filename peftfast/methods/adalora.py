@@ -166,9 +166,8 @@ class AdaLora:
         return site.bind(adapter, lambda part: part._replace(a=_weighted(adapter, part.a)))
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
-        a, b = factors(adapter)
-        delta = site.delta(_weighted(adapter, a).to(dense.weight.dtype), b.to(dense.weight.dtype))
-        return dense._replace(weight=torch.add(dense.weight, delta, alpha=float(adapter.scale)))
+        a, b = (f.to(dense.weight.dtype) for f in factors(adapter))
+        return dense._replace(weight=site.with_delta(dense.weight, _weighted(adapter, a), b, float(adapter.scale)))
 
     def describe(self, cfg: AdaLoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
         a, b = pair_of(tensors)

@@ -361,7 +361,7 @@ def replace_lora_weights_loftq(
 
 def _loss(layer: BaseTunerLayer, adapter: Adapter, weight: Tensor) -> float:
     a, b = (f.float() for f in factors(adapter))
-    held = layer.site.weight.dense(torch.float32) + adapter.scale * layer.site.delta(a, b)
+    held = layer.site.with_delta(layer.site.weight.dense(torch.float32), a, b, float(adapter.scale))
     return _relative_error(held, weight)
 
 

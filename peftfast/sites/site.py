@@ -99,6 +99,9 @@ class UsualSite:
     def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.module(x, *args, **kwargs)
 
+    def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        return torch.add(weight, self.delta(a, b), alpha=scale)
+
     def adapt(
         self,
         x: Tensor,
@@ -198,11 +201,15 @@ class Site(Protocol):
         ...
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
-        """B A as a change of W [N, K]; what merging adds.
+        """B A as a change of W [N, K].
 
         Raises:
             NotImplementedError: the product is no weight of this module (grouped convolutions).
         """
+        ...
+
+    def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """W + scale · B A for W [N, K]: what merging makes; errors as in `delta`."""
         ...
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:

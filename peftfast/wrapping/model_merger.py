@@ -3,7 +3,6 @@ share."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -71,10 +70,9 @@ class ModelMerger:
             warn("All adapters are already merged, nothing to do.")
             return
         if not keep:  # there is no way back, so nothing may fail half-way
-            for layer, wanted in work:
-                layer.merger.check(wanted)
-                if safe_merge:
-                    layer.merger.merged([*layer.merged_adapters, *wanted], check=True)
+            self._check(work)
+            for layer, wanted in work if safe_merge else ():
+                layer.merger.merged([*layer.merged_adapters, *wanted], check=True)
         shared = self._weights_of_others(work)
         before: list[tuple[BaseTunerLayer, list[str], bool]] = []
         own: list[LoraLayer] = []
@@ -84,15 +82,15 @@ class ModelMerger:
                 own.append(layer)
             for layer, wanted in progress(work):
                 before.append((layer, layer.merged_adapters, layer in shared or layer.merger.is_apart))
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="Already following adapters were merged")
-                    layer.merge(safe_merge and bool(keep), wanted, keep=keep, untie=layer in shared, rounding=rounding)
+                layer.merger.merge(
+                    wanted, safe_merge=safe_merge and bool(keep), keep=keep, untie=layer in shared, rounding=rounding
+                )
         except BaseException:
             for layer, names_before, apart in reversed(before):
                 if keep and layer.merged_adapters != names_before:
                     layer.unmerge()
                     if names_before:
-                        layer.merge(adapter_names=names_before, keep=keep, untie=apart, rounding=rounding)
+                        layer.merger.merge(names_before, keep=keep, untie=apart, rounding=rounding)
             for layer in reversed(own):
                 layer.unmerge()
             raise
@@ -113,8 +111,12 @@ class ModelMerger:
     def check(self) -> None:
         """Raise what merging the active adapters would raise for their kind, without merging any."""
         check_mergeable(self.inventory.model)
-        for layer, wanted in self._unmerged(None)[0]:
-            layer.merger.check(wanted)
+        self._check(self._unmerged(None)[0])
+
+    def _check(self, work: list[Work]) -> None:
+        passed: set[tuple] = set()
+        for layer, wanted in work:
+            layer.merger.check(wanted, passed)
 
     def _merged(self) -> set[str]:
         """Names of the adapters that are inside some weight."""

@@ -111,11 +111,13 @@ class Dora(Lora):
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = (f.to(dense.weight.dtype) for f in factors(adapter))
-        delta = adapter.scale * site.delta(a, b)
+        changed = site.with_delta(base.weight, a, b, float(adapter.scale))
         # as in forward, the norm is that of the weight without other adapters
-        norm = site.output_norm(base.weight + delta)
+        norm = site.output_norm(changed)
+        if dense is not base:
+            changed = site.with_delta(dense.weight, a, b, float(adapter.scale))
         g = adapter[MAGNITUDE].flatten().to(norm) / norm
-        return dense._replace(weight=site.scale_weight(dense.weight + delta, g, "output"))
+        return dense._replace(weight=site.scale_weight(changed, g, "output"))
 
 
 def _norm(site: Site, adapter: Adapter) -> Tensor:

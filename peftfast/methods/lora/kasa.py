@@ -167,7 +167,7 @@ class Kasa(Lora):
         """See `Refining`."""
         down, up = self._lacking(site, adapters, weight=base.weight)
         wide = base.weight.dtype
-        return base._replace(weight=base.weight + site.delta(down.to(wide), up.to(wide)))
+        return base._replace(weight=site.with_delta(base.weight, down.to(wide), up.to(wide), 1.0))
 
     def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
         """See `Additive`: of twice the rank, for the base as it is."""

@@ -209,7 +209,7 @@ class Lora:
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = (f.to(dense.weight.dtype) for f in self.pair(adapter))
-        weight = torch.add(dense.weight, site.delta(a, b), alpha=float(adapter.scale))
+        weight = site.with_delta(dense.weight, a, b, float(adapter.scale))
         if not adapter.cfg.lora_bias:
             return dense._replace(weight=weight)
         if dense.bias is None:
