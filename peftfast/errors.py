@@ -61,11 +61,11 @@ def close_matches(value: object, known: Iterable[str], limit: int = 3) -> str:
     return " Did you mean " + " or ".join(repr(written[n]) for n in near) + "?"
 
 
-def enumerate_some(names: Iterable[str], limit: int = 8) -> str:
-    """A readable list that stays readable when there are thousands: the first `limit` names and how many follow."""
+def enumerate_some(names: Iterable[str]) -> str:
+    """A readable list that stays readable when there are thousands: the first eight names and how many follow."""
     names = list(names)
-    shown = ", ".join(repr(n) for n in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    shown = ", ".join(repr(n) for n in names[:8])
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
 
 
 def every_name(names: Iterable[str]) -> str:

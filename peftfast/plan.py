@@ -159,10 +159,9 @@ def plan_adapter(
     cfg = copy.deepcopy(config)
     keep_head = getattr(model_class(cfg), "_keep_head", None)
     if keep_head is not None:
-        keep_head(base, cfg)
-    inventory = Inventory(base, {})
-    plan = AdapterPlan(total_parameters=_count_base(inventory))
+        keep_head(cfg)
     inventory, injection = Inventory(base, {}), None
+    plan = AdapterPlan(total_parameters=_count_base(inventory))
     with warnings.catch_warnings(record=True) as caught, ExitStack() as stack:
         warnings.simplefilter("always")
         try:
@@ -302,9 +301,7 @@ def _others(injection: Injection) -> list[PlannedPart]:
     targets = {id(module.bias) for module in adapted if getattr(module, "bias", None) is not None}
     kept = tuple(f"{key}." for key in injection.saved)
     for name, parameter in inventory.model.named_parameters() if kind != "none" else ():
-        if kind == "all" and is_bias(name) and not name.startswith(kept):
-            parts.append(_sum(name, "bias", [parameter]))
-        elif kind.endswith("_only") and id(parameter) in targets:
+        if is_bias(name) and not name.startswith(kept) if kind == "all" else id(parameter) in targets:
             parts.append(_sum(name, "bias", [parameter]))
     return parts
 

@@ -86,17 +86,17 @@ class _WithHead(PeftModel):
     head_names: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        self._keep_head(model, peft_config)
+        self._keep_head(peft_config)
         super().__init__(model, peft_config, *args, **kwargs)
 
     @classmethod
-    def _keep_head(cls, model: nn.Module, cfg: PeftConfig) -> None:
+    def _keep_head(cls, cfg: PeftConfig) -> None:
         if hasattr(cfg, "modules_to_save"):
             names = list(cfg.modules_to_save or ())
             cfg.modules_to_save = [*names, *(n for n in cls.head_names if n not in names)]
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        self._keep_head(self.get_base_model(), peft_config)
+        self._keep_head(peft_config)
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
     forward = _forward(*_INPUTS, "labels", *_OUTPUTS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import json
 import math
@@ -283,8 +282,3 @@ def check_quantize(kind: str) -> None:
 
 def looks_like_a_path(text: str) -> bool:
     return text.startswith((".", "/", "~", os.sep)) or text.count("/") > 1 or "\\" in text
-
-
-def did_you_mean(value: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(value, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

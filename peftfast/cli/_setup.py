@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from peftfast.cli import UserError, _settings
-from peftfast.cli._settings import did_you_mean
+from peftfast.errors import close_matches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def make_config(settings: dict[str, Any]) -> PeftConfig:
     if method not in classes:
         raise UserError(
             f"--method {settings['method']!r} is unknown here; choose from {', '.join(sorted(classes))}."
-            + did_you_mean(method, sorted(classes))
+            + close_matches(method, classes, 1)
         )
     cls = classes[method]
     names = {f.name: f.default for f in fields(cls)}

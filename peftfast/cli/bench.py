@@ -274,15 +274,15 @@ class Turns:
         return min(names, key=lambda name: self.ratio(name, over).median)
 
 
-def take_turns(calls: dict[str, Callable[[], None]], seconds: float, device: str, least: int = 3) -> Turns:
-    """Rounds of alternating order, as many as `seconds` allow."""
+def take_turns(calls: dict[str, Callable[[], None]], seconds: float, device: str) -> Turns:
+    """Rounds of alternating order, as many as `seconds` allow, from 3 to 200."""
     from peftfast.cli._loop import synchronize
 
     for call in calls.values():  # compilation, caches, blocks
         call()
     turns = Turns(calls)
     names, end = list(calls), time.perf_counter() + seconds
-    while turns.rounds < least or time.perf_counter() < end:
+    while turns.rounds < 3 or (turns.rounds < 200 and time.perf_counter() < end):
         for name in names:
             synchronize(device)
             start = time.perf_counter()
@@ -290,8 +290,6 @@ def take_turns(calls: dict[str, Callable[[], None]], seconds: float, device: str
             synchronize(device)
             turns.seconds[name].append(time.perf_counter() - start)
         names.reverse()
-        if turns.rounds >= 200:
-            break
     return turns
 
 

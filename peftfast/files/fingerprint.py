@@ -47,8 +47,6 @@ FACTS = (
 QUANTISED = {"int8": 0.15, "nf4": 0.5, "fp4": 0.6, "fp8": 0.2, "torchao": 0.5, "hqq": 0.6}
 _STEP = {torch.float64: 2.0**-24, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
-Place = tuple[nn.Module, BaseTunerLayer | None]  # a module of the base, and the layer that stands there
-
 
 class Sample(NamedTuple):
     """A few values of one weight.
@@ -98,11 +96,10 @@ def differences(saved: str, model: nn.Module, adapter_name: str) -> list[str]:
         module = module_at(model, names.get(name, name))
         if isinstance(module, StandIn) and module.replaces(adapter_name):
             continue
-        place = _unwrapped(module) if module is not None else None
-        if place is None:
+        if module is None or not _has_weight(module):
             found.append(f"there is no {name!r} here")
             continue
-        own = _sample(place)
+        own = _sample(module)
         if own is None:
             continue
         if own.shape[1:] != sample.shape[1:] or (len(own.shape) == 1 and own.shape != sample.shape):
@@ -143,22 +140,21 @@ def _spread(names: list[str]) -> list[str]:
     return [names[i * (len(names) - 1) // (WEIGHTS - 1)] for i in range(WEIGHTS)]
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Place]]:
-    """Every module of the base with a weight, by its name without adapters, and the layer that stands there."""
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What stands where the base has a module with a weight, by that module's name without adapters."""
     for name, module in outer_modules(model, lambda m: isinstance(m, (PromptEncoders, StandIn, BaseTunerLayer))):
-        place = None if isinstance(module, PromptEncoders) else _unwrapped(module)
-        if place is not None:
-            yield strip_wrappers(name), place
+        if not isinstance(module, PromptEncoders) and _has_weight(module):
+            yield strip_wrappers(name), module
 
 
-def _unwrapped(module: nn.Module) -> Place | None:
+def _has_weight(module: nn.Module) -> bool:
+    return isinstance(without_adapters(module)._parameters.get("weight"), Tensor)
+
+
+def _sample(module: nn.Module) -> Sample | None:
+    """Of the weight of a module of the base, or of the one in what stands there."""
     layer = module if isinstance(module, BaseTunerLayer) else None
     module = without_adapters(module)
-    return (module, layer) if isinstance(module._parameters.get("weight"), Tensor) else None
-
-
-def _sample(place: Place) -> Sample | None:
-    module, layer = place
     weight = module._parameters["weight"]
     if layer is not None and any(a.method.changes_base(a.cfg) for a in layer.adapters.values()):
         return None

@@ -103,10 +103,10 @@ def _checked(
         how = replace(how, kind="linear")
     how.check()
     configs = [inventory.configs[n] for n in adapters]
-    methods = {id(method_for(c)): method_for(c) for c in configs}
-    if len(methods) > 1:
-        kinds = [(n, type(m).__name__.lower()) for n, m in zip(adapters, map(method_for, configs), strict=True)]
-        message = f"Only adapters of one method can be combined: {', '.join(f'{n} is {kind}' for n, kind in kinds)}. "
+    methods = [method_for(c) for c in configs]
+    if len(set(methods)) > 1:
+        kinds = [f"{n} is {type(m).__name__.lower()}" for n, m in zip(adapters, methods, strict=True)]
+        message = f"Only adapters of one method can be combined: {', '.join(kinds)}. "
         if any(getattr(c, "use_dora", False) for c in configs):
             message += "A DoRA's magnitudes (use_dora=True) scale the whole weight, which no LoRA can express. "
         together = list(dict.fromkeys(adapters))
@@ -114,7 +114,7 @@ def _checked(
             f"{message}To use them together, activate them at once, model.base_model.set_adapter({together}), or merge "
             f"them into the base, model.merge_adapter({together})"
         )
-    method = next(iter(methods.values()))
+    method = methods[0]
     if not isinstance(method, Combinable):
         raise TypeError(f"{method.family} does not support add_weighted_adapter: its adapters cannot be combined")
     for name, cfg in zip(adapters, configs, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig, PromptLearningConfig, plain_name
 from peftfast.errors import PeftWarning, close_matches, warn
 from peftfast.files.beside import KeepsBeside
+from peftfast.many.router import check_length
 from peftfast.method import method_for
 from peftfast.prompts.prefix_cache import CACHE_NAMES, STATE_NAMES, cache_name, counting, empty_cache
 from peftfast.prompts.prompt import (
@@ -351,14 +352,9 @@ _OF_WEIGHTS = (
 
 def _check_rows(encoder: Prompts, inputs: Inputs) -> None:
     """In a forward, unlike in a beam search, every row has its own name."""
-    rows = getattr(encoder, "rows", None)
-    given = inputs.get("input_ids")
-    given = inputs.get("inputs_embeds") if given is None else given
-    if rows is not None and given is not None and len(rows) != given.shape[0]:
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(rows)} and {given.shape[0]} respectively."
-        )
+    rows, ids = getattr(encoder, "rows", None), inputs.get("input_ids")
+    if rows is not None:
+        check_length(len(rows), inputs.get("inputs_embeds") if ids is None else ids)
 
 
 # ---- functions for users ---------------------------------------------------------------------------------------------

@@ -82,6 +82,8 @@ class AdaLoraModel(PeftSteps, BaseTuner):
     """
 
     prefix = "lora_"
+    _checked = False  # whether a forward has found the factors within the schedule's reach
+    _said = False  # whether it was said that their importance cannot be known
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__.update(automatic=True, shrink_after_final=False, _allocators={}, _optimizer=None)
@@ -122,11 +124,11 @@ class AdaLoraModel(PeftSteps, BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and self.training and self.automatic and torch.is_grad_enabled():
-            if "_checked" not in self.__dict__ or self not in _watched:
+            if not self._checked or self not in _watched:
                 name = self.trainable_adapter_name
                 if name is not None:
                     self._check_within_reach(self._adapters(name))
-                self.__dict__["_checked"] = True
+                self._checked = True
                 _watch(self)
         return super().forward(*args, **kwargs)
 
@@ -137,7 +139,7 @@ class AdaLoraModel(PeftSteps, BaseTuner):
         allocator = self._allocator(name)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if id(allocator.adapters[0][VALUES]) not in held:
-            if "_checked" in self.__dict__:  # engines step others, or nothing yet, before the first forward
+            if self._checked:  # engines step others, or nothing yet, before the first forward
                 self._check_within_reach(allocator.adapters)
             return
         parameters = allocator.parameters()
@@ -149,8 +151,8 @@ class AdaLoraModel(PeftSteps, BaseTuner):
         self.__dict__["_optimizer"] = weakref.ref(optimizer)
         gone = sum(p.requires_grad and p.grad is None and id(p) not in held for p in parameters)
         if gone and not allocator.finished:
-            if "_said" not in self.__dict__:
-                self.__dict__["_said"] = True
+            if not self._said:
+                self._said = True
                 warn(
                     f"AdaLoRA prunes nothing: at the step of the optimizer that trains its first lora_E, {gone} of its "
                     f"{len(parameters)} factors, which other optimizers train, have no gradient, so their importance "

@@ -101,7 +101,7 @@ class Inventory(Listing):
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is no adapter's, by its name in the model."""
-        adapters = {p for _, w in self.wrappers() for p in _own_parameters(w)}
+        adapters = {p for _, w in self.wrappers() for _, p in _own_parameters(w)}
         return ((name, p) for name, p in self.model.named_parameters() if p not in adapters)
 
     def train_biases(self, cfg: PeftConfig) -> None:
@@ -183,7 +183,7 @@ class Inventory(Listing):
 
     def activate_added(self, name: str, inference_mode: bool) -> None:
         """Make an adapter that was just added the active one; of the others, what was trainable stays so."""
-        trained = [p for _, wrapper in self.wrappers() for p in _own_parameters(wrapper) if p.requires_grad]
+        trained = [p for _, wrapper in self.wrappers() for _, p in _own_parameters(wrapper) if p.requires_grad]
         touched = self._trainable.union(self._acting())
         self.set_adapter([name], inference_mode)
         for parameter in trained:
@@ -251,7 +251,7 @@ class Inventory(Listing):
         """All adapters off; afterwards every module is as it was, trainability included, but for adapters that were
         activated, frozen or unfrozen meanwhile."""
         before = {w: w.disable_adapters for _, w in self.wrappers()}
-        trained = {place: p for w in before for place, p in _own_places(w) if p.requires_grad}
+        trained = {where: p for w in before for where, p in _own_parameters(w) if p.requires_grad}
         acted = {w: list(w.active_adapters) for w in before}
         trainable, enabled = set(self._trainable), self.enabled
         self.enable(False)
@@ -260,13 +260,13 @@ class Inventory(Listing):
         finally:
             for wrapper in {**before, **{w: None for _, w in self.wrappers()}}:
                 wrapper._disable_adapters = before.get(wrapper, not enabled)  # others were made inside the block
-            now = dict(found for wrapper in before for found in _own_places(wrapper))
+            now = dict(found for wrapper in before for found in _own_parameters(wrapper))
             switched = trainable ^ self._trainable
-            for place, parameter in trained.items():
-                wrapper, name, _ = place
+            for where, parameter in trained.items():
+                wrapper, name, _ = where
                 if name in switched or list(wrapper.active_adapters) != acted[wrapper]:
                     continue
-                for p in (parameter, now.get(place, parameter)):  # FSDP2 may have put it together, see `to_shards`
+                for p in (parameter, now.get(where, parameter)):  # FSDP2 may have put it together, see `to_shards`
                     p.requires_grad_(True)
             self.enabled = enabled
 
@@ -397,11 +397,8 @@ def inventory_of(model: nn.Module) -> Inventory:
     return inventory
 
 
-def _own_parameters(wrapper: Wrapper) -> Iterator[nn.Parameter]:
-    return (parameter for _, parameter in _own_places(wrapper))
-
-
-def _own_places(wrapper: Wrapper) -> Iterator[tuple[tuple[Wrapper, str, str], nn.Parameter]]:
+def _own_parameters(wrapper: Wrapper) -> Iterator[tuple[tuple[Wrapper, str, str], nn.Parameter]]:
+    """The Parameters of adapters, by where they are, the adapter, and what they are called there."""
     if isinstance(wrapper, BaseTunerLayer):
         own = {name: adapter.parameters() for name, adapter in wrapper.adapters.items()}
     else:
