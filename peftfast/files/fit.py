@@ -49,7 +49,6 @@ class Fit:
         mistyped: as mismatched for kinds of numbers. broken: keys with NaN or infinite values, or with values that the
             dtype here cannot hold. fixed: "key why" of tensors that cannot be written.
         doubts: what else speaks against this adapter on this model (another base, another task, a changed config).
-        remarks: what could not be checked.
     """
 
     adapter_name: str
@@ -65,7 +64,31 @@ class Fit:
     broken: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+
+    def compare(self, key: str, tensor: Tensor, entry: Entry | None, here: Tensor, finite: bool) -> None:
+        """Note how a tensor of the file fits what is `here`: the adapter's `entry`, or a tensor of the base."""
+        shape = whole_shape(here)
+        if shape != tensor.shape:
+            self.mismatched.append(
+                f"{key}: copying a param with shape {tuple(tensor.shape)} from checkpoint, the shape in current model "
+                f"is {tuple(shape)}"
+            )
+            if entry is not None:
+                self.unset.append(entry.live)
+            return
+        if not is_alike(here, tensor):
+            self.mistyped.append(f"{key}: {tensor.dtype} in the file, {here.dtype} here")
+            return
+        why = None if entry is None else entry.refusal(tensor)
+        if why is not None:
+            self.fixed.append(f"{key} {why}")
+            return
+        if finite and not holds(here.dtype, tensor):
+            self.broken.append(key)
+        if entry is None:
+            self.base.append((key, tensor))
+        else:
+            self.found.append((entry, tensor))
 
     def wrong(self) -> list[str]:
         """What cannot be right, whoever wrote the file; one line each."""
@@ -129,14 +152,6 @@ class Fit:
         """As `nn.Module.load_state_dict` and PEFT return it: what is missing by its name in the model, in which
         integrations look for the adapter's."""
         return torch.nn.modules.module._IncompatibleKeys(self.unset, self.unexpected)
-
-    def __str__(self) -> str:
-        """The report, as a person reads it."""
-        lines = [f"adapter {self.adapter_name!r}: {len(self.found) + len(self.base)} tensors fit"]
-        lines += [f"cannot be right: {line}" for line in self.wrong()]
-        lines += [f"does not fit: {line}" for line in self.odd()]
-        lines += [f"not checked: {line}" for line in self.remarks]
-        return "\n".join(lines)
 
     def fill_gaps(self, model: nn.Module, *, empty: bool, everywhere: bool = False) -> None:
         """Initialise the layers that would be left without values, where the file lacks a usable tensor.
@@ -242,28 +257,9 @@ def fit_state_dict(
             if entry.is_view:
                 continue  # the factor is loaded under its own name
             here = entry.tensor()
+        fit.compare(key, tensor, entry, here, finite)
         if whole_shape(here) != tensor.shape:
-            fit.mismatched.append(
-                f"{key}: copying a param with shape {tuple(tensor.shape)} from checkpoint, the shape in current model "
-                f"is {tuple(whole_shape(here))}"
-            )
-            if entry is not None:
-                fit.unset.append(entry.live)
             fit.advice = fit.advice or _advice(key, tensor, whole_shape(here), model)
-            continue
-        if not is_alike(here, tensor):
-            fit.mistyped.append(f"{key}: {tensor.dtype} in the file, {here.dtype} here")
-            continue
-        why = None if entry is None else entry.refusal(tensor)
-        if why is not None:
-            fit.fixed.append(f"{key} {why}")
-            continue
-        if finite and not holds(here.dtype, tensor):
-            fit.broken.append(key)
-        if entry is None:
-            fit.base.append((key, tensor))
-        else:
-            fit.found.append((entry, tensor))
     fit.missing = list(entries)
     fit.unset += [entry.live for entry in entries.values()]
     biases = [key for key, _ in fit.base if not key.startswith(tuple(f"{name}." for name in embeddings))]
@@ -292,8 +288,10 @@ def judge(fit: Fit, cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str
             if found:
                 fit.doubts.append(f"The adapter was trained on another base model: {'; '.join(found)}.")
     else:
-        fit.remarks.append(
-            "which base model the adapter was trained on: its file does not say (PEFT writes no such record)"
+        logging.getLogger("peftfast").info(
+            "adapter %r, not checked: which base model it was trained on; its file does not say (PEFT writes no such "
+            "record)",
+            fit.adapter_name,
         )
     fit.doubts.extend(changes)
     bias = getattr(cfg, "bias", "none")
@@ -303,8 +301,6 @@ def judge(fit: Fit, cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str
             "did not save them with bias='lora_only'.)"
         )
     fit.doubts.extend(_task_doubts(cfg, base, metadata))
-    if fit.remarks:
-        logging.getLogger("peftfast").info("adapter %r, not checked: %s", fit.adapter_name, "; ".join(fit.remarks))
 
 
 def _has_bias(layer: BaseTunerLayer | None) -> bool:

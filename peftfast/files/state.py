@@ -135,24 +135,6 @@ def adapter_state_dict(
         AdapterLoadError: `state_dict` lacks something.
     """
     given = None if state_dict is None else {strip_wrappers(k): v for k, v in state_dict.items()}
-
-    def value(entry: Entry) -> Tensor:
-        if given is None:
-            return entry.tensor()
-        if entry.live in given:
-            return given[entry.live]
-        network = getattr(entry.owner, "has_network", False)  # what is saved is made of tensors, and none of them
-        own = _network(entry, given) if network else {}
-        if own:
-            return entry.owner.prompt_of(own)
-        tensor = None if network else entry.tensor()
-        if network or isinstance(tensor, nn.Parameter):
-            raise AdapterLoadError(
-                f"The given state_dict has no {entry.live!r}, which adapter {adapter_name!r} needs."
-                f"{close_matches(entry.live, given)}"
-            )
-        return tensor  # a view of another layer's factor, which no state dict holds
-
     if given is None:
         to_shards(model)
     entries = adapter_entries(model, adapter_name)
@@ -161,39 +143,73 @@ def adapter_state_dict(
         # views of other layers' factors, which no state dict holds, are part of the whole only
         whole = sum(entry.is_kept or entry.store is not None for entry in entries)
         entries = entries if len(there) >= whole else there
-    result = {entry.file: value(entry) for entry in entries}
+    result = {entry.file: _value(entry, given, adapter_name) for entry in entries}
     bias = getattr(cfg, "bias", "none")
     source = given or {}
     if given is None and (bias != "none" or save_embedding_layers):  # else the whole model is listed for nothing
         source = {strip_wrappers(k): v for k, v in model.state_dict(keep_vars=True).items()}
     if bias != "none":
-        adapted = {key: module for key, module in wrapped_modules(model) if isinstance(module, BaseTunerLayer)}
-        for key, tensor in source.items():
-            if not is_bias(key) or ".modules_to_save." in key or ".lora_" in key or ".original_module." in key:
-                continue
-            holder, _, rest = key.rpartition(".base_layer.")
-            layer = adapted.get(holder)
-            own = layer is not None and adapter_name in layer.adapters
-            if bias == "all" or (own and rest == "bias"):
-                # a file has to load by itself, without the layers of other adapters
-                result[key if layer is None or own else without_places(key)] = tensor
+        result |= _biases(model, bias, adapter_name, source)
     if save_embedding_layers:
-        modules = embedding_modules(model)
-        if targets_embeddings(model, cfg, adapter_name) and not trains_rows(cfg):
-            # an adapted embedding travels with its adapter; where none is, they were resized, and both do
-            modules = {key: module for key, module in modules.items() if _adapts(module, adapter_name)}
-        # an embedding may be a module around an adapted one (a ViT's around a convolution)
-        adapters = {entry.live for name in model.peft_config for entry in adapter_entries(model, name)}
-        base = {k: v for k, v in source.items() if k not in adapters}
-        for name in modules:
-            module = modules[name]
-            place = next((place for kind, place in _BASE_INSIDE.items() if isinstance(module, kind)), "")
-            own = bool(place) and adapter_name in module._get_available_adapters()
-            inside, saved = f"{name}.{place}", f"{name}.{place if own else ''}"
-            result.update({saved + k.removeprefix(inside): v for k, v in base.items() if k.startswith(inside)})
+        result |= _embeddings(model, cfg, adapter_name, source)
     result = gathered(result)  # also detaches
     method = method_for(cfg)
     return method.to_file(cfg, result) if hasattr(type(method), "to_file") else result
+
+
+def _value(entry: Entry, given: Mapping[str, Tensor] | None, adapter_name: str) -> Tensor:
+    """A tensor of an adapter, of those gathered from a sharded model if there are any."""
+    if given is None:
+        return entry.tensor()
+    if entry.live in given:
+        return given[entry.live]
+    network = getattr(entry.owner, "has_network", False)  # what is saved is made of tensors, and none of them
+    own = _network(entry, given) if network else {}
+    if own:
+        return entry.owner.prompt_of(own)
+    tensor = None if network else entry.tensor()
+    if network or isinstance(tensor, nn.Parameter):
+        raise AdapterLoadError(
+            f"The given state_dict has no {entry.live!r}, which adapter {adapter_name!r} needs."
+            f"{close_matches(entry.live, given)}"
+        )
+    return tensor  # a view of another layer's factor, which no state dict holds
+
+
+def _biases(model: nn.Module, bias: str, adapter_name: str, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The base's biases that are saved with an adapter, by the config's `bias`."""
+    adapted = {key: module for key, module in wrapped_modules(model) if isinstance(module, BaseTunerLayer)}
+    found = {}
+    for key, tensor in source.items():
+        if not is_bias(key) or ".modules_to_save." in key or ".lora_" in key or ".original_module." in key:
+            continue
+        holder, _, rest = key.rpartition(".base_layer.")
+        layer = adapted.get(holder)
+        own = layer is not None and adapter_name in layer.adapters
+        if bias == "all" or (own and rest == "bias"):
+            # a file has to load by itself, without the layers of other adapters
+            found[key if layer is None or own else without_places(key)] = tensor
+    return found
+
+
+def _embeddings(
+    model: nn.Module, cfg: PeftConfig, adapter_name: str, source: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The base's embeddings and head, as they are saved with an adapter."""
+    modules = embedding_modules(model)
+    if targets_embeddings(model, cfg, adapter_name) and not trains_rows(cfg):
+        # an adapted embedding travels with its adapter; where none is, they were resized, and both do
+        modules = {key: module for key, module in modules.items() if _adapts(module, adapter_name)}
+    # an embedding may be a module around an adapted one (a ViT's around a convolution)
+    adapters = {entry.live for name in model.peft_config for entry in adapter_entries(model, name)}
+    base = {k: v for k, v in source.items() if k not in adapters}
+    found = {}
+    for name, module in modules.items():
+        place = next((place for kind, place in _BASE_INSIDE.items() if isinstance(module, kind)), "")
+        own = bool(place) and adapter_name in module._get_available_adapters()
+        inside, saved = f"{name}.{place}", f"{name}.{place if own else ''}"
+        found |= {saved + k.removeprefix(inside): v for k, v in base.items() if k.startswith(inside)}
+    return found
 
 
 def _network(entry: Entry, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -152,23 +152,7 @@ def _swap(
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     for key, new in given.items():
-        old = entries[key].tensor()
-        axis = _rank_axis(entries[key], adapter_name)
-        if [n for i, n in enumerate(new.shape) if i != axis] != [n for i, n in enumerate(old.shape) if i != axis]:
-            raise ValueError(
-                f"Incompatible shapes found for LoRA weights {key}: {tuple(old.shape)} vs {tuple(new.shape)}."
-            )
-        if new.shape != old.shape and not pads(entries[key].layer.adapters[adapter_name]):
-            raise ValueError(
-                f"Incompatible shapes found for LoRA weights {key}: {tuple(old.shape)} vs {tuple(new.shape)}; factors "
-                "of this kind cannot be padded to another rank."
-            )
-        experts = entries[key].layer.site.experts
-        if axis >= 0 and new.shape[axis] % experts:
-            raise ValueError(
-                f"Incompatible shapes found for LoRA weights {key}: {tuple(new.shape)} is no whole rank for each of "
-                f"{experts} experts."
-            )
+        _check_shape(key, entries[key], new.shape, adapter_name)
     _check_writable(entries, given)
     _check_pairs(entries, given, adapter_name)
     with torch.no_grad():
@@ -183,6 +167,18 @@ def _swap(
             _rescale(layer, layer.adapters[adapter_name], config)
             layer.changed(adapter_name)
     _record(_configs(inner).get(adapter_name), [e.layer.adapters[adapter_name] for e in entries.values()])
+
+
+def _check_shape(key: str, entry: Entry, new: torch.Size, adapter_name: str) -> None:
+    """ValueError unless the shapes differ by the rank alone, and by one that the layer can have."""
+    old, axis, experts = entry.tensor().shape, _rank_axis(entry, adapter_name), entry.layer.site.experts
+    what = f"Incompatible shapes found for LoRA weights {key}:"
+    if [n for i, n in enumerate(new) if i != axis] != [n for i, n in enumerate(old) if i != axis]:
+        raise ValueError(f"{what} {tuple(old)} vs {tuple(new)}.")
+    if new != old and not pads(entry.layer.adapters[adapter_name]):
+        raise ValueError(f"{what} {tuple(old)} vs {tuple(new)}; factors of this kind cannot be padded to another rank.")
+    if axis >= 0 and new[axis] % experts:
+        raise ValueError(f"{what} {tuple(new)} is no whole rank for each of {experts} experts.")
 
 
 def _check_writable(entries: Mapping[str, Entry], given: Mapping[str, Tensor]) -> None:

@@ -62,8 +62,8 @@ def add_weighted_adapter(
     layers = inventory.layers
     keys = [key for key in inventory.names if key in layers and any(n in layers[key].adapters for n in adapters)]
     modules = [key for key in keys if not inventory.is_nested(key)]
-    present = [[layer.adapters[n] for layer in inventory.layers.values() if n in layer.adapters] for n in adapters]
-    cfg = _combined_config(inventory, adapters, modules, method.combined_fields(present, how))
+    fields = method.combined_fields([inventory.adapters(n) for n in adapters], how)
+    cfg = _combined_config(inventory, adapters, modules, fields)
     add_adapter(inventory, adapter_name, cfg, modules=modules)
     try:
         with torch.no_grad():
@@ -122,12 +122,8 @@ def _checked(
             raise ValueError(
                 f"Adapter {name} trains token rows (trainable_token_indices), which have no weighted combination"
             )
-    meta = [
-        layer.adapters[n].key
-        for layer in inventory.layers.values()
-        for n in adapters
-        if n in layer.adapters and any(t.is_meta for t in layer.adapters[n].parameters().values())
-    ]
+    present = [a for n in adapters for a in inventory.adapters(n)]
+    meta = [a.key for a in present if any(t.is_meta for t in a.parameters().values())]
     if meta:
         raise ValueError(f"Adapters have not been loaded yet: tensors are on the meta device at {enumerate_some(meta)}")
     return method, how

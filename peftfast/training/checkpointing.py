@@ -16,20 +16,18 @@ _SWITCH = "gradient_checkpointing"
 _DONE = "_peftfast_inputs_require_gradients"
 
 
-def require_input_gradients(model: nn.Module) -> bool:
-    """Make what enters the first block of `model` require gradients, once; False if the model has no input embedding.
+def require_input_gradients(model: nn.Module) -> None:
+    """Make what enters the first block of `model` require gradients, once, if the model has an input embedding.
 
     Frozen weights stay frozen: nothing but the graph begins earlier.
     """
     # a compiler takes neither a flag set on an intermediate nor the reentrant way, and the other way needs no flag
     if model.__dict__.get(_DONE) or torch.compiler.is_compiling():
-        return True
+        return
     embedding = input_embeddings(model)
-    if embedding is None:
-        return False
-    embedding.register_forward_hook(_require_gradient)
-    model.__dict__[_DONE] = True  # not the hook's handle: a compiler can read a flag
-    return True
+    if embedding is not None:
+        embedding.register_forward_hook(_require_gradient)
+        model.__dict__[_DONE] = True  # not the hook's handle: a compiler can read a flag
 
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -111,8 +111,7 @@ class AdaLoraModel(PeftSteps, BaseTuner):
         return self._allocator(name)
 
     def _adapters(self, name: str) -> list[Adapter]:
-        found = (layer.adapters.get(name) for layer in self.inventory.layers.values())
-        return [a for a in found if a is not None and VALUES in a]  # others may be of another method
+        return [a for a in self.inventory.adapters(name) if VALUES in a]  # others may be of another method
 
     def _allocator(self, name: str) -> RankAllocator:
         allocator, cfg = self._allocators.get(name), self.peft_config[name]

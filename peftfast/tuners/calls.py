@@ -213,8 +213,7 @@ class CalledModel:
         for name in self.inventory.active if routing is None else routing.names:
             method = method_for(self.peft_config[name])
             if hasattr(method, "loss_term"):  # asking the protocol takes as long as a small product
-                adapters = [layer.adapters[name] for layer in self.inventory.layers.values() if name in layer.adapters]
-                term = method.loss_term(adapters)
+                term = method.loss_term(self.inventory.adapters(name))
                 if term is not None:
                     output.loss = output.loss + term.to(output.loss.dtype)
         return output

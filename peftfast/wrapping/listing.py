@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from peftfast.adapter import Adapter
 from peftfast.layers.layer import BaseTunerLayer, make_layer
 from peftfast.layers.own import LoraLayer
 from peftfast.layers.parameter import ParameterLayer
@@ -95,6 +96,10 @@ class Listing:
         """The layers around the module `name` that adapt Parameters of it, the innermost first."""
         layer = self.layers.get(name)
         return layer.nest() if isinstance(layer, ParameterLayer) else []
+
+    def adapters(self, name: str) -> list[Adapter]:
+        """What the layers have of an adapter."""
+        return [layer.adapters[name] for layer in self.layers.values() if name in layer.adapters]
 
     def is_part(self, name: str) -> bool:
         """Whether the layer `name` is inside another, which decides for both."""

@@ -51,5 +51,5 @@ def following(tuner: Any, index: Tensor, tokens: int | None, keeps: bool = True)
 
 def check_routable(model: Any, tuner: Any, what: str) -> None:
     """ValueError if there are no layers whose adapters could be chosen by sample."""
-    if getattr(getattr(tuner, "inventory", None), "control", None) is None:
+    if tuner is None:
         raise ValueError(f"{what} chooses among the adapters of a PeftModel's layers; {type(model).__name__} has none")
