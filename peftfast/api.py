@@ -131,8 +131,7 @@ def patch(
     settings = dict(quantize_options or {})
     skip = settings.pop("skip", None)
     planned = plan_quantization(model, quantize, skip, settings)
-    method = method_for(config)
-    if method.changes_base(config):
+    if method_for(config).changes_base(config):
         wrapped = get_peft_model(model, config, **options)
         quantize_model(wrapped, quantize, skip=skip, **settings)
         return wrapped
@@ -142,9 +141,7 @@ def patch(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with replicated(model, trial):
-                found = plan_injection(
-                    Inventory(model, {}), "trial", trial, method, strict=options.get("strict", False)
-                )
+                found = plan_injection(Inventory(model, {}), "trial", trial, strict=options.get("strict", False))
         packed = [name for name, _, _ in planned.places if name in found.parameters]
         if packed:
             raise ValueError(f"target_parameters match weights of {packed}, which {quantize=} would pack; skip them")

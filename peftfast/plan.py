@@ -17,7 +17,6 @@ from peftfast.errors import close_matches, every_name, grouped
 from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.keys import ends_of
 from peftfast.layers.layer import site_of
-from peftfast.method import method_for
 from peftfast.model import PeftModel
 from peftfast.sharding import whole_shape
 from peftfast.sites import Site, make_site, parts_of
@@ -170,7 +169,7 @@ def plan_adapter(
                 stack.enter_context(replicated(base, cfg))
                 inventory = Inventory(base, {})
             injection = plan_injection(
-                inventory, "planned", cfg, method_for(cfg), strict=strict, initialise=False,
+                inventory, "planned", cfg, strict=strict, initialise=False,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
         except (TypeError, ValueError) as e:

@@ -76,9 +76,10 @@ def _agreed(values: list[Any]) -> Any:
     return first if all(v == first for v in values) else "irregular"
 
 
-def _wrapped(model: nn.Module) -> nn.Module:
+def _tuner_in(model: nn.Module) -> nn.Module | None:
+    """What holds the adapters of a PeftModel; None for other models."""
     base = getattr(model, "base_model", None)
-    return base.model if base is not None and hasattr(base, "inventory") else model
+    return base if hasattr(base, "inventory") else None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -97,9 +98,7 @@ def _layer_status(model: nn.Module, caller: str) -> list[TunerLayerStatus]:
             f"{plain_name(model.peft_type)}, adapt no layer"
         )
     result = []
-    base = getattr(model, "base_model", None)
-    tuner = base if hasattr(base, "inventory") else model  # names are relative to the tuner, as in PEFT
-    for name, module in tuner.named_modules():
+    for name, module in (_tuner_in(model) or model).named_modules():  # relative to the tuner, as in PEFT
         if isinstance(module, TrainableTokensWrapper):
             continue  # what counts is the adapter layer inside it
         if isinstance(module, BaseTunerLayer):
@@ -141,15 +140,14 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The state of all adapted modules together; errors as in `get_layer_status`."""
     layers = _layer_status(model, "get_model_status")
     names = sorted({n for layer in layers for n in layer.available_adapters})
-    base = getattr(model, "base_model", None)
-    configs = getattr(model, "peft_config", {})
+    tuner = _tuner_in(model)
     trainable, total = count_parameters(model)
-    wrapped = hasattr(base, "inventory")
-    known = wrapped or any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
+    base = model if tuner is None else tuner.model
+    known = tuner is not None or any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
     return TunerModelStatus(
-        base_model_type=type(_wrapped(model)).__name__ if known else "other",
-        adapter_model_type=type(base).__name__ if wrapped else "None",
-        peft_types={n: plain_name(c.peft_type) for n, c in configs.items()} if wrapped else {},
+        base_model_type=type(base).__name__ if known else "other",
+        adapter_model_type="None" if tuner is None else type(tuner).__name__,
+        peft_types={} if tuner is None else {n: plain_name(c.peft_type) for n, c in model.peft_config.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),

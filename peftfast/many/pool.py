@@ -222,10 +222,8 @@ class AdapterPool:
         try:
             self._read(name)
             self._release(self._acquire([name], timeout=0.0))
-        except (TimeoutError, ValueError):
-            pass  # all slots are in use, or the adapter is gone; whoever asks for it will be told
         except Exception:
-            return  # counted, and raised to whoever asks for the adapter
+            pass  # all slots are in use, or the adapter is gone, or damaged: whoever asks for it will be told
 
     def close(self) -> None:
         """Take the slots out of the model again."""

@@ -85,12 +85,12 @@ class PromptInventory(Inventory):
         super().eval()
         self.encoders.eval()
 
-    def unload(self, merged: bool = False, safe_merge: bool = False, names: list[str] | None = None) -> nn.Module:
+    def unload(self, merged: bool = False, names: list[str] | None = None) -> nn.Module:
         self.encoders.clear()
-        return super().unload(merged, safe_merge, names)
+        return super().unload(merged, names)
 
 
-def encode(inventory: PromptInventory, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> Injection:
+def encode(inventory: PromptInventory, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> None:
     """Give an adapter its prompt encoder, and copies of modules that train beside it. Prompts are small: they are made
     where the model is, whatever low_cpu_mem_usage says."""
     if cfg.num_virtual_tokens is None:
@@ -100,11 +100,9 @@ def encode(inventory: PromptInventory, name: str, cfg: PeftConfig, strict: bool,
     endings = tuple(cfg.modules_to_save or ())
     encoder = method.encoder(cfg, model).to(word_embeddings_of(model).weight.device)
     saved = [n for n in inventory.names if n.endswith(endings)]
-    injection = Injection(inventory, name, cfg, method, targets=[], saved=saved)
-    injection.apply()
+    Injection(inventory, name, cfg, method, targets=[], saved=saved).apply()
     encoder.requires_grad_(False)
     inventory.encoders[name] = encoder.train(model.training)
-    return injection
 
 
 class PromptTuner(KeepsBeside):

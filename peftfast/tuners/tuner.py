@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -266,23 +267,18 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, nn.Module):
             raise ValueError("originals are the dense weights to merge into: pass dequantize=True with them")
         if dequantize:
             dequantize_model(self, originals)
-        return self._unload(True, progressbar, safe_merge, adapter_names, rounding)
+        from tqdm.auto import tqdm
+
+        progress = functools.partial(tqdm, disable=not progressbar, desc="Unloading and merging model")
+        ModelMerger(self.inventory).merge_for_good(adapter_names, safe_merge, rounding, progress)
+        return self._unload(merged=True, names=adapter_names)
 
     def unload(self) -> nn.Module:
         """The base model without the adapters (modules_to_save stay as trained)."""
-        return self._unload(False, False, False, None)
+        return self._unload()
 
-    def _unload(
-        self, merge: bool, progressbar: bool, safe_merge: bool, names: list[str] | None, rounding: str = "auto"
-    ) -> nn.Module:
-        from tqdm.auto import tqdm
-
-        def progress(items: Iterable) -> Iterable:
-            return tqdm(items, disable=not progressbar, desc="Unloading and merging model")
-
-        if merge:
-            ModelMerger(self.inventory).merge_for_good(names, safe_merge, rounding, progress)
-        model = self.inventory.unload(merge, safe_merge, names)
+    def _unload(self, merged: bool = False, names: list[str] | None = None) -> nn.Module:
+        model = self.inventory.unload(merged, names)
         self.router = None  # there is nothing left to choose from
         say_if_untied(model)
         name_dense_layers(model)

@@ -11,7 +11,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.method import method_for, reads_base
 from peftfast.sharding import is_run_by_zero3, is_sharded_by_fsdp2, to_shards
-from peftfast.wrapping.injection import Injection, plan_injection
+from peftfast.wrapping.injection import plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.replication import Replication, ranges_of
 
@@ -22,7 +22,7 @@ def check_name(name: Any) -> None:
         raise TypeError(f"An adapter name must be a string, got {name!r} of type {type(name).__name__}")
     if not name or "." in name or "/" in name or "\\" in name:
         raise ValueError(f"An adapter name must be non-empty and without '.', '/' and '\\', got {name!r}")
-    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in ("training",):
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name == "training":
         raise ValueError(f"{name!r} cannot be an adapter name: torch.nn.ModuleDict has an attribute of that name")
 
 
@@ -36,11 +36,9 @@ def say_if_in_prefix(name: str, cfg: PeftConfig) -> None:
         )
 
 
-def inject(inventory: Inventory, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> Injection:
+def inject(inventory: Inventory, name: str, cfg: PeftConfig, strict: bool, options: dict[str, Any]) -> None:
     """Put an adapter into the layers that its config names."""
-    injection = plan_injection(inventory, name, cfg, method_for(cfg), strict=strict, **options)
-    injection.apply()
-    return injection
+    plan_injection(inventory, name, cfg, strict=strict, **options).apply()
 
 
 def add_adapter(
@@ -49,9 +47,9 @@ def add_adapter(
     cfg: PeftConfig,
     *,
     strict: bool = False,
-    by: Callable[[Inventory, str, PeftConfig, bool, dict[str, Any]], Injection] = inject,
+    by: Callable[[Inventory, str, PeftConfig, bool, dict[str, Any]], None] = inject,
     **options: Any,
-) -> Injection:
+) -> None:
     """Add an adapter, frozen and inactive. Nothing is changed if anything about it is wrong.
 
     Args:
@@ -85,7 +83,7 @@ def add_adapter(
     present = {wrapper for _, wrapper in inventory.wrappers()}
     replicates = _replicate(inventory, name, cfg)
     try:
-        injection = by(inventory, name, cfg, strict, options)
+        by(inventory, name, cfg, strict, options)
     except BaseException:
         cfg.__dict__.clear()
         cfg.__dict__.update(fields_before)
@@ -99,7 +97,6 @@ def add_adapter(
             wrapper._disable_adapters = True  # off is off, also where the first adapter comes while it is
     if first:
         inventory.freeze_base()
-    return injection
 
 
 def _replicate(inventory: Inventory, name: str, cfg: PeftConfig) -> bool:

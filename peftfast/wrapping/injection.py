@@ -171,7 +171,6 @@ def plan_injection(
     inventory: Inventory,
     name: str,
     cfg: PeftConfig,
-    method: AdapterMethod,
     *,
     strict: bool = False,
     keys: Iterable[str] | None = None,
@@ -188,7 +187,7 @@ def plan_injection(
         device: of the new tensors; None: where the base weight is.
         initialise: False when the tensors are about to be loaded.
     """
-    model, names = inventory.model, list(inventory.names)
+    model, names, method = inventory.model, list(inventory.names), method_for(cfg)
     by_config = keys is None and modules is None
     heads = tied_module_names(inventory)
     _complete(cfg, model, method, by_keys=keys is not None)

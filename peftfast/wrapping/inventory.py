@@ -332,15 +332,19 @@ class Inventory(Listing):
             layer.unmerge()
         return bool(merged)
 
-    def unload(self, merged: bool = False, safe_merge: bool = False, names: list[str] | None = None) -> nn.Module:
-        """Put the base modules back, `merged` with what is inside their weights; returns the base model."""
+    def unload(self, merged: bool = False, names: list[str] | None = None) -> nn.Module:
+        """Put the base modules back, `merged` with what is inside their weights; returns the base model.
+
+        Args:
+            names: of the adapters whose copies of modules stay; None: the active ones.
+        """
         if not merged:
             self._take_out()
         for key, layer in self.layers.items():
             self.replace(key, layer.base_layer)
         left: dict[nn.Parameter, nn.Parameter] = {}
         for key, wrapper in self.extras.items():
-            module = wrapper.unload_and_optionally_merge_module(False, safe_merge, names)
+            module = wrapper.unload_and_optionally_merge_module(False, False, names)
             self.replace(key, module)
             left |= wrapper.left_behind(module)
         for module in self.model.modules() if left else ():

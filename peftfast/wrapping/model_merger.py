@@ -28,9 +28,14 @@ class ModelMerger:
     def __init__(self, inventory: Inventory) -> None:
         self.inventory = inventory
 
-    def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: bool | str = True,
-              rounding: str = "auto",
-              progress: Callable[[Iterable], Iterable] = lambda items: items) -> None:  # fmt: skip
+    def merge(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        keep: bool | str = True,
+        rounding: str = "auto",
+    ) -> None:
         """Merge in every layer, or, if one refuses, in none. Arguments as in `BaseTunerLayer.merge`.
 
         A layer whose weight other modules use as well gets a weight of its own while it is merged.
@@ -43,7 +48,7 @@ class ModelMerger:
                 f"Nothing was merged: adapter {unknown[0]!r} not found.{close_matches(unknown[0], configs)} "
                 f"Adapters present: {sorted(configs)}"
             )
-        self._merge(adapter_names, safe_merge, keep, rounding, progress)
+        self._merge(adapter_names, safe_merge, keep, rounding)
 
     def _make_ready(self, adapter_names: list[str] | None, rounding: str) -> None:
         """Refuse what nobody can merge, and see to it that weights are read where they are kept."""
@@ -55,7 +60,7 @@ class ModelMerger:
         to_shards(self.inventory.model)
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, keep: bool | str, rounding: str,
-               progress: Callable[[Iterable], Iterable]) -> None:  # fmt: skip
+               progress: Callable[[Iterable], Iterable] = iter) -> None:  # fmt: skip
         """`merge`, where all is ready."""
         present = self.active() if adapter_names is None else adapter_names
         work, own_work = self._unmerged(adapter_names)
