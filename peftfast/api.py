@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -255,14 +256,14 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The base model's tensors under their original names, adapters left out."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     result = {}
-    adapters = tuple(
-        f"{name}.{kept}."
+    adapters = {
+        f"{name}.{kept}"
         for name, module in base.named_modules(remove_duplicate=False)
         if isinstance(module, (BaseTunerLayer, StandIn))
         for kept in (*module.adapter_layer_names, *module.other_param_names)
-    )
+    }
     for key, tensor in base.state_dict(keep_vars=True).items():
-        if key.startswith(adapters):
+        if not adapters.isdisjoint(accumulate(key.split(".")[:-1], "{}.{}".format)):  # the modules that it is in
             continue
         name = key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
         result[name.replace(".original_module.", ".")] = tensor.detach()

@@ -192,16 +192,7 @@ class Slots:
                 a, b, scale = reader(layer.site, cfg, full, own)
             except ValueError as e:
                 raise ValueError(f"Adapter {name}: {e}") from e
-            experts = layer.site.experts
-            if a.shape[0] % experts:
-                raise ValueError(f"Adapter {name} has {a.shape[0]} ranks for {experts} experts at {key}")
-            if a.shape[0] > self._max_rank * experts:
-                rank = a.shape[0] // experts
-                raise ValueError(f"Adapter {name} has rank {rank} at {key}; the slots take up to {self._max_rank}")
-            if not (a.is_floating_point() and b.is_floating_point()):
-                raise ValueError(f"Adapter {name} has {a.dtype} and {b.dtype} at {key}, which are no factors' dtypes")
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                raise ValueError(f"Adapter {name} has NaN or infinite values at {key}")
+            _check_factors(f"Adapter {name} has", key, a, b, layer.site.experts, self._max_rank)
             found[key] = (_for_host(a, stack.a), _for_host(b, stack.b), scale)
         if left or not found:
             raise ValueError(
@@ -244,6 +235,18 @@ class Slots:
                 layer.store.pop("slot key", None)
                 self._inventory.unwrap(key)
         self._stacks = {}
+
+
+def _check_factors(what: str, key: str, a: Tensor, b: Tensor, experts: int, max_rank: int) -> None:
+    """ValueError unless these are factors that slots can hold."""
+    if a.shape[0] % experts:
+        raise ValueError(f"{what} {a.shape[0]} ranks for {experts} experts at {key}")
+    if a.shape[0] > max_rank * experts:
+        raise ValueError(f"{what} rank {a.shape[0] // experts} at {key}; the slots take up to {max_rank}")
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise ValueError(f"{what} {a.dtype} and {b.dtype} at {key}, which are no factors' dtypes")
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ValueError(f"{what} NaN or infinite values at {key}")
 
 
 def _count(shape: Sequence[int]) -> int:
