@@ -117,12 +117,9 @@ def check_sizes(cfg: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
     """
     largest = max((size for t in tensors.values() for size in t.shape), default=0)
     limit = max(largest, 1 << 14)
-    asked: dict[str, Any] = {name: getattr(cfg, name, None) for name in ("r", "init_r", "num_virtual_tokens")}
-    for name in ("rank_pattern",):
-        for key, value in (getattr(cfg, name, None) or {}).items():
-            asked[f"{name}[{key!r}]"] = value
-    if getattr(cfg, "init_r", None) is not None:
-        del asked["r"]  # AdaLoRA has the field and does not use it
+    rank = "r" if getattr(cfg, "init_r", None) is None else "init_r"  # AdaLoRA has both and does not use the one
+    asked: dict[str, Any] = {name: getattr(cfg, name, None) for name in (rank, "num_virtual_tokens")}
+    asked |= {f"rank_pattern[{key!r}]": value for key, value in (getattr(cfg, "rank_pattern", None) or {}).items()}
     wrong = [f"{k}={v}" for k, v in asked.items() if isinstance(v, int) and not isinstance(v, bool) and v > limit]
     if wrong:
         raise AdapterLoadError(

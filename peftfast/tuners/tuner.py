@@ -139,9 +139,8 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, nn.Module):
     @property
     def targeted_parameter_names(self) -> list[str]:
         """Names of the Parameters that are adapted by themselves."""
-        nests = {key.split(".base_layer")[0] for key in self.inventory.layers if self.inventory.is_nested(key)}
-        names = (key for key in self.inventory.names if key in nests)
-        return [f"{key}.{layer.parameter_name}" for key in names for layer in self.inventory.nest(key)]
+        inventory = self.inventory
+        return [f"{key}.{layer.parameter_name}" for key in inventory.names for layer in inventory.nest(key)]
 
     # ---- which are active --------------------------------------------------------------------------------------------
     @property
