@@ -11,7 +11,7 @@ from peftfast.calibration.modes import in_mode
 from peftfast.config import PeftConfig, plain_name
 from peftfast.method import method_for
 from peftfast.model import PeftModel
-from peftfast.prompts.prompt_model import tuner_of
+from peftfast.prompts.prompt_model import prompts_of
 
 States = list[tuple[Tensor, Tensor] | None]  # (keys, values) [heads, tokens, head size] of every layer that keeps some
 
@@ -67,7 +67,7 @@ def initialize_kv_prefix_from_past_key_values(
     shared = getattr(model.get_base_model().config, "num_kv_shared_layers", 0) or 0
     if len(states) not in (cfg.num_layers, cfg.num_layers - shared):
         raise ValueError(f"The cache has {len(states)} layers, the prefix {cfg.num_layers}")
-    encoder = tuner_of(model).encoder(name)
+    encoder = prompts_of(model).encoder(name)
     rows = method_for(cfg).rows_of(states, cfg, encoder.prompt_embeddings.detach())
     encoder.load_prompt_embeddings(rows)
     return rows

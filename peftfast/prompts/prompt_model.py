@@ -356,7 +356,8 @@ def _check_rows(encoder: Prompts, inputs: Inputs) -> None:
 
 
 # ---- functions for users ---------------------------------------------------------------------------------------------
-def tuner_of(model: nn.Module) -> PromptTuner:
+def prompts_of(model: nn.Module) -> PromptTuner:
+    """What manages the prompts of a PeftModel; TypeError where it has none."""
     tuner = model.__dict__.get("_prompts")
     if tuner is None:
         raise TypeError(f"{type(model).__name__} has no prompt-learning adapters")
@@ -397,7 +398,7 @@ def resize_prompt(model: nn.Module, num_virtual_tokens: int, adapter_name: str |
     Raises:
         TypeError: no prompt-learning model. ValueError: the length is not positive, no such adapter.
     """
-    tuner = tuner_of(model)
+    tuner = prompts_of(model)
     _check_length(num_virtual_tokens)
     name = model.active_adapter if adapter_name is None else adapter_name
     encoder, cfg = tuner.encoder(name), tuner.peft_config[name]
@@ -422,7 +423,7 @@ def nearest_tokens(
     Returns:
         For every virtual token, `(token, cosine)` from the nearest on.
     """
-    tuner = tuner_of(model)
+    tuner = prompts_of(model)
     name = model.active_adapter if adapter_name is None else adapter_name
     rows = tuner.encoder(name).prompt_embeddings.detach()
     table = tuner.word_embeddings

@@ -13,6 +13,7 @@ Names, parameters and files do not change. Speed is the only effect; dropout mas
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import weakref
@@ -180,8 +181,6 @@ class Siblings:
         return {**self.__dict__, "_ready": None}
 
     def __deepcopy__(self, memo: dict) -> Siblings:
-        import copy
-
         new = Siblings(self.names, ())
         memo[id(self)] = new
         new.layers, new.state = [copy.deepcopy(layer, memo) for layer in self.layers], self.state
@@ -191,8 +190,8 @@ class Siblings:
 class Watcher:
     """Stands in for a block during the first forward pass, to see which layers are given the same tensor."""
 
-    def __init__(self, blocks: Blocks, parents: dict[int, str], names: dict[int, str]) -> None:
-        self.blocks, self.parents, self.names = blocks, parents, names
+    def __init__(self, blocks: Blocks, names: dict[int, str]) -> None:
+        self.blocks, self.names = blocks, names
         self.runs: list[list[BaseTunerLayer]] = []
         self.seen: set[int] = set()
         self._last: tuple[weakref.ref, int, str] | None = None
@@ -206,7 +205,7 @@ class Watcher:
         self.seen.add(id(layer))
         if x.is_inference() or id(layer) not in self.names:
             return
-        parent = self.parents[id(layer)]
+        parent = self.names[id(layer)].rpartition(".")[0]
         last = self._last
         if last is not None and last[0]() is x and last[1] == x._version and last[2] == parent:
             self.runs[-1].append(layer)
@@ -362,10 +361,9 @@ class Blocks:
             if found is not None:
                 found.attach()
                 self.groups.append(found)
-        parents = {id(layer): name.rpartition(".")[0] for name, layer in layers.items()}
         self._names = {id(layer): name for name, layer in layers.items()}
         self._layers = list(layers.values())
-        self._watcher: Watcher | None = Watcher(self, parents, self._names)
+        self._watcher: Watcher | None = Watcher(self, self._names)
         for layer in self._layers:
             layer.__dict__["block"] = self._watcher
 
