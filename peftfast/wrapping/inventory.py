@@ -378,7 +378,7 @@ def find_inventory(model: nn.Module) -> tuple[Inventory | None, str]:
     """The inventory of a base model, or of the tuner or PeftModel around one, and what stands in front of its names in
     those of `model`. None where there is none, or where its layers have been taken out of the model since, as
     diffusers' `unload_lora` does."""
-    tuner = getattr(model, "_tuner", model)
+    tuner = model._modules.get("base_model") or model  # no attribute: a compiled model answers by the one in it
     inventory = tuner.__dict__.get("inventory")
     if inventory is not None:
         return inventory, "model." if tuner is model else PREFIX

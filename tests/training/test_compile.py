@@ -163,6 +163,17 @@ def test_a_compiled_model_saves_and_loads(tmp_path):
     assert set(found) == set(peftfast.get_peft_model_state_dict(model))
 
 
+@pytest.mark.parametrize("unwrapped", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [peftfast.LoraConfig(target_modules=["q_proj"]), peftfast.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2)],
+)
+def test_what_belongs_to_an_adapter_is_found_in_a_compiled_model(config, unwrapped):
+    model = peftfast.get_peft_model(llama(), config)
+    found = peftfast.get_peft_model_state_dict(torch.compile(model, backend="eager"), unwrap_compiled=unwrapped)
+    assert set(found) == set(peftfast.get_peft_model_state_dict(model)) != set()
+
+
 def test_inductor_agrees():
     import shutil
 
