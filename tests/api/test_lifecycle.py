@@ -831,10 +831,11 @@ def test_a_first_adapter_starts_in_training_mode(way, inference_mode):
     assert found[peftfast] == (dict.fromkeys(found[peft], False) if inference_mode else found[peft])
 
 
-@pytest.mark.parametrize("given", ["model", "tuner", "base"])
+@pytest.mark.parametrize("given", ["model", "tuner", "base", "compiled"])
 def test_functions_for_bare_models_and_the_methods_of_a_wrapper_see_the_same_adapters(given):
     model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
-    target = {"model": model, "tuner": model.base_model, "base": model.get_base_model()}[given]
+    compiled = torch.compile(model, backend="eager")
+    target = {"model": model, "tuner": model.base_model, "base": model.get_base_model(), "compiled": compiled}[given]
     peftfast.inject_adapter_in_model(peftfast.LoraConfig(**SECOND), target, "second")
     assert model.active_adapters == ["second"] and set(model.peft_config) == {"default", "second"}
     peftfast.functional.set_adapter(target, "default")
