@@ -24,6 +24,7 @@ from peftfast.errors import (
 from peftfast.keys import ends_of
 from peftfast.layers.walk import outer_modules
 from peftfast.sites.linear import is_linear
+from peftfast.wrapping.parents import read_by_parent
 
 ALL_LINEAR = "all-linear"
 #: A resolved target list longer than this is stored as the shortest suffixes that mean the same.
@@ -200,13 +201,14 @@ _QUERY_OR_VALUE = re.compile(r"(^|_)(q|v|query|value|qv)(_|$|proj|lin)|qkv|query
 
 
 def discover_targets(model: nn.Module) -> list[str]:
-    """Targets from the graph alone: among the linear layers of the repeated blocks, the query and value projections of
-    attention where names tell them, else all of them."""
+    """Targets from the graph alone: among the linear layers of the repeated blocks that are called (WavLM's attention
+    reads the weights of its projections), the query and value projections of attention where names tell them, else all
+    of them."""
     blocks = [name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     repeated: Counter = Counter()
     for name, _ in linear_modules(model):
         block = next((b for b in sorted(blocks, key=len, reverse=True) if name.startswith(b + ".")), None)
-        if block is not None:
+        if block is not None and not read_by_parent(model, name):
             tail = name[len(block) + 1 :].partition(".")[2]
             if tail:
                 repeated[tail] += 1

@@ -226,6 +226,24 @@ def test_only_modules_that_nobody_calls_are_named():
     assert [str(w.message).partition(":")[0] for w in caught if "never calls" in str(w.message)] == ["'0.read'"]
 
 
+def test_targets_chosen_from_the_graph_are_called():
+    """WavLM's attention gives a function of torch's the weights of its projections."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WavLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", peftfast.PeftWarning)
+        model = peftfast.get_peft_model(
+            transformers.WavLMModel(config).eval(), peftfast.LoraConfig(init_lora_weights=False)
+        )
+    assert not [w for w in caught if "never calls" in str(w.message)]
+    model(torch.randn(1, 400)).last_hidden_state.square().sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) > 4 and all(p.grad.abs().max() > 0 for p in trained.values())
+
+
 def test_ia3_on_mamba():
     """PEFT refuses LoRA and AdaLoRA on out_proj, and takes IA3, which is called there without fused kernels."""
     ids = torch.arange(1, 9).view(2, 4)

@@ -1,0 +1,101 @@
+"""What modules do with the modules inside them: call them, or read their weights, past whatever is adapted there."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import lru_cache
+from types import CodeType
+
+from torch import nn
+
+#: what is asked of a weight without using its values
+_DESCRIPTIONS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "requires_grad", "data_ptr"}
+#: called by these only where the model is quantised, and read otherwise
+_READ_UNLESS_QUANTIZED = {("JambaMambaMixer", "dt_proj"), ("FalconMambaMixer", "dt_proj")}
+
+
+def read_by_parent(model: nn.Module, name: str) -> bool:
+    """`never_calls` of the module `name` of `model`."""
+    parent, _, leaf = name.rpartition(".")
+    return never_calls(model.get_submodule(parent), leaf)
+
+
+def needs_dense(model: nn.Module, name: str) -> bool:
+    """Whether the module `name` of `model` has a parent that fails with a packed weight: it reads the weight instead of
+    calling the module, or casts to the weight's dtype (LongT5's `wo`) and does not ask whether the model is quantised.
+    """
+    parent, _, leaf = name.rpartition(".")
+    cls = type(model.get_submodule(parent))
+    return _only_reads(cls, leaf) or _casts_to_dtype(cls, leaf)
+
+
+def never_calls(parent: nn.Module, leaf: str) -> bool:
+    """Whether a module reads the weight of its child `leaf` and never calls it."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return leaf == "out_proj"
+    if any((cls.__name__, leaf) in _READ_UNLESS_QUANTIZED for cls in type(parent).__mro__):
+        return not hasattr(getattr(parent, "config", None), "_is_quantized")
+    return _only_reads(type(parent), leaf)
+
+
+@lru_cache(maxsize=1024)
+def _only_reads(cls: type[nn.Module], leaf: str) -> bool:
+    """Whether the class uses the weight of its child `leaf` when it is called, and no method of it calls the child or
+    passes it on. What others do to it does not count: diffusers' attention is read where its projections are fused,
+    and called by the processor that it passes itself to."""
+    reads = False
+    for when_called, path in _mentions(cls, leaf):
+        if path[:1] in ([], [None]):
+            return False
+        reads |= when_called and path[0] == "weight" and not _DESCRIPTIONS.intersection(path[1:])
+    return reads
+
+
+@lru_cache(maxsize=1024)
+def _casts_to_dtype(cls: type[nn.Module], leaf: str) -> bool:
+    asks = any("_is_quantized" in code.co_consts for codes in _methods(cls).values() for code in codes)
+    return not asks and any(called and path == ["weight", "dtype"] for called, path in _mentions(cls, leaf))
+
+
+def _mentions(cls: type[nn.Module], leaf: str) -> Iterator[tuple[bool, list[str | None]]]:
+    """Where methods say `self.leaf`: whether they run when the module is called, and the next two attributes. Nothing
+    where none of those that run says "weight" as well."""
+    methods = _methods(cls)
+    called, reached = ["forward"], {"forward"}
+    while called:
+        names = {name for code in methods.get(called.pop(), ()) for name in code.co_names}
+        called += (new := names & methods.keys() - reached)
+        reached |= new
+    codes = {name: [c for c in codes if leaf in c.co_names] for name, codes in methods.items()}
+    if not any("weight" in code.co_names for name in reached for code in codes.get(name, ())):
+        return
+    for name, code in ((name, code) for name, several in codes.items() for code in several):
+        steps = list(dis.get_instructions(code))
+        for i, step in enumerate(steps):
+            path = [s.argval if s.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for s in steps[i + 1 : i + 4]]
+            if _loads_self(step) and path[:1] == [leaf]:
+                yield name in reached, path[1:]
+
+
+def _methods(cls: type[nn.Module]) -> dict[str, list[CodeType]]:
+    """The code of a class's methods by name, of those it inherits and of what is defined inside them."""
+    found: dict[str, list[CodeType]] = defaultdict(list)
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch."):
+            continue
+        for name, member in vars(base).items():
+            code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
+            inside = [code] if code is not None and name != "__init__" else []
+            while inside:
+                found[name].append(code := inside.pop())
+                inside += [c for c in code.co_consts if isinstance(c, CodeType)]
+    return found
+
+
+def _loads_self(step: dis.Instruction) -> bool:
+    if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+        return False
+    return (step.argval[-1] if isinstance(step.argval, tuple) else step.argval) == "self"  # one or two variables
