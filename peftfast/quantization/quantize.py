@@ -25,6 +25,7 @@ from peftfast.quantization.originals import Originals
 from peftfast.sites.linear import is_quantised, linear_with
 from peftfast.sites.site import is_untouched
 from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.parents import needs_dense
 from peftfast.wrapping.targets import name_ends
 
 
@@ -51,8 +52,9 @@ def quantize_model(
     Args:
         model: a base model, or a model with adapters, whose base layers are then quantised.
         quantize: "nf4", "fp4" or "int8".
-        skip: names or suffixes of names of modules to leave dense. None: the output head, classification heads, and
-            whatever shares its weight with another module.
+        skip: names or suffixes of names of modules to leave dense. None: the output head, classification heads,
+            whatever shares its weight with another module, what transformers keeps in fp32 (T5's `wo`), and layers
+            of which other modules read the weight, or its dtype to cast to.
         options: of 4 bits: `compute_dtype` (None: the model's), `double_quant`, `blocksize`, `quant_storage`; of
             int8: `threshold` for outlier columns.
 
@@ -171,10 +173,15 @@ def _skipped(model: nn.Module, places: list[tuple[str, Any, nn.Module]], skip: I
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter):
             owners[id(weight)] = owners.get(id(weight), 0) + 1
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     return {
         name
         for name, _, module in places
-        if module is head or owners[id(module.weight)] > 1 or name in (*SEQ_CLS_HEAD_NAMES, "qa_outputs", "lm_head")
+        if module is head
+        or owners[id(module.weight)] > 1
+        or name in (*SEQ_CLS_HEAD_NAMES, "qa_outputs", "lm_head")
+        or any(f".{part}." in f".{name}." for part in kept)
+        or needs_dense(model, name)
     }
 
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import gpt2, llama, llama_classifier
+from oracle import gpt2, llama, llama_classifier, t5
 from torch import nn
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -110,6 +110,51 @@ def test_what_stays_dense():
     assert type(chosen.model.layers[1].mlp.up_proj) is nn.Linear
     saved = peftfast.get_peft_model(llama(hidden=64), peftfast.LoraConfig(modules_to_save=["up_proj"]))
     assert not any("up_proj" in n for n in peftfast.quantize_model(saved, "nf4"))
+
+
+def test_what_transformers_keeps_in_fp32_stays_dense(tmp_path):
+    """T5 casts the input of its `wo` to the dtype of the weight, which would be bytes."""
+    from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
+
+    t5().save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
+    ours = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32)
+    peftfast.quantize_model(ours, "nf4")
+    assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
+    ids = {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}
+    patched = peftfast.patch(t5(), peftfast.LoraConfig(target_modules=["wi", "wo"]), quantize="nf4")
+    with torch.no_grad():
+        assert torch.equal(ours(**ids).logits, theirs(**ids).logits)
+        assert torch.isfinite(patched(**ids).logits).all()
+
+
+class Reads(nn.Module):
+    """As MobileBERT's head, which joins the weights of two layers, WavLM's attention, and SigLIP 2's patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.asked, self.called = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([x @ self.read.weight.t(), x])
+        return self.called(self.asked(x.to(self.asked.weight.dtype)))
+
+
+class Asks(Reads):
+    config = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if hasattr(self.config, "_is_quantized") else self.asked(x)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_has_its_weight_read_stays_dense(kind):
+    model, x = nn.Sequential(Reads()), torch.randn(3, 64)
+    dense = model(x)
+    report = peftfast.quantize_model(model, kind)
+    assert list(report) == ["0.called"] and distance(model(x), dense) < 0.2
+    assert list(peftfast.quantize_model(nn.Sequential(Asks()), kind)) == ["0.asked", "0.called"]
 
 
 def test_transposed_linears():
