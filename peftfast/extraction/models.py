@@ -17,6 +17,7 @@ from peftfast.methods.lora.config import LoraConfig
 from peftfast.quantization.originals import Originals
 from peftfast.sites import Site, make_site
 from peftfast.sites.site import has_site
+from peftfast.wrapping.parents import read_by_parent
 
 
 @torch.no_grad()
@@ -26,9 +27,9 @@ def extract_lora(
     """A LoRA that makes `tuned` of `base`, as nearly as its rank allows: for models that were trained in full, and
     those that adapters have been merged into.
 
-    Every module that can carry a LoRA and whose weight differs gets one. What differs elsewhere, norms and biases, is
-    kept whole, as modules_to_save. How much of the change the ranks keep is logged. What only `tuned` has is left out,
-    with a warning.
+    Every module that can carry a LoRA and whose weight differs gets one. What differs elsewhere, norms, biases and
+    weights that are read past an adapter, is kept whole, as modules_to_save. How much of the change the ranks keep is
+    logged. What only `tuned` has is left out, with a warning.
 
     Args:
         base: without adapters; of a quantised one, what quantising lost is part of the change.
@@ -99,7 +100,7 @@ def _differences(
     for name, module in base.named_modules():
         if any(name.startswith(f"{saved}.") for saved in whole):
             continue
-        site = _site_of(module)
+        site = None if name and read_by_parent(base, name) else _site_of(module)
         own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k in module.state_dict()}}
         for key, tensor in own.items():
             if tensor is None:

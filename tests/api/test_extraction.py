@@ -290,6 +290,40 @@ def test_only_what_differs_and_ranks_by_what_they_keep(caplog):
     assert peftfast.get_peft_model(make(), config).get_nb_trainable_parameters()[0] == 64
 
 
+class Attention(nn.MultiheadAttention):
+    def __init__(self):
+        super().__init__(8, 2)
+
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.called(x @ self.read.weight.t())
+
+
+@pytest.mark.parametrize("library", [peftfast, peft], ids=["peftfast", "peft"])
+@pytest.mark.parametrize(
+    "make", [Reads, lambda: nn.Sequential(Attention(), nn.Linear(8, 8))], ids=["own", "torch's attention"]
+)
+def test_weights_that_are_read_past_an_adapter_are_kept_whole(make, library):
+    base, x = make(), torch.randn(2, 3, 8)
+    after = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, p in after.named_parameters():
+            if name in ("read.weight", "called.weight", "0.out_proj.weight", "1.weight"):
+                p.add_(torch.outer(torch.randn(8), torch.randn(8)))
+    config, tensors = peftfast.extract_lora(base, after, 1)
+    if library is peft:
+        config = peft.LoraConfig(**{k: v for k, v in config.to_dict().items() if k in peft.LoraConfig().to_dict()})
+    torch.testing.assert_close(loaded(lambda: base, config, tensors, library)(x), after(x))
+
+
 def test_what_only_the_trained_model_has_is_named():
     base, tuned = oracle.llama(layers=1), oracle.llama(layers=2)
     with pytest.warns(peftfast.AdapterMismatchWarning, match=r"leaves out: 'model\.layers\.1\.input_layernorm") as said:
