@@ -33,7 +33,7 @@ from peftfast.files.state import (
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.sharding import copy_whole, to_shards, whole_shape
-from peftfast.sites.site import is_bias
+from peftfast.sites.site import bias_of, is_bias
 
 
 @dataclass
@@ -304,7 +304,7 @@ def judge(fit: Fit, cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str
 
 
 def _has_bias(layer: BaseTunerLayer | None) -> bool:
-    return layer is not None and getattr(layer.base_layer, "bias", None) is not None
+    return layer is not None and bias_of(layer.base_layer) is not None
 
 
 def _task_doubts(cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str]) -> list[str]:

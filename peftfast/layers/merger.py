@@ -13,7 +13,7 @@ from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
 from peftfast.errors import warn
 from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
-from peftfast.sites import Dense
+from peftfast.sites import Dense, bias_of
 
 if TYPE_CHECKING:
     from peftfast.layers.layer import BaseTunerLayer
@@ -158,7 +158,7 @@ class Merger:
         """What `_restore` needs; of a tied weight the Parameter itself, which nobody writes to."""
         layer = self.layer
         host = keep == "host"
-        bias = getattr(layer.base_layer, "bias", None)
+        bias = bias_of(layer.base_layer)
         return {
             "parameter": self._parameter if untie else None,
             "weight": layer.site.weight.snapshot(host) if keep and not untie else None,
@@ -180,7 +180,7 @@ class Merger:
             layer.site.weight.dense()  # says what it is and why nobody can
         self._check_together(names)
         self._check_output(names)
-        bias = getattr(layer.base_layer, "bias", None)
+        bias = bias_of(layer.base_layer)
         own = getattr(layer.get_base_layer(), layer.site.parameter, None)
         kind = self._kind(bias, names)
         if kind in passed and not is_distributed(own):
@@ -299,7 +299,7 @@ class Merger:
 
     def _dense(self, dtype: torch.dtype) -> Dense:
         """The base layer as it is."""
-        bias = getattr(self.layer.base_layer, "bias", None)
+        bias = bias_of(self.layer.base_layer)
         return Dense(self.layer.site.weight.dense(dtype), None if bias is None else bias.detach().to(dtype))
 
     def _check_finite(self, dense: Dense, name: str) -> None:

@@ -7,6 +7,7 @@ from peftfast.sites import linear as linear
 from peftfast.sites.site import Dense as Dense
 from peftfast.sites.site import Site as Site
 from peftfast.sites.site import Slot as Slot
+from peftfast.sites.site import bias_of as bias_of
 from peftfast.sites.site import has_site as has_site
 from peftfast.sites.site import make_site as make_site
 from peftfast.sites.site import parts_of as parts_of

@@ -274,6 +274,12 @@ def has_site(module: nn.Module) -> bool:
     return any(claims(module) for claims, _ in _SITES)
 
 
+def bias_of(module: nn.Module) -> nn.Parameter | None:
+    """The bias of a module; None too of those whose `bias` says whether they have any (nn.LSTM)."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
+
+
 def parts_of(module: nn.Module) -> tuple[str, ...]:
     """Names of the children that an adapter of `module` adapts as well."""
     return next((cls.parts for claims, cls in _SITES if claims(module)), ())

@@ -15,7 +15,7 @@ from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer, Place
 from peftfast.method import AdapterMethod, method_for
 from peftfast.sharding import gather_without_wrapper, is_stepped_by_zero3, to_shards
-from peftfast.sites.site import is_bias
+from peftfast.sites.site import bias_of, is_bias
 from peftfast.wrapping.listing import Listing, Wrapper
 from peftfast.wrapping.replication import Replication
 from peftfast_kernels.op import get_backend
@@ -113,7 +113,7 @@ class Inventory(Listing):
                     parameter.requires_grad_(True)
         elif kind != "none":  # "lora_only"
             for layer in self.layers.values():
-                bias = getattr(layer.base_layer, "bias", None)
+                bias = bias_of(layer.base_layer)
                 if bias is not None:
                     bias.requires_grad_(True)
 

@@ -1,5 +1,5 @@
 """Modules that derive from torch's and compute something else than their weight and their kind say: embeddings that are
-more than a table are no targets, linear layers and convolutions are not merged into."""
+more than a table are no targets, linear layers and convolutions are not merged into. Recurrent layers' Parameters."""
 
 from __future__ import annotations
 
@@ -159,3 +159,28 @@ def test_a_forward_of_one_s_own_that_is_the_product_is_merged_into():
     assert torch.allclose(model.eval()(x), y, atol=1e-5)
     model.unmerge_adapter()
     assert torch.equal(model(x), y)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 6, 2)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_weights_of_an_lstm_are_merged_into(bias):
+    """Its `bias` says whether it has any."""
+    base, x = Recurrent().eval(), torch.randn(4, 2, 8)
+    names = ["lstm.weight_ih_l0", "lstm.weight_hh_l1"]
+    config = peftfast.LoraConfig(r=2, target_parameters=names, init_lora_weights=False, bias=bias)
+    model = peftfast.get_peft_model(copy.deepcopy(base), config).eval()
+    adapted = model(x)
+    assert (adapted - base(x)).abs().max() > 1e-3
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), adapted)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), adapted)
+    torch.testing.assert_close(model.merge_and_unload()(x), adapted)
