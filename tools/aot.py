@@ -64,21 +64,11 @@ def compile_variant(variant, chip):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = variant.signature
-    attrs, constants = {}, {}
-    for i, (name, kinds) in enumerate(signature.items()):
-        paths = {(i, j): kind for j, kind in enumerate(kinds)} if isinstance(kinds, tuple) else {(i,): kinds}
-        for path, kind in paths.items():
-            if kind == "constexpr":
-                constants[path] = variant.constexprs[name]
-            elif kind.startswith("*") or kind == "i32":
-                # What the launcher's specialisation finds for ordinary shapes: aligned pointers, sizes of 16s.
-                attrs[path] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=attrs)
+    signature, constants, hints = variant.source
+    source = ASTSource(variant.launch.kernel, signature=signature, constexprs=constants, attrs=hints)
     hip = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if hip else GPUTarget("cuda", int(chip[3:]), 32)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": variant.fp_fusion}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=variant.options)
 
 
 def disassemble(cubin):
@@ -140,7 +130,7 @@ def inspect_nvidia(compiled, variant, chip):
         problems.append("compiled into a trap")
     per_weight = 0.0
     if variant.weights:
-        per_weight = len(main_loop(instructions, loops)) * 32 * variant.warps / variant.weights
+        per_weight = len(main_loop(instructions, loops)) * 32 * variant.options["num_warps"] / variant.weights
     return registers, spills, instructions, per_weight, problems
 
 

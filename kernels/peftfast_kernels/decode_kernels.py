@@ -17,7 +17,7 @@ from peftfast_kernels.decode import INT8_STEP, Operand, decoder_of, packed_bytes
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting, lasting
 from peftfast_kernels.tiles import narrow
-from peftfast_kernels.variants import Variant
+from peftfast_kernels.variants import DTYPES, WIDTH, Variant
 
 
 @triton.jit
@@ -237,34 +237,25 @@ def dequantize(w: Operand, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def decode_variant(format: str, block: int, nested: bool, dtype: str) -> tuple[dict, dict]:
-    """(pointer types, constexprs) of a kernel with a DECODE parameter, for ahead-of-time checks."""
+def stored_variant(format: str, n: int, k: int, nested: bool, dtype: str) -> tuple[Stored, dict[str, str]]:
+    """An ordinary weight, and the types of its pointers, for ahead-of-time checks."""
     four_bit = format in ("nf4", "fp4")
-    stored = {"nf4": "u8", "fp4": "u8", "int8": "i8"}.get(format, dtype)
-    pointers = {"w0": stored, "w1": "u8" if nested else "fp32", "w2": "fp32", "w3": "fp32", "w4": "fp32"}
-    pointers["table"] = "i64" if four_bit else "fp32"
-    return pointers, {
-        **({"stride_n": 0, "stride_k": 0} if four_bit else {"stride_k": 1}),
-        "DECODE": TILE_FUNCTIONS[format],
-        "BLOCK": block,
-        "NESTED": 256 if nested else 0,
-        "LAYOUT": 2 if four_bit else 0,
-        "DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype],
-    }
+    strides = (0, 0) if four_bit else (k, 1)
+    codes = {"nf4": "u8", "fp4": "u8", "int8": "i8"}.get(format, dtype)
+    pointers = {"w0": codes, "w1": "u8" if nested else "fp32", "w2": "fp32", "w3": "fp32", "w4": "fp32"}
+    kind = Stored(format, (n, k), strides, DTYPES[dtype], 64, 256 if nested else 0)
+    return kind, {**pointers, "table": "i64" if four_bit else "fp32"}
 
 
 def variants(chip: str):
     """What `dequantize` launches, for ahead-of-time checks."""
-    config = tile("dequantize", chip)
     for format, nested in (("nf4", True), ("fp4", False), ("int8", False)):
-        pointers, constexprs = decode_variant(format, 64, nested, "bf16")
+        w, pointers = stored_variant(format, WIDTH, WIDTH, nested, "bf16")
+        launch = _plan(chip, w)
         yield Variant(
-            name=f"dequantize {format}{' nested' * nested}",
-            kernel=dequantize_kernel,
-            pointers={**pointers, "out_ptr": "bf16"},
-            constexprs={**constexprs, "BN": config.BM, "BK": config.BN, "INTERP": False},
-            warps=config.warps,
-            fp_fusion=False,
-            weights=config.BM * config.BN if format != "int8" else 0,
+            f"dequantize {format}{' nested' * nested}",
+            launch,
+            {**pointers, "out_ptr": "bf16"},
+            weights=launch.arguments["BN"] * launch.arguments["BK"] if format != "int8" else 0,
             quick=nested,
         )

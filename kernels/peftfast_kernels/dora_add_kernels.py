@@ -10,7 +10,7 @@ from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm_kernels import adapter_tile
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow
-from peftfast_kernels.variants import ANY_MATRIX, Variant
+from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
 
 
 @triton.jit
@@ -88,29 +88,14 @@ def dora_add(y: Tensor, g: Tensor, shift: Tensor | None, t: Tensor, b: Tensor, s
 
 def variants(chip: str):
     """What `dora_add` launches, for ahead-of-time checks."""
-    config = tile("expand", chip)
-    precision = dot_precision(chip, torch.bfloat16)
     for shift, factors, rank in ((True, "bf16", 16), (False, "fp32", 16), (True, "fp32", 64)):
+        precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
+        launch = _plan(chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), (rank, 1), shift, precision, 2.0)
+        pointers = {"y_ptr": "bf16", "g_ptr": "fp32", "shift_ptr": "fp32", "t_ptr": factors, "b_ptr": factors}
         yield Variant(
-            name=f"dora_add{' bias' * shift}{' wide' * (factors == 'fp32')} R{rank}",
-            kernel=dora_add_kernel,
-            pointers={
-                "y_ptr": "bf16", "g_ptr": "fp32", "shift_ptr": "fp32", "t_ptr": factors, "b_ptr": factors,
-                "out_ptr": "bf16",
-            },
-            constexprs={
-                "stride_yo": 1,
-                "stride_tr": 1,
-                "stride_br": 1,
-                "SHIFT": shift,
-                "BM": config.BM,
-                "BO": config.BN,
-                "BR": expand_ranks(rank, config, precision),
-                "PRECISION": precision,
-                "INTERP": False,
-            },
-            warps=config.warps,
-            stages=config.stages,
+            f"dora_add{' bias' * shift}{' wide' * (factors == 'fp32')} R{rank}",
+            launch,
+            {**pointers, "out_ptr": "bf16"},
             matrix=ANY_MATRIX,
             quick=factors == "bf16",
-        )  # fmt: skip
+        )

@@ -9,7 +9,7 @@ from peftfast_kernels.configs import cdiv, chip_of, tile
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow
-from peftfast_kernels.variants import Variant
+from peftfast_kernels.variants import ROWS, WIDTH, Variant
 
 
 @triton.jit
@@ -95,19 +95,7 @@ def feature_scale_grad(dy: Tensor, y: Tensor, s: Tensor, grad_dtype: torch.dtype
 
 def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
-    config = tile("elementwise", chip)
+    pointers = {"dy_ptr": "bf16", "y_ptr": "bf16", "s_ptr": "fp32", "out_ptr": "bf16", "ds_ptr": "fp32"}
     for gradient in (False, True):
-        yield Variant(
-            name=f"feature_scale{'_grad' * gradient}",
-            kernel=scale_kernel,
-            pointers={"dy_ptr": "bf16", "y_ptr": "bf16", "s_ptr": "fp32", "out_ptr": "bf16", "ds_ptr": "fp32"},
-            constexprs={
-                "stride_dn": 1,
-                "stride_yn": 1,
-                "GRAD": gradient,
-                "BM": config.BM,
-                "BN": config.BN,
-                "INTERP": False,
-            },
-            warps=config.warps,
-        )
+        launch, _ = _plan(chip, ROWS, WIDTH, (WIDTH, 1), (WIDTH, 1), gradient)
+        yield Variant(f"feature_scale{'_grad' * gradient}", launch, pointers)

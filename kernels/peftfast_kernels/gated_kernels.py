@@ -9,7 +9,7 @@ from peftfast_kernels.configs import cdiv, chip_of, tile
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow
-from peftfast_kernels.variants import Variant
+from peftfast_kernels.variants import ROWS, WIDTH, Variant
 
 
 @triton.jit
@@ -115,24 +115,8 @@ def gated_grad(dh: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, 
 
 def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
-    config = tile("elementwise", chip)
-    pointers = ("dh_ptr", "gate_ptr", "up_ptr", "h_ptr", "d_gate_ptr", "d_up_ptr")
+    pointers = dict.fromkeys(("dh_ptr", "gate_ptr", "up_ptr", "h_ptr", "d_gate_ptr", "d_up_ptr"), "bf16")
     for act in ("silu", "gelu", "gelu_tanh", "relu"):
         for gradient in (False, True):
-            yield Variant(
-                name=f"gated{'_grad' * gradient} {act}",
-                kernel=gated_kernel,
-                pointers=dict.fromkeys(pointers, "bf16"),
-                constexprs={
-                    "stride_dn": 1,
-                    "stride_gn": 1,
-                    "stride_un": 1,
-                    "ACT": act,
-                    "GRAD": gradient,
-                    "BM": config.BM,
-                    "BN": config.BN,
-                    "INTERP": False,
-                },
-                warps=config.warps,
-                quick=act == "silu",
-            )
+            launch = _plan(chip, ROWS, WIDTH, (WIDTH, 1), (WIDTH, 1), (WIDTH, 1), act, gradient)
+            yield Variant(f"gated{'_grad' * gradient} {act}", launch, pointers, quick=act == "silu")

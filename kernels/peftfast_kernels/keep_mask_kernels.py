@@ -10,7 +10,7 @@ from peftfast_kernels.configs import cdiv, chip_of, tile
 from peftfast_kernels.keep_mask import threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.tiles import keep_tile, row_keys
-from peftfast_kernels.variants import Variant
+from peftfast_kernels.variants import ROWS, WIDTH, Variant
 
 
 @triton.jit
@@ -52,12 +52,4 @@ def keep_mask(seed: Tensor | None, prob: float, rows: int, cols: int, device: to
 
 def variants(chip: str):
     """What `keep_mask` launches, for ahead-of-time checks."""
-    config = tile("elementwise", chip)
-    yield Variant(
-        name="keep_mask",
-        kernel=mask_kernel,
-        pointers={"seed_ptr": "i64", "out_ptr": "i1"},
-        constexprs={"BM": config.BM, "BN": config.BN},
-        warps=config.warps,
-        quick=True,
-    )
+    yield Variant("keep_mask", _plan(chip, ROWS, WIDTH, 0.1), {"seed_ptr": "i64", "out_ptr": "i1"}, quick=True)

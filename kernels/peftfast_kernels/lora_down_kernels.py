@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import cdiv, chip_of, depth, dot_precision, owned, rank_tile, tile
+from peftfast_kernels.configs import PROGRAMS, cdiv, chip_of, depth, dot_precision, owned, rank_tile, tile
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys
-from peftfast_kernels.variants import ANY_MATRIX, NO_MATRIX, Variant
+from peftfast_kernels.variants import ANY_MATRIX, DTYPES, NO_MATRIX, WIDTH, Variant
 
 
 @triton.jit
@@ -155,41 +155,32 @@ def lora_dt(dy: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def variants(chip: str):
     """What `lora_down` and `lora_dt` launch, for ahead-of-time checks."""
-    config = tile("lora_down", chip)
+    largest = tile("lora_down", chip).BM
     points = (
         ("bf16", "bf16", 16, False, 16),
         ("bf16", "bf16", 16, True, 16),
         ("bf16", "bf16", 16, True, 32),
-        ("bf16", "bf16", 16, True, config.BM),
-        ("fp16", "fp16", 64, False, config.BM),
+        ("bf16", "bf16", 16, True, largest),
+        ("fp16", "fp16", 64, False, largest),
         ("bf16", "bf16", 128, True, 16),
-        ("bf16", "bf16", 128, True, config.BM),
+        ("bf16", "bf16", 128, True, largest),
         ("bf16", "fp32", 16, True, 16),
-        ("bf16", "fp32", 16, True, config.BM),
+        ("bf16", "fp32", 16, True, largest),
         ("fp32", "fp32", 16, False, 16),
-        ("fp32", "fp32", 16, False, config.BM),
+        ("fp32", "fp32", 16, False, largest),
     )
     # `lora_dt` drops nothing; on some chips the largest strip is not so large, and points coincide
     calls = [(*point, False) for point in points] + [(x, a, rank, False, bm, True) for x, a, rank, _, bm in points]
     for x, a, rank, drop, bm, turned in dict.fromkeys(calls):
-        wide = x != a
+        precision = dot_precision(chip, DTYPES[x], DTYPES[a])
+        a_strides = (1, rank) if turned else (WIDTH, 1)
+        launch = _plan(
+            chip, PROGRAMS * bm, WIDTH, rank, WIDTH, 1, *a_strides, a == "fp32", precision, 0.1 * drop, 2.0
+        )  # fmt: skip
         yield Variant(
-            name=f"{'lora_dt' if turned else 'lora_down'} {x} M{bm} R{rank}{' drop' * drop}{' wide' * wide}",
-            kernel=down_kernel,
-            pointers={"x_ptr": x, "a_ptr": a, "seed_ptr": "i64", "t_ptr": a},
-            constexprs={
-                "stride_xk": 1,
-                "stride_ar" if turned else "stride_ak": 1,
-                "DROP": drop,
-                "BM": bm,
-                "BR": rank_tile(rank),
-                "BK": depth(config.BK, bm, rank_tile(rank), a == "fp32"),
-                "UNIT": 16 if turned else 1,
-                "PRECISION": dot_precision(chip, torch.bfloat16 if wide else torch.float32),
-                "INTERP": False,
-            },
-            warps=config.warps,
-            stages=config.stages,
+            f"{'lora_dt' if turned else 'lora_down'} {x} M{bm} R{rank}{' drop' * drop}{' wide' * (x != a)}",
+            launch,
+            {"x_ptr": x, "a_ptr": a, "seed_ptr": "i64", "t_ptr": a},
             matrix=NO_MATRIX if x == "fp32" else ANY_MATRIX,
             quick=rank == 16 and x == a == "bf16" and (turned or drop),
         )

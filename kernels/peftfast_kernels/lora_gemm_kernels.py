@@ -14,13 +14,13 @@ from torch import Tensor
 from peftfast_kernels import dispatch
 from peftfast_kernels.configs import PROGRAMS, TALL_DECODE, Tile, cdiv, chip_of, dot_precision, rank_tile, tile
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
+from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm import add_input_product_, base_product, input_product
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import grouped_order, keep_tile, narrow, operand, owner, padded, pick, row_keys, total
-from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, NO_MATRIX, Variant
+from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, DTYPES, NO_MATRIX, ROWS, WIDTH, Variant
 
 
 @triton.jit
@@ -374,53 +374,35 @@ def lora_dx(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torch
 def variants(chip: str):
     """What the products launch, for ahead-of-time checks."""
     for format, dtype, transposed, drop, rows in (
-        ("dense", "bf16", False, False, 128),
-        ("dense", "bf16", True, True, 128),
-        ("dense", "fp32", False, False, 128),
-        ("nf4", "bf16", False, False, 128),
+        ("dense", "bf16", False, False, ROWS),
+        ("dense", "bf16", True, True, ROWS),
+        ("dense", "fp32", False, False, ROWS),
+        ("nf4", "bf16", False, False, ROWS),
         ("nf4", "bf16", False, False, 16),
         ("nf4", "bf16", False, False, 64),
-        ("nf4", "bf16", True, True, 128),
+        ("nf4", "bf16", True, True, ROWS),
         ("nf4", "bf16", True, True, 16),
         ("nf4", "bf16", True, True, 64),
-        ("int8", "fp16", False, False, 128),
+        ("int8", "fp16", False, False, ROWS),
     ):
-        few = rows < 128
-        config = product_tile(chip, format, dtype == "fp32", transposed, rows if few else 8192, (4096,))
-        pointers, constexprs = decode_variant(format, 64, format == "nf4" and not transposed, dtype)
-        matrix = BIG_MATRIX if dtype != "fp32" and not few else ANY_MATRIX
-        yield Variant(
-            name=f"lora_gemm{'_t' * transposed} {format} {dtype}{' drop' * drop}{f' {rows} rows' * few}",
-            kernel=gemm_kernel,
-            pointers={
-                **pointers, "x_ptr": dtype, "bias_ptr": dtype, "t_ptr": dtype, "b_ptr": dtype, "seed_ptr": "i64",
-                "y_ptr": dtype,
-            },
-            constexprs={
-                **constexprs,
-                "stride_xc": 1,
-                "stride_tr": 1,
-                **({"stride_bo": 1} if transposed else {"stride_br": 1}),
-                "TRANSPOSED": transposed,
-                "SWAP": swaps(format, transposed),
-                "HAS_BIAS": not transposed,
-                "DROP": drop,
-                "BM": config.BM,
-                "BO": config.BN,
-                "BC": config.BK,
-                "BR": 16,
-                "GROUP": 8,
-                "PRECISION": dot_precision(chip, torch.float32),
-                "INTERP": False,
-            },
-            warps=config.warps,
-            stages=config.stages,
-            matrix=NO_MATRIX if dtype == "fp32" else matrix,
-            fp_fusion=False,
-            weights=config.BN * config.BK if format == "nf4" else 0,
-            quick=not transposed and not few and dtype == "bf16",
+        few, single = rows < ROWS, dtype == "fp32"
+        w, pointers = stored_variant(format, WIDTH, WIDTH, format == "nf4" and not transposed, dtype)
+        launch = _gemm_plan(
+            chip, rows, 16, w, (WIDTH, 1), (16, 1), (WIDTH, 1) if transposed else (1, 16), single,
+            dot_precision(chip, DTYPES[dtype]), not transposed, transposed, 0.1 * drop, 2.0,
         )  # fmt: skip
-    config = tile("expand", chip)
+        yield Variant(
+            f"lora_gemm{'_t' * transposed} {format} {dtype}{' drop' * drop}{f' {rows} rows' * few}",
+            launch,
+            {
+                **pointers,
+                **dict.fromkeys(("x_ptr", "bias_ptr", "t_ptr", "b_ptr", "y_ptr"), dtype),
+                "seed_ptr": "i64",
+            },
+            matrix=NO_MATRIX if single else ANY_MATRIX if few else BIG_MATRIX,
+            weights=launch.arguments["BO"] * launch.arguments["BC"] if format == "nf4" else 0,
+            quick=not transposed and not few and dtype == "bf16",
+        )
     for add, drop, factors in (
         (True, False, "bf16"),
         (False, True, "bf16"),
@@ -428,24 +410,14 @@ def variants(chip: str):
         (True, True, "fp32"),
         (False, True, "fp32"),
     ):
+        precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
+        launch = _expand_plan(
+            chip, ROWS, WIDTH, 16, (WIDTH, 1), (16, 1), (WIDTH, 1) if drop else (1, 16), add, precision, 0.1 * drop, 2.0
+        )  # fmt: skip
         yield Variant(
-            name=f"expand{' add' * add}{' drop' * drop}{' wide' * (factors == 'fp32')}",
-            kernel=expand_kernel,
-            pointers={"y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "seed_ptr": "i64", "out_ptr": "bf16"},
-            constexprs={
-                "stride_yo": 1,
-                "stride_tr": 1,
-                "stride_bo": 1,
-                "ADD": add,
-                "DROP": drop,
-                "BM": config.BM,
-                "BO": config.BN,
-                "BR": 16,
-                "PRECISION": dot_precision(chip, torch.bfloat16),
-                "INTERP": False,
-            },
-            warps=config.warps,
-            stages=config.stages,
+            f"expand{' add' * add}{' drop' * drop}{' wide' * (factors == 'fp32')}",
+            launch,
+            {"y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "seed_ptr": "i64", "out_ptr": "bf16"},
             matrix=ANY_MATRIX,
             quick=drop,
         )

@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import cdiv, chip_of, depth, dot_precision, owned, rank_tile, tile
+from peftfast_kernels.configs import PROGRAMS, cdiv, chip_of, depth, dot_precision, owned, rank_tile, tile
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_down_kernels import unit
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys
-from peftfast_kernels.variants import ANY_MATRIX, NO_MATRIX, Variant
+from peftfast_kernels.variants import ANY_MATRIX, DTYPES, NO_MATRIX, ROWS, Variant
 
 
 @triton.jit
@@ -198,43 +198,31 @@ def lora_factor_grads(
 
 def variants(chip: str):
     """What `lora_factor_grads` launches, for ahead-of-time checks."""
-    config = tile("lora_grad", chip)
-    for x, f, ranks, drop, bc in (
-        ("bf16", "bf16", (16, 16), True, config.BN),
-        ("bf16", "bf16", (16, 16), True, config.BN // 2),
+    largest = tile("lora_grad", chip).BN
+    for x, f, (rt, rp), drop, bc in (
+        ("bf16", "bf16", (16, 16), True, largest),
+        ("bf16", "bf16", (16, 16), True, largest // 2),
         ("bf16", "bf16", (16, 16), True, 16),
-        ("bf16", "bf16", (16, 0), False, config.BN),
-        ("bf16", "bf16", (16, 64), False, config.BN),
-        ("fp16", "fp16", (64, 64), False, config.BN),
-        ("bf16", "bf16", (128, 128), True, config.BN),
-        ("bf16", "fp32", (16, 16), True, config.BN),
-        ("bf16", "fp32", (128, 128), True, config.BN),
-        ("fp32", "fp32", (16, 16), False, config.BN),
+        ("bf16", "bf16", (16, 0), False, largest),
+        ("bf16", "bf16", (16, 64), False, largest),
+        ("fp16", "fp16", (64, 64), False, largest),
+        ("bf16", "bf16", (128, 128), True, largest),
+        ("bf16", "fp32", (16, 16), True, largest),
+        ("bf16", "fp32", (128, 128), True, largest),
+        ("fp32", "fp32", (16, 16), False, largest),
     ):
-        wide, (rt, rp) = x != f, ranks
-        precision = dot_precision(chip, torch.bfloat16 if wide else torch.float32)
+        n = PROGRAMS * bc  # of dy and of x together
+        n, k = (n // 2, n // 2) if rp else (n, 0)
+        precision = dot_precision(chip, DTYPES[x], DTYPES[f])
+        launch = _plan(
+            chip, ROWS, n, k, rt, rp, (n, 1), (rt, 1), (k, 1), (rp, 1), f == "fp32", (precision, precision), 0.1 * drop,
+            2.0,
+        )  # fmt: skip
         pointers = {"dy_ptr": x, "t_ptr": f, "db_ptr": "fp32", "x_ptr": x, "p_ptr": f, "da_ptr": "fp32"}
         yield Variant(
-            name=f"lora_factor_grads {x} C{bc} R{rt}/{rp}{' drop' * drop}{' wide' * wide}",
-            kernel=factor_grads_kernel,
-            pointers={**pointers, "seed_ptr": "i64"},
-            constexprs={
-                **dict.fromkeys(("stride_dn", "stride_tr", "stride_xk", "stride_pr"), 1),
-                "DB": True,
-                "DA": rp > 0,
-                "DROP": drop,
-                "BM": depth(config.BK, bc, rank_tile(max(ranks)), f == "fp32"),
-                "BC": bc,
-                "BRT": rank_tile(rt),
-                "BRP": rank_tile(rp),
-                "UNIT_T": 16,
-                "UNIT_P": 16,
-                "PRECISION_B": precision,
-                "PRECISION_A": precision,
-                "INTERP": False,
-            },
-            warps=grad_warps(config.warps, f == "fp32"),
-            stages=config.stages,
+            f"lora_factor_grads {x} C{bc} R{rt}/{rp}{' drop' * drop}{' wide' * (x != f)}",
+            launch,
+            {**pointers, "seed_ptr": "i64"},
             matrix=NO_MATRIX if x == "fp32" else ANY_MATRIX,
             quick=rt == 16 and x == f == "bf16",
         )

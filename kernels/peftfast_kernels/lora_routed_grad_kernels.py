@@ -11,7 +11,7 @@ from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_routed_kernels import shrink
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow, operand
-from peftfast_kernels.variants import ANY_MATRIX, Variant
+from peftfast_kernels.variants import ANY_MATRIX, WIDTH, Variant
 
 
 @triton.jit
@@ -124,25 +124,10 @@ def routed_down_grad(
 
 def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
-    config = tile("routed", chip)
-    pointers = {"x_ptr": "bf16", "p_ptr": "bf16", "out_ptr": "fp32", "scales_ptr": "fp32"}
+    pointers = {"x_ptr": "bf16", "p_ptr": "bf16", "order_ptr": "i32", "starts_ptr": "i32", "scales_ptr": "fp32"}
     for rank in (16, 64):
-        yield Variant(
-            name=f"routed_outer R{rank}",
-            kernel=routed_outer_kernel,
-            pointers={**pointers, "order_ptr": "i32", "starts_ptr": "i32"},
-            constexprs={
-                "PRECISION": dot_precision(chip, torch.float32),
-                "INTERP": False,
-                "stride_xc": 1,
-                "stride_pr": 1,
-                "stride_oc": 1,
-                "SCALED": False,
-                "BM": config.BM,
-                "BC": config.BN,
-                "BR": rank_tile(rank, 64),
-            },
-            warps=config.warps,
-            stages=config.stages,
-            matrix=ANY_MATRIX,
-        )
+        precision = dot_precision(chip, torch.bfloat16, torch.bfloat16)
+        launch = _outer_plan(
+            chip, 8, WIDTH, rank, (WIDTH, 1), (rank, 1), (rank * WIDTH, WIDTH, 1), False, precision
+        )  # fmt: skip
+        yield Variant(f"routed_outer R{rank}", launch, {**pointers, "out_ptr": "fp32"}, matrix=ANY_MATRIX)

@@ -13,7 +13,7 @@ from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, rank_ti
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow, operand
-from peftfast_kernels.variants import ANY_MATRIX, Variant
+from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
 
 
 @triton.jit
@@ -292,73 +292,19 @@ def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor
 
 def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
-    config = tile("routed", chip)
-    common = {"INTERP": False, "BM": config.BM}
     indices = {"rows_ptr": "i32", "order_ptr": "i32", "scales_ptr": "fp32"}
     for rank, factors in ((16, "bf16"), (64, "bf16"), (64, "fp32")):
-        br, wide = rank_tile(rank, 64), " wide" * (factors == "fp32")
-        precision = dot_precision(chip, torch.bfloat16 if wide else torch.float32)
-        yield Variant(
-            name=f"routed_shrink R{rank}{wide}",
-            kernel=routed_shrink_kernel,
-            pointers={**indices, "x_ptr": "bf16", "f_ptr": factors, "t_ptr": factors},
-            constexprs={
-                **common,
-                "PRECISION": precision,
-                "stride_xc": 1,
-                "stride_fc": 1,
-                "SCALED": False,
-                "BR": br,
-                "BC": config.BK,
-            },
-            warps=_warps(config, rank, precision),
-            stages=config.stages,
-            matrix=ANY_MATRIX,
-        )
-        yield Variant(
-            name=f"routed_expand R{rank}{wide}",
-            kernel=routed_expand_kernel,
-            pointers={**indices, "y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "out_ptr": "bf16"},
-            constexprs={
-                **common,
-                "PRECISION": precision,
-                "stride_yn": 1,
-                "stride_tr": 1,
-                "stride_br": 1,
-                "BN": config.BN,
-                "BR": rank_tile(rank, 32),
-            },
-            warps=_warps(config, rank, precision),
-            stages=config.stages,
-            matrix=ANY_MATRIX,
-        )
-        yield Variant(
-            name=f"row_shrink R{rank}{wide}",
-            kernel=row_shrink_kernel,
-            pointers={**indices, "x_ptr": "bf16", "f_ptr": factors, "t_ptr": factors},
-            constexprs={
-                "INTERP": False,
-                "stride_xc": 1,
-                "stride_fc": 1,
-                "SCALED": False,
-                "BR": br,
-                "BC": row_columns(config, br),
-            },
-            warps=config.warps,
-            quick=rank == 16,
-        )
-        yield Variant(
-            name=f"row_expand R{rank}{wide}",
-            kernel=row_expand_kernel,
-            pointers={**indices, "y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "out_ptr": "bf16"},
-            constexprs={
-                "INTERP": False,
-                "stride_yn": 1,
-                "stride_tr": 1,
-                "stride_br": 1,
-                "BN": row_columns(config, rank_tile(rank, 32)),
-                "BR": rank_tile(rank, 32),
-            },
-            warps=config.warps,
-            quick=rank == 16,
-        )
+        precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
+        shrunk = {**indices, "x_ptr": "bf16", "f_ptr": factors, "t_ptr": factors}
+        expanded = {**indices, "y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "out_ptr": "bf16"}
+        for rows, kind in ((ROWS, "routed"), (ROW_BY_ROW, "row")):
+            name = f"R{rank}{' wide' * (factors == 'fp32')}"
+            by_row = {"quick": rank == 16} if kind == "row" else {"matrix": ANY_MATRIX}
+            launch, _ = _shrink_plan(
+                chip, rows, WIDTH, rank, (WIDTH, 1), (rank * WIDTH, WIDTH, 1), False, precision
+            )  # fmt: skip
+            yield Variant(f"{kind}_shrink {name}", launch, shrunk, **by_row)
+            launch, _ = _add_plan(
+                chip, rows, WIDTH, rank, (WIDTH, 1), (rank, 1), (rank * WIDTH, rank, 1), precision
+            )  # fmt: skip
+            yield Variant(f"{kind}_expand {name}", launch, expanded, **by_row)

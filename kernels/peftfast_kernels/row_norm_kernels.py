@@ -7,11 +7,11 @@ from torch import Tensor
 
 from peftfast_kernels.configs import cdiv, chip_of, rank_tile, tile
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
+from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.row_norm import MAX_RANK
-from peftfast_kernels.variants import ANY_MATRIX, Variant
+from peftfast_kernels.variants import ANY_MATRIX, WIDTH, Variant
 
 
 @triton.jit
@@ -62,34 +62,18 @@ def norm_kernel(
     tl.store(out_ptr + rows, tl.sqrt(tl.maximum(squared, 0.0, propagate_nan=tl.PropagateNan.ALL)), mask=row_in)
 
 
-def _precision(chip: str) -> str:
-    # Squares cancel where B A undoes W, so plain TF32 is never good enough here.
-    return "tf32x3" if chip.startswith("sm_") else "ieee"
-
-
-def _blocks(rank: int, steps: int) -> dict[str, int]:
-    """BR, and as much of K and of the Gram matrix at a time as leaves a wide rank room in shared memory."""
-    ranks = rank_tile(rank, MAX_RANK)
-    return {"BK": max(16, min(steps, 4096 // ranks)), "BR": ranks, "BS": min(ranks, 8192 // ranks)}
-
-
-def _warps(chip: str, rank: int, few: int) -> int:
-    """Twice as many where a program's ranks do not fit into the registers of few."""
-    return few * 2 if rank > 64 and chip.startswith("sm_") else few
-
-
 @planned
 def _plan(
     chip: str, w: Stored, r: int, a_strides: tuple[int, ...], b_strides: tuple[int, ...], scale: float
 ) -> Launch:  # fmt: skip
     """A 1D grid, one program per BN rows."""
     config = tile("row_norm", chip)
-    blocks = _blocks(r, config.BK)
+    nvidia, br = chip.startswith("sm_"), rank_tile(r, MAX_RANK)
+    bk = max(16, min(config.BK, 4096 // br))  # which leaves a wide rank room in shared memory
     return Launch(
         norm_kernel,
         (cdiv(w.shape[0], config.BM),),
-        **decode_arguments(w, blocks["BK"]),
-        **blocks,
+        **decode_arguments(w, bk),
         R=r,
         stride_ar=a_strides[0],
         stride_ak=a_strides[1],
@@ -97,9 +81,14 @@ def _plan(
         stride_br=b_strides[1],
         scale=scale,
         BN=config.BM,
-        PRECISION=_precision(chip),
+        BK=bk,
+        BR=br,
+        BS=min(br, 8192 // br),
+        # squares cancel where B A undoes W, so plain TF32 is never good enough here
+        PRECISION="tf32x3" if nvidia else "ieee",
         INTERP=is_interpreting(),
-        num_warps=_warps(chip, r, config.warps),
+        # twice as many where a program's ranks do not fit into the registers of few
+        num_warps=config.warps * (2 if nvidia and r > 64 else 1),
         num_stages=config.stages,
         enable_fp_fusion=False,  # the decode rounds step by step
     )
@@ -121,25 +110,8 @@ def row_norm(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def variants(chip: str):
     """What `row_norm` launches, for ahead-of-time checks."""
-    config = tile("row_norm", chip)
     for format, rank in (("dense", 16), ("dense", 64), ("nf4", 16), ("dense", 128), ("nf4", 128)):
-        pointers, constexprs = decode_variant(format, 64, format == "nf4", "bf16")
+        w, pointers = stored_variant(format, WIDTH, WIDTH, format == "nf4", "bf16")
         pointers |= {"a_ptr": "fp32", "b_ptr": "fp32", "gram_ptr": "fp32", "out_ptr": "fp32"}
-        yield Variant(
-            name=f"row_norm {format} R{rank}",
-            kernel=norm_kernel,
-            pointers=pointers,
-            constexprs={
-                **constexprs,
-                "stride_ak": 1,
-                "stride_br": 1,
-                "BN": config.BM,
-                **_blocks(rank, config.BK),
-                "PRECISION": _precision(chip),
-                "INTERP": False,
-            },
-            warps=_warps(chip, rank, config.warps),
-            stages=config.stages,
-            matrix=ANY_MATRIX,
-            fp_fusion=False,
-        )
+        launch = _plan(chip, w, rank, (WIDTH, 1), (rank, 1), 2.0)
+        yield Variant(f"row_norm {format} R{rank}", launch, pointers, matrix=ANY_MATRIX)

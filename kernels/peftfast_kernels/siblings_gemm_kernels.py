@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, expand_ranks, rank_tile, tile
+from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, rank_tile, tile
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.decode_kernels import Stored, decode_arguments, decode_variant, stored
+from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm import add_product_, base_product
 from peftfast_kernels.lora_gemm_kernels import (
@@ -30,7 +30,7 @@ from peftfast_kernels.siblings import drops
 from peftfast_kernels.siblings_gemm import add_input_products_, input_products
 from peftfast_kernels.siblings_kernels import contiguous, keep_scales, masks, row_major, seeds_or
 from peftfast_kernels.tiles import grouped_order, narrow, owner, pick, tile_counts, total
-from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, Variant
+from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, DTYPES, ROWS, WIDTH, Variant
 
 
 @triton.jit
@@ -157,11 +157,6 @@ def _decode_arguments(ws: tuple[Stored, ...], bk: int) -> dict:
     del arguments["N"], arguments["stride_n"], arguments["stride_k"]
     strides_n, strides_k = zip(*[w.strides for w in ws], strict=True)
     return {**arguments, "NS": tuple([w.shape[0] for w in ws]), "strides_n": strides_n, "strides_k": strides_k}
-
-
-def _masked_rows(config: Tile) -> int:
-    """Half the rows of `expand`: a masked tile and the sum of those before it are held at once."""
-    return max(16, config.BM // 2)
 
 
 @planned
@@ -298,7 +293,7 @@ def _expand_t_plan(
 ) -> Launch:  # fmt: skip
     """A 2D grid over the tiles of dx."""
     config = tile("expand", chip)
-    bm = _masked_rows(config)
+    bm = max(16, config.BM // 2)  # a masked tile and the sum of those before it are held at once
     return Launch(
         siblings_expand_t_kernel,
         (cdiv(m, bm), cdiv(k, config.BN)),
@@ -361,71 +356,51 @@ def siblings_gemm_t(
 
 def variants(chip: str):
     """What the two products launch, for ahead-of-time checks: q, k and v, and gate and up."""
-    common = {"PRECISION": dot_precision(chip, torch.float32), "INTERP": False}
+    precision = dot_precision(chip, torch.bfloat16)
     for format, transposed, rows, members in (
-        ("dense", False, 128, 3),
-        ("dense", True, 128, 3),
-        ("nf4", False, 128, 3),
+        ("dense", False, ROWS, 3),
+        ("dense", True, ROWS, 3),
+        ("nf4", False, ROWS, 3),
         ("nf4", False, 16, 2),
         ("nf4", False, 64, 2),
-        ("nf4", True, 128, 3),
+        ("nf4", True, ROWS, 3),
         ("nf4", True, 16, 3),
         ("nf4", True, 64, 3),
     ):
-        few = rows < 128
-        config = product_tile(chip, format, False, transposed, rows if few else 8192, (1024,) * members)
-        pointers, constexprs = decode_variant(format, 64, format == "nf4" and not transposed, "bf16")
-        own = ("w0", "w1", "w2", "w3", "w4", "NS", "RS", "strides_n", "strides_k")
-        name = f"{format} bf16 x{members}{f' {rows} rows' * few}"
-        constexprs = {f"strides_{n[-1]}" if n.startswith("stride_") else n: v for n, v in constexprs.items()}
-        constexprs |= {**common, "BM": config.BM, "BO": config.BN, "BC": config.BK, "BR": 16, "GROUP": 8}
-        options = {
-            "members": members, "warps": config.warps, "stages": config.stages, "fp_fusion": False,
-            "matrix": ANY_MATRIX if few else BIG_MATRIX, "weights": config.BN * config.BK if format == "nf4" else 0,
-        }  # fmt: skip
+        few, ranks, each = rows < ROWS, (16,) * members, ("bf16",) * members
+        w, pointers = stored_variant(format, 1024, WIDTH, format == "nf4" and not transposed, "bf16")
+        ws = (w,) * members
+        pointers = {name: kind if name == "table" else (kind,) * members for name, kind in pointers.items()}
         if transposed:
-            yield Variant(
-                name=f"siblings_gemm_t {name}",
-                kernel=siblings_gemm_t_kernel,
-                pointers={**pointers, **dict.fromkeys(("dy_ptrs", "p_ptrs", "a_ptrs", "dx_ptr"), "bf16")},
-                tuples=(*own, "dy_ptrs", "p_ptrs", "a_ptrs", "strides_m", "strides_pm"),
-                constexprs={**constexprs, "ADD": True},
-                **options,
+            widths = (1024,) * members
+            launch = _gemm_t_plan(chip, rows, ws, ranks, widths, ranks, False, precision, True)
+            pointers |= {"dy_ptrs": each, "p_ptrs": each, "a_ptrs": each, "dx_ptr": "bf16"}
+        else:
+            launch = _gemm_plan(
+                chip, rows, ws, ranks, (WIDTH, 1), ranks, False, precision, members == 2, (2.0,) * members
             )  # fmt: skip
-            continue
+            pointers |= {"x_ptr": "bf16", "bias_ptrs": each, "t_ptrs": each, "b_ptrs": each, "y_ptrs": each}
         yield Variant(
-            name=f"siblings_gemm {name}",
-            kernel=siblings_gemm_kernel,
-            pointers={
-                **pointers, "x_ptr": "bf16", "bias_ptrs": "bf16", "t_ptrs": "bf16", "b_ptrs": "bf16", "y_ptrs": "bf16",
-            },
-            tuples=(*own, "scales", "bias_ptrs", "t_ptrs", "b_ptrs", "y_ptrs", "strides_tm"),
-            constexprs={**constexprs, "stride_xc": 1, "SWAP": swaps(format, False), "HAS_BIAS": members == 2},
-            quick=not few,
-            **options,
-        )  # fmt: skip
-    config = tile("expand", chip)
-    options = {"members": 3, "warps": config.warps, "stages": config.stages, "matrix": ANY_MATRIX}
+            f"siblings_gemm{'_t' * transposed} {format} bf16 x{members}{f' {rows} rows' * few}",
+            launch,
+            pointers,
+            matrix=ANY_MATRIX if few else BIG_MATRIX,
+            weights=launch.arguments["BO"] * launch.arguments["BC"] if format == "nf4" else 0,
+            quick=not few and not transposed,
+        )
     for factors, rank in (("bf16", 16), ("fp32", 64)):
-        precision = dot_precision(chip, *((torch.bfloat16,) if factors == "fp32" else (torch.float32,)))
-        sizes = {
-            **common, "BM": config.BM, "BO": config.BN, "BR": expand_ranks(rank, config, precision),
-            "PRECISION": precision,
-        }  # fmt: skip
-        name = " wide" * (factors == "fp32") + f" R{rank}"
+        wide, ranks, each = factors == "fp32", (rank,) * 3, (factors,) * 3
+        precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
+        name = f"{' wide' * wide} R{rank}"
         yield Variant(
-            name=f"siblings_expand{name}",
-            kernel=siblings_expand_kernel,
-            pointers={"y_ptrs": "bf16", "t_ptrs": factors, "b_ptrs": factors, "bias_ptrs": "bf16"},
-            tuples=("y_ptrs", "t_ptrs", "b_ptrs", "bias_ptrs", "NS", "RS", "LS", "strides_tm", "scales"),
-            constexprs={**sizes, "ADD": factors == "fp32"},
-            **options,
+            f"siblings_expand{name}",
+            _expand_plan(chip, ROWS, (1024,) * 3, (1024,) * 3, ranks, ranks, precision, (2.0,) * 3, wide),
+            {"y_ptrs": ("bf16",) * 3, "t_ptrs": each, "b_ptrs": each, "bias_ptrs": ("bf16",) * 3},
+            matrix=ANY_MATRIX,
         )
         yield Variant(
-            name=f"siblings_expand_t drop{name}",
-            kernel=siblings_expand_t_kernel,
-            pointers={"dx_ptr": "bf16", "p_ptrs": factors, "a_ptrs": factors, "seed_ptrs": "i64"},
-            tuples=("p_ptrs", "a_ptrs", "seed_ptrs", "RS", "strides_pm", "scales", "thresholds"),
-            constexprs={**sizes, "BM": _masked_rows(config), "ADD": True, "DROP": True},
-            **options,
+            f"siblings_expand_t drop{name}",
+            _expand_t_plan(chip, ROWS, WIDTH, ranks, ranks, precision, (0.1,) * 3, True),
+            {"dx_ptr": "bf16", "p_ptrs": each, "a_ptrs": each, "seed_ptrs": ("i64",) * 3},
+            matrix=ANY_MATRIX,
         )

@@ -13,7 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import MAX_RANK_TILE, Tile, cdiv, chip_of, depth, dot_precision, owned, rank_tile, tile
+from peftfast_kernels.configs import (
+    MAX_RANK_TILE,
+    PROGRAMS,
+    cdiv,
+    chip_of,
+    depth,
+    dot_precision,
+    owned,
+    rank_tile,
+    tile,
+)
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_down_kernels import strip
@@ -21,7 +31,7 @@ from peftfast_kernels.lora_grad_kernels import column_gradient, grad_warps
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.siblings import drops
 from peftfast_kernels.tiles import owner, pick, tile_counts
-from peftfast_kernels.variants import ANY_MATRIX, Variant
+from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
 
 
 @triton.jit
@@ -127,11 +137,6 @@ def keep_scales(probs: Sequence[float]) -> tuple[float, ...]:
     return tuple([keep_scale(prob) for prob in probs])
 
 
-def _depth(config: Tile, bm: int, br: int, members: int, single: bool, dropping: bool) -> int:
-    """As for one linear, with the tiles of all factors, and x held once more for every mask."""
-    return depth(config.BK, bm, br * members + (bm * members if dropping else 0), single)
-
-
 @planned
 def _down_plan(
     chip: str, m: int, k: int, ranks: tuple[int, ...], x_strides: tuple[int, ...], single: bool, precision: str,
@@ -142,6 +147,7 @@ def _down_plan(
     br = _shared_tile(ranks)
     rank_tiles = cdiv(max(ranks), br)
     bm = owned(config.BM, lambda size: cdiv(m, size) * rank_tiles)
+    held = (br + bm * drops(probs)) * len(ranks)  # the tiles of all factors, and x once more for every mask
     return Launch(
         siblings_down_kernel,
         (cdiv(m, bm), rank_tiles),
@@ -154,7 +160,7 @@ def _down_plan(
         **masks(probs),
         BM=bm,
         BR=br,
-        BK=_depth(config, bm, br, len(ranks), single, drops(probs)),
+        BK=depth(config.BK, bm, held, single),
         PRECISION=precision,
         INTERP=is_interpreting(),
         num_warps=config.warps,
@@ -295,80 +301,57 @@ def siblings_factor_grads(
 
 def variants(chip: str):
     """What these launchers launch, for ahead-of-time checks: q, k and v, and gate and up."""
-    precision = dot_precision(chip, torch.float32)
-    common = {"PRECISION": precision, "INTERP": False}
-    config = tile("lora_down", chip)
+    largest = tile("lora_down", chip).BM
     for members, rank, drop, bm, f in (
         (3, 16, False, 16, "bf16"),
         (3, 16, True, 16, "bf16"),
-        (3, 16, True, config.BM, "bf16"),
-        (2, 64, True, config.BM, "bf16"),
-        (3, 128, False, config.BM, "bf16"),
-        (3, 16, True, config.BM, "fp32"),
+        (3, 16, True, largest, "bf16"),
+        (2, 64, True, largest, "bf16"),
+        (3, 128, False, largest, "bf16"),
+        (3, 16, True, largest, "fp32"),
     ):
-        wide = {"PRECISION": dot_precision(chip, torch.bfloat16)} if f == "fp32" else {}
-        name = f"M{bm} R{rank}x{members}{' drop' * drop}{' wide' * bool(wide)}"
-        shared = {**common, **wide, "BM": bm}
-        br = _shared_tile([rank] * members)
+        wide, precision = f == "fp32", dot_precision(chip, torch.bfloat16, DTYPES[f])
+        ranks, factors, rank_tiles = (rank,) * members, (f,) * members, cdiv(rank, _shared_tile((rank,) * members))
+        name = f"M{bm} R{rank}x{members}{' drop' * drop}{' wide' * wide}"
+        m, probs = cdiv(PROGRAMS, rank_tiles) * bm, (0.1 * drop,) * members
         yield Variant(
-            name=f"siblings_down bf16 {name}",
-            kernel=siblings_down_kernel,
-            pointers={"x_ptr": "bf16", "a_ptrs": f, "seed_ptrs": "i64", "t_ptrs": f},
-            tuples=("a_ptrs", "seed_ptrs", "t_ptrs", "RS", "thresholds", "scales"),
-            members=members,
-            constexprs={
-                **shared, "stride_xk": 1, "DROP": drop, "BR": br,
-                "BK": _depth(config, bm, br, members, f == "fp32", drop),
-            },
-            warps=config.warps,
-            stages=config.stages,
+            f"siblings_down bf16 {name}",
+            _down_plan(chip, m, WIDTH, ranks, (WIDTH, 1), wide, precision, probs),
+            {"x_ptr": "bf16", "a_ptrs": factors, "seed_ptrs": ("i64",) * members, "t_ptrs": factors},
             matrix=ANY_MATRIX,
             quick=members == 3 and drop and not wide,
         )  # fmt: skip
         if not drop or wide:
-            br = rank_tile(rank)
+            widths = (WIDTH,) * members
             yield Variant(
-                name=f"siblings_dt bf16 {name}",
-                kernel=siblings_dt_kernel,
-                pointers={"dy_ptrs": "bf16", "b_ptrs": f, "p_ptrs": f},
-                tuples=("dy_ptrs", "b_ptrs", "p_ptrs", "NS", "RS", "strides_m", "scales"),
-                members=members,
-                constexprs={**shared, "BR": br, "BK": depth(config.BK, bm, br, f == "fp32"), "UNIT": 16},
-                warps=config.warps,
-                stages=config.stages,
+                f"siblings_dt bf16 {name}",
+                _dt_plan(chip, cdiv(PROGRAMS, members) * bm, widths, ranks, widths, wide, precision, (2.0,) * members),
+                {"dy_ptrs": ("bf16",) * members, "b_ptrs": factors, "p_ptrs": factors},
                 matrix=ANY_MATRIX,
             )
-    config = tile("lora_grad", chip)
+    largest = tile("lora_grad", chip).BN
     for members, rank, drop, bc, f in (
-        (3, 16, False, config.BN, "bf16"),
-        (3, 16, True, config.BN, "bf16"),
+        (3, 16, False, largest, "bf16"),
+        (3, 16, True, largest, "bf16"),
         (3, 16, True, 16, "bf16"),
-        (2, 64, True, config.BN, "bf16"),
-        (3, 128, True, config.BN, "bf16"),
-        (3, 16, True, config.BN, "fp32"),
+        (2, 64, True, largest, "bf16"),
+        (3, 128, True, largest, "bf16"),
+        (3, 16, True, largest, "fp32"),
     ):
-        precision = dot_precision(chip, torch.bfloat16 if f == "fp32" else torch.float32)
-        brt, brp = rank_tile(rank), _shared_tile([rank] * members)
+        precision = dot_precision(chip, torch.bfloat16, DTYPES[f])
+        width = cdiv(PROGRAMS, members + 1) * bc
+        ranks, widths, factors = (rank,) * members, (width,) * members, (f,) * members
+        launch = _grads_plan(
+            chip, ROWS, widths, width, ranks, widths, ranks, (width, 1), ranks, f == "fp32", precision,
+            (0.1 * drop,) * members, (2.0,) * members,
+        )  # fmt: skip
         yield Variant(
-            name=f"siblings_factor_grads C{bc} R{rank}x{members}{' drop' * drop}{' wide' * (f == 'fp32')}",
-            kernel=siblings_grads_kernel,
-            pointers={
-                "dy_ptrs": "bf16", "t_ptrs": f, "db_ptrs": "fp32", "x_ptr": "bf16", "p_ptrs": f, "da_ptrs": "fp32",
-                "seed_ptrs": "i64",
+            f"siblings_factor_grads C{bc} R{rank}x{members}{' drop' * drop}{' wide' * (f == 'fp32')}",
+            launch,
+            {
+                "dy_ptrs": ("bf16",) * members, "t_ptrs": factors, "db_ptrs": ("fp32",) * members, "x_ptr": "bf16",
+                "p_ptrs": factors, "da_ptrs": ("fp32",) * members, "seed_ptrs": ("i64",) * members,
             },
-            tuples=(
-                "dy_ptrs", "t_ptrs", "db_ptrs", "p_ptrs", "da_ptrs", "seed_ptrs", "NS", "RS", "strides_m",
-                "strides_tm", "strides_pm", "thresholds", "db_scales", "da_scales",
-            ),
-            members=members,
-            constexprs={
-                "stride_xk": 1, "DA": True, "DROP": drop,
-                "BM": depth(config.BK, bc, max(brt, brp * members), f == "fp32"),
-                "BC": bc, "BRT": brt, "BRP": brp, "UNIT_T": 16, "UNIT_P": 16, "PRECISION": precision,
-                "INTERP": False,
-            },
-            warps=grad_warps(config.warps, f == "fp32"),
-            stages=config.stages,
             matrix=ANY_MATRIX,
-            quick=drop and rank == 16 and bc == config.BN and f == "bf16",
+            quick=drop and rank == 16 and bc == largest and f == "bf16",
         )  # fmt: skip

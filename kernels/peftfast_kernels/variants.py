@@ -1,9 +1,15 @@
 """What tools/aot.py compiles: one `Variant` per kernel configuration that a launcher can ask for on a chip.
 
-Each ``*_kernels.py`` module declares ``variants(chip)`` beside its launchers, built from the same tile tables.
+Each ``*_kernels.py`` module declares ``variants(chip)`` beside its launchers: launches as these plan them, with the
+dtypes of their pointers, which a `Launch` leaves open.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import torch
+
+from peftfast_kernels.launch import Launch
 
 MODULES = (
     "keep_mask_kernels",
@@ -24,33 +30,52 @@ MODULES = (
 # The matrix instructions a variant must contain: none, any the chip has, or the chip's largest (wgmma, tcgen05, MFMA).
 NO_MATRIX, ANY_MATRIX, BIG_MATRIX = "none", "any", "big"
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Sizes of an ordinary layer: what is launched on them is what ordinary models launch.
+ROWS, WIDTH = 8192, 4096
+
+
+class Source(NamedTuple):
+    """What a compiler is given of a launch: types, constants and hints of its arguments."""
+
+    signature: dict[str, str | tuple[str, ...]]
+    constants: dict[tuple[int, ...], Any]  # by the argument's place, and the place in it where it is a tuple
+    hints: dict[tuple[int, ...], list]
+
 
 class Variant(NamedTuple):
     """One ahead-of-time compilation of a kernel."""
 
     name: str
-    kernel: Any  # the @triton.jit function
-    pointers: dict[str, str]  # pointer argument -> element type, "bf16"
-    constexprs: dict[str, Any]  # constexpr arguments and arguments specialised to a constant
-    warps: int
-    stages: int = 1
+    launch: Launch
+    pointers: Mapping[str, str | tuple[str, ...]]  # pointer argument -> element type, "bf16"
     matrix: str = NO_MATRIX
-    fp_fusion: bool = True
     weights: int = 0  # weights decoded per main-loop iteration; their instruction count is limited
     quick: bool = False  # part of the quick subset
-    tuples: tuple[str, ...] = ()  # arguments that are tuples, of `members` values each
-    members: int = 0
 
     @property
-    def signature(self) -> dict[str, str | tuple[str, ...]]:
-        """Argument name -> Triton type. Pointers are listed, scales are fp32, everything else is a 32-bit integer."""
-        types = {}
-        for name in self.kernel.arg_names:
-            if name in self.constexprs:
-                kind = "constexpr"
-            elif name in self.pointers:
-                kind = f"*{self.pointers[name]}"
-            else:
-                kind = "fp32" if name.endswith(("scale", "scales")) else "i32"
-            types[name] = (kind,) * self.members if name in self.tuples else kind
-        return types
+    def options(self) -> dict[str, Any]:
+        """What the launch asks of the compiler."""
+        return {name: v for name, v in self.launch.arguments.items() if name not in self.launch.kernel.arg_names}
+
+    @property
+    def source(self) -> Source:
+        """Arguments as Triton's own launch would look at them: 1 and constexprs are compiled in, and of pointers and
+        numbers it is known whether they are multiples of 16."""
+        found = Source({}, {}, {})
+        for i, parameter in enumerate(self.launch.kernel.params):
+            name = parameter.name
+            given = self.pointers[name] if name in self.pointers else self.launch.arguments[name]
+            each = isinstance(given, tuple) and not parameter.is_constexpr
+            kinds = []
+            for j, value in enumerate(given if each else (given,)):
+                place = (i, j) if each else (i,)
+                kind = f"*{value}" if name in self.pointers else "fp32" if isinstance(value, float) else "i32"
+                if parameter.is_constexpr or value == 1 and kind == "i32":
+                    kind, found.constants[place] = "constexpr", value
+                elif name in self.pointers or kind == "i32" and value % 16 == 0:
+                    found.hints[place] = [["tt.divisibility", 16]]
+                kinds.append(kind)
+            found.signature[name] = tuple(kinds) if each else kinds[0]
+        return found

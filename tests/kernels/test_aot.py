@@ -13,9 +13,14 @@ pytest.importorskip("triton")
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "aot.py"
 
 
-def run_tool(*arguments):
+def run(*arguments):
+    """Python, where Triton compiles."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+def run_tool(*arguments):
+    return run(TOOL, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +61,32 @@ def test_spills_in_loops_are_found(aot, monkeypatch):
         asm = {"cubin": b""}
 
     class Variant:
-        weights, warps = 0, 4
+        weights = 0
 
     monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:8 SHARED:0 LOCAL:0"))
     registers, spills, *_, problems = aot.inspect_nvidia(Compiled, Variant, "sm_90")
     assert (registers, spills) == (40, 1) and "1 of them in a loop" in problems[0]
+
+
+LOOKS = """
+from peftfast_kernels.siblings_kernels import variants
+
+(variant,) = [one for one in variants("sm_90") if one.name == "siblings_down bf16 M64 R16x3 drop"]
+signature, constants, hints = variant.source
+at = {name: i for i, name in enumerate(variant.launch.kernel.arg_names)}
+assert signature["a_ptrs"] == ("*bf16",) * 3 and signature["scales"] == ("fp32",) * 3
+assert signature["stride_xk"] == "constexpr" and constants[(at["stride_xk"],)] == 1
+assert signature["BM"] == "constexpr" and constants[(at["BM"],)] == 64
+assert (at["K"],) in hints and (at["RS"], 2) in hints and (at["x_ptr"],) in hints
+assert signature["thresholds"] == ("i32",) * 3 and (at["thresholds"], 0) not in hints
+assert variant.options == {"num_warps": 4, "num_stages": 4}
+"""
+
+
+def test_arguments_are_what_a_launch_would_make_of_them():
+    """1 is compiled in, other numbers are known to be multiples of 16 or not, pointers come one for each sibling."""
+    done = run("-c", LOOKS)
+    assert done.returncode == 0, done.stderr
 
 
 def test_tiles_fall_back_to_the_nearest_older_chip():
