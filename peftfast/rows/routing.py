@@ -234,10 +234,8 @@ class Routing:
         repeats = self._repeats(x, where)
         host = self.host
         if not all(present):
-            new = {-1: -1}
-            for old, here in enumerate(present):
-                new[old] = sum(present[:old]) if here else -1
-            host = tuple(new[g] for g in host)
+            places = _places(present)
+            host = tuple(places[g + 1] for g in host)
         host = tuple(g for g in host for _ in range(repeats))
         return Rows(torch.tensor(host, dtype=torch.int64, device=x.device), host, self._kept())
 
@@ -253,12 +251,11 @@ class Routing:
         return self.verdicts if self.keeps else None
 
     def _position_here(self, present: tuple[bool, ...], store: MutableMapping[Any, Any]) -> Tensor:
-        """[1 + len(names) + 1]: position in the layer's shorter list for -1, every position, and the unknown."""
+        """`_places` as a tensor."""
         key = ("position here", self.names, present)
         table = store.get(key)
         if table is None or table.device != self.index.device:
-            values = [-1, *(sum(present[:i]) if here else -1 for i, here in enumerate(present)), sum(present)]
-            table = torch.tensor(values, dtype=torch.int64, device=self.index.device)
+            table = torch.tensor(_places(present), dtype=torch.int64, device=self.index.device)
             if not torch.compiler.is_compiling():
                 store[key] = table
         return table
@@ -278,6 +275,11 @@ class Routing:
         if flat:
             message += f" A flattened batch has {batch} times {self.tokens} rows here, those of a sample together."
         raise ValueError(message)
+
+
+def _places(present: tuple[bool, ...]) -> list[int]:
+    """[1 + len(names) + 1]: position in a layer's shorter list for -1, every position, and the unknown."""
+    return [-1, *(sum(present[:i]) if here else -1 for i, here in enumerate(present)), sum(present)]
 
 
 def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
