@@ -6,6 +6,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,6 +151,27 @@ def _to(inputs: Any, device: torch.device | None) -> Any:
 
 
 # ---- components ------------------------------------------------------------------------------------------------------
+def _sharing(
+    found: dict[str, RunningComponents], counts: Mapping[str, int], rows: Callable[[str], Callable[..., Tensor]]
+) -> Callable[[str, tuple], None]:
+    """What fills `found` as layers are called: those that are called with one and the same tensor, of which they take
+    the same rows, share their components."""
+    leaders: dict[int, tuple[weakref.ref, str]] = {}  # by the tensor's id: the tensor, and who was called with it first
+
+    def called(name: str, args: tuple) -> None:
+        x = _tensor(args, name)
+        known = leaders.get(id(x))
+        leader = known[1] if known is not None and known[0]() is x and rows(known[1]) is rows(name) else name
+        leaders[id(x)] = (weakref.ref(x), leader)
+        if leader in found and leader != name:
+            found[leader].count = max(found[leader].count, counts[name])
+            found[name] = found[leader]
+        else:
+            found.setdefault(name, RunningComponents(counts[name]))
+
+    return called
+
+
 @torch.no_grad()
 def components_of(
     model: nn.Module,
@@ -164,30 +186,18 @@ def components_of(
     gather: bool = False,
     progress: bool = False,
 ) -> dict[str, RunningComponents]:
-    """Run batches, again and again, until the components that `wanted` asks for have settled.
-
-    Layers that are called with one and the same tensor share their components.
-    """  # fmt: skip
+    """Run batches, again and again, until the components that `wanted` asks for have settled."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     found: dict[str, RunningComponents] = {}
-    current: dict[str, Any] = {"prepared": None, "leader": {}}
+    goal: Mapping[str, int] = {}
 
-    def leaders(name: str, args: tuple) -> None:
-        x = _tensor(args, name)
-        known = current["leader"].get(id(x))
-        leader = known[1] if known is not None and known[0]() is x and rows(known[1]) is rows(name) else name
-        current["leader"][id(x)] = (weakref.ref(x), leader)
-        count = counts[name]
-        if leader in found and leader != name:
-            found[leader].count = max(found[leader].count, count)
-            found[name] = found[leader]
-        else:
-            found.setdefault(name, RunningComponents(count))
-
-    def prepared(batch: Any) -> Any:
-        batch = _to(batch, device)
-        current["prepared"] = batch if prepare is None else prepare(batch)
-        return batch
+    def update(prepared: Any, name: str, args: tuple) -> None:
+        if goal and found[name].is_settled(max(goal[n] for n in found if found[n] is found[name])):
+            return
+        x = rows(name)(args, prepared, name)
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name}: its inputs hold NaN or infinite values; check the calibration data")
+        found[name].update(_gathered(x) if gather else x, threshold)
 
     if isinstance(batches, Iterator):
         raise ValueError(
@@ -196,28 +206,19 @@ def components_of(
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("dataloader is empty")
-    with _watched(modules, leaders):
-        forward_fn(model, prepared(first))
+    with _watched(modules, _sharing(found, counts, rows)):
+        forward_fn(model, _to(first, device))
     unused = [name for name in modules if name not in found]
     if unused:
         raise ValueError(f"The data did not reach these modules: {unused[:5]}")
     owners = {id(c): name for name, c in reversed(list(found.items()))}
     running = {name: modules[name] for name in owners.values()}
-
-    def update(name: str, args: tuple) -> None:
-        if goal and found[name].is_settled(max(goal[n] for n in found if found[n] is found[name])):
-            return
-        x = rows(name)(args, current["prepared"], name)
-        if not torch.isfinite(x).all():
-            raise ValueError(f"{name}: its inputs hold NaN or infinite values; check the calibration data")
-        found[name].update(_gathered(x) if gather else x, threshold)
-
-    goal: Mapping[str, int] = {}
     for _ in range(MAX_PASSES):
         short = True
         for batch in batches:
-            with _watched(running, update):
-                forward_fn(model, prepared(batch))
+            batch = _to(batch, device)
+            with _watched(running, partial(update, batch if prepare is None else prepare(batch))):
+                forward_fn(model, batch)
             if any(c.components is None for c in found.values()):
                 continue
             short, goal = False, wanted(found)
