@@ -152,6 +152,15 @@ def _plan(
     )
 
 
+def _half(chip: str, x: Tensor | None, f: Tensor | None) -> tuple[int, int, tuple, tuple, str, bool]:
+    """What there is to know of activations [M, C] and their factor [M, R]: C, R, strides, how they are multiplied, and
+    whether the factor is fp32."""
+    if x is None:
+        return 0, 0, (0, 0), (0, 0), "ieee", False
+    single = f.dtype is torch.float32
+    return x.shape[1], f.shape[1], x.stride(), f.stride(), dot_precision(chip, x.dtype, f.dtype), single
+
+
 def lora_factor_grads(
     dy: Tensor | None,
     t: Tensor | None,
@@ -167,27 +176,17 @@ def lora_factor_grads(
     some = x if dy is None else dy
     m, device = some.shape[0], some.device
     chip = chip_of(device)
-    n = k = rt = rp = 0
-    dy_strides = t_strides = x_strides = p_strides = (0, 0)
-    precision_b = precision_a = "ieee"
-    single = False
-    grads = []
-    if dy is not None:
-        n, rt, dy_strides, t_strides = dy.shape[1], t.shape[1], dy.stride(), t.stride()
-        precision_b, single = dot_precision(chip, dy.dtype, t.dtype), t.dtype is torch.float32
-        grads.append(torch.empty(n, rt, dtype=db_dtype, device=device))
-    if x is None:
-        prob = 0.0
-    else:
-        k, rp, x_strides, p_strides = x.shape[1], p.shape[1], x.stride(), p.stride()
-        precision_a, single = dot_precision(chip, x.dtype, p.dtype), single or p.dtype is torch.float32
-        grads.append(torch.empty(rp, k, dtype=da_dtype, device=device))
+    n, rt, dy_strides, t_strides, precision_b, single_b = _half(chip, dy, t)
+    k, rp, x_strides, p_strides, precision_a, single_a = _half(chip, x, p)
+    prob = 0.0 if x is None else prob
     seed = seed_or(seed, prob, some)
+    grads = [] if dy is None else [torch.empty(n, rt, dtype=db_dtype, device=device)]
+    grads += [] if x is None else [torch.empty(rp, k, dtype=da_dtype, device=device)]
     if m == 0:
         return [grad.zero_() for grad in grads]
     launch = _plan(
-        chip, m, n, k, rt, rp, dy_strides, t_strides, x_strides, p_strides, single, (precision_b, precision_a), prob,
-        scale,
+        chip, m, n, k, rt, rp, dy_strides, t_strides, x_strides, p_strides, single_b or single_a,
+        (precision_b, precision_a), prob, scale,
     )  # fmt: skip
     launch(
         some if dy is None else dy, some if t is None else t, grads[0],

@@ -38,7 +38,7 @@ def _one_hot(rows: Tensor, adapters: int, dtype: torch.dtype) -> Tensor:
 
 def _spread(t: Tensor, rows: Tensor, adapters: int) -> Tensor:
     """t [M, R] as [M, G * R], each row in its adapter's columns: routed products are then ordinary products."""
-    mine = rows[:, None] == torch.arange(adapters, device=rows.device)[None, :]
+    mine = _one_hot(rows, adapters, torch.bool)
     return torch.where(mine[:, :, None], t[:, None, :], 0).flatten(1)
 
 
