@@ -15,7 +15,7 @@ from torch import Tensor
 from peftfast_kernels.configs import cdiv, chip_of, tile
 from peftfast_kernels.decode import INT8_STEP, Operand, decoder_of, packed_bytes, pairs
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.op import is_interpreting, lasting
+from peftfast_kernels.op import lasting
 from peftfast_kernels.tiles import narrow
 from peftfast_kernels.variants import DTYPES, WIDTH, Variant
 
@@ -221,7 +221,6 @@ def _plan(chip: str, w: Stored) -> Launch:
         **decode_arguments(w, config.BN),
         BN=config.BM,
         BK=config.BN,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         # Each step is rounded to fp32 as bitsandbytes rounds it: a fused multiply-add would differ in the last bit.
         enable_fp_fusion=False,

@@ -8,7 +8,6 @@ from torch import Tensor
 from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, tile
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm_kernels import adapter_tile
-from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
 
@@ -65,7 +64,6 @@ def _plan(
         BO=config.BN,
         BR=expand_ranks(r, config, precision),
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from peftfast_kernels.configs import cdiv, chip_of, tile
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow
 from peftfast_kernels.variants import ROWS, WIDTH, Variant
 
@@ -85,7 +84,6 @@ def _plan(
         GRAD=grad,
         BM=config.BM,
         BN=config.BN,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
     )
 

@@ -24,6 +24,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from peftfast_kernels.op import is_interpreting
+
 #: Launches remembered per launcher: a model has a few shapes of layers, training several numbers of tokens.
 PLANS = 1024
 
@@ -51,7 +53,7 @@ def forget() -> None:
 
 
 class Launch:
-    """A kernel, its grid, and all its arguments but the first ones, which are the pointers.
+    """A kernel, its grid, and all its arguments but the first ones, which are the pointers, and ``INTERP``.
 
     Calling it with those launches. A pointer is a tensor, or, where the kernel takes a tuple, a tuple of tensors.
     """
@@ -59,6 +61,8 @@ class Launch:
     __slots__ = ("kernel", "grid", "arguments", "_grid", "_rest", "_compiled")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        if "INTERP" in kernel.arg_names:
+            arguments["INTERP"] = is_interpreting()
         self.kernel, self.grid, self.arguments = kernel, grid, arguments
         self._grid = (*grid, 1, 1)[:3]
         pointers = next(i for i, name in enumerate(kernel.arg_names) if name in arguments)

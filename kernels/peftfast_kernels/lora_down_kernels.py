@@ -13,7 +13,6 @@ from torch import Tensor
 from peftfast_kernels.configs import PROGRAMS, cdiv, chip_of, depth, dot_precision, owned, rank_tile, tile
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, NO_MATRIX, WIDTH, Variant
 
@@ -119,7 +118,6 @@ def _plan(
         BK=depth(config.BK, bm, br, single),
         UNIT=unit(r, stride_ak),
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )

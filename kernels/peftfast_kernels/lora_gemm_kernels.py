@@ -18,7 +18,6 @@ from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, st
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm import add_input_product_, base_product, input_product
-from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import grouped_order, keep_tile, narrow, operand, owner, padded, pick, row_keys, total
 from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, DTYPES, NO_MATRIX, ROWS, WIDTH, Variant
 
@@ -258,7 +257,6 @@ def _gemm_plan(
         BR=rank_tile(r, 32),
         GROUP=8,
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=False,  # the decode rounds step by step; the products are matrix instructions anyway
@@ -311,7 +309,6 @@ def _expand_plan(
         BO=config.BN,
         BR=rank_tile(r, config.BK),
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -9,7 +9,6 @@ from peftfast_kernels.configs import PROGRAMS, cdiv, chip_of, depth, dot_precisi
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_down_kernels import unit
-from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, NO_MATRIX, ROWS, Variant
 
@@ -146,7 +145,6 @@ def _plan(
         UNIT_P=unit(rp, p_strides[0]),
         PRECISION_B=precisions[0],
         PRECISION_A=precisions[1],
-        INTERP=is_interpreting(),
         num_warps=grad_warps(config.warps, single),
         num_stages=config.stages,
     )

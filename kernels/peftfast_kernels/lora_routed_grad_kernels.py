@@ -9,7 +9,6 @@ from torch import Tensor
 from peftfast_kernels.configs import cdiv, chip_of, dot_precision, rank_tile, tile
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_routed_kernels import shrink
-from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow, operand
 from peftfast_kernels.variants import ANY_MATRIX, WIDTH, Variant
 
@@ -79,7 +78,6 @@ def _outer_plan(
         BC=config.BN,
         BR=br,
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -208,7 +208,6 @@ def _shrink_plan(
         "SCALED": scaled,
         "BR": br,
         "BC": row_columns(config, br) if row_by_row else config.BK,
-        "INTERP": is_interpreting(),
         "num_warps": config.warps,
     }
     if row_by_row:
@@ -263,7 +262,6 @@ def _add_plan(
         "stride_br": b_strides[2],
         "BN": bn,
         "BR": br,
-        "INTERP": is_interpreting(),
         "num_warps": config.warps,
     }
     if row_by_row:

@@ -9,7 +9,6 @@ from peftfast_kernels.configs import cdiv, chip_of, rank_tile, tile
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.row_norm import MAX_RANK
 from peftfast_kernels.variants import ANY_MATRIX, WIDTH, Variant
 
@@ -86,7 +85,6 @@ def _plan(
         BS=min(br, 8192 // br),
         # squares cancel where B A undoes W, so plain TF32 is never good enough here
         PRECISION="tf32x3" if nvidia else "ieee",
-        INTERP=is_interpreting(),
         # twice as many where a program's ranks do not fit into the registers of few
         num_warps=config.warps * (2 if nvidia and r > 64 else 1),
         num_stages=config.stages,

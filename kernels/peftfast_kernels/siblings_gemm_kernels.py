@@ -25,7 +25,6 @@ from peftfast_kernels.lora_gemm_kernels import (
     product_tile,
     swaps,
 )
-from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.siblings import drops
 from peftfast_kernels.siblings_gemm import add_input_products_, input_products
 from peftfast_kernels.siblings_kernels import contiguous, keep_scales, masks, row_major, seeds_or
@@ -180,7 +179,6 @@ def _expand_plan(
         BO=config.BN,
         BR=expand_ranks(max(ranks), config, precision),
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -212,7 +210,6 @@ def _gemm_plan(
         BR=rank_tile(max(ranks), 32),
         GROUP=8,
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=False,  # see lora_gemm_kernels
@@ -279,7 +276,6 @@ def _gemm_t_plan(
         BR=rank_tile(max(ranks), 32),
         GROUP=8,
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=False,  # see lora_gemm_kernels
@@ -308,7 +304,6 @@ def _expand_t_plan(
         BO=config.BN,
         BR=expand_ranks(max(ranks), config, precision),
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -28,7 +28,6 @@ from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_down_kernels import strip
 from peftfast_kernels.lora_grad_kernels import column_gradient, grad_warps
-from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.siblings import drops
 from peftfast_kernels.tiles import owner, pick, tile_counts
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
@@ -162,7 +161,6 @@ def _down_plan(
         BR=br,
         BK=depth(config.BK, bm, held, single),
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -207,7 +205,6 @@ def _dt_plan(
         BK=depth(config.BK, bm, br, single),
         UNIT=gcd(16, *ranks),
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -267,7 +264,6 @@ def _grads_plan(
         UNIT_T=gcd(16, *ranks, *t_strides),
         UNIT_P=gcd(16, *ranks, *p_strides),
         PRECISION=precision,
-        INTERP=is_interpreting(),
         num_warps=grad_warps(config.warps, single),
         num_stages=config.stages,
     )
