@@ -12,7 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import PROGRAMS, TALL_DECODE, Tile, cdiv, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import (
+    PROGRAMS,
+    TALL_DECODE,
+    Tile,
+    cdiv,
+    chip_of,
+    dot_precision,
+    expand_ranks,
+    rank_tile,
+    tile,
+)
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
@@ -307,7 +317,7 @@ def _expand_plan(
         DROP=threshold(prob) > 0,
         BM=config.BM,
         BO=config.BN,
-        BR=rank_tile(r, config.BK),
+        BR=expand_ranks(r, config, precision),
         PRECISION=precision,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -400,21 +410,23 @@ def variants(chip: str):
             weights=launch.arguments["BO"] * launch.arguments["BC"] if format == "nf4" else 0,
             quick=not transposed and not few and dtype == "bf16",
         )
-    for add, drop, factors in (
-        (True, False, "bf16"),
-        (False, True, "bf16"),
-        (True, False, "fp32"),
-        (True, True, "fp32"),
-        (False, True, "fp32"),
+    for add, drop, factors, rank in (
+        (True, False, "bf16", 64),
+        (False, True, "bf16", 16),
+        (True, False, "fp32", 16),
+        (True, True, "fp32", 16),
+        (False, True, "fp32", 16),
+        (True, False, "fp32", 64),
+        (True, True, "fp32", 64),
     ):
-        precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
+        precision, b_strides = dot_precision(chip, torch.bfloat16, DTYPES[factors]), (WIDTH, 1) if drop else (1, rank)
         launch = _expand_plan(
-            chip, ROWS, WIDTH, 16, (WIDTH, 1), (16, 1), (WIDTH, 1) if drop else (1, 16), add, precision, 0.1 * drop, 2.0
+            chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), b_strides, add, precision, 0.1 * drop, 2.0
         )  # fmt: skip
         yield Variant(
-            f"expand{' add' * add}{' drop' * drop}{' wide' * (factors == 'fp32')}",
+            f"expand{' add' * add}{' drop' * drop}{' wide' * (factors == 'fp32')} R{rank}",
             launch,
             {"y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "seed_ptr": "i64", "out_ptr": "bf16"},
             matrix=ANY_MATRIX,
-            quick=drop,
+            quick=drop and rank == 16,
         )

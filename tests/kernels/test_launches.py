@@ -20,15 +20,8 @@ def launches(request, monkeypatch):
     made = []
 
     monkeypatch.setattr(Launch, "__call__", lambda self, *pointers: made.append((self.grid, self.arguments)))
-    for module in (
-        "lora_down",
-        "lora_grad",
-        "lora_routed",
-        "lora_routed_grad",
-        "siblings",
-        "siblings_gemm",
-        "dora_add",
-    ):
+    modules = "lora_down lora_gemm lora_grad lora_routed lora_routed_grad siblings siblings_gemm dora_add".split()
+    for module in modules:
         loaded = importlib.import_module(f"peftfast_kernels.{module}_kernels")
         monkeypatch.setattr(loaded, "chip_of", lambda device: request.param)
     return made
@@ -132,12 +125,13 @@ def test_only_fp32_factors_are_multiplied_in_three_products(launches, factors, r
     route = [meta(size, dtype=torch.int32) for size in (m, m, count + 1)]
     scales = meta(count, dtype=torch.float32)
     OPS["lora_down"].launch(x, a[0], None, 0.0)
+    OPS["lora_add"].launch(y, t, b[0], 1.0)
     OPS["dora_add"].launch(y, meta(n, dtype=torch.float32), None, t, b[0], 1.0)
     OPS["siblings_gemm"].launch(x, [dense(meta(n, k))] * 2, [None] * 2, [t] * 2, [b[0]] * 2, [1.0] * 2)
     OPS["routed_down"].launch(x, *route, a)
     OPS["routed_add"].launch(y, t, *route, b, scales)
     OPS["routed_up_grad"].launch(y, t, *route, b, scales, torch.float32)
     assert [found["PRECISION"] for _, found in launches] == ["tf32x3" if three else "ieee"] * len(launches)
-    _, dora, siblings, down, add, *_ = [found for _, found in launches]
+    _, *expanded, down, add, _, _ = [found for _, found in launches]
     assert down["num_warps"] == add["num_warps"] == configs.tile("routed", "sm_90").warps * (1 + three)
-    assert (dora["BR"] == siblings["BR"] == 16) is three
+    assert [found["BR"] == 16 for found in expanded] == [three] * 3
