@@ -145,10 +145,21 @@ def rank_tile(rank: int, largest: int = MAX_RANK_TILE) -> int:
     return max(16, min(largest, 1 << (rank - 1).bit_length() if rank > 1 else 1))
 
 
-def expand_ranks(rank: int, config: Tile, precision: str) -> int:
+def expand_ranks(rank: int, largest: int, precision: str) -> int:
     """Ranks at a time where a tile of them is expanded in registers: fp32 factors in three TF32 products need them
     twice."""
-    return rank_tile(rank, 16 if precision == "tf32x3" else config.BK)
+    return rank_tile(rank, 16 if precision == "tf32x3" else largest)
+
+
+def held_ranks(ranks: int, precision: str) -> int:
+    """Ranks in registers: those of fp32 factors in three TF32 products are there twice."""
+    return ranks * (2 if precision == "tf32x3" else 1)
+
+
+def rank_warps(warps: int, ranks: int, precision: str, few: int = 32) -> int:
+    """The warps, or twice as many where more than `few` ranks are held and multiplied in three TF32 products, which
+    takes the registers of more."""
+    return warps * (2 if ranks > few and precision == "tf32x3" else 1)
 
 
 PROGRAMS = 128  # about as many as a large GPU has processors

@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import PROGRAMS, cdiv, chip_of, depth, dot_precision, owned, rank_tile, tile
+from peftfast_kernels.configs import (
+    PROGRAMS,
+    cdiv,
+    chip_of,
+    depth,
+    dot_precision,
+    held_ranks,
+    owned,
+    rank_tile,
+    rank_warps,
+    tile,
+)
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys
@@ -115,10 +126,10 @@ def _plan(
         DROP=threshold(prob) > 0,
         BM=bm,
         BR=br,
-        BK=depth(config.BK, bm, br, single),
+        BK=depth(config.BK, bm, held_ranks(br, precision), single),
         UNIT=unit(r, stride_ak),
         PRECISION=precision,
-        num_warps=config.warps,
+        num_warps=rank_warps(config.warps, br, precision),
         num_stages=config.stages,
     )
 
@@ -164,6 +175,8 @@ def variants(chip: str):
         ("bf16", "bf16", 128, True, largest),
         ("bf16", "fp32", 16, True, 16),
         ("bf16", "fp32", 16, True, largest),
+        ("bf16", "fp32", 64, True, largest),
+        ("bf16", "fp32", 128, True, largest),
         ("fp32", "fp32", 16, False, 16),
         ("fp32", "fp32", 16, False, largest),
     )

@@ -12,17 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import (
-    PROGRAMS,
-    TALL_DECODE,
-    Tile,
-    cdiv,
-    chip_of,
-    dot_precision,
-    expand_ranks,
-    rank_tile,
-    tile,
-)
+from peftfast_kernels.configs import PROGRAMS, TALL_DECODE, Tile, cdiv, chip_of, dot_precision, expand_ranks, tile
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
@@ -264,7 +254,7 @@ def _gemm_plan(
         BM=config.BM,
         BO=config.BN,
         BC=config.BK,
-        BR=rank_tile(r, 32),
+        BR=expand_ranks(r, 32, precision),
         GROUP=8,
         PRECISION=precision,
         num_warps=config.warps,
@@ -317,7 +307,7 @@ def _expand_plan(
         DROP=threshold(prob) > 0,
         BM=config.BM,
         BO=config.BN,
-        BR=expand_ranks(r, config, precision),
+        BR=expand_ranks(r, config.BK, precision),
         PRECISION=precision,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -380,32 +370,33 @@ def lora_dx(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torch
 
 def variants(chip: str):
     """What the products launch, for ahead-of-time checks."""
-    for format, dtype, transposed, drop, rows in (
-        ("dense", "bf16", False, False, ROWS),
-        ("dense", "bf16", True, True, ROWS),
-        ("dense", "fp32", False, False, ROWS),
-        ("nf4", "bf16", False, False, ROWS),
-        ("nf4", "bf16", False, False, 16),
-        ("nf4", "bf16", False, False, 64),
-        ("nf4", "bf16", True, True, ROWS),
-        ("nf4", "bf16", True, True, 16),
-        ("nf4", "bf16", True, True, 64),
-        ("int8", "fp16", False, False, ROWS),
+    for format, dtype, factors, transposed, drop, rows in (
+        ("dense", "bf16", "bf16", False, False, ROWS),
+        ("dense", "bf16", "bf16", True, True, ROWS),
+        ("dense", "fp32", "fp32", False, False, ROWS),
+        ("nf4", "bf16", "bf16", False, False, ROWS),
+        ("nf4", "bf16", "bf16", False, False, 16),
+        ("nf4", "bf16", "bf16", False, False, 64),
+        ("nf4", "bf16", "fp32", False, False, 64),
+        ("nf4", "bf16", "bf16", True, True, ROWS),
+        ("nf4", "bf16", "bf16", True, True, 16),
+        ("nf4", "bf16", "bf16", True, True, 64),
+        ("nf4", "bf16", "fp32", True, True, 64),
+        ("int8", "fp16", "fp16", False, False, ROWS),
     ):
-        few, single = rows < ROWS, dtype == "fp32"
+        few, single, wide = rows < ROWS, dtype == "fp32", factors != dtype
+        rank = 64 if wide else 16
         w, pointers = stored_variant(format, WIDTH, WIDTH, format == "nf4" and not transposed, dtype)
         launch = _gemm_plan(
-            chip, rows, 16, w, (WIDTH, 1), (16, 1), (WIDTH, 1) if transposed else (1, 16), single,
-            dot_precision(chip, DTYPES[dtype]), not transposed, transposed, 0.1 * drop, 2.0,
+            chip, rows, rank, w, (WIDTH, 1), (rank, 1), (WIDTH, 1) if transposed else (1, rank), single,
+            dot_precision(chip, DTYPES[dtype], DTYPES[factors]), not transposed, transposed, 0.1 * drop, 2.0,
         )  # fmt: skip
+        name = f"{format} {dtype}{' wide' * wide}{' drop' * drop}{f' {rows} rows' * few}"
+        pointers |= {"x_ptr": dtype, "bias_ptr": dtype, "t_ptr": factors, "b_ptr": factors, "y_ptr": dtype}
         yield Variant(
-            f"lora_gemm{'_t' * transposed} {format} {dtype}{' drop' * drop}{f' {rows} rows' * few}",
+            f"lora_gemm{'_t' * transposed} {name}",
             launch,
-            {
-                **pointers,
-                **dict.fromkeys(("x_ptr", "bias_ptr", "t_ptr", "b_ptr", "y_ptr"), dtype),
-                "seed_ptr": "i64",
-            },
+            {**pointers, "seed_ptr": "i64"},
             matrix=NO_MATRIX if single else ANY_MATRIX if few else BIG_MATRIX,
             weights=launch.arguments["BO"] * launch.arguments["BC"] if format == "nf4" else 0,
             quick=not transposed and not few and dtype == "bf16",

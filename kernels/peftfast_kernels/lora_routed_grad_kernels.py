@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import cdiv, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import cdiv, chip_of, dot_precision, rank_tile, rank_warps, tile
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_routed_kernels import shrink
 from peftfast_kernels.tiles import narrow, operand
-from peftfast_kernels.variants import ANY_MATRIX, WIDTH, Variant
+from peftfast_kernels.variants import ANY_MATRIX, DTYPES, WIDTH, Variant
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _outer_plan(
         BC=config.BN,
         BR=br,
         PRECISION=precision,
-        num_warps=config.warps,
+        num_warps=rank_warps(config.warps, br, precision),
         num_stages=config.stages,
     )
 
@@ -122,10 +122,11 @@ def routed_down_grad(
 
 def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
-    pointers = {"x_ptr": "bf16", "p_ptr": "bf16", "order_ptr": "i32", "starts_ptr": "i32", "scales_ptr": "fp32"}
-    for rank in (16, 64):
-        precision = dot_precision(chip, torch.bfloat16, torch.bfloat16)
+    pointers = {"x_ptr": "bf16", "order_ptr": "i32", "starts_ptr": "i32", "scales_ptr": "fp32", "out_ptr": "fp32"}
+    for rank, factors in ((16, "bf16"), (64, "bf16"), (64, "fp32")):
+        precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
         launch = _outer_plan(
             chip, 8, WIDTH, rank, (WIDTH, 1), (rank, 1), (rank * WIDTH, WIDTH, 1), False, precision
         )  # fmt: skip
-        yield Variant(f"routed_outer R{rank}", launch, {**pointers, "out_ptr": "fp32"}, matrix=ANY_MATRIX)
+        name = f"routed_outer R{rank}{' wide' * (factors == 'fp32')}"
+        yield Variant(name, launch, {**pointers, "p_ptr": factors}, matrix=ANY_MATRIX)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, rank_tile, tile
+from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, expand_ranks, rank_tile, rank_warps, tile
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow, operand
@@ -168,12 +168,6 @@ def row_expand_kernel(
     tl.store(out_ptr + m * N + wide_cols, narrow(y + total, out_ptr.dtype.element_ty, INTERP), mask=cols < N)
 
 
-def _warps(config: Tile, ranks: int, precision: str) -> int:
-    """Twice as many where many ranks are multiplied in three TF32 products, for which the registers of few are not
-    enough."""
-    return config.warps * (2 if ranks > 32 and precision == "tf32x3" else 1)
-
-
 #: Up to so many rows a program a row: predicted from bytes read out of L2 (M adapters' factors instead of G), to be
 #: measured. The interpreter's test shapes have rows on both sides of its own.
 ROW_BY_ROW, ROW_BY_ROW_INTERPRETED = 512, 48
@@ -213,7 +207,7 @@ def _shrink_plan(
     if row_by_row:
         return Launch(row_shrink_kernel, (m, cdiv(rank, br)), **arguments), True
     grid = (cdiv(m, config.BM), cdiv(rank, br))
-    arguments["num_warps"] = _warps(config, rank, precision)
+    arguments["num_warps"] = rank_warps(config.warps, rank, precision)
     options = {"M": m, "BM": config.BM, "PRECISION": precision, "num_stages": config.stages}
     return Launch(routed_shrink_kernel, grid, **arguments, **options), False
 
@@ -247,8 +241,8 @@ def _add_plan(
 ) -> tuple[Launch, bool]:  # fmt: skip
     """A 2D grid (rows or tiles of sorted rows, column tiles), and whether it is rows."""
     config = tile("routed", chip)
-    br = rank_tile(rank, 32)
     row_by_row = _row_by_row(m)
+    br = rank_tile(rank, 32) if row_by_row else expand_ranks(rank, 32, precision)
     bn = row_columns(config, br) if row_by_row else config.BN
     arguments = {
         "N": n,
@@ -267,7 +261,7 @@ def _add_plan(
     if row_by_row:
         return Launch(row_expand_kernel, (m, cdiv(n, bn)), **arguments), True
     grid = (cdiv(m, config.BM), cdiv(n, bn))
-    arguments["num_warps"] = _warps(config, rank, precision)
+    arguments["num_warps"] = rank_warps(config.warps, rank, precision)
     options = {"M": m, "BM": config.BM, "PRECISION": precision, "num_stages": config.stages}
     return Launch(routed_expand_kernel, grid, **arguments, **options), False
 
@@ -291,7 +285,7 @@ def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor
 def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
     indices = {"rows_ptr": "i32", "order_ptr": "i32", "scales_ptr": "fp32"}
-    for rank, factors in ((16, "bf16"), (64, "bf16"), (64, "fp32")):
+    for rank, factors in ((16, "bf16"), (64, "bf16"), (32, "fp32"), (64, "fp32")):
         precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
         shrunk = {**indices, "x_ptr": "bf16", "f_ptr": factors, "t_ptr": factors}
         expanded = {**indices, "y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "out_ptr": "bf16"}

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, rank_tile, tile
+from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, tile
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.launch import Launch, planned
@@ -177,7 +177,7 @@ def _expand_plan(
         ADD=add,
         BM=config.BM,
         BO=config.BN,
-        BR=expand_ranks(max(ranks), config, precision),
+        BR=expand_ranks(max(ranks), config.BK, precision),
         PRECISION=precision,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -207,7 +207,7 @@ def _gemm_plan(
         BM=config.BM,
         BO=config.BN,
         BC=config.BK,
-        BR=rank_tile(max(ranks), 32),
+        BR=expand_ranks(max(ranks), 32, precision),
         GROUP=8,
         PRECISION=precision,
         num_warps=config.warps,
@@ -273,7 +273,7 @@ def _gemm_t_plan(
         BM=config.BM,
         BO=config.BN,
         BC=config.BK,
-        BR=rank_tile(max(ranks), 32),
+        BR=expand_ranks(max(ranks), 32, precision),
         GROUP=8,
         PRECISION=precision,
         num_warps=config.warps,
@@ -302,7 +302,7 @@ def _expand_t_plan(
         **masks(probs),
         BM=bm,
         BO=config.BN,
-        BR=expand_ranks(max(ranks), config, precision),
+        BR=expand_ranks(max(ranks), config.BK, precision),
         PRECISION=precision,
         num_warps=config.warps,
         num_stages=config.stages,

@@ -20,8 +20,10 @@ from peftfast_kernels.configs import (
     chip_of,
     depth,
     dot_precision,
+    held_ranks,
     owned,
     rank_tile,
+    rank_warps,
     tile,
 )
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
@@ -161,7 +163,7 @@ def _down_plan(
         BR=br,
         BK=depth(config.BK, bm, held, single),
         PRECISION=precision,
-        num_warps=config.warps,
+        num_warps=rank_warps(config.warps, br * len(ranks), precision, 64),
         num_stages=config.stages,
     )
 
@@ -202,10 +204,10 @@ def _dt_plan(
         rank_tiles=rank_tiles,
         BM=bm,
         BR=br,
-        BK=depth(config.BK, bm, br, single),
+        BK=depth(config.BK, bm, held_ranks(br, precision), single),
         UNIT=gcd(16, *ranks),
         PRECISION=precision,
-        num_warps=config.warps,
+        num_warps=rank_warps(config.warps, br, precision),
         num_stages=config.stages,
     )
 
@@ -305,6 +307,8 @@ def variants(chip: str):
         (2, 64, True, largest, "bf16"),
         (3, 128, False, largest, "bf16"),
         (3, 16, True, largest, "fp32"),
+        (3, 64, True, 32, "fp32"),
+        (2, 64, True, largest, "fp32"),
     ):
         wide, precision = f == "fp32", dot_precision(chip, torch.bfloat16, DTYPES[f])
         ranks, factors, rank_tiles = (rank,) * members, (f,) * members, cdiv(rank, _shared_tile((rank,) * members))
