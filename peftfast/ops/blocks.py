@@ -218,11 +218,7 @@ def _arguments(x: Tensor, parts: Sequence[Part]) -> tuple[tuple[Plan, ...], tupl
 
 def fit_together(parts: Sequence[Part]) -> bool:
     """Whether one Function can compute these: one dtype of the products, one of the factors."""
-    (w, _, a, b, _), *others = parts
-    for other in others:
-        if other.w.dtype is not w.dtype or other.a.dtype is not a.dtype or other.b.dtype is not b.dtype:
-            return False
-    return True
+    return len({(part.w.dtype, part.a.dtype, part.b.dtype) for part in parts}) == 1
 
 
 def lora_siblings(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:

@@ -176,11 +176,7 @@ class LinearSite(UsualSite):
         t = torch.bmm(x if x.dtype is a.dtype else x.to(a.dtype), a.transpose(1, 2))
         if gate is not None:
             t = gated(t, gate.reshape(runs, -1, 1))
-        alpha = 1.0
-        if isinstance(scale, Tensor):
-            t = t * scale.view(-1, 1, 1)
-        else:
-            alpha = scale
+        t, alpha = (t * scale.view(-1, 1, 1), 1.0) if isinstance(scale, Tensor) else (t, scale)
         if y.dtype is t.dtype is b.dtype and not torch.is_autocast_enabled(x.device.type):
             out = torch.baddbmm(y, t, b.transpose(1, 2), alpha=alpha)
         else:
