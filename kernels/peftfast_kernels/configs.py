@@ -145,21 +145,25 @@ def rank_tile(rank: int, largest: int = MAX_RANK_TILE) -> int:
     return max(16, min(largest, 1 << (rank - 1).bit_length() if rank > 1 else 1))
 
 
-def expand_ranks(rank: int, largest: int, precision: str) -> int:
-    """Ranks at a time where a tile of them is expanded in registers: fp32 factors in three TF32 products need them
-    twice."""
-    return rank_tile(rank, 16 if precision == "tf32x3" else largest)
+def _takes_registers(chip: str, precision: str) -> bool:
+    """Whether fp32 operands are multiplied in three matrix products or in none, for which NVIDIA's chips need many
+    registers; never of half-precision ones."""
+    return chip.startswith("sm_") and precision != "tf32"
 
 
-def held_ranks(ranks: int, precision: str) -> int:
-    """Ranks in registers: those of fp32 factors in three TF32 products are there twice."""
-    return ranks * (2 if precision == "tf32x3" else 1)
+def expand_ranks(rank: int, largest: int, chip: str, precision: str) -> int:
+    """Ranks at a time where a tile of them is expanded in registers."""
+    return rank_tile(rank, 16 if _takes_registers(chip, precision) else largest)
 
 
-def rank_warps(warps: int, ranks: int, precision: str, few: int = 32) -> int:
-    """The warps, or twice as many where more than `few` ranks are held and multiplied in three TF32 products, which
-    takes the registers of more."""
-    return warps * (2 if ranks > few and precision == "tf32x3" else 1)
+def held_ranks(ranks: int, chip: str, precision: str) -> int:
+    """Ranks as registers count them."""
+    return ranks * (2 if _takes_registers(chip, precision) else 1)
+
+
+def rank_warps(warps: int, ranks: int, chip: str, precision: str, few: int = 32) -> int:
+    """The warps, or twice as many where more than `few` ranks are held that take the registers of more."""
+    return warps * (2 if ranks > few and _takes_registers(chip, precision) else 1)
 
 
 PROGRAMS = 128  # about as many as a large GPU has processors
@@ -215,10 +219,12 @@ def dot_precision(chip: str, *dtypes: torch.dtype) -> str:
     Plain TF32 is used for fp32 models only where the user allowed it for torch's own products.
 
     Args:
-        dtypes: of the activations and of their factors.
+        dtypes: of the activations and of their factors; without fp32 among them it makes no difference.
     """
-    if chip == _INTERPRETER or chip.startswith("gfx") or torch.float32 not in dtypes:
+    if chip == _INTERPRETER or chip.startswith("gfx"):
         return "ieee"
+    if torch.float32 not in dtypes:
+        return "tf32"
     if torch.bfloat16 in dtypes or torch.float16 in dtypes:
         return "tf32x3"  # wide: x is exact in TF32, only the fp32 factor needs the extra products
     # `allow_tf32` raises once the setting was made by its newer name

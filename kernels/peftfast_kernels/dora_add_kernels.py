@@ -62,7 +62,7 @@ def _plan(
         SHIFT=shifts,
         BM=config.BM,
         BO=config.BN,
-        BR=expand_ranks(r, config.BK, precision),
+        BR=expand_ranks(r, config.BK, chip, precision),
         PRECISION=precision,
         num_warps=config.warps,
         num_stages=config.stages,

@@ -126,10 +126,10 @@ def _plan(
         DROP=threshold(prob) > 0,
         BM=bm,
         BR=br,
-        BK=depth(config.BK, bm, held_ranks(br, precision), single),
+        BK=depth(config.BK, bm, held_ranks(br, chip, precision), single),
         UNIT=unit(r, stride_ak),
         PRECISION=precision,
-        num_warps=rank_warps(config.warps, br, precision),
+        num_warps=rank_warps(config.warps, br, chip, precision),
         num_stages=config.stages,
     )
 
@@ -179,6 +179,7 @@ def variants(chip: str):
         ("bf16", "fp32", 128, True, largest),
         ("fp32", "fp32", 16, False, 16),
         ("fp32", "fp32", 16, False, largest),
+        ("fp32", "fp32", 64, True, largest),
     )
     # `lora_dt` drops nothing; on some chips the largest strip is not so large, and points coincide
     calls = [(*point, False) for point in points] + [(x, a, rank, False, bm, True) for x, a, rank, _, bm in points]

@@ -254,7 +254,7 @@ def _gemm_plan(
         BM=config.BM,
         BO=config.BN,
         BC=config.BK,
-        BR=expand_ranks(r, 32, precision),
+        BR=expand_ranks(r, 32, chip, precision),
         GROUP=8,
         PRECISION=precision,
         num_warps=config.warps,
@@ -307,7 +307,7 @@ def _expand_plan(
         DROP=threshold(prob) > 0,
         BM=config.BM,
         BO=config.BN,
-        BR=expand_ranks(r, config.BK, precision),
+        BR=expand_ranks(r, config.BK, chip, precision),
         PRECISION=precision,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -401,23 +401,25 @@ def variants(chip: str):
             weights=launch.arguments["BO"] * launch.arguments["BC"] if format == "nf4" else 0,
             quick=not transposed and not few and dtype == "bf16",
         )
-    for add, drop, factors, rank in (
-        (True, False, "bf16", 64),
-        (False, True, "bf16", 16),
-        (True, False, "fp32", 16),
-        (True, True, "fp32", 16),
-        (False, True, "fp32", 16),
-        (True, False, "fp32", 64),
-        (True, True, "fp32", 64),
+    for add, drop, dtype, factors, rank in (
+        (True, False, "bf16", "bf16", 64),
+        (False, True, "bf16", "bf16", 16),
+        (True, False, "bf16", "fp32", 16),
+        (True, True, "bf16", "fp32", 16),
+        (False, True, "bf16", "fp32", 16),
+        (True, False, "bf16", "fp32", 64),
+        (True, True, "bf16", "fp32", 64),
+        (True, True, "fp32", "fp32", 64),
     ):
-        precision, b_strides = dot_precision(chip, torch.bfloat16, DTYPES[factors]), (WIDTH, 1) if drop else (1, rank)
+        precision = dot_precision(chip, DTYPES[dtype], DTYPES[factors])
+        b_strides = (WIDTH, 1) if drop else (1, rank)
         launch = _expand_plan(
             chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), b_strides, add, precision, 0.1 * drop, 2.0
         )  # fmt: skip
         yield Variant(
-            f"expand{' add' * add}{' drop' * drop}{' wide' * (factors == 'fp32')} R{rank}",
+            f"expand {dtype}{' add' * add}{' drop' * drop}{' wide' * (factors != dtype)} R{rank}",
             launch,
-            {"y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "seed_ptr": "i64", "out_ptr": "bf16"},
-            matrix=ANY_MATRIX,
+            {"y_ptr": dtype, "t_ptr": factors, "b_ptr": factors, "seed_ptr": "i64", "out_ptr": dtype},
+            matrix=NO_MATRIX if dtype == "fp32" else ANY_MATRIX,
             quick=drop and rank == 16,
         )

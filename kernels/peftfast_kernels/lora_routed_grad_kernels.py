@@ -78,7 +78,7 @@ def _outer_plan(
         BC=config.BN,
         BR=br,
         PRECISION=precision,
-        num_warps=rank_warps(config.warps, br, precision),
+        num_warps=rank_warps(config.warps, br, chip, precision),
         num_stages=config.stages,
     )
 

@@ -207,7 +207,7 @@ def _shrink_plan(
     if row_by_row:
         return Launch(row_shrink_kernel, (m, cdiv(rank, br)), **arguments), True
     grid = (cdiv(m, config.BM), cdiv(rank, br))
-    arguments["num_warps"] = rank_warps(config.warps, rank, precision)
+    arguments["num_warps"] = rank_warps(config.warps, rank, chip, precision, 16)
     options = {"M": m, "BM": config.BM, "PRECISION": precision, "num_stages": config.stages}
     return Launch(routed_shrink_kernel, grid, **arguments, **options), False
 
@@ -242,7 +242,7 @@ def _add_plan(
     """A 2D grid (rows or tiles of sorted rows, column tiles), and whether it is rows."""
     config = tile("routed", chip)
     row_by_row = _row_by_row(m)
-    br = rank_tile(rank, 32) if row_by_row else expand_ranks(rank, 32, precision)
+    br = rank_tile(rank, 32) if row_by_row else expand_ranks(rank, 32, chip, precision)
     bn = row_columns(config, br) if row_by_row else config.BN
     arguments = {
         "N": n,
@@ -261,7 +261,7 @@ def _add_plan(
     if row_by_row:
         return Launch(row_expand_kernel, (m, cdiv(n, bn)), **arguments), True
     grid = (cdiv(m, config.BM), cdiv(n, bn))
-    arguments["num_warps"] = rank_warps(config.warps, rank, precision)
+    arguments["num_warps"] = rank_warps(config.warps, rank, chip, precision)
     options = {"M": m, "BM": config.BM, "PRECISION": precision, "num_stages": config.stages}
     return Launch(routed_expand_kernel, grid, **arguments, **options), False
 

@@ -163,7 +163,7 @@ def _down_plan(
         BR=br,
         BK=depth(config.BK, bm, held, single),
         PRECISION=precision,
-        num_warps=rank_warps(config.warps, br * len(ranks), precision, 64),
+        num_warps=rank_warps(config.warps, br * len(ranks), chip, precision, 64),
         num_stages=config.stages,
     )
 
@@ -204,10 +204,10 @@ def _dt_plan(
         rank_tiles=rank_tiles,
         BM=bm,
         BR=br,
-        BK=depth(config.BK, bm, held_ranks(br, precision), single),
+        BK=depth(config.BK, bm, held_ranks(br, chip, precision), single),
         UNIT=gcd(16, *ranks),
         PRECISION=precision,
-        num_warps=rank_warps(config.warps, br, precision),
+        num_warps=rank_warps(config.warps, br, chip, precision),
         num_stages=config.stages,
     )
 
