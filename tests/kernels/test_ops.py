@@ -20,7 +20,9 @@ from peftfast_kernels.decode import DECODERS, Operand, dense, random_operand
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-CASES = [(name, case) for name, op in OPS.items() for case in op.cases()]
+#: in every second case vectors have strides
+CASES = [(name, case, i % 2 == 0) for name, op in OPS.items() for i, case in enumerate(op.cases())]
+IDS = [f"{name}-{case.id}" for name, case, _ in CASES]
 EXACT = {"dequantize", "keep_mask"}  # no arithmetic to lose precision in: equal bit for bit
 
 
@@ -47,6 +49,17 @@ def tensors(kwargs):
     ]
 
 
+def with_strides(value):
+    """The same arguments, between the elements of whose vectors there is NaN."""
+    if isinstance(value, dict):
+        return {key: with_strides(one) for key, one in value.items()}
+    if type(value) is list:
+        return [with_strides(one) for one in value]
+    if isinstance(value, torch.Tensor) and value.dim() == 1 and value.is_floating_point():
+        return torch.stack((value, torch.full_like(value, torch.nan)), 1)[:, 0]
+    return value
+
+
 def plain_dtype(kwargs, out):
     """What torch's own product of these arguments loses: on the CPU half precision is rounded before it is widened."""
     floats = {one.dtype for _, one in tensors(kwargs) if one.is_floating_point()}
@@ -67,9 +80,9 @@ def assert_no_worse(out, native, oracle, dtype):
     assert error.square().mean().sqrt() <= 2 * plain.square().mean().sqrt() + eps * oracle.square().mean().sqrt()
 
 
-def check(name, case, device, path):
+def check(name, case, strided, device, path):
     op = OPS[name]
-    kwargs = case.make(device)
+    kwargs = with_strides(case.make(device)) if strided else case.make(device)
     before = [one.clone() for _, one in tensors(kwargs)]
     with use_backend("triton" if path == "launch" else "torch"):
         results = outputs(getattr(op, path)(**kwargs))
@@ -87,14 +100,10 @@ def check(name, case, device, path):
         assert torch.equal(value, kept), f"{name} wrote into its argument {key}"
 
 
-@pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}-{case.id}" for name, case in CASES])
-def test_eager_matches_oracle(name, case, device):
-    check(name, case, device, "eager")
-
-
-@pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}-{case.id}" for name, case in CASES])
-def test_triton_matches_oracle(name, case, device):
-    check(name, case, device, "launch")
+@pytest.mark.parametrize("path", ["eager", "launch"])
+@pytest.mark.parametrize(("name", "case", "strided"), CASES, ids=IDS)
+def test_matches_oracle(name, case, strided, path, device):
+    check(name, case, strided, device, path)
 
 
 def in_double(value):
@@ -140,33 +149,24 @@ def test_cost_counts_work(name, device):
             assert cost.bytes > 0 or kwargs.get("rows") == 0
 
 
-BESIDE_CUBLAS = [
-    (name, case)
-    for name, case in CASES
-    if name == "lora_gemm" and "-wide" in case.id
-    or name == "lora_gemm_t" and ("-wide" in case.id or "-p0.0-" not in case.id)
-]  # fmt: skip
+def one_launch_beside_cublas(name, case):
+    """Updates that are wide, masked, or of siblings."""
+    masked = name == "lora_gemm_t" and "-p0.0-" not in case.id
+    return name.startswith("siblings_gemm") or masked or name.startswith("lora_gemm") and "-wide" in case.id
 
 
-@pytest.mark.parametrize(("name", "case"), BESIDE_CUBLAS, ids=[f"{name}-{case.id}" for name, case in BESIDE_CUBLAS])
-def test_update_beside_cublas(name, case, device, monkeypatch):
-    """Where the base product is not fused, a wide update still is one launch, and so is a masked one."""
+BESIDE_CUBLAS = [one for one in CASES if one_launch_beside_cublas(*one[:2])]
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "strided"), BESIDE_CUBLAS, ids=[f"{name}-{case.id}" for name, case, _ in BESIDE_CUBLAS]
+)
+def test_updates_beside_cublas(name, case, strided, device, monkeypatch):
+    """Where the base product is not fused, these still are one launch."""
     monkeypatch.setattr("peftfast_kernels.dispatch.fuses", lambda *args: False)
     with use_backend("triton"):
         assert OPS[name].runs_triton(**case.make(device))
-        check(name, case, device, "launch")
-
-
-SIBLINGS = [(name, case) for name, case in CASES if name in ("siblings_gemm", "siblings_gemm_t")]
-
-
-@pytest.mark.parametrize(("name", "case"), SIBLINGS, ids=[f"{name}-{case.id}" for name, case in SIBLINGS])
-def test_updates_of_siblings_beside_cublas(name, case, device, monkeypatch):
-    """Where their base products are not fused, all updates still are one launch."""
-    monkeypatch.setattr("peftfast_kernels.dispatch.fuses", lambda *args: False)
-    with use_backend("triton"):
-        assert OPS[name].runs_triton(**case.make(device))
-        check(name, case, device, "launch")
+        check(name, case, strided, device, "launch")
 
 
 @pytest.mark.parametrize(
@@ -368,23 +368,6 @@ def test_more_than_2_to_the_31_elements():
     assert t[:-3].eq(0).all() and t[-3:].eq(cols).all()
     (da,) = da_of(x, t, None, 0.0)
     assert da.eq(3 * cols).all()
-
-
-def vectors(kwargs):
-    return [key for key, one in tensors(kwargs) if one.dim() == 1 and one.is_floating_point()]
-
-
-@pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}-{case.id}" for name, case in CASES])
-def test_vectors_may_have_strides(name, case, device):
-    kwargs = case.make(device)
-    if not vectors(kwargs):
-        return
-    strided = {key: torch.stack((kwargs[key],) * 2, 1).mul_(torch.tensor([1.0, torch.nan], device=device))[:, 0]
-               for key in vectors(kwargs) if type(kwargs[key]) is not list}  # fmt: skip
-    with use_backend("triton"):
-        found, expected = (outputs(OPS[name].launch(**{**kwargs, **change})) for change in (strided, {}))
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
