@@ -5,6 +5,8 @@ the weight (the row length is no multiple of the blocksize): its result is then 
 quantising ever is. `test_decode.py` shows it. CUDA kernels and the portable form are right.
 """
 
+import inspect
+
 import torch
 from bitsandbytes import functional
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
@@ -20,7 +22,7 @@ def evaluate_exactly() -> None:
 
 
 # without the compiler it is wrapped in, which would compile once per shape
-_compute = getattr(_dequantize_4bit_compute, "_torchdynamo_orig_callable", _dequantize_4bit_compute)
+_compute = inspect.unwrap(_dequantize_4bit_compute)
 
 
 def dequantize_4bit(packed: Tensor, state: functional.QuantState) -> Tensor:

@@ -33,8 +33,9 @@ def quantised(format, n, k, block, nested, dtype, device):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_4bit_equals_bitsandbytes(format, block, nested, backend, device):
+    halves = (torch.bfloat16, torch.float16) if block == 64 else ()  # what is rounded is the same for all of them
     for n, k in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in (torch.float32, *halves):
             operand, expected = quantised(format, n, k, block, nested, dtype, device)
             with use_backend(backend):
                 assert torch.equal(dequantize(operand, dtype), expected), (n, k, dtype)
