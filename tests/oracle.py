@@ -45,12 +45,12 @@ def _seeded(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 def llama(tied: bool = False, bias: bool = False, layers: int = 2, hidden: int = 32, **changes: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
-        attention_bias=bias, mlp_bias=bias, initializer_range=0.2, pad_token_id=0, **changes,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": tied,
+        "attention_bias": bias, "mlp_bias": bias, "initializer_range": 0.2, "pad_token_id": 0,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
 
 
 @_seeded

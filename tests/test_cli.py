@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import llama
 from safetensors.torch import load_file
 
 from peftfast.cli import INTERRUPTED, USAGE_ERROR, _checks, _data, _loop, _settings, main
@@ -43,22 +44,13 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
     """A folder with a very small model whose tokenizer has a chat template."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("chat")
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama(vocab_size=len(tokenizer)).save_pretrained(folder)
     return str(folder)
 
 

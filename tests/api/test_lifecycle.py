@@ -615,17 +615,7 @@ def test_adapters_added_to_a_pickled_model_are_of_the_same_method():
 def test_training_goes_on_alike():
     """The same losses step for step, and the same factors at the end."""
     pair = Pair({**FIRST, "init_lora_weights": True})
-    losses = []
-    for model in (pair.ours, pair.theirs):
-        model.train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses.append([])
-        for _ in range(8):
-            loss = model(**oracle.inputs(model), labels=oracle.inputs(model)["input_ids"]).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.item())
+    losses = [oracle.descend(model.train(), 8) for model in (pair.ours, pair.theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][-1] < losses[0][0] - 0.1
 

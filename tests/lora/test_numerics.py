@@ -25,17 +25,6 @@ RANK = 8
 TOKENS = 96
 
 
-class Holder(nn.Module):
-    """A model that is one module."""
-
-    def __init__(self, target):
-        super().__init__()
-        self.target = target
-
-    def forward(self, x):
-        return self.target(x)
-
-
 def conv1d_of_transformers(out_features, in_features):
     from transformers.pytorch_utils import Conv1D
 
@@ -89,10 +78,10 @@ def size(request, monkeypatch):
 
 def adapted(library, make, dtype, wide, adapters=1, rank_step=1, **options):
     torch.manual_seed(0)
-    model = Holder(make()).to(dtype)
+    model = oracle.One(make()).to(dtype)
     wrapped = None
     for i in range(adapters):
-        config = library.LoraConfig(r=RANK + i * rank_step, lora_alpha=12, target_modules=["target"], **options)
+        config = library.LoraConfig(r=RANK + i * rank_step, lora_alpha=12, target_modules=["m"], **options)
         name = f"a{i}"
         if wrapped is None:
             wrapped = oracle.quietly(library.get_peft_model, model, config, name, autocast_adapter_dtype=wide)
@@ -310,7 +299,7 @@ def test_dropout_against_the_exported_mask(site, precision, adapters, monkeypatc
     for i, seed in enumerate(seeds):
         keep = keep_mask(seed, prob, rows, x.shape[-1], x.device)
         assert abs(keep.double().mean().item() - (1 - prob)) < 0.02
-        theirs.base_model.model.target.lora_dropout[f"a{i}"] = FixedDropout(keep, prob)
+        theirs.base_model.model.m.lora_dropout[f"a{i}"] = FixedDropout(keep, prob)
     other = step(theirs, x, autocast)
     oracle.assert_no_further(mine, other, in_fp64(theirs, x, other["output"].dtype))
 
@@ -367,8 +356,8 @@ def test_scale_changes():
 
     def both(change):
         for model in (ours, theirs):
-            change(model.base_model.model.target)
-        scalings = [{k: float(v) for k, v in m.base_model.model.target.scaling.items()} for m in (ours, theirs)]
+            change(model.base_model.model.m)
+        scalings = [{k: float(v) for k, v in m.base_model.model.m.scaling.items()} for m in (ours, theirs)]
         assert scalings[0] == pytest.approx(scalings[1])
         with torch.no_grad():
             torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
@@ -403,7 +392,7 @@ def test_parameters_replaced_or_written_under_the_layers_feet():
         ):
             before = outputs(model)
             for m in (model, theirs):
-                change(m.base_model.model.target)
+                change(m.base_model.model.m)
             torch.testing.assert_close(outputs(model), outputs(theirs), rtol=2e-2, atol=5e-2)
             assert change.__code__.co_names[-1] == "float32" or not torch.equal(outputs(model), before)
 
@@ -466,7 +455,7 @@ def test_a_small_change_of_a_large_weight(options, dtype, size):
     """`get_delta_weight` is not what the weight's own rounding leaves of it."""
     if size != "small":
         pytest.skip("no product is taken")
-    layer = adapted(peftfast, lambda: nn.Linear(48, 32), dtype, True, **options).base_model.model.target
+    layer = adapted(peftfast, lambda: nn.Linear(48, 32), dtype, True, **options).base_model.model.m
     with torch.no_grad():
         layer.base_layer.weight.mul_(50)
         layer.lora_B["a0"].weight.mul_(1e-4)

@@ -34,19 +34,6 @@ def quantised_linear(base: str, n: int = 48, k: int = 64, dtype: torch.dtype = t
     return quantizer(kind).module(weight, torch.randn(n, generator=g).to(dtype) if bias else None, **options)
 
 
-class Holder(nn.Module):
-    """A model of one layer, as both libraries take it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.q = layer
-        self.is_loaded_in_4bit = isinstance(layer, bnb.nn.Linear4bit)
-        self.is_loaded_in_8bit = isinstance(layer, bnb.nn.Linear8bitLt)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.q(x)
-
-
 def stored_bytes(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Every tensor that a quantised module consists of, as raw bytes."""
     weight = module.weight

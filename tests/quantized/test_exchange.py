@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import llama, quietly, same_files, same_live_state
+from oracle import descend, llama, quietly, same_files, same_live_state
 from safetensors.torch import load_file
 from torch import nn
 
@@ -50,15 +50,7 @@ def config(library, **changes):
 
 
 def train(model: nn.Module, steps: int = 8, lr: float = 1e-2) -> list[float]:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = descend(model.train(), steps, lr=lr, input_ids=IDS)
     model.eval()
     return losses
 

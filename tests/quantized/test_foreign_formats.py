@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import llama, quietly
+from oracle import One, descend, llama, quietly
 from oracle import rms_error as deviation
 from torch import Tensor, nn
 
@@ -146,19 +146,10 @@ READABLE = [name for name, kind in BASES.items() if kind.readable]
 WRITABLE = [name for name, kind in BASES.items() if kind.rounding]
 
 
-class Holder(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.q = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.q(x)
-
-
 def patched(base: str, config: object | None = None) -> nn.Module:
-    config = config or LoraConfig(r=4, lora_alpha=8, target_modules=["q"], init_lora_weights=False)
+    config = config or LoraConfig(r=4, lora_alpha=8, target_modules=["m"], init_lora_weights=False)
     torch.manual_seed(1)
-    model = peftfast.get_peft_model(Holder(made(base)), config)
+    model = peftfast.get_peft_model(One(made(base)), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "ia3" in name:
@@ -201,7 +192,7 @@ TRAINING = [name for name in BASES if name != "torchao-int8-dynamic"]  # whose p
 @pytest.mark.parametrize("base", TRAINING)
 def test_a_lora_trains(base):
     model, x = patched(base), x_of().requires_grad_()
-    layer, plain = model.base_model.model.q, made(base)
+    layer, plain = model.base_model.model.m, made(base)
     g = torch.randn(5, N)
     own = x.detach().clone().requires_grad_()
     out = plain(own)
@@ -221,9 +212,9 @@ def test_a_lora_trains(base):
 def test_files_and_rows(base, tmp_path):
     model, x = patched(base), x_of(4)
     model.save_pretrained(tmp_path)
-    again = peftfast.PeftModel.from_pretrained(Holder(made(base)), tmp_path, strict=True)
+    again = peftfast.PeftModel.from_pretrained(One(made(base)), tmp_path, strict=True)
     assert torch.equal(again(x), model(x))
-    again.add_adapter("b", LoraConfig(r=2, target_modules=["q"], init_lora_weights=False))
+    again.add_adapter("b", LoraConfig(r=2, target_modules=["m"], init_lora_weights=False))
     mixed = again(x, adapter_names=["default", "b", "__base__", "b"])
     alone = {}
     for name in ("default", "b"):
@@ -239,18 +230,18 @@ def test_files_and_rows(base, tmp_path):
 @pytest.mark.parametrize("base", ["fp8-blocks", "torchao-int8"])
 def test_another_base_is_noticed(base, tmp_path):
     patched(base).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="weights of 'q' are others"):
-        peftfast.PeftModel.from_pretrained(Holder(nn.Linear(K, N)), tmp_path)
+    with pytest.warns(UserWarning, match="weights of 'm' are others"):
+        peftfast.PeftModel.from_pretrained(One(nn.Linear(K, N)), tmp_path)
     dense = nn.Linear(K, N)
     dense.weight.data.copy_(_weight())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        peftfast.PeftModel.from_pretrained(Holder(dense), tmp_path)
+        peftfast.PeftModel.from_pretrained(One(dense), tmp_path)
 
 
 def test_a_product_without_derivative_is_told_of():
     model = patched("torchao-int8-dynamic")
-    with pytest.warns(UserWarning, match="q: this torchao weight multiplies without a derivative"):
+    with pytest.warns(UserWarning, match="m: this torchao weight multiplies without a derivative"):
         model(x_of().requires_grad_())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -261,9 +252,9 @@ def test_a_product_without_derivative_is_told_of():
 
 @pytest.mark.parametrize("base", TRAINING)
 def test_ia3_trains(base):
-    model = patched(base, IA3Config(target_modules=["q"], feedforward_modules=["q"]))
+    model = patched(base, IA3Config(target_modules=["m"], feedforward_modules=["m"]))
     x, plain = x_of(), made(base)
-    scale = model.base_model.model.q.ia3_l["default"]
+    scale = model.base_model.model.m.ia3_l["default"]
     assert rms_error(model(x), plain(x * scale).detach()) < 1e-6
     model(x).sum().backward()
     assert scale.grad is not None
@@ -271,8 +262,8 @@ def test_ia3_trains(base):
 
 @pytest.mark.parametrize("base", [b for b in READABLE if BASES[b].exact])
 def test_dora_is_the_paper_s(base):
-    model, x = patched(base, LoraConfig(r=4, target_modules=["q"], use_dora=True)), x_of()
-    layer = model.base_model.model.q
+    model, x = patched(base, LoraConfig(r=4, target_modules=["m"], use_dora=True)), x_of()
+    layer = model.base_model.model.m
     a, b = (f["default"].weight.detach().double() for f in (layer.lora_A, layer.lora_B))
     m = layer.lora_magnitude_vector["default"].weight.detach().double()
     w = base_weight(made(base)).dense(torch.float32).double() + 2 * b @ a
@@ -295,7 +286,7 @@ def test_all_linear_finds_them():
 @pytest.mark.parametrize("base", WRITABLE)
 def test_merging_rounds_once_and_goes_back(base):
     model, x = patched(base), x_of()
-    layer = model.base_model.model.q
+    layer = model.base_model.model.m
     y, before = model(x).detach(), bytes_of(layer.base_layer)
     exact = layer.site.weight.dense(torch.float32) + layer.get_delta_weight("default")
     for _ in range(3):
@@ -316,7 +307,7 @@ def test_merging_into_dense_weights(base):
     model, x = patched(base), x_of()
     y = model(x).detach()
     merged = model.merge_and_unload(dequantize=True)
-    assert type(merged.q) is nn.Linear
+    assert type(merged.m) is nn.Linear
     assert rms_error(merged(x), y) <= (2e-6 if BASES[base].exact else 0.03)
 
 
@@ -338,25 +329,25 @@ def test_what_cannot_be_written_is_refused_and_unchanged(keep):
     y = model(x)
     with pytest.raises(NotImplementedError, match="nothing can be merged into torchao's .*dequantize=True"):
         model.base_model.merge_adapter(keep=keep) if keep is not True else model.merge_adapter()
-    assert torch.equal(model(x), y) and not model.base_model.model.q.merged
+    assert torch.equal(model(x), y) and not model.base_model.model.m.merged
 
 
 # ---- formats that nobody else reads ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({"use_dora": True}, NotImplementedError, "q: the weight of a .*Gptq is known to the module alone"),
-        ({"init_lora_weights": "olora"}, NotImplementedError, "q: the weight of a .*Gptq is known to the module alone"),
+        ({"use_dora": True}, NotImplementedError, "m: the weight of a .*Gptq is known to the module alone"),
+        ({"init_lora_weights": "olora"}, NotImplementedError, "m: the weight of a .*Gptq is known to the module alone"),
         ({"init_lora_weights": "pissa"}, TypeError, "Gptq is stored as a format of its own. Quantise after"),
     ],
     ids=["dora", "olora", "pissa"],
 )
 def test_what_needs_the_weight_is_refused_before_anything_changes(config, error, message):
-    base = Holder(Gptq())
-    module = base.q
+    base = One(Gptq())
+    module = base.m
     with pytest.raises(error, match=message):
-        peftfast.get_peft_model(base, LoraConfig(target_modules=["q"], **config))
-    assert base.q is module
+        peftfast.get_peft_model(base, LoraConfig(target_modules=["m"], **config))
+    assert base.m is module
 
 
 def test_an_opaque_weight_is_not_merged_into():
@@ -369,7 +360,7 @@ def test_an_opaque_weight_is_not_merged_into():
     with pytest.raises(ValueError, match="format that only their modules read; pass `originals`"):
         model.merge_and_unload(dequantize=True)
     assert torch.equal(model(x), y)
-    assert model.unload().q(x).shape == (5, N)
+    assert model.unload().m(x).shape == (5, N)
 
 
 def test_a_module_of_one_s_own_is_no_linear_layer():
@@ -380,14 +371,14 @@ def test_a_module_of_one_s_own_is_no_linear_layer():
             self.weight = nn.Parameter(torch.zeros(N, K))
 
     with pytest.raises(ValueError, match="not supported"):
-        peftfast.get_peft_model(Holder(Own()), LoraConfig(target_modules=["q"]))
+        peftfast.get_peft_model(One(Own()), LoraConfig(target_modules=["m"]))
 
 
 def test_scales_that_do_not_fit_are_named():
     module = RowScaled((N, 1))
     module.weight_scale = nn.Parameter(torch.ones(7), requires_grad=False)
-    model = peftfast.get_peft_model(Holder(module), LoraConfig(target_modules=["q"]))
-    with pytest.raises(ValueError, match=r"q: the scales of its float8 weight \[48, 72\] have shape \[7\]"):
+    model = peftfast.get_peft_model(One(module), LoraConfig(target_modules=["m"]))
+    with pytest.raises(ValueError, match=r"m: the scales of its float8 weight \[48, 72\] have shape \[7\]"):
         model.merge_adapter()
 
 
@@ -400,7 +391,7 @@ def test_an_embedding_in_float8():
         module.weight_scale.fill_(table.abs().max() / 448)
         module.weight.copy_((table / module.weight_scale).to(torch.float8_e4m3fn))
     ids = torch.arange(50)
-    model = peftfast.get_peft_model(Holder(module), LoraConfig(target_modules=["q"], init_lora_weights=False))
+    model = peftfast.get_peft_model(One(module), LoraConfig(target_modules=["m"], init_lora_weights=False))
     y = model(ids)
     assert rms_error(y, module(ids)) > 0.1
     model.merge_adapter()
@@ -422,14 +413,7 @@ def test_a_llama_by_torchao_trains_and_merges():
     before = copy.deepcopy(model)
     model = peftfast.get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     ids = torch.randint(0, 32, (2, 12))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
+    losses = descend(model, 8, input_ids=ids)
     assert losses[-1] < 0.9 * losses[0]
     tuned = model.eval()(input_ids=ids).logits.detach()
     moved = rms_error(before.eval()(input_ids=ids).logits.detach(), tuned)
@@ -440,7 +424,7 @@ def test_a_llama_by_torchao_trains_and_merges():
 def test_a_base_is_compared_whatever_the_default_device_is(tmp_path):
     model = patched("fp8-blocks")
     model.save_pretrained(tmp_path)
-    base = Holder(made("fp8-blocks"))
+    base = One(made("fp8-blocks"))
     with torch.device("meta"):
         again = peftfast.PeftModel.from_pretrained(base, tmp_path, strict=True)
     assert torch.equal(again(x_of()), model(x_of()))

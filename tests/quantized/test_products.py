@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from oracle import One
 from torch import Tensor, nn
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -16,7 +17,6 @@ peft = pytest.importorskip("peft")
 from quantized.support import (  # noqa: E402
     BASES,
     FOUR_BIT,
-    Holder,
     Result,
     assert_no_further,
     clone,
@@ -57,11 +57,11 @@ class FixedMask(nn.Module):
 
 def adapted(library, base: nn.Module, dropout: float = 0.0, autocast_adapter_dtype: bool = True) -> nn.Module:
     config = library.LoraConfig(
-        r=RANK, lora_alpha=int(SCALE * RANK), target_modules=["q"], lora_dropout=dropout, init_lora_weights=False
+        r=RANK, lora_alpha=int(SCALE * RANK), target_modules=["m"], lora_dropout=dropout, init_lora_weights=False
     )
-    model = library.get_peft_model(Holder(clone(base)), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    model = library.get_peft_model(One(clone(base)), config, autocast_adapter_dtype=autocast_adapter_dtype)
     g = torch.Generator().manual_seed(3)
-    layer = model.base_model.model.q
+    layer = model.base_model.model.m
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(torch.randn(RANK, 64, generator=g) / 8)
         layer.lora_B["default"].weight.copy_(torch.randn(48, RANK, generator=g) / RANK**0.5)
@@ -75,7 +75,7 @@ def run(model: nn.Module, x: Tensor, dy: Tensor, autocast: torch.dtype | None, s
         warnings.simplefilter("ignore")
         y = model(x)
     y.backward(dy.to(y.dtype))
-    layer = model.base_model.model.q
+    layer = model.base_model.model.m
     return Result(y.detach(), x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad)
 
 
@@ -104,9 +104,9 @@ def once(layer: nn.Module, precision: str, dropout: float, autocast_adapter_dtyp
     ours, theirs = (adapted(lib, layer, dropout, autocast_adapter_dtype).train() for lib in (peftfast, peft))
     mask = mask_of(seed, dropout) if dropout else None
     if mask is not None:
-        theirs.base_model.model.q.lora_dropout["default"] = FixedMask(mask)
+        theirs.base_model.model.m.lora_dropout["default"] = FixedMask(mask)
     found, expected = run(ours, x, dy, autocast, seed), run(theirs, x, dy, autocast)
-    factors = [theirs.base_model.model.q.lora_A["default"].weight, theirs.base_model.model.q.lora_B["default"].weight]
+    factors = [theirs.base_model.model.m.lora_A["default"].weight, theirs.base_model.model.m.lora_B["default"].weight]
     return found, expected, exact_result(layer, x, *factors, SCALE, dy, mask)
 
 
@@ -136,7 +136,7 @@ def test_base_without_adapter_is_bitsandbytes_own():
     """Adapters off: bit for bit the module's output, whatever the input's dtype."""
     for base in BASES:
         layer = quantised_linear(base)
-        model = peftfast.get_peft_model(Holder(clone(layer)), peftfast.LoraConfig(target_modules=["q"])).train()
+        model = peftfast.get_peft_model(One(clone(layer)), peftfast.LoraConfig(target_modules=["m"])).train()
         x = torch.randn(ROWS, 64)
         with model.disable_adapter():
             assert torch.equal(model(x), layer.train()(x)), base
@@ -148,7 +148,7 @@ def test_undecided_compute_dtype_follows_the_first_input():
     for dtype in (torch.bfloat16, torch.float32):
         layer = quantised_linear("nf4", dtype=dtype)
         layer.compute_dtype, layer.compute_type_is_set = None, False
-        model = peftfast.get_peft_model(Holder(layer), peftfast.LoraConfig(target_modules=["q"])).train()
+        model = peftfast.get_peft_model(One(layer), peftfast.LoraConfig(target_modules=["m"])).train()
         x = torch.randn(ROWS, 64, dtype=dtype, requires_grad=True)
         counts = []
         for _ in range(2):
@@ -172,7 +172,7 @@ def test_compiles_as_one_graph(base):
     x = x.clone().requires_grad_(True)
     compiled(x).backward(dy)
     assert torch.equal(x.grad, expected.dx)
-    assert torch.equal(model.q.lora_B["default"].weight.grad, expected.db)
+    assert torch.equal(model.m.lora_B["default"].weight.grad, expected.db)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -207,9 +207,9 @@ def test_saved_for_backward_is_the_input_and_m_times_r(base, dropout):
     layer = quantised_linear(base, 96, 64, torch.bfloat16)
     rows = 512
     x = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True)
-    config = {"r": RANK, "target_modules": ["q"], "init_lora_weights": False, "lora_dropout": dropout}
-    ours = peftfast.get_peft_model(Holder(clone(layer)), peftfast.LoraConfig(**config)).train()
-    theirs = peft.get_peft_model(Holder(clone(layer)), peft.LoraConfig(**config)).train()
+    config = {"r": RANK, "target_modules": ["m"], "init_lora_weights": False, "lora_dropout": dropout}
+    ours = peftfast.get_peft_model(One(clone(layer)), peftfast.LoraConfig(**config)).train()
+    theirs = peft.get_peft_model(One(clone(layer)), peft.LoraConfig(**config)).train()
     ours(x), theirs(x)
     bound = rows * RANK * 4 + 8  # t in fp32, and dropout's seed
     assert 0 < kept_bytes(ours, x) <= bound < kept_bytes(theirs, x)

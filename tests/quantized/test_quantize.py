@@ -8,13 +8,13 @@ import warnings
 
 import pytest
 import torch
-from oracle import gpt2, llama, llama_classifier, t5
+from oracle import One, descend, gpt2, llama, llama_classifier, t5
 from torch import nn
 
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
 
-from quantized.support import Holder, assert_same_bytes, bnb_weight, quantised_linear, stored_bytes  # noqa: E402
+from quantized.support import assert_same_bytes, bnb_weight, quantised_linear, stored_bytes  # noqa: E402
 
 import peftfast  # noqa: E402
 from peftfast.errors import PeftWarning  # noqa: E402
@@ -242,14 +242,7 @@ def test_patch_quantises_and_trains(kind):
     plain = llama(hidden=64)
     peftfast.quantize_model(plain, kind)
     assert torch.equal(logits(model), logits(plain))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = descend(model, input_ids=IDS)
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -443,7 +436,7 @@ def test_pissa_on_quantised_is_refused_as_in_peft():
         for library in (peftfast, peft) if base == "nf4" else (peftfast,):
             with pytest.raises(TypeError, match="Please initialize PiSSA under float32, float16, or bfloat16"):
                 library.get_peft_model(
-                    Holder(quantised_linear(base)), library.LoraConfig(target_modules=["q"], init_lora_weights="pissa")
+                    One(quantised_linear(base)), library.LoraConfig(target_modules=["m"], init_lora_weights="pissa")
                 )
 
 
@@ -472,7 +465,7 @@ def test_olora_requantises(base):
     exact, x = bnb_weight(module), torch.randn(8, 64)
     y = (x @ exact.t() + module.bias).detach()
     model = peftfast.get_peft_model(
-        Holder(module), peftfast.LoraConfig(r=4, lora_alpha=4, target_modules=["q"], init_lora_weights="olora")
+        One(module), peftfast.LoraConfig(r=4, lora_alpha=4, target_modules=["m"], init_lora_weights="olora")
     )
     assert not torch.equal(bnb_weight(module), exact)
     assert distance(model(x), y) < 0.2
@@ -490,22 +483,22 @@ def test_patch_initialises_on_the_dense_weight(init):
 
 @pytest.mark.filterwarnings("ignore::peftfast.errors.PeftWarning")
 def test_embeddings_in_4_bits():
-    holder = Holder(nn.Embedding(40, 64))
-    dense = holder.q.weight.detach().clone()
-    holder.q = bnb.nn.EmbeddingNF4(40, 64)
-    holder.q.load_state_dict({"weight": dense})
-    holder.q.to("cpu")
-    model = peftfast.get_peft_model(holder, peftfast.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False))
+    holder = One(nn.Embedding(40, 64))
+    dense = holder.m.weight.detach().clone()
+    holder.m = bnb.nn.EmbeddingNF4(40, 64)
+    holder.m.load_state_dict({"weight": dense})
+    holder.m.to("cpu")
+    model = peftfast.get_peft_model(holder, peftfast.LoraConfig(r=4, target_modules=["m"], init_lora_weights=False))
     ids, before = torch.arange(12).reshape(2, 6), stored_bytes_of_embedding(holder)
     y = model(ids).detach()
-    error = model.merge_adapter()["q"]
+    error = model.merge_adapter()["m"]
     assert 0 < error < 0.15 and distance(model(ids), y) < 0.15
     model.unmerge_adapter()
     assert torch.equal(model(ids), y) and torch.equal(stored_bytes_of_embedding(holder), before)
 
 
 def stored_bytes_of_embedding(holder: nn.Module) -> torch.Tensor:
-    base = getattr(holder.q, "base_layer", holder.q)
+    base = getattr(holder.m, "base_layer", holder.m)
     return base.weight.data.reshape(-1).clone()
 
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import rms_error
+from oracle import One, rms_error
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -158,7 +158,7 @@ def test_no_change_changes_nothing():
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------------
-class Deep(support.Holder):
+class Deep(One):
     """Residual layers, through which what the adapters do adds up and what rounding does averages out."""
 
     def __init__(self, base: str, layers: int, width: int) -> None:
@@ -199,11 +199,9 @@ def test_a_merged_model_still_does_what_it_learned(base):
 
 
 def adapted(base: str) -> nn.Module:
-    model = peftfast.get_peft_model(
-        support.Holder(quantised_linear(base)), peftfast.LoraConfig(r=2, target_modules=["q"])
-    )
+    model = peftfast.get_peft_model(One(quantised_linear(base)), peftfast.LoraConfig(r=2, target_modules=["m"]))
     with torch.no_grad():
-        model.q.lora_B["default"].weight.normal_(std=0.002)
+        model.m.lora_B["default"].weight.normal_(std=0.002)
     return model
 
 
@@ -219,7 +217,7 @@ def test_what_is_said(how):
         warnings.simplefilter("always")
         model = adapted("nf4")
         with torch.no_grad():
-            model.q.lora_B["default"].weight.normal_()
+            model.m.lora_B["default"].weight.normal_()
         getattr(model, how)()
     said = [str(w.message) for w in caught if issubclass(w.category, PeftWarning)]
     assert len(said) == 1 and "stochastically" not in said[0] and "left" not in said[0]
@@ -227,28 +225,28 @@ def test_what_is_said(how):
 
 def test_stochastic_by_hand_and_back_bit_for_bit():
     model = adapted("nf4")
-    before = stored_bytes(model.q.base_layer)
+    before = stored_bytes(model.m.base_layer)
     with pytest.warns(PeftWarning):
         errors = model.merge_adapter(rounding="stochastic")
-    first = stored_bytes(model.q.base_layer)
-    assert list(errors) == ["q"]
+    first = stored_bytes(model.m.base_layer)
+    assert list(errors) == ["m"]
     model.unmerge_adapter()
-    assert_same_bytes(before, stored_bytes(model.q.base_layer))
+    assert_same_bytes(before, stored_bytes(model.m.base_layer))
     with pytest.warns(PeftWarning):
         model.merge_adapter(rounding="stochastic")
-    assert_same_bytes(first, stored_bytes(model.q.base_layer))
+    assert_same_bytes(first, stored_bytes(model.m.base_layer))
 
 
 def test_refusals():
     model = adapted("nf4")
-    before = stored_bytes(model.q.base_layer)
-    for merge in (model.merge_adapter, model.merge_and_unload, model.q.merge):
+    before = stored_bytes(model.m.base_layer)
+    for merge in (model.merge_adapter, model.merge_and_unload, model.m.merge):
         with pytest.raises(ValueError, match="'auto', 'nearest', 'stochastic', got 'up'"):
             merge(rounding="up")
-    assert_same_bytes(before, stored_bytes(model.q.base_layer))
+    assert_same_bytes(before, stored_bytes(model.m.base_layer))
     hqq = next(name for name in test_foreign_formats.WRITABLE if name.startswith("hqq"))
     pytest.importorskip("hqq")
     model = test_foreign_formats.patched(hqq)
-    with pytest.raises(ValueError, match="q: rounding='stochastic' is not known for weights stored by hqq"):
+    with pytest.raises(ValueError, match="m: rounding='stochastic' is not known for weights stored by hqq"):
         model.merge_adapter(rounding="stochastic")
-    assert not model.base_model.model.q.merged
+    assert not model.base_model.model.m.merged

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from oracle import One
 from torch import nn
 
 bnb = pytest.importorskip("bitsandbytes")
 
-from quantized.support import BASES, FOUR_BIT, Holder, assert_same_bytes, bnb_weight, quantised_linear, stored_bytes  # noqa: E402
+from quantized.support import BASES, FOUR_BIT, assert_same_bytes, bnb_weight, quantised_linear, stored_bytes  # noqa: E402
 
 import peftfast  # noqa: E402
 from peftfast.base.bnb4 import Bnb4Weight  # noqa: E402
@@ -122,11 +123,11 @@ def test_weights_quantised_in_transposed_orientation():
     weight = base_weight(module)
     expected = bnb.functional.dequantize_4bit(packed, state).t()
     assert torch.equal(weight.dense(), expected) and weight.operand(torch.zeros(1, weight.shape[1]), None) is None
-    config = peftfast.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False)
-    model = peftfast.get_peft_model(Holder(module), config)
+    config = peftfast.LoraConfig(r=4, target_modules=["m"], init_lora_weights=False)
+    model = peftfast.get_peft_model(One(module), config)
     x, before = torch.randn(3, 64), stored_bytes(module)
-    merged = weight.dense() + model.q.get_delta_weight("default")
-    error = model.merge_adapter()["q"]
+    merged = weight.dense() + model.m.get_delta_weight("default")
+    error = model.merge_adapter()["m"]
     assert (weight.dense() - merged).norm() / merged.norm() == pytest.approx(error, rel=1e-4) and error < 0.15
     assert (model(x) - (x @ weight.dense().t() + module.bias)).norm() < 1e-4
     model.unmerge_adapter()
@@ -202,54 +203,54 @@ DAMAGE = [
 
 @pytest.mark.parametrize("base, damage, message", DAMAGE, ids=[f"{b}{d.__name__}" for b, d, _ in DAMAGE])
 def test_damaged_state_is_refused_with_the_modules_name(base, damage, message):
-    model = nn.ModuleDict({"block": Holder(quantised_linear(base)), "other": Holder(quantised_linear(base))})
-    damage(model["block"].q)
+    model = nn.ModuleDict({"block": One(quantised_linear(base)), "other": One(quantised_linear(base))})
+    damage(model["block"].m)
     before = [name for name, _ in model.named_modules()]
-    with pytest.raises(ValueError, match=rf"^block\.q: .*{message}"):
-        peftfast.inject_adapter_in_model(peftfast.LoraConfig(target_modules=["q"]), model)
+    with pytest.raises(ValueError, match=rf"^block\.m: .*{message}"):
+        peftfast.inject_adapter_in_model(peftfast.LoraConfig(target_modules=["m"]), model)
     assert [name for name, _ in model.named_modules()] == before
 
 
 def test_state_lost_after_injection_is_refused_with_the_modules_name():
-    model = peftfast.get_peft_model(Holder(quantised_linear("nf4")), peftfast.LoraConfig(target_modules=["q"]))
-    _lose(model.q.base_layer)
+    model = peftfast.get_peft_model(One(quantised_linear("nf4")), peftfast.LoraConfig(target_modules=["m"]))
+    _lose(model.m.base_layer)
     for use in (lambda: model(torch.randn(2, 64)), model.merge_adapter):
-        with pytest.raises(ValueError, match=r"^q: the quant_state of the 4-bit weight is missing"):
+        with pytest.raises(ValueError, match=r"^m: the quant_state of the 4-bit weight is missing"):
             use()
 
 
 def test_unquantised_modules_are_refused():
     for module in (bnb.nn.Linear4bit(64, 48), bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False)):
-        with pytest.raises(ValueError, match=r"^q: .*has not been quantised yet.*model\.to\(device\)"):
-            peftfast.get_peft_model(Holder(module), peftfast.LoraConfig(target_modules=["q"]))
+        with pytest.raises(ValueError, match=r"^m: .*has not been quantised yet.*model\.to\(device\)"):
+            peftfast.get_peft_model(One(module), peftfast.LoraConfig(target_modules=["m"]))
         module.to("cpu")
-        peftfast.get_peft_model(Holder(module), peftfast.LoraConfig(target_modules=["q"]))(torch.randn(2, 64))
+        peftfast.get_peft_model(One(module), peftfast.LoraConfig(target_modules=["m"]))(torch.randn(2, 64))
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_offloaded_weights_are_not_changed_in_passing(base):
     """While accelerate keeps a weight elsewhere, its place is empty: a merge would be lost."""
-    model = Holder(quantised_linear(base))
-    model.q.weight = nn.Parameter(torch.empty_like(model.q.weight.data, device="meta"), requires_grad=False)
-    model = peftfast.get_peft_model(model, peftfast.LoraConfig(target_modules=["q"]))
-    with pytest.raises(ValueError, match="^q: .*offloaded"):
+    model = One(quantised_linear(base))
+    model.m.weight = nn.Parameter(torch.empty_like(model.m.weight.data, device="meta"), requires_grad=False)
+    model = peftfast.get_peft_model(model, peftfast.LoraConfig(target_modules=["m"]))
+    with pytest.raises(ValueError, match="^m: .*offloaded"):
         model.merge_adapter()
-    assert not model.q.merged
+    assert not model.m.merged
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("base", ["nf4-nested", "int8"])
 def test_copies_are_independent(base):
     model = peftfast.get_peft_model(
-        Holder(quantised_linear(base)), peftfast.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False)
+        One(quantised_linear(base)), peftfast.LoraConfig(r=4, target_modules=["m"], init_lora_weights=False)
     )
     x = torch.randn(3, 64)
     model(x)
-    expected, before = model(x), stored_bytes(model.q.base_layer)
+    expected, before = model(x), stored_bytes(model.m.base_layer)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), expected)
     twin.merge_adapter()
-    assert_same_bytes(before, stored_bytes(model.q.base_layer))
+    assert_same_bytes(before, stored_bytes(model.m.base_layer))
     assert torch.equal(model(x), expected)
     twin.unmerge_adapter()
     assert torch.equal(twin(x), expected)
@@ -268,7 +269,7 @@ def test_both_states_of_a_copied_module_are_written():
 
 def test_pickled_model_computes_the_same():
     model = peftfast.get_peft_model(
-        Holder(quantised_linear("nf4-nested")), peftfast.LoraConfig(target_modules=["q"], init_lora_weights=False)
+        One(quantised_linear("nf4-nested")), peftfast.LoraConfig(target_modules=["m"], init_lora_weights=False)
     )
     x = torch.randn(3, 64)
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))

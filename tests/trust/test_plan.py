@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import oracle
 import pytest
 import torch
 from trust.attacks import base, state
@@ -86,10 +87,7 @@ def _bits(model):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_tied_weights_count_once(changes):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+    model = oracle.llama(tied=True)
     cfg = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **changes})
     total = sum(p.numel() for p in model.parameters())
     plan = plan_adapter(model, cfg)
