@@ -56,8 +56,8 @@ def step(model: nn.Module, x: torch.Tensor, autocast: bool, small: dict | None) 
     return run
 
 
-def row(mode: str, dropout: float, width: int, tokens: int) -> tuple[str, float, float]:
-    """Microseconds of PEFT's linear, and what of them both ways take."""
+def contestants(mode: str, dropout: float, width: int, tokens: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """A call of PEFT's and one for each way, which give the same."""
     dtype, wide, autocast = MODES[mode]
     libraries = dict.fromkeys(WAYS, peftfast) | {"peft": peft}  # a model for each way: layers keep the one they took
     models = {name: model_of(library, width, dtype, wide, dropout) for name, library in libraries.items()}
@@ -71,6 +71,12 @@ def row(mode: str, dropout: float, width: int, tokens: int) -> tuple[str, float,
         torch.testing.assert_close(calls[way](), expected, rtol=0.05, atol=0.05)
     for model in models.values():
         model.train()
+    return calls
+
+
+def row(mode: str, dropout: float, width: int, tokens: int) -> tuple[str, float, float]:
+    """Microseconds of PEFT's linear, and what of them both ways take."""
+    calls = contestants(mode, dropout, width, tokens)
     times = alternating(calls, max(10, min(100, int(3e10 / (tokens * width * width + 1e8)))))
     return f"{1e3 * times['peft'] / LAYERS:.0f}", *(times[way] / times["peft"] for way in WAYS)
 
