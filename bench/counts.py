@@ -344,7 +344,7 @@ def sweep(
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Text; bytes in units of one activation row (hidden size) of the input's dtype, launches and ops as they are."""
+    """Text; bytes in millions, launches and ops as they are."""
     lines = [
         f"{'':<34}{'launches f/b':>14}{'of PEFT':>9}{'ops f/b':>13}{'of PEFT':>9}{'moved MB':>10}{'of PEFT':>9}"
         f"{'kept MB':>9}{'of PEFT':>9}"

@@ -55,7 +55,7 @@ from bench.measure import (  # noqa: E402
 )
 from bench.operands import BUILDERS, MODELS, TINY, Model, Size, arguments  # noqa: E402
 from bench.report import red_file, write_page  # noqa: E402
-from peftfast_kernels import OPS, device_masks  # noqa: E402
+from peftfast_kernels import OPS  # noqa: E402
 from peftfast_kernels.configs import chip_of  # noqa: E402
 from peftfast_kernels.row_norm import MAX_RANK  # noqa: E402
 
@@ -195,20 +195,11 @@ class Bench:
             name, size = case
             op = OPS[name]
             kwargs = arguments(name, size, self.device)
-            truth = _tuple(op.reference(**kwargs))
-            calls, gate = {}, {}
-            for path, call in tune.paths(op, kwargs, self.clock.on_gpu).items():
-                try:
-                    with device_masks():  # the reference's masks, in a dry run too
-                        outputs = _tuple(call())
-                except Exception as error:  # a kernel that this chip refuses is no reason to lose the others
-                    if path == "torch" or is_lost(self.device):
-                        raise
-                    self._reject(f"ops {name} {_shape(size)} {path}: {type(error).__name__}: {error}")
-                    continue
-                calls[path] = call
-                gate[path] = max(relative_error(o, t) for o, t in zip(outputs, truth, strict=True))
-            del truth, outputs
+
+            def say(path: str, error: Exception) -> None:
+                self._reject(f"ops {name} {_shape(size)} {path}: {type(error).__name__}: {error}")
+
+            calls, gate = tune.checked(op, kwargs, self.device, say)
             passed = {n: (e, n == "torch" or no_worse(e, gate["torch"], size.dtype)) for n, e in gate.items()}
             entrants = [Contestant(n, PEER if n == "torch" else OURS, c) for n, c in calls.items()]
             cost = op.cost(**kwargs)
@@ -384,10 +375,6 @@ def _due(suites: list[str]) -> dict[str, float]:
 def _shape(size: Size) -> str:
     dropout = f" p={size.dropout}" if size.dropout else ""
     return f"M={size.m} N={size.n} K={size.k} r={size.r} {str(size.dtype)[6:]} {size.format}{dropout}"
-
-
-def _tuple(value: Any) -> tuple:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 # ---- what is measured, the most telling first ------------------------------------------------------------------------

@@ -43,7 +43,7 @@ for _path in (ROOT, ROOT / "kernels"):
 
 from bench import stub_gpu  # noqa: E402
 from bench.contestants import TARGETS, attach, llama, wrap  # noqa: E402
-from bench.measure import versions  # noqa: E402
+from bench.measure import print_row, print_table_head, print_versions  # noqa: E402
 from bench.operands import Model, Size  # noqa: E402
 from peftfast_kernels import OPS, dense, use_backend  # noqa: E402
 
@@ -274,37 +274,37 @@ def scopes(only: list[str]) -> dict[str, tuple[Callable[[str, float], Calls], tu
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 def print_ops(seconds: float) -> None:
-    print("| op | us |\n|---|---:|")
+    print_table_head("op", "us")
     for name, us in host_time(op_calls(), seconds, rounds=1).items():
-        print(f"| {name.removeprefix('peftfast ')} | {us:.1f} |", flush=True)
+        print_row(name.removeprefix("peftfast "), us, digits=1)
+    print()
 
 
 def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...], name: str, seconds: float) -> None:
-    print(f"\n| {name} | {' | '.join(libraries)} | peftfast / PEFT | beyond frozen |")
-    print(f"|---|{'---:|' * (len(libraries) + 2)}")
+    print_table_head(name, *libraries, "peftfast / PEFT", "beyond frozen")
     for dropout in (0.0, 0.1):
         built = {library: build(library, dropout) for library in libraries}
         for what in ("forward", "forward and backward", *(() if dropout else ("inference",))):
             us = host_time({library: calls[what] for library, calls in built.items()}, seconds)
             us = {library: time / (LAYERS if name == "layer" else LINEARS) for library, time in us.items()}
             best, frozen = min(us[one] for one in libraries[2:]), us["frozen"]
-            shares = f"{best / us['peft']:.2f} | {(best - frozen) / (us['peft'] - frozen):.2f}"
-            times = " | ".join(f"{us[one]:.0f}" for one in libraries)
-            print(f"| {what}, dropout {dropout} | {times} | {shares} |", flush=True)
+            shares = best / us["peft"], (best - frozen) / (us["peft"] - frozen)
+            print_row(f"{what}, dropout {dropout}", *(f"{us[one]:.0f}" for one in libraries), *shares, digits=2)
+    print()
 
 
 def print_methods(seconds: float) -> None:
     """A decoder layer with adapters of other methods."""
     libraries = ("frozen", "peft", "peftfast")
-    print(f"\n| layer | {' | '.join(libraries)} | peftfast / PEFT |\n|---|{'---:|' * (len(libraries) + 1)}")
+    print_table_head("layer", *libraries, "peftfast / PEFT")
     for name, method in METHODS.items():
         if name.endswith("NF4") and not (on_gpu() and importlib.util.find_spec("bitsandbytes")):
             continue  # PEFT's products would be bitsandbytes' on the CPU
         built = {library: layer_calls(library, 0.0, method) for library in libraries}
         for what in ("forward", "forward and backward", "inference"):
             us = host_time({library: calls[what] for library, calls in built.items()}, seconds)
-            times = " | ".join(f"{us[library] / LAYERS:.0f}" for library in libraries)
-            print(f"| {name}, {what} | {times} | {us['peftfast'] / us['peft']:.2f} |", flush=True)
+            times = (f"{us[library] / LAYERS:.0f}" for library in libraries)
+            print_row(f"{name}, {what}", *times, us["peftfast"] / us["peft"], digits=2)
 
 
 def profile(row: str) -> None:
@@ -334,8 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(torch.cuda.get_device_name() if on_gpu() else "no GPU: Triton's driver is a stub", end="\n\n")
+    print_versions(torch.cuda.get_device_name() if on_gpu() else "no GPU: Triton's driver is a stub")
     with nullcontext() if on_gpu() else stub_gpu.active():
         if args.profile:
             profile(args.profile)

@@ -29,7 +29,7 @@ for _path in (ROOT, ROOT / "kernels"):
         sys.path.insert(0, str(_path))
 
 from bench.contestants import TARGETS, llama, wrap  # noqa: E402
-from bench.measure import versions  # noqa: E402
+from bench.measure import print_row, print_table_head, print_versions  # noqa: E402
 from bench.operands import MODELS, Size  # noqa: E402
 
 #: Layers and vocabulary of the published models.
@@ -117,11 +117,11 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("needs a GPU, or tools/fake_gpu")
     warnings.simplefilter("ignore")
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    method = "DoRA" if args.dora else "LoRA"
-    print(f"{torch.cuda.get_device_name()}; {method}, {args.tokens} tokens, r={args.r}, dropout {args.dropout}\n")
-    print("| model | checkpointing | library | MiB | of PEFT's | beyond frozen, MiB | launches |")
-    print("|---|---|---|---:|---:|---:|---:|")
+    print_versions(
+        torch.cuda.get_device_name(), "DoRA" if args.dora else "LoRA", f"{args.tokens} tokens", f"r={args.r}",
+        f"dropout {args.dropout}",
+    )  # fmt: skip
+    print_table_head("model", "checkpointing", "library", "MiB", "of PEFT's", "beyond frozen, MiB", "launches", text=3)
     for name in args.models:
         for checkpointing in (False, True):
             how, rows = "yes" if checkpointing else "no", {}
@@ -129,16 +129,13 @@ def main(argv: list[str] | None = None) -> int:
                 try:
                     rows[library] = measured(library, name, args, checkpointing)
                 except torch.OutOfMemoryError:
-                    print(f"| {name} | {how} | {library} | does not fit | | | |", flush=True)
+                    print_row(name, how, library, "does not fit", "", "", "")
                 gc.collect()
                 torch.cuda.empty_cache()
             for library, (needed, counted) in rows.items():
                 of_peft = f"{needed / rows['peft'][0]:.2f}" if "peft" in rows else ""
                 beyond = f"{needed - rows['frozen'][0]:.0f}" if "frozen" in rows else ""
-                print(
-                    f"| {name} | {how} | {library} | {needed:.0f} | {of_peft} | {beyond} | {counted or ''} |",
-                    flush=True,
-                )
+                print_row(name, how, library, f"{needed:.0f}", of_peft, beyond, counted or "")
     return 0
 
 

@@ -111,31 +111,35 @@ def _fused(size: Size) -> Question:
 def _bitsandbytes(size: Size, device: str, x: Tensor, w: Operand, **_: Any) -> Calls:
     """bitsandbytes' own product with a weight it has quantised itself; where it cannot be imported, what that does with
     more than one row: decode the whole weight, then cuBLAS."""
+    found = _stored_by_bitsandbytes(size, device)
+    if found is None:
+        paths = _paths("dequantize", {"w": w, "dtype": size.dtype}, device)
+        decode = paths.get("triton", paths["torch"])
+        return {"bitsandbytes' formula": lambda: torch.mm(x, decode().t())}
+    bnb, packed, state = found
+    return {"bitsandbytes": lambda: bnb.matmul_4bit(x, packed.t(), quant_state=state)}
+
+
+def _stored_by_bitsandbytes(size: Size, device: str) -> tuple[Any, Tensor, Any] | None:
+    """The package, a weight that it has packed, and how; None where it cannot be imported."""
     try:
         import bitsandbytes as bnb
 
         weight = Maker(size, device).normal(size.n, size.k, std=size.k**-0.5)
-        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        return bnb, *bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     except Exception as error:
         print(f"  bitsandbytes is left out: {type(error).__name__}: {error}", flush=True)
-        paths = _paths("dequantize", {"w": w, "dtype": size.dtype}, device)
-        decode = paths.get("triton", paths["torch"])
-        return {"bitsandbytes' formula": lambda: torch.mm(x, decode().t())}
-    return {"bitsandbytes": lambda: bnb.matmul_4bit(x, packed.t(), quant_state=state)}
+        return None
 
 
 def _decode(size: Size) -> Question:
     def make(device: str) -> Calls:
         kwargs = arguments("dequantize", size, device)
         calls = _paths("dequantize", kwargs, device)
-        try:
-            import bitsandbytes as bnb
-
-            weight = Maker(size, device).normal(size.n, size.k, std=size.k**-0.5)
-            packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        found = _stored_by_bitsandbytes(size, device)
+        if found is not None:
+            bnb, packed, state = found
             calls["bitsandbytes"] = lambda: bnb.functional.dequantize_4bit(packed, state)
-        except Exception as error:
-            print(f"  bitsandbytes is left out: {type(error).__name__}: {error}", flush=True)
         return calls
 
     return Question("NF4 to bf16: bandwidth", size, make, 0.0, size.n * size.k * 2.516)

@@ -14,7 +14,7 @@ import datetime
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -198,23 +198,32 @@ def host_bound(device: str, dry: bool) -> int:
     return found
 
 
-def _measure(op: Op, kwargs: dict, point: dispatch.Point, clock: Clock) -> dict:
-    calls = paths(op, kwargs, clock.on_gpu)
+def checked(op: Op, kwargs: Mapping, device: str, say: Callable[[str, Exception], None]) -> tuple[dict, dict]:
+    """Path name -> its call, and -> its error against the reference. `say` is told of a path that this chip refuses,
+    which is no reason to lose the others."""
     truth = _tuple(op.reference(**kwargs))
-    errors, working = {}, {}
-    for name, call in calls.items():
+    working, errors = {}, {}
+    for name, call in paths(op, kwargs, device.startswith("cuda")).items():
         try:
             with device_masks():  # the reference's masks, in a dry run too
                 out = _tuple(call())
-        except Exception as error:  # a tile that this chip refuses loses, and the log says why
-            if name == "torch" or is_lost(clock.device):  # nothing to compare with
+        except Exception as error:
+            if name == "torch" or is_lost(device):  # nothing to compare with
                 raise
-            print(f"  RED  table: {op.name} {point} {name}: {_first_line(error)}", flush=True)
+            say(name, error)
             continue
-        errors[name] = max(relative_error(o, t) for o, t in zip(out, truth, strict=True))
-        working[name] = call
+        working[name], errors[name] = call, max(relative_error(o, t) for o, t in zip(out, truth, strict=True))
+    return working, errors
+
+
+def _measure(op: Op, kwargs: dict, point: dispatch.Point, clock: Clock) -> dict:
+    def red(path: str, why: str) -> None:
+        print(f"  RED  table: {op.name} {point} {path}: {why}", flush=True)
+
+    working, errors = checked(op, kwargs, clock.device, lambda path, error: red(path, _first_line(error)))
+    for name in errors:
         if not is_right(name, errors):  # nobody else might look at so large a size
-            print(f"  RED  table: {op.name} {point} {name}: error {errors[name]:.2e}", flush=True)
+            red(name, f"error {errors[name]:.2e}")
     times = {name: sample.median for name, sample in clock.interleaved(working).items()}
     return {
         "op": op.name, "format": point.format, "dtype": point.dtype, "drop": point.drop, "sizes": list(point.sizes),

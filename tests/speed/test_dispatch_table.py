@@ -216,7 +216,7 @@ def test_a_path_that_is_wrong_or_refused_is_red(monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert entry["choice"] == "torch" and set(entry["times_us"]) == {"torch", "triton"}
     assert [line.startswith("  RED  table: lora_down") for line in said] == [True, True]
-    assert "triton: error" in said[0] and "split: RuntimeError: out of resources" in said[1]
+    assert "split: RuntimeError: out of resources" in said[0] and "triton: error" in said[1]
 
 
 def test_the_table_is_written_as_it_grows(tmp_path, monkeypatch):
