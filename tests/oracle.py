@@ -197,11 +197,13 @@ class Twins:
             copy_parameters(self.theirs, self.ours)
 
 
-def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+def copy_parameters(source: nn.Module, target: nn.Module, only: str = "") -> None:
+    """Those with `only` in their names."""
     values = dict(source.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, parameter in target.named_parameters(remove_duplicate=False):
-            parameter.copy_(values[name])
+            if only in name:
+                parameter.copy_(values[name])
 
 
 def same_live_state(ours: nn.Module, theirs: nn.Module, without: str = "$^") -> None:

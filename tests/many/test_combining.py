@@ -66,19 +66,23 @@ def arguments(kind: str) -> dict:
     return {"combination_type": kind, **({"density": 0.6} if pruning else {})}
 
 
+def same_products(twins: oracle.Twins, count: int) -> None:
+    ours, theirs = products(twins.ours, "mix"), products(twins.theirs, "mix")
+    assert ours.keys() == theirs.keys() and len(ours) == count
+    for key in theirs:
+        scale = theirs[key].abs().max().item()
+        torch.testing.assert_close(
+            ours[key], theirs[key], rtol=1e-4, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_pefts_on_linear_layers(kind, same_masks):
     twins = three()
     for model in (twins.ours, twins.theirs):
         same_masks()
         model.base_model.add_weighted_adapter(NAMES, WEIGHTS, "mix", **arguments(kind))
-    ours, theirs = products(twins.ours, "mix"), products(twins.theirs, "mix")
-    assert ours.keys() == theirs.keys() and len(ours) == 8
-    for key in theirs:
-        scale = theirs[key].abs().max().item()
-        torch.testing.assert_close(
-            ours[key], theirs[key], rtol=1e-4, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
-        )
+    same_products(twins, 8)
     mine, other = twins.ours.peft_config["mix"], twins.theirs.peft_config["mix"]
     assert (mine.r, mine.lora_alpha, mine.target_modules) == (other.r, other.lora_alpha, other.target_modules)
     assert not any(p.requires_grad for n, p in twins.ours.named_parameters() if ".mix." in n)
@@ -93,10 +97,7 @@ def test_one_adapter_is_scaled_and_needs_no_density(kind):
     twins = three()
     for model in (twins.ours, twins.theirs):
         model.base_model.add_weighted_adapter(["three"], [0.5], "mix", combination_type=kind)
-    ours, theirs = products(twins.ours, "mix"), products(twins.theirs, "mix")
-    assert ours.keys() == theirs.keys()
-    for key in theirs:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6)
+    same_products(twins, 6)
 
 
 @pytest.mark.parametrize("kind, ranks", [("cat", (4, 8, 4)), ("linear", (4, 4, 4)), ("linear", (8, 4, 4))])
@@ -141,13 +142,7 @@ def test_equals_pefts_on_tables_and_transposed_weights(kind, same_masks):
     for model in (twins.ours, twins.theirs):
         same_masks()
         oracle.quietly(model.base_model.add_weighted_adapter, NAMES, WEIGHTS, "mix", **arguments(kind))
-    ours, theirs = products(twins.ours, "mix"), products(twins.theirs, "mix")
-    assert ours.keys() == theirs.keys() and len(ours) == 3
-    for key in theirs:
-        scale = theirs[key].abs().max().item()
-        torch.testing.assert_close(
-            ours[key], theirs[key], rtol=1e-4, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
-        )
+    same_products(twins, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

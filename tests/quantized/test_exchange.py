@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import descend, llama, quietly, same_files, same_live_state
+from oracle import copy_parameters, descend, llama, quietly, same_files, same_live_state
 from safetensors.torch import load_file
 from torch import nn
 
@@ -65,6 +65,13 @@ def assert_identical(a: torch.Tensor, b: torch.Tensor) -> None:
     assert (a - b).abs().max() <= 64 * torch.finfo(torch.float32).eps * b.abs().max()
 
 
+def same_logits(base: str, ours: nn.Module, theirs: nn.Module) -> None:
+    # 8-bit products quantise their input, where the last bit of a layer's output may decide about a whole step
+    if base != "int8":
+        assert_identical(logits(ours), logits(theirs))
+    assert (logits(ours) - logits(theirs)).norm() <= 1e-3 * logits(theirs).norm()
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_adapters_trained_with_peft_work_here(base, folder, tmp_path):
     theirs = peft.get_peft_model(load(folder, base), config(peft))
@@ -72,10 +79,7 @@ def test_adapters_trained_with_peft_work_here(base, folder, tmp_path):
     assert losses[-1] < losses[0] - 0.1
     theirs.save_pretrained(tmp_path)
     ours = peftfast.PeftModel.from_pretrained(load(folder, base), tmp_path)
-    # 8-bit products quantise their input, where the last bit of a layer's output may decide about a whole step
-    if base != "int8":
-        assert_identical(logits(ours), logits(theirs))
-    assert (logits(ours) - logits(theirs)).norm() <= 1e-3 * logits(theirs).norm()
+    same_logits(base, ours, theirs)
     ours.save_pretrained(tmp_path / "again")
     for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "again" / "adapter_model.safetensors")[name], tensor)
@@ -88,9 +92,7 @@ def test_adapters_trained_here_work_with_peft(base, folder, tmp_path):
     assert losses[-1] < losses[0] - 0.1
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(load(folder, base), tmp_path)
-    if base != "int8":
-        assert_identical(logits(ours), logits(theirs))
-    assert (logits(ours) - logits(theirs)).norm() <= 1e-3 * logits(theirs).norm()
+    same_logits(base, ours, theirs)
     reloaded = peftfast.PeftModel.from_pretrained(load(folder, base), tmp_path)
     assert torch.equal(logits(reloaded), logits(ours))
     theirs.save_pretrained(tmp_path / "theirs")
@@ -102,11 +104,7 @@ def test_adapters_trained_here_work_with_peft(base, folder, tmp_path):
 def test_losses_follow_pefts(base, folder):
     """From equal factors, step by step; in fp32, so that only the order of additions differs."""
     models = [lib.get_peft_model(load(folder, base), config(lib)) for lib in (peftfast, peft)]
-    values = {n: p for n, p in models[1].named_parameters() if "lora_" in n}
-    with torch.no_grad():
-        for name, parameter in models[0].named_parameters():
-            if name in values:
-                parameter.copy_(values[name])
+    copy_parameters(models[1], models[0], only="lora_")
     ours, theirs = (train(m, steps=6, lr=1e-3) for m in models)
     assert ours == pytest.approx(theirs, rel=1e-4 if base == "int8" else 1e-5)
 
