@@ -1,6 +1,6 @@
 """Host time on the CPU at sizes where nothing else counts: peftfast, PEFT and the frozen base.
 
-    python -m pytest bench/test_host.py --benchmark-group-by=group --benchmark-columns=min,median,iqr
+    pip install '.[bench]' && python -m pytest bench/test_host.py --benchmark-group-by=group --benchmark-columns=min,iqr
 
 Not part of the test suite (times are no assertion on a shared machine). Times are of the process, not of the wall, so
 that neighbours disturb them less; compare the `min` column within a group. What must hold on any machine is counted:
