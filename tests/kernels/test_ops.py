@@ -20,8 +20,13 @@ from peftfast_kernels.decode import DECODERS, Operand, dense, random_operand
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-#: in every second case vectors have strides
-CASES = [(name, case, i % 2 == 0) for name, op in OPS.items() for i, case in enumerate(op.cases())]
+#: in every second case vectors have strides; products with fp4 are nf4's with another table, so that some are enough
+CASES = [
+    (name, case, i % 2 == 0)
+    for name, op in OPS.items()
+    for i, case in enumerate(op.cases())
+    if not (name.startswith("lora_gemm") and case.id.startswith("fp4") and i % 4)
+]
 IDS = [f"{name}-{case.id}" for name, case, _ in CASES]
 EXACT = {"dequantize", "keep_mask"}  # no arithmetic to lose precision in: equal bit for bit
 
