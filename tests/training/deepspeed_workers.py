@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import logging
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from training.launcher import answer
 from training.tiny import batch, checkpoint, llama, rows
 
 import peftfast
@@ -419,18 +418,12 @@ RUNS = {f.__name__: f for f in (train, init, past, files, several, refused, sche
 def main() -> None:
     import deepspeed
 
-    folder, *runs = sys.argv[1:]
     torch.set_num_threads(1)
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # would be compiled, and gloo does as well; deepspeed.comm.torch as an attribute is torch itself
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend="gloo")
-    results = {}
-    for run in runs:
-        what, _, kind = run.partition(":")
-        results[run] = RUNS[what](kind, Path(folder) / run.replace(":", "-"))
-    Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.barrier()
+    answer(RUNS)
 
 
 if __name__ == "__main__":

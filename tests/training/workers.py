@@ -7,8 +7,6 @@ and a digit that draws other factors and another batch.
 from __future__ import annotations
 
 import importlib
-import json
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from training.launcher import answer
 from training.nf4 import quantise
 from training.tiny import batch, checkpoint, fill, llama, lora
 
@@ -444,15 +443,9 @@ RUNS = {
 
 
 def main() -> None:
-    folder, *runs = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = {}
-    for run in runs:
-        what, _, kind = run.partition(":")
-        results[run] = RUNS[what](kind, Path(folder) / run.replace(":", "-"))
-    Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.barrier()
+    answer(RUNS)
     dist.destroy_process_group()
 
 
