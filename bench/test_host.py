@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import time
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -19,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.contestants import TARGETS, llama
-from bench.operands import TINY
+from bench.contestants import TARGETS, attach, llama, wrap
+from bench.operands import TINY, Size
 
 pytestmark = pytest.mark.benchmark(timer=time.process_time, min_rounds=20, max_time=1.0, disable_gc=True, warmup=True)
 LIBRARIES = ("frozen", "peft", "peftfast", "peftfast + blocks")
@@ -71,21 +70,16 @@ class Bare(nn.Module):
         return _Bare.apply(x, self.a, self.b, self.w, 2.0)
 
 
-def wrapped(library: str, base: nn.Module, dropout: float = 0.0) -> nn.Module:
+def wrapped(library: str, base: nn.Module) -> nn.Module:
     """`base` with LoRA; blocks attached where the name says so."""
     torch.set_num_threads(1)
     if library == "frozen":
         return base.requires_grad_(False)
-    module = importlib.import_module(library.partition(" ")[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        targets = ["q_proj"] if isinstance(base, One) else TARGETS
-        model = module.get_peft_model(base, module.LoraConfig(r=8, target_modules=targets, lora_dropout=dropout))
+    model = wrap(library.partition(" ")[0], base, Size(0, 0, 0, r=8), TARGETS)
     if library.endswith("blocks"):
-        module.fuse_blocks(model)
-        with torch.no_grad():
-            for _ in range(3):
-                model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+        import peftfast
+
+        attach(peftfast.fuse_blocks(model), model)
     return model
 
 
