@@ -75,14 +75,20 @@ def test_the_sketch_has_the_gradients_singular_values():
     model = Chain()
     data = rows(2)
     modules = {"narrow": model.narrow, "wide": model.wide}
-    found = _gradients(model, modules, data, {"narrow": 4, "wide": 2}, lambda m, b: m(**b), lambda o: o["loss"], 0)
+    limits = {"narrow": 4, "wide": 2}
+    sketches = [
+        _gradients(model, modules, data, limits, lambda m, b: m(**b), lambda o: o["loss"], seed) for seed in range(256)
+    ]
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     for batch in data:
         model(**batch)["loss"].backward()
     for name, module in modules.items():
         exact = torch.linalg.svdvals(module.weight.grad / 2).square()
-        torch.testing.assert_close(found[name].sum(), exact.sum(), rtol=0.6, atol=0)
-        assert (found[name][2:] <= 1e-6 * found[name][0]).all()  # of rank two, and seen as such
+        sums = torch.stack([found[name].sum() for found in sketches])
+        error = sums.std() / len(sums) ** 0.5  # of the mean
+        assert abs(sums.mean() - exact.sum()) <= 4 * error < 0.3 * exact.sum()
+        # of rank two, and seen as such
+        assert all((found[name][2:] <= 1e-6 * found[name][0]).all() for found in sketches)
 
 
 def test_the_model_may_write_to_the_outputs_of_its_layers():
