@@ -82,14 +82,14 @@ class Lora:
         a, b = factors(adapter)
         initialise(site, a, b, adapter)
         if adapter.cfg.lora_bias:
-            bias_of(adapter).zero_()
+            up_bias(adapter).zero_()
 
     def restart(self, site: Site, adapter: Adapter, init: bool | str) -> None:
         """Fill the factors as `init_lora_weights` of True or "gaussian" does."""
         a, b = factors(adapter)
         restarted(site, a, b, init, adapter.setting("r"))
         if adapter.cfg.lora_bias:
-            bias_of(adapter).zero_()
+            up_bias(adapter).zero_()
 
     def tied_slots(self, site: Site) -> Mapping[str, str]:
         """A head multiplies by the transposed table, so its factors are the table's, transposed and exchanged."""
@@ -214,7 +214,7 @@ class Lora:
             return dense._replace(weight=weight)
         if dense.bias is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-        bias = bias_of(adapter).to(dense.bias.dtype)
+        bias = up_bias(adapter).to(dense.bias.dtype)
         return Dense(weight, dense.bias + adapter.scale * bias)
 
 
@@ -283,7 +283,7 @@ def _stacked(
 def _with_bias(adapter: Adapter, part: Part) -> Part | None:
     """The part with s times the up factor's bias in the layer's own. None where their sum would be rounded to half
     precision, which a bias is only where autocast rounds each of them."""
-    own, plan = bias_of(adapter), part.plan
+    own, plan = up_bias(adapter), part.plan
     if plan.dtype.itemsize < 4 and own.dtype.itemsize <= plan.branch.itemsize:
         return None
     bias = own * adapter.scale if part.bias is None else torch.add(part.bias, own, alpha=adapter.scale)
@@ -292,9 +292,9 @@ def _with_bias(adapter: Adapter, part: Part) -> Part | None:
 
 def _few_with_bias(adapter: Adapter, x: Tensor, part: Part) -> Tensor:
     whole = _with_bias(adapter, part)
-    return composed_lora(x, part, up_bias=bias_of(adapter)) if whole is None else composed_lora(x, whole)
+    return composed_lora(x, part, up_bias=up_bias(adapter)) if whole is None else composed_lora(x, whole)
 
 
-def bias_of(adapter: Adapter) -> Tensor:
+def up_bias(adapter: Adapter) -> Tensor:
     """The bias of the up factor, where the config asks for one (`lora_bias`)."""
     return adapter[f"{adapter.pair[1]}.bias"]

@@ -18,7 +18,7 @@ from peftfast.adapter import Adapter
 from peftfast.method import register_method
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import drawn_through
-from peftfast.methods.lora.lora import bias_of, check_linear, factors, widened
+from peftfast.methods.lora.lora import check_linear, factors, up_bias, widened
 from peftfast.methods.lora.trained_otherwise import TrainedOtherwise
 from peftfast.ops.velora import direction, mean_direction, velora_linear_add
 from peftfast.sites import Site, Slot
@@ -80,7 +80,7 @@ class Velora(TrainedOtherwise):
                     adapter.setting(_SCALE),
                 )  # fmt: skip
                 if adapter.cfg.lora_bias:
-                    y = site.add_to_output(y, bias_of(adapter) * adapter.scale)
+                    y = site.add_to_output(y, up_bias(adapter) * adapter.scale)
         return y.to(dtype)
 
 
