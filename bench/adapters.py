@@ -1,4 +1,5 @@
-"""Time of wrapping a model, and of holding many adapters on it: switching, loading, mixing; PEFT beside it.
+"""Time of wrapping a model, of holding many adapters on it (switching, loading, mixing), and of merging them; PEFT
+beside it.
 
     python bench/adapters.py [--adapters 100] [--layers 32] [--hidden 32]
 
@@ -101,6 +102,28 @@ def lifecycle(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Ite
         yield "load_adapter, the latter over the former", {n: last / first for n, (first, last) in ends.items()}
 
 
+def merging(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Iterator[Row]:
+    """Merging, unmerging, and merging for good, of weights as large as a model's, the libraries taking turns."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in ({}, {"use_dora": True}):
+            times: dict[str, dict[str, list[float]]] = {}
+            for _ in range(max(1, args.runs // 4) + 1):  # the first is not counted
+                for name, lib in libraries.items():
+                    base = llama(args.merge_layers, args.merge_hidden).to(dtype)
+                    model = lib.get_peft_model(base, lib.LoraConfig(**CONFIG, **kind))
+                    for what in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
+                        start = time.process_time_ns()
+                        getattr(model, what)()
+                        took = (time.process_time_ns() - start) / 1e6
+                        times.setdefault(what, {}).setdefault(name, []).append(took)
+            described = f"{'DoRA' if kind else 'LoRA'}, {str(dtype).removeprefix('torch.')}"
+            found = {what: {n: statistics.median(t[1:]) for n, t in own.items()} for what, own in times.items()}
+            for what, figures in found.items():
+                yield f"{what}, {described}, ms", figures
+            both = [found["merge_adapter"], found["unmerge_adapter"]]
+            yield f"both ways, {described}, ms", {n: sum(one[n] for one in both) for n in libraries}
+
+
 def check_mixed(model: Any, names: list[str]) -> None:
     """A mixed batch is what its samples are by themselves; AssertionError if it is not."""
     ids = torch.randint(0, 256, (len(names), 4))
@@ -150,6 +173,9 @@ def mixing(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Iterat
             yield f"tensor of numbers: {what}", {"peftfast": ratios["numbers"]}
 
 
+PARTS = {part.__name__: part for part in (wrapping, lifecycle, mixing, merging)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=100)
@@ -157,8 +183,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--mix-hidden", type=int, default=512)
     parser.add_argument("--mix-tokens", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--merge-layers", type=int, default=4)
+    parser.add_argument("--merge-hidden", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--only", choices=("wrapping", "lifecycle", "mixing"), help="measure this part alone")
+    parser.add_argument("--only", choices=tuple(PARTS), help="measure this part alone")
     parser.add_argument("--alone", action="store_true", help="without PEFT, whose loads take minutes at full size")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -166,8 +194,8 @@ def main() -> None:
     libraries = {name: importlib.import_module(name) for name in ("peftfast", "peft")[: 1 if args.alone else 2]}
     print_versions("one thread", "CPU time", *(f"{k}={v}" for k, v in vars(args).items()))
     print_table_head("what", "peftfast", "PEFT", "PEFT / peftfast")
-    for part in (wrapping, lifecycle, mixing):
-        if args.only in (None, part.__name__):
+    for name, part in PARTS.items():
+        if args.only in (None, name):
             for what, figures in part(libraries, args):
                 ours, theirs = figures["peftfast"], figures.get("peft")
                 print_row(what, ours, *(("", "") if theirs is None else (theirs, theirs / ours)))

@@ -14,7 +14,7 @@ SMALL = {
     "train_step": "--hidden 64 --layers 1 --tokens 16 --dtype fp32 autocast --rounds 1",
     "decode_step": "--hidden 64 --layers 1 --batch 1 --context 4 --tokens 2 --rounds 1",
     "methods": "--hidden 64 --layers 1 --tokens 16 --rounds 1",
-    "adapters": "--adapters 3 --layers 1 --runs 1 --mix-hidden 32 --mix-tokens 1",
+    "adapters": "--adapters 3 --layers 1 --runs 1 --mix-hidden 32 --mix-tokens 1 --merge-layers 1 --merge-hidden 32",
     "small_products": "--widths 32 --tokens 4 --dropout 0",
     "experts": "--experts 4 --hidden 64 --inner 32 --layers 1 --tokens 16 --rounds 1 --implementation grouped_mm",
     "experts --rows": "--experts 4 --hidden 64 --inner 32 --layers 1 --rows 4 --row-tokens 2 --adapters 2 --rounds 1",
