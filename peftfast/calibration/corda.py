@@ -14,14 +14,16 @@ from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
 from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.errors import enumerate_some
+from peftfast.method import method_for
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.corda import CordaEigens, oriented_eigens
-from peftfast.wrapping.targets import linear_targets, pattern_value
+from peftfast.wrapping.targets import linear_targets, pattern_value, resolve_targets
 
 _PARTS = ("S_WC", "U_WC", "V_WC")
 
 
 def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:
+    resolve_targets(cfg, model, method_for(cfg).default_targets)
     found = linear_targets(model, cfg)
     if not found:
         raise ValueError(f"target_modules={cfg.target_modules!r} match no linear layer of {type(model).__name__}")
@@ -38,6 +40,7 @@ def preprocess_corda(
     """Leave `eigens` on every target of `lora_config`, for `get_peft_model` with init_lora_weights="corda".
 
     Args:
+        lora_config: its `target_modules` are resolved in place if they are None or "all-linear".
         run_model: runs calibration data through the model; None only if the covariance or the cache file exists.
             A sample is one sequence; about 128 times the hidden size of tokens in all is enough.
         hooked_model: the model that `run_model` runs; None: `model`.

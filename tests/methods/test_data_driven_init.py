@@ -255,6 +255,17 @@ def test_corda_is_pefts(method, model, tmp_path):
         assert (delta - peer).norm() <= 0.05 * peer.norm(), name
 
 
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_corda_resolves_its_targets(targets):
+    base, settings = oracle.llama(), peftfast.CordaConfig()
+    cfg = peftfast.LoraConfig(r=4, target_modules=targets, init_lora_weights="corda", corda_config=settings)
+    untouched = oracle.logits(base)
+    peftfast.preprocess_corda(base, cfg, lambda: base(batches(1, 1)[0]["input_ids"]))
+    assert len({name.rpartition(".")[2] for name in cfg.target_modules}) == (2 if targets is None else 7)
+    adapted = peftfast.get_peft_model(base, cfg)
+    torch.testing.assert_close(oracle.logits(adapted), untouched, rtol=1e-3, atol=1e-3)
+
+
 def test_corda_caches_and_errors(tmp_path):
     settings = peftfast.CordaConfig(cache_file=tmp_path / "a" / "cache.pt", covariance_file=str(tmp_path / "cov.pt"))
     cfg = peftfast.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="corda", corda_config=settings)
