@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import threading
@@ -107,7 +108,10 @@ def living_tensors() -> tuple[int, int]:
     """Count and storage bytes of all tensors of the process, once garbage is gone."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    storages = {}
+    for tensor in (t for t in tensors if t.device.type == "cpu"):
+        with contextlib.suppress(RuntimeError):  # those of a compiler, once it is done with them
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return len(tensors), sum(storages.values())
 
 
