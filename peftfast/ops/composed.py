@@ -110,7 +110,8 @@ def _update(
     if torch.is_autocast_enabled(dropped.device.type):
         return F.linear(gated(F.linear(dropped, a), gate), b, up_bias), plan.scale
     t, alpha = F.linear(dropped.to(plan.branch), a.to(plan.branch)), plan.scale
-    if up_bias is None or plan.branch.itemsize >= 4:  # scaled in half precision, its gradient were rounded twice
+    # a bias that is scaled in half precision has its gradient rounded twice
+    if up_bias is None or plan.branch.itemsize >= 4:
         t, alpha = _scaled(t, alpha)
     if up_bias is not None and alpha != plan.scale:
         up_bias = up_bias * plan.scale
