@@ -19,7 +19,7 @@ from peftfast.keys import ends_of
 from peftfast.layers.layer import site_of
 from peftfast.model import PeftModel
 from peftfast.sharding import whole_shape
-from peftfast.sites import Site, make_site, parts_of
+from peftfast.sites import Site, bias_of, make_site, parts_of
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
 from peftfast.tasks import model_class
@@ -297,7 +297,7 @@ def _others(injection: Injection) -> list[PlannedPart]:
         parts.append(_part(key, "rows", [(len(rows), site.weight.shape[1])], injection.dtype(site)))
     kind = getattr(injection.cfg, "bias", "none")
     adapted = {site.module for _, _, site in _sites(injection)} if kind != "none" else ()
-    targets = {id(module.bias) for module in adapted if getattr(module, "bias", None) is not None}
+    targets = {id(bias) for module in adapted if (bias := bias_of(module)) is not None}
     kept = tuple(f"{key}." for key in injection.saved)
     for name, parameter in inventory.model.named_parameters() if kind != "none" else ():
         if is_bias(name) and not name.startswith(kept) if kind == "all" else id(parameter) in targets:

@@ -24,7 +24,7 @@ from peftfast.ops.routed import RowRoute, routed_linear_add, row_route, runs_seg
 from peftfast.ops.scale import scale_features
 from peftfast.sites.bound import BoundLora, BoundRuns, Weighted
 from peftfast.sites.holders import linear_holder
-from peftfast.sites.site import Slot, UsualSite, is_plain, is_untouched, probe_of, register_site
+from peftfast.sites.site import Slot, UsualSite, bias_of, is_plain, is_untouched, probe_of, register_site
 from peftfast_kernels.decode import Operand
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class LinearSite(UsualSite):
     def magnify(
         self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
     ) -> Tensor:
-        bias = getattr(self.module, "bias", None)
+        bias = bias_of(self.module)
         if dropout > 0.0 or composes(x) or not is_plain(x, a, b, bias):
             return super().magnify(x, y, a, b, g, scale, dropout)
         y = self.base(x) if y is None else y

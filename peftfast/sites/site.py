@@ -354,7 +354,7 @@ def composed_magnify(
     """`Site.magnify` in differentiable torch, for any kind of module."""
     y = site.base(x) if y is None else y
     wide = torch.promote_types(y.dtype, g.dtype)
-    bias = getattr(site.module, "bias", None)
+    bias = bias_of(site.module)
     inputs = site.drop(x, dropout) if dropout > 0.0 else x
     base = (y if inputs is x else site.base(inputs)).to(wide)
     if bias is not None:

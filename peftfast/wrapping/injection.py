@@ -17,7 +17,7 @@ from peftfast.keys import ends_of, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, make_layer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.method import AdapterMethod, chooses_targets, method_for, retarget
-from peftfast.sites import Site
+from peftfast.sites import Site, bias_of
 from peftfast.wrapping.attention import plan_attention
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.own_layers import add_to_own_layer, own_layer_classes, settings_of
@@ -415,7 +415,7 @@ def _check_sites(
         except (TypeError, ValueError) as e:
             kind = TypeError if isinstance(e, TypeError) else ValueError
             raise kind(f"{key}: {e}") from e
-        if getattr(cfg, "lora_bias", False) and getattr(site.module, "bias", None) is None:
+        if getattr(cfg, "lora_bias", False) and bias_of(site.module) is None:
             warn(
                 f"`lora_bias=True` was passed but the targeted layer of type {type(site.module).__name__} has no bias. "
                 "This means that merging LoRA weights won't be possible.",
