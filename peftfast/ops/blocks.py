@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.casts import compute_copies
-from peftfast.ops.function import apply, as_rows, first_order, fresh, shaped_as
+from peftfast.ops.function import apply, as_dtype, as_rows, first_order, fresh, shaped_as
 from peftfast.ops.lora import draw_seeds
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels.decode import Operand
@@ -154,7 +154,7 @@ class _Siblings(torch.autograd.Function):
         needs = ctx.needs_input_grad
         dx = None
         if needs[0]:
-            dx = _input_gradient(dys_rows, ps, f).to(x.dtype).view(x.shape)
+            dx = torch.reshape(as_dtype(_input_gradient(dys_rows, ps, f), x.dtype), x.shape)
         need_a, need_b = any(needs[3 : 3 + n]), any(needs[3 + n : 3 + 2 * n])
         dtypes = (flat[0].dtype, flat[n].dtype)
         found = _factor_gradients(dys_rows, [ts[i] for i in used], x, ps, f, need_a, need_b, dtypes)
@@ -194,7 +194,7 @@ class _GatedMlp(torch.autograd.Function):
         ps = siblings_dt([d_gate, d_up], pair.b, pair.scales)
         dx = None
         if needs[0]:
-            dx = _input_gradient([d_gate, d_up], ps, pair).to(x.dtype).view(x.shape)
+            dx = torch.reshape(as_dtype(_input_gradient([d_gate, d_up], ps, pair), x.dtype), x.shape)
         need_a, need_b = needs[4] or needs[5], needs[7] or needs[8]
         das, dbs = _factor_gradients([d_gate, d_up], [t_gate, t_up], x, ps, pair, need_a, need_b, dtypes)
         for i, d in ((0, d_gate), (1, d_up)):

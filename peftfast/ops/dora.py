@@ -85,7 +85,7 @@ class _DoraAdd(torch.autograd.Function):
         if need_x:
             dx = shaped_as(lora_dx(p, a_copy, None, 0.0, x.dtype), x)
         db = (raw * g[:, None]).to(b.dtype)
-        return y_grad.view(y.shape), dx, da[0] if da else None, db, dg, dbias, None
+        return torch.reshape(y_grad, y.shape), dx, da[0] if da else None, db, dg, dbias, None
 
 
 def _scaled_rows(b: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:

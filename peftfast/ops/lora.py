@@ -79,9 +79,8 @@ def _update(x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, plan: Plan, ga
 def _linear_again(ctx: Any, dy: Tensor) -> tuple:
     x, _, a, b, seed, gate, *stored = ctx.saved_tensors
     plan, needs = ctx.plan, ctx.needs_input_grad
-    n, k = plan.shape
     x = x.view_as(x)  # a gate may be made of x itself, which is not this product's business
-    rows, dy_rows = x.reshape(-1, k).to(plan.dtype), dy.reshape(-1, n)
+    rows, dy_rows = as_dtype(as_rows(x), plan.dtype), as_rows(dy)
     y = rows @ weight_kn(plan.weight(stored), plan.dtype) + _update(rows, a, b, seed, plan, gate)
     dx, da, db, dg = gradients_of(y.to(dy.dtype), (x, a, b, gate), (*needs[:3], needs[5]), dy_rows)
     return (dx, da, db, dy_rows.sum(0) if needs[3] else None, None, dg, None, *(None,) * len(stored))
@@ -90,11 +89,10 @@ def _linear_again(ctx: Any, dy: Tensor) -> tuple:
 def _add_again(ctx: Any, dy: Tensor) -> tuple:
     x, _, a, b, seed, gate = ctx.saved_tensors
     plan, needs = ctx.plan, ctx.needs_input_grad
-    n, k = plan.shape
     x = x.view_as(x)
-    update = _update(x.reshape(-1, k).to(plan.dtype), a, b, seed, plan, gate)
+    update = _update(as_dtype(as_rows(x), plan.dtype), a, b, seed, plan, gate)
     wanted = (*needs[1:4], needs[5])
-    dx, da, db, dg = gradients_of(update.to(dy.dtype), (x, a, b, gate), wanted, dy.reshape(-1, n))
+    dx, da, db, dg = gradients_of(update.to(dy.dtype), (x, a, b, gate), wanted, as_rows(dy))
     return dy, dx, da, db, None, dg, None
 
 

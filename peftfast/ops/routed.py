@@ -82,4 +82,4 @@ def routed_linear_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scales: Tensor
         [..., N] in y's dtype; rows without an adapter are y's, bit for bit.
     """
     out = _RoutedAdd.apply(as_rows(y), as_rows(x), a, b, scales.float(), rows.unknown, *rows.route)
-    return out.view(y.shape)
+    return torch.reshape(out, y.shape)

@@ -17,16 +17,16 @@ class _ScaleFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(y, s)
-        return fresh(feature_scale(as_rows(y), s).view(y.shape))
+        return fresh(torch.reshape(feature_scale(as_rows(y), s), y.shape))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple:
         y, s = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
-            return feature_scale(as_rows(dy), s).view(dy.shape), None
+            return torch.reshape(feature_scale(as_rows(dy), s), dy.shape), None
         dx, ds = feature_scale_grad(as_rows(dy), as_rows(y), s, s.dtype)
-        return (dx.view(dy.shape) if ctx.needs_input_grad[0] else None), ds
+        return (torch.reshape(dx, dy.shape) if ctx.needs_input_grad[0] else None), ds
 
 
 def scale_features(y: Tensor, s: Tensor) -> Tensor:

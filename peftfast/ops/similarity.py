@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfast.ops.composed import composes
-from peftfast.ops.function import apply, as_rows, second_order
+from peftfast.ops.function import apply, as_rows, second_order, shaped_as
 from peftfast_kernels.lora_down import lora_down
 from peftfast_kernels.lora_gemm import lora_dx
 
 
 def _again(ctx: Any, ds: Tensor) -> tuple:
     (p,) = ctx.saved_tensors
-    return (ds @ p).to(ctx.dtype).view(ctx.shape), None
+    return torch.reshape((ds @ p).to(ctx.dtype), ctx.shape), None
 
 
 class _Similarities(torch.autograd.Function):
@@ -31,7 +31,7 @@ class _Similarities(torch.autograd.Function):
     @second_order(_again)
     def backward(ctx: Any, ds: Tensor) -> tuple:
         (p,) = ctx.saved_tensors
-        return lora_dx(ds, p, None, 0.0, ctx.dtype).view(ctx.shape), None
+        return torch.reshape(lora_dx(ds, p, None, 0.0, ctx.dtype), ctx.shape), None
 
 
 def similarities(x: Tensor, p: Tensor) -> Tensor:
@@ -41,4 +41,4 @@ def similarities(x: Tensor, p: Tensor) -> Tensor:
         if composes(x) or torch.compiler.is_compiling():
             return F.linear(x.to(p.dtype), p)
         s = apply(_Similarities, x, p)
-    return s.view(*x.shape[:-1], p.shape[0])
+    return shaped_as(s, x)

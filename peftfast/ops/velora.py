@@ -75,7 +75,7 @@ class _VeloraAdd(torch.autograd.Function):
         p = lora_dt(dy_rows, up, plan.scale)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = lora_dx(p, down, seed, plan.dropout, ctx.dtype).view(ctx.shape)
+            dx = torch.reshape(lora_dx(p, down, seed, plan.dropout, ctx.dtype), ctx.shape)
         (db,) = lora_factor_grads(dy_rows, t, None, None, None, 0.0, plan.scale, b.dtype, a.dtype)
         sums = scaled_product(p.t(), c, 1.0, a.dtype)  # [r, G]
         da = (sums.unsqueeze(2) * e.to(sums.dtype)).flatten(1)[:, : plan.shape[1]]

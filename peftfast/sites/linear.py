@@ -181,7 +181,7 @@ class LinearSite(UsualSite):
             out = torch.baddbmm(y, t, b.transpose(1, 2), alpha=alpha)
         else:
             out = torch.add(y, torch.bmm(t, b.transpose(1, 2)), alpha=alpha).to(y.dtype)
-        return out if out.shape == shape else out.view(shape)
+        return out if out.shape == shape else torch.reshape(out, shape)
 
     def segmented(self, x: Tensor) -> bool:
         """Whether `adapt_rows` is how this input is best served."""
