@@ -28,13 +28,18 @@ def gives_accumulator(left: Tensor) -> bool:
     return left.dtype is not torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation
 
 
-def scaled_product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale * left right in ``dtype``; on CUDA half-precision operands leave the accumulator in fp32."""
+def scaled_product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
+    """scale * left right in ``dtype``; on CUDA half-precision operands leave the accumulator in fp32.
+
+    ``like`` has the result's shape and dtype, and is not read; with it, that takes fewer launches.
+    """
     if left.dtype is dtype:
         if scale == 1.0:
             return torch.mm(left, right)
-        return torch.addmm(zero_like(left), left, right, beta=0, alpha=scale)
+        return torch.addmm(zero_like(left) if like is None else like, left, right, beta=0, alpha=scale)
     if dtype is torch.float32 and gives_accumulator(left):
+        if like is not None and scale != 1.0:
+            return torch.addmm(like, left, right, beta=0, alpha=scale, out_dtype=torch.float32)
         # addmm has no such form with a broadcast 0-d input, so the scale is applied to the small result.
         out = torch.mm(left, right, out_dtype=torch.float32)
         return out if scale == 1.0 else out.mul_(scale)

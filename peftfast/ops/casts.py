@@ -75,7 +75,7 @@ class CastStore:
                 return parameters
         parameters, entries = find()
         found = entries and all(value is not None for _, _, value in entries)  # what is kept elsewhere is not seen
-        self._found = ([*names], Watch(entries, ()), parameters) if found else None
+        self._found = ([*names], Watch(entries), parameters) if found else None
         return parameters
 
     def _made_for(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
@@ -139,13 +139,13 @@ def compute_copies(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return down, up, (down, up) if down_lives and up_lives else None
 
 
-def compute_pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Lasting]:
-    """`compute_copies` with the second transposed as well, in fewer steps; outside compilers."""
+def compute_pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Lasting]:
+    """`compute_copies`, the first two transposed, in fewer steps; outside compilers."""
     window = None if a.dtype is dtype else getattr(_current, "window", None)
     if window is not None and window.dtype is dtype:
         copies = window.copies()
         down, up = copies.get(id(a)), copies.get(id(b))
         if down is not None and up is not None:
-            return down[1], up[1], up[1].transposed, (down[1], up[1])
+            return down[1].transposed, up[1].transposed, (down[1], up[1])
     down, up, lasting = compute_copies(a, b, dtype)
-    return down, up, up.t(), lasting
+    return down.mT, up.mT, lasting

@@ -2,8 +2,7 @@
 them torch's own, in one autograd Function with as little Python as there can be.
 
 The kernels of `lora.py` take the host longer and the device less, which is what counts for larger inputs. Saved for the
-backward pass: the input, t = drop(x) Aᵀ [M, r], torch's dropout mask, and the parameters. Layers that share an input
-are one Function, in which its gradient is summed.
+backward pass: the input, t = drop(x) Aᵀ [M, r], torch's dropout mask, and the parameters.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
-from peftfast.ops.casts import compute_pair
+from peftfast.ops.casts import compute_copies, compute_pair
 from peftfast.ops.function import as_dtype, as_rows, fresh, gradients_of, left_alone
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.dispatch import host_bound_products
-from peftfast_kernels.lora_down import gives_accumulator
+from peftfast_kernels.lora_down import scaled_product
 
 #: Elements up to which reading and writing them a few times takes a GPU less time than a kernel of ours the host. Also
 #: how many an input may have whose dropout mask is kept: larger masks are worth more than the host's time.
@@ -73,90 +72,73 @@ def host_bound_lora(x: Tensor, part: Part) -> Tensor:
     # with the same mask whether or not there will be gradients: reentrant checkpointing runs a layer in both ways
     if torch.is_grad_enabled():
         return _apply(x, a, b, bias, w.tensors[0], plan)
-    if x.dim() == 2:
-        return _multiply(x, a, b, bias, w.tensors[0], plan)[0]
-    y = _multiply(x.reshape(-1, plan.shape[1]), a, b, bias, w.tensors[0], plan)[0]
-    return y.view(*x.shape[:-1], plan.shape[0])
+    return _multiply(x, a, b, bias, w.tensors[0], plan)[0]
 
 
-def host_bound_siblings(x: Tensor, parts: Sequence[Part]) -> Sequence[Tensor]:
-    """`host_bound_lora` of parts that `blocks.fit_together`, all of the same x, which gets one gradient."""
-    if not torch.is_grad_enabled():
-        return [host_bound_lora(x, part) for part in parts]
-    members: list[Tensor | None] = []
-    for w, bias, a, b, _ in parts:
-        members += (a, b, bias, w.tensors[0])
-    return _apply_siblings(x, tuple([part.plan for part in parts]), *members)
-
-
-#: t, the mask, and the factors in the branch's dtype where those live anyway.
+#: t [..., r], the mask, and the factors in the branch's dtype where those live anyway.
 Kept = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
 
 
-def _multiply(
-    rows: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan
-) -> tuple[Tensor, Kept]:
-    """The output [M, N] of rows [M, K], and what the backward pass wants."""
+def _multiply(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan) -> tuple[Tensor, Kept]:
+    """The output [..., N], and what the backward pass wants."""
     form, _, dtype, branch, scale, dropout, _, _ = plan
-    if rows.dtype is not dtype:
-        rows = rows.to(dtype)
-    dropped, mask = rows if branch is dtype else rows.to(branch), None
-    if dropout:
-        dropped, mask = torch.native_dropout(dropped, dropout, True)
-    down, up, turned, kept = compute_pair(a, b, branch)
-    t = F.linear(dropped, down)
+    x = as_dtype(x, dtype)
+    if not x.is_contiguous():
+        x = x.contiguous()
     w = weight if form == "dense" and weight.dtype is dtype else _weight(weight, plan)
-    y = F.linear(rows, w, None if bias is None else as_dtype(bias, dtype))
+    y = F.linear(x, w, None if bias is None else as_dtype(bias, dtype))
+    wide, mask = as_rows(x) if branch is dtype else x.type(branch), None
+    if dropout:
+        wide, mask = torch.native_dropout(wide, dropout, True)
+        mask = as_rows(mask)
     if branch is dtype:
-        y.addmm_(t, turned, alpha=scale)
-    else:
-        y.add_(torch.mm(t, turned), alpha=scale)
+        down, up, kept = compute_pair(a, b, branch)
+        t = torch.mm(wide, down)
+        as_rows(y).addmm_(t, up, alpha=scale)
+    else:  # in the shape that x has: four views less
+        down, up, kept = compute_copies(a, b, branch)
+        t = F.linear(wide, down)
+        y.add_(F.linear(t, up), alpha=scale)
     return y, (t, mask, kept)
 
 
 def _differentiate(
     dy: Tensor, rows: Tensor, a: Tensor, b: Tensor, weight: Tensor, plan: Plan, kept: Kept,
-    needs: Sequence[bool], dx: Tensor | None,
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of rows, a, b and bias, as far as they are needed.
-
-    Args:
-        dx: what the gradient of rows is added to. It is in the product's dtype.
-    """
+    """The gradients of rows, a, b and bias, as far as they are needed."""
     (t, mask, copies), (need_x, need_a, need_b, need_bias) = kept, needs
     _, _, dtype, branch, scale, *_ = plan
+    t = as_rows(t)
     down, up = copies or (a.to(branch), b.to(branch))
     same = branch is dtype
-    wide = dy if same else dy.to(branch)
-    da = db = p = None
+    wide = as_dtype(dy, branch)
+    dx = da = db = p = None
     if need_x or need_a:
         # of t, nothing but its shape is used
         p = torch.addmm(t, wide, up, beta=0, alpha=scale if mask is None else scale * _kept_scale(plan))
     if need_x:
-        w = _weight(weight, plan)
-        dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+        dx = torch.mm(dy, _weight(weight, plan))
         if mask is None and same:
             dx.addmm_(p, down)
         else:
             update = torch.mm(p, down)
             dx.add_(update if mask is None else update.mul_(mask))
     if need_b:
-        db = _product(wide.t(), t, b, scale)
+        db = scaled_product(wide.mT, t, scale, b.dtype, b)
     if need_a:
-        rows = rows if rows.dtype is branch and same else rows.to(dtype).to(branch)
-        da = _product(p.t(), rows if mask is None else rows * mask, a, 1.0)
+        rows = as_dtype(as_dtype(rows, dtype), branch)
+        da = scaled_product(p.mT, rows if mask is None else rows * mask, 1.0, a.dtype, a)
     return dx, da, db, dy.sum(0) if need_bias else None
 
 
 class _HostBound(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan) -> Tensor:
-        n, k = plan.shape
-        flat = x.dim() == 2
-        y, (t, mask, ctx.copies) = _multiply(x if flat else x.reshape(-1, k), a, b, bias, weight, plan)
+        y, (t, mask, ctx.copies) = _multiply(x, a, b, bias, weight, plan)
         ctx.plan = plan
         ctx.save_for_backward(x, a, b, weight, t, mask)
-        return y if flat else fresh(y.view(*x.shape[:-1], n))
+        return fresh(y) if y._is_view() else y  # torch's own linear with a bias gives one
 
     @staticmethod
     @left_alone
@@ -165,63 +147,20 @@ class _HostBound(Function):
         plan, needs = ctx.plan, ctx.needs_input_grad
         if torch.is_grad_enabled():
             return *_again(dy, x, a, b, weight, plan, mask, needs), None, None
-        n, k = plan.shape
-        flat = x.dim() == 2
-        dy, rows = (dy, x) if flat else (dy.reshape(-1, n), x.reshape(-1, k))
-        dx, *grads = _differentiate(dy, rows, a, b, weight, plan, (t, mask, ctx.copies), needs[:4], None)
+        dy, kept = as_rows(dy), (t, mask, ctx.copies)
+        dx, *grads = _differentiate(dy, as_rows(x), a, b, weight, plan, kept, needs[:4])
         return _shaped(dx, x), *grads, None, None
 
 
-class _HostBoundSiblings(Function):
-    """The members' tensors in a row: a, b, bias, weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plans: tuple[Plan, ...], *members: Tensor | None) -> tuple[Tensor, ...]:
-        flat = x.dim() == 2
-        rows = as_dtype(x if flat else x.reshape(-1, x.shape[-1]), plans[0].dtype)
-        ys, saved, copies = [], [x], []
-        for plan, a, b, bias, weight in zip(plans, *[iter(members)] * 4, strict=True):
-            y, (t, mask, copy) = _multiply(rows, a, b, bias, weight, plan)
-            ys.append(y if flat else fresh(y.view(*x.shape[:-1], y.shape[1])))
-            saved += (a, b, weight, t, mask)
-            copies.append(copy)
-        ctx.set_materialize_grads(False)
-        ctx.plans, ctx.copies = plans, copies
-        ctx.save_for_backward(*saved)
-        return tuple(ys)
-
-    @staticmethod
-    @left_alone
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple:
-        x, *saved = ctx.saved_tensors
-        need_x, _, *needs = ctx.needs_input_grad
-        rows, dx, grads = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), None, []
-        for plan, copies, dy, a, b, weight, t, mask, need_a, need_b, need_bias, _ in zip(
-            ctx.plans, ctx.copies, dys, *[iter(saved)] * 5, *[iter(needs)] * 4, strict=True
-        ):
-            need = need_x, need_a, need_b, need_bias
-            if dy is None:  # nobody has used this output
-                own = (None, None, None)
-            elif torch.is_grad_enabled():
-                more, *own = _again(dy, x, a, b, weight, plan, mask, need)
-                dx = more if dx is None else dx + more
-            else:
-                dy = dy if dy.dim() == 2 else dy.reshape(-1, plan.shape[0])
-                dx, *own = _differentiate(dy, rows, a, b, weight, plan, (t, mask, copies), need, dx)
-            grads += (*own, None)
-        return _shaped(dx, x), None, *grads
-
-
 # as `function.apply` does it, without asking for transforms once more
-_apply, _apply_siblings = super(Function, _HostBound).apply, super(Function, _HostBoundSiblings).apply
+_apply = super(Function, _HostBound).apply
 
 
 def _shaped(dx: Tensor | None, x: Tensor) -> Tensor | None:
     """The gradient of rows as that of x."""
     if dx is None:
         return None
-    dx = dx if x.dim() == 2 else dx.view(x.shape)
-    return dx if dx.dtype is x.dtype else dx.to(x.dtype)
+    return as_dtype(dx if x.dim() == 2 else torch.reshape(dx, x.shape), x.dtype)
 
 
 def _kept_scale(plan: Plan) -> float:
@@ -232,17 +171,6 @@ def _kept_scale(plan: Plan) -> float:
 def _weight(stored: Tensor, plan: Plan) -> Tensor:
     """W [N, K]."""
     return as_dtype(stored.t() if plan.format == "dense_t" else stored, plan.dtype)
-
-
-def _product(left: Tensor, right: Tensor, like: Tensor, scale: float) -> Tensor:
-    """scale · left right in the dtype of `like`, of which nothing else but its shape is used: of half-precision numbers
-    on a GPU, fp32 straight from the accumulator."""
-    if like.dtype is left.dtype:
-        return torch.addmm(like, left, right, beta=0, alpha=scale)
-    if like.dtype is torch.float32 and gives_accumulator(left):
-        return torch.addmm(like, left, right, beta=0, alpha=scale, out_dtype=torch.float32)
-    product = torch.mm(left, right).to(like.dtype)
-    return product if scale == 1.0 else product.mul_(scale)
 
 
 def _again(

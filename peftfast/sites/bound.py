@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from peftfast.ops.composed import composed_lora
 from peftfast.ops.lora import circumstances, way_of
-from peftfast.ops.plan import Part, Way, branch_dtype, plan_of
+from peftfast.ops.plan import Part, Plan, Way, branch_dtype, plan_of
 from peftfast.sites.called import Holders
 from peftfast.sites.site import Site, is_plain, is_untouched
-from peftfast.watch import GLOBAL_HOOKS, Watch, untouched
+from peftfast.watch import Watch
 
 if TYPE_CHECKING:
     from peftfast.sites.linear import LinearSite
@@ -30,7 +30,7 @@ Cell = tuple[dict[str, Any], str]
 Weighted = Callable[[Part], Part | None]
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """What a call found, and what has to be as it was for the next one to find the same."""
 
     part: Part  # with the factors as they are kept
@@ -40,6 +40,21 @@ class _Look(NamedTuple):
     kinds: tuple
     dropout: nn.Dropout | None  # None where nothing is ever dropped
     watch: Watch | None  # None where not everything can be watched
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether looking again for x, or another input of its kind, would find the same part."""
+        part, dropout = self.part, self.dropout
+        return (
+            self.circumstances == circumstances(x)
+            and self.kinds == _kinds(part)
+            and (dropout.p if dropout is not None and dropout.training else 0.0) == part.plan.dropout
+            and self.watch.holds()
+        )
+
+    def values(self) -> tuple[Tensor, Tensor, tuple]:
+        """The factors as they are kept, and what else has to be as it is for the same input to give the same output."""
+        part = self.part
+        return part.a, part.b, (*_writes(part.a, part.b), part.plan, self.circumstances)
 
 
 def _kinds(part: Part) -> tuple:
@@ -54,7 +69,7 @@ def _writes(*tensors: Tensor) -> list[int]:
 
 
 class BoundLora:
-    """Calling it gives the layer's output, or None where `look` does.
+    """Calling it gives the layer's output, or None where this call is not a plain one.
 
     Args:
         site: whose module's class computes x Wᵀ + bias.
@@ -95,23 +110,21 @@ class BoundLora:
         self.kept, self.dropouts, self.name, self.holders = kept, dropouts, name, holders
         self.weighted, self.few, self.when = weighted, few, when
         self.alters = not (weighted is None and few is None and when is None)
-        self._last: _Look | None = None  # one attribute, so that threads never see halves of two
+        self._last: Look | None = None  # one attribute, so that threads never see halves of two
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        look = self.look(x)
-        return None if look is None else look[1](x, look[0])
+        last = self.found(x)
+        if last is None:
+            return None
+        if not self.alters:
+            return last.way(x, last.part)
+        chosen = self.chosen(x, last)
+        return None if chosen is None else chosen[1](x, chosen[0])
 
-    def look(self, x: Tensor) -> tuple[Part, Way] | None:
-        """What x is to be multiplied by, and how; None where this call is not a plain one."""
-        last = self._last  # the usual call ends here
-        if last is None or last.elements != x.numel() or not self._holds(last, x):
-            last = self._current(x)
-            if last is None:
-                return None
-        return self._altered(x, last) if self.alters else last[:2]
-
-    def _altered(self, x: Tensor, last: _Look) -> tuple[Part, Way] | None:
-        """What `weighted`, `few` and `when` make of what was found."""
+    def chosen(self, x: Tensor, last: Look) -> tuple[Part, Way] | None:
+        """What x is to be multiplied by, and how: what `weighted`, `few` and `when` make of what was found for it."""
+        if not self.alters:
+            return last[:2]
         if self.when is not None and not self.when(x):
             return None
         if self.few is not None and last.way is composed_lora:
@@ -119,10 +132,10 @@ class BoundLora:
         part = last.part if self.weighted is None else self.weighted(last.part)
         return None if part is None else (part, last.way)
 
-    def _current(self, x: Tensor) -> _Look | None:
-        """What was found last, if that still holds, or is found now."""
+    def found(self, x: Tensor) -> Look | None:
+        """What was found last, if that still holds, or is found now; None where this call is not a plain one."""
         last = self._last
-        if last is None or not self._holds(last, x):
+        if last is None or not last.holds(x):
             self._last = None  # which may have been all that kept a large weight
             last = self._look(x)
             if last is None:
@@ -133,9 +146,15 @@ class BoundLora:
             self._last = last = last._replace(way=way_of(x, last.part), elements=x.numel())
         return last
 
+    @property
+    def plan(self) -> Plan | None:
+        """That of the call before; None where nothing is kept of it."""
+        last = self._last
+        return None if last is None else last.part.plan
+
     def part(self, x: Tensor, drops: bool = True) -> Part | None:
         """What x is to be multiplied by, None where this call is not a plain one; `drops` False leaves dropout out."""
-        last = self._current(x)
+        last = self.found(x)
         if last is None:
             return None
         part = last.part if self.weighted is None else self.weighted(last.part)
@@ -143,26 +162,7 @@ class BoundLora:
             return None
         return part if drops or not part.plan.dropout else part._replace(plan=part.plan._replace(dropout=0.0))
 
-    def found(self, x: Tensor) -> tuple[Tensor, Tensor, tuple] | None:
-        """The factors as they are kept, and what has to be as it is for the same x to give the same output."""
-        last = self._current(x)
-        if last is None:
-            return None
-        part = last.part
-        return part.a, part.b, (*_writes(part.a, part.b), part.plan)
-
-    @staticmethod
-    def _holds(last: _Look, x: Tensor) -> bool:
-        """Whether `_look` would find the same part again."""
-        dropout = last.dropout
-        return (
-            last.circumstances == circumstances(x)
-            and last.kinds == _kinds(last.part)
-            and (dropout.p if dropout is not None and dropout.training else 0.0) == last.part.plan.dropout
-            and last.watch.holds()
-        )
-
-    def _look(self, x: Tensor) -> _Look | None:
+    def _look(self, x: Tensor) -> Look | None:
         (downs, down), (ups, up), holders, scales = self.down, self.up, self.holders, self.kept["scaling"]
         if holders is not None and not holders.are_plain():
             return None
@@ -179,15 +179,15 @@ class BoundLora:
         part = Part(w, bias, a, b, plan_of(w, branch_dtype(x, a, around[0]), scale, p))
         watch, lasting = None, self.site.weight.lasting(w)
         if lasting is not None and not torch.jit.is_tracing():  # in a trace, sizes are tensors of the trace
-            entries, empty = untouched(self.site.module)
-            entries += [
+            entries = [
                 *lasting, (downs, down, a), (ups, up, b), (self.site.module._parameters, "bias", bias),
                 (self.kept, "scaling", scales), (scales, self.name, scale), (self.dropouts, self.name, dropout),
             ]  # fmt: skip
+            modules = [self.site.module]
             if holders is not None:
-                entries, empty = entries + holders.entries, empty + holders.empty
-            watch = Watch(entries, (*GLOBAL_HOOKS, *empty))
-        return _Look(part, way_of(x, part), x.numel(), around, _kinds(part), drops, watch)
+                entries, modules = entries + holders.entries, modules + holders.modules
+            watch = Watch(entries, modules)
+        return Look(part, way_of(x, part), x.numel(), around, _kinds(part), drops, watch)
 
 
 class BoundRuns:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.ops.gate import gated
 from peftfast.sites.site import Site, composed_magnify
-from peftfast.watch import GLOBAL_HOOKS, HOOKS, Entry, Watch
+from peftfast.watch import Entry, Watch
 
 _PLAIN = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dropout, nn.Identity)}
 
@@ -32,7 +32,7 @@ class Holders:
         biased: those of the dicts whose module has a bias.
     """
 
-    __slots__ = ("places", "entries", "empty", "watch", "foreign", "biased")
+    __slots__ = ("places", "entries", "modules", "watch", "foreign", "biased")
 
     def __init__(
         self, kept: Sequence[Mapping[str, nn.Module]], name: str, biased: Sequence[Mapping[str, nn.Module]] = ()
@@ -40,10 +40,10 @@ class Holders:
         modules = [one[name] for one in kept]
         added = [one[name] for one in biased]
         self.places = tuple([(one, name, module) for one, module in zip(kept, modules, strict=True)])
-        self.entries: list[Entry] = [*self.places, *[(module.__dict__, "forward", None) for module in modules]]
+        self.entries: list[Entry] = [*self.places]
         self.entries += [(module._parameters, "bias", None) for module in modules if module not in added]
-        self.empty = [module.__dict__[hooks] for module in modules for hooks in HOOKS]
-        self.watch = Watch(self.entries, (*GLOBAL_HOOKS, *self.empty))
+        self.modules = modules
+        self.watch = Watch(self.entries, modules)
         self.biased = bool(added)
         # parametrised modules, and those that FSDP2 shards, have the forward of their class
         self.foreign = any(type(m).forward not in _PLAIN and not hasattr(type(m), "is_view") for m in modules)

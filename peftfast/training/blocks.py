@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.autocast import autocast_dtype
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.ops.blocks import fit_together, gated_mlp, lora_siblings
 from peftfast.ops.composed import composes
-from peftfast.ops.host_bound import host_bound_lora, host_bound_siblings, is_host_bound
+from peftfast.ops.host_bound import ELEMENTS, host_bound_lora, is_host_bound
 from peftfast.ops.lora import by_kernels, lora_part
 from peftfast.ops.plan import Part
 from peftfast.sites.bound import BoundLora
@@ -37,9 +36,6 @@ from peftfast.training.comparing import agree, without_dropout
 from peftfast_kernels.gated import ACTIVATIONS
 
 logger = logging.getLogger("peftfast")
-
-#: What `BoundLora.found` gives.
-_Found = tuple[Tensor, Tensor, tuple] | None
 
 #: What gate and up reach in the comparison. Models that limit them do so at about ten.
 FAR = 64.0
@@ -71,22 +67,19 @@ def _parts(layers: Sequence[BaseTunerLayer], xs: Sequence[Tensor], dropout: bool
     return parts if fit_together(parts) else None
 
 
-def _found(layer: BaseTunerLayer, x: Tensor) -> _Found:
+def _still(then: tuple[Tensor, Tensor, tuple], layer: BaseTunerLayer, x: Tensor) -> bool:
+    """Whether since the first sibling's call, where it had the values `then`, this one kept its adapter, and that its
+    values."""
     bound = bound_of(layer)
-    return None if bound is None else bound.found(x)
-
-
-def _still(then: _Found, now: _Found) -> bool:
-    """Whether between the calls of two siblings the second kept its adapter, and the adapter its values."""
-    return then is not None and now is not None and then[0] is now[0] and then[1] is now[1] and then[2] == now[2]
+    look = None if bound is None else bound.found(x)
+    if look is None:
+        return False
+    a, b, rest = look.values()
+    return then[0] is a and then[1] is b and then[2] == rest
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _mode(x: Tensor) -> tuple:
-    return torch.is_grad_enabled(), autocast_dtype(x)
 
 
 @contextmanager
@@ -111,7 +104,9 @@ class Siblings:
     def __init__(self, names: Sequence[str], layers: Sequence[BaseTunerLayer]) -> None:
         self.names, self.layers = list(names), list(layers)
         self.state = "new"
-        self._ready: tuple[Tensor, int, tuple, dict[int, tuple[Tensor, _Found]]] | None = None
+        #: The input, how often it was written to, whether with gradients; of every layer but the first, its output and
+        #: the values that went into it.
+        self._ready: tuple[Tensor, int, bool, dict[int, tuple[Tensor, tuple]]] | None = None
 
     def attach(self) -> None:
         for layer in self.layers:
@@ -129,38 +124,37 @@ class Siblings:
             return None
         ready = self._ready
         if ready is not None:
-            if ready[0] is x and ready[1] == x._version and ready[2] == _mode(x):
+            if ready[0] is x and ready[1] == x._version and ready[2] is torch.is_grad_enabled():
                 y, then = ready[3].pop(id(layer), (None, None))
                 if not ready[3]:
                     self._ready = None
-                if y is not None and _still(then, _found(layer, x)):
+                if y is not None and _still(then, layer, x):
                     return y
             else:
                 self._ready = None
         if layer is not self.layers[0] or x.is_inference():
             return None
-        looks = []
+        parts, values = [], []
         for member in self.layers:
             bound = bound_of(member)
-            look = None if bound is None else bound.look(x)
+            found = None if bound is None else bound.found(x)
+            look = None if found is None else bound.chosen(x, found)
             if look is None:
                 return None
             part, way = look
-            shared = way is by_kernels or way is host_bound_lora and (torch.is_grad_enabled() or part.plan.dropout)
-            if not shared:
-                return way(x, part) if member is layer else None  # nothing is shared there
-            looks.append(look)
-        parts = [part for part, _ in looks]
+            if member is layer and way is not by_kernels:
+                return way(x, part)  # nothing is shared there
+            if way is not by_kernels and way is not host_bound_lora:
+                return None
+            parts.append(part)
+            values.append(found.values())
         if not fit_together(parts):
             return None
-        if {way for _, way in looks} == {host_bound_lora}:
-            ys = host_bound_siblings(x, parts)
-        elif self.state == "new" and not self._check(x):
+        if self.state == "new" and not self._check(x):
             return None
-        else:
-            ys = lora_siblings(x, parts)
-        others = zip(self.layers[1:], ys[1:], strict=True)
-        self._ready = (x, x._version, _mode(x), {id(layer): (y, _found(layer, x)) for layer, y in others})
+        ys = lora_siblings(x, parts)
+        others = zip(map(id, self.layers[1:]), zip(ys[1:], values[1:], strict=True), strict=True)
+        self._ready = (x, x._version, torch.is_grad_enabled(), dict(others))
         return ys[0]
 
     @torch.no_grad()
@@ -248,7 +242,7 @@ class GatedMlp:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or torch.compiler.is_compiling():
             return self._plain(*args, **kwargs)
         x = args[0]
-        if composes(x):
+        if composes(x) or self._waits(x):
             return self._plain(x)
         if self._is_unsure() and not (_in_backward() or x.is_inference()):
             self._check(x)
@@ -257,10 +251,19 @@ class GatedMlp:
         parts = self._fitting(x, self.candidates[0])
         if parts is None:
             return self._plain(x)
-        if is_host_bound(x, parts[0].plan) and is_host_bound(x, parts[1].plan):
-            gate, up = host_bound_siblings(x, parts[:2])
-            return lora_part(self.act(gate) * up, parts[2])
+        if all(is_host_bound(x, part.plan) for part in parts[:2]):  # layers by themselves take less of the host's time
+            return self._plain(x)
         return gated_mlp(x, *parts, self.activation)
+
+    def _waits(self, x: Tensor) -> bool:
+        """Whether `forward` would leave x to the layers in the end, by what they have looked up before."""
+        for name in self.candidates[0][:2]:
+            layer = self.module._modules.get(name)
+            bound = bound_of(layer) if isinstance(layer, BaseTunerLayer) else None
+            plan = None if bound is None else bound.plan
+            if plan is None or not is_host_bound(x, plan):
+                return False
+        return x.numel() <= ELEMENTS  # up to which it is the same with dropout, which may be another by now
 
     def _is_unsure(self) -> bool:
         return self.state == "new" or self.state == "on" and self.module.training and not self.in_training

@@ -108,16 +108,11 @@ def test_how_few_operations(taken):
     forward, backward = operations(peftfast, 0.0)
     assert forward.count("_foreach_copy_") == 1  # the factors of all layers
     assert sorted(forward) == sorted(["_foreach_copy_", *["mm", "mm", "addmm_"] * LAYERS])
-    # on a GPU the two casts and scales are part of their products
-    assert sorted(n for n in backward if n not in ("_to_copy", "mul_")) == sorted(
-        ["addmm", "mm", "addmm_", "mm", "mm"] * LAYERS
-    )
+    # on a GPU the two casts are part of their products
+    assert sorted(n for n in backward if n != "_to_copy") == sorted(["addmm", "mm", "addmm_", "addmm", "mm"] * LAYERS)
     dropping_forward, dropping_backward = operations(peftfast, 0.1)
     assert len(dropping_forward) == len(forward) + LAYERS * (1 if "native_dropout" in dropping_forward else 3)
     assert len(dropping_backward) == len(backward) + 3 * LAYERS
-    for _ in range(LAYERS):  # of the scales, see above
-        backward.remove("mul_")
-        dropping_backward.remove("mul_")
     for dropout, (ours, theirs) in {
         0.0: ((forward, backward), operations(peft, 0.0)),
         0.1: ((dropping_forward, dropping_backward), operations(peft, 0.1)),
@@ -127,26 +122,24 @@ def test_how_few_operations(taken):
 
 
 def python_of(library, dropout, layers):
-    """Instructions of Python's that a forward pass takes, in the fourth of them."""
+    """Calls of functions written in Python that a forward pass makes, in the fourth of them."""
     model = model_of(library, dropout, layers=layers)
     x = torch.randn(2, 5, WIDTH, dtype=BF16, requires_grad=True)
     count = 0
 
-    def trace(frame, event, argument):
+    def profile(frame, event, argument):
         nonlocal count
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        count += event == "opcode"
-        return trace
+        count += event == "call"
 
     with torch.autocast("cpu", BF16):
         for _ in range(3):
             model(x)
-        before = sys.gettrace()
-        sys.settrace(trace)
+        before = sys.getprofile()
+        sys.setprofile(profile)
         try:
             model(x)
         finally:
-            sys.settrace(before)
+            sys.setprofile(before)
     return count
 
 
@@ -182,50 +175,6 @@ def test_derivatives(dropout, transposed, device):
         (alone,) = torch.autograd.grad(run(*wanted).square().sum(), wanted[i])
         every = torch.autograd.grad(run(x, a, b, bias).square().sum(), (x, a, b, bias))
         torch.testing.assert_close(alone, every[i])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_derivatives_of_siblings(dropout, device):
-    def made(*shape):
-        return torch.randn(shape, dtype=FP64, device=device)
-
-    k, r, widths = 4, 3, (5, 2, 7)
-    leaves = [t.requires_grad_() for n in widths for t in (made(r, k), made(n, r), made(n))]
-    x = made(2, 6, k).requires_grad_()
-    ws = [dense(made(n, k)) if n != 2 else dense_t(made(k, n)) for n in widths]
-    plans = [Plan(w.format, w.shape, FP64, FP64, 0.75, dropout) for w in ws]
-
-    def parts_of(leaves):
-        return [Part(ws[i], leaves[3 * i + 2], *leaves[3 * i : 3 * i + 2], plans[i]) for i in range(3)]
-
-    def together(x, *leaves):
-        torch.manual_seed(3)
-        return tuple(host_bound.host_bound_siblings(x, parts_of(leaves)))
-
-    def alone(x, *leaves):
-        torch.manual_seed(3)
-        return tuple([host_bound.host_bound_lora(x, part) for part in parts_of(leaves)])
-
-    assert torch.autograd.gradcheck(together, (x, *leaves))
-    assert torch.autograd.gradgradcheck(together, (x, *leaves))
-    torch.testing.assert_close(together(x, *leaves), alone(x, *leaves), rtol=0, atol=0)
-    with torch.no_grad():
-        torch.testing.assert_close(together(x, *leaves), alone(x, *leaves), rtol=0, atol=0)
-    for used in ((0,), (1, 2)):  # of others there is no gradient at all
-        ours, theirs = (
-            torch.autograd.grad(sum(run(x, *leaves)[i].square().sum() for i in used), (x, *leaves), allow_unused=True)
-            for run in (together, alone)
-        )
-        torch.testing.assert_close(ours, theirs)
-    for frozen in (0, 1, 2, 3):  # x, or one kind of leaf
-        wanted = [t.detach().requires_grad_(i % 3 + 1 != frozen) for i, t in enumerate(leaves)]
-        start = x.detach().requires_grad_(frozen != 0)
-        inputs = [t for t in (start, *wanted) if t.requires_grad]
-        ours, theirs = (
-            torch.autograd.grad(sum(y.square().sum() for y in run(start, *wanted)), inputs) for run in (together, alone)
-        )
-        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("device", DEVICES)

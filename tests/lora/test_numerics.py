@@ -420,7 +420,6 @@ def test_input_gradient_only_and_factors_only():
 WAYS = {
     "kernels": lambda x, part, y, g: [lora_ops.by_kernels(x, part)],
     "host-bound": lambda x, part, y, g: [host_bound.host_bound_lora(x, part)],
-    "host-bound siblings": lambda x, part, y, g: host_bound.host_bound_siblings(x, [part, part]),
     "siblings": lambda x, part, y, g: blocks.lora_siblings(x, [part, part]),
     "gated MLP": lambda x, part, y, g: [blocks.gated_mlp(x, part, part, part, "silu")],
     "composed": lambda x, part, y, g: [composed.composed_lora(x, part)],

@@ -314,7 +314,7 @@ def test_what_a_weight_was_read_from_is_watched(base):
         changes.append(lambda: setattr(state().state2, "absmax", state().state2.absmax.clone()))
         changes.append(lambda: setattr(state(), "offset", state().offset.clone()))
     for change in changes:
-        watch = Watch(weight.lasting(on_gpu), ())
+        watch = Watch(weight.lasting(on_gpu))
         assert watch.holds()
         change()
         assert not watch.holds()
