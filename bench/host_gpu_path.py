@@ -4,6 +4,7 @@
     python bench/host_gpu_path.py --only ops linear       some of them; --seconds 0.1 is quicker and less sure
     python bench/host_gpu_path.py --profile "linear, dropout 0.1"     where peftfast's time goes in one row
     python tools/fake_gpu bench/host_gpu_path.py          without a GPU, all contestants through PyTorch's CUDA build
+    python tools/fake_gpu bench/host_gpu_path.py --instructions       counted instead of timed (`bench/instructions.py`)
 
 Everything is tiny, so that nothing but Python and dispatch takes time. Without a GPU peftfast's launches go through a
 stub driver (`bench/stub_gpu.py`): all of Triton's and our Python and Triton's launcher in C run, and the driver's
@@ -43,6 +44,7 @@ for _path in (ROOT, ROOT / "kernels"):
 
 from bench import stub_gpu  # noqa: E402
 from bench.contestants import TARGETS, attach, llama, wrap  # noqa: E402
+from bench.instructions import Counter, run_in_valgrind  # noqa: E402
 from bench.measure import print_row, print_table_head, print_versions  # noqa: E402
 from bench.operands import Model, Size  # noqa: E402
 from peftfast_kernels import OPS, dense, use_backend  # noqa: E402
@@ -80,6 +82,19 @@ def ours() -> Iterator[None]:
             yield
         finally:
             autocast._kind = kind_of
+
+
+#: What a call of each takes.
+Measure = Callable[[Calls], dict[str, float]]
+
+
+def host_instructions(calls: Calls, count: Counter) -> dict[str, float]:
+    """Thousands of instructions a call."""
+    found = {}
+    for name, call in calls.items():
+        with ours() if name.startswith("peftfast") else nullcontext():
+            found[name] = count(call) / 1000
+    return found
 
 
 def host_time(calls: Calls, seconds: float, rounds: int = 3) -> dict[str, float]:
@@ -162,16 +177,24 @@ def autocast() -> Any:
     return torch.autocast(device(), HALF)
 
 
-def calls_of(run: Callable[[], Tensor], x: Tensor, trained: list[Tensor]) -> Calls:
+def calls_of(run: Callable[[], Tensor], x: Tensor, model: nn.Module) -> Calls:
     """Forward, forward with backward, and inference without autocast, of what gives one tensor."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def be(training: bool) -> None:
+        if model.training is not training:
+            model.train(training)
+
     with autocast():
         dy = torch.ones_like(run())
 
     def forward() -> None:
+        be(True)
         with autocast():
             run()
 
     def both() -> None:
+        be(True)
         with autocast():
             y = run()
         y.backward(dy)
@@ -180,6 +203,7 @@ def calls_of(run: Callable[[], Tensor], x: Tensor, trained: list[Tensor]) -> Cal
             p.grad = None
 
     def inference() -> None:
+        be(False)
         with torch.no_grad():
             run()
 
@@ -202,7 +226,7 @@ def linear_calls(library: str, dropout: float) -> Calls:
         with window(model):
             return base(x)
 
-    return calls_of(run, x, [p for p in model.parameters() if p.requires_grad])
+    return calls_of(run, x, model)
 
 
 def lora(library: str, model: nn.Module, dropout: float) -> nn.Module:
@@ -263,7 +287,7 @@ def layer_calls(library: str, dropout: float, method: Callable[[str, nn.Module],
                 y = layer(y, **options)
             return y
 
-    return calls_of(run, x, [p for p in model.parameters() if p.requires_grad])
+    return calls_of(run, x, model)
 
 
 def scopes(only: list[str]) -> dict[str, tuple[Callable[[str, float], Calls], tuple[str, ...]]]:
@@ -273,19 +297,19 @@ def scopes(only: list[str]) -> dict[str, tuple[Callable[[str, float], Calls], tu
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
-def print_ops(seconds: float) -> None:
+def print_ops(measure: Measure) -> None:
     print_table_head("op", "us")
-    for name, us in host_time(op_calls(), seconds, rounds=1).items():
+    for name, us in measure(op_calls()).items():
         print_row(name.removeprefix("peftfast "), us, digits=1)
     print()
 
 
-def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...], name: str, seconds: float) -> None:
+def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...], name: str, measure: Measure) -> None:
     print_table_head(name, *libraries, "peftfast / PEFT", "beyond frozen")
     for dropout in (0.0, 0.1):
         built = {library: build(library, dropout) for library in libraries}
         for what in ("forward", "forward and backward", *(() if dropout else ("inference",))):
-            us = host_time({library: calls[what] for library, calls in built.items()}, seconds)
+            us = measure({library: calls[what] for library, calls in built.items()})
             us = {library: time / (LAYERS if name == "layer" else LINEARS) for library, time in us.items()}
             best, frozen = min(us[one] for one in libraries[2:]), us["frozen"]
             shares = best / us["peft"], (best - frozen) / (us["peft"] - frozen)
@@ -293,7 +317,7 @@ def print_scope(build: Callable[[str, float], Calls], libraries: tuple[str, ...]
     print()
 
 
-def print_methods(seconds: float) -> None:
+def print_methods(measure: Measure) -> None:
     """A decoder layer with adapters of other methods."""
     libraries = ("frozen", "peft", "peftfast")
     print_table_head("layer", *libraries, "peftfast / PEFT")
@@ -302,7 +326,7 @@ def print_methods(seconds: float) -> None:
             continue  # PEFT's products would be bitsandbytes' on the CPU
         built = {library: layer_calls(library, 0.0, method) for library in libraries}
         for what in ("forward", "forward and backward", "inference"):
-            us = host_time({library: calls[what] for library, calls in built.items()}, seconds)
+            us = measure({library: calls[what] for library, calls in built.items()})
             times = (f"{us[library] / LAYERS:.0f}" for library in libraries)
             print_row(f"{name}, {what}", *times, us["peftfast"] / us["peft"], digits=2)
 
@@ -330,8 +354,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(TABLES), choices=TABLES)
     parser.add_argument("--profile", metavar="ROW", help="print where the time of one row goes, instead of tables")
+    parser.add_argument("--instructions", action="store_true", help="count thousands of them in place of microseconds")
     parser.add_argument("--seconds", type=float, default=0.3, help="that a call is repeated for, each of three times")
     args = parser.parse_args(argv)
+    measure: Measure = partial(host_time, seconds=args.seconds)
+    if args.instructions:
+        run_in_valgrind()
+        measure = partial(host_instructions, count=Counter())
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print_versions(torch.cuda.get_device_name() if on_gpu() else "no GPU: Triton's driver is a stub")
@@ -340,11 +369,11 @@ def main(argv: list[str] | None = None) -> int:
             profile(args.profile)
             return 0
         if "ops" in args.only:
-            print_ops(args.seconds)
+            print_ops(measure)
         for name, (build, libraries) in scopes(args.only).items():
-            print_scope(build, libraries, name, args.seconds)
+            print_scope(build, libraries, name, measure)
         if "methods" in args.only:
-            print_methods(args.seconds)
+            print_methods(measure)
     return 0
 
 
