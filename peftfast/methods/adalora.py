@@ -18,6 +18,7 @@ from peftfast.method import register_method
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import drawn_through
 from peftfast.methods.lora.lora import describe_change, factors, pair_of
+from peftfast.ops.function import as_dtype
 from peftfast.ops.orthogonality import orthogonality
 from peftfast.rules import integer, number, one_of, optional, table
 from peftfast.sites import Dense, Site, Slot
@@ -212,4 +213,4 @@ def _scaling(cfg: AdaLoraConfig) -> float:
 
 def _weighted(adapter: Adapter, a: Tensor) -> Tensor:
     """A with the singular values over r₀ inside: with B the factors of a plain LoRA of the same scaling."""
-    return (a * (adapter[VALUES] / (adapter["ranknum"] + 1e-5))).to(a.dtype)
+    return as_dtype(a * (adapter[VALUES] / (adapter["ranknum"] + 1e-5)), a.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.composed import composes
-from peftfast.ops.function import apply, as_rows, first_order, fresh
+from peftfast.ops.function import apply, as_dtype, as_rows, first_order, fresh
 from peftfast.ops.host_bound import is_small
 from peftfast_kernels.feature_scale import feature_scale, feature_scale_grad
 
@@ -36,9 +36,9 @@ def scale_features(y: Tensor, s: Tensor) -> Tensor:
         y: [..., N]. s: [N], fp32 beside half-precision activations.
     """
     if type(y) not in (Tensor, torch.nn.Parameter) or y.numel() == 0:  # sharded tensors, which kernels cannot read
-        return (y * s).to(y.dtype)
+        return as_dtype(y * s, y.dtype)
     if composes(y) or not torch.compiler.is_compiling() and is_small(y):
-        return (y * s).to(y.dtype)
+        return as_dtype(y * s, y.dtype)
     if y.dtype == s.dtype and not feature_scale.runs_triton(y, s):  # torch's product keeps and moves no more than ours
         return y * s
     return apply(_ScaleFeatures, y, s)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import BaseWeight
 from peftfast.errors import enumerate_some
+from peftfast.ops.function import as_dtype
 from peftfast.ops.gate import gated
 from peftfast.ops.scale import scale_features
 from peftfast.watch import GLOBAL_HOOKS
@@ -114,11 +115,11 @@ class UsualSite:
     ) -> Tensor:
         """In differentiable torch, for any kind of module and tensor."""
         y = self.base(x) if y is None else y
-        inputs = self.drop(x.to(a.dtype) if x.is_floating_point() else x, dropout)
+        inputs = self.drop(as_dtype(x, a.dtype) if x.is_floating_point() else x, dropout)
         update = self.up(gated(self.down(inputs, a), gate), b)
         if isinstance(scale, Tensor):
-            return (y + update * scale).to(y.dtype)
-        return torch.add(y, update, alpha=scale).to(y.dtype)
+            return as_dtype(y + update * scale, y.dtype)
+        return as_dtype(torch.add(y, update, alpha=scale), y.dtype)
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
         return F.dropout(x, dropout) if dropout > 0.0 else x
@@ -127,7 +128,7 @@ class UsualSite:
         return scale_features(y, s.flatten())
 
     def add_to_output(self, y: Tensor, v: Tensor) -> Tensor:
-        return y + v.to(y.dtype)
+        return y + as_dtype(v, y.dtype)
 
     def magnify(
         self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
@@ -356,13 +357,13 @@ def composed_magnify(
     wide = torch.promote_types(y.dtype, g.dtype)
     bias = bias_of(site.module)
     inputs = site.drop(x, dropout) if dropout > 0.0 else x
-    base = (y if inputs is x else site.base(inputs)).to(wide)
+    base = as_dtype(y if inputs is x else site.base(inputs), wide)
     if bias is not None:
         base = site.add_to_output(base, -bias)
-    branch = site.up(site.down(inputs.to(a.dtype) if inputs.is_floating_point() else inputs, a), b)
+    branch = site.up(site.down(as_dtype(inputs, a.dtype) if inputs.is_floating_point() else inputs, a), b)
     out = site.scale_output(base + scale * branch, g)
     if inputs is not x:
-        out = y.to(wide) + (out - base)
+        out = as_dtype(y, wide) + (out - base)
     elif bias is not None:
         out = site.add_to_output(out, bias)
-    return out.to(y.dtype)
+    return as_dtype(out, y.dtype)
