@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfast.ops.function import apply, as_rows, composing, exporting, first_order, shaped_as, transformed
+from peftfast.autocast import is_autocasting
+from peftfast.ops.function import apply, as_dtype, as_rows, composing, exporting, first_order, shaped_as, transformed
 from peftfast.ops.gate import gated
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
@@ -80,17 +81,15 @@ def composed_lora(
     y = frozen_product(rows, part)
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
     if read is not None:
-        dropped = read(dropped if torch.is_autocast_enabled(x.device.type) else dropped.to(plan.branch))
+        dropped = read(dropped if is_autocasting(x) else as_dtype(dropped, plan.branch))
     if composing():  # an update for many may not be written into an output that is one
         update, alpha = _update(dropped, a, b, plan, gate, up_bias)
-        y = torch.add(y, update, alpha=alpha).to(y.dtype)
-    elif (
-        up_bias is None and y.dtype is rows.dtype is a.dtype is b.dtype and not torch.is_autocast_enabled(x.device.type)
-    ):
+        y = as_dtype(torch.add(y, update, alpha=alpha), y.dtype)
+    elif up_bias is None and y.dtype is rows.dtype is a.dtype is b.dtype and not is_autocasting(x):
         t, alpha = F.linear(dropped, a), plan.scale
         if y.dtype.itemsize < 4:
             t, alpha = _scaled(t, alpha)
-        y.addmm_(gated(t, gate), b.t(), alpha=alpha)  # y is new, so it may be written to
+        y.addmm_(gated(t, gate), b.mT, alpha=alpha)  # y is new, so it may be written to
     else:
         update, alpha = _update(dropped, a, b, plan, gate, up_bias)
         y.add_(update, alpha=alpha)
@@ -100,22 +99,22 @@ def composed_lora(
 def composed_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: Tensor | None = None) -> Tensor:
     """y + s gate(drop(x) Aᵀ) Bᵀ, for an output y [..., N] that others may have; `gate` as of x."""
     update, alpha = _update(F.dropout(x, plan.dropout) if plan.dropout else x, a, b, plan, gate)
-    return torch.add(y, update, alpha=alpha).to(y.dtype)
+    return as_dtype(torch.add(y, update, alpha=alpha), y.dtype)
 
 
 def _update(
     dropped: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: Tensor | None, up_bias: Tensor | None = None
 ) -> tuple[Tensor, float]:
     """An update and its factor, whose product is s (gate(drop(x) Aᵀ) Bᵀ + up_bias)."""
-    if torch.is_autocast_enabled(dropped.device.type):
+    if is_autocasting(dropped):
         return F.linear(gated(F.linear(dropped, a), gate), b, up_bias), plan.scale
-    t, alpha = F.linear(dropped.to(plan.branch), a.to(plan.branch)), plan.scale
+    t, alpha = F.linear(as_dtype(dropped, plan.branch), as_dtype(a, plan.branch)), plan.scale
     # a bias that is scaled in half precision has its gradient rounded twice
     if up_bias is None or plan.branch.itemsize >= 4:
         t, alpha = _scaled(t, alpha)
     if up_bias is not None and alpha != plan.scale:
         up_bias = up_bias * plan.scale
-    return F.linear(gated(t, gate), b.to(plan.branch), up_bias), alpha
+    return F.linear(gated(t, gate), as_dtype(b, plan.branch), up_bias), alpha
 
 
 def _scaled(t: Tensor, scale: float) -> tuple[Tensor, float]:
