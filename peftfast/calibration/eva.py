@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.calibration.modes import in_mode, removed_after
-from peftfast.calibration.ranks import drop_adapter, pattern_of, resize_adapter
+from peftfast.calibration.ranks import drop_adapter, resize_adapter
 from peftfast.errors import PeftWarning, close_matches, enumerate_some, warn
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.settings import EvaConfig
 from peftfast.sites.linear import LinearSite
-from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_value
+from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_of, pattern_value
 
 MAX_PASSES = 100  # over the data, before components that still turn are taken as they are
 

@@ -18,13 +18,12 @@ from peftfast.calibration.eva import (
 )
 from peftfast.calibration.eva import prepare_model_inputs_fn_language_modeling as token_indices
 from peftfast.calibration.modes import in_mode, removed_after
-from peftfast.calibration.ranks import pattern_of
 from peftfast.config import PeftType
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.wrapping.default_targets import LORA
-from peftfast.wrapping.targets import linear_targets, pattern_value, resolve_targets
+from peftfast.wrapping.targets import linear_targets, pattern_of, pattern_value, resolve_targets
 
 OVERSAMPLING = 8  # columns of the sketch beyond the largest rank
 

@@ -1,27 +1,11 @@
-"""Ranks of a LoRA that is already there, or not yet: patterns for a config, and factors of another size."""
+"""Ranks of a LoRA that is already there: factors of another size, or none."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.wrapping.inventory import Inventory
-
-
-def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A `rank_pattern` or `alpha_pattern` that gives every module its value and leaves out those with the default.
-
-    Patterns match the ends of names as well, so a name that is the end of another one is anchored.
-    """
-    pattern = {}
-    for name, value in values.items():
-        ends_another = any(other.endswith("." + name) for other in values)
-        if value != default or any(name.endswith("." + other) for other in values):
-            pattern[f"^{name}" if ends_another else name] = value
-    return pattern
 
 
 def resize_adapter(inventory: Inventory, name: str, keys: list[str]) -> None:

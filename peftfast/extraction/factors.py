@@ -16,7 +16,7 @@ from peftfast.keys import PREFIX
 from peftfast.methods.lora.combine import padded, rank_keeping
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.sites import Site
-from peftfast.wrapping.targets import make_matcher, shortest_suffixes
+from peftfast.wrapping.targets import make_matcher, pattern_of, shortest_suffixes
 
 logger = logging.getLogger("peftfast.extraction")
 
@@ -106,12 +106,10 @@ def as_lora(
         for slot, value in bias.items():
             biased = True
             tensors[f"{PREFIX}{name}.{slot}"] = value.detach().to(dtype)
-        if r != general or isinstance(rank, float):
-            ranks[name] = r
+        ranks[name] = r
     if kept:
         logger.info("peftfast: %d modules, %.4f to %.4f of the change kept", len(kept), min(kept), max(kept))
-    # the first name that a module's ends with counts, so longer ones stand first
-    pattern = dict(sorted(ranks.items(), key=lambda item: -item[0].count(".")))
+    pattern = pattern_of(ranks, None if isinstance(rank, float) else general)
     fields = {} if cfg is None else {n: getattr(cfg, n) for n in _WHERE if getattr(cfg, n, None) is not None}
     config = LoraConfig(
         r=general, lora_alpha=general, rank_pattern=pattern, alpha_pattern=dict(pattern), lora_bias=biased, **fields

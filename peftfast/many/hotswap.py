@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from peftfast.method import method_for, retarget
 from peftfast.methods.lora.combine import padded
 from peftfast.methods.lora.config import VARIANTS, LoraConfig
 from peftfast.sharding import to_shards
+from peftfast.wrapping.targets import pattern_of
 
 #: Fields that change the output and are neither in the weights nor in the scaling, which every swap sets anew.
 _MUST_AGREE = ("use_rslora", "lora_dropout", *VARIANTS)
@@ -252,5 +252,5 @@ def _record(config: LoraConfig | None, adapters: list[Adapter]) -> None:
     alphas = {a.key: float(a.scale) * root(ranks[a.key]) for a in adapters}
     alphas = {k: round(v) if abs(v - round(v)) < 1e-6 * max(1.0, abs(v)) else v for k, v in alphas.items()}
     config.r, config.lora_alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
-    config.rank_pattern = {re.escape(k): r for k, r in ranks.items() if r != config.r}
-    config.alpha_pattern = {re.escape(k): a for k, a in alphas.items() if a != config.lora_alpha}
+    config.rank_pattern = pattern_of(ranks, config.r)
+    config.alpha_pattern = pattern_of(alphas, config.lora_alpha)

@@ -15,6 +15,7 @@ from torch import nn
 
 import peftfast
 from peftfast.extraction.factors import svd
+from peftfast.files.io import save_adapter
 
 LINEARS = ["q_proj", "o_proj", "down_proj"]
 
@@ -378,6 +379,32 @@ def test_names_that_end_like_others():
     assert config.target_modules == "lin" and config.modules_to_save == ["norm"]
     loaded(make, config, tensors)  # PEFT keeps inner.norm as well then, and so it is there
     assert torch.equal(tensors["base_model.model.inner.norm.weight"], torch.ones(4))
+
+
+@pytest.mark.parametrize("library", [peftfast, peft], ids=["peftfast", "peft"])
+def test_a_file_may_have_the_ranks_of_names_that_end_alike_in_any_order(library, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin, self.z = nn.Linear(8, 8), nn.ModuleDict({"lin": nn.Linear(8, 8)})
+
+        def forward(self, x):
+            return self.z["lin"](self.lin(x))
+
+    after, x = Net(), torch.randn(3, 8)
+    with torch.no_grad():
+        for linear, rank in ((after.lin, 1), (after.z["lin"], 3)):
+            linear.weight.add_(torch.randn(8, rank) @ torch.randn(rank, 8))
+    config, tensors = peftfast.extract_lora(Net(), after, 1.0 - 1e-6)
+    save_adapter(tmp_path, config, tensors, auto_mapping=None)
+    again = peft.LoraConfig.from_pretrained(tmp_path)
+    assert sorted(again.rank_pattern.values()) == [1, 3]
+    again.save_pretrained(tmp_path)  # PEFT sorts what it writes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of another writer of the config
+        model = library.PeftModel.from_pretrained(Net(), tmp_path)
+    torch.testing.assert_close(model(x), after(x), rtol=1e-4, atol=1e-4)
 
 
 def test_refusals_of_extraction(tmp_path):

@@ -3,6 +3,8 @@
 import ast
 import copy
 import importlib
+import itertools
+import random
 import subprocess
 import sys
 import warnings
@@ -15,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
-from peftfast.wrapping.targets import Matcher, shortest_suffixes
+from peftfast.wrapping.targets import Matcher, pattern_of, pattern_value, shortest_suffixes
 
 peft = importlib.import_module("peft")
 
@@ -83,7 +85,7 @@ IMPORT = "from peftfast import LoraConfig, PeftModel, TaskType, get_peft_model"
 
 USE = """
 import peftfast
-from peftfast.wrapping.targets import Matcher, shortest_suffixes
+from peftfast.wrapping.targets import Matcher, pattern_of, pattern_value, shortest_suffixes
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
 model = peftfast.patch(model, peftfast.LoraConfig(target_modules=["0"]))
 model(torch.randn(2, 4)).sum().backward()
@@ -360,6 +362,7 @@ def test_the_cost_of_matching_grows_with_the_model_and_not_with_its_square():
         names = [f"layers.{i}.experts.{e}.{leaf}" for i in range(layers) for e in range(16) for leaf in ("w1", "norm")]
         targets = [n for n in names if n.endswith("w1")]
         matcher, count = Matcher(targets, exclude=[n for n in names if n.endswith("norm")]), 0
+        ranks = {name: 1 + i % 5 for i, name in enumerate(targets)}
 
         def counting(frame, event, arg):
             nonlocal count
@@ -369,8 +372,26 @@ def test_the_cost_of_matching_grows_with_the_model_and_not_with_its_square():
         try:
             assert [n for n in names if matcher(n)] == targets
             assert shortest_suffixes(targets, names) == {"w1"}
+            assert pattern_of(ranks, 0) == ranks
+            assert [pattern_value(ranks, n, 0) for n in targets] == list(ranks.values())
         finally:
             sys.setprofile(None)
         return count
 
     assert calls(16) < 2.5 * calls(8)
+
+
+def test_patterns_match_as_in_peft():
+    """Names as they are, anchored, and with dots over other letters; regexes; several that match."""
+    from peft.utils.other import get_pattern_key
+
+    parts = ["a", "b", "ab", "a_b", "axb", "b-1"]
+    names = [".".join(p) for size in (1, 2, 3) for p in itertools.product(parts, repeat=size)]
+    more = ["a.*", "^a", "^a.b", r"a\.b", "a|b", "(a|b)_b", "^.*b$", "b.", ".b", "a?b", "", "^"]
+    keys = [*names, *(f"^{name}" for name in names), *more]
+    draw = random.Random(0)
+    for _ in range(300):
+        pattern = {key: i for i, key in enumerate(draw.sample(keys, 6))}
+        for name in draw.sample(names, 20):
+            theirs = pattern.get(get_pattern_key(pattern.keys(), name))
+            assert pattern_value(pattern, name, None) == theirs, (pattern, name)

@@ -70,6 +70,23 @@ def test_layers_with_ranks_and_scalings_of_their_own(tmp_path):
         torch.testing.assert_close(oracle.logits(again), logits, rtol=1e-4, atol=1e-5)
 
 
+def test_layers_whose_names_end_alike_keep_their_own_scalings(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        linears = {name: torch.nn.Linear(8, 8) for name in ("a", "b", "lin")}
+        return torch.nn.ModuleDict({**linears, "z": torch.nn.ModuleDict({"lin": torch.nn.Linear(8, 8)})})
+
+    for name, pattern in (("first", {}), ("second", {"^lin": 2})):
+        config = LoraConfig(r=4, target_modules=["a", "b", "lin"], rank_pattern=pattern, init_lora_weights=False)
+        peftfast.get_peft_model(net(), config).save_pretrained(tmp_path / name)
+    model = peftfast.PeftModel.from_pretrained(net(), tmp_path / "first")
+    hotswap.hotswap_adapter(model, tmp_path / "second", "default")
+    model.save_pretrained(tmp_path / "again")
+    again = peftfast.PeftModel.from_pretrained(net(), tmp_path / "again", strict=True)
+    scalings = {name: layer.scaling["default"] for name, layer in again.base_model.inventory.layers.items()}
+    assert scalings == {"a": 2, "b": 2, "lin": 4, "z.lin": 2}
+
+
 @pytest.mark.parametrize("target_rank", [None, 8])
 def test_compiled_models_keep_their_graph(tmp_path, target_rank):
     ranks = (4, 4, 4) if target_rank is None else (4, 8, 2)
