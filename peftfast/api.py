@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from peftfast.files.io import needs_embedding_layers
 from peftfast.files.renamed import renamed
 from peftfast.files.state import adapter_state_dict
 from peftfast.interop.takeover import is_wrapped_by_peft, take_over
+from peftfast.keys import starts_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.method import method_for
@@ -255,18 +255,16 @@ def _config(model: nn.Module, adapter_name: str) -> PeftConfig:
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The base model's tensors under their original names, adapters left out."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    result = {}
-    adapters = {
-        f"{name}.{kept}"
-        for name, module in base.named_modules(remove_duplicate=False)
-        if isinstance(module, (BaseTunerLayer, StandIn))
-        for kept in (*module.adapter_layer_names, *module.other_param_names)
-    }
+    result, adapters, inside = {}, set(), set()
+    for name, module in base.named_modules(remove_duplicate=False):
+        if isinstance(module, (BaseTunerLayer, StandIn)):
+            adapters.update(f"{name}.{kept}" for kept in (*module.adapter_layer_names, *module.other_param_names))
+            inside.update(f"{name}.{place}" for place in ("base_layer", "token_adapter", "original_module"))
     for key, tensor in base.state_dict(keep_vars=True).items():
-        if not adapters.isdisjoint(accumulate(key.split(".")[:-1], "{}.{}".format)):  # the modules that it is in
-            continue
-        name = key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
-        result[name.replace(".original_module.", ".")] = tensor.detach()
+        starts = starts_of(key)
+        if adapters.isdisjoint(starts):
+            name = ".".join(part for part, start in zip(key.split("."), starts, strict=True) if start not in inside)
+            result[name] = tensor.detach()
     return result
 
 

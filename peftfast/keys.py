@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 
 #: In front of a module's name in the base model.
 PREFIX = "base_model.model."
@@ -28,3 +29,8 @@ def ends_of(name: str) -> list[str]:
     """The name and what is behind each of its dots: by any of these a config means the module."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def starts_of(name: str) -> list[str]:
+    """What is before each of the name's dots, the modules that it is in from the outermost on, and the name."""
+    return list(accumulate(name.split("."), "{}.{}".format))

@@ -11,7 +11,7 @@ from peftfast.config import PeftConfig
 from peftfast.embeddings import EMBEDDING_LAYER_NAMES, input_embeddings, output_embeddings
 from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some, warn
 from peftfast.files.entry import Entry
-from peftfast.keys import in_base, strip_wrappers
+from peftfast.keys import in_base, starts_of, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
@@ -178,10 +178,13 @@ def _value(entry: Entry, given: Mapping[str, Tensor] | None, adapter_name: str) 
 
 def _biases(model: nn.Module, bias: str, adapter_name: str, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The base's biases that are saved with an adapter, by the config's `bias`."""
-    adapted = {key: module for key, module in wrapped_modules(model) if isinstance(module, BaseTunerLayer)}
+    wrapped = list(wrapped_modules(model))
+    adapted = {key: module for key, module in wrapped if isinstance(module, BaseTunerLayer)}
+    # what adapters have themselves, and what a copy of theirs stands in for
+    others = {f"{key}.{place}" for key, module in wrapped for place in (*module.adapter_layer_names, "original_module")}
     found = {}
     for key, tensor in source.items():
-        if not is_bias(key) or ".modules_to_save." in key or ".lora_" in key or ".original_module." in key:
+        if not is_bias(key) or not others.isdisjoint(starts_of(key)):
             continue
         holder, _, rest = key.rpartition(".base_layer.")
         layer = adapted.get(holder)

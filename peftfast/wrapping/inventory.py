@@ -108,8 +108,9 @@ class Inventory(Listing):
         """Unfreeze the base biases that the config's `bias` names."""
         kind = getattr(cfg, "bias", "none")
         if kind == "all":
+            originals = tuple(f"{key}.original_module." for key in self.extras)
             for key, parameter in self.model.named_parameters():
-                if is_bias(key) and ".original_module." not in key:
+                if is_bias(key) and not key.startswith(originals):
                     parameter.requires_grad_(True)
         elif kind != "none":  # "lora_only"
             for layer in self.layers.values():

@@ -110,6 +110,40 @@ def test_modules_named_like_adapters(tmp_path):
     assert not torch.allclose(base(x), ours(x))
 
 
+@pytest.mark.parametrize(
+    "name", ["base_layer", "original_module", "modules_to_save", "token_adapter", "lora_A", "lora_x", "ia3_l"]
+)
+def test_modules_named_like_what_adapters_consist_of(name, tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            inner = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4), "k": torch.nn.Linear(4, 4)})
+            self.deep = torch.nn.ModuleDict({name: inner, "head": torch.nn.Linear(4, 4)})
+
+        def forward(self, x):
+            return self.deep["head"](self.deep[name]["k"](self.deep[name]["q"](x)))
+
+    x = torch.randn(2, 4)
+    for i, options in enumerate(({"bias": "all"}, {"bias": "lora_only"}, {"bias": "all", "modules_to_save": ["head"]})):
+        options = {"target_modules": ["q"], "init_lora_weights": False, **options}
+        model = peftfast.get_peft_model(Net(), LoraConfig(**options))
+        theirs = peft.get_peft_model(Net(), peft.LoraConfig(**options))
+        trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, theirs)]
+        assert trained[0] == trained[1]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0 if parameter.requires_grad else 0.0)
+        keys = set(peftfast.get_peft_model_state_dict(model)) ^ set(peft.get_peft_model_state_dict(theirs))
+        theirs_twice = {f"base_model.model.deep.head.{place}.bias" for place in ("original_module", "modules_to_save")}
+        assert keys == (theirs_twice if "modules_to_save" in options else set())
+        assert peftfast.get_base_model_state_dict(model).keys() == Net().state_dict().keys()
+        model.save_pretrained(tmp_path / str(i))
+        for library in (peftfast, peft):
+            loaded = library.PeftModel.from_pretrained(Net(), tmp_path / str(i))
+            torch.testing.assert_close(loaded(x), model(x))
+
+
 def test_what_a_given_state_dict_lacks(tmp_path):
     """Under ZeRO-3 a trainer gathers what trains only, and gives it to one process."""
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
