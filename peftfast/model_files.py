@@ -24,6 +24,7 @@ from peftfast.files.io import (
     auto_mapping_of,
     check_arguments,
     check_folder,
+    name_unknown,
     needs_embedding_layers,
     read_adapter,
     save_adapter,
@@ -37,6 +38,13 @@ from peftfast.wrapping.undo import unchanged_if_refused
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+#: Arguments of transformers' `save_pretrained` that mean nothing for an adapter.
+_OF_WHOLE_MODELS = {
+    "distributed_checkpoint", "max_shard_size", "save_function", "save_original_format", "save_peft_format", "token",
+    "variant",
+}  # fmt: skip
 
 
 class HasFiles:
@@ -62,10 +70,12 @@ class HasFiles:
             path_initial_model_for_weight_conversion: the adapter as it was right after an initialisation that changed
                 the base (PiSSA, OLoRA, CorDA, LoRA-GA); the result is a plain LoRA of twice the rank for the unchanged
                 base.
-            kwargs: `state_dict`, tensors gathered from a sharded model.
+            kwargs: `state_dict`, tensors gathered from a sharded model. What transformers' `save_pretrained` takes to
+                write whole models has no effect.
         """
         check_folder(save_directory)
         state_dict = kwargs.pop("state_dict", None)
+        name_unknown(HasFiles.save_pretrained, [n for n in kwargs if n not in _OF_WHOLE_MODELS], ("state_dict",))
         names = self._to_save(selected_adapters, state_dict)
         initial = path_initial_model_for_weight_conversion
         start = None if initial is None else read_adapter(initial)

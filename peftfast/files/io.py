@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,17 +234,28 @@ def check_arguments(function: Callable[..., Any], kwargs: dict[str, Any], strict
     either, and no field of a config."""
     _, others = PeftConfig._split_hub_arguments(kwargs)
     unknown = [name for name in others if name not in config_fields()]
+    name_unknown(function, unknown, PeftConfig._hub_arguments, strict)
+    for name in unknown:
+        del kwargs[name]
+
+
+def name_unknown(
+    function: Callable[..., Any], unknown: Sequence[str], further: Iterable[str], strict: bool | str = False
+) -> None:
+    """Say, or with strict=True refuse, that `function` does not know arguments.
+
+    Args:
+        further: names that it does know beside its own.
+    """
     if not unknown:
         return
-    named = [*inspect.signature(function).parameters, *PeftConfig._hub_arguments]
+    named = [*inspect.signature(function).parameters, *further]
     near = "".join(close_matches(name, named, 1) for name in unknown)
-    message = f"{function.__name__} does not know the arguments {unknown}.{near}"
+    message = f"{function.__name__} does not know the arguments {list(unknown)}.{near}"
     if strict is True:
         raise TypeError(message)
     if strict != "off":
         warn(f"{message} They have no effect.", AdapterMismatchWarning)
-    for name in unknown:
-        del kwargs[name]
 
 
 def load_peft_weights(

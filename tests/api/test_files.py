@@ -728,6 +728,12 @@ def test_arguments_that_nobody_knows_are_named(base_folder, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             call(torch_device="cpu", strict=True, local_files_only=True)
+    said = r"^save_pretrained does not know the arguments \['safe_serialisation'\]. Did you mean 'safe_serialization'\?"
+    with pytest.warns(peftfast.AdapterMismatchWarning, match=said):
+        model.save_pretrained(tmp_path, safe_serialisation=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path, max_shard_size="1GB", save_function=torch.save, variant=None, state_dict=None)
     loaded = peftfast.AutoPeftModelForCausalLM.from_pretrained(
         tmp_path, torch_device="cpu", strict=True, dtype=torch.bfloat16, autocast_adapter_dtype=False
     )
