@@ -24,13 +24,14 @@ class Activation(NamedTuple):
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
-    """The adapters of a folder by name: "default" in itself, others in sub-folders.
+    """The adapters of a folder by name: "default" in itself, others in sub-folders. Hidden ones, which a killed writer
+    of a config may have left, are none.
 
     Raises:
         ValueError: there are none.
     """
     found = {"default": folder} if (folder / CONFIG_NAME).is_file() else {}
-    for one in sorted(folder.glob(f"*/{CONFIG_NAME}")):
+    for one in sorted(folder.glob(f"[!.]*/{CONFIG_NAME}")):
         if found.setdefault(one.parent.name, one.parent) != one.parent:
             warn(
                 f"{folder} has an adapter of its own, which is 'default', and a sub-folder of that name with another "

@@ -91,6 +91,15 @@ def test_folders_that_do_not_say(tmp_path):
     assert peftfast.PeftModel.from_folder(llama(), tmp_path / "two").active_adapters == ["a"]
 
 
+def test_what_a_killed_writer_has_left_is_no_adapter(tmp_path):
+    """`config.save_pretrained(folder)` writes to a hidden folder in it first."""
+    model = three()
+    model.save_pretrained(tmp_path)
+    (tmp_path / ".adapter_config.json.x1.tmp").mkdir()
+    model.peft_config["a"].save_pretrained(tmp_path / ".adapter_config.json.x1.tmp")
+    assert list(peftfast.PeftModel.from_folder(llama(), tmp_path).peft_config) == ["default", "a", "b"]
+
+
 def test_a_sub_folder_with_the_name_of_the_folders_own_adapter(tmp_path):
     config = peftfast.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = peftfast.get_peft_model(llama(), config)
