@@ -102,14 +102,18 @@ def test_refusals_in_one_line(adapter, tmp_path, capsys, options, parts, monkeyp
     assert os.listdir(tmp_path) == ["FULL"] and os.listdir(full) == ["notes.txt"]
 
 
-def test_a_failing_merge_leaves_nothing(adapter, tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(adapter, tmp_path, capsys, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("disk full")
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fails)
-    with pytest.raises(OSError, match="disk full"):
-        main(["merge", str(adapter), "--output", str(tmp_path / "model")])
-    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    output = str(tmp_path / "new")
+    for command in (["merge", str(adapter)], ["extract", "--adapter", str(adapter), "--r", "2"]):
+        assert main([*command, "--output", output]) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and output in err and "disk full" in err
+        assert not any(files for *_, files in os.walk(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["here", "link", "link to nothing yet"])

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from peftfast.cli import UserError
 from peftfast.cli._data import IGNORED, Row, batch_of_step, collate
 from peftfast.cli._settings import STATE_FILE
+from peftfast.cli._setup import writing
 from peftfast.files.atomic import write_atomically
 from peftfast.files.state import adapter_entries
 
@@ -138,7 +139,6 @@ class Run:
     def save(self) -> None:
         """The adapter, and beside it what a continuation needs. The state holds the adapter's weights as well, so that
         a run killed between the two files continues from one moment in time."""
-        self.model.save_pretrained(self.folder)
         state = {
             "settings": self.settings,
             "data": self.digest,
@@ -153,7 +153,9 @@ class Run:
             "random_cuda": torch.cuda.get_rng_state_all() if self.device.startswith("cuda") else [],
             "random_own": {n: m.random_state() for n, m in self.samplers()},
         }
-        write_atomically(self.folder / STATE_FILE, lambda path: torch.save(state, path))
+        with writing(self.folder):
+            self.model.save_pretrained(self.folder)
+            write_atomically(self.folder / STATE_FILE, lambda path: torch.save(state, path))
 
     def schedule_of_ranks(self) -> torch.Tensor | None:
         tuner = self.model.base_model

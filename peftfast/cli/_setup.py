@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftfast.cli import UserError, _settings
@@ -189,6 +190,22 @@ def one_line(what: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError, NotImplementedError) as error:
         raise UserError(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a full disk, and whatever else keeps files from being written, into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {str(folder)!r} could not be written: {error}", exit_code=1) from error
+
+
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Refuse sequences that are longer than the model has positions."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise UserError(f"--seq-len {tokens}: this model has {longest} positions at most")
 
 
 @contextlib.contextmanager

@@ -60,6 +60,7 @@ def bench(settings: dict[str, Any], source: str, seconds: float) -> int:
 
     torch.manual_seed(settings["seed"])
     base = _setup.load_base(source, settings).requires_grad_(False)
+    _setup.check_length(base, settings["seq_len"])
     models = contestants(base, settings)
     device = settings["device"]
     name = "the embedded model" if settings["model"] == EMBEDDED else settings["model"]

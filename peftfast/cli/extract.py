@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
                 config, tensors = extract_lora(base, other, rank)
         config.base_model_name_or_path = config.base_model_name_or_path or name
         config.task_type = config.task_type or "CAUSAL_LM"
-        save_adapter(output, config, tensors, auto_mapping=None, base=record)
+        with _setup.writing(output):
+            save_adapter(output, config, tensors, auto_mapping=None, base=record)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     print(f"{output}{os.sep}: {len(tensors)} tensors, {size / 1000:,.1f} kB; {said.last}")
     return 0

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = _setup.load_tokenizer(
             adapter if (Path(adapter) / "tokenizer_config.json").exists() else source, name
         )
-        with whole_folder(output) as folder:
+        with _setup.writing(output), whole_folder(output) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     count = sum(p.numel() for p in model.parameters())

@@ -8,6 +8,7 @@ in `peftfast run -m trl.scripts.sft --use_peft`. Works under launchers: `torchru
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing.spawn
 import os
 import runpy
@@ -44,6 +45,14 @@ def serve_spawned_processes() -> None:
     multiprocessing.spawn.get_preparation_data = describe
 
 
+def _check_module(name: str) -> None:
+    from peftfast.cli import UserError
+
+    package = name.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"-m {name}: there is no module {package!r}")
+
+
 def run(args: argparse.Namespace) -> int:
     from peftfast.cli import UserError
     from peftfast.interop import alias
@@ -58,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     sys.argv = [args.script, *args.arguments]
     if args.is_module:
         sys.path[0:1] = [os.getcwd()]
+        _check_module(args.script)
         runpy.run_module(args.script, run_name="__main__", alter_sys=True)
     else:
         # what `python script.py` has in front of the path

@@ -66,6 +66,7 @@ class Prepared:
 
 
 def prepare(given: dict[str, Any], folder: Path) -> Prepared:
+    from peftfast import plan_adapter
     from peftfast.cli import _setup
     from peftfast.cli._data import read, tokenize
     from peftfast.cli._loop import load_state
@@ -85,9 +86,11 @@ def prepare(given: dict[str, Any], folder: Path) -> Prepared:
     tokenizer = _setup.load_tokenizer(source, settings["model"])
     rows = tokenize(corpus, tokenizer, settings["seq_len"], settings["prompt"])
     base = _setup.load_base(source, settings)
-    longest = getattr(base.config, "max_position_embeddings", None)
-    if longest is not None and settings["seq_len"] > longest:
-        raise UserError(f"--seq-len {settings['seq_len']}: this model has {longest} positions at most")
+    _setup.check_length(base, settings["seq_len"])
+    with _setup.one_line("the adapter does not fit this model"):
+        plan = None if config.is_prompt_learning else plan_adapter(base, config)
+    if plan is not None and plan.refusal is not None:
+        raise UserError(f"the adapter does not fit this model: {plan.refusal}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Prepared(settings, state, source, folder, config, corpus, rows, tokenizer, base, pad)
 

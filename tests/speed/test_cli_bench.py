@@ -90,6 +90,7 @@ def test_blocks_pay_where_the_rounds_agree(capsys):
         (["--r", "0"], "at least 1"),
         (["--device", "cuda:7"], "not available"),
         (["--seconds", "-1"], "above 0"),
+        (["--seq-len", "513"], "512 positions"),
     ],
 )
 def test_refusals_are_one_line(capsys, arguments, message):

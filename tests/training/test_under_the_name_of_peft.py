@@ -292,12 +292,13 @@ except NotImplementedError as e:
     run(["-c", code], tmp_path)
 
 
-def test_run_refuses_a_missing_script(tmp_path):
+@pytest.mark.parametrize("script", [["nowhere.py"], ["-m", "nowhere.deep"]])
+def test_run_refuses_a_missing_script(script, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-    done = subprocess.run([sys.executable, "-m", "peftfast", "run", "nowhere.py"], cwd=tmp_path, env=environment,
+    done = subprocess.run([sys.executable, "-m", "peftfast", "run", *script], cwd=tmp_path, env=environment,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2
-    assert "nowhere.py" in done.stderr
+    assert script[-1] in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_run_finds_what_is_beside_a_script_that_a_link_leads_to(tmp_path):
