@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, require_config, require_module
-from peftfast.errors import PeftWarning, close_matches, warn
+from peftfast.errors import PeftWarning, no_such_adapter, warn
 from peftfast.files.beside import room_for
 from peftfast.files.fit import fit_state_dict
 from peftfast.files.io import needs_embedding_layers
@@ -246,9 +246,7 @@ def _config(model: nn.Module, adapter_name: str) -> PeftConfig:
     if not configs:
         raise ValueError("The model has no adapters; see get_peft_model or inject_adapter_in_model")
     if adapter_name not in configs:
-        raise ValueError(
-            f"Adapter {adapter_name!r} not found.{close_matches(adapter_name, configs)} Present: {sorted(configs)}"
-        )
+        raise no_such_adapter(adapter_name, configs)
     return configs[adapter_name]
 
 

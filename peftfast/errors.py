@@ -61,6 +61,12 @@ def close_matches(value: object, known: Iterable[str], limit: int = 3) -> str:
     return " Did you mean " + " or ".join(repr(written[n]) for n in near) + "?"
 
 
+def no_such_adapter(name: str, present: Iterable[str], said: str = "not found") -> ValueError:
+    """The error for an adapter that is not among those `present`; PEFT, after which it is `said`, has several."""
+    present = sorted(present)
+    return ValueError(f"Adapter {name} {said}.{close_matches(name, present)} Adapters present: {present}")
+
+
 def enumerate_some(names: Iterable[str]) -> str:
     """A readable list that stays readable when there are thousands: the first eight names and how many follow."""
     names = list(names)

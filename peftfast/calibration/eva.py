@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.calibration.ranks import drop_adapter, resize_adapter
-from peftfast.errors import PeftWarning, close_matches, enumerate_some, warn
+from peftfast.errors import PeftWarning, close_matches, enumerate_some, no_such_adapter, warn
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
@@ -268,7 +268,7 @@ def get_eva_state_dict(
     if peft_config is None:
         if not adapted:
             raise ValueError("peft_config is required if model is not a PeftModel")
-        peft_config = model.peft_config[adapter_name]
+        peft_config = _config(model, adapter_name)
     settings = peft_config.eva_config or EvaConfig()
     modules = _eva_modules(model, peft_config, adapter_name if adapted else None)
     given = prepare_layer_inputs_fn
@@ -311,6 +311,12 @@ def get_eva_state_dict(
             part = part / found[name].singular_values[:rank].sqrt()[:, None]
         result[name] = part
     return result
+
+
+def _config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    if adapter_name not in model.peft_config:
+        raise no_such_adapter(adapter_name, model.peft_config)
+    return model.peft_config[adapter_name]
 
 
 def _eva_modules(model: nn.Module, cfg: LoraConfig, adapter: str | None) -> dict[str, nn.Module]:
@@ -373,7 +379,7 @@ def initialize_lora_eva_weights(
         raise ValueError("model must be a PeftModel")
     if len(model.active_adapters) > 1:
         raise ValueError("`initialize_lora_eva_weights` currently only works with a single active adapter")
-    cfg: LoraConfig = model.peft_config[adapter_name]
+    cfg = _config(model, adapter_name)
     if cfg.init_lora_weights != "eva":
         raise ValueError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
     if eva_state_dict is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType
-from peftfast.errors import enumerate_some, warn
+from peftfast.errors import enumerate_some, no_such_adapter, warn
 from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, matrix, set_targets, svd
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.io import save_adapter
@@ -106,8 +106,7 @@ def _convertible(model: nn.Module, name: str) -> dict[str, BaseTunerLayer]:
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
     layers = {key: layer for key, layer in found.items() if name in layer.adapters}
     if not layers:
-        present = sorted({a for layer in found.values() for a in layer.adapters})
-        raise ValueError(f"Adapter {name!r} not found. Adapters present: {present}")
+        raise no_such_adapter(name, {a for layer in found.values() for a in layer.adapters})
     unsupported = [key for key, layer in layers.items() if not layer.supports_lora_conversion(name)]
     if unsupported:
         kinds = sorted({layers[key]._get_name() for key in unsupported})

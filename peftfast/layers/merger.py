@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
-from peftfast.errors import warn
+from peftfast.errors import no_such_adapter, warn
 from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
 from peftfast.sites import Dense, bias_of
 
@@ -365,7 +365,7 @@ class Merger:
         """See `BaseTunerLayer.get_delta_weight`."""
         layer = self.layer
         if adapter not in layer.adapters:
-            raise ValueError(f"Adapter {adapter} not found. Present here: {sorted(layer.adapters)}")
+            raise no_such_adapter(adapter, layer.adapters)
         check_mergeable(layer)
         view = layer.adapters[adapter]
         as_product = getattr(view.method, "as_product", None)

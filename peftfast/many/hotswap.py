@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, plain_name
-from peftfast.errors import AdapterMismatchWarning, warn
+from peftfast.errors import AdapterMismatchWarning, no_such_adapter, warn
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.fit import holds, is_alike
@@ -81,7 +81,7 @@ def hotswap_adapter(
     stored = read_adapter(model_name_or_path, device=torch_device, key_mapping=key_mapping, strict=strict, **kwargs)
     present = _configs(model)
     if adapter_name not in present:
-        raise ValueError(f"Adapter {adapter_name} not found. Adapters present: {sorted(present)}")
+        raise no_such_adapter(adapter_name, present)
     config = _in_names_of(model, stored.config)
     check_hotswap_configs_compatible(present[adapter_name], config)
     if stored.changes:

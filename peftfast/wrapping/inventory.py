@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning, warn
+from peftfast.errors import PeftWarning, no_such_adapter, warn
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer, Place
 from peftfast.method import AdapterMethod, method_for
@@ -148,7 +148,7 @@ class Inventory(Listing):
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
             if name not in self.configs:
-                raise ValueError(f"Adapter {name} not found. Adapters present: {sorted(self.configs)}")
+                raise no_such_adapter(name, self.configs)
         return names
 
     def set_adapter(self, names: str | list[str], inference_mode: bool = False) -> None:
@@ -287,7 +287,7 @@ class Inventory(Listing):
     def delete(self, name: str) -> None:
         """Delete an adapter everywhere. Nothing is changed if it cannot be."""
         if name not in self.configs:
-            raise ValueError(f"Adapter {name} does not exist. Adapters present: {sorted(self.configs)}")
+            raise no_such_adapter(name, self.configs, "does not exist")
         self.check_deletable([name])
         acting = self._acting()
         remaining = [n for n in acting if n != name]

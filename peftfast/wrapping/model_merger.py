@@ -11,7 +11,7 @@ from torch import nn
 
 from peftfast.base.rounding import ENOUGH, check_rounding
 from peftfast.embeddings import input_embeddings, output_embeddings
-from peftfast.errors import PeftWarning, close_matches, enumerate_some, warn
+from peftfast.errors import PeftWarning, enumerate_some, no_such_adapter, warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.merger import check_mergeable
 from peftfast.layers.own import LoraLayer
@@ -44,10 +44,7 @@ class ModelMerger:
         configs = self.inventory.configs
         unknown = [n for n in adapter_names or () if n not in configs]
         if unknown:
-            raise ValueError(
-                f"Nothing was merged: adapter {unknown[0]!r} not found.{close_matches(unknown[0], configs)} "
-                f"Adapters present: {sorted(configs)}"
-            )
+            raise no_such_adapter(unknown[0], configs, "not found, so nothing was merged")
         self._merge(adapter_names, safe_merge, keep, rounding)
 
     def _make_ready(self, adapter_names: list[str] | None, rounding: str) -> None:

@@ -156,16 +156,21 @@ def test_unknown_and_duplicate_names():
     before = picture(model)
     for call, message in (
         (lambda: model.add_adapter("other", LoraConfig(target_modules=QV)), "'other' already exists"),
-        (lambda: model.set_adapter("othr"), "othr not found.*other"),
+        (lambda: model.set_adapter("othr"), "othr not found.*Did you mean 'other'.*'default', 'other'"),
         (lambda: model.base_model.set_adapter(["default", "x"]), "x not found"),
-        (lambda: model.delete_adapter("x"), "x does not exist"),
+        (lambda: model.delete_adapter("x"), "x does not exist.*'default', 'other'"),
         (lambda: model.set_requires_grad("x"), "x not found"),
         (lambda: model.save_pretrained("nowhere", selected_adapters=["x"]), "invalid `selected_adapters`.*other"),
         (lambda: peftfast.get_peft_model_state_dict(model, adapter_name="othr"), "Did you mean 'other'"),
-        (lambda: peftfast.set_peft_model_state_dict(model, {}, adapter_name="x"), "'x' not found"),
+        (lambda: peftfast.set_peft_model_state_dict(model, {}, adapter_name="x"), "x not found"),
         (lambda: model.merge_and_unload(adapter_names=["x"]), "x not found"),
-        (lambda: model.merge_adapter(["default", "othr"]), "Nothing was merged.*'othr'.*Did you mean 'other'.*default"),
-        (lambda: model.merge_adapter(["defualt"], keep=False), "'defualt' not found.*Did you mean 'default'"),
+        (lambda: model.merge_adapter(["default", "othr"]), "othr not found, so nothing was merged.*'other'.*default"),
+        (lambda: model.merge_adapter(["defualt"], keep=False), "defualt not found.*Did you mean 'default'"),
+        (lambda: peftfast.get_eva_state_dict(model, [{}], adapter_name="othr"), "othr not found.*'other'"),
+        (lambda: peftfast.initialize_lora_eva_weights(model, [{}], adapter_name="othr"), "othr not found.*'other'"),
+        (lambda: peftfast.convert_to_lora(model, 2, adapter_name="othr"), "othr not found.*'other'"),
+        (lambda: peftfast.reduce_intruder_dimension(model, "othr", "new"), "othr not found.*'other'"),
+        (lambda: model.add_weighted_adapter(["othr"], [1.0], "new"), "othr does not exist.*'other'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
