@@ -149,9 +149,18 @@ def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, adapter_name: str,
     return _vocabulary_changed(model, cfg)
 
 
+def _vocabulary(config: Any) -> int | None:
+    """Size of the vocabulary, of a model of several parts that of its text."""
+    try:
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # it has several
+        return None
+    return getattr(config, "vocab_size", None)
+
+
 def _vocabulary_changed(model: nn.Module, cfg: PeftConfig) -> bool:
     config = getattr(model, "config", None)
-    size = getattr(config, "vocab_size", None)
+    size = _vocabulary(config)
     base = cfg.base_model_name_or_path
     if size is None or not base:
         return False
@@ -161,8 +170,11 @@ def _vocabulary_changed(model: nn.Module, cfg: PeftConfig) -> bool:
         path = find_file(base, "config.json", revision=cfg.revision)
         if path is None:
             raise ValueError("no config.json there")
-        with open(path, encoding="utf-8") as f:
-            original = json.load(f).get("vocab_size")
+        if hasattr(config, "from_pretrained"):  # a file need not have the defaults, and may be of more than this model
+            original = _vocabulary(type(config).from_pretrained(os.path.dirname(path)))
+        else:
+            with open(path, encoding="utf-8") as f:
+                original = json.load(f).get("vocab_size")
     except (ValueError, OSError) as e:
         warn(
             f"Could not find a config file in {base} - will assume that the vocabulary was not modified. ({e})",

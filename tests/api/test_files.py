@@ -482,6 +482,36 @@ def test_rows_added_to_a_vocabulary_travel_with_trained_ones(kind, tied, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_resized_vocabulary_of_a_model_of_several_parts_is_saved(tmp_path):
+    """PEFT loses it without a word, because the config has the size with its text's."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=30, patch_size=15), image_token_index=63,
+        text_config=LlamaConfig(**sizes, vocab_size=64),
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    model = peftfast.get_peft_model(model, LoraConfig(**OPTIONS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        model.save_pretrained(tmp_path / "as it was")
+    model.get_base_model().resize_token_embeddings(72)
+    with pytest.warns(UserWarning, match="the embedding layer has been resized during finetuning"):
+        model.save_pretrained(tmp_path / "resized")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    with pytest.raises(peftfast.AdapterLoadError, match=r"model.resize_token_embeddings\(72\)"):
+        peftfast.PeftModel.from_pretrained(again, tmp_path / "resized")
+    again.resize_token_embeddings(72)
+    again = peftfast.PeftModel.from_pretrained(again, tmp_path / "resized", strict=True)
+    ids = torch.tensor([[5, 66, 70]])
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
 def test_rows_that_a_file_has_twice_have_to_be_the_same(tmp_path):
     """PEFT saves the rows of a tied embedding once more under the head, where a vocabulary was resized."""
     model = peftfast.get_peft_model(oracle.llama(tied=True), LoraConfig(**OPTIONS, trainable_token_indices=[3, 5]))
