@@ -67,7 +67,9 @@ class _AutoPeftModel:
             base_class = getattr(transformers, cls.auto_class)
         else:  # the class that the adapter was trained on, which is not always what this one would take
             base_class = cls._from_auto_mapping(cfg, import_allowlist)
-        base = base_class.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision, **model_kwargs, **hub)
+        base = base_class.from_pretrained(
+            cfg.base_model_name_or_path, revision=cfg.revision, **model_kwargs, **_of_base(cfg, hub)
+        )
         trusted = bool(model_kwargs.get("trust_remote_code"))
         _fit_vocabulary(base, pretrained_model_name_or_path, revision, trusted, hub)
         return peft_class.from_pretrained(
@@ -98,6 +100,15 @@ class _AutoPeftModel:
                 f"{list(allowed)}. If you trust it, pass import_allowlist=[{library!r}]."
             )
         return getattr(importlib.import_module(library), name)
+
+
+def _of_base(cfg: PeftConfig, hub: dict[str, Any]) -> dict[str, Any]:
+    """Hub arguments for the base model. A sub-folder is the adapter's, unless the base has one of the name too."""
+    others = {name: value for name, value in hub.items() if name != "subfolder"}
+    base, folder = cfg.base_model_name_or_path, hub.get("subfolder")
+    if folder and find_file(base, "config.json", subfolder=folder, **{**others, "revision": cfg.revision}) is not None:
+        return hub
+    return others
 
 
 def _fit_vocabulary(

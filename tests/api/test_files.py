@@ -512,6 +512,19 @@ def test_a_resized_vocabulary_of_a_model_of_several_parts_is_saved(tmp_path):
         torch.testing.assert_close(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
+def test_an_auto_class_finds_an_adapter_in_a_sub_folder(base_folder, tmp_path):
+    """PEFT looks for the base model in a sub-folder of the name as well."""
+    model = peftfast.get_peft_model(from_folder(base_folder), LoraConfig(**OPTIONS))
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    loaded = peftfast.AutoPeftModelForCausalLM.from_pretrained(tmp_path, subfolder="checkpoint-1", strict=True)
+    torch.testing.assert_close(logits(loaded), logits(model))
+    from_folder(base_folder).save_pretrained(tmp_path / "models" / "checkpoint-1")  # both are in one, as in PEFT
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "models")
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    loaded = peftfast.AutoPeftModelForCausalLM.from_pretrained(tmp_path, subfolder="checkpoint-1", strict=True)
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
 def test_rows_that_a_file_has_twice_have_to_be_the_same(tmp_path):
     """PEFT saves the rows of a tied embedding once more under the head, where a vocabulary was resized."""
     model = peftfast.get_peft_model(oracle.llama(tied=True), LoraConfig(**OPTIONS, trainable_token_indices=[3, 5]))
