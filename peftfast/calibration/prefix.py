@@ -111,8 +111,8 @@ def _token_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: i
                 [{"role": "system", "content": text}], tokenize=True, add_generation_prompt=False, return_dict=False,
                 return_tensors="pt",
             )[:, :max_length]  # fmt: skip
-        except (TypeError, ValueError):
-            pass  # no template, or one that takes no such message
+        except Exception:  # no template, or one that takes no such message; templates raise errors of their own
+            pass
     return tokenizer(text, return_tensors="pt", truncation=max_length is not None, max_length=max_length)["input_ids"]
 
 

@@ -1,5 +1,6 @@
 """A prefix that starts as the first tokens of a text: the model with it says what the base model says after them."""
 
+import jinja2
 import peft
 import pytest
 import torch
@@ -65,6 +66,17 @@ def test_as_in_peft(family):
         for library in (peftfast, peft):
             packed = library.prompt_embeddings_from_past_key_values(given, num_virtual_tokens=4)
             torch.testing.assert_close(rows, packed)
+
+
+def test_a_template_that_refuses_system_messages_is_left_out():
+    """Gemma 2's, by an error that transformers raises for templates; PEFT fails."""
+
+    class Refusing(Chatting):
+        def apply_chat_template(self, messages, **kwargs):
+            raise jinja2.TemplateError("System role not supported")
+
+    rows = peftfast.initialize_kv_prefix_from_text(prefixed(), Refusing(False), text="text")
+    torch.testing.assert_close(rows, peftfast.initialize_kv_prefix_from_text(prefixed(), tokenizer, text="text"))
 
 
 def test_dropout_of_the_base_has_no_part_in_it():
