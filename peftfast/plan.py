@@ -229,17 +229,15 @@ def _targets(
             meant = []
         return [PlannedTarget(asked, tuple(adapted), tuple(n for n in meant if n not in set(adapted)))]
     rows, taken = [], set(adapted)
+    meant_by: dict[str, list[str]] = {}
+    for name in names:
+        for end in ends_of(name):
+            meant_by.setdefault(end, []).append(name)
     for target in sorted(asked):
-        meant = [n for n in names if target in ends_of(n)]
-        known = name_ends(names) if "." not in target else set(names)
-        rows.append(
-            PlannedTarget(
-                target,
-                tuple(n for n in meant if n in taken),
-                tuple(n for n in meant if n not in taken),
-                "" if meant else close_matches(target, known),
-            )
-        )
+        meant = meant_by.get(target, ())
+        near = "" if meant else close_matches(target, names if "." in target else name_ends(names))
+        left = tuple(n for n in meant if n not in taken)
+        rows.append(PlannedTarget(target, tuple(n for n in meant if n in taken), left, near))
     return rows
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftfast.errors import AdapterMismatchWarning, enumerate_some, warn
 from peftfast.extraction.factors import Change, as_lora, check_rank, matrix, set_targets, svd
-from peftfast.keys import PREFIX
+from peftfast.keys import PREFIX, starts_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.methods.lora.config import LoraConfig
@@ -76,7 +76,7 @@ def extract_lora(
         set_targets(config, list(sites), names)
     config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     config.fan_in_fan_out = any(site.weight.transposed for site, _ in sites.values())
-    for name in (n for n in names if any(n.endswith(saved) for saved in whole)):
+    for name in (n for n in names if n.endswith(tuple(whole))):
         for key in base.get_submodule(name).state_dict():
             tensors[f"{PREFIX}{name}.{key}"] = source.tensor(f"{name}.{key}").detach().clone()
     if left := source.never_asked():
@@ -88,17 +88,15 @@ def extract_lora(
     return config, tensors
 
 
-def _differences(
-    base: nn.Module, source: Originals
-) -> tuple[dict[str, tuple[Site, Tensor]], list[str], dict[str, str]]:
+def _differences(base: nn.Module, source: Originals) -> tuple[dict[str, tuple[Site, Tensor]], set[str], dict[str, str]]:
     """Modules with another weight, that weight with them; those that have to be kept whole; and of the first, heads
     that have the weight of a table in both models, with the table's name."""
     sites: dict[str, tuple[Site, Tensor]] = {}
-    whole: list[str] = []
+    whole: set[str] = set()
     tied: dict[str, str] = {}
     known: dict[int, str] = {}  # where a Parameter that several modules share was met first
     for name, module in base.named_modules():
-        if any(name.startswith(f"{saved}.") for saved in whole):
+        if not whole.isdisjoint(starts_of(name)):  # inside one
             continue
         site = None if name and read_by_parent(base, name) else _site_of(module)
         own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k in module.state_dict()}}
@@ -120,14 +118,13 @@ def _differences(
             ):
                 if site is not None and site.weight.quantization:
                     raise ValueError(f"{full} differs, and {name} is quantised, so it cannot be kept whole")
-                whole.append(name)
+                if not name:
+                    raise ValueError(
+                        f"{type(base).__name__} itself has a Parameter that differs, which no adapter can hold: {full}"
+                    )
+                whole.add(name)
+                sites.pop(name, None)
                 break
-        if whole and whole[-1] == name:
-            sites = {n: s for n, s in sites.items() if n != name and not n.startswith(f"{name}.")}
-            if not name:
-                raise ValueError(
-                    f"{type(base).__name__} itself has a Parameter that differs, which no adapter can hold: {full}"
-                )
     tied = {head: table for head, table in tied.items() if head in sites and table in sites}
     return sites, whole, tied
 

@@ -22,7 +22,7 @@ from peftfast.errors import (
     enumerate_some,
     warn,
 )
-from peftfast.keys import ends_of
+from peftfast.keys import ends_of, starts_of
 from peftfast.layers.walk import outer_modules
 from peftfast.sites.linear import is_linear
 from peftfast.wrapping.parents import read_by_parent
@@ -123,7 +123,7 @@ class Matcher:
         self._regex = compiled(self.targets, "target_modules") if isinstance(self.targets, str) else None
         self._exclude_regex = compiled(self.exclude, "exclude_modules") if isinstance(self.exclude, str) else None
         self._excluded_names = set() if self.exclude is None or isinstance(self.exclude, str) else set(self.exclude)
-        self._never = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in self.never]
+        self._never = set(self.never)
         self._layers = {self.layers} if isinstance(self.layers, int) else set(self.layers or ())
         patterns = self.layers_pattern or ()
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
@@ -139,7 +139,8 @@ class Matcher:
             if matches:
                 self.excluded.append(key)
             return False
-        if any(p.match(key) for p in self._never):
+        # by whole parts of the name, wherever they are in it
+        if self._never and any(not self._never.isdisjoint(starts_of(end)) for end in ends_of(key)):
             if matches:
                 self.kept.append(key)
             return False

@@ -355,30 +355,62 @@ def test_modules_that_are_called_as_ours_are(place, tmp_path):
     torch.testing.assert_close(loaded(x), models[0](x))
 
 
+def all_calls(function):
+    """Of Python's functions and of built-ins."""
+    count = 0
+
+    def counting(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(counting)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 def test_the_cost_of_matching_grows_with_the_model_and_not_with_its_square():
-    """Experts that are modules make tens of thousands of targets. Counted are calls of Python's and of built-ins."""
+    """Experts that are modules make tens of thousands of targets."""
 
     def calls(layers):
-        names = [f"layers.{i}.experts.{e}.{leaf}" for i in range(layers) for e in range(16) for leaf in ("w1", "norm")]
-        targets = [n for n in names if n.endswith("w1")]
-        matcher, count = Matcher(targets, exclude=[n for n in names if n.endswith("norm")]), 0
+        leaves = ("w1", "norm", "gate")
+        names = [f"layers.{i}.experts.{e}.{leaf}" for i in range(layers) for e in range(16) for leaf in leaves]
+        targets, norms, gates = ([n for n in names if n.endswith(leaf)] for leaf in leaves)
+        matcher = Matcher([*targets, *gates], exclude=norms, never=gates)
         ranks = {name: 1 + i % 5 for i, name in enumerate(targets)}
 
-        def counting(frame, event, arg):
-            nonlocal count
-            count += event in ("call", "c_call")
-
-        sys.setprofile(counting)
-        try:
+        def match():
             assert [n for n in names if matcher(n)] == targets
             assert shortest_suffixes(targets, names) == {"w1"}
             assert pattern_of(ranks, 0) == ranks
             assert [pattern_value(ranks, n, 0) for n in targets] == list(ranks.values())
-        finally:
-            sys.setprofile(None)
-        return count
+
+        return all_calls(match)
 
     assert calls(16) < 2.5 * calls(8)
+
+
+def test_the_cost_of_plans_and_extractions_grows_with_the_model_and_not_with_its_square():
+    def make(experts):
+        torch.manual_seed(0)
+        return nn.ModuleList(nn.ModuleDict({n: nn.Linear(2, 2) for n in ("w1", "w2")}) for _ in range(experts))
+
+    def calls(experts):
+        base, tuned = make(experts), make(experts)
+        targets = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+        with torch.no_grad():
+            for expert in tuned:
+                expert["w1"].weight.add_(1.0)
+                expert["w2"].bias.add_(1.0)  # kept whole
+        config = peftfast.LoraConfig(r=1, target_modules=targets[1:])
+        plan = all_calls(lambda: peftfast.plan_adapter(base, config))
+        return plan, all_calls(lambda: peftfast.extract_lora(base, tuned, 1))
+
+    calls(2)  # what is imported and compiled at first use
+    few, many = calls(64), calls(128)
+    assert many[0] < 2.5 * few[0] and many[1] < 2.5 * few[1], (few, many)
 
 
 def test_patterns_match_as_in_peft():
