@@ -259,10 +259,10 @@ def discover_targets(model: nn.Module) -> list[str]:
     """Targets from the graph alone: among the linear layers of the repeated blocks that are called (WavLM's attention
     reads the weights of its projections), the query and value projections of attention where names tell them, else all
     of them."""
-    blocks = [name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    blocks = {name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))}
     repeated: Counter = Counter()
     for name, _ in linear_modules(model):
-        block = next((b for b in sorted(blocks, key=len, reverse=True) if name.startswith(b + ".")), None)
+        block = next((start for start in reversed(starts_of(name)) if start in blocks), None)
         if block is not None and not read_by_parent(model, name):
             tail = name[len(block) + 1 :].partition(".")[2]
             if tail:
