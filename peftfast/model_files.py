@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from peftfast.config import PeftConfig, require_module
 from peftfast.errors import PeftWarning, every_name, warn
 from peftfast.files.activation import Activation, adapters_in, read_activation, write_activation
+from peftfast.files.atomic import find_file
 from peftfast.files.beside import room_for
 from peftfast.files.card import write_card
 from peftfast.files.convert_init import as_plain_lora, warn_beside_others
@@ -200,7 +201,7 @@ class HasFiles:
         if not is_trainable:
             wrapped.eval()
         else:
-            wrapped._tuner.after_load(adapter_name, model_id)
+            wrapped._tuner.after_load(adapter_name, _finder(model_id, kwargs))
         return wrapped
 
     @classmethod
@@ -288,7 +289,7 @@ class HasFiles:
         else:
             if new:
                 self.set_requires_grad(adapter_name)
-            self._tuner.after_load(adapter_name, model_id)
+            self._tuner.after_load(adapter_name, _finder(model_id, kwargs))
         return fit.incompatible_keys()
 
     def _load_tensors(
@@ -318,6 +319,12 @@ def _read(
     stored = read_adapter(model_id, key_mapping=key_mapping, strict=strict, **options, **kwargs)
     config = stored.config if options.get("present") is None else None
     return stored._replace(tensors=renamed(base, config, stored.tensors))
+
+
+def _finder(model_id: Any, kwargs: dict[str, Any]) -> Callable[[str], str | None]:
+    """What finds files beside those of an adapter that was loaded with these arguments."""
+    hub, _ = PeftConfig._split_hub_arguments(kwargs)
+    return lambda name: find_file(model_id, name, **hub)
 
 
 def _for_adding(stored: Stored, is_trainable: bool, num_virtual_tokens: int | None) -> Stored:

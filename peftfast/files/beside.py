@@ -16,8 +16,9 @@ class KeepsBeside:
         """Called with the tensors of a file before they are compared with the model's; returns how to undo what it did,
         should they be refused."""
 
-    def after_load(self, adapter_name: str, folder: str | os.PathLike) -> None:
-        """Called when an adapter has been loaded for training from a local folder."""
+    def after_load(self, adapter_name: str, find: Callable[[str], str | None]) -> None:
+        """Called when an adapter has been loaded for training, with what finds a file beside the adapter's by its name;
+        None: there is none."""
 
     def save_beside(self, adapter_name: str, folder: str | os.PathLike) -> None:
         """Called when an adapter has been written to a folder."""

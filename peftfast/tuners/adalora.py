@@ -292,10 +292,10 @@ class AdaLoraModel(PeftSteps, BaseTuner):
             cfg.rank_pattern = None if full else {k: [i < n for i in range(cfg.init_r)] for k, n in kept.items()}
         return undo
 
-    def after_load(self, adapter_name: str, folder: str | os.PathLike) -> None:
+    def after_load(self, adapter_name: str, find: Callable[[str], str | None]) -> None:
         """Go on with the schedule that was saved beside the adapter, if it was saved before its ranks were cut."""
-        path = Path(folder) / STATE_FILE
-        if path.is_file():
+        path = find(STATE_FILE)
+        if path is not None:
             from peftfast.files.io import read_safetensors
 
             state = read_safetensors(path)

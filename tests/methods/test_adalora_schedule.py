@@ -366,6 +366,31 @@ def test_a_schedule_of_another_adapter_is_refused(tmp_path, damage):
         peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, is_trainable=True)
 
 
+@pytest.mark.parametrize("where", ["sub-folder", "hub"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_the_schedule_is_found_wherever_the_adapter_is(where, existing, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _, ours = pair()
+    train(ours, 14)
+    place, options = tmp_path, {"subfolder": "checkpoint-14"}
+    entry = tmp_path / "models--me--adapter"
+    if where == "hub":
+        place, options = "me/adapter", {"cache_dir": tmp_path, **options}
+        (entry / "refs").mkdir(parents=True)
+        (entry / "refs/main").write_text("0" * 40)
+    folder = (entry / "snapshots" / ("0" * 40) if where == "hub" else tmp_path) / "checkpoint-14"
+    ours.save_pretrained(folder)
+    if existing:
+        _, again = pair()
+        again.load_adapter(place, "default", is_trainable=True, **options)
+    else:
+        again = peftfast.PeftModel.from_pretrained(oracle.llama(), place, is_trainable=True, **options)
+    assert masks(again) == masks(ours)
+    again.save_pretrained(tmp_path / "again")
+    left, right = (load_file(path / "adalora_state.safetensors") for path in (folder, tmp_path / "again"))
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
 def test_a_copy_of_the_model_saves_its_schedule(tmp_path):
     _, ours = pair()
     train(ours, 5)
