@@ -71,7 +71,7 @@ class _AutoPeftModel:
             cfg.base_model_name_or_path, revision=cfg.revision, **model_kwargs, **_of_base(cfg, hub)
         )
         trusted = bool(model_kwargs.get("trust_remote_code"))
-        _fit_vocabulary(base, pretrained_model_name_or_path, revision, trusted, hub)
+        fit_vocabulary(base, pretrained_model_name_or_path, trusted, revision=revision, **hub)
         return peft_class.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name=adapter_name, is_trainable=is_trainable, config=config,
             revision=revision, **own, **hub,
@@ -111,17 +111,19 @@ def _of_base(cfg: PeftConfig, hub: dict[str, Any]) -> dict[str, Any]:
     return others
 
 
-def _fit_vocabulary(
-    base: Any, path: str | os.PathLike, revision: str | None, trusted: bool, hub: dict[str, Any]
-) -> None:
-    """An adapter saved with a larger tokenizer was trained with resized embeddings."""
-    found = find_file(path, "tokenizer_config.json", revision=revision, **hub)
+def fit_vocabulary(base: Any, path: str | os.PathLike, trusted: bool = False, **hub: Any) -> None:
+    """Resize the embeddings of a base model for an adapter that was saved with a larger tokenizer: it was trained so.
+
+    Args:
+        path: of the adapter. trusted: the code that it comes with may run. hub: of `hf_hub_download`.
+    """
+    found = find_file(path, "tokenizer_config.json", **hub)
     if found is None:
         return
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trusted, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, **hub)
     except OSError:  # offline it wants a model's config beside a repository's tokenizer; of a folder it does not
         tokenizer = AutoTokenizer.from_pretrained(os.path.dirname(found), trust_remote_code=trusted)
     if len(tokenizer) > base.get_input_embeddings().num_embeddings:

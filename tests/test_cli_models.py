@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peftfast
 from peftfast.cli import BROKEN_PIPE, USAGE_ERROR, main
@@ -74,6 +74,29 @@ def test_a_plain_lora_of_another_kind_and_of_the_merged_model(adapter, tmp_path,
     assert main(merged) == 0 and main([*again, "--output", str(tmp_path / "again")]) == 0
     model = peftfast.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     torch.testing.assert_close(logits(model), expected(adapter), rtol=1e-4, atol=1e-4)  # two are what pruning left
+
+
+def test_an_adapter_with_more_tokens(tmp_path, capsys):
+    """Its base has to be resized first, also for what is made of it."""
+    tokenizer, model = AutoTokenizer.from_pretrained(EMBEDDED_BASE), base()
+    tokenizer.add_tokens(["<one>", "<two>"])
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(tokenizer))
+    config = peftfast.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peftfast.get_peft_model(model, config)
+    ids = torch.tensor([[5, len(tokenizer) - 1, 7, len(tokenizer) - 2]])
+    with pytest.warns(UserWarning, match="resized"):
+        model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    adapter, plain = str(tmp_path / "adapter"), str(tmp_path / "plain")
+    assert main(["extract", "--adapter", adapter, "--r", "4", "--output", plain, "--dtype", "fp32"]) == 0
+    for source in (adapter, plain):
+        output = tmp_path / f"merged {Path(source).name}"
+        assert main(["merge", source, "--output", str(output), "--dtype", "fp32"]) == 0, capsys.readouterr().err
+        merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+        assert len(AutoTokenizer.from_pretrained(output)) == len(tokenizer)
+        with torch.no_grad():
+            torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     source = _settings.check_model(name)
     tuned = args.tuned and _settings.check_model(args.tuned, "--tuned")
     from peftfast import PeftModel, convert_to_lora, extract_lora
+    from peftfast.auto import fit_vocabulary
     from peftfast.cli import _setup
     from peftfast.files.fingerprint import fingerprint
     from peftfast.files.io import save_adapter
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         record = fingerprint(base)
         with _setup.one_line(f"{args.tuned or args.adapter!r}"):
             if adapter:
+                fit_vocabulary(base, adapter)
                 config, tensors = convert_to_lora(PeftModel.from_pretrained(base, adapter), rank)
             else:
                 other = tuned if Path(tuned).is_dir() else _setup.load_stored(tuned, args.tuned, args.dtype)
@@ -59,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         config.task_type = config.task_type or "CAUSAL_LM"
         with _setup.writing(output):
             save_adapter(output, config, tensors, auto_mapping=None, base=record)
+            if adapter and (Path(adapter) / "tokenizer_config.json").exists():  # it may have tokens of its own
+                _setup.load_tokenizer(adapter, args.adapter).save_pretrained(output)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     print(f"{output}{os.sep}: {len(tensors)} tensors, {size / 1000:,.1f} kB; {said.last}")
     return 0

@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     name = args.model or _settings.base_of(adapter)
     source = _settings.check_model(name)
     from peftfast import PeftConfig, PeftModel
+    from peftfast.auto import fit_vocabulary
     from peftfast.cli import _setup
     from peftfast.config import plain_name
     from peftfast.files.atomic import whole_folder
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{args.adapter!r} is {plain_name(config.peft_type)}: virtual tokens are part of no weight")
         base = _setup.load_stored(source, name, args.dtype)
         with _setup.one_line(f"{args.adapter!r} does not fit {name!r}"):
+            fit_vocabulary(base, adapter)
             model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
         tokenizer = _setup.load_tokenizer(
             adapter if (Path(adapter) / "tokenizer_config.json").exists() else source, name

@@ -16,8 +16,8 @@ from peftfast.config import PeftConfig, PeftType
 from peftfast.errors import enumerate_some, no_such_adapter, warn
 from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, matrix, set_targets, svd
 from peftfast.files.fingerprint import fingerprint
-from peftfast.files.io import save_adapter
-from peftfast.files.state import adapter_entries, wrapped_modules
+from peftfast.files.io import save_adapter, vocabulary_changed
+from peftfast.files.state import adapter_entries, adapter_state_dict, wrapped_modules
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import method_for
@@ -37,7 +37,7 @@ def convert_to_lora(
     AdaLoRA and DoRA for servers that know neither, a LoRA of a lower rank.
 
     What has factors (LoRA, AdaLoRA) is decomposed through them, in no time; DoRA's change takes an SVD of the weight's
-    size. modules_to_save and trained tokens come along. The scaling is inside the factors: it is 1.
+    size. modules_to_save, trained tokens and resized embeddings come along. The scaling is inside the factors: it is 1.
 
     Args:
         rank: of every module; or a share in (0, 1] of the squared singular values that each module's rank must keep.
@@ -78,10 +78,11 @@ def convert_to_lora(
     config, tensors = as_lora(changes(), rank, cfg)
     if cfg is None:
         set_targets(config, [key.removeprefix(PREFIX) for key in layers], [n for n, _ in model.named_modules()])
-    inside = tuple(f"{key}." for key in layers)
-    for entry in adapter_entries(model, adapter_name) if cfg is not None else ():
-        if not entry.file.startswith(inside):
-            tensors[entry.file] = entry.tensor().detach().clone()
+    if cfg is not None:
+        inside = tuple(f"{key}." for key in layers)
+        factors = {entry.file for entry in adapter_entries(model, adapter_name) if entry.file.startswith(inside)}
+        saved = adapter_state_dict(model, cfg, adapter_name, None, vocabulary_changed(model, cfg))
+        tensors |= {key: tensor.clone() for key, tensor in saved.items() if key not in factors}
     return config, tensors
 
 

@@ -142,11 +142,11 @@ def needs_embedding_layers(model: nn.Module, cfg: PeftConfig, adapter_name: str,
             )
         return bool(asked)
     if trains_rows(cfg):
-        return _vocabulary_changed(model, cfg)
+        return vocabulary_changed(model, cfg)
     if targets_embeddings(model, cfg, adapter_name):
         warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.")
         return True
-    return _vocabulary_changed(model, cfg)
+    return vocabulary_changed(model, cfg)
 
 
 def _vocabulary(config: Any) -> int | None:
@@ -158,7 +158,8 @@ def _vocabulary(config: Any) -> int | None:
     return getattr(config, "vocab_size", None)
 
 
-def _vocabulary_changed(model: nn.Module, cfg: PeftConfig) -> bool:
+def vocabulary_changed(model: nn.Module, cfg: PeftConfig) -> bool:
+    """Whether the embeddings have been resized, with a warning that they are saved then."""
     config = getattr(model, "config", None)
     size = _vocabulary(config)
     base = cfg.base_model_name_or_path
