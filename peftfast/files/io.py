@@ -324,11 +324,19 @@ def _read_with_metadata(
             metadata = dict(f.metadata() or {})
             tensors = {key: f.get_tensor(key) for key in f.keys()}
     except (SafetensorError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as e:
-        raise AdapterLoadError(f"{path} is damaged or not a safetensors file: {e}") from e
+        raise AdapterLoadError(f"{path} is damaged or not a safetensors file: {_reason(path, e)}") from e
     verify(path, tensors, metadata)
     if device is not None and str(device) != "cpu":
         tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
     return tensors, metadata
+
+
+def _reason(path: str | os.PathLike, error: Exception) -> str:
+    """Why a file cannot be read; a repository that was cloned without Git LFS has pointers in the place of weights."""
+    with open(path, "rb") as f:
+        if f.read(32).startswith(b"version https://git-lfs"):
+            return "it is a pointer of Git LFS; `git lfs pull` in the repository fetches the file"
+    return str(error)
 
 
 def _read_pickle(path: str, device: str | torch.device | None) -> dict[str, Tensor]:
@@ -338,7 +346,7 @@ def _read_pickle(path: str, device: str | torch.device | None) -> dict[str, Tens
     except OSError:
         raise
     except Exception as e:  # what a damaged pickle raises is as arbitrary as its bytes
-        raise AdapterLoadError(f"{path} is damaged or holds more than tensors: {e}") from e
+        raise AdapterLoadError(f"{path} is damaged or holds more than tensors: {_reason(path, e)}") from e
     if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
         raise AdapterLoadError(f"{path} does not hold a dict of tensors")
     return data

@@ -343,11 +343,19 @@ def put(key, value):
     return lambda tensors: tensors.__setitem__(key, value(tensors))
 
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4096\n"
+
 BROKEN = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), ValueError, "Can't find weights"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), ValueError, "Can't find 'adapter_config.json'"),
     "truncated": (truncate, AdapterLoadError, "damaged"),
     "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), AdapterLoadError, "damaged"),
+    "lfs": (lambda f: (f / WEIGHTS).write_text(POINTER), AdapterLoadError, "pointer of Git LFS; `git lfs pull`"),
+    "lfs pickle": (
+        lambda f: ((f / WEIGHTS).unlink(), (f / "adapter_model.bin").write_text(POINTER)),
+        AdapterLoadError,
+        "pointer of Git LFS",
+    ),
     "not json": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "not a JSON"),
     "json list": (lambda f: (f / "adapter_config.json").write_text("[]"), ValueError, "JSON object"),
     "unknown type": (edit_config(peft_type="LORRA"), ValueError, "LORRA.*Did you mean 'LORA'"),
