@@ -54,6 +54,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def _own_number(value: Any) -> Any:
+    """Numbers of other libraries (numpy's, of a search for settings), which no file could hold, as Python's own."""
+    if _is_integer(value):
+        return int(value)
+    return float(value) if _is_number(value) and not isinstance(value, float) else value
+
+
 def boolean() -> Rule:
     """True or False; 1, 0 and None, which files of other libraries have, mean the same."""
 
@@ -76,7 +83,7 @@ def text() -> Rule:
 def integer(minimum: int | None = None) -> Rule:
     expects = "an integer" if minimum is None else f"an integer of at least {minimum}"
     schema = {"type": "integer"} if minimum is None else {"type": "integer", "minimum": minimum}
-    return Rule(expects, _is_integer, lambda v: minimum is None or v >= minimum, schema)
+    return Rule(expects, _is_integer, lambda v: minimum is None or v >= minimum, schema, tidy=_own_number)
 
 
 def number(minimum: float = -math.inf, maximum: float = math.inf) -> Rule:
@@ -87,7 +94,13 @@ def number(minimum: float = -math.inf, maximum: float = math.inf) -> Rule:
         schema["minimum"] = minimum
     if maximum < math.inf:
         schema["maximum"] = maximum
-    return Rule(f"a finite number{bounds}", _is_number, lambda v: math.isfinite(v) and minimum <= v <= maximum, schema)
+    return Rule(
+        f"a finite number{bounds}",
+        _is_number,
+        lambda v: math.isfinite(v) and minimum <= v <= maximum,
+        schema,
+        tidy=_own_number,
+    )
 
 
 def positive() -> Rule:
@@ -97,6 +110,7 @@ def positive() -> Rule:
         _is_number,
         lambda v: math.isfinite(v) and v > 0,
         {"type": "number", "exclusiveMinimum": 0},
+        tidy=_own_number,
     )
 
 

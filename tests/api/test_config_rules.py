@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 
+import numpy
 import oracle
 import pytest
 import torch
@@ -277,6 +278,12 @@ SWITCHES = (
         {"modules_to_save": collections.deque(["lm_head"]), "target_modules": ("q_proj",)},
         {"rank_pattern": collections.UserDict({"q_proj": 2}), "alpha_pattern": collections.UserDict({"q_proj": 3})},
         {"trainable_token_indices": {"embed_tokens": range(3)}},
+        {
+            "r": numpy.int64(3),
+            "lora_alpha": numpy.float32(5),
+            "layers_to_transform": [numpy.int64(1)],
+        },  # PEFT cannot save
+        {"rank_pattern": {"q_proj": numpy.int64(2)}, "trainable_token_indices": [*numpy.arange(2, 5)]},
     ],
     ids=str,
 )
