@@ -33,15 +33,15 @@ def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: s
             ModelCardData(), template_str=_TEMPLATE, method=method, base=name or type(base).__name__, load=_load(cfg)
         )
     card.data["library_name"] = "peft"
-    before = card.data.get("tags") or []
-    tags = set([before] if isinstance(before, str) else before) | set(getattr(base, "model_tags", None) or [])
-    tags.add(method)
+    tags = {method, *(getattr(base, "model_tags", None) or ())}
     if hasattr(base, "save_pretrained") and config is not None:
         tags.add("transformers")
     if name:
         card.data["base_model"] = name
         tags.add(f"base_model:adapter:{name}")
-    card.data["tags"] = sorted(tags)
+    before = card.data.get("tags") or []
+    before = before if isinstance(before, list) else [before]  # of whatever somebody has put there (years, ...)
+    card.data["tags"] = sorted([*before, *(tag for tag in tags if tag not in before)], key=str)
     if type(model).__name__ == "PeftModelForCausalLM" and not card.data.get("pipeline_tag"):
         card.data["pipeline_tag"] = "text-generation"
     card.text = _with_version(card.text)

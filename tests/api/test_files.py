@@ -10,6 +10,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -671,6 +672,17 @@ def test_only_the_version_in_a_card_is_replaced(section, tmp_path):
             assert ("- Transformers 5.0\n\n## Thanks\n\n- PEFT 1 to all" in text) is bool(section)
         data = text.partition("\n---\n")[0]
         assert "\n- mine\n" in data and "pipeline_tag: summarization" in data
+
+
+@pytest.mark.parametrize("tags", ["[2024, mine]", "[[a, b]]", "[{a: b}]"])
+def test_tags_of_a_card_may_be_anything(tags, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"---\ntags: {tags}\n---\n# Mine\n")
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        found = yaml.safe_load(path.read_text().split("---")[1])["tags"]
+        assert found == sorted([*yaml.safe_load(tags), "lora", "transformers"], key=str)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"---\ntags: [mine\n---\n"])
