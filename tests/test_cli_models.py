@@ -122,6 +122,7 @@ def test_refusals_in_one_line(adapter, tmp_path, capsys, options, parts, monkeyp
     assert main(options) == USAGE_ERROR
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and all(part in err for part in parts), err
+    assert err.startswith(f"peftfast {options[0]}: error: ")
     assert os.listdir(tmp_path) == ["FULL"] and os.listdir(full) == ["notes.txt"]
 
 

@@ -25,16 +25,16 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 class UserError(Exception):
     """Something that the person at the command line can put right; shown as one line, without a traceback."""
 
-    def __init__(self, message: object, exit_code: int = USAGE_ERROR) -> None:
+    def __init__(self, message: object, exit_code: int = USAGE_ERROR, command: str | None = None) -> None:
         super().__init__(" ".join(str(message).split()))
-        self.exit_code = exit_code
+        self.exit_code, self.command = exit_code, command
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message, command=self.prog)
 
 
 def commands() -> dict[str, ModuleType]:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"peftfast {args.command}"
         return args.run(args)
     except UserError as error:
-        print(f"{where}: error: {error}", file=sys.stderr)
+        print(f"{error.command or where}: error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # whoever reads the output, `head` perhaps, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
