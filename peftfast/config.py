@@ -255,7 +255,11 @@ class PeftConfigMixin:
         strict: bool = False,
         **kwargs: Any,
     ) -> PeftConfig:
-        """Read `adapter_config.json` from a folder or a Hub repository; `strict` refuses fields that nobody knows.
+        """Read `adapter_config.json` from a folder or a Hub repository.
+
+        Args:
+            strict: refuse fields that nobody knows, and arguments that the file contradicts.
+            kwargs: of `hf_hub_download`; and fields, for what the file does not say.
 
         Raises:
             ValueError: no such file there, or not JSON.
@@ -264,7 +268,18 @@ class PeftConfigMixin:
         path = find_config(pretrained_model_name_or_path, subfolder, **hub)
         known = config_fields()  # other arguments are for whoever else was given them, as in PEFT
         values = {k: v for k, v in values.items() if k in known}
-        data = cls.check_kwargs(**migrate_config({**values, **_read_json(path)}))
+        stored = _read_json(path)
+        ignored = {k: v for k, v in values.items() if k in stored and stored[k] != _plain(v)}
+        if ignored:
+            said = ", ".join(f"{k}={v!r} (the file has {stored[k]!r})" for k, v in ignored.items())
+            message = (
+                f"What {path} says counts, so these arguments have no effect: {said}. To have it otherwise, read the "
+                "config, change it, and pass it as config=."
+            )
+            if strict:
+                raise TypeError(message)
+            warn(message, AdapterMismatchWarning)
+        data = cls.check_kwargs(**migrate_config({**values, **stored}))
         return cls.from_dict(data, source=str(path), strict=strict)
 
     @classmethod

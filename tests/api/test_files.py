@@ -795,6 +795,22 @@ def test_arguments_that_nobody_knows_are_named(base_folder, tmp_path):
     assert loaded.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.dtype == torch.bfloat16
 
 
+def test_arguments_that_the_file_knows_better_are_named(tmp_path):
+    """PEFT takes what the file says without a word."""
+    peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS)).save_pretrained(tmp_path)
+    for call in (
+        lambda **given: peftfast.PeftConfig.from_pretrained(tmp_path, **given),
+        lambda **given: peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path, **given).peft_config["default"],
+    ):
+        with pytest.warns(peftfast.AdapterMismatchWarning, match=r"no effect: lora_alpha=77 \(the file has \d+\)\. To"):
+            assert call(lora_alpha=77).lora_alpha == LoraConfig(**OPTIONS).lora_alpha
+        with pytest.raises(TypeError, match="lora_alpha=77"):
+            call(lora_alpha=77, strict=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(lora_alpha=LoraConfig(**OPTIONS).lora_alpha, target_modules=set(OPTIONS["target_modules"]))
+
+
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_loading_a_second_adapter(is_trainable, tmp_path):
     twins = oracle.Twins(oracle.llama, OPTIONS)
