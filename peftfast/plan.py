@@ -23,6 +23,7 @@ from peftfast.sites import Site, bias_of, make_site, parts_of
 from peftfast.sites.parameter import ParameterSite
 from peftfast.sites.site import is_bias
 from peftfast.tasks import model_class
+from peftfast.wrapping.adding import check_addable
 from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import full_names
@@ -140,7 +141,8 @@ def plan_adapter(
     autocast_adapter_dtype: bool = True,
     max_lora_rank: int = 16,
 ) -> AdapterPlan:
-    """What `patch(model, config)` would do; neither model nor config is changed.
+    """What `patch(model, config)` would do; neither model nor config is changed. What initialisations want of weights
+    and data is not looked at.
 
     Args:
         model: a base model, or one with adapters, to which this one would be added.
@@ -164,15 +166,18 @@ def plan_adapter(
     with warnings.catch_warnings(record=True) as caught, ExitStack() as stack:
         warnings.simplefilter("always")
         try:
-            cfg.validate()
-            if not isinstance(model, PeftModel):  # else they are stacked already
+            if isinstance(model, PeftModel):  # whose layers are stacked already
+                model.check_type(cfg)
+                check_addable(model._tuner.inventory, "planned", cfg)
+            else:
+                cfg.validate()
                 stack.enter_context(replicated(base, cfg))
                 inventory = Inventory(base, {})
             injection = plan_injection(
                 inventory, "planned", cfg, strict=strict, initialise=False,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, RuntimeError) as e:
             plan.refusal = str(e)
     plan.notes = list(dict.fromkeys(str(w.message) for w in caught))
     plan.targets = _targets(config, cfg, inventory, injection.targets if injection is not None else ())

@@ -65,19 +65,7 @@ def add_adapter(
     if name in inventory.configs:
         raise ValueError(f"Adapter with name '{name}' already exists.")
     inventory.check_not_merged(name, "replace")
-    cfg.validate()
-    if is_run_by_zero3(inventory.model):
-        raise RuntimeError(
-            f"Cannot add adapter {name!r}: a DeepSpeed ZeRO-3 engine runs this model, and knows the parameters that it "
-            "was made with only. Add all adapters before deepspeed.initialize (Accelerator.prepare, Trainer.train). "
-            "Weights from a file can be loaded into an adapter that is here: model.load_adapter(folder, "
-            f"{next(iter(inventory.configs), 'default')!r})"
-        )
-    if is_sharded_by_fsdp2(inventory.model):
-        to_shards(inventory.model)
-        _check_sharded(name, cfg, options.get("initialise", True))
-    _check_base_is_whole(inventory, name, cfg)
-    _check_biases(inventory, name, cfg)
+    check_addable(inventory, name, cfg, options.get("initialise", True))
     first = not inventory.configs and not any(layer.adapters for layer in inventory.layers.values())
     fields_before = dict(cfg.__dict__)
     present = {wrapper for _, wrapper in inventory.wrappers()}
@@ -99,22 +87,46 @@ def add_adapter(
         inventory.freeze_base()
 
 
+def check_addable(inventory: Inventory, name: str, cfg: PeftConfig, initialise: bool = True) -> None:
+    """Refuse an adapter for what its config says and for what the model has already, before anything is matched."""
+    cfg.validate()
+    if is_run_by_zero3(inventory.model):
+        raise RuntimeError(
+            f"Cannot add adapter {name!r}: a DeepSpeed ZeRO-3 engine runs this model, and knows the parameters that it "
+            "was made with only. Add all adapters before deepspeed.initialize (Accelerator.prepare, Trainer.train). "
+            "Weights from a file can be loaded into an adapter that is here: model.load_adapter(folder, "
+            f"{next(iter(inventory.configs), 'default')!r})"
+        )
+    if is_sharded_by_fsdp2(inventory.model):
+        to_shards(inventory.model)
+        _check_sharded(name, cfg, initialise)
+    _check_base_is_whole(inventory, name, cfg)
+    _check_biases(inventory, name, cfg)
+    _check_replication(inventory, name, cfg)
+
+
 def _replicate(inventory: Inventory, name: str, cfg: PeftConfig) -> bool:
     """Stack the model's layers as the config says, before anything is matched; whether that changed the model."""
     if inventory.replication is not None and not (inventory.configs or inventory.layers or inventory.extras):
         inventory.restore_layers()
-    present = () if inventory.replication is None else inventory.replication.ranges
     ranges = ranges_of(cfg)
-    if ranges == present:
+    if ranges == (() if inventory.replication is None else inventory.replication.ranges):
         return False
-    if present or inventory.configs:
+    inventory.replicate_layers(Replication(inventory.model, ranges))
+    return True
+
+
+def _check_replication(inventory: Inventory, name: str, cfg: PeftConfig) -> None:
+    """ValueError if the adapter wants the layers stacked otherwise than the adapters that are here."""
+    adapted = inventory.configs or inventory.layers or inventory.extras
+    present = inventory.replication.ranges if inventory.replication is not None and adapted else ()
+    ranges = ranges_of(cfg)
+    if ranges != present and (present or inventory.configs):
         raise ValueError(
             f"Adapter {name} has layer_replication={[list(r) for r in ranges] or None}, but the layers of this model "
             f"are stacked as {[list(r) for r in present] or None} for {sorted(inventory.configs)}: all adapters of a "
             "model need the same"
         )
-    inventory.replicate_layers(Replication(inventory.model, ranges))
-    return True
 
 
 def _check_sharded(name: str, cfg: PeftConfig, initialise: bool) -> None:

@@ -174,6 +174,30 @@ def test_servers_leave_the_base_as_it_was(init):
         assert all(f"before init_lora_weights={init!r}; convert it" in v.reasons[0] for v in plan.servers)
 
 
+PRESENT = {
+    "lora": (LoraConfig(r=2, target_modules=TARGETS, bias="all"), False),
+    "adalora": (peftfast.AdaLoraConfig(target_modules=TARGETS, total_step=10), False),
+    "mixed": (LoraConfig(r=2, target_modules=TARGETS), True),
+    "rows": (LoraConfig(r=2, target_modules=TARGETS, trainable_token_indices=[1]), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("present", PRESENT)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_an_adapted_model_would_refuse_is_said(name, present):
+    """Other methods, biases of a second adapter, modules that another adapter keeps."""
+    config, mixed = PRESENT[present]
+    model = peftfast.get_peft_model(base.Tiny(), copy.deepcopy(config), mixed=mixed)
+    refusal = plan_adapter(model, CONFIGS[name]).refusal
+    try:
+        model.add_adapter("planned", copy.deepcopy(CONFIGS[name]))
+    except ValueError as e:
+        assert refusal == str(e)
+    else:
+        assert refusal is None
+
+
 def test_other_methods_load_nowhere():
     plan = plan_adapter(base.Tiny(), CONFIGS["ia3"])
     assert {v.verdict for v in plan.servers} == {"refuses"}
