@@ -28,7 +28,7 @@ from peftfast.wrapping.injection import Injection, plan_injection
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.parameters import full_names
 from peftfast.wrapping.replication import replicated
-from peftfast.wrapping.targets import linear_modules, name_ends
+from peftfast.wrapping.targets import HINTS, linear_modules, name_ends
 
 
 @dataclass(frozen=True)
@@ -233,14 +233,16 @@ def _targets(
         except re.error:
             meant = []
         return [PlannedTarget(asked, tuple(adapted), tuple(n for n in meant if n not in set(adapted)))]
-    rows, taken = [], set(adapted)
+    rows, taken, unmatched = [], set(adapted), 0
     meant_by: dict[str, list[str]] = {}
     for name in names:
         for end in ends_of(name):
             meant_by.setdefault(end, []).append(name)
     for target in sorted(asked):
         meant = meant_by.get(target, ())
-        near = "" if meant else close_matches(target, names if "." in target else name_ends(names))
+        near = ""
+        if not meant and unmatched < HINTS:
+            near, unmatched = close_matches(target, names if "." in target else name_ends(names)), unmatched + 1
         left = tuple(n for n in meant if n not in taken)
         rows.append(PlannedTarget(target, tuple(n for n in meant if n in taken), left, near))
     return rows

@@ -20,6 +20,7 @@ from peftfast.errors import (
     PeftWarning,
     close_matches,
     enumerate_some,
+    every_name,
     warn,
 )
 from peftfast.keys import ends_of, starts_of
@@ -30,6 +31,9 @@ from peftfast.wrapping.parents import read_by_parent
 ALL_LINEAR = "all-linear"
 #: A resolved target list longer than this is stored as the shortest suffixes that mean the same.
 MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
+
+#: For how many targets that match nothing is looked at what is near: a config for a larger model has thousands.
+HINTS = 8
 
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_MODULES = {"out_proj", "conv1d"}
@@ -319,13 +323,16 @@ def report_matches(
     elif getattr(cfg, "target_parameters", None) and not parameters:
         warn(f"target_parameters={cfg.target_parameters} were set but no parameter was matched.", RuntimeWarning)
     layers = getattr(cfg, "layers_to_transform", None)
-    for target in matcher.unmatched():
+    unmatched = matcher.unmatched()
+    for target in unmatched[:HINTS]:
         if layers is not None and any(target in ends_of(name) for name in names):
             complaints.append(f"target_modules: {target!r} matched no module in layers_to_transform={layers}.")
             continue
         known = name_ends(names) if "." not in target else set(names)
         hint = _in_a_list(target, names) or close_matches(target, known)
         complaints.append(f"target_modules: {target!r} matched no module.{hint}")
+    if len(unmatched) > HINTS:
+        complaints.append(f"target_modules: {every_name(unmatched[HINTS:])} matched no module.")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = tuple(getattr(cfg, name, None) or ())
         for key in patterns:
@@ -384,7 +391,7 @@ def _refuse_unmatched(cfg: PeftConfig, matcher: Matcher, names: Sequence[str], m
         hint = _misread(targets, names)
     else:
         known = name_ends(names)
-        hint = "".join(_in_a_list(t, names) or close_matches(t, known) for t in sorted(targets))
+        hint = "".join(_in_a_list(t, names) or close_matches(t, known) for t in sorted(targets)[:HINTS])
     linear = sorted(name_ends(name for name, _ in linear_modules(model)))
     if linear and not hint and getattr(cfg, "layers_to_transform", None) is None:
         hint = f" The linear layers of this model are called {enumerate_some(linear)}."

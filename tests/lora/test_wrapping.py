@@ -406,11 +406,14 @@ def test_the_cost_of_plans_and_extractions_grows_with_the_model_and_not_with_its
                 expert["w2"].bias.add_(1.0)  # kept whole
         config = peftfast.LoraConfig(r=1, target_modules=targets[1:])
         plan = all_calls(lambda: peftfast.plan_adapter(base, config))
-        return plan, all_calls(lambda: peftfast.extract_lora(base, tuned, 1))
+        half = all_calls(lambda: peftfast.plan_adapter(base[: experts // 2], config))  # a config for a larger model
+        config = peftfast.LoraConfig(r=1, target_modules=[f"{target}x" for target in targets])
+        none = all_calls(lambda: peftfast.plan_adapter(base, config))
+        return plan, half, none, all_calls(lambda: peftfast.extract_lora(base, tuned, 1))
 
     calls(2)  # what is imported and compiled at first use
     few, many = calls(64), calls(128)
-    assert many[0] < 2.5 * few[0] and many[1] < 2.5 * few[1], (few, many)
+    assert all(b < 2.5 * a for a, b in zip(few, many, strict=True)), (few, many)
 
 
 def test_patterns_match_as_in_peft():
