@@ -52,12 +52,15 @@ def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """A `rank_pattern` or `alpha_pattern` that gives every module its value, in whatever order a file has it; without
     those that have the default."""
     ends = Counter(end for name in values for end in ends_of(name))
-    pattern = {}
+    pattern, exact = {}, {}
     for name, value in values.items():
         if value != default or any(end in values for end in ends_of(name)[1:]):
-            regex = name if _PLAIN.fullmatch(name) else re.escape(name)
-            pattern[f"^{regex}" if ends[name] > 1 else regex] = value  # or it would match the longer names as well
-    return pattern
+            front = "^" if ends[name] > 1 else ""  # or it would match the longer names as well
+            exact[front + re.escape(name)] = value
+            pattern[front + name if _PLAIN.fullmatch(name) else front + re.escape(name)] = value
+    # dots of names match any letter, which hardly ever makes a difference
+    right = all(pattern_value(pattern, name, default) == value for name, value in values.items())
+    return pattern if right else exact
 
 
 #: Names that mean themselves, but for dots, which in a regex are any letter.

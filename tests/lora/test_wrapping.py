@@ -430,3 +430,14 @@ def test_patterns_match_as_in_peft():
         for name in draw.sample(names, 20):
             theirs = pattern.get(get_pattern_key(pattern.keys(), name))
             assert pattern_value(pattern, name, None) == theirs, (pattern, name)
+
+
+def test_a_pattern_of_values_gives_them_back_in_any_order():
+    """Names that end alike, that differ where others have a dot, and that are no plain names."""
+    draw, parts = random.Random(0), ["a", "b", "ab", "a_b", "a+", "(x", "0", "12", "$", "^a", "a|b", "\\", "a b"]
+    for _ in range(500):
+        names = {".".join(draw.choices(parts, k=draw.randint(1, 4))) for _ in range(draw.randint(1, 12))}
+        values = {name: draw.randint(1, 3) for name in sorted(names)}
+        pattern = list(pattern_of(values, 2).items())
+        draw.shuffle(pattern)
+        assert {name: pattern_value(dict(pattern), name, 2) for name in values} == values
