@@ -15,7 +15,7 @@ from peftfast.config import PeftConfig
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.wrapping.targets import Matcher, make_matcher, pattern_value
+from peftfast.wrapping.targets import Matcher, make_matcher, pattern_of, pattern_value
 
 #: Where in a key the module's name ends and the adapter's tensor begins.
 SLOT = re.compile(r"(?:^|\.)(lora_\w+|ia3_l|trainable_tokens_\w+|token_adapter|base_layer)(?:\.|$)")
@@ -164,8 +164,7 @@ def _rename_in(config: PeftConfig, names: Mapping[str, str], adapted: list[str])
             owners = {key: _owner(key)[0] for key in pattern}
             new = {key.replace(owners[key], names.get(owners[key], owners[key]), 1): pattern[key] for key in pattern}
         else:
-            values = {names.get(name, name): pattern_value(pattern, name, None) for name in adapted}
-            new = {name: value for name, value in values.items() if value is not None}
+            new = pattern_of({names.get(name, name): pattern_value(pattern, name, None) for name in adapted}, None)
         setattr(config, field, new)
     scaled, matches = getattr(config, "feedforward_modules", None), make_matcher(config)
     if getattr(config, "target_parameters", None) or all(matches(names[name]) for name in adapted if name in names):

@@ -54,7 +54,7 @@ def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     ends = Counter(end for name in values for end in ends_of(name))
     pattern, exact = {}, {}
     for name, value in values.items():
-        if value != default or any(end in values for end in ends_of(name)[1:]):
+        if value != default:
             front = "^" if ends[name] > 1 else ""  # or it would match the longer names as well
             exact[front + re.escape(name)] = value
             pattern[front + name if _PLAIN.fullmatch(name) else front + re.escape(name)] = value

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 import peftfast
 from peftfast import AdaLoraConfig, IA3Config, LoraConfig
 from peftfast.files.metadata import describe
+from peftfast.files.renamed import _rename_in
+from peftfast.wrapping.targets import pattern_value
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -124,6 +126,12 @@ def test_an_adapter_under_old_names(case, tmp_path):
     assert torch.equal(output(loaded), output(model))
     loaded.save_pretrained(tmp_path / "new")
     assert torch.equal(output(peftfast.PeftModel.from_pretrained(make(), tmp_path / "new", strict=True)), output(model))
+
+
+def test_a_rank_stays_with_its_module_where_another_ends_alike():
+    config = LoraConfig(r=8, target_modules=["old"], rank_pattern={"^old": 4})
+    _rename_in(config, {"old": "new", "z.old": "z.new"}, ["old", "z.old"])
+    assert [pattern_value(config.rank_pattern, name, config.r) for name in ("new", "z.new")] == [4, 8]
 
 
 def test_beside_another_adapter_and_into_one_that_is_there(tmp_path):
