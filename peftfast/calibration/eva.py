@@ -22,7 +22,7 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.settings import EvaConfig
 from peftfast.sites.linear import LinearSite
-from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_of, pattern_value
+from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_of, pattern_value, set_targets
 
 MAX_PASSES = 100  # over the data, before components that still turn are taken as they are
 
@@ -413,7 +413,7 @@ def initialize_lora_eva_weights(
     cfg.rank_pattern = pattern_of({k: ranks[k] for k in kept}, cfg.r)
     cfg.alpha_pattern = pattern_of({k: alphas[k] for k in kept}, cfg.lora_alpha)
     if len(kept) < len(keys):
-        cfg.target_modules = set(kept)
+        set_targets(cfg, kept, inventory.names, set(kept))
     resize_adapter(inventory, adapter_name, changed)
     for key in kept:
         if key not in missing:

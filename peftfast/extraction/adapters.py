@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType
 from peftfast.errors import enumerate_some, no_such_adapter, warn
-from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, matrix, set_targets, svd
+from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, matrix, svd
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.io import save_adapter, vocabulary_changed
 from peftfast.files.state import adapter_entries, adapter_state_dict, wrapped_modules
@@ -23,6 +23,7 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.method import method_for
 from peftfast.methods.lora.combine import svd_of_sum
 from peftfast.methods.lora.config import LoraConfig
+from peftfast.wrapping.targets import set_targets, shortest_suffixes
 
 
 @torch.no_grad()
@@ -77,7 +78,8 @@ def convert_to_lora(
 
     config, tensors = as_lora(changes(), rank, cfg)
     if cfg is None:
-        set_targets(config, [key.removeprefix(PREFIX) for key in layers], [n for n, _ in model.named_modules()])
+        wanted, names = [key.removeprefix(PREFIX) for key in layers], [n for n, _ in model.named_modules() if n]
+        set_targets(config, wanted, names, shortest_suffixes(wanted, names))
     if cfg is not None:
         inside = tuple(f"{key}." for key in layers)
         factors = {entry.file for entry in adapter_entries(model, adapter_name) if entry.file.startswith(inside)}

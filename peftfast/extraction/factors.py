@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -11,12 +10,11 @@ import torch
 from torch import Tensor
 
 from peftfast.config import PeftConfig
-from peftfast.errors import enumerate_some
 from peftfast.keys import PREFIX
 from peftfast.methods.lora.combine import padded, rank_keeping
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.sites import Site
-from peftfast.wrapping.targets import make_matcher, pattern_of, shortest_suffixes
+from peftfast.wrapping.targets import pattern_of
 
 logger = logging.getLogger("peftfast.extraction")
 
@@ -115,17 +113,3 @@ def as_lora(
         r=general, lora_alpha=general, rank_pattern=pattern, alpha_pattern=dict(pattern), lora_bias=biased, **fields
     )
     return config, tensors
-
-
-def set_targets(config: LoraConfig, wanted: list[str], names: Iterable[str]) -> None:
-    """Let the config's targets be these modules and no others."""
-    names, only = [n for n in names if n], set(wanted)
-    config.target_modules = shortest_suffixes(wanted, names)
-    if set(filter(make_matcher(config), names)) != only:  # a name that another's ends with
-        config.target_modules = "|".join(re.escape(n) for n in wanted)
-    missed = only.difference(filter(make_matcher(config), names))
-    if missed:
-        raise ValueError(
-            f"{enumerate_some(sorted(missed))} would be kept whole as well, because modules_to_save="
-            f"{config.modules_to_save} matches by the ends of names"
-        )

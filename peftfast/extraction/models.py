@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import AdapterMismatchWarning, enumerate_some, warn
-from peftfast.extraction.factors import Change, as_lora, check_rank, matrix, set_targets, svd
+from peftfast.extraction.factors import Change, as_lora, check_rank, matrix, svd
 from peftfast.keys import PREFIX, starts_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
@@ -18,6 +18,7 @@ from peftfast.quantization.originals import Originals
 from peftfast.sites import Site, make_site
 from peftfast.sites.site import has_site
 from peftfast.wrapping.parents import read_by_parent
+from peftfast.wrapping.targets import set_targets, shortest_suffixes
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def extract_lora(
     names = [name for name, _ in base.named_modules() if name]
     config.modules_to_save = sorted(whole) or None
     if sites:
-        set_targets(config, list(sites), names)
+        set_targets(config, list(sites), names, shortest_suffixes(sites, names))
     config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     config.fan_in_fan_out = any(site.weight.transposed for site, _ in sites.values())
     for name in (n for n in names if n.endswith(tuple(whole))):

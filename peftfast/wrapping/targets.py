@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -467,3 +467,25 @@ def shortest_suffixes(wanted: Iterable[str], names: Iterable[str]) -> set[str]:
         if result.isdisjoint(ends):
             result.update([end for end in reversed(ends) if end not in ambiguous][:1])
     return result
+
+
+def set_targets(config: PeftConfig, wanted: Collection[str], names: Iterable[str], short: set[str]) -> None:
+    """Let the config's targets be these modules and no others.
+
+    Args:
+        names: of all modules. short: how to call the wanted ones, where that means no others.
+
+    Raises:
+        ValueError: one is kept whole, by the config's modules_to_save.
+    """
+    names, only = [n for n in names if n], set(wanted)
+    config.target_modules = short
+    if set(filter(make_matcher(config), names)) != only:  # a name that another's ends with
+        config.target_modules = "|".join(re.escape(n) for n in wanted)
+        config.layers_to_transform = config.layers_pattern = None  # which go with lists
+    missed = only.difference(filter(make_matcher(config), names))
+    if missed:
+        raise ValueError(
+            f"{enumerate_some(sorted(missed))} would be kept whole as well, because modules_to_save="
+            f"{config.modules_to_save} matches by the ends of names"
+        )

@@ -115,6 +115,22 @@ def test_eva_layers_without_a_rank_are_left_as_they_were():
     model(**batches()[0])
 
 
+def test_eva_names_what_is_left_and_no_module_that_ends_alike(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict(
+            {"lin": torch.nn.Linear(8, 8), "z": torch.nn.ModuleDict({"lin": torch.nn.Linear(8, 8)})}
+        )
+
+    config = peftfast.LoraConfig(r=2, target_modules=["lin"], init_lora_weights="eva", eva_config=peftfast.EvaConfig())
+    model = peftfast.get_peft_model(net(), config)
+    peftfast.initialize_lora_eva_weights(model, eva_state_dict={"lin": torch.eye(8)[:3], "z.lin": torch.zeros(0, 8)})
+    model.save_pretrained(tmp_path)
+    for library in (peftfast, peft):
+        again = library.PeftModel.from_pretrained(net(), tmp_path)
+        assert again.base_model.targeted_module_names == ["lin"]
+
+
 def test_eva_without_an_adapter_and_with_components_that_are_exact():
     """On data of a known spectrum the components are those of a full decomposition."""
     from peftfast.calibration.eva import RunningComponents
