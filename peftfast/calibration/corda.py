@@ -17,7 +17,8 @@ from peftfast.errors import enumerate_some
 from peftfast.method import method_for
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.corda import CordaEigens, oriented_eigens
-from peftfast.wrapping.targets import linear_targets, pattern_value, resolve_targets
+from peftfast.wrapping.patterns import pattern_value
+from peftfast.wrapping.targets import linear_targets, resolve_targets
 
 _PARTS = ("S_WC", "U_WC", "V_WC")
 

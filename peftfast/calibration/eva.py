@@ -22,7 +22,8 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.settings import EvaConfig
 from peftfast.sites.linear import LinearSite
-from peftfast.wrapping.targets import linear_modules, make_matcher, pattern_of, pattern_value, set_targets
+from peftfast.wrapping.patterns import pattern_of, pattern_value
+from peftfast.wrapping.targets import linear_modules, make_matcher, set_targets
 
 MAX_PASSES = 100  # over the data, before components that still turn are taken as they are
 

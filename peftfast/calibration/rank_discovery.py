@@ -23,7 +23,8 @@ from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.wrapping.default_targets import LORA
-from peftfast.wrapping.targets import linear_targets, pattern_of, pattern_value, resolve_targets
+from peftfast.wrapping.patterns import pattern_of, pattern_value
+from peftfast.wrapping.targets import linear_targets, resolve_targets
 
 OVERSAMPLING = 8  # columns of the sketch beyond the largest rank
 

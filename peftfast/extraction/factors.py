@@ -14,7 +14,7 @@ from peftfast.keys import PREFIX
 from peftfast.methods.lora.combine import padded, rank_keeping
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.sites import Site
-from peftfast.wrapping.targets import pattern_of
+from peftfast.wrapping.patterns import pattern_of
 
 logger = logging.getLogger("peftfast.extraction")
 

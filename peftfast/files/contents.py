@@ -13,7 +13,7 @@ from peftfast.files.io import read_adapter
 from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.keys import in_base
 from peftfast.method import method_for
-from peftfast.wrapping.targets import pattern_value
+from peftfast.wrapping.patterns import pattern_value
 
 
 class Contents(NamedTuple):

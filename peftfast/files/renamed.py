@@ -15,7 +15,8 @@ from peftfast.config import PeftConfig
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.wrapping.targets import Matcher, make_matcher, pattern_of, pattern_value
+from peftfast.wrapping.patterns import pattern_of, pattern_value
+from peftfast.wrapping.targets import Matcher, make_matcher
 
 #: Where in a key the module's name ends and the adapter's tensor begins.
 SLOT = re.compile(r"(?:^|\.)(lora_\w+|ia3_l|trainable_tokens_\w+|token_adapter|base_layer)(?:\.|$)")

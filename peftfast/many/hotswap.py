@@ -26,7 +26,7 @@ from peftfast.method import method_for, retarget
 from peftfast.methods.lora.combine import padded
 from peftfast.methods.lora.config import VARIANTS, LoraConfig
 from peftfast.sharding import to_shards
-from peftfast.wrapping.targets import pattern_of
+from peftfast.wrapping.patterns import pattern_of
 
 #: Fields that change the output and are neither in the weights nor in the scaling, which every swap sets anew.
 _MUST_AGREE = ("use_rslora", "lora_dropout", *VARIANTS)

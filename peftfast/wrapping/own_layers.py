@@ -14,7 +14,7 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.own import LoraLayer
 from peftfast.sites.site import has_site
 from peftfast.wrapping.inventory import Inventory
-from peftfast.wrapping.targets import pattern_value
+from peftfast.wrapping.patterns import pattern_value
 
 
 def own_layer_classes(

@@ -3,7 +3,6 @@ architectures that the table does not know."""
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from peftfast.keys import ends_of, starts_of
 from peftfast.layers.walk import outer_modules
 from peftfast.sites.linear import is_linear
 from peftfast.wrapping.parents import read_by_parent
+from peftfast.wrapping.patterns import END, patterns_of
 
 ALL_LINEAR = "all-linear"
 #: A resolved target list longer than this is stored as the shortest suffixes that mean the same.
@@ -37,70 +37,6 @@ HINTS = 8
 
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_MODULES = {"out_proj", "conv1d"}
-
-
-def pattern_value(pattern: Mapping[str, Any] | None, key: str, default: Any) -> Any:
-    """The value of the first entry of a `rank_pattern` or `alpha_pattern` whose key matches the module name `key`."""
-    if not pattern:
-        return default
-    names = tuple(pattern)
-    places = _pattern(names).matching(key)
-    return pattern[names[min(places)]] if places else default
-
-
-def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A `rank_pattern` or `alpha_pattern` that gives every module its value, in whatever order a file has it; without
-    those that have the default."""
-    ends = Counter(end for name in values for end in ends_of(name))
-    pattern, exact = {}, {}
-    for name, value in values.items():
-        if value != default:
-            front = "^" if ends[name] > 1 else ""  # or it would match the longer names as well
-            exact[front + re.escape(name)] = value
-            pattern[front + name if _PLAIN.fullmatch(name) else front + re.escape(name)] = value
-    # dots of names match any letter, which hardly ever makes a difference
-    right = all(pattern_value(pattern, name, default) == value for name, value in values.items())
-    return pattern if right else exact
-
-
-#: Names that mean themselves, but for dots, which in a regex are any letter.
-_PLAIN = re.compile(r"[\w.-]+")
-
-#: How a key of a pattern is compared with a module's name.
-_END = r"(.*\.)?({})$"
-
-
-class _Pattern:
-    """The keys of a `rank_pattern` or `alpha_pattern`, regexes for the ends of modules' names. There may be one for
-    every module, so those that are plain names are looked up: tried one by one, they take time by the square."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.regexes: list[tuple[int, re.Pattern[str]]] = []  # with their places among the names
-        #: (length, where dots are from the end, whether it is all of a module's name) -> name -> its place
-        self.shapes: dict[tuple[int, tuple[int, ...], bool], dict[str, int]] = {}
-        for place, name in enumerate(names):
-            plain = name.removeprefix("^")
-            if _PLAIN.fullmatch(plain):
-                dots = tuple(i - len(plain) for i, letter in enumerate(plain) if letter == ".")
-                self.shapes.setdefault((len(plain), dots, plain != name), {})[plain] = place
-            else:
-                self.regexes.append((place, re.compile(_END.format(name))))
-
-    def matching(self, key: str) -> list[int]:
-        """The places of all that match this name."""
-        found = [place for place, regex in self.regexes if regex.match(key)]
-        for (size, dots, whole), places in self.shapes.items():
-            if len(key) == size or (not whole and key[-size - 1 : -size] == "."):
-                end = list(key[-size:])
-                for dot in dots:
-                    end[dot] = "."
-                place = places.get("".join(end))
-                if place is not None:
-                    found.append(place)
-        return found
-
-
-_pattern = functools.lru_cache(maxsize=32)(_Pattern)
 
 
 def compiled(pattern: str, field: str, around: str = "{}") -> re.Pattern[str]:
@@ -339,8 +275,8 @@ def report_matches(
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = tuple(getattr(cfg, name, None) or ())
         for key in patterns:
-            compiled(key, name, _END)
-        used = {place for m in (*matched, *parameters) for place in _pattern(patterns).matching(m)}
+            compiled(key, name, END)
+        used = {place for m in (*matched, *parameters) for place in patterns_of(patterns).matching(m)}
         unused = [key for place, key in enumerate(patterns) if place not in used]
         if unused and name == "rank_pattern" and isinstance(next(iter(cfg.rank_pattern.values())), (list, tuple)):
             continue  # AdaLoRA keeps masks under parameter names here

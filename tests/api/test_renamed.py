@@ -11,7 +11,7 @@ import peftfast
 from peftfast import AdaLoraConfig, IA3Config, LoraConfig
 from peftfast.files.metadata import describe
 from peftfast.files.renamed import _rename_in
-from peftfast.wrapping.targets import pattern_value
+from peftfast.wrapping.patterns import pattern_value
 
 transformers = pytest.importorskip("transformers", minversion="5")
 

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
-from peftfast.wrapping.targets import Matcher, pattern_of, pattern_value, shortest_suffixes
+from peftfast.wrapping.patterns import pattern_of, pattern_value
+from peftfast.wrapping.targets import Matcher, shortest_suffixes
 
 peft = importlib.import_module("peft")
 
@@ -85,7 +86,8 @@ IMPORT = "from peftfast import LoraConfig, PeftModel, TaskType, get_peft_model"
 
 USE = """
 import peftfast
-from peftfast.wrapping.targets import Matcher, pattern_of, pattern_value, shortest_suffixes
+from peftfast.wrapping.patterns import pattern_of, pattern_value
+from peftfast.wrapping.targets import Matcher, shortest_suffixes
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
 model = peftfast.patch(model, peftfast.LoraConfig(target_modules=["0"]))
 model(torch.randn(2, 4)).sum().backward()

@@ -133,7 +133,7 @@ def test_names_that_end_like_others_keep_their_own_rank(tmp_path):
         def forward(self, x):
             return self.z["lin"](self.lin(x))
 
-    from peftfast.wrapping.targets import pattern_of, pattern_value
+    from peftfast.wrapping.patterns import pattern_of, pattern_value
 
     for values in ({"lin": 3, "z.lin": 5}, {"lin": 4, "z.lin": 5}, {"lin": 5, "z.lin": 4}):
         pattern = dict(sorted(pattern_of(values, 4).items()))  # as files sort it

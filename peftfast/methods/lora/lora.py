@@ -28,7 +28,7 @@ from peftfast.sites.bound import BoundLora
 from peftfast.sites.parameter import ParameterSite
 from peftfast.wrapping import default_targets
 from peftfast.wrapping.expert_targets import retarget_experts
-from peftfast.wrapping.targets import pattern_value
+from peftfast.wrapping.patterns import pattern_value
 
 #: under what name a layer lists an adapter's slots that do not train
 FROZEN = "frozen_peft_weight_names"
