@@ -99,6 +99,7 @@ class AdapterPool:
         self._host: OrderedDict[str, Factors] = OrderedDict()
         self._reading: dict[str, Future] = {}
         self._changed = threading.Condition()
+        self._closed = False
         self._background: ThreadPoolExecutor | None = None
 
     # ---- what there is -----------------------------------------------------------------------------------------------
@@ -166,6 +167,7 @@ class AdapterPool:
 
         Raises:
             ValueError: an unknown adapter, more different ones than slots. TimeoutError: no slot became free.
+            RuntimeError: the pool is closed, or an adapter could not be loaded.
         """
         with self._using(names, timeout) as index:
             yield index
@@ -204,6 +206,7 @@ class AdapterPool:
         Args:
             slots: [B] int64 on the model's device, from `use`, which has to be open around the call.
         """
+        self._check_open()
         tokens = tokens_of(batch_of(args, kwargs))
         with self.inventory.control.use(Routing((), slots, None, tokens=tokens, slots=self._places)):
             return self.model(*args, **kwargs)
@@ -212,11 +215,12 @@ class AdapterPool:
         """Bring adapters nearer in the background: into host memory, and into slots that nobody uses."""
         names = [n for n in dict.fromkeys(names) if n != BASE]
         with self._changed:
+            self._check_open()
             self._check_known(names)
             if self._background is None:
                 self._background = ThreadPoolExecutor(1, thread_name_prefix="adapter-pool")
-        for name in names:
-            self._background.submit(self._fetch_ahead, name)
+            for name in names:
+                self._background.submit(self._fetch_ahead, name)
 
     def _fetch_ahead(self, name: str) -> None:
         try:
@@ -226,10 +230,25 @@ class AdapterPool:
             pass  # all slots are in use, or the adapter is gone, or damaged: whoever asks for it will be told
 
     def close(self) -> None:
-        """Take the slots out of the model again."""
-        if self._background is not None:
-            self._background.shutdown()
+        """Take the slots out of the model again; from then on the pool serves nothing.
+
+        Raises:
+            RuntimeError: slots are in use.
+        """
+        with self._changed:
+            background, self._background = self._background, None
+        if background is not None:
+            background.shutdown(cancel_futures=True)  # what is being fetched ahead holds a slot
+        with self._changed:
+            in_use = [slot.name for slot in self._slots if slot.pins]
+            if in_use:
+                raise RuntimeError(f"Adapters {enumerate_some(in_use)} are in use; the pool cannot be closed now")
+            self._closed = True
         self._places.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("This pool is closed: its slots are out of the model. Make a new AdapterPool")
 
     # ---- slots -------------------------------------------------------------------------------------------------------
     def _acquire(self, names: Sequence[str], timeout: float | None) -> dict[str, _Slot]:
@@ -239,6 +258,7 @@ class AdapterPool:
         wanted = [n for n in dict.fromkeys(names) if n != BASE]
         mine: list[tuple[str, _Slot]] = []
         with self._changed:
+            self._check_open()
             self._check_known(wanted)
             if len(wanted) > len(self._slots):
                 raise ValueError(f"A batch of {len(wanted)} different adapters needs as many slots, the pool has "

@@ -72,10 +72,9 @@ class Slots:
         return list(self._stacks)
 
     @property
-    def device(self) -> torch.device | None:
-        """Of the first layer's; None when closed."""
-        stack = next(iter(self._stacks.values()), None)
-        return None if stack is None else stack.scale.device
+    def device(self) -> torch.device:
+        """Of the first layer's."""
+        return next(iter(self._stacks.values())).scale.device
 
     def _allocate(self, keys: list[str], count: int, limit: int | None, dtype: torch.dtype | None) -> int:
         """Check that everything fits, then make it; how many bytes that are."""

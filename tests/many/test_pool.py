@@ -373,6 +373,34 @@ def test_prefetching_loads_in_the_background():
     assert not any(hasattr(m, "base_layer") for m in pool.model.modules())
 
 
+def test_a_closed_pool_serves_nothing_instead_of_the_base_model():
+    pool = make_pool(3, slots=2)
+    ids = ids_of(1)
+    for name in ("a0", "a1", "a2"):  # the first is in host memory by then, the others are in slots
+        pool(input_ids=ids, adapter_names=[name])
+    with pool.use(["a2"]) as slots:
+        with pytest.raises(RuntimeError, match="in use; the pool cannot be closed"):
+            pool.close()
+        with torch.no_grad():  # and goes on
+            got = pool.forward(slots, input_ids=ids).logits
+    torch.testing.assert_close(got, expected(["a2"], ids), rtol=1e-4, atol=1e-5)
+    pool.prefetch(["a0"])
+    pool.close()
+    pool.close()
+    calls = [
+        *(lambda n=n: pool(input_ids=ids, adapter_names=[n]) for n in ("a0", "a1", "a2", BASE)),
+        lambda: pool.generate(input_ids=ids, adapter_names=["a2"]),
+        lambda: pool.forward(slots, input_ids=ids),
+        lambda: pool.use(["a2"]).__enter__(),
+        lambda: pool.prefetch(["a1"]),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+    with torch.no_grad():
+        assert torch.equal(pool.model(input_ids=ids).logits, oracle.llama()(input_ids=ids).logits)
+
+
 def test_an_adapter_that_is_unregistered_before_its_turn_to_be_fetched():
     """A second request for it, and `close`, would wait for ever."""
     pool = make_pool(2)
