@@ -208,8 +208,8 @@ class Noting(Protocol):
 
 
 class Unpadded(Protocol):
-    """Optional, known by its attribute: adapters whose factors mean something else with zeros at their ends, so that
-    one of another rank cannot take their place."""
+    """Optional, known by its attribute: adapters whose factors mean something else with zeros at their ends, or that
+    keep more than factors by their rank, so that one of another rank cannot take their place."""
 
     pads: ClassVar[bool]  # False; methods without it can be padded
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,12 +19,11 @@ from peftfast.files.io import check_arguments, read_adapter
 from peftfast.files.state import adapter_entries
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.many.swappable import pads, rank_of, runs_of
+from peftfast.many.swappable import pads, rank_of, record_settings, runs_of
 from peftfast.method import method_for, retarget
 from peftfast.methods.lora.combine import padded
 from peftfast.methods.lora.config import VARIANTS, LoraConfig
 from peftfast.sharding import to_shards
-from peftfast.wrapping.patterns import pattern_of
 
 #: Fields that change the output and are neither in the weights nor in the scaling, which every swap sets anew.
 _MUST_AGREE = ("use_rslora", "lora_dropout", *VARIANTS)
@@ -166,7 +163,9 @@ def _swap(
         for layer in dict.fromkeys(e.layer for e in entries.values()):
             _rescale(layer, layer.adapters[adapter_name], config)
             layer.changed(adapter_name)
-    _record(_configs(inner).get(adapter_name), [e.layer.adapters[adapter_name] for e in entries.values()])
+    config = _configs(inner).get(adapter_name)
+    if config is not None:
+        record_settings(config, [e.layer.adapters[adapter_name] for e in entries.values()])
 
 
 def _check_shape(key: str, entry: Entry, new: torch.Size, adapter_name: str) -> None:
@@ -241,16 +240,3 @@ def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> Non
     scaling = method_for(config).settings(layer.site, config, adapter.key)["scaling"]
     layer.set_initial_scale(adapter.name, scaling)
     layer.r[adapter.name] = rank_of(layer, adapter)
-
-
-def _record(config: LoraConfig | None, adapters: list[Adapter]) -> None:
-    """Make the config say what the tensors are, padding included, so that the adapter can be saved."""
-    if config is None:
-        return
-    ranks = {a.key: int(a.setting("r")) for a in adapters}
-    root = math.sqrt if config.use_rslora else float
-    alphas = {a.key: float(a.scale) * root(ranks[a.key]) for a in adapters}
-    alphas = {k: round(v) if abs(v - round(v)) < 1e-6 * max(1.0, abs(v)) else v for k, v in alphas.items()}
-    config.r, config.lora_alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
-    config.rank_pattern = pattern_of(ranks, config.r)
-    config.alpha_pattern = pattern_of(alphas, config.lora_alpha)

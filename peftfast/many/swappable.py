@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import torch
 from torch import nn
 
@@ -10,6 +13,7 @@ from peftfast.errors import warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.combine import padded
 from peftfast.methods.lora.config import LoraConfig
+from peftfast.wrapping.patterns import pattern_of
 
 
 def prepare_model_for_compiled_hotswap(
@@ -20,7 +24,8 @@ def prepare_model_for_compiled_hotswap(
     check_compiled: str = "error",
 ) -> None:
     """Make adapters of other ranks and scalings swappable, and scales settable, without a new graph: scalings become
-    tensors that are written in place, factors are padded to `target_rank`. Call it before `torch.compile`.
+    tensors that are written in place, factors are padded to `target_rank`, which configs then say. Call it before
+    `torch.compile`.
 
     Args:
         target_rank: the largest rank that will be swapped in; None: ranks stay.
@@ -69,6 +74,10 @@ def prepare_model_for_compiled_hotswap(
     ):
         cfg.r = target_rank
         cfg.rank_pattern = dict.fromkeys(cfg.rank_pattern or {}, target_rank)
+    if target_rank is not None:
+        for name in dict.fromkeys(adapter.name for _, adapter in pairs):
+            own = [adapter for _, adapter in pairs if adapter.name == name]
+            record_settings(own[0].cfg, own)
 
 
 def _check_room(layer: BaseTunerLayer, adapter: Adapter, target_rank: int) -> None:
@@ -116,3 +125,14 @@ def runs_of(layer: BaseTunerLayer) -> int:
 
 def rank_of(layer: BaseTunerLayer, adapter: Adapter) -> int:
     return adapter[adapter.pair[0]].shape[0] // layer.site.experts
+
+
+def record_settings(config: LoraConfig, adapters: list[Adapter]) -> None:
+    """Make the config say what the tensors are, padding included, so that the adapter can be saved."""
+    ranks = {a.key: int(a.setting("r")) for a in adapters}
+    root = math.sqrt if config.use_rslora else float
+    alphas = {a.key: float(a.settings_of("_initial_scaling")[a.name]) * root(ranks[a.key]) for a in adapters}
+    alphas = {k: round(v) if abs(v - round(v)) < 1e-6 * max(1.0, abs(v)) else v for k, v in alphas.items()}
+    config.r, config.lora_alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
+    config.rank_pattern = pattern_of(ranks, config.r)
+    config.alpha_pattern = pattern_of(alphas, config.lora_alpha)

@@ -109,6 +109,7 @@ class AdaLora:
     layer_name: ClassVar[str] = "adalora.SVDLinear"
     peft_layer: ClassVar[str] = "tuners.adalora.layer.AdaLoraLayer"
     default_targets: ClassVar[Mapping[str, Any]] = default_targets.ADALORA
+    pads: ClassVar[bool] = False
 
     def claims(self, cfg: PeftConfig) -> bool:
         return isinstance(cfg, AdaLoraConfig)

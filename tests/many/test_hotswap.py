@@ -110,6 +110,43 @@ def test_compiled_models_keep_their_graph(tmp_path, target_rank):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["", "config named"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}, {"use_dora": True}],
+    ids=["plain", "rslora", "patterns", "dora"],
+)
+def test_what_has_room_for_other_ranks_is_saved_as_it_is(tmp_path, options, named):
+    path, logits = saved(tmp_path, "first", r=4, lora_alpha=8, **options)
+    model = peftfast.PeftModel.from_pretrained(oracle.llama(), path)
+    for layer in model.base_model.inventory.layers.values():
+        layer.set_scale("default", 0.5)  # which is not for the file
+    peftfast.prepare_model_for_compiled_hotswap(model, target_rank=16, config=model.peft_config if named else None)
+    model.save_pretrained(tmp_path / "again")
+    assert model.peft_config["default"].r == 16
+    again = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "again").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(oracle.logits(again), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peftfast.AdaLoraConfig(init_r=4, target_r=2, total_step=10),
+        LoraConfig(r=4, kasa_config=peftfast.KasaConfig()),
+        LoraConfig(r=4, monteclora_config=peftfast.MontecloraConfig()),
+    ],
+    ids=["adalora", "kasa", "monteclora"],
+)
+def test_adapters_that_keep_more_than_factors_by_their_rank_get_no_room(config):
+    config.target_modules = ["q_proj"]
+    model = peftfast.get_peft_model(oracle.llama(), config).eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj: .*factors of this kind cannot be padded"):
+        peftfast.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_from_a_state_dict_and_into_an_injected_model(tmp_path):
     first, _ = saved(tmp_path, "first", r=4)
     path, logits = saved(tmp_path, "second", r=2)

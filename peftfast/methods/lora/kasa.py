@@ -62,6 +62,7 @@ class Kasa(Lora):
     """Several active adapters act one after the other, on a base that is truncated once."""
 
     variant: ClassVar[str | None] = "kasa_config"
+    pads: ClassVar[bool] = False
     routed = sample_by_sample
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:

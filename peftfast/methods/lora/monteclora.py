@@ -230,6 +230,7 @@ class Monteclora(TrainedOtherwise):
     """In training several active adapters act one after the other."""
 
     variant: ClassVar[str | None] = "monteclora_config"
+    pads: ClassVar[bool] = False
     only_for_training = (SAMPLER,)
     uncapturable_training = "MonteCLoRA draws new samples on the host in every step"
 
