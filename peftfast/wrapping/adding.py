@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ def add_adapter(
     """Add an adapter, frozen and inactive. Nothing is changed if anything about it is wrong.
 
     Args:
-        cfg: its targets are resolved in place.
+        cfg: its targets are resolved in place. Of one that another adapter has already the new one gets a copy.
         strict: refuse what would otherwise be let pass with a warning.
         by: what puts it into the model; prompts go elsewhere than into layers.
         options: `device`, `initialise`, `keys`, `modules` of `injection.plan_injection`.
@@ -65,6 +66,8 @@ def add_adapter(
     if name in inventory.configs:
         raise ValueError(f"Adapter with name '{name}' already exists.")
     inventory.check_not_merged(name, "replace")
+    if any(cfg is other for other in inventory.configs.values()):
+        cfg = copy.deepcopy(cfg)  # hot-swapping, resizing and AdaLoRA's schedule write to the config of one adapter
     check_addable(inventory, name, cfg, options.get("initialise", True))
     first = not inventory.configs and not any(layer.adapters for layer in inventory.layers.values())
     fields_before = dict(cfg.__dict__)

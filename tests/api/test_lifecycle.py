@@ -15,6 +15,7 @@ import torch
 
 import peftfast
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.many import hotswap
 
 peft = importlib.import_module("peft")
 
@@ -173,6 +174,30 @@ def test_delete():
     pair.both(lambda m, _: m.delete_adapter("default"))
     pair.check()
     assert not any("default" in n for n, _ in pair.ours.named_parameters())
+
+
+def test_adapters_that_were_given_one_config_have_one_each(tmp_path):
+    """What is written to the config of one, when it is hot-swapped or resized, is not true of the other."""
+    config = peftfast.LoraConfig(r=4, lora_alpha=8, **FIRST)
+    model = peftfast.get_peft_model(oracle.llama(), config, "first").eval()
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    assert model.peft_config["first"] is config
+    expected = oracle.logits(model)
+    other = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(r=2, lora_alpha=32, **FIRST))
+    other.save_pretrained(tmp_path / "other")
+    hotswap.hotswap_adapter(model, tmp_path / "other", "first")
+    model.save_pretrained(tmp_path)
+    again = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "second").eval()
+    torch.testing.assert_close(oracle.logits(again), expected)
+
+    prompts = peftfast.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    model = peftfast.get_peft_model(oracle.llama(), prompts, "first").eval()
+    model.add_adapter("second", prompts)
+    model.set_adapter("second")
+    expected = oracle.logits(model)
+    peftfast.resize_prompt(model, 2, "first")
+    torch.testing.assert_close(oracle.logits(model), expected)
 
 
 def test_nothing_is_left_of_an_adapter_for_which_there_was_no_memory(monkeypatch):
