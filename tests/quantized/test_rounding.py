@@ -150,6 +150,21 @@ def test_a_large_change_goes_to_the_nearest(base):
     assert torch.equal(weight.dense(torch.float32), own)
 
 
+@pytest.mark.parametrize("size", [0.0002, 0.002, 1.0])
+def test_what_a_part_of_a_large_weight_shows_is_true_of_all(size):
+    """Of 16 bits a fifth is looked at, in three places here: as many elements, apart from each other."""
+    torch.manual_seed(0)
+    weight = base_weight(nn.Linear(1024, 1024, dtype=torch.bfloat16))
+    own = weight.dense(torch.float64)
+    change = small_change(weight, size).double()
+    found = store(weight, (own + change).float(), "nearest")
+    lost = change * (weight.dense(torch.float64) - own - change)
+    kept = 1 + lost.sum() / change.square().sum()
+    seen = change.numel() / 5
+    deviation = lost.std() * seen**0.5 / (seen * change.square().mean())
+    assert 0 < abs(found.kept - kept) < 5 * deviation
+
+
 def test_no_change_changes_nothing():
     weight = weight_of("nf4")
     own = weight.dense(torch.float32)
