@@ -398,7 +398,7 @@ def per_expert(a: Tensor, b: Tensor, count: int, experts: Tensor | None = None) 
     """Factors as they are kept, a [E·r, K] with the expert the slowest and b [N, r·E] with the expert the fastest, as
     [E, r, K] and [E, N, r]; of some `experts` only, if given."""
     a = a.view(count, -1, a.shape[1])
-    columns = b.view(-1, count)  # [N·r, E]
+    columns = b.reshape(-1, count)  # [N·r, E]; a slot of a pool keeps b transposed
     if experts is not None:
         a, columns = a.index_select(0, experts), columns.index_select(1, experts)
     return a, columns.t().contiguous().view(columns.shape[1], b.shape[0], -1)

@@ -73,6 +73,17 @@ def test_samples_get_their_adapter_whatever_was_in_the_slot_before(make, tmp_pat
     assert [(n, type(m)) for n, m in pool.model.named_modules()] == [(n, type(m)) for n, m in fresh.named_modules()]
 
 
+@torch.no_grad()
+def test_routers_too(tmp_path):
+    """Slots of a Parameter that is one matrix."""
+    parameters = ["mlp.gate.weight", *moe.BOTH]
+    for name in ("a", "b"):
+        saved(tmp_path, name, **ADAPTERS[name], target_parameters=parameters)
+    pool = pool_of(moe.qwen3_moe, tmp_path, ["a", "b"], target_parameters=parameters)
+    names, ids = ["b", BASE, "a", "b"], ids_of(4)
+    close(pool(input_ids=ids, adapter_names=names).logits, alone(moe.qwen3_moe, tmp_path, ids, names))
+
+
 def test_generation_with_beams(tmp_path):
     for name in ("a", "b"):
         saved(tmp_path, name, **ADAPTERS[name])
