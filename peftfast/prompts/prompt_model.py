@@ -55,6 +55,9 @@ class PromptInventory(Inventory):
                 "model(..., adapter_names=[...])"
             )
         super().set_adapter(names, inference_mode)
+
+    def _activate(self, names: list[str], inference_mode: bool = False) -> None:
+        super()._activate(names, inference_mode)
         for name, encoder in self.encoders.items():
             encoder.requires_grad_(name in names and not inference_mode)
 

@@ -152,10 +152,8 @@ class Inventory(Listing):
         return names
 
     def set_adapter(self, names: str | list[str], inference_mode: bool = False) -> None:
-        """Make `names` the active adapters: trainable unless `inference_mode`, the others frozen.
-
-        Only the parameters of adapters that change are touched, so the cost does not grow with their number.
-        """
+        """Make `names` the active adapters: trainable unless `inference_mode`, the others frozen. What is merged is
+        unmerged first."""
         names = self.check_known(names)
         for key, wrapper in self.extras.items():
             try:
@@ -165,6 +163,11 @@ class Inventory(Listing):
         if any(layer.merged for layer in self.layers.values()):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge()
+        self._activate(names, inference_mode)
+
+    def _activate(self, names: list[str], inference_mode: bool = False) -> None:
+        """`set_adapter`, whatever is merged. Only the parameters of adapters that change are touched, so the cost does
+        not grow with their number."""
         to_shards(self.model)
         trainable = set() if inference_mode else set(names)
         acting = self._acting()
@@ -307,7 +310,7 @@ class Inventory(Listing):
         self._trainable.discard(name)
         self.active = remaining
         if name in acting:
-            self.set_adapter(remaining)
+            self._activate(remaining)
 
     # ---- merging -----------------------------------------------------------------------------------------------------
     def supports_lora_conversion(self, name: str) -> bool:

@@ -221,6 +221,18 @@ def test_nothing_is_left_of_an_adapter_for_which_there_was_no_memory(monkeypatch
     assert {p.shape[0] for n, p in model.named_parameters() if "lora_A.second" in n} == {3}
 
 
+def test_what_is_merged_stays_so_when_an_active_adapter_is_deleted():
+    pair = Pair()
+    for name in ("a", "b"):
+        pair.add(name, FIRST)
+    pair.both(lambda m, _: m.base_model.merge_adapter(adapter_names=["a"]))
+    pair.both(lambda m, _: m.delete_adapter("default"))  # the active one
+    pair.check()
+    assert all(layer.merged_adapters == ["a"] for layer in pair.ours.base_model.inventory.layers.values())
+    pair.both(lambda m, _: m.unmerge_adapter())
+    pair.check()
+
+
 def test_delete_the_active_one():
     pair = Pair()
     pair.add("other", {**FIRST, "r": 2})
