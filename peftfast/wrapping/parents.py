@@ -62,7 +62,7 @@ def _casts_to_dtype(cls: type[nn.Module], leaf: str) -> bool:
 
 def _mentions(cls: type[nn.Module], leaf: str) -> Iterator[tuple[bool, list[str | None]]]:
     """Where methods say `self.leaf`: whether they run when the module is called, and the next two attributes. Nothing
-    where none of those that run says "weight" as well."""
+    where none of those that run says "weight" as well, or hands the child to a method that reads its weight."""
     methods = _methods(cls)
     called, reached = ["forward"], {"forward"}
     while called:
@@ -70,14 +70,41 @@ def _mentions(cls: type[nn.Module], leaf: str) -> Iterator[tuple[bool, list[str 
         called += (new := names & methods.keys() - reached)
         reached |= new
     codes = {name: [c for c in codes if leaf in c.co_names] for name, codes in methods.items()}
-    if not any("weight" in code.co_names for name in reached for code in codes.get(name, ())):
+    readers = {c for several in codes.values() for c in several if _calls_readers(c, methods)}
+    if not any("weight" in c.co_names or c in readers for name in reached for c in codes.get(name, ())):
         return
     for name, code in ((name, code) for name, several in codes.items() for code in several):
-        steps = list(dis.get_instructions(code))
-        for i, step in enumerate(steps):
-            path = [s.argval if s.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for s in steps[i + 1 : i + 4]]
-            if _loads_self(step) and path[:1] == [leaf]:
-                yield name in reached, path[1:]
+        for path in _uses(code, "self"):
+            if path[:1] == [leaf]:
+                handed_on = path[1:2] == [None] and code in readers
+                yield name in reached, ["weight"] if handed_on else path[1:]
+
+
+def _calls_readers(code: CodeType, methods: dict[str, list[CodeType]]) -> bool:
+    """Whether all methods that some code names read the weight of an argument, and do nothing else with that."""
+    named = [methods[name] for name in code.co_names if name in methods]
+    return bool(named) and all(any(map(_reads_argument, several)) for several in named)
+
+
+def _reads_argument(code: CodeType) -> bool:
+    if "weight" not in code.co_names:
+        return False
+    uses = [list(_uses(code, argument)) for argument in code.co_varnames[1 : code.co_argcount]]
+    return any(
+        found and all(path[:1] == ["weight"] and not _DESCRIPTIONS.intersection(path[1:]) for path in found)
+        for found in uses
+    )
+
+
+def _uses(code: CodeType, variable: str) -> Iterator[list[str | None]]:
+    """What follows a variable wherever it is named: up to three attributes, None for anything else."""
+    steps = list(dis.get_instructions(code))
+    for i, step in enumerate(steps):
+        *before, last = _loaded(step)
+        if variable in before:
+            yield [None]
+        if variable == last:
+            yield [s.argval if s.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for s in steps[i + 1 : i + 4]]
 
 
 def _methods(cls: type[nn.Module]) -> dict[str, list[CodeType]]:
@@ -95,7 +122,8 @@ def _methods(cls: type[nn.Module]) -> dict[str, list[CodeType]]:
     return found
 
 
-def _loads_self(step: dis.Instruction) -> bool:
+def _loaded(step: dis.Instruction) -> tuple[str | None, ...]:
+    """The variables that an instruction loads, one or two."""
     if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
-        return False
-    return (step.argval[-1] if isinstance(step.argval, tuple) else step.argval) == "self"  # one or two variables
+        return (None,)
+    return step.argval if isinstance(step.argval, tuple) else (step.argval,)
