@@ -304,6 +304,7 @@ class Inventory(Listing):
         for wrapper in self.extras.values():
             wrapper.delete_adapter(name, remaining)
         del self.configs[name]
+        self._methods.pop(name, None)
         self.numbers.pop(name, None)
         self._number_tables = {}
         self._places.pop(name, None)
@@ -355,7 +356,7 @@ class Inventory(Listing):
             module._parameters.update({n: left[p] for n, p in module._parameters.items() if p in left})
         self.layers, self.extras, self._inner = {}, {}, {}
         self.configs.clear()
-        self.numbers, self._number_tables, self._places = {}, {}, {}
+        self._methods, self.numbers, self._number_tables, self._places = {}, {}, {}, {}
         self.active, self.enabled, self._trainable = [], True, set()
         if self.replication is not None and merged:
             self.replication.part()

@@ -3,11 +3,13 @@ parameters are trainable, the same adapters active and merged, and the outputs e
 
 import copy
 import dataclasses
+import gc
 import importlib
 import io
 import operator
 import pickle
 import warnings
+import weakref
 
 import oracle
 import pytest
@@ -337,6 +339,22 @@ def test_deleting_an_inactive_adapter_leaves_the_active_one_frozen(options):
     assert not [n for n, p in pair.ours.named_parameters() if p.requires_grad]
     if options is not TOKENS:  # PEFT unfreezes rows of tokens when another adapter goes
         pair.check()
+
+
+def test_the_config_of_a_deleted_adapter_is_kept_nowhere():
+    """A server goes through thousands of names."""
+    model, configs = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST)), []
+    for name in ("one", "two"):
+        config = peftfast.LoraConfig(**FIRST)
+        configs.append(weakref.ref(config))
+        model.add_adapter(name, config)
+        del config
+        model.set_adapter(name)
+        oracle.logits(model, adapter_names=[name, "default"])
+        model.set_adapter("default")
+        model.delete_adapter(name)
+    gc.collect()
+    assert [config() for config in configs] == [None, None]
 
 
 def test_deleting_the_last_adapter_leaves_the_base():
