@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +21,25 @@ MIXES = 2
 LOOKS_EVERY = 128
 
 
-class _Batch(NamedTuple):
-    """What layers have to know of the batch that they compute."""
+class _Batch:
+    """What layers have to know of the batch that they compute.
 
-    routing: Routing | None
-    notes: Mapping[str, Any]  # by adapter
+    Args:
+        notes: by adapter.
+    """
+
+    __slots__ = ("routing", "notes", "__weakref__")
+
+    def __init__(self, routing: Routing | None, notes: Mapping[str, Any]) -> None:
+        self.routing, self.notes = routing, notes
+
+    def is_that_of(self, other: _Batch) -> bool:
+        return self.routing is other.routing and self.notes is other.notes
 
 
 _NO_NOTES: Mapping[str, Any] = MappingProxyType({})
 _PLAIN = _Batch(None, _NO_NOTES)
+_NO_BATCH = weakref.ref(_PLAIN)
 
 
 class _ThisThread(threading.local):
@@ -43,7 +54,8 @@ class Control:
 
     def __init__(self) -> None:
         self._local = _ThisThread()
-        self._recomputing: dict[int, _Batch | None] = {}  # by backward pass; None: it goes through several batches
+        # by backward pass, one that fails until its graph is gone; None: it goes through several batches
+        self._recomputing: dict[int, weakref.ref[_Batch] | None] = {}
         self._has_followed = False
         self._mixes: dict[tuple[str, ...], Mixes] = {}
         self._promises = self._unseen = 0
@@ -88,7 +100,7 @@ class Control:
             RuntimeError: the backward pass under way goes through several batches.
         """
         task = torch._C._current_graph_task_id()
-        batch = self._recomputing.get(task, _PLAIN)
+        batch = self._recomputing.get(task, _NO_BATCH)
         if batch is None:
             del self._recomputing[task]  # this backward pass ends here, without what it does at its end
             raise RuntimeError(
@@ -96,7 +108,7 @@ class Control:
                 "with and one without). With gradient checkpointing there is no telling which batch a layer is run "
                 "again for; call backward for each batch."
             )
-        return batch
+        return batch() or _PLAIN
 
     @contextmanager
     def use(self, routing: Routing | None) -> Iterator[None]:
@@ -184,13 +196,17 @@ class Control:
         if not torch.is_grad_enabled() or (plain and not self._has_followed):
             return
         self._has_followed = True
-        batch = _PLAIN if plain else batch
 
         def arrived(grad: Tensor) -> None:
             task = torch._C._current_graph_task_id()
-            if self._recomputing.setdefault(task, batch) is not batch:
+
+            def end(*_: Any) -> None:
+                self._recomputing.pop(task, None)
+
+            known = self._recomputing.setdefault(task, weakref.ref(batch, end))
+            if known is not None and not batch.is_that_of(known() or batch):
                 self._recomputing[task] = None
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._recomputing.pop(task, None))
+            torch.autograd.Variable._execution_engine.queue_callback(end)
 
         for tensor in _tensors(output):
             if tensor.requires_grad:

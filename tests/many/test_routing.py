@@ -238,6 +238,21 @@ def test_one_backward_through_two_mixes_is_refused_with_checkpointing():
     oracle.logits(model, **batch, adapter_names=["one", "two"]).sum().backward()  # and nothing is left behind
 
 
+def test_a_backward_pass_that_fails_leaves_nothing_behind():
+    """One that runs out of memory, say, and is tried again with another batch."""
+    model = many()
+    model.set_requires_grad(["one", "two"])
+    batch = oracle.inputs(model, batch=2)
+    handle = model.base_model.model.model.norm.weight.requires_grad_(True).register_hook(lambda grad: 1 / 0)
+    logits = oracle.logits(model, **batch, adapter_names=["one", "two"])
+    with pytest.raises(ZeroDivisionError):
+        logits.sum().backward()
+    assert model.base_model.inventory.control._recomputing
+    handle.remove()
+    del logits
+    assert not model.base_model.inventory.control._recomputing
+
+
 METHODS = {
     "dora": [LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "up_proj"])],
     "ia3": [IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])],
