@@ -142,12 +142,13 @@ class Merger:
             if not first:
                 self._restore(kept)
             try:
-                dense = self.merged([*inside, *own], check=safe_merge)
+                self._store(self.merged([*inside, *own], check=safe_merge), rounding, apart)
             except BaseException:
+                if keep or not first:  # there may have been memory to write to the weight, and none to look at it
+                    self._restore_weight(kept)
                 if not first:
                     self._store(self.merged(inside, check=False), rounding, apart)
                 raise
-            self._store(dense, rounding, apart)
             self.kept = kept if keep or not first else None
             if self.kept is not None and kept["bias"] is not None:
                 kept["stored_bias"] = kept_copy(layer.base_layer.bias, keep == "host")
@@ -327,12 +328,16 @@ class Merger:
             layer.base_layer.bias.copy_(dense.bias)
 
     @torch.no_grad()
-    def _restore(self, kept: dict[str, Any]) -> None:
-        layer = self.layer
+    def _restore_weight(self, kept: dict[str, Any]) -> None:
         if kept["parameter"] is not None:
             self._parameter = kept["parameter"]
         else:
-            layer.site.weight.restore(kept["weight"])
+            self.layer.site.weight.restore(kept["weight"])
+
+    @torch.no_grad()
+    def _restore(self, kept: dict[str, Any]) -> None:
+        layer = self.layer
+        self._restore_weight(kept)
         if kept["bias"] is not None:
             bias = layer.base_layer.bias
             if "stored_bias" in kept:

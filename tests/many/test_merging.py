@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 import peftfast
 from peftfast import LoraConfig
+from peftfast.layers import merger
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -186,6 +187,37 @@ def test_nothing_is_half_done_when_a_later_layer_cannot_be_merged():
             broken.copy_(kept)
         now = weights(model)
         assert all(torch.equal(now[k], state[k]) for k in state)
+        merged = {n for layer in model.base_model.inventory.layers.values() for n in layer.merged_adapters}
+        assert "two" not in merged
+    model.base_model.unmerge_adapter()
+    assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+
+
+@pytest.mark.parametrize("keep", [True, "host"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_is_half_done_where_memory_ends_with_a_weight_written(monkeypatch, dtype, keep):
+    """What is stored is looked at afterwards, which takes memory too."""
+    model = two().to(dtype)
+    written = []
+
+    def store(weight, exact, rounding):
+        result = rounded(weight, exact, rounding)
+        written.append(weight)
+        if len(written) == 3:
+            raise MemoryError
+        return result
+
+    rounded = merger.store
+    before = weights(model)
+    for prepare in (lambda: None, lambda: model.base_model.merge_adapter(["default"], keep=keep)):
+        prepare()
+        state = weights(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(merger, "store", store)
+            with pytest.raises(MemoryError):
+                model.base_model.merge_adapter(["two"], keep=keep)
+        written.clear()
+        assert all(torch.equal(v, state[k]) for k, v in weights(model).items())
         merged = {n for layer in model.base_model.inventory.layers.values() for n in layer.merged_adapters}
         assert "two" not in merged
     model.base_model.unmerge_adapter()
