@@ -135,7 +135,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return rows.joined([(position, part(position)) for position in rows.turns(len(names))], len(names))
 
     def _standing_in(self) -> nn.Module:
-        names = self.active_adapters
+        """In a batch of several adapters the module itself: no copy's weight is that of all samples."""
+        names, routing = self.active_adapters, self.control.routing
+        if routing is not None:
+            alike = routing.slots is None and routing.uniform
+            names = [name for name in routing.names if name in self._adapters] if alike else []
         if self._disable_adapters or not names:
             return self._modules["original_module"]
         return self._modules["modules_to_save"][names[0]]

@@ -302,6 +302,36 @@ def test_saved_modules_and_token_rows_follow_their_sample():
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
+class ReadsItsHead(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(self.body(x), self.head.weight)
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_saved_module_that_is_read_is_that_of_the_samples(numbers):
+    """Where all have one adapter, which need not be the active one."""
+    config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"], init_lora_weights=False)
+    model = peftfast.get_peft_model(ReadsItsHead(), config, "one").eval()
+    model.add_adapter("two", config)
+    x, expected = torch.randn(2, 8), {}
+    with torch.no_grad():
+        for copied in model.base_model.model.head.modules_to_save.values():
+            torch.nn.init.normal_(copied.weight)
+        with model.disable_adapter():
+            expected[BASE] = model(x)
+        for name in ("two", "one"):
+            model.set_adapter(name)
+            expected[name] = model(x)
+        for name, logits in expected.items():
+            names = [name, name]
+            got = model(x, adapter_names=model.base_model.adapter_numbers(names) if numbers else names)
+            torch.testing.assert_close(got, logits)
+
+
 @pytest.mark.parametrize("make", [oracle.llama, oracle.t5])
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {}])
 def test_generation_with_an_adapter_for_each_prompt(make, how):
