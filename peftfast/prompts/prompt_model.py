@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig, PromptLearningConfig, plain_name
 from peftfast.errors import PeftWarning, close_matches, warn
 from peftfast.files.beside import KeepsBeside
-from peftfast.many.router import check_length
+from peftfast.many.router import check_length, copies_of_a_sample, resolve
 from peftfast.method import method_for
 from peftfast.prompts.prefix_cache import CACHE_NAMES, STATE_NAMES, cache_name, counting, empty_cache
 from peftfast.prompts.prompt import (
@@ -199,11 +199,6 @@ class PromptTuner(KeepsBeside):
                 f"The rows of a batch need prompts of one length, got {lengths}. Put rows with prompts of different "
                 "lengths, or without one ('__base__'), into batches of their own, or see peftfast.resize_prompt."
             )
-        if len(distinct) > 1 and self.inventory.extras:
-            raise ValueError(
-                f"Rows of one batch cannot have different adapters when adapters have modules_to_save "
-                f"({sorted(self.inventory.extras)})"
-            )
         cfg = self.peft_config[distinct[0]]
         encoders = [self.inventory.encoders[n] for n in distinct]
         return method_for(cfg), RoutedPrompts(encoders, [distinct.index(n) for n in names]), cfg
@@ -211,14 +206,30 @@ class PromptTuner(KeepsBeside):
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **inputs: Any) -> Any:
         """The base model's forward on inputs with virtual tokens."""
         source = self.source(adapter_names)
-        if source is None:
-            return self.model(*args, **inputs)
-        if args:
+        if source is not None and args:
             raise TypeError("A model with prompts takes its inputs by name: model(input_ids=..., attention_mask=...)")
-        method, encoder, cfg = source
-        _check_rows(encoder, inputs)
-        with method.around(self.model, method.attach(encoder, cfg, inputs, self.model)) as attached:
-            return self.model(**attached)
+        with self._routed_copies(adapter_names, args, inputs):
+            if source is None:
+                output = self.model(*args, **inputs)
+            else:
+                method, encoder, cfg = source
+                _check_rows(encoder, inputs)
+                with method.around(self.model, method.attach(encoder, cfg, inputs, self.model)) as attached:
+                    output = self.model(**attached)
+            self.inventory.control.follow(output)
+            return output
+
+    def _routed_copies(
+        self,
+        adapter_names: Sequence[str] | None,
+        args: Sequence[Any],
+        inputs: Inputs,
+        copies: tuple[int, ...] = (1,),
+    ) -> AbstractContextManager[None]:
+        """While this is open, modules that are saved beside the prompts are those of `adapter_names`, row by row."""
+        if adapter_names is None or not self.inventory.extras:
+            return nullcontext()
+        return self.inventory.control.use(resolve(self.inventory, list(adapter_names), args, inputs, copies))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Inputs:
         """The base model's, with the virtual tokens in."""
@@ -240,6 +251,10 @@ class PromptTuner(KeepsBeside):
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate` with virtual tokens, in every decoding mode."""
         source = self.source(adapter_names)
+        with self._routed_copies(adapter_names, args, kwargs, copies_of_a_sample(self.model, args, kwargs)):
+            return self._generate(source, args, kwargs)
+
+    def _generate(self, source: Source | None, args: Sequence[Any], kwargs: Inputs) -> Any:
         if source is None:
             return self.model.generate(*args, **kwargs)
         method, encoder, cfg = source

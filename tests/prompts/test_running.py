@@ -243,6 +243,40 @@ def test_rows_generate_with_their_own_prompts(family: str, method: str, beams: i
         assert torch.equal(model.generate(**inputs, **settings)[row], mixed[row])
 
 
+HEADS = {"llama": "lm_head", "t5": "lm_head", "bert": "classifier"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", HEADS)
+@torch.no_grad()
+def test_rows_have_their_own_copies_of_modules(family: str, method: str):
+    """One of the three has none. Rows of one adapter have its copy whichever is active, those of the base none."""
+    model = ours(family, method, modules_to_save=[HEADS[family]])
+    model.add_adapter("second", config(peftfast, method, family, modules_to_save=[HEADS[family]]))
+    model.add_adapter("third", config(peftfast, method, family))
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name or name.startswith("prompt_encoder"):
+            parameter.normal_()
+    model = model.double().eval()
+    inputs = {k: v for k, v in batch(family, "none").items() if k != "labels"}
+    calls = [lambda **names: result(model(**inputs, **names))]
+    if family == "t5":
+        calls[0] = lambda **names: result(model(**inputs, decoder_input_ids=inputs["input_ids"], **names))
+    if family != "bert":
+        how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 2}
+        calls.append(lambda **names: model.generate(**inputs, **how, **names))
+    for call in calls:
+        alone = {}
+        for name in ("third", "second", "default"):
+            model.set_adapter(name)
+            alone[name] = call()
+        with model.disable_adapter():
+            alone["__base__"] = call()
+        for names in (["second", "default", "third"], *([name] * 3 for name in alone)):
+            for row, (got, name) in enumerate(zip(call(adapter_names=names), names, strict=True)):
+                assert_same(got.double(), alone[name][row].double())
+
+
 def test_rows_train_their_own_prompts():
     model = with_three("llama", "prefix")
     for encoder in model.prompt_encoder.values():
