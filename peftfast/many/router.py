@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,20 +83,29 @@ def resolve(
     tokens = tokens_of(batch)
     if isinstance(choice, Tensor):
         return _by_number(inventory, choice, batch, copies=copies, tokens=tokens)
-    if isinstance(choice, str) or not isinstance(choice, Sequence) or not all(isinstance(n, str) for n in choice):
+    check_names(choice, inventory.configs, batch, ", or a tensor of adapter numbers")
+    device = "cpu" if batch is None else batch.device
+    return Routing.by_name(choice, inventory.numbers, device, copies=copies, tokens=tokens)
+
+
+def check_names(names: Any, present: Iterable[str], batch: Tensor | None, otherwise: str = "") -> None:
+    """TypeError if it is no list of names, ValueError if they are not one for each sample, or of no adapter.
+
+    Args:
+        otherwise: what else may be given, for the message.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise TypeError(
-            "`adapter_names` must be a list with one adapter name for each sample, or a tensor of adapter numbers; got "
-            f"{choice!r}"
+            f"`adapter_names` must be a list with one adapter name for each sample{otherwise}; got {names!r}"
         )
-    check_length(len(choice), batch)
-    unknown = sorted({n for n in choice if n != BASE and n not in inventory.configs})
+    check_length(len(names), batch)
+    present = list(present)
+    unknown = sorted({n for n in names if n != BASE and n not in present})
     if unknown:
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}."
-            f"{close_matches(unknown[0], inventory.configs)} Present: {', '.join(inventory.configs)}"
+            f"{close_matches(unknown[0], present)} Present: {', '.join(present)}"
         )
-    device = "cpu" if batch is None else batch.device
-    return Routing.by_name(choice, inventory.numbers, device, copies=copies, tokens=tokens)
 
 
 def check_length(length: int, batch: Tensor | None) -> None:

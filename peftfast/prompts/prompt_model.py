@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, PromptLearningConfig, plain_name
-from peftfast.errors import PeftWarning, close_matches, warn
+from peftfast.errors import PeftWarning, warn
 from peftfast.files.beside import KeepsBeside
-from peftfast.many.router import check_length, copies_of_a_sample, resolve
+from peftfast.many.router import check_names, copies_of_a_sample, resolve
 from peftfast.method import method_for
 from peftfast.prompts.prefix_cache import CACHE_NAMES, STATE_NAMES, cache_name, counting, empty_cache
 from peftfast.prompts.prompt import (
@@ -27,6 +27,7 @@ from peftfast.prompts.prompt import (
     backbone_of,
     word_embeddings_of,
 )
+from peftfast.rows.routing import BASE, batch_of
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.injection import Injection
 from peftfast.wrapping.inventory import Inventory
@@ -167,12 +168,14 @@ class PromptTuner(KeepsBeside):
         return model
 
     # ---- forward -----------------------------------------------------------------------------------------------------
-    def source(self, adapter_names: Sequence[str] | None = None) -> Source | None:
+    def source(self, adapter_names: Sequence[str] | None = None, batch: Tensor | None = None) -> Source | None:
         """Where the next batch's virtual tokens come from; None: there are none.
 
         Args:
-            adapter_names: one for every row.
+            adapter_names: one for every row of `batch`.
         """
+        if adapter_names is not None:
+            check_names(adapter_names, self.peft_config, batch)
         if not self.inventory.enabled:
             return None
         if adapter_names is None:
@@ -181,23 +184,17 @@ class PromptTuner(KeepsBeside):
             name = self.inventory.active[0]
             cfg = self.peft_config[name]
             return method_for(cfg), self.inventory.encoders[name], cfg
-        return self._routed(list(adapter_names))
+        return self._routed(adapter_names)
 
-    def _routed(self, names: list[str]) -> Source | None:
-        unknown = sorted({n for n in names if n != "__base__" and n not in self.peft_config})
-        if unknown or not names:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}."
-                f"{close_matches(unknown[0], self.peft_config) if unknown else ''} Present: {sorted(self.peft_config)}"
-            )
+    def _routed(self, names: Sequence[str]) -> Source | None:
         distinct = list(dict.fromkeys(names))
-        if distinct == ["__base__"]:
+        if distinct == [BASE]:
             return None
-        lengths = {n: 0 if n == "__base__" else self.peft_config[n].num_virtual_tokens for n in distinct}
+        lengths = {n: 0 if n == BASE else self.peft_config[n].num_virtual_tokens for n in distinct}
         if len(set(lengths.values())) > 1:
             raise ValueError(
                 f"The rows of a batch need prompts of one length, got {lengths}. Put rows with prompts of different "
-                "lengths, or without one ('__base__'), into batches of their own, or see peftfast.resize_prompt."
+                f"lengths, or without one ({BASE!r}), into batches of their own, or see peftfast.resize_prompt."
             )
         cfg = self.peft_config[distinct[0]]
         encoders = [self.inventory.encoders[n] for n in distinct]
@@ -205,7 +202,7 @@ class PromptTuner(KeepsBeside):
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **inputs: Any) -> Any:
         """The base model's forward on inputs with virtual tokens."""
-        source = self.source(adapter_names)
+        source = self.source(adapter_names, batch_of(args, inputs))
         if source is not None and args:
             raise TypeError("A model with prompts takes its inputs by name: model(input_ids=..., attention_mask=...)")
         with self._routed_copies(adapter_names, args, inputs):
@@ -213,7 +210,6 @@ class PromptTuner(KeepsBeside):
                 output = self.model(*args, **inputs)
             else:
                 method, encoder, cfg = source
-                _check_rows(encoder, inputs)
                 with method.around(self.model, method.attach(encoder, cfg, inputs, self.model)) as attached:
                     output = self.model(**attached)
             self.inventory.control.follow(output)
@@ -229,7 +225,7 @@ class PromptTuner(KeepsBeside):
         """While this is open, modules that are saved beside the prompts are those of `adapter_names`, row by row."""
         if adapter_names is None or not self.inventory.extras:
             return nullcontext()
-        return self.inventory.control.use(resolve(self.inventory, list(adapter_names), args, inputs, copies))
+        return self.inventory.control.use(resolve(self.inventory, adapter_names, args, inputs, copies))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Inputs:
         """The base model's, with the virtual tokens in."""
@@ -250,7 +246,7 @@ class PromptTuner(KeepsBeside):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate` with virtual tokens, in every decoding mode."""
-        source = self.source(adapter_names)
+        source = self.source(adapter_names, batch_of(args, kwargs))
         with self._routed_copies(adapter_names, args, kwargs, copies_of_a_sample(self.model, args, kwargs)):
             return self._generate(source, args, kwargs)
 
@@ -364,13 +360,6 @@ _OF_WEIGHTS = (
     "unload",
     "unmerge_adapter",
 )
-
-
-def _check_rows(encoder: Prompts, inputs: Inputs) -> None:
-    """In a forward, unlike in a beam search, every row has its own name."""
-    rows, ids = getattr(encoder, "rows", None), inputs.get("input_ids")
-    if rows is not None:
-        check_length(len(rows), inputs.get("inputs_embeds") if ids is None else ids)
 
 
 # ---- functions for users ---------------------------------------------------------------------------------------------

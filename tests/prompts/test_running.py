@@ -297,8 +297,14 @@ def test_what_rows_cannot_have():
         model(input_ids=ids, adapter_names=["default", "__base__", "default"])
     with pytest.raises(ValueError, match="non-existing adapter.*secnd.*Did you mean 'second'"):
         model(input_ids=ids, adapter_names=["default", "secnd", "default"])
-    with pytest.raises(ValueError, match="got 2 and 3"):
-        model(input_ids=ids, adapter_names=["default", "second"])
+    for names in (["default", "second"], ["__base__"], []):
+        with pytest.raises(ValueError, match=f"got {len(names)} and 3"):
+            model(input_ids=ids, adapter_names=names)
+        with pytest.raises(ValueError, match=f"got {len(names)} and 3"):
+            model.generate(ids, adapter_names=names)
+    for names in ("default", [1, 2, 3], torch.tensor([0, 1, 1])):
+        with pytest.raises(TypeError, match="a list with one adapter name for each sample; got"):
+            model(input_ids=ids, adapter_names=names)
     plain = result(base("llama").double()(input_ids=ids))
     assert torch.equal(result(model(input_ids=ids, adapter_names=["__base__"] * 3)), plain)
     assert torch.equal(
