@@ -27,7 +27,8 @@ class Inventory(Listing):
     Attributes:
         configs: adapter name -> config (the `peft_config` that everybody else sees).
         enabled: whether adapters act at all.
-        numbers: adapter name -> its number in tensors of adapter numbers, given once and never again.
+        numbers: adapter name -> its number in tensors of adapter numbers, given once and never again. Another dict
+            whenever adapters come or go, because other threads read it meanwhile.
         replication: how the model's layers are stacked anew, if an adapter says so.
     """
 
@@ -41,7 +42,7 @@ class Inventory(Listing):
         self._next_number = 0
         self._methods: dict[str, tuple[PeftConfig, AdapterMethod]] = {}
         self._places: dict[str, list[Place]] = {}
-        self._number_tables: dict[torch.device, tuple[tuple[str, ...], Tensor]] = {}
+        self._number_tables: dict[torch.device, tuple[dict[str, int], tuple[str, ...], Tensor]] = {}
         self._trainable: set[str] = set()  # adapters that set_adapter or set_requires_grad made trainable
         for name in self.configs:
             self._give_number(name)
@@ -64,9 +65,8 @@ class Inventory(Listing):
         return known[1]
 
     def _give_number(self, name: str) -> None:
-        self.numbers[name] = self._next_number
-        self._next_number += 1
-        self._number_tables = {}
+        number, self._next_number = self._next_number, self._next_number + 1
+        self.numbers = {**self.numbers, name: number}
 
     def replicate_layers(self, replication: Replication) -> None:
         """Stack the model's layers anew; nothing may be adapted yet."""
@@ -83,16 +83,16 @@ class Inventory(Listing):
     def number_table(self, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
         """The adapters' names, and [1 + numbers ever given + 1]: for number i, at place i + 1, the position among the
         names; -1 at place 0; the count of names where there is no such adapter (any more)."""
+        numbers = self.numbers
         known = self._number_tables.get(device)
-        if known is None:
-            names = tuple(self.numbers)
-            values = [len(names)] * (self._next_number + 2)
+        if known is None or known[0] is not numbers:
+            values = [len(numbers)] * (self._next_number + 2)
             values[0] = -1
-            for position, name in enumerate(names):
-                values[self.numbers[name] + 1] = position
-            known = (names, torch.tensor(values, dtype=torch.int64, device=device))
+            for position, number in enumerate(numbers.values()):
+                values[number + 1] = position
+            known = (numbers, tuple(numbers), torch.tensor(values, dtype=torch.int64, device=device))
             self._number_tables = {**self._number_tables, device: known}
-        return known
+        return known[1:]
 
     def freeze_base(self) -> None:
         """Everything that is no adapter's."""
@@ -305,8 +305,7 @@ class Inventory(Listing):
             wrapper.delete_adapter(name, remaining)
         del self.configs[name]
         self._methods.pop(name, None)
-        self.numbers.pop(name, None)
-        self._number_tables = {}
+        self.numbers = {n: number for n, number in self.numbers.items() if n != name}
         self._places.pop(name, None)
         self._trainable.discard(name)
         self.active = remaining

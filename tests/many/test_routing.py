@@ -422,6 +422,22 @@ def test_deleting_an_adapter_moves_no_other_number():
         torch.testing.assert_close(oracle.logits(model, **batch, adapter_names=numbers), before)
 
 
+def test_adapters_come_and_go_while_another_thread_goes_through_their_numbers():
+    model = many()
+    seen = []
+    for name, number in model.base_model.inventory.numbers.items():  # what a batch by number does meanwhile
+        seen.append(number)
+        model.add_adapter(f"after {name}", LoraConfig(r=2, target_modules=["q_proj"]))
+        model.delete_adapter(name)
+    assert seen == [0, 1, 2]
+    names = ["after one", "after three", BASE]
+    batch = oracle.inputs(model, batch=3)
+    with torch.no_grad():
+        by_name = oracle.logits(model, **batch, adapter_names=names)
+        numbers = model.base_model.adapter_numbers(names)
+        torch.testing.assert_close(oracle.logits(model, **batch, adapter_names=numbers), by_name)
+
+
 def test_disabling_wins_over_names():
     model = many()
     batch = oracle.inputs(model, batch=2)
