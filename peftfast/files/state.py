@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
@@ -18,7 +19,7 @@ from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import outer_modules
 from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
-from peftfast.sharding import gathered, to_shards
+from peftfast.sharding import gathered, put_together, to_shards, whole_shape
 from peftfast.sites.site import is_bias
 from peftfast.wrapping.inventory import find_inventory
 
@@ -276,6 +277,25 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
         if name:
             found[strip_wrappers(name)] = module
     return found
+
+
+def without_own_embeddings(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file without the embeddings and head of the base that are saved beside adapters of them, where they
+    are the model's own, in its dtype."""
+    own = {}
+    for name, module in embedding_modules(model).items():
+        base = getattr(module, "original_module", module)
+        base = base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
+        own |= {f"{in_base(name)}.{k}": p for k, p in base.named_parameters() if not p.is_meta}
+
+    def is_own(key: str, tensor: Tensor) -> bool:
+        here = own.get(without_places(in_base(key)))
+        if here is None or whole_shape(here) != tensor.shape:
+            return False
+        here = put_together(here.detach())
+        return torch.equal(here, tensor.to(here))
+
+    return {key: tensor for key, tensor in tensors.items() if not is_own(key, tensor)}
 
 
 def check_whole(tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.fit import holds, is_alike
 from peftfast.files.io import check_arguments, read_adapter
-from peftfast.files.state import adapter_entries
+from peftfast.files.state import adapter_entries, without_own_embeddings
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.swappable import pads, rank_of, record_settings, runs_of
@@ -145,7 +145,10 @@ def _swap(
         wants = next(iter(entries)).startswith(PREFIX)
         given = {PREFIX * wants + in_base(k): v for k, v in given.items()}
         given = migrate_experts(given, entries, config, _base(inner))
-    unexpected = [k for k in given if k not in entries]
+    unexpected = {k: v for k, v in given.items() if k not in entries}
+    if unexpected:
+        unexpected = without_own_embeddings(inner, unexpected)
+        given = {k: v for k, v in given.items() if k in entries or k in unexpected}
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     for key, new in given.items():

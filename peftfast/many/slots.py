@@ -15,6 +15,7 @@ from peftfast.errors import AdapterMismatchWarning, enumerate_some, warn
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.io import read_adapter
+from peftfast.files.state import without_own_embeddings
 from peftfast.keys import ends_of, in_base
 from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.method import method_for, retarget
@@ -193,6 +194,7 @@ class Slots:
                 raise ValueError(f"Adapter {name}: {e}") from e
             _check_factors(f"Adapter {name} has", key, a, b, layer.site.experts, self._max_rank)
             found[key] = (_for_host(a, stack.a), _for_host(b, stack.b), scale)
+        left = without_own_embeddings(self._inventory.model, left) if left else left
         if left or not found:
             raise ValueError(
                 f"Adapter {name} has tensors that no slot takes: {enumerate_some(left) if left else 'all of them'}. "

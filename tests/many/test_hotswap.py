@@ -110,6 +110,32 @@ def test_compiled_models_keep_their_graph(tmp_path, target_rank):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target, tied", [("embed_tokens", False), ("embed_tokens", True), ("lm_head", False)])
+def test_adapters_of_embeddings_whose_files_have_the_base_beside_them(tmp_path, target, tied, dtype):
+    """Which are saved with them unasked, as by PEFT, and are the model's own."""
+    folders = []
+    for name in ("first", "second"):
+        torch.manual_seed(len(name))
+        config = LoraConfig(r=4, target_modules=["q_proj", target], init_lora_weights=False)
+        other = peftfast.get_peft_model(oracle.llama(tied), config)
+        folders.append(tmp_path / name)
+        with pytest.warns(UserWarning, match="save_embedding_layers"):
+            other.save_pretrained(folders[-1])
+    assert any(key.endswith("base_layer.weight") for key in load_file(folders[1] / "adapter_model.safetensors"))
+    first, second = (
+        peftfast.PeftModel.from_pretrained(oracle.llama(tied).to(dtype), folder).eval() for folder in folders
+    )
+    hotswap.hotswap_adapter(first, folders[1], "default")
+    with torch.no_grad():
+        torch.testing.assert_close(oracle.logits(first), oracle.logits(second))
+        first.base_model.inventory.base_module(f"model.{target}" if target != "lm_head" else target).weight[0, 0] += 1
+    before = {name: p.clone() for name, p in first.named_parameters()}
+    with pytest.raises(RuntimeError, match="unexpected keys found: .*base_layer.weight"):
+        hotswap.hotswap_adapter(first, folders[0], "default")  # which was trained on another embedding
+    assert all(torch.equal(p, before[name]) for name, p in first.named_parameters())
+
+
 @pytest.mark.parametrize("named", [False, True], ids=["", "config named"])
 @pytest.mark.parametrize(
     "options",

@@ -373,6 +373,26 @@ def test_prefetching_loads_in_the_background():
     assert not any(hasattr(m, "base_layer") for m in pool.model.modules())
 
 
+@torch.no_grad()
+def test_an_adapter_of_an_embedding_whose_file_has_the_base_beside_it(tmp_path):
+    """Which is saved with it unasked, as by PEFT."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    model = peftfast.get_peft_model(oracle.llama(), config).eval()
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    pool = make_pool(0, target_modules=["q_proj", "embed_tokens"])
+    pool.register("a", tmp_path)
+    ids = ids_of(2)
+    got = pool(input_ids=ids, adapter_names=["a", BASE]).logits
+    torch.testing.assert_close(got[0], model(input_ids=ids).logits[0], rtol=1e-4, atol=1e-5)
+    other = oracle.llama()
+    other.get_input_embeddings().weight[0, 0] += 1  # on which the adapter was not trained
+    pool = AdapterPool(other, slots=1, target_modules=["q_proj", "embed_tokens"])
+    pool.register("a", tmp_path)
+    with pytest.raises(ValueError, match="Adapter a has tensors that no slot takes: 'model.embed_tokens.base_layer"):
+        pool(input_ids=ids, adapter_names=["a", BASE])
+
+
 def test_a_closed_pool_serves_nothing_instead_of_the_base_model():
     pool = make_pool(3, slots=2)
     ids = ids_of(1)
