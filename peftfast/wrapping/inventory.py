@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import PeftWarning, no_such_adapter, warn
+from peftfast.errors import PeftWarning, enumerate_some, no_such_adapter, warn
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer, Place
 from peftfast.method import AdapterMethod, method_for
@@ -340,8 +340,17 @@ class Inventory(Listing):
         """Put the base modules back, `merged` with what is inside their weights; returns the base model.
 
         Args:
-            names: of the adapters whose copies of modules stay; None: the active ones.
+            names: of the adapters whose copies of modules stay; None: the active ones. Of several that have a copy of
+                one module, the first's stays, with a warning.
         """
+        for key, wrapper in self.extras.items():
+            first, *others = [name for name in names or () if wrapper.replaces(name)] or [None]
+            if others:
+                warn(
+                    f"{key} stays as adapter {first} has trained it; of {enumerate_some(others)}, which have copies of "
+                    "their own too (modules_to_save), it has nothing.",
+                    PeftWarning,
+                )
         if not merged:
             self._take_out()
         for key, layer in self.layers.items():

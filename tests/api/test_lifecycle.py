@@ -553,6 +553,18 @@ def test_the_model_around_an_unloaded_one_goes_on(merge, options, tmp_path):
     assert (pair.ours.merge_and_unload() if merge else pair.ours.unload()) is bases[0]
 
 
+@torch.no_grad()
+def test_of_several_copies_of_a_module_one_is_merged_and_the_others_are_named():
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**SAVED), "first")
+    model.add_adapter("second", peftfast.LoraConfig(**SAVED))
+    copies = model.base_model.model.lm_head.modules_to_save
+    for copied in copies.values():
+        copied.weight.normal_()
+    with pytest.warns(peftfast.PeftWarning, match="lm_head stays as adapter second has trained it; of 'first', which"):
+        merged = model.merge_and_unload(adapter_names=["second", "first"])
+    assert merged.lm_head is copies["second"]
+
+
 def test_what_chose_and_switched_off_adapters_goes_with_them():
     model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
     model.base_model.set_router(lambda inputs: ["default"] * len(inputs["input_ids"]))
