@@ -83,7 +83,7 @@ def routed_experts(
         y = module.post_expert_norm(y)
     y = y * scores.reshape(-1).index_select(0, groups.order).unsqueeze(1)
     # back in the tokens' order, where a sum over neighbours is the same sum every time
-    return y.index_select(0, torch.argsort(groups.order)).view(*experts.shape, -1).sum(1).to(x.dtype)
+    return y.index_select(0, torch.argsort(groups.order)).view(*experts.shape, y.shape[1]).sum(1).to(x.dtype)
 
 
 def _linear(module: nn.Module, changes: Changes, name: str, x: Tensor, groups: Groups) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
 from peftfast.ops.experts import Groups, experts_linear, per_expert
+from peftfast.rows.routing import Routing
 from peftfast.sites import parameter
 
 peft = importlib.import_module("peft")
@@ -147,6 +148,23 @@ def test_no_further_from_the_oracle_than_peft(make, implementation, precision):
     theirs = step(adapted(peft, dtype, wide), dtype, autocast)
     assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
     oracle.assert_no_further(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("names", [None, ["default"] * 2, ["default", "other"]], ids=["active", "alike", "mixed"])
+@pytest.mark.parametrize("make", [moe.qwen3_moe, moe.gpt_oss], ids=lambda make: make.__name__)
+def test_no_tokens_at_all(make, names):
+    """As where a model routes the tokens of images elsewhere, and there is nothing else."""
+    config = peftfast.LoraConfig(target_parameters=moe.BOTH, init_lora_weights=False)
+    model = peftfast.get_peft_model(make(), config)
+    model.add_adapter("other", config)
+    layer = next(m for m in model.modules() if hasattr(m, "parameter_name"))
+    x = torch.zeros(0, 32, requires_grad=True)
+    routing = None if names is None else Routing.by_name(names, {"default": 0, "other": 1}, "cpu", tokens=0)
+    with model.base_model.inventory.control.use(routing):
+        y = layer(x, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    assert y.shape == (0, 32)
+    y.sum().backward()
+    assert x.grad.shape == (0, 32)
 
 
 class Largest(TorchDispatchMode):
