@@ -172,7 +172,7 @@ def _sample(module: nn.Module) -> Sample | None:
     else:
         stored = weight.detach()
         if merged:
-            stored = (layer.merger.kept or {}).get("weight")
+            stored = layer.merger.originals().get(weight)
         if not isinstance(stored, Tensor) or stored.shape != weight.shape:
             return None
         kind, matrix = str(stored.dtype).removeprefix("torch."), stored

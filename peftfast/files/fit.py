@@ -32,7 +32,7 @@ from peftfast.files.state import (
 )
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.sharding import copy_whole, to_shards, whole_shape
+from peftfast.sharding import copy_whole, is_distributed, to_shards, whole_shape
 from peftfast.sites.site import bias_of, is_bias
 
 
@@ -236,6 +236,7 @@ def fit_state_dict(
     base: dict[str, Tensor] | None = None
     places: dict[str, str] = {}  # base tensors may have been, or be here, inside layers of other adapters
     embeddings: dict[str, nn.Module] = {}
+    merged: list[BaseTunerLayer] = []
     for key, tensor in tensors.items():
         entry = entries.pop(key, None)
         if entry is None:
@@ -243,6 +244,7 @@ def fit_state_dict(
                 embeddings = embedding_modules(model)
                 base = {strip_wrappers(k): v for k, v in model.named_parameters(remove_duplicate=False)}
                 places = {without_places(k): k for k in base}
+                merged = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and m.merged]
             if key.replace(".modules_to_save.", ".") in known:
                 continue  # with bias="all" PEFT writes the biases of kept modules twice
             if key in twice and twice[key] in tensors and torch.equal(tensor, tensors[twice[key]]):
@@ -252,6 +254,12 @@ def fit_state_dict(
             here = base.get(key)
             if here is None or not _may_travel(key, embeddings):
                 fit.unexpected.append(key)
+                continue
+            inside, before = _under(here, merged)
+            if before is not None and before.shape == tensor.shape and torch.equal(before, tensor.to(before)):
+                continue
+            if inside:
+                fit.fixed.append(f"{key} is another than here, where it has {', '.join(inside)} inside (unmerge first)")
                 continue
         else:
             if entry.is_view:
@@ -269,6 +277,16 @@ def fit_state_dict(
         names = {strip_wrappers(name) for name, _ in model.named_modules()}
         fit.foreign = [key for key in fit.unexpected if _is_foreign(key, names)]
     return fit
+
+
+def _under(here: nn.Parameter, merged: Iterable[BaseTunerLayer]) -> tuple[list[str], Tensor | None]:
+    """The adapters inside a Parameter of the base, and what it is without them, if that was kept."""
+    for layer in merged if not is_distributed(here) else ():
+        if any(p is here for p in layer.merger.parameters()):
+            before = layer.merger.originals().get(here)
+            if before is None or not torch.equal(before.to(here), here):
+                return layer.merged_adapters, before
+    return [], None
 
 
 def judge(fit: Fit, cfg: PeftConfig, base: nn.Module, metadata: Mapping[str, str], changes: Iterable[str]) -> None:

@@ -149,6 +149,8 @@ def adapter_state_dict(
     source = given or {}
     if given is None and (bias != "none" or save_embedding_layers):  # else the whole model is listed for nothing
         source = {strip_wrappers(k): v for k, v in model.state_dict(keep_vars=True).items()}
+    if source:
+        source = _unmerged(model, source)
     if bias != "none":
         result |= _biases(model, bias, adapter_name, source)
     if save_embedding_layers:
@@ -156,6 +158,19 @@ def adapter_state_dict(
     result = gathered(result)  # also detaches
     method = method_for(cfg)
     return method.to_file(cfg, result) if hasattr(type(method), "to_file") else result
+
+
+def _unmerged(model: nn.Module, source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A model's tensors without the adapters that are inside: whoever loads them puts the adapters on top."""
+    originals: dict[nn.Parameter, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            originals |= module.merger.originals()
+    if not originals:
+        return source
+    names = {strip_wrappers(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    inside = {name: originals[p] for name, p in names.items() if p in originals and name in source}
+    return {**source, **inside}
 
 
 def _value(entry: Entry, given: Mapping[str, Tensor] | None, adapter_name: str) -> Tensor:

@@ -339,10 +339,32 @@ class Merger:
         layer = self.layer
         self._restore_weight(kept)
         if kept["bias"] is not None:
-            bias = layer.base_layer.bias
-            if "stored_bias" in kept:
-                kept["bias"] = _with_changes(kept["bias"].to(bias), kept["stored_bias"].to(bias), bias)
-            bias.copy_(kept["bias"])
+            kept["bias"] = self._bias_before(kept)
+            layer.base_layer.bias.copy_(kept["bias"])
+
+    @torch.no_grad()
+    def _bias_before(self, kept: dict[str, Any]) -> Tensor:
+        bias = self.layer.base_layer.bias
+        before = kept["bias"].to(bias)
+        return _with_changes(before, kept["stored_bias"].to(bias), bias) if "stored_bias" in kept else before
+
+    def parameters(self) -> list[Tensor | None]:
+        """Those of the base that merging writes to, None where there is none."""
+        layer = self.layer
+        return [getattr(layer.get_base_layer(), layer.site.parameter, None), bias_of(layer.base_layer)]
+
+    def originals(self) -> dict[nn.Parameter, Tensor]:
+        """The Parameters that have adapters inside -> what they are without, of those that are numbers as they stand
+        and were kept."""
+        kept, found = self.kept, {}
+        if kept is None:
+            return found
+        before = kept["weight"] if kept["parameter"] is None else kept["parameter"]
+        if isinstance(before, Tensor):
+            found[self._parameter] = before
+        if kept["bias"] is not None:
+            found[self.layer.base_layer.bias] = self._bias_before(kept)
+        return found
 
     def unmerge(self) -> None:
         """Take all merged adapters out again; every bit of the base is as before."""

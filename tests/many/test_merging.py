@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import oracle
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
 
@@ -245,6 +246,57 @@ def test_merging_for_good_is_checked_before_anything_is_written():
     with pytest.raises(RuntimeError, match="the base layer has no bias"):
         model.merge_and_unload()
     assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+
+
+WITH_THE_BASE = {
+    "embedding": (oracle.llama, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied embedding": (lambda: oracle.llama(tied=True), {"target_modules": ["q_proj", "embed_tokens"]}),
+    "head": (oracle.llama, {"target_modules": ["q_proj", "lm_head"]}),
+    "biases": (oracle.gpt2, {"target_modules": ["c_attn"], "bias": "all", "lora_bias": True}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("keep", [True, "host"])
+@pytest.mark.parametrize("kind", WITH_THE_BASE)
+def test_what_is_saved_of_the_base_while_adapters_are_merged_is_without_them(tmp_path, kind, keep):
+    """Whoever loads it puts the adapter on top."""
+    make, options = WITH_THE_BASE[kind]
+    model = peftfast.get_peft_model(make(), LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 10)
+    model.save_pretrained(tmp_path / "before")
+    expected = load_file(tmp_path / "before" / "adapter_model.safetensors")
+    model.merge_adapter(keep=keep)
+    model.save_pretrained(tmp_path / "while")
+    saved = load_file(tmp_path / "while" / "adapter_model.safetensors")
+    assert saved.keys() == expected.keys() and any("lora_" not in key for key in saved)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in saved.items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["embedding", "tied embedding", "head"])
+@torch.no_grad()
+def test_a_file_with_the_base_beside_it_leaves_what_is_merged_into_that(tmp_path, kind):
+    make, options = WITH_THE_BASE[kind]
+    config = LoraConfig(r=2, init_lora_weights=False, **options)
+    peftfast.get_peft_model(make(), config).save_pretrained(tmp_path)
+    other = make()
+    target = options["target_modules"][1]
+    (other.lm_head if target == "lm_head" else other.model.embed_tokens).weight[0, 0] += 1
+    for base in (make(), other):
+        model = peftfast.get_peft_model(base, config, "merged").eval()
+        model.merge_adapter()
+        logits = oracle.logits(model)
+        if base is other:
+            with pytest.raises(peftfast.AdapterLoadError, match=f"{target}.base_layer.weight.* merged inside"):
+                model.load_adapter(tmp_path, "loaded")
+            assert "loaded" not in model.peft_config
+        else:
+            model.load_adapter(tmp_path, "loaded")
+        assert torch.equal(oracle.logits(model), logits)
 
 
 def test_what_changes_an_adapter_while_it_is_merged_is_refused_or_handled(tmp_path):
