@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import close_matches, enumerate_some
-from peftfast.many.router import check_length
+from peftfast.many.router import check_length, check_unmerged
 from peftfast.many.slots import Factors, Slots, Source
 from peftfast.rows.routing import BASE, Routing, batch_of, tokens_of
 from peftfast.wrapping.inventory import inventory_of
@@ -166,8 +166,8 @@ class AdapterPool:
             [len(names)] int64: the slots, -1 for the base model; see `forward`.
 
         Raises:
-            ValueError: an unknown adapter, more different ones than slots. TimeoutError: no slot became free.
-            RuntimeError: the pool is closed, or an adapter could not be loaded.
+            ValueError: an unknown adapter, more different ones than slots, or merged adapters in the model.
+            TimeoutError: no slot became free. RuntimeError: the pool is closed, or an adapter could not be loaded.
         """
         with self._using(names, timeout) as index:
             yield index
@@ -175,6 +175,7 @@ class AdapterPool:
     @contextmanager
     def _using(self, names: Sequence[str], timeout: float | None = None, tokens: int | None = None) -> Iterator[Tensor]:
         """`use` for inputs of so many tokens a sample."""
+        check_unmerged(self.inventory)
         held = self._acquire(names, timeout)
         try:
             places = tuple([-1 if n == BASE else held[n].index for n in names])

@@ -75,10 +75,7 @@ def resolve(
             of range (looked at on the CPU only: elsewhere such samples come out as NaN).
         TypeError: neither names nor a tensor of whole numbers.
     """
-    if any(layer.merged for layer in inventory.layers.values()):
-        raise ValueError(
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-        )
+    check_unmerged(inventory)
     batch = batch_of(args, kwargs)
     tokens = tokens_of(batch)
     if isinstance(choice, Tensor):
@@ -86,6 +83,14 @@ def resolve(
     check_names(choice, inventory.configs, batch, ", or a tensor of adapter numbers")
     device = "cpu" if batch is None else batch.device
     return Routing.by_name(choice, inventory.numbers, device, copies=copies, tokens=tokens)
+
+
+def check_unmerged(inventory: Inventory) -> None:
+    """ValueError if adapters are inside the weights, where they would act on all samples."""
+    if any(layer.merged for layer in inventory.layers.values()):
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
 
 
 def check_names(names: Any, present: Iterable[str], batch: Tensor | None, otherwise: str = "") -> None:

@@ -393,6 +393,21 @@ def test_an_adapter_of_an_embedding_whose_file_has_the_base_beside_it(tmp_path):
         pool(input_ids=ids, adapter_names=["a", BASE])
 
 
+def test_adapters_in_the_weights_would_act_on_all_rows():
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    pool = AdapterPool(model.eval(), slots=2, target_modules=TARGETS, max_rank=8)
+    pool.register("a0", adapter(0))
+    model.merge_adapter()
+    ids = ids_of(2)
+    with pytest.raises(ValueError, match="when there are merged adapters"):
+        pool(input_ids=ids, adapter_names=["a0", BASE])
+    assert pool.pinned == 0
+    model.unmerge_adapter()
+    with torch.no_grad():
+        got = pool(input_ids=ids, adapter_names=["a0", BASE]).logits
+    torch.testing.assert_close(got, expected(["a0", BASE], ids), rtol=1e-4, atol=1e-5)
+
+
 def test_a_closed_pool_serves_nothing_instead_of_the_base_model():
     pool = make_pool(3, slots=2)
     ids = ids_of(1)
