@@ -72,6 +72,8 @@ def add_adapter(
     first = not inventory.configs and not any(layer.adapters for layer in inventory.layers.values())
     fields_before = dict(cfg.__dict__)
     present = {wrapper for _, wrapper in inventory.wrappers()}
+    # transformers and diffusers tell the layers one by one
+    off = not inventory.enabled or bool(present) and all(wrapper.disable_adapters for wrapper in present)
     replicates = _replicate(inventory, name, cfg)
     try:
         by(inventory, name, cfg, strict, options)
@@ -84,7 +86,7 @@ def add_adapter(
     inventory.admit(name, cfg)
     for _, wrapper in inventory.wrappers():
         wrapper.share(inventory.control)
-        if not inventory.enabled and wrapper not in present:
+        if off and wrapper not in present:
             wrapper._disable_adapters = True  # off is off, also where the first adapter comes while it is
     if first:
         inventory.freeze_base()

@@ -449,6 +449,26 @@ def test_an_adapter_that_was_added_and_called_while_others_were_off_acts_afterwa
     assert (found - oracle.logits(oracle.llama())).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_adapters_that_others_have_switched_off_layer_by_layer_are_off_where_one_is_added():
+    """As transformers' `disable_adapters` does it; some of the new one's layers are new."""
+    model = oracle.llama().eval()
+    peftfast.inject_adapter_in_model(peftfast.LoraConfig(**FIRST), model, "first")
+
+    def switch(enabled):
+        for module in model.modules():
+            if hasattr(module, "adapter_layer_names"):
+                module.enable_adapters(enabled)
+
+    switch(False)
+    peftfast.inject_adapter_in_model(peftfast.LoraConfig(**SECOND), model, "second")
+    assert torch.equal(oracle.logits(model), oracle.logits(oracle.llama()))
+    switch(True)
+    found = oracle.logits(model)
+    peftfast.functional.set_adapter(model, "second")
+    assert torch.equal(oracle.logits(model), found)
+
+
 def test_disable_with_trained_biases_warns():
     pair = Pair({**FIRST, "bias": "all"}, lambda: oracle.llama(bias=True))
 
