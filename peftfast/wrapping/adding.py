@@ -69,6 +69,8 @@ def add_adapter(
     if any(cfg is other for other in inventory.configs.values()):
         cfg = copy.deepcopy(cfg)  # hot-swapping, resizing and AdaLoRA's schedule write to the config of one adapter
     check_addable(inventory, name, cfg, options.get("initialise", True))
+    if inventory.stands():  # what deleted adapters have left would be in the way of other kinds of training
+        inventory.remove_empty()
     first = not inventory.configs and not any(layer.adapters for layer in inventory.layers.values())
     fields_before = dict(cfg.__dict__)
     present = {wrapper for _, wrapper in inventory.wrappers()}

@@ -235,6 +235,29 @@ def test_what_is_merged_stays_so_when_an_active_adapter_is_deleted():
     pair.check()
 
 
+WAYS = {
+    "adapted": {"target_modules": ["q_proj", "embed_tokens"]},
+    "copied": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("other", WAYS)
+def test_a_module_may_be_trained_in_another_way_once_nobody_trains_it_in_the_first(way, other):
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(target_modules=["q_proj"]), "stays")
+    model.add_adapter("one", peftfast.LoraConfig(**WAYS[way]))
+    if way != other:
+        with pytest.raises((ValueError, TypeError), match="embed_tokens|modules_to_save"):
+            model.add_adapter("two", peftfast.LoraConfig(**WAYS[other]))
+    model.delete_adapter("one")
+    model.add_adapter("two", peftfast.LoraConfig(**WAYS[other]))
+    model.set_adapter("two")
+    fresh = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**WAYS[other]), "two")
+    trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, fresh)]
+    assert trained[0] == trained[1]
+
+
 def test_delete_the_active_one():
     pair = Pair()
     pair.add("other", {**FIRST, "r": 2})
