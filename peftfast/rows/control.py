@@ -189,9 +189,9 @@ class Control:
 
     def follow(self, output: Any) -> None:
         """Let layers that are run again during the backward pass from `output` follow what is in force now."""
-        batch = _Batch(self._local.routing, self._local.notes)
         if torch.compiler.is_compiling():  # whatever a compiled graph computes again is in the graph
             return
+        batch = _Batch(self._local.routing, self._local.notes)
         plain = batch.routing is None and not batch.notes
         if not torch.is_grad_enabled() or (plain and not self._has_followed):
             return
