@@ -41,9 +41,12 @@ def reduce_intruder_dimension(
         logging_sink: told of every layer; None: nobody is.
 
     Raises:
-        ValueError: no such adapter, no plain LoRA, one of Parameters, the new name is taken, or adapters are merged.
+        ValueError: no such adapter, no plain LoRA, one of Parameters, the new name is taken, adapters are merged, or
+            `top_k` is below 1.
         NotImplementedError: ΔW is no weight of an adapted module (grouped convolutions).
     """
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
     log = logging_sink or (lambda line: None)
     configs = peft_model.peft_config
     if old_adapter_name not in configs:

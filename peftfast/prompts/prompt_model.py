@@ -431,6 +431,8 @@ def nearest_tokens(
         For every virtual token, `(token, cosine)` from the nearest on.
     """
     tuner = prompts_of(model)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     name = model.active_adapter if adapter_name is None else adapter_name
     rows = tuner.encoder(name).prompt_embeddings.detach()
     table = tuner.word_embeddings

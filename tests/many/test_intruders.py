@@ -103,6 +103,7 @@ def test_refused_before_anything_changes():
         (ValueError, "not using LoRA.*LORA with use_dora", {"old_adapter_name": "dora"}),
         (ValueError, "nobody not found.*default", {"old_adapter_name": "nobody"}),
         (ValueError, "'dora' already exists", {"new_adapter_name": "dora"}),
+        (ValueError, "top_k must be at least 1, got -3", {"top_k": -3}),
     ):
         with pytest.raises(error, match=message):
             peftfast.reduce_intruder_dimension(model, **options)
