@@ -92,13 +92,14 @@ class Slots:
                 f"{count} slots of rank {self._max_rank} on {len(plan)} modules take {total:,} bytes, more than "
                 f"max_device_bytes={limit:,}; {limit * count // total} slots would fit"
             )
+        for key, down, up, kind, device in plan:  # all of it before any is put in place: there may be no memory for it
+            a = torch.zeros(count, *down, dtype=kind, device=device)
+            b = torch.zeros(count, up[1], up[0], *up[2:], dtype=kind, device=device).transpose(1, 2)
+            self._stacks[key] = FactorStack(a, b, torch.zeros(count, dtype=kind, device=device))
         for key, names in self._parameters.items():
             for layer in self._inventory.wrap_parameters(key, names):
                 layer.site.weight.name = f"{key}.{layer.site.parameter}"
-        for key, down, up, kind, device in plan:
-            a = torch.zeros(count, *down, dtype=kind, device=device)
-            b = torch.zeros(count, up[1], up[0], *up[2:], dtype=kind, device=device).transpose(1, 2)
-            stack = self._stacks[key] = FactorStack(a, b, torch.zeros(count, dtype=kind, device=device))
+        for key, stack in self._stacks.items():
             self._inventory.wrap(key).store.update({"slots": self, "slot key": key})
             if self._inventory.is_nested(key):
                 self._changes[key] = [LowRank(*each) for each in zip(*stack[:3], strict=True)]

@@ -12,6 +12,7 @@ import warnings
 import oracle
 import pytest
 import torch
+from experts import moe
 from many.adapters import BASE, TARGETS, adapter, check_reads_are_whole, expected, ids_of
 
 import peftfast
@@ -391,6 +392,24 @@ def test_an_adapter_of_an_embedding_whose_file_has_the_base_beside_it(tmp_path):
     pool.register("a", tmp_path)
     with pytest.raises(ValueError, match="Adapter a has tensors that no slot takes: 'model.embed_tokens.base_layer"):
         pool(input_ids=ids, adapter_names=["a", BASE])
+
+
+@pytest.mark.parametrize("parameters", [(), ["experts.down_proj"]], ids=["", "experts"])
+def test_nothing_is_left_of_slots_for_which_there_was_no_memory(monkeypatch, parameters):
+    model = moe.qwen3_moe()
+    modules, zeros, made = dict(model.named_modules()), torch.zeros, []
+
+    def failing(*args, **options):
+        made.append(args)
+        if len(made) > 7:
+            raise MemoryError
+        return zeros(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", failing)
+        with pytest.raises(MemoryError):
+            AdapterPool(model, target_modules=["q_proj", "v_proj"], target_parameters=parameters)
+    assert dict(model.named_modules()) == modules
 
 
 def test_adapters_in_the_weights_would_act_on_all_rows():
