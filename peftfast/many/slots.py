@@ -100,7 +100,9 @@ class Slots:
             for layer in self._inventory.wrap_parameters(key, names):
                 layer.site.weight.name = f"{key}.{layer.site.parameter}"
         for key, stack in self._stacks.items():
-            self._inventory.wrap(key).store.update({"slots": self, "slot key": key})
+            store = self._inventory.wrap(key).store
+            store["slot key"] = key
+            store.setdefault("slots", set()).add(self)  # other pools may have theirs here
             if self._inventory.is_nested(key):
                 self._changes[key] = [LowRank(*each) for each in zip(*stack[:3], strict=True)]
         return total
@@ -233,9 +235,12 @@ class Slots:
         for key in reversed(self._stacks):  # layers inside others first
             layer = self._inventory.layers.get(key)
             if layer is not None:
-                layer.store.pop("slots", None)
-                layer.store.pop("slot key", None)
-                self._inventory.unwrap(key)
+                others = layer.store.get("slots", set())
+                others.discard(self)
+                if not others:
+                    layer.store.pop("slots", None)
+                    layer.store.pop("slot key", None)
+                    self._inventory.unwrap(key)
         self._stacks = {}
 
 

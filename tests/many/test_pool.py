@@ -412,6 +412,21 @@ def test_nothing_is_left_of_slots_for_which_there_was_no_memory(monkeypatch, par
     assert dict(model.named_modules()) == modules
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@torch.no_grad()
+def test_of_two_pools_of_a_model_one_goes_on_where_the_other_is_closed(first):
+    model = oracle.llama()
+    pools = [AdapterPool(model, slots=1, target_modules=TARGETS, max_rank=8) for _ in range(2)]
+    for i, pool in enumerate(pools):
+        pool.register("a", adapter(i))
+    ids = ids_of(2)
+    pools[first].close()
+    got = pools[1 - first](input_ids=ids, adapter_names=["a", BASE]).logits
+    torch.testing.assert_close(got, expected([f"a{1 - first}", BASE], ids), rtol=1e-4, atol=1e-5)
+    pools[1 - first].close()
+    assert not any(hasattr(m, "base_layer") for m in model.modules())
+
+
 def test_adapters_in_the_weights_would_act_on_all_rows():
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     pool = AdapterPool(model.eval(), slots=2, target_modules=TARGETS, max_rank=8)
