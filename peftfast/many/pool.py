@@ -176,6 +176,8 @@ class AdapterPool:
     def _using(self, names: Sequence[str], timeout: float | None = None, tokens: int | None = None) -> Iterator[Tensor]:
         """`use` for inputs of so many tokens a sample."""
         check_unmerged(self.inventory)
+        self._check_open()
+        self._places.check_in_place()
         held = self._acquire(names, timeout)
         try:
             places = tuple([-1 if n == BASE else held[n].index for n in names])
@@ -259,7 +261,7 @@ class AdapterPool:
         wanted = [n for n in dict.fromkeys(names) if n != BASE]
         mine: list[tuple[str, _Slot]] = []
         with self._changed:
-            self._check_open()
+            self._check_open()  # it may have been closed in the meantime
             self._check_known(wanted)
             if len(wanted) > len(self._slots):
                 raise ValueError(f"A batch of {len(wanted)} different adapters needs as many slots, the pool has "

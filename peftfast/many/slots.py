@@ -77,6 +77,13 @@ class Slots:
         """Of the first layer's."""
         return next(iter(self._stacks.values())).scale.device
 
+    def check_in_place(self) -> None:
+        """RuntimeError if the layers were taken out of the model."""
+        if not self._stacks.keys() <= self._inventory.layers.keys():
+            raise RuntimeError(
+                "The model was unloaded, and with the adapters its slots are out of it. Make a new AdapterPool"
+            )
+
     def _allocate(self, keys: list[str], count: int, limit: int | None, dtype: torch.dtype | None) -> int:
         """Check that everything fits, then make it; how many bytes that are."""
         plan = []

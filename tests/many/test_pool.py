@@ -427,6 +427,18 @@ def test_of_two_pools_of_a_model_one_goes_on_where_the_other_is_closed(first):
     assert not any(hasattr(m, "base_layer") for m in model.modules())
 
 
+@pytest.mark.parametrize("end", ["unload", "merge_and_unload"])
+def test_a_model_that_was_unloaded_has_no_slots(end):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=["q_proj"]))
+    pool = AdapterPool(model, slots=1, target_modules=TARGETS, max_rank=8)
+    pool.register("a0", adapter(0))
+    pool(input_ids=ids_of(1), adapter_names=["a0"])
+    getattr(model, end)()
+    with pytest.raises(RuntimeError, match="was unloaded.*Make a new AdapterPool"):
+        pool(input_ids=ids_of(1), adapter_names=["a0"])
+    pool.close()
+
+
 def test_adapters_in_the_weights_would_act_on_all_rows():
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     pool = AdapterPool(model.eval(), slots=2, target_modules=TARGETS, max_rank=8)
