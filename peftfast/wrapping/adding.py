@@ -70,7 +70,8 @@ def add_adapter(
         cfg = copy.deepcopy(cfg)  # hot-swapping, resizing and AdaLoRA's schedule write to the config of one adapter
     check_addable(inventory, name, cfg, options.get("initialise", True))
     if inventory.stands():  # what deleted adapters have left would be in the way of other kinds of training
-        inventory.remove_empty()
+        others = getattr(cfg, "modules_to_save", None) or getattr(cfg, "trainable_token_indices", None)
+        inventory.remove_empty(except_for=() if others else inventory.layers)
     first = not inventory.configs and not any(layer.adapters for layer in inventory.layers.values())
     fields_before = dict(cfg.__dict__)
     present = {wrapper for _, wrapper in inventory.wrappers()}
