@@ -251,14 +251,14 @@ class Routing:
         return self.verdicts if self.keeps else None
 
     def _position_here(self, present: tuple[bool, ...], store: MutableMapping[Any, Any]) -> Tensor:
-        """`_places` as a tensor."""
-        key = ("position here", self.names, present)
-        table = store.get(key)
-        if table is None or table.device != self.index.device:
+        """`_places` as a tensor, of which the layer keeps the latest: names are those of all adapters."""
+        known = store.get("position here")
+        if known is None or known[0] != present or known[1].device != self.index.device:
             table = torch.tensor(_places(present), dtype=torch.int64, device=self.index.device)
+            known = (present, table)
             if not torch.compiler.is_compiling():
-                store[key] = table
-        return table
+                store["position here"] = known
+        return known[1]
 
     def _repeats(self, x: Tensor, where: str) -> int:
         size, batch = x.shape[0], self.index.shape[0]

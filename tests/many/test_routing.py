@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
 from peftfast import AdaLoraConfig, IA3Config, LoraConfig
+from peftfast.many import router
 from peftfast.rows.control import Control
+from peftfast.rows.routing import Routing
 
 BASE = "__base__"
 
@@ -420,6 +422,26 @@ def test_deleting_an_adapter_moves_no_other_number():
         before = oracle.logits(model, **batch, adapter_names=numbers)
         model.delete_adapter("two")
         torch.testing.assert_close(oracle.logits(model, **batch, adapter_names=numbers), before)
+
+
+def test_layers_keep_nothing_of_numbers_of_adapters_that_have_gone():
+    """By numbers that the host does not know, as on a GPU; a server goes through thousands of adapters."""
+    model = many()
+    inventory, batch = model.base_model.inventory, oracle.inputs(model, batch=2)
+    kept = []
+    for i in range(4):
+        name = f"guest{i}"
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        numbers = model.base_model.adapter_numbers([name, "one"])
+        resolved = router.resolve(inventory, numbers, (), batch)
+        unseen = Routing(resolved.names, resolved.index, None, tokens=batch["input_ids"].shape[1])
+        with torch.no_grad():
+            with inventory.control.use(unseen):
+                got = oracle.logits(model, **batch)
+            torch.testing.assert_close(got, loop(model, [name, "one"], batch), rtol=1e-5, atol=1e-5)
+        model.delete_adapter(name)
+        kept.append(sum(len(layer.store) for layer in inventory.layers.values()))
+    assert kept[0] == kept[-1] > 0
 
 
 def test_adapters_come_and_go_while_another_thread_goes_through_their_numbers():
