@@ -77,7 +77,9 @@ def prepare_model_for_compiled_hotswap(
     if target_rank is not None:
         for name in dict.fromkeys(adapter.name for _, adapter in pairs):
             own = [adapter for _, adapter in pairs if adapter.name == name]
-            record_settings(own[0].cfg, own)
+            cfg, pattern = own[0].cfg, own[0].cfg.rank_pattern
+            record_settings(cfg, own)
+            cfg.rank_pattern = dict.fromkeys(pattern or {}, target_rank)  # as in PEFT: they stay, and say what is so
 
 
 def _check_room(layer: BaseTunerLayer, adapter: Adapter, target_rank: int) -> None:

@@ -149,7 +149,8 @@ def test_what_has_room_for_other_ranks_is_saved_as_it_is(tmp_path, options, name
         layer.set_scale("default", 0.5)  # which is not for the file
     peftfast.prepare_model_for_compiled_hotswap(model, target_rank=16, config=model.peft_config if named else None)
     model.save_pretrained(tmp_path / "again")
-    assert model.peft_config["default"].r == 16
+    config = model.peft_config["default"]
+    assert config.r == 16 and config.rank_pattern == dict.fromkeys(options.get("rank_pattern", {}), 16)
     again = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "again").eval()
     with torch.no_grad():
         torch.testing.assert_close(oracle.logits(again), logits, rtol=1e-4, atol=1e-5)
