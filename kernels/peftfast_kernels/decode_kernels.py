@@ -179,7 +179,8 @@ def stored(w: Operand) -> tuple[Stored, tuple[Tensor, ...]]:
     decoder_of(w)
     tensors, strides = list(w.tensors), (0, 0)
     if w.format in ("nf4", "fp4"):
-        first = tensors[0] = packed_bytes(w)
+        if first.dtype is not torch.uint8 or not first.is_contiguous():  # a kernel does not ask for the shape
+            first = tensors[0] = packed_bytes(w)
     else:
         strides = first.stride()
     pointers = (tensors + [first] * 5)[:5]  # a pointer that the format does not read still has to be one
