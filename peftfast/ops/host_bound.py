@@ -82,7 +82,8 @@ Kept = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
 def _multiply(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan) -> tuple[Tensor, Kept]:
     """The output [..., N], and what the backward pass wants."""
     form, _, dtype, branch, scale, dropout, _, _ = plan
-    x = as_dtype(x, dtype)
+    if x.dtype is not dtype:
+        x = x.type(dtype)
     if not x.is_contiguous():
         x = x.contiguous()
     w = weight if form == "dense" and weight.dtype is dtype else _weight(weight, plan)
