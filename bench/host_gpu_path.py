@@ -297,8 +297,8 @@ def scopes(only: list[str]) -> dict[str, tuple[Callable[[str, float], Calls], tu
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
-def print_ops(measure: Measure) -> None:
-    print_table_head("op", "us")
+def print_ops(measure: Measure, unit: str) -> None:
+    print_table_head("op", unit)
     for name, us in measure(op_calls()).items():
         print_row(name.removeprefix("peftfast "), us, digits=1)
     print()
@@ -358,9 +358,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.3, help="that a call is repeated for, each of three times")
     args = parser.parse_args(argv)
     measure: Measure = partial(host_time, seconds=args.seconds)
+    unit = "us"
     if args.instructions:
         run_in_valgrind()
-        measure = partial(host_instructions, count=Counter())
+        measure, unit = partial(host_instructions, count=Counter()), "thousand instructions"
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print_versions(torch.cuda.get_device_name() if on_gpu() else "no GPU: Triton's driver is a stub")
@@ -369,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
             profile(args.profile)
             return 0
         if "ops" in args.only:
-            print_ops(measure)
+            print_ops(measure, unit)
         for name, (build, libraries) in scopes(args.only).items():
             print_scope(build, libraries, name, measure)
         if "methods" in args.only:
