@@ -20,12 +20,14 @@ from peftfast.methods.lora.init import drawn_through
 from peftfast.methods.lora.lora import describe_change, factors, pair_of
 from peftfast.ops.function import as_dtype
 from peftfast.ops.orthogonality import orthogonality
+from peftfast.ops.plan import Part, Plan
 from peftfast.rules import integer, number, one_of, optional, table
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
 from peftfast.wrapping import default_targets
 
 VALUES = "lora_E"
+_EPS = 1e-5  # PEFT's, beside r₀
 
 
 @register_config(PeftType.ADALORA)
@@ -165,7 +167,7 @@ class AdaLora:
         if len(active) != 1 or not len(factors(active[0])[0]):
             return None
         (adapter,) = active
-        return site.bind(adapter, lambda part: part._replace(a=_weighted(adapter, part.a)))
+        return site.bind(adapter, _Weighted(adapter))
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = (f.to(dense.weight.dtype) for f in factors(adapter))
@@ -214,4 +216,24 @@ def _scaling(cfg: AdaLoraConfig) -> float:
 
 def _weighted(adapter: Adapter, a: Tensor) -> Tensor:
     """A with the singular values over r₀ inside: with B the factors of a plain LoRA of the same scaling."""
-    return as_dtype(a * (adapter[VALUES] / (adapter["ranknum"] + 1e-5)), a.dtype)
+    return as_dtype(a * (adapter[VALUES] / (adapter["ranknum"] + _EPS)), a.dtype)
+
+
+class _Weighted:
+    """`_weighted` for a layer's usual call, with r₀ as a number in the scaling: one operation instead of three. The
+    number is read once, because a GPU is waited for then."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._read: tuple[Tensor, int, float] | None = None  # r₀, how often it had been written to, and as a number
+        self._made: tuple[Plan, float, Plan] | None = None  # a plan, the number, and the plan with it
+
+    def __call__(self, part: Part) -> Part:
+        ranks, read, made = self.adapter["ranknum"], self._read, self._made
+        if ranks.is_meta or ranks.is_inference():  # no number is there, or writes to it are not counted
+            return part._replace(a=_weighted(self.adapter, part.a))
+        if read is None or read[0] is not ranks or read[1] != ranks._version:
+            self._read = read = ranks, ranks._version, ranks.item() + _EPS
+        if made is None or made[0] is not part.plan or made[1] != read[2]:
+            self._made = made = part.plan, read[2], part.plan._replace(scale=part.plan.scale / read[2])
+        return part._replace(a=as_dtype(part.a * self.adapter[VALUES], part.a.dtype), plan=made[2])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint.state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
@@ -245,6 +246,36 @@ def test_a_model_in_fp64_computes_in_fp64():
                     parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64))
             outputs.append(oracle.logits(model))
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_usual_call_is_that_of_a_lora_and_one_operation():
+    x, seen = torch.randn(4, 16), []
+    for config in (
+        peftfast.LoraConfig(target_modules=["0"], r=3),
+        peftfast.AdaLoraConfig(target_modules=["0"], **SCHEDULE),
+    ):
+        model = peftfast.get_peft_model(nn.Sequential(nn.Linear(16, 8)), config)
+        model(x)
+        with Count() as count:
+            model(x)
+        assert not count.synced
+        seen.append(count.ops)
+    lora, adalora = seen
+    assert adalora == lora + 1
+
+
+def test_the_first_rank_may_be_written_to_between_calls():
+    model = peftfast.get_peft_model(
+        nn.Sequential(nn.Linear(16, 8)), peftfast.AdaLoraConfig(target_modules=["0"], **SCHEDULE)
+    )
+    layer, x = model.base_model.model[0], torch.randn(4, 16)
+    with torch.no_grad():
+        layer.lora_E["default"].fill_(1.0)
+        base, at_five = layer.base_layer(x), layer(x) - layer.base_layer(x)
+        layer.ranknum["default"].fill_(10.0)
+        torch.testing.assert_close(layer(x), base + at_five / 2)
+        layer.ranknum["default"] = nn.Parameter(torch.full((1,), 20.0), requires_grad=False)
+        torch.testing.assert_close(layer(x), base + at_five / 4)
 
 
 def test_cutting_does_not_change_the_output():
