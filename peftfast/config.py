@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
+from typing_extensions import dataclass_transform
 
 from peftfast.errors import AdapterMismatchWarning, close_matches, warn
 from peftfast.files.migrate import migrate_config
@@ -60,8 +61,8 @@ def plain_name(kind: PeftType | TaskType | str | None) -> str:
 _RULES: dict[Field, Rule] = {}
 
 
-def setting(default: Any, rule: Rule) -> Any:
-    """A config field: its default and the rule every value of it is held to."""
+def setting(rule: Rule, *, default: Any) -> Any:
+    """A config field: the rule every value of it is held to, and its default."""
     if isinstance(default, (dict, list, set)):
         made = field(default_factory=functools.partial(type(default), default))
     else:
@@ -78,6 +79,7 @@ def rule_of(f: Field) -> Rule | None:
 _C = typing.TypeVar("_C", bound=type)
 
 
+@dataclass_transform(field_specifiers=(setting,))
 def checked(cls: _C) -> _C:
     """Class decorator: a dataclass whose constructor refuses unknown fields with the nearest known one."""
     cls = dataclass(cls)
@@ -128,9 +130,9 @@ class PeftConfigMixin:
     """Fields and file format shared by all configs. Names, defaults and file contents are PEFT's."""
 
     task_type: str | TaskType | None = None
-    peft_type: str | PeftType | None = setting(None, optional(text()))
-    auto_mapping: dict | None = setting(None, optional(table()))
-    peft_version: str | None = setting(None, optional(text()))
+    peft_type: str | PeftType | None = setting(optional(text()), default=None)
+    auto_mapping: dict | None = setting(optional(table()), default=None)
+    peft_version: str | None = setting(optional(text()), default=None)
 
     #: Fields of `hf_hub_download` that `from_pretrained` splits off; looked up once, on first use.
     _hub_arguments: ClassVar[frozenset[str] | None] = None
@@ -316,21 +318,21 @@ class PeftConfig(PeftConfigMixin):
         inference_mode: attach the adapter frozen.
     """
 
-    base_model_name_or_path: str | None = setting(None, optional(text()))
-    revision: str | None = setting(None, optional(text()))
-    inference_mode: bool = setting(False, boolean())
+    base_model_name_or_path: str | None = setting(optional(text()), default=None)
+    revision: str | None = setting(optional(text()), default=None)
+    inference_mode: bool = setting(boolean(), default=False)
 
 
 @checked
 class PromptLearningConfig(PeftConfig):
     """Common fields of prompt tuning, prefix tuning and p-tuning; sizes left at None come from the base model."""
 
-    num_virtual_tokens: int | None = setting(None, optional(integer(1)))
-    token_dim: int | None = setting(None, optional(integer(1)))
-    num_transformer_submodules: int | None = setting(None, optional(integer(1)))
-    num_attention_heads: int | None = setting(None, optional(integer(1)))
-    num_layers: int | None = setting(None, optional(integer(1)))
-    modules_to_save: list[str] | None = setting(None, optional(sequence(text())))
+    num_virtual_tokens: int | None = setting(optional(integer(1)), default=None)
+    token_dim: int | None = setting(optional(integer(1)), default=None)
+    num_transformer_submodules: int | None = setting(optional(integer(1)), default=None)
+    num_attention_heads: int | None = setting(optional(integer(1)), default=None)
+    num_layers: int | None = setting(optional(integer(1)), default=None)
+    modules_to_save: list[str] | None = setting(optional(sequence(text())), default=None)
 
     @property
     def is_prompt_learning(self) -> bool:

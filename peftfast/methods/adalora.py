@@ -46,18 +46,18 @@ class AdaLoraConfig(LoraConfig):
         bias: as in LoRA; "adalora_only" is another name of "lora_only".
     """
 
-    target_r: int = setting(8, integer(1))
-    init_r: int = setting(12, integer(1))
-    tinit: int = setting(0, integer(0))
-    tfinal: int = setting(0, integer(0))
-    deltaT: int = setting(1, integer(1))
-    beta1: float = setting(0.85, number(0.0, 1.0))
-    beta2: float = setting(0.85, number(0.0, 1.0))
-    orth_reg_weight: float = setting(0.5, number(0.0))
-    total_step: int | None = setting(None, optional(integer()))
-    rank_pattern: dict | None = setting(None, optional(table()))
+    target_r: int = setting(integer(1), default=8)
+    init_r: int = setting(integer(1), default=12)
+    tinit: int = setting(integer(0), default=0)
+    tfinal: int = setting(integer(0), default=0)
+    deltaT: int = setting(integer(1), default=1)
+    beta1: float = setting(number(0.0, 1.0), default=0.85)
+    beta2: float = setting(number(0.0, 1.0), default=0.85)
+    orth_reg_weight: float = setting(number(0.0), default=0.5)
+    total_step: int | None = setting(optional(integer()), default=None)
+    rank_pattern: dict | None = setting(optional(table()), default=None)
     bias: Literal["none", "all", "lora_only", "adalora_only"] = setting(
-        "none", one_of("none", "all", "lora_only", "adalora_only")
+        one_of("none", "all", "lora_only", "adalora_only"), default="none"
     )
 
     def __post_init__(self) -> None:

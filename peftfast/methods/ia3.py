@@ -42,12 +42,12 @@ class IA3Config(PeftConfig):
         init_ia3_weights: start from ones, which change nothing; False: from random vectors.
     """
 
-    target_modules: list[str] | str | None = setting(None, _NAMES)
-    exclude_modules: list[str] | str | None = setting(None, _NAMES)
-    feedforward_modules: list[str] | str | None = setting(None, _NAMES)
-    fan_in_fan_out: bool = setting(False, boolean())
-    modules_to_save: list[str] | None = setting(None, optional(sequence(text())))
-    init_ia3_weights: bool = setting(True, boolean())
+    target_modules: list[str] | str | None = setting(_NAMES, default=None)
+    exclude_modules: list[str] | str | None = setting(_NAMES, default=None)
+    feedforward_modules: list[str] | str | None = setting(_NAMES, default=None)
+    fan_in_fan_out: bool = setting(boolean(), default=False)
+    modules_to_save: list[str] | None = setting(optional(sequence(text())), default=None)
+    init_ia3_weights: bool = setting(boolean(), default=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

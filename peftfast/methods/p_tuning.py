@@ -36,11 +36,11 @@ class PromptEncoderConfig(PromptLearningConfig):
     """
 
     encoder_reparameterization_type: str | PromptEncoderReparameterizationType = setting(
-        PromptEncoderReparameterizationType.MLP, one_of(*PromptEncoderReparameterizationType)
+        one_of(*PromptEncoderReparameterizationType), default=PromptEncoderReparameterizationType.MLP
     )
-    encoder_hidden_size: int | None = setting(None, optional(integer(1)))
-    encoder_num_layers: int = setting(_MLP_LAYERS, integer(1))
-    encoder_dropout: float = setting(0.0, number(0, 1))
+    encoder_hidden_size: int | None = setting(optional(integer(1)), default=None)
+    encoder_num_layers: int = setting(integer(1), default=_MLP_LAYERS)
+    encoder_dropout: float = setting(number(0, 1), default=0.0)
 
     def __post_init__(self) -> None:
         self.encoder_reparameterization_type = as_choice(

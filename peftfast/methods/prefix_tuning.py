@@ -46,9 +46,9 @@ class PrefixTuningConfig(PromptLearningConfig):
         the model; both given, they are kept, for instance to reach layers that are wider than the others.
     """
 
-    init_weights: str | None = setting(None, optional(one_of("zero")))
-    encoder_hidden_size: int | None = setting(None, optional(integer(1)))
-    prefix_projection: bool = setting(False, boolean())
+    init_weights: str | None = setting(optional(one_of("zero")), default=None)
+    encoder_hidden_size: int | None = setting(optional(integer(1)), default=None)
+    prefix_projection: bool = setting(boolean(), default=False)
 
 
 class PrefixEncoder(BasePromptEncoder):

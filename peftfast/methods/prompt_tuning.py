@@ -60,10 +60,10 @@ class PromptTuningConfig(PromptLearningConfig):
         config file may come from anybody.
     """
 
-    prompt_tuning_init: PromptTuningInit | str = setting(PromptTuningInit.RANDOM, one_of(*PromptTuningInit))
-    prompt_tuning_init_text: str | None = setting(None, optional(text()))
-    tokenizer_name_or_path: str | None = setting(None, optional(text()))
-    tokenizer_kwargs: dict | None = setting(None, optional(table()))
+    prompt_tuning_init: PromptTuningInit | str = setting(one_of(*PromptTuningInit), default=PromptTuningInit.RANDOM)
+    prompt_tuning_init_text: str | None = setting(optional(text()), default=None)
+    tokenizer_name_or_path: str | None = setting(optional(text()), default=None)
+    tokenizer_kwargs: dict | None = setting(optional(table()), default=None)
 
     def __post_init__(self) -> None:
         name = f"{type(self).__name__}.prompt_tuning_init"

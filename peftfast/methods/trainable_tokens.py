@@ -29,9 +29,9 @@ class TrainableTokensConfig(PeftConfig):
     init_weights: start from the base's rows; False: from random ones.
     """
 
-    token_indices: list[int] = setting([], sequence(integer(0)))
-    target_modules: list[str] | str | None = setting(None, optional(either(text(), sequence(text()))))
-    init_weights: bool = setting(True, boolean())
+    token_indices: list[int] = setting(sequence(integer(0)), default=[])
+    target_modules: list[str] | str | None = setting(optional(either(text(), sequence(text()))), default=None)
+    init_weights: bool = setting(boolean(), default=True)
 
 
 @register_method

@@ -109,47 +109,48 @@ class LoraConfig(PeftConfig):
         ensure_weight_tying: share adapters between tied embeddings.
     """
 
-    r: int = setting(8, integer(1))
-    target_modules: list[str] | str | None = setting(None, _NAMES)
-    exclude_modules: list[str] | str | None = setting(None, _NAMES)
-    lora_alpha: int = setting(8, number(0.0))
-    lora_dropout: float = setting(0.0, number(0.0, 1.0))
-    fan_in_fan_out: bool = setting(False, boolean())
-    bias: Literal["none", "all", "lora_only"] = setting("none", one_of("none", "all", "lora_only"))
-    use_rslora: bool = setting(False, boolean())
-    modules_to_save: list[str] | None = setting(None, optional(sequence(text())))
+    r: int = setting(integer(1), default=8)
+    target_modules: list[str] | str | None = setting(_NAMES, default=None)
+    exclude_modules: list[str] | str | None = setting(_NAMES, default=None)
+    lora_alpha: int = setting(number(0.0), default=8)
+    lora_dropout: float = setting(number(0.0, 1.0), default=0.0)
+    fan_in_fan_out: bool = setting(boolean(), default=False)
+    bias: Literal["none", "all", "lora_only"] = setting(one_of("none", "all", "lora_only"), default="none")
+    use_rslora: bool = setting(boolean(), default=False)
+    modules_to_save: list[str] | None = setting(optional(sequence(text())), default=None)
     init_lora_weights: bool | str = setting(
-        True,
         none_as(False, one_of(True, False, "gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "loftq",
-                              "lora_ga", patterns=[r"pissa_niter_\d+"])),
+                              "lora_ga", patterns=[r"pissa_niter_\d+"])), default=True,
     )  # fmt: skip
-    layers_to_transform: list[int] | int | None = setting(None, optional(either(integer(0), sequence(integer(0)))))
-    layers_pattern: list[str] | str | None = setting(None, _NAMES)
-    rank_pattern: dict | None = setting({}, optional(table(integer(1))))
-    alpha_pattern: dict | None = setting({}, optional(table(number(0.0))))
-    megatron_config: dict | None = setting(None, only(None, _UNSUPPORTED))
-    megatron_core: str | None = setting("megatron.core", optional(text()))
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
-        None, optional(either(sequence(integer(0)), table(sequence(integer(0)))))
+    layers_to_transform: list[int] | int | None = setting(
+        optional(either(integer(0), sequence(integer(0)))), default=None
     )
-    loftq_config: LoftQConfig | dict = setting({}, optional(either(instance(LoftQConfig), table())))
-    eva_config: EvaConfig | None = setting(None, optional(instance(EvaConfig)))
-    corda_config: CordaConfig | None = setting(None, optional(instance(CordaConfig)))
-    lora_ga_config: LoraGAConfig | None = setting(None, optional(instance(LoraGAConfig)))
-    use_dora: bool = setting(False, boolean())
-    velora_config: VeloraConfig | None = setting(None, optional(instance(VeloraConfig)))
-    alora_invocation_tokens: list[int] | None = setting(None, optional(sequence(integer(0))))
-    use_qalora: bool = setting(False, boolean())
-    qalora_group_size: int = setting(16, optional(integer(1)))
-    monteclora_config: MontecloraConfig | None = setting(None, optional(instance(MontecloraConfig)))
-    layer_replication: list[tuple[int, int]] | None = setting(None, optional(sequence(pair(integer(0)))))
-    runtime_config: LoraRuntimeConfig = setting(None, optional(instance(LoraRuntimeConfig)))
-    lora_bias: bool = setting(False, boolean())
-    target_parameters: list[str] | None = setting(None, optional(sequence(text())))
-    use_bdlora: BdLoraConfig | None = setting(None, optional(instance(BdLoraConfig)))
-    arrow_config: ArrowConfig | None = setting(None, optional(instance(ArrowConfig)))
-    kasa_config: KasaConfig | None = setting(None, optional(instance(KasaConfig)))
-    ensure_weight_tying: bool = setting(False, boolean())
+    layers_pattern: list[str] | str | None = setting(_NAMES, default=None)
+    rank_pattern: dict | None = setting(optional(table(integer(1))), default={})
+    alpha_pattern: dict | None = setting(optional(table(number(0.0))), default={})
+    megatron_config: dict | None = setting(only(None, _UNSUPPORTED), default=None)
+    megatron_core: str | None = setting(optional(text()), default="megatron.core")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
+        optional(either(sequence(integer(0)), table(sequence(integer(0))))), default=None
+    )
+    loftq_config: LoftQConfig | dict = setting(optional(either(instance(LoftQConfig), table())), default={})
+    eva_config: EvaConfig | None = setting(optional(instance(EvaConfig)), default=None)
+    corda_config: CordaConfig | None = setting(optional(instance(CordaConfig)), default=None)
+    lora_ga_config: LoraGAConfig | None = setting(optional(instance(LoraGAConfig)), default=None)
+    use_dora: bool = setting(boolean(), default=False)
+    velora_config: VeloraConfig | None = setting(optional(instance(VeloraConfig)), default=None)
+    alora_invocation_tokens: list[int] | None = setting(optional(sequence(integer(0))), default=None)
+    use_qalora: bool = setting(boolean(), default=False)
+    qalora_group_size: int = setting(optional(integer(1)), default=16)
+    monteclora_config: MontecloraConfig | None = setting(optional(instance(MontecloraConfig)), default=None)
+    layer_replication: list[tuple[int, int]] | None = setting(optional(sequence(pair(integer(0)))), default=None)
+    runtime_config: LoraRuntimeConfig = setting(optional(instance(LoraRuntimeConfig)), default=None)
+    lora_bias: bool = setting(boolean(), default=False)
+    target_parameters: list[str] | None = setting(optional(sequence(text())), default=None)
+    use_bdlora: BdLoraConfig | None = setting(optional(instance(BdLoraConfig)), default=None)
+    arrow_config: ArrowConfig | None = setting(optional(instance(ArrowConfig)), default=None)
+    kasa_config: KasaConfig | None = setting(optional(instance(KasaConfig)), default=None)
+    ensure_weight_tying: bool = setting(boolean(), default=False)
 
     _custom_modules = None  # no field: a file cannot hold classes
     #: Other libraries' names of fields whose own are too short to be near them.

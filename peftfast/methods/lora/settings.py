@@ -18,8 +18,8 @@ class LoftQConfig(CheckedFields):
         loftq_bits: bits of the base. loftq_iter: alternating steps of quantisation and SVD.
     """
 
-    loftq_bits: int = setting(4, one_of(2, 4, 8))
-    loftq_iter: int = setting(1, integer(1))
+    loftq_bits: int = setting(one_of(2, 4, 8), default=4)
+    loftq_iter: int = setting(integer(1), default=1)
 
 
 @checked
@@ -34,12 +34,12 @@ class EvaConfig(CheckedFields):
         adjust_scaling_factors: keep alpha / r as it was when ranks are redistributed.
     """
 
-    rho: float = setting(2.0, number(1.0))
-    tau: float = setting(0.99, number(0.0, 1.0))
-    use_label_mask: bool = setting(True, boolean())
-    label_mask_value: int = setting(-100, integer())
-    whiten: bool = setting(False, boolean())
-    adjust_scaling_factors: bool = setting(True, boolean())
+    rho: float = setting(number(1.0), default=2.0)
+    tau: float = setting(number(0.0, 1.0), default=0.99)
+    use_label_mask: bool = setting(boolean(), default=True)
+    label_mask_value: int = setting(integer(), default=-100)
+    whiten: bool = setting(boolean(), default=False)
+    adjust_scaling_factors: bool = setting(boolean(), default=True)
 
 
 @checked
@@ -55,12 +55,12 @@ class CordaConfig(CheckedFields):
         prune_temporary_fields: False leaves `covariance_matrix` and `sample_count` on the modules, to be looked at.
     """
 
-    cache_file: str | None = setting(None, optional(text()))
-    covariance_file: str | None = setting(None, optional(text()))
-    corda_method: Literal["ipm", "kpm"] = setting("ipm", one_of("ipm", "kpm"))
-    verbose: bool = setting(False, boolean())
-    use_float16_for_covariance: bool = setting(False, boolean())
-    prune_temporary_fields: bool = setting(True, boolean())
+    cache_file: str | None = setting(optional(text()), default=None)
+    covariance_file: str | None = setting(optional(text()), default=None)
+    corda_method: Literal["ipm", "kpm"] = setting(one_of("ipm", "kpm"), default="ipm")
+    verbose: bool = setting(boolean(), default=False)
+    use_float16_for_covariance: bool = setting(boolean(), default=False)
+    prune_temporary_fields: bool = setting(boolean(), default=True)
 
     def __post_init__(self) -> None:
         for name in ("cache_file", "covariance_file"):
@@ -82,12 +82,12 @@ class ArrowConfig(CheckedFields):
             router but those of general knowledge, which are these and whatever is called gks_0, gks_1, ...
     """
 
-    top_k: int = setting(3, integer(1))
-    router_temperature: float = setting(1.0, number(0.0))
-    use_gks: bool = setting(False, boolean())
-    rng_seed: int | None = setting(None, optional(integer()))
-    task_adapter_names: list[str] | None = setting(None, optional(sequence(text())))
-    gks_adapter_names: list[str] | None = setting(None, optional(sequence(text())))
+    top_k: int = setting(integer(1), default=3)
+    router_temperature: float = setting(number(0.0), default=1.0)
+    use_gks: bool = setting(boolean(), default=False)
+    rng_seed: int | None = setting(optional(integer()), default=None)
+    task_adapter_names: list[str] | None = setting(optional(sequence(text())), default=None)
+    gks_adapter_names: list[str] | None = setting(optional(sequence(text())), default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,12 +108,12 @@ class LoraGAConfig(CheckedFields):
     """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = setting(
-        "ArB2r", one_of("ArBr", "A2rBr", "ArB2r", "random")
+        one_of("ArBr", "A2rBr", "ArB2r", "random"), default="ArB2r"
     )
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = setting(
-        "stable", one_of("stable", "weight_svd", "gd_scale", "unit")
+        one_of("stable", "weight_svd", "gd_scale", "unit"), default="stable"
     )
-    stable_gamma: int = setting(16, integer(1))
+    stable_gamma: int = setting(integer(1), default=16)
 
 
 @checked
@@ -128,10 +128,10 @@ class BdLoraConfig(CheckedFields):
         match_strict: refuse targets of which neither is block-diagonal; False makes them plain LoRAs.
     """
 
-    target_modules_bd_a: list[str] | None = setting(None, optional(sequence(text())))
-    target_modules_bd_b: list[str] | None = setting(None, optional(sequence(text())))
-    nblocks: int = setting(1, integer(1))
-    match_strict: bool = setting(True, boolean())
+    target_modules_bd_a: list[str] | None = setting(optional(sequence(text())), default=None)
+    target_modules_bd_b: list[str] | None = setting(optional(sequence(text())), default=None)
+    nblocks: int = setting(integer(1), default=1)
+    match_strict: bool = setting(boolean(), default=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,8 +153,8 @@ class KasaConfig(CheckedFields):
         gamma: of how far the factors are from orthonormal, ‖Bᵀ B - I‖ + ‖A Aᵀ - I‖.
     """
 
-    beta: float = setting(1e-4, number(0.0))
-    gamma: float = setting(1e-3, number(0.0))
+    beta: float = setting(number(0.0), default=1e-4)
+    gamma: float = setting(number(0.0), default=1e-3)
 
 
 @checked
@@ -168,10 +168,10 @@ class VeloraConfig(CheckedFields):
             "batch_average_once", that of the first one; "random".
     """
 
-    num_groups: int = setting(64, integer(1))
-    scale: float = setting(1.0, positive())
+    num_groups: int = setting(integer(1), default=64)
+    scale: float = setting(positive(), default=1.0)
     init_type: Literal["batch_average", "batch_average_once", "random"] = setting(
-        "batch_average", one_of("batch_average", "batch_average_once", "random")
+        one_of("batch_average", "batch_average_once", "random"), default="batch_average"
     )
 
 
@@ -191,12 +191,12 @@ class MontecloraConfig(CheckedFields):
         buffer_size: for how many calls random numbers are drawn at once; on a CPU the stream of a seed depends on it.
     """
 
-    num_samples: int = setting(8, integer(1))
-    use_entropy: bool = setting(False, boolean())
-    dirichlet_prior: float = setting(0.1, positive())
-    sample_scaler: float = setting(1e-4, number())
-    kl_loss_weight: float = setting(1e-5, number())
-    buffer_size: int = setting(150, integer(1))
+    num_samples: int = setting(integer(1), default=8)
+    use_entropy: bool = setting(boolean(), default=False)
+    dirichlet_prior: float = setting(positive(), default=0.1)
+    sample_scaler: float = setting(number(), default=1e-4)
+    kl_loss_weight: float = setting(number(), default=1e-5)
+    buffer_size: int = setting(integer(1), default=150)
 
 
 @dataclass
