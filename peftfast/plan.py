@@ -202,15 +202,11 @@ def plan_adapter(
 
 def _count_base(inventory: Inventory) -> int:
     """Parameters of the base model, packed weights by the shape they stand for."""
-    own: dict[int, int] = {id(p): whole_shape(p).numel() for p in inventory.model.parameters()}
+    own = {id(p): whole_shape(p).numel() for _, p in inventory.base_parameters()}
     for _, module in linear_modules(inventory.model):
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and id(weight) in own and hasattr(module, "in_features"):
             own[id(weight)] = module.in_features * module.out_features
-    for _, wrapper in inventory.wrappers():
-        for key, p in wrapper.named_parameters():
-            if not key.startswith(("base_layer.", "original_module.")):
-                own.pop(id(p), None)
     return sum(own.values())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
 from peftfast.errors import no_such_adapter, warn
+from peftfast.layers.walk import base_modules
 from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
 from peftfast.sites import Dense, bias_of
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def check_mergeable(module: nn.Module) -> None:
     """RuntimeError if weights of `module`, a layer or a whole model, are not at hand."""
-    if any(getattr(m, "spread", None) for m in module.modules()):
+    if any(getattr(m, "spread", None) for _, m in base_modules(module)):
         raise RuntimeError(
             "Cannot merge or unmerge adapters of this model: it is spread over processes by a tp_plan. Save the "
             "adapter (model.save_pretrained(folder), called by all processes) and merge in one process: "

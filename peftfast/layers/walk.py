@@ -1,4 +1,4 @@
-"""Going through a model that has adapters."""
+"""Going through a model that has adapters, in time that does not grow with their number."""
 
 from __future__ import annotations
 
@@ -7,16 +7,36 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 
-def outer_modules(
-    model: nn.Module, closed: Callable[[nn.Module], bool], every_place: bool = False
-) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of `model` by name, without those inside one that is `closed`.
+def base_modules(model: nn.Module, every_place: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of `model` by name, as `named_modules` gives them, without what layers and wrappers keep by adapter.
 
     Args:
         every_place: a module that hangs in several places comes in all of them, not in the first alone.
     """
+    seen: set[nn.Module] = set()
+    left = [("", model)]
+    while left:
+        name, module = left.pop()
+        if module in seen:
+            continue
+        if not every_place:
+            seen.add(module)
+        yield name, module
+        kept = getattr(module, "adapter_layer_names", ())
+        if kept:
+            kept = {*kept, *getattr(module, "other_param_names", ())}
+        prefix = f"{name}." if name else ""
+        for key, child in reversed(module._modules.items()):
+            if child is not None and key not in kept:
+                left.append((prefix + key, child))
+
+
+def outer_modules(
+    model: nn.Module, closed: Callable[[nn.Module], bool], every_place: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
+    """`base_modules`, without those inside one that is `closed`."""
     inside: str | None = None
-    for name, module in model.named_modules(remove_duplicate=not every_place):
+    for name, module in base_modules(model, every_place):
         if inside is None or not name.startswith(inside):
             inside = f"{name}." if closed(module) else None
             yield name, module

@@ -13,6 +13,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some, no_such_adapter, warn
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer, Place
+from peftfast.layers.walk import base_modules
 from peftfast.method import AdapterMethod, method_for
 from peftfast.sharding import gather_without_wrapper, is_stepped_by_zero3, to_shards
 from peftfast.sites.site import bias_of, is_bias
@@ -101,8 +102,12 @@ class Inventory(Listing):
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is no adapter's, by its name in the model."""
-        adapters = {p for _, w in self.wrappers() for _, p in _own_parameters(w)}
-        return ((name, p) for name, p in self.model.named_parameters() if p not in adapters)
+        seen = {id(p) for wrapper in self.extras.values() for _, p in _own_parameters(wrapper, wrapper._adapters)}
+        for name, module in base_modules(self.model):
+            for leaf, p in module._parameters.items():
+                if p is not None and id(p) not in seen:
+                    seen.add(id(p))
+                    yield f"{name}.{leaf}" if name else leaf, p
 
     def train_biases(self, cfg: PeftConfig) -> None:
         """Unfreeze the base biases that the config's `bias` names."""
@@ -187,8 +192,12 @@ class Inventory(Listing):
 
     def activate_added(self, name: str, inference_mode: bool) -> None:
         """Make an adapter that was just added the active one; of the others, what was trainable stays so."""
-        trained = [p for _, wrapper in self.wrappers() for _, p in _own_parameters(wrapper) if p.requires_grad]
         touched = self._trainable.union(self._acting())
+        frozen = [
+            *((layer, touched) for layer in self.layers.values()),
+            *((w, w._adapters) for w in self.extras.values()),
+        ]
+        trained = [p for wrapper, names in frozen for _, p in _own_parameters(wrapper, names) if p.requires_grad]
         self.set_adapter([name], inference_mode)
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -254,17 +263,25 @@ class Inventory(Listing):
     def disabled(self) -> Iterator[None]:
         """All adapters off; afterwards every module is as it was, trainability included, but for adapters that were
         activated, frozen or unfrozen meanwhile."""
+        to_shards(self.model)
         before = {w: w.disable_adapters for _, w in self.wrappers()}
-        trained = {where: p for w in before for where, p in _own_parameters(w) if p.requires_grad}
         acted = {w: list(w.active_adapters) for w in before}
         trainable, enabled = set(self._trainable), self.enabled
-        self.enable(False)
+        # nobody gets a gradient but who acts, and of others those alone are looked at that somebody has made trainable
+        looked_at = {w: trainable.union(active) for w, active in acted.items()}
+        trained = {
+            where: p for w, names in looked_at.items() for where, p in _own_parameters(w, names) if p.requires_grad
+        }
+        for wrapper, names in looked_at.items():
+            wrapper.set_requires_grad(names, False)
+            wrapper._disable_adapters = True
+        self.enabled = False
         try:
             yield
         finally:
             for wrapper in {**before, **{w: None for _, w in self.wrappers()}}:
                 wrapper._disable_adapters = before.get(wrapper, not enabled)  # others were made inside the block
-            now = dict(found for wrapper in before for found in _own_parameters(wrapper))
+            now = dict(found for w, names in looked_at.items() for found in _own_parameters(w, names))
             switched = trainable ^ self._trainable
             for where, parameter in trained.items():
                 wrapper, name, _ = where
@@ -416,13 +433,14 @@ def inventory_of(model: nn.Module) -> Inventory:
     return inventory
 
 
-def _own_parameters(wrapper: Wrapper) -> Iterator[tuple[tuple[Wrapper, str, str], nn.Parameter]]:
-    """The Parameters of adapters, by where they are, the adapter, and what they are called there."""
-    if isinstance(wrapper, BaseTunerLayer):
-        own = {name: adapter.parameters() for name, adapter in wrapper.adapters.items()}
-    else:
-        own = {name: wrapper.adapter_parameters(name) for name in wrapper._adapters}
-    for name, parameters in own.items():
+def _own_parameters(wrapper: Wrapper, names: Iterable[str]) -> Iterator[tuple[tuple[Wrapper, str, str], nn.Parameter]]:
+    """The Parameters of these adapters, by where they are, the adapter, and what they are called there."""
+    for name in names:
+        if isinstance(wrapper, BaseTunerLayer):
+            adapter = wrapper.adapters.get(name)
+            parameters = {} if adapter is None else adapter.parameters()
+        else:
+            parameters = wrapper.adapter_parameters(name)
         for key, p in parameters.items():
             if isinstance(p, nn.Parameter):
                 yield (wrapper, name, key), p

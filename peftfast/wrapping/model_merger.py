@@ -15,6 +15,7 @@ from peftfast.errors import PeftWarning, enumerate_some, no_such_adapter, warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.merger import check_mergeable
 from peftfast.layers.own import LoraLayer
+from peftfast.layers.walk import base_modules
 from peftfast.sharding import to_shards
 from peftfast.wrapping.inventory import Inventory
 
@@ -145,7 +146,7 @@ class ModelMerger:
     def _weights_of_others(self, work: list[Work]) -> set[BaseTunerLayer]:
         """Which of these layers have a weight that another module uses as its own and is to keep."""
         users: dict[int, set[nn.Module]] = {}
-        for module in self.inventory.model.modules():
+        for _, module in base_modules(self.inventory.model):
             for parameter in module._parameters.values():
                 if parameter is not None:
                     users.setdefault(id(parameter), set()).add(module)
@@ -207,7 +208,7 @@ class ModelMerger:
         """Where an adapter is about to change one of two modules that share a weight, the other gets its own copy;
         merging would otherwise change what nobody adapted."""
         owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in self.inventory.model.modules():
+        for _, module in base_modules(self.inventory.model):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     owners.setdefault(id(parameter), []).append((module, name))

@@ -1,0 +1,63 @@
+"""What is done with one adapter takes no more steps where many are beside it."""
+
+import oracle
+import pytest
+
+import peftfast
+
+FEW, MANY = 3, 13
+CONFIG = {"r": 2, "target_modules": "all-linear"}
+KEPT = {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+ROWS = {"r": 2, "target_modules": ["q_proj", "v_proj"], "trainable_token_indices": [1, 2]}
+
+
+def holding(count, options):
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**options), "a0")
+    for i in range(1, count):
+        model.add_adapter(f"a{i}", peftfast.LoraConfig(**options))
+    return model.eval()
+
+
+def disable(model):
+    with model.disable_adapter():
+        pass
+
+
+#: in this order: some need what others have done
+OPERATIONS = {
+    "add": lambda model, folder, options: model.add_adapter("new", peftfast.LoraConfig(**options)),
+    "delete": lambda model, folder, options: model.delete_adapter("new"),
+    "plan": lambda model, folder, options: peftfast.plan_adapter(model, peftfast.LoraConfig(**options)),
+    "load": lambda model, folder, options: model.load_adapter(folder / "a1", "loaded"),
+    "set": lambda model, folder, options: model.set_adapter("a1"),
+    "save": lambda model, folder, options: model.save_pretrained(folder, selected_adapters=["a1"]),
+    "state dict": lambda model, folder, options: peftfast.get_peft_model_state_dict(model, adapter_name="a1"),
+    "forward": lambda model, folder, options: oracle.logits(model),
+    "disable": lambda model, folder, options: disable(model),
+    "merge": lambda model, folder, options: model.merge_adapter(["a1"]),
+    "unmerge": lambda model, folder, options: model.unmerge_adapter(),
+    "hot-swap": lambda model, folder, options: peftfast.hotswap_adapter(model, folder / "a1", "a2"),
+    "combine": lambda model, folder, options: model.add_weighted_adapter(["a1", "a2"], [0.5, 0.5], "both", "linear"),
+}
+
+
+@pytest.mark.parametrize(
+    "options, left_out",
+    [
+        (CONFIG, ()),
+        (KEPT, ("set",)),  # every copy of a module is frozen, which are few
+        (ROWS, ("set", "hot-swap", "combine")),  # the latter are refused
+    ],
+    ids=["factors", "modules_to_save", "token rows"],
+)
+def test_steps_do_not_grow_with_the_number_of_adapters(options, left_out, tmp_path):
+    models = [holding(count, options) for count in (FEW, MANY)]
+    models[0].save_pretrained(tmp_path, selected_adapters=["a1"])
+    grown = {}
+    for name, operation in OPERATIONS.items():
+        if name in left_out:
+            continue
+        few, many = (oracle.python_calls(lambda m=model, do=operation: do(m, tmp_path, options)) for model in models)
+        if many > 1.1 * few:  # one factor more an adapter would be twice as many
+            grown[name] = few, many
+    assert not grown
