@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -59,8 +60,36 @@ def wrapping(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Iter
     yield "get_peft_model, ms", {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
+def _adding(lib: ModuleType, model: Any, folder: str) -> None:
+    model.add_adapter("one more", lib.LoraConfig(**CONFIG))
+    model.delete_adapter("one more")
+
+
+def _disabling(lib: ModuleType, model: Any, folder: str) -> None:
+    with model.disable_adapter():
+        pass
+
+
+def _saving(lib: ModuleType, model: Any, folder: str) -> None:
+    model.save_pretrained(folder, selected_adapters=["first"])
+
+
+def _merging(lib: ModuleType, model: Any, folder: str) -> None:
+    model.merge_adapter(["first"])
+    model.unmerge_adapter()
+
+
+#: what is done with one of many adapters
+WITH_ONE: dict[str, Callable[[ModuleType, Any, str], None]] = {
+    "add_adapter and delete_adapter": _adding,
+    "disable_adapter, there and back": _disabling,
+    "save_pretrained of one": _saving,
+    "merge_adapter of one and unmerge_adapter": _merging,
+}
+
+
 def lifecycle(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Iterator[Row]:
-    """Switching and loading, the libraries taking turns after every load."""
+    """Switching, loading, and what else is done with one of many, the libraries taking turns after every load."""
     with tempfile.TemporaryDirectory() as root:
         models = {name: layers_of(lib, args, f"{root}/{name}") for name, lib in libraries.items()}
         loading: dict[str, list[float]] = {name: [] for name in models}
@@ -82,6 +111,11 @@ def lifecycle(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Ite
             times = alternating({name: switch(model) for name, model in models.items()}, args.runs)
             return {name: t / 2 for name, t in times.items()}
 
+        def with_one(present: int) -> Iterator[Row]:
+            for what, do in WITH_ONE.items():
+                calls = {n: partial(do, libraries[n], model, f"{root}/{n}") for n, model in models.items()}
+                yield f"{what}, {present} present, ms", alternating(calls, max(1, args.runs // 4))
+
         yield "adapted layers", {n: sum(hasattr(m, "lora_A") for m in model.modules()) for n, model in models.items()}
         load("warm-up")
         for model in models.values():
@@ -91,11 +125,13 @@ def lifecycle(libraries: dict[str, ModuleType], args: argparse.Namespace) -> Ite
         load("n0")
         few = switching()
         yield "set_adapter, 2 present, ms", few
+        yield from with_one(2)
         for i in range(1, args.adapters - 1):
             load(f"n{i}")
         many = switching()
         yield f"set_adapter, {args.adapters} present, ms", many
         yield "set_adapter, the latter over the former", {n: many[n] / few[n] for n in many}
+        yield from with_one(args.adapters)
         ends = {n: (statistics.median(t[:5]), statistics.median(t[-5:])) for n, t in loading.items()}
         yield "load_adapter, median of the first five, ms", {n: first for n, (first, _) in ends.items()}
         yield "load_adapter, median of the last five, ms", {n: last for n, (_, last) in ends.items()}
