@@ -69,8 +69,8 @@ class AdapterMethod(Protocol):
         ...
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
-        """`dense` with the adapter inside; `base` is the weight without any adapter. Pure: the layer stores the
-        result, and keeps the original bytes for unmerging."""
+        """`dense` with the adapter inside; `base` is the weight without any adapter. Pure, but for what is `spare`: the
+        layer stores the result, and keeps the original bytes for unmerging."""
         ...
 
 

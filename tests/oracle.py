@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
 
@@ -342,6 +343,23 @@ def python_calls(call: Callable[[], Any]) -> int:
     finally:
         sys.setprofile(None)
     return count
+
+
+class Made(TorchDispatchMode):
+    """The tensors that operations make, views and inputs aside: their shapes, and the elements of the largest."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.shapes = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.shapes.append(tuple(t.shape))
+                self.elements = max(self.elements, t.numel())
+        return out
 
 
 def rms_error(value: Tensor, oracle: Tensor) -> float:

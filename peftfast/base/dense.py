@@ -75,7 +75,6 @@ class DenseWeight(ParameterWeight):
         matrix = weight if weight.dim() == 2 else weight.flatten(1)
         return Operand("dense_t" if self.transposed else "dense", [matrix], self.shape, weight.dtype)
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+    def seen(self) -> Tensor:
         weight = stored_weight(self.module).detach()
-        matrix = weight.t() if self.transposed else weight.flatten(1)
-        return matrix.to(dtype=dtype or weight.dtype, copy=True)
+        return weight.t() if self.transposed else weight.flatten(1)

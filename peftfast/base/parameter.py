@@ -42,9 +42,12 @@ class ParameterWeight(UsualWeight):
     def readable(self) -> Operand:
         return Operand("dense", [self.value.detach().flatten(0, -2)], self.shape, self.compute_dtype)
 
+    def seen(self) -> Tensor:
+        return stored_weight(self.module, self.parameter).detach().flatten(0, -2)
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        stored = stored_weight(self.module, self.parameter).detach()
-        return stored.flatten(0, -2).to(dtype=dtype or stored.dtype, copy=True)
+        stored = self.seen()
+        return stored.to(dtype=dtype or stored.dtype, copy=True)
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:

@@ -10,6 +10,7 @@ by rounding to the nearest is exactly what was trained.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,13 +71,13 @@ def store(weight: BaseWeight, exact: Tensor, rounding: str = "auto") -> Rounded 
             raise RuntimeError(f"{weight.name} is spread over processes, where rounding='stochastic' is not known")
         weight.assign(exact)
         return None
-    wide = torch.float32 if weight.quantization else None
-    base, exact = weight.dense(wide), exact.to(weight.device)
+    exact = exact.to(weight.device)
+    chunks = _looked_at(exact, 1 if weight.quantization else _SAMPLED)
+    base = [rows if weight.quantization else rows.clone() for rows in _rows(weight, chunks)]
     draws = weight.draws and rounding != "nearest"
     before = weight.snapshot() if draws and weight.quantization else None  # whose scales are drawn with
     weight.assign(exact)
-    every = 1 if weight.quantization else _SAMPLED
-    rounded = _compare(base, exact, weight.dense(wide), every)
+    rounded = _compare(base, exact, weight, chunks)
     lost = (rounded.kept - 1).abs() > 1 - ENOUGH  # not where infinities make it NaN, which are to stay
     if not draws or rounding == "auto" and not bool(lost):
         return rounded
@@ -84,16 +85,24 @@ def store(weight: BaseWeight, exact: Tensor, rounding: str = "auto") -> Rounded 
         weight.restore(before)
     seed = zlib.crc32(weight.name.encode())
     weight.assign_stochastic(exact, torch.Generator(exact.device).manual_seed(seed))
-    return _compare(base, exact, weight.dense(wide), every)._replace(nearest=rounded.kept)
+    return _compare(base, exact, weight, chunks)._replace(nearest=rounded.kept)
 
 
-def _compare(base: Tensor, exact: Tensor, stored: Tensor, every: int = 1) -> Rounded:
-    """Of large weights, one chunk of rows in `every` is looked at."""
+def _looked_at(exact: Tensor, every: int) -> list[slice]:
+    """Chunks of rows that stay in a cache; of large weights, one in `every`."""
+    chunks = list(row_chunks(*exact.shape, 1 << 16, exact.device))
+    return chunks[:: every if len(chunks) > 2 * every else 1]
+
+
+def _rows(weight: BaseWeight, chunks: Iterable[slice]) -> list[Tensor]:
+    seen = weight.seen()
+    return [seen[rows] for rows in chunks]
+
+
+def _compare(base: Iterable[Tensor], exact: Tensor, weight: BaseWeight, chunks: Sequence[slice]) -> Rounded:
     off = norm = size = more = torch.zeros((), device=exact.device)
-    chunks = list(row_chunks(*exact.shape, 1 << 16, exact.device))  # which stay in a cache
-    for rows in chunks[:: every if len(chunks) > 2 * every else 1]:
-        w, x, y = (t[rows].flatten() for t in (base, exact, stored))
-        x = x.float()
+    for w, rows, y in zip(base, chunks, _rows(weight, chunks), strict=True):
+        w, x, y = w.flatten(), exact[rows].flatten().float(), y.flatten()
         change, error = x - w, y - x
         off, norm = off + error.dot(error), norm + x.dot(x)
         size, more = size + change.dot(change), more + change.dot(error)

@@ -51,6 +51,9 @@ class UsualWeight:
     def lasting(self, w: Operand) -> list[Entry] | None:
         return None
 
+    def seen(self) -> Tensor:
+        return self.dense(torch.float32)
+
 
 class BaseWeight(Protocol):
     """The weight of one module as a matrix W [N, K]: N output features, K input features (an embedding: N tokens of
@@ -103,6 +106,10 @@ class BaseWeight(Protocol):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """A fresh dequantised copy [N, K]."""
+        ...
+
+    def seen(self) -> Tensor:
+        """W [N, K] to look at: the numbers themselves, not a copy, where they are stored as such; else in fp32."""
         ...
 
     def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:

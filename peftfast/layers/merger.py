@@ -284,10 +284,12 @@ class Merger:
     def merged(self, names: Sequence[str], check: bool) -> Dense:
         """The base with these adapters, wide; ValueError, if `check`, for one that makes a value not finite."""
         weight = self.layer.site.weight
-        dtype = weight.merge_dtype
-        if len(names) == 1 and self._adds(names[0]):  # what is added to the weight once is rounded there once
+        dtype, once = weight.merge_dtype, len(names) == 1 and self._adds(names[0])
+        if once:  # what is added to the weight once is rounded there once
             dtype = torch.promote_types(weight.compute_dtype, torch.float32)
         base = dense = self._dense(dtype)
+        if once and not is_distributed(dense.weight):
+            base = dense._replace(spare=True)
         for name, dense in self._steps(base, names):
             if check:
                 self._check_finite(dense, name)
@@ -306,7 +308,7 @@ class Merger:
 
     def _check_finite(self, dense: Dense, name: str) -> None:
         """ValueError for values that are not finite, or that storing would make infinite."""
-        if not all(t is None or torch.isfinite(t).all() for t in dense):
+        if not all(t is None or torch.isfinite(t).all() for t in (dense.weight, dense.bias)):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         layer = self.layer
         dtypes = {"weights": layer.site.weight.compute_dtype}

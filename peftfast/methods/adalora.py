@@ -171,7 +171,8 @@ class AdaLora:
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = (f.to(dense.weight.dtype) for f in factors(adapter))
-        return dense._replace(weight=site.with_delta(dense.weight, _weighted(adapter, a), b, float(adapter.scale)))
+        a = _weighted(adapter, a)
+        return dense._replace(weight=site.with_delta(dense.weight, a, b, float(adapter.scale), dense.spare))
 
     def describe(self, cfg: AdaLoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
         a, b = pair_of(tensors)

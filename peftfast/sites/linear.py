@@ -215,8 +215,8 @@ class LinearSite(UsualSite):
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a
 
-    def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        return torch.addmm(weight, b, a, alpha=scale)
+    def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
+        return (weight.addmm_ if in_place else weight.addmm)(b, a, alpha=scale)
 
     def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
         return scale_features(x, s.flatten())

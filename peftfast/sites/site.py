@@ -65,6 +65,7 @@ class Dense(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+    spare: bool = False  # nobody reads this weight any more, so the next one may be written in its place
 
 
 class UsualSite:
@@ -100,8 +101,8 @@ class UsualSite:
     def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.module(x, *args, **kwargs)
 
-    def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        return torch.add(weight, self.delta(a, b), alpha=scale)
+    def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
+        return (weight.add_ if in_place else weight.add)(self.delta(a, b), alpha=scale)
 
     def adapt(
         self,
@@ -209,8 +210,9 @@ class Site(Protocol):
         """
         ...
 
-    def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        """W + scale · B A for W [N, K]: what merging makes; errors as in `delta`."""
+    def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
+        """W + scale · B A for W [N, K], which may be written to if `in_place`: what merging makes; errors as in
+        `delta`."""
         ...
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from contextlib import nullcontext
@@ -359,6 +360,18 @@ def test_a_layer_merged_by_itself_says_nothing_of_the_others(call):
         merged = getattr(model, call)() or model
         torch.testing.assert_close(oracle.logits(merged), expected, rtol=1e-4, atol=1e-4)
     assert all(layer.merged_adapters == [n for n in layer.adapters if n == "default"] for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", [LoraConfig(), peftfast.AdaLoraConfig(total_step=10)], ids=["lora", "adalora"])
+def test_merging_for_good_needs_one_wide_weight(kind, dtype):
+    n, k = 192, 4096
+    config = copy.deepcopy(kind)
+    config.target_modules = {"0"}
+    model = random_adapters(peftfast.get_peft_model(nn.Sequential(nn.Linear(k, n, bias=False, dtype=dtype)), config))
+    with oracle.Made() as made:
+        model.base_model.model[0].merge(keep=False)
+    assert [shape for shape in made.shapes if math.prod(shape) >= n * k] == [(n, k)]
 
 
 def test_disabled_while_merged_and_merged_for_good():

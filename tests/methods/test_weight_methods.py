@@ -8,9 +8,8 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import One, stored
+from oracle import Made, One, stored
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
 
@@ -336,23 +335,6 @@ def test_every_sample_may_have_its_own_adapter(method, kind):
 
 
 # ---- DoRA alone ------------------------------------------------------------------------------------------------------
-class Largest(TorchDispatchMode):
-    """The largest floating tensor that operations make, views and inputs aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements, self.shapes = 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
-                self.shapes.append(tuple(t.shape))
-                self.elements = max(self.elements, t.numel())
-        return out
-
-
 def test_dora_makes_nothing_of_the_weights_size():
     big = One(nn.Linear(2048, 3072, bias=True))
     ours = peftfast.get_peft_model(copy.deepcopy(big), make_config(peftfast, "dora"))
@@ -360,7 +342,7 @@ def test_dora_makes_nothing_of_the_weights_size():
     counts = []
     for model in (ours, theirs):
         x = torch.randn(8, 2048, requires_grad=True)
-        with Largest() as largest:
+        with Made() as largest:
             model(x).sum().backward()
         counts.append(largest.elements)
     print(f"largest allocation: {counts[0]} elements here, {counts[1]} in PEFT; the weight has {2048 * 3072}")

@@ -209,13 +209,13 @@ class Lora:
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = (f.to(dense.weight.dtype) for f in self.pair(adapter))
-        weight = site.with_delta(dense.weight, a, b, float(adapter.scale))
+        weight = site.with_delta(dense.weight, a, b, float(adapter.scale), dense.spare)
         if not adapter.cfg.lora_bias:
             return dense._replace(weight=weight)
         if dense.bias is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
         bias = up_bias(adapter).to(dense.bias.dtype)
-        return Dense(weight, dense.bias + adapter.scale * bias)
+        return Dense(weight, dense.bias + adapter.scale * bias, dense.spare)
 
 
 def widened(x: Tensor, y: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
