@@ -130,6 +130,12 @@ class Additive(Protocol):
         ...
 
 
+class Scaling(Protocol):
+    """Optional, known by its one attribute: adapters that multiply features of the weight, and change nothing else."""
+
+    scales: ClassVar[bool]
+
+
 class Routable(Protocol):
     """Optional: different rows of a batch, different adapters, in one go."""
 

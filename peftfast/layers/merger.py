@@ -284,8 +284,8 @@ class Merger:
     def merged(self, names: Sequence[str], check: bool) -> Dense:
         """The base with these adapters, wide; ValueError, if `check`, for one that makes a value not finite."""
         weight = self.layer.site.weight
-        dtype, once = weight.merge_dtype, len(names) == 1 and self._adds(names[0])
-        if once:  # what is added to the weight once is rounded there once
+        dtype, once = weight.merge_dtype, len(names) == 1 and self._in_one_step(names[0])
+        if once:  # which rounds once
             dtype = torch.promote_types(weight.compute_dtype, torch.float32)
         base = dense = self._dense(dtype)
         if once and not is_distributed(dense.weight):
@@ -295,11 +295,11 @@ class Merger:
                 self._check_finite(dense, name)
         return dense
 
-    def _adds(self, name: str) -> bool:
-        """Whether what an adapter changes is one product of factors."""
+    def _in_one_step(self, name: str) -> bool:
+        """Whether an adapter adds one product of factors, or scales the weight."""
         adapter = self.layer.adapters[name]
         as_product = getattr(adapter.method, "as_product", None)
-        return as_product is not None and as_product(adapter) is not None
+        return hasattr(adapter.method, "scales") or as_product is not None and as_product(adapter) is not None
 
     def _dense(self, dtype: torch.dtype) -> Dense:
         """The base layer as it is."""

@@ -85,6 +85,7 @@ class IA3:
     default_targets: ClassVar[Mapping[str, Any]] = default_targets.IA3
     condense_targets: ClassVar[bool] = False  # feedforward_modules has to stay a subset of the targets
     refused_by_mamba: ClassVar[bool] = False  # PEFT refuses only what is like LoRA there
+    scales: ClassVar[bool] = True
     order: ClassVar[int] = -1  # scaled inputs have to be there before anybody multiplies them
 
     def claims(self, cfg: PeftConfig) -> bool:
@@ -152,10 +153,10 @@ class IA3:
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         side, s = _side(adapter), adapter[VECTOR].to(dense.weight.dtype)
-        weight = site.scale_weight(dense.weight, s, side)
+        dense = dense._replace(weight=site.scale_weight(dense.weight, s, side, dense.spare))
         if side == "input" or dense.bias is None:
-            return dense._replace(weight=weight)
-        return Dense(weight, dense.bias * s.flatten())
+            return dense
+        return dense._replace(bias=dense.bias * s.flatten())
 
     def combined_fields(self, adapters: Sequence[Sequence[Adapter]], how: Combination) -> Mapping[str, Any]:
         own = [layers[0].cfg.feedforward_modules for layers in adapters]

@@ -235,8 +235,9 @@ class Site(Protocol):
         """Shape in which a per-feature vector is kept for the "input" or the "output" side, or a "magnitude"."""
         ...
 
-    def scale_weight(self, weight: Tensor, s: Tensor, side: str) -> Tensor:
-        """W [N, K] with the features of one side multiplied by s: what scaling the input or the output amounts to."""
+    def scale_weight(self, weight: Tensor, s: Tensor, side: str, in_place: bool = False) -> Tensor:
+        """W [N, K], which may be written to if `in_place`, with the features of one side multiplied by s: what scaling
+        the input or the output amounts to."""
         ...
 
     def magnify(

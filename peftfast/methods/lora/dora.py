@@ -20,6 +20,7 @@ from peftfast.methods.combination import Combination
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import initialise, rank_of_factors
 from peftfast.methods.lora.lora import Lora, factors
+from peftfast.sharding import is_distributed
 from peftfast.sites import Dense, Site, Slot
 from peftfast.watch import TensorWatch
 
@@ -117,7 +118,7 @@ class Dora(Lora):
         if dense is not base:
             changed = site.with_delta(dense.weight, a, b, float(adapter.scale))
         g = adapter[MAGNITUDE].flatten().to(norm) / norm
-        return dense._replace(weight=site.scale_weight(changed, g, "output"))
+        return dense._replace(weight=site.scale_weight(changed, g, "output", not is_distributed(changed)))
 
 
 def _norm(site: Site, adapter: Adapter) -> Tensor:

@@ -210,12 +210,13 @@ class Lora:
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = (f.to(dense.weight.dtype) for f in self.pair(adapter))
         weight = site.with_delta(dense.weight, a, b, float(adapter.scale), dense.spare)
+        dense = dense._replace(weight=weight)
         if not adapter.cfg.lora_bias:
-            return dense._replace(weight=weight)
+            return dense
         if dense.bias is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
         bias = up_bias(adapter).to(dense.bias.dtype)
-        return Dense(weight, dense.bias + adapter.scale * bias, dense.spare)
+        return dense._replace(bias=dense.bias + adapter.scale * bias)
 
 
 def widened(x: Tensor, y: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
