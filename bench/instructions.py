@@ -26,16 +26,17 @@ _FOLDER = "PEFTFAST_BENCH_CALLGRIND"  # in the environment of a process that Val
 
 
 def run_in_valgrind() -> None:
-    """Start this process's command again inside Valgrind, unless it is there."""
+    """Run this process's command inside Valgrind, in its place, unless it is there."""
     if _FOLDER in os.environ:
         return
-    folder = tempfile.mkdtemp(prefix="callgrind-")
-    options = ["--tool=callgrind", "--instr-atstart=no", "-q", f"--callgrind-out-file={folder}/out"]
-    command = ["valgrind", *options, sys.executable, *sys.argv]
-    try:
-        os.execvpe("valgrind", command, {**os.environ, _FOLDER: folder, "PYTHONHASHSEED": "0"})
-    except FileNotFoundError:
-        raise SystemExit("--instructions needs valgrind, which is not on this machine's PATH") from None
+    with tempfile.TemporaryDirectory(prefix="callgrind-") as folder:
+        options = ["--tool=callgrind", "--instr-atstart=no", "-q", f"--callgrind-out-file={folder}/out"]
+        command = ["valgrind", *options, sys.executable, *sys.argv]
+        environment = {**os.environ, _FOLDER: folder, "PYTHONHASHSEED": "0"}
+        try:
+            raise SystemExit(subprocess.run(command, env=environment).returncode)
+        except FileNotFoundError:
+            raise SystemExit("--instructions needs valgrind, which is not on this machine's PATH") from None
 
 
 class Counter:
