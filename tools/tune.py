@@ -34,6 +34,7 @@ from peftfast.ops.host_bound import host_bound_up_to  # noqa: E402
 from peftfast_kernels import OPS, Op, device_masks, dispatch, use_backend  # noqa: E402
 from peftfast_kernels.configs import chip_of  # noqa: E402
 from peftfast_kernels.dispatch import point_of  # noqa: E402
+from peftfast_kernels.row_norm import MAX_RANK  # noqa: E402
 
 #: op -> whether it reads a stored weight (and so is measured per format), and whether dropout changes it
 TUNED = {
@@ -125,7 +126,7 @@ def points(dry: bool) -> Iterator[tuple[str, Size]]:
     for some in sizes(dry):
         for wide, size in [(wide, size) for wide in (False, True) for size in some if not wide or dry or size.r == 16]:
             for name, (stored, drops) in TUNED.items():
-                if wide and not name.startswith(_WITH_FACTORS):
+                if wide and not name.startswith(_WITH_FACTORS) or name == "row_norm" and size.r > MAX_RANK:
                     continue
                 for format in ("dense", "nf4") if stored and not wide else ("dense",):
                     for dropout in (0.0, 0.1) if drops else (0.0,):

@@ -11,6 +11,7 @@ from torch import Tensor
 from peftfast_kernels import OPS, dispatch, lora_down, lora_gemm, lora_gemm_t
 from peftfast_kernels.decode import dense, random_operand
 from peftfast_kernels.dispatch import Point, Table, point_of
+from peftfast_kernels.row_norm import MAX_RANK
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import tune
@@ -269,6 +270,11 @@ def test_what_is_usual_is_measured_first():
     first = [size for _, size in points[: 12 * 34]]  # all of Llama-3-8B's layers, for few rows and for many
     assert not any(size.wide for size in first) and {size.r for size in first} == {16}
     assert {(size.n, size.k) for size in first} == set(tune.MODELS[0].linears().values())
+
+
+def test_what_a_kernel_declines_is_not_measured():
+    """A norm of more ranks than registers hold, which is torch's, would stand among what is wrong."""
+    assert not any(name == "row_norm" and size.r > MAX_RANK for name, size in tune.points(dry=False))
 
 
 def test_a_red_path_is_never_chosen():
