@@ -201,6 +201,7 @@ def summary(out: Path) -> tuple[str, bool]:
     red = list(dict.fromkeys(line for line in said if line.startswith("  RED  ")))  # each stands there twice
     lines.append(f"benchmark: {len(rows)} rows; red there and in the table: {len(red)}")
     lines += red[:20]
+    lines += [line for line in said if line.startswith(("  skipped for time: ", "  left out, without "))]
     well &= bool(rows) and not red
     if rows:
         lines += [f"  {state:<13} {text}: {figure}" for text, figure, state in verdicts(rows)]

@@ -62,13 +62,17 @@ def test_failures_are_named(tmp_path):
         "[gw0] [ 30%] SKIPPED tests/b/test_b.py::test_z \n"
         "FAILED tests/b/test_b.py::test_y[3-a b] - assert 1 == 2\n"
     )
-    (tmp_path / "session.log").write_text("  RED  linear x: error 1\n  RED  linear x: error 1\n")
+    (tmp_path / "session.log").write_text(
+        "  RED  linear x: error 1\n  RED  linear x: error 1\n  skipped for time: 3 cases of step\n"
+        "  left out, without bitsandbytes: 7 cases of linear\n"
+    )
     text, well = summary(tmp_path)
     assert not well and "tests: 1 passed, 1 failed, 0 error, 1 skipped" in text
     assert (
         "  FAILED  tests/b/test_b.py::test_y[3-a b]" in text
         and "benchmark: 0 rows; red there and in the table: 1" in text
     )
+    assert "  skipped for time: 3 cases of step\n  left out, without bitsandbytes: 7 cases of linear" in text
 
 
 def test_nothing_that_ran_is_no_success(tmp_path):
