@@ -278,6 +278,23 @@ def training_pass(model: nn.Module, ids: Tensor, dtype: torch.dtype, step: bool)
     return call
 
 
+def pass_without_dropout(
+    model: nn.Module, ids: Tensor, dtype: torch.dtype, gradients: bool = True
+) -> dict[str, Tensor]:  # fmt: skip
+    """Logits, and the gradients of the first layer's input and of everything trained, all in fp32."""
+    trained = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model.eval()
+    with torch.set_grad_enabled(gradients), autocast(ids.device.type, dtype, True):
+        out = model(inputs_embeds=embeds, labels=ids)
+    model.train()
+    found = {"logits": out.logits.detach().float()}
+    if gradients:
+        dx, *grads = torch.autograd.grad(out.loss, [embeds, *trained])
+        found |= {"dx": dx.float(), "factors": torch.cat([grad.flatten() for grad in grads]).float()}
+    return found
+
+
 def decoding(model: nn.Module, ids: Tensor, tokens: int, **options: Any) -> Callable[[], Tensor]:
     """Greedy generation of a fixed number of tokens."""
 

@@ -282,26 +282,23 @@ class Bench:
         cases = [*linears[:2], *layers, *linears[2:]]
         self.each("compiled", cases, measure, lambda case: case[1 if len(case) == 2 else 2])
 
-    def _gate_losses(self, built: dict, ids: torch.Tensor, size: Size) -> dict[str, tuple[float, bool]]:
-        """Logits against an fp32 oracle, PEFT's model with everything widened, without dropout."""
-        logits = {}
-        some = ids[:1, :256]
-        for name, (role, model) in built.items():
-            if role == LIMIT or "compile" in name:
-                continue
-            model.eval()
-            with torch.no_grad(), sides.autocast(self.device, size.dtype, True):
-                logits[name] = model(input_ids=some).logits.float()
-            model.train()
+    def _gate_losses(
+        self, built: dict, ids: torch.Tensor, size: Size, gradients: bool = True
+    ) -> dict[str, tuple[float, bool]]:
+        """Logits and gradients, of as many tokens as are timed, against an fp32 oracle, PEFT's model with everything
+        widened, without dropout."""
+
+        def run(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+            return sides.pass_without_dropout(model, ids, dtype, gradients)
+
+        compared = {n: model for n, (role, model) in built.items() if role != LIMIT and "compile" not in n}
+        found = {name: run(model, size.dtype) for name, model in compared.items()}
+        truth = found["peft"]
         if size.format == "dense":
-            wide = copy.deepcopy(built["peft"][1]).float().eval()
-            with torch.no_grad():
-                truth = wide(input_ids=some).logits
-        else:
-            truth = logits["peft"]
-        errors = {n: relative_error(v, truth) for n, v in logits.items()}
-        floor = errors["peft"] or 8 * torch.finfo(size.dtype).eps
-        return {n: (e, e <= 1.25 * floor) for n, e in errors.items()}
+            truth = run(copy.deepcopy(compared["peft"]).float(), torch.float32)
+        errors = {name: {n: relative_error(one[n], t) for n, t in truth.items()} for name, one in found.items()}
+        floor = {n: error or 8 * torch.finfo(size.dtype).eps for n, error in errors["peft"].items()}
+        return {name: (max(e.values()), all(e[n] <= 1.25 * floor[n] for n in e)) for name, e in errors.items()}
 
     def decode(self) -> None:
         """Greedy decoding with a cache, per 16 tokens."""
@@ -315,7 +312,7 @@ class Bench:
             for name, (role, model) in built.items():
                 model.eval()
                 entrants.append(Contestant(name, role, sides.decoding(model, ids, 4 if self.dry else 16)))
-            gate = self._gate_losses(built, ids, size)
+            gate = self._gate_losses(built, ids, size, gradients=False)
             for _, model in built.values():
                 model.eval()
             self.compare("decode", f"batch {size.m}", entrants, gate, size, ahead=False, model=shape.name)

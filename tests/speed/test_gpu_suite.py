@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from bench import contestants as sides  # noqa: E402
 from bench import gpu, measure, report  # noqa: E402
 from bench.contestants import LIMIT, OURS, PEER, Contestant  # noqa: E402
-from bench.operands import BUILDERS, MODELS, Maker, Size, arguments  # noqa: E402
+from bench.operands import BUILDERS, MODELS, TINY, Maker, Size, arguments  # noqa: E402
 from peftfast_kernels import OPS, dispatch  # noqa: E402
 
 
@@ -113,6 +113,27 @@ def test_a_red_gate_reports_no_ratio():
     sides = [{**row, "us": float(row["us"])} for row in bench.rows]
     fast = {**rows["a"], "us": 1e-9}
     assert report.speedup([fast, *(s for s in sides if s["contestant"] == "p")], "p") is None
+
+
+def test_a_model_with_a_wrong_gradient_is_red():
+    """Of a factor, or of what the first layer is given: what is timed is mostly a backward pass."""
+    size, bench = Size(24, 0, 0, 4, torch.float32), gpu.Bench("cpu", 10, quick=True, dry=True)
+    built = sides.models(sides.llama(TINY, 1, size.dtype, "cpu"), size)
+    ids, model = torch.randint(0, 512, (2, 12)), built["peftfast"][1]
+
+    def green():
+        return {name: is_green for name, (_, is_green) in bench._gate_losses(built, ids, size).items()}
+
+    assert green() == {"peftfast": True, "peftfast + blocks": True, "peft": True}
+    factor = next(p for p in model.parameters() if p.requires_grad)
+    norm = model.get_base_model().model.layers[0].input_layernorm
+    for damage in (
+        lambda: factor.register_hook(lambda grad: 2 * grad),
+        lambda: norm.register_full_backward_hook(lambda module, given, grads: (2 * given[0],)),
+    ):
+        hook = damage()
+        assert green() == {"peftfast": False, "peftfast + blocks": True, "peft": True}
+        hook.remove()
 
 
 def test_rows_are_written_as_they_come(tmp_path):
