@@ -7,14 +7,18 @@
 A path whose error is worse than plain torch's is never chosen, whatever its time; nor is a path chosen that is faster
 by less than the noise: torch keeps the point. The table is written as it grows, so that a run that is killed leaves
 what it measured. Compiling takes more of the budget than measuring where Triton's cache is empty.
+
+An error after which CUDA answers nothing (an illegal address) costs the op in the format and dtype in which it happens:
+the point becomes torch's, and the run starts anew behind it, in a process of its own, into the same file.
 """
 
 import argparse
 import datetime
 import json
 import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -133,25 +137,35 @@ def points(dry: bool) -> Iterator[tuple[str, Size]]:
                         yield name, size._replace(format=format, dropout=dropout, wide=wide)
 
 
-def tune(device: str, deadline: Deadline, dry: bool) -> Iterator[dict]:
-    """Entries of a table, until the budget is spent. A point that fails is reported and left out."""
-    known = set()
+class Lost(Exception):
+    """CUDA answers nothing any more in this process."""
+
+
+def tune(device: str, deadline: Deadline, dry: bool, entries: Sequence[dict] = ()) -> Iterator[dict]:
+    """Entries of a table beside those that there are, until the budget is spent. A point that fails is reported and
+    left out; the one in which the GPU was lost is torch's, and the last."""
+    known = {(e["op"], dispatch.Point(e["format"], e["dtype"], e["drop"], tuple(e["sizes"]))) for e in entries}
+    lost = {(e["op"], e["format"], e["dtype"], e["drop"]) for e in entries if not e["times_us"]}
     clock = Clock(device, seconds=0.02 if dry else 0.06, least=2 if dry else 5, most=3 if dry else 9)
     clock.warm_up()
     for name, size in points(dry):
         if deadline.over():
             return
+        point = None
         try:
             kwargs = arguments(name, size, device)
-            key = (name, point_of(tuple(kwargs.values())))
-            if key not in known:  # skinny ops do not see every size
-                known.add(key)
-                yield _measure(OPS[name], kwargs, key[1], clock)
+            point = point_of(tuple(kwargs.values()))
+            # skinny ops do not see every size; what has lost the GPU once would lose it again
+            if (name, point) not in known and (name, *point[:3]) not in lost:
+                known.add((name, point))
+                yield _measure(OPS[name], kwargs, point, clock)
         except Exception as error:
             print(f"  {name} {size}: {_first_line(error)}", flush=True)
             if is_lost(device):
-                print("  the GPU answers nothing any more: the table ends here", flush=True)
-                return
+                print(f"  RED  table: {name} {point}: the GPU answers nothing any more", flush=True)
+                if point is not None:
+                    yield _entry(name, point, "torch", {}, {})
+                raise Lost from None
 
 
 def compile_part(part: int, of: int, seconds: float, device: str, dry: bool) -> None:
@@ -226,9 +240,13 @@ def _measure(op: Op, kwargs: dict, point: dispatch.Point, clock: Clock) -> dict:
         if not is_right(name, errors):  # nobody else might look at so large a size
             red(name, f"error {errors[name]:.2e}")
     times = {name: sample.median for name, sample in clock.interleaved(working).items()}
+    return _entry(op.name, point, decide(times, errors), {n: round(t, 2) for n, t in times.items()}, errors)
+
+
+def _entry(op: str, point: dispatch.Point, choice: str, times: Mapping, errors: Mapping) -> dict:
     return {
-        "op": op.name, "format": point.format, "dtype": point.dtype, "drop": point.drop, "sizes": list(point.sizes),
-        "choice": decide(times, errors), "times_us": {n: round(t, 2) for n, t in times.items()}, "error": errors,
+        "op": op, "format": point.format, "dtype": point.dtype, "drop": point.drop, "sizes": list(point.sizes),
+        "choice": choice, "times_us": times, "error": errors,
     }  # fmt: skip
 
 
@@ -240,30 +258,39 @@ def _tuple(value) -> tuple:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def run(path: Path, device: str, seconds: float, dry: bool) -> tuple[list[dict], int | None]:
-    """A table at `path`, written anew every few seconds: its entries, and what `host_bound` found."""
-    deadline, entries = Deadline(seconds), []
+def run(path: Path, device: str, seconds: float, dry: bool, resume: bool = False) -> tuple[list[dict], int | None]:
+    """A table at `path`, written anew every few seconds: its entries, and what `host_bound` found. With `resume` it
+    goes on with what stands there. Raises `Lost` once everything is written."""
+    deadline, entries, products = Deadline(seconds), [], None
+    head = {  # asked for beforehand: a GPU that is lost might not even say its name
+        "chip": chip_of(torch.device(device)), "device": device_name(device), "dry_run": dry,
+        "measured": datetime.date.today().isoformat(), "versions": versions(),
+    }  # fmt: skip
+    if resume:
+        found = json.loads(path.read_text())
+        entries, products = found["entries"], found["host_bound"]
     try:
-        products = host_bound(device, dry)
-    except Exception as error:
-        print(f"  host bound: {_first_line(error)}", flush=True)
-        products = None  # what is predicted stays
-    written = deadline.used
-    for entry in tune(device, deadline, dry):
-        entries.append(entry)
-        if deadline.used > written + 5:
-            write(entries, products, path, device, dry)
-            written = deadline.used
-    write(entries, products, path, device, dry)
+        if not resume:
+            try:
+                products = host_bound(device, dry)
+            except Exception as error:
+                print(f"  host bound: {_first_line(error)}", flush=True)  # what is predicted stays
+                if is_lost(device):
+                    raise Lost from None
+        written = deadline.used
+        for entry in tune(device, deadline, dry, tuple(entries)):
+            entries.append(entry)
+            if deadline.used > written + 5:
+                write(entries, products, path, head)
+                written = deadline.used
+    finally:
+        write(entries, products, path, head)
     return entries, products
 
 
-def write(entries: list[dict], products: int | None, path: Path, device: str, dry: bool) -> None:
+def write(entries: list[dict], products: int | None, path: Path, about: dict) -> None:
     """The file that `dispatch.Table.read` reads, one entry a line."""
-    head = {
-        "chip": chip_of(torch.device(device)), "device": device_name(device), "dry_run": dry,
-        "measured": datetime.date.today().isoformat(), "versions": versions(), "host_bound": products,
-    }  # fmt: skip
+    head = {**about, "host_bound": products}
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
@@ -289,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", type=int, metavar="N", help="compile only, in N processes")
     parser.add_argument("--install", action="store_true", help="write to the folder that peftfast reads")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny shapes, never installed")
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)  # of a run that starts anew
     args = parser.parse_args(argv)
     if args.install and args.dry_run:
         parser.error("--install: a dry run has nothing to install")
@@ -306,11 +334,17 @@ def main(argv: list[str] | None = None) -> int:
         return max(abs(process.exitcode) for process in processes)
     out = args.out or (dispatch.TABLES if args.install else ROOT / "bench" / "results")
     out = out if out.suffix else out / f"{chip_of(torch.device(device))}.json"
-    entries, products = run(out, device, args.seconds, args.dry_run)
+    deadline = Deadline(args.seconds)
+    try:
+        entries, products = run(out, device, args.seconds, args.dry_run, args.resume)
+    except Lost:
+        left = max(deadline.seconds - deadline.used, 1.0)
+        command = [__file__, "--out", str(out), "--seconds", f"{left:.0f}", "--resume", *["--dry-run"] * args.dry_run]
+        os.execv(sys.executable, [sys.executable, *command])
     print(f"{len(entries)} points on {device_name(device)} -> {out}\n{summary(entries)}")
     if products is not None:
         print(f"  linears are bound by the host up to {products:.3g} multiply-adds")
-    return 0 if entries else 1
+    return 0 if entries and not args.resume else 1  # a run that starts anew has lost a point
 
 
 if __name__ == "__main__":

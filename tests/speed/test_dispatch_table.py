@@ -201,6 +201,47 @@ def test_a_point_that_fails_costs_itself_only(tmp_path, monkeypatch, capsys):
     assert "there is no room" in capsys.readouterr().out and Table.read(tmp_path / "x.json").host_bound is None
 
 
+def test_a_lost_gpu_costs_one_kind_of_point(tmp_path, monkeypatch, capsys):
+    """It is left to torch, and a new process measures the others."""
+
+    class Replaced(Exception):
+        pass
+
+    def replace(program, command):
+        raise Replaced(command)
+
+    genuine, path = tune._measure, tmp_path / "x.json"
+
+    def measure(op, kwargs, point, clock):
+        if op.name == "lora_dt" and point.dtype == "bfloat16":
+            raise RuntimeError("an illegal memory access was encountered")
+        return genuine(op, kwargs, point, clock)
+
+    monkeypatch.setattr(tune, "_measure", measure)
+    monkeypatch.setattr(tune, "is_lost", lambda device: True)
+    monkeypatch.setattr(tune, "host_bound", lambda device, dry: 7)
+    monkeypatch.setattr(tune, "sizes", lambda dry: [[tune.Size(m, 8, 8, 2) for m in (4, 5)]])
+    monkeypatch.setattr(tune.os, "execv", replace)
+    with pytest.raises(Replaced) as replaced:
+        tune.main(["--dry-run", "--out", str(path)])
+    (lost,) = Table.read(path).entries["lora_dt"]
+    assert lost.choice == "torch" and "  RED  table: lora_dt" in capsys.readouterr().out
+    before = json.loads(path.read_text())["entries"]
+    assert 1 < len(before) < len(tune.TUNED)
+    monkeypatch.setattr(tune, "host_bound", lambda device, dry: 1 / 0)
+    monkeypatch.setattr(tune, "is_lost", lambda device: pytest.fail("it is not tried again"))
+    (_, _, *options) = replaced.value.args[0]
+    assert tune.main(options) == 1  # it counts
+    table = Table.read(path)
+    assert set(table.entries) == set(tune.TUNED) and table.host_bound == 7
+    assert [entry.point.dtype for entry in table.entries["lora_dt"]] == ["bfloat16"] + ["bfloat16+wide"] * 2
+    assert json.loads(path.read_text())["entries"][: len(before)] == before
+    monkeypatch.setattr(tune, "is_lost", lambda device: True)  # now in what is measured first
+    with pytest.raises(Replaced):
+        tune.main(["--dry-run", "--out", str(path)])
+    assert not Table.read(path).entries
+
+
 def test_a_path_that_is_wrong_or_refused_is_red(monkeypatch, capsys):
     """It loses, and whoever reads no more than a session's last lines is told."""
 
