@@ -198,13 +198,14 @@ def plots(rows: list[Row]) -> list[tuple[str, bytes]]:
 def _roofline(rows: list[Row], plt: Any) -> list[tuple[str, bytes]]:
     """Ops as a scatter: intensity against rate, with what this chip itself reached as the roof."""
     points = [r for r in rows if r["suite"] in ("ops", "questions") and r["us"] and (r["flops"] or r["bytes"])]
-    if not points:
+    drawn = [r for r in points if r["flops"] and r["bytes"]]
+    if not drawn:
         return []
     rate = {id(r): (r["flops"] or 0) / r["us"] / 1e6 for r in points}
     flow = {id(r): (r["bytes"] or 0) / r["us"] / 1e3 for r in points}
     figure, axes = plt.subplots(figsize=(11, 4.5))
     for role, mark, color in (("peer", "o", "#9aa0a6"), ("ours", "^", "#1a73e8")):
-        mine = [r for r in points if r["role"] == role and r["flops"] and r["bytes"]]
+        mine = [r for r in drawn if r["role"] == role]
         label = {"peer": "plain torch", "ours": "Triton"}[role]
         axes.scatter([r["flops"] / r["bytes"] for r in mine], [rate[id(r)] for r in mine], 16, color, mark, label=label)
     axes.set_xscale("log")

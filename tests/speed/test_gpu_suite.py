@@ -64,6 +64,16 @@ def test_the_page(dry):
     assert "http:" not in page and "https:" not in page  # nothing from elsewhere; pictures, in base64, have no colon
 
 
+def test_a_page_of_a_run_that_ended_early(tmp_path):
+    """The first question is how fast products are, and counts no bytes: nothing is there for a roofline."""
+    path = tmp_path / "rows.csv"
+    bench = gpu.Bench("cpu", 10, quick=True, dry=True, path=path)
+    question = gpu.questions.all_questions(False)[0]
+    entrants = [Contestant("K", PEER, torch.ones(8).sum)]
+    bench.compare("questions", question.text, entrants, {}, question.size, flops=question.flops, bytes=question.bytes)
+    assert question.text in report.write_page(path).read_text()
+
+
 def test_a_pass_computes_gradients_and_adds_to_none():
     """What is added to the gradients of the pass before would be timed with the layer."""
     names = []
