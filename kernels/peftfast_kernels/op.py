@@ -371,14 +371,13 @@ def transposed(matrix: Tensor) -> Tensor:
 
 
 def lasting(made: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on a device, to be kept. On a GPU its memory is asked for in a thread of its own:
-    whoever collects what a CUDA graph uses (torch.compile's "reduce-overhead") does so by thread, and would count it
-    in."""
+    """A small tensor of the CPU on a device, to be kept. On a GPU it is made in a thread of its own: whoever collects
+    what a CUDA graph uses (torch.compile's "reduce-overhead") does so by thread, and would count it in. It is written
+    there too, which the host waits for: its memory is that of the thread's stream."""
     if device.type != "cuda":
         return made.to(device)
     with ThreadPoolExecutor(1) as apart:
-        room = apart.submit(torch.empty, made.shape, dtype=made.dtype, device=device).result()
-    return room.copy_(made)
+        return apart.submit(made.to, device).result()
 
 
 _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}

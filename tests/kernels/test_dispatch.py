@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import textwrap
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +56,14 @@ def test_gpus_without_matrix_units_that_triton_uses_are_left_to_torch(monkeypatc
     monkeypatch.setattr(op, "is_interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert op.has_triton_gpu(torch.device("cuda", 0)) and op.has_triton_gpu(torch.device("cuda", 1)) == usable
+
+
+def test_what_is_kept_on_a_gpu_is_written_where_its_memory_is_asked_for():
+    """In another thread, on its stream: on the caller's, the memory might still be read by what had it before."""
+    made = SimpleNamespace(to=lambda device: (device, threading.get_ident()))
+    gpu = SimpleNamespace(type="cuda")
+    device, thread = op.lasting(made, gpu)
+    assert device is gpu and thread != threading.get_ident()
 
 
 def test_compilers_do_not_follow_the_search_for_triton(monkeypatch):
