@@ -3,10 +3,11 @@
     python tools/gpu_session.py --out FOLDER [--seconds 480]
     python tools/gpu_session.py --out FOLDER --dry-run           tiny sizes on the CPU: tests the tool itself
 
-In this order: what the machine is, the tests marked cuda (while others compile what will be measured), the dispatch
-table of this chip, the benchmark with it, the host's time, peak memory. Each is a process with a time limit, and the
-next ones get the time that it leaves; one that fails or does not end takes nothing from the others. Everything is
-written as it is found, why a test failed too, so that a session which is cut off leaves what it has:
+In this order: what the machine is (where Triton does not run at all, that is the end), the tests marked cuda (while
+others compile what will be measured), the dispatch table of this chip, the benchmark with it, the host's time, peak
+memory. Each is a process with a time limit, and the next ones get the time that it leaves; one that fails or does not
+end takes nothing from the others. Everything is written as it is found, why a test failed too, so that a session which
+is cut off leaves what it has:
 
     session.log, tests.log                 what was printed
     <chip>.json                            the table; PEFTFAST_TABLES=FOLDER uses it
@@ -41,6 +42,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 START = 20.0  # seconds in which a process has imported everything and, at its end, drawn its page
+NO_KERNELS = 77  # exit status of a machine that costs no more minutes
 HOW = "(PASSED|FAILED|ERROR|SKIPPED)"
 #: of a test's end, as pytest prints it by itself and as it does for several processes
 LINE = re.compile(rf"^(?:(tests/\S+::.*?) {HOW}\b|\[gw\d+\].*? {HOW} (tests/\S+::.*\S))", re.MULTILINE)
@@ -168,6 +170,8 @@ def run(todo: list[Step], out: Path, seconds: float) -> dict[str, str]:
             for path in out.glob("*.new"):  # of a table that was being written
                 path.unlink()
         say(out, f"{time.perf_counter() - running.start:6.1f} s  {step.name}: {results[step.name]}")
+        if results[step.name] == f"exit status {NO_KERNELS}":
+            break
     return results
 
 
@@ -224,6 +228,7 @@ def machine() -> int:
 
     from bench.measure import device_name, relative_error, versions
     from peftfast_kernels import lora_down, use_backend
+    from peftfast_kernels.op import has_triton_gpu
 
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
@@ -233,6 +238,9 @@ def machine() -> int:
     print(
         f"{device_name(device)}, {os.cpu_count()} cores; C compiler: {compiler}; {include} is there: {include.exists()}"
     )
+    if on_gpu and not has_triton_gpu(torch.device("cuda", 0)):  # which says why
+        print("Triton does not run here: nothing of ours would be measured, and the session ends")
+        return NO_KERNELS
     if on_gpu:
         about = torch.cuda.get_device_properties(0)
         print(f"sm_{about.major}{about.minor}, {about.total_memory / 2**30:.0f} GiB, {about.multi_processor_count} SMs")

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
@@ -42,6 +43,16 @@ def test_a_step_takes_nothing_from_the_others(tmp_path):
     assert {"no", "so far", "beside"} <= set(log.splitlines()) and f"{tmp_path} ['--seconds', '" in log
     stat = Path(f"/proc/{child.read_text()}/stat")  # gone, or waiting for whoever collects the dead
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_a_machine_without_kernels_is_given_back_at_once(tmp_path, monkeypatch, capsys):
+    """Everything else would measure torch against torch, for minutes that there are once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "some GPU")
+    monkeypatch.setattr("peftfast_kernels.op.has_triton_gpu", lambda device: False)
+    assert gpu_session.machine() == gpu_session.NO_KERNELS and "Triton does not run" in capsys.readouterr().out
+    todo = [python("machine", f"raise SystemExit({gpu_session.NO_KERNELS})"), python("tests", "")]
+    assert run(todo, tmp_path, 50) == {"machine": f"exit status {gpu_session.NO_KERNELS}"}
 
 
 def test_the_tools_it_runs(tmp_path):
