@@ -16,7 +16,16 @@ from peftfast_kernels.decode import Operand
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, a linear layer that stores its weight as [in, out]. Asked by name, so that
     transformers is not imported for it."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    return _is_conv1d(type(module))
+
+
+def was_conv1d(packed: nn.Module) -> bool:
+    """Whether this packed linear layer was one before, as transformers writes down where it packs it."""
+    return _is_conv1d(getattr(packed, "source_cls", nn.Linear))
+
+
+def _is_conv1d(kind: type[nn.Module]) -> bool:
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in kind.__mro__)
 
 
 @register_format

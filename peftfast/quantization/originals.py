@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftfast.base.dense import is_conv1d
+from peftfast.base.dense import is_conv1d, was_conv1d
 from peftfast.errors import close_matches
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -46,8 +46,11 @@ class Originals:
                 f"The original weights must be a folder, a mapping of tensors or a model, got {type(source).__name__}"
             )
 
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str, packed: nn.Module) -> Tensor:
         """The weight of the module `name` as [N, K].
+
+        Args:
+            packed: what it has become, which may know that it was kept as [K, N].
 
         Raises:
             KeyError: it is not there; names what is close.
@@ -57,7 +60,8 @@ class Originals:
             if candidate in self._names:
                 weight = self._read(candidate)
                 module = self._modules.get(candidate.removesuffix(".weight"))
-                return weight.t() if module is not None and is_conv1d(module) else weight
+                turned = was_conv1d(packed) if module is None else is_conv1d(module)
+                return weight.t() if turned else weight
         raise KeyError(f"The original weights have no {key!r}.{close_matches(key, self._names)}")
 
     def tensor(self, name: str, alias: str | None = None) -> Tensor:

@@ -71,6 +71,7 @@ def quantize_model(
         weight = base_weight(module).dense()
         new = plan.kind.module(weight, module.bias, **plan.options)
         new.train(module.training)
+        new.source_cls = type(module)  # as transformers says it, for the way back
         report[name] = _relative_error(base_weight(new).dense(torch.float32), weight.float())
         _put(plan.base, name, layer, new)
     _mark_quantised(plan.base, plan.kind.config(**plan.options), plan.skipped)
@@ -257,7 +258,7 @@ def dequantize_model(
     for name, layer, module in places:
         stored = base_weight(module)
         kept = dtype or _dense_dtype(base, stored)
-        weight = stored.dense(kept) if source is None else source.weight(name).to(stored.device, kept)
+        weight = stored.dense(kept) if source is None else source.weight(name, module).to(stored.device, kept)
         _put(base, name, layer, linear_with(weight, module))
     if not any(is_quantised(module) for _, _, module in _base_modules(base)):
         _unmark_quantised(base)
@@ -268,7 +269,7 @@ def _originals(model: nn.Module, source: Any, places: Iterable[tuple[str, BaseWe
     """What has a weight of the right shape for all of these modules."""
     found = Originals(source, getattr(model, "base_model_prefix", ""))
     for name, stored in places:
-        shape = tuple(found.weight(name).shape)
+        shape = tuple(found.weight(name, stored.module).shape)
         if shape != stored.shape:
             raise ValueError(f"{name}: the original weight has shape {list(shape)}, the module {list(stored.shape)}")
     return found
@@ -340,7 +341,7 @@ def replace_lora_weights_loftq(
     errors = {}
     for name, layer in places:
         adapter, stored = layer.adapters[adapter_name], layer.site.weight
-        weight = source.weight(name).to(stored.device, torch.float32)
+        weight = source.weight(name, stored.module).to(stored.device, torch.float32)
         a, b = factors(adapter)
         snapshot = stored.snapshot() if iterations and callback else None
         before = (_loss(layer, adapter, weight), a.clone(), b.clone())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.autocast import autocast_dtype
-from peftfast.base.dense import is_conv1d
+from peftfast.base.dense import is_conv1d, was_conv1d
 from peftfast.base.weight import base_weight, is_foreign_linear
 from peftfast.errors import PeftWarning, warn
 from peftfast.ops.composed import composes
@@ -40,9 +40,14 @@ def is_quantised(module: nn.Module) -> bool:
     return is_linear(module) and base_weight(module).quantization is not None
 
 
-def linear_with(weight: Tensor, like: nn.Module) -> nn.Linear:
-    """A dense layer with this weight [N, K] and the bias and mode of a packed one; frozen."""
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def linear_with(weight: Tensor, like: nn.Module) -> nn.Module:
+    """A dense layer with this weight [N, K] and the bias and mode of a packed one, of its kind before that; frozen."""
+    n, k = weight.shape
+    if was_conv1d(like):
+        with torch.device("meta"):
+            new, weight = like.source_cls(n, k), weight.t()
+    else:
+        new = nn.Linear(k, n, bias=False, device="meta")
     new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     bias = getattr(like, "bias", None)
     if bias is not None and not isinstance(bias, nn.Parameter):  # HQQ keeps a plain tensor

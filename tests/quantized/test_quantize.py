@@ -171,6 +171,30 @@ def test_transposed_linears():
     assert distance(logits(merged), logits(dense)) < 1e-6
 
 
+@pytest.mark.parametrize("by", ["transformers", "peftfast"])
+def test_transposed_linears_are_themselves_again(by, tmp_path):
+    """Their dense weights lie as in the model's files, in those that LoftQ reads and in those that are written."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    gpt2(64).save_pretrained(tmp_path / "dense")
+    if by == "transformers":
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=settings)
+    else:
+        peftfast.quantize_model(model := gpt2(64), "nf4")
+    # c_attn is no square, whose shape would tell, c_proj is one
+    model = peftfast.get_peft_model(model, peftfast.LoraConfig(target_modules=["c_attn", "attn.c_proj"]))
+    errors = peftfast.replace_lora_weights_loftq(model, tmp_path / "dense")
+    assert len(errors) == 4 and all(after < before < 0.12 for before, after in errors.values())
+    before = logits(model)
+    merged = model.merge_and_unload(dequantize=True)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert distance(logits(again), before) < 1e-5
+
+
 REFUSALS = [
     ({"quantize": "nf5"}, ValueError, "Unknown quantisation 'nf5'; one of 'nf4', 'fp4', 'int8'"),
     ({"skip": ["q_pro"]}, ValueError, "no linear layer is named 'q_pro'.* Did you mean"),
