@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,14 +67,16 @@ def quantize_model(
             matches nothing, layers that hooks have taken over. TypeError: unknown options. Nothing was changed.
     """
     plan = plan_quantization(model, quantize, skip, options)
-    report = QuantizationReport()
-    for name, layer, module in plan.places:
+    report, parents = QuantizationReport(), _parents(plan.base)
+    plan.places.reverse()
+    while plan.places:  # a dense layer's memory is free before the next one is packed
+        name, layer, module = plan.places.pop()
         weight = base_weight(module).dense()
         new = plan.kind.module(weight, module.bias, **plan.options)
         new.train(module.training)
         new.source_cls = type(module)  # as transformers says it, for the way back
         report[name] = _relative_error(base_weight(new).dense(torch.float32), weight.float())
-        _put(plan.base, name, layer, new)
+        _put(parents, layer, module, new)
     _mark_quantised(plan.base, plan.kind.config(**plan.options), plan.skipped)
     plan.base.quantization_report = report
     return report
@@ -186,15 +189,24 @@ def _skipped(model: nn.Module, places: list[tuple[str, Any, nn.Module]], skip: I
     }
 
 
-def _put(model: nn.Module, name: str, layer: BaseTunerLayer | None, module: nn.Module) -> None:
-    if layer is None:
-        old = model.get_submodule(name)
-        for parent in model.modules():
-            for attribute, child in parent._modules.items():
-                if child is old:
-                    parent._modules[attribute] = module
+#: By the id of a module, all places where it hangs: the children of a module, and what it is called among them.
+_Parents = Mapping[int, list[tuple[dict[str, nn.Module | None], str]]]
+
+
+def _parents(model: nn.Module) -> _Parents:
+    found = defaultdict(list)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found[id(child)].append((parent._modules, name))
+    return found
+
+
+def _put(parents: _Parents, layer: BaseTunerLayer | None, old: nn.Module, new: nn.Module) -> None:
+    if layer is not None:
+        layer.base_layer = new
         return
-    layer.base_layer = module
+    for children, name in parents[id(old)]:
+        children[name] = new
 
 
 def _mark_quantised(model: nn.Module, config: Mapping[str, Any], skipped: Iterable[str]) -> None:
@@ -255,11 +267,12 @@ def dequantize_model(
             "the weights before quantisation"
         )
     source = None if originals is None else _originals(base, originals, [(n, base_weight(m)) for n, _, m in places])
+    parents = _parents(base)
     for name, layer, module in places:
         stored = base_weight(module)
         kept = dtype or _dense_dtype(base, stored)
         weight = stored.dense(kept) if source is None else source.weight(name, module).to(stored.device, kept)
-        _put(base, name, layer, linear_with(weight, module))
+        _put(parents, layer, module, linear_with(weight, module))
     if not any(is_quantised(module) for _, _, module in _base_modules(base)):
         _unmark_quantised(base)
     return [name for name, _, _ in places]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ peft = pytest.importorskip("peft")
 from quantized.support import assert_same_bytes, bnb_weight, quantised_linear, stored_bytes  # noqa: E402
 
 import peftfast  # noqa: E402
+from peftfast.base.weight import QUANTIZERS  # noqa: E402
 from peftfast.errors import PeftWarning  # noqa: E402
 
 IDS = torch.arange(1, 33).reshape(2, 16)
@@ -94,6 +96,24 @@ def test_report_gives_every_layers_error():
         assert error == pytest.approx(exact, rel=1e-5) and 0.05 < error < 0.15
     lines = str(report).splitlines()
     assert len(lines) == len(linears) + 1 and lines[0].startswith(linears[0]) and lines[0].endswith("%")
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_one_dense_layer_goes_before_the_next_one_is_packed(adapted, monkeypatch):
+    """So that a model has to fit into memory once."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    weights = [weakref.ref(layer.weight) for layer in model]
+    if adapted:
+        model = peftfast.get_peft_model(model, peftfast.LoraConfig(target_modules=["0", "1", "2"]))
+    module, left = QUANTIZERS["nf4"].module, []
+
+    def packed(*args, **options):
+        left.append(sum(weight() is not None for weight in weights))
+        return module(*args, **options)
+
+    monkeypatch.setitem(QUANTIZERS, "nf4", QUANTIZERS["nf4"]._replace(module=packed))
+    peftfast.quantize_model(model, "nf4")
+    assert left == [3, 3, 2, 1]  # the first time, for a trial
 
 
 def test_what_stays_dense():
