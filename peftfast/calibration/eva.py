@@ -87,15 +87,35 @@ def distribute(shares: Mapping[str, Tensor], budget: int, minimum: int = 0) -> d
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
-def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
-    """Indices [n, 2] of the tokens that count: not padding and, if the config says so, with a label."""
+def token_mask(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor | None:
+    """Which tokens [B, T] count: not padding and, if the config says so and every token has one, with a label. None for
+    inputs that are no tokens."""
     if not isinstance(model_input, Mapping):
         raise TypeError("When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary")
-    mask = model_input.get("attention_mask")
-    mask = torch.ones_like(model_input["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    mask, ids, labels = (model_input.get(name) for name in ("attention_mask", "input_ids", "labels"))
+    if mask is None and ids is None:
+        return None
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     settings = peft_config.eva_config or EvaConfig()
-    if settings.use_label_mask and "labels" in model_input:
-        mask = mask & (model_input["labels"] != settings.label_mask_value)
+    if settings.use_label_mask and labels is not None and labels.shape == mask.shape:
+        mask = mask & (labels != settings.label_mask_value)
+    return mask
+
+
+def token_rows(layer_input: Any, mask: Tensor | None, layer_name: str) -> Tensor:
+    """Those tokens' rows of a layer's input, [n, K]; all rows of one that does not have these tokens (behind a pooling,
+    in a decoder beside the encoder whose tokens they are)."""
+    x = _tensor(layer_input, layer_name)
+    if mask is None or x.shape[:-1] != mask.shape:
+        return all_rows(x, mask, layer_name)
+    return x[mask.to(x.device)]
+
+
+def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
+    """Indices [n, 2] of the tokens that count, see `token_mask`."""
+    mask = token_mask(model_input, peft_config)
+    if mask is None:
+        raise ValueError(f"A batch of {enumerate_some(model_input)} has no tokens; pass prepare_model_inputs_fn=None")
     return mask.nonzero()
 
 
@@ -273,6 +293,11 @@ def get_eva_state_dict(
     settings = peft_config.eva_config or EvaConfig()
     modules = _eva_modules(model, peft_config, adapter_name if adapted else None)
     given = prepare_layer_inputs_fn
+    if (prepare_model_inputs_fn, given) == (
+        prepare_model_inputs_fn_language_modeling,
+        prepare_layer_inputs_fn_language_modeling,
+    ):
+        prepare_model_inputs_fn, given = token_mask, token_rows  # which know layers that have other tokens
     if isinstance(given, Mapping):
         unknown = sorted(set(given) - set(modules))
         if unknown:

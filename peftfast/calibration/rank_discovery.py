@@ -14,9 +14,9 @@ from peftfast.calibration.eva import (
     components_of,
     distribute,
     forward_fn_dict,
-    prepare_layer_inputs_fn_language_modeling,
+    token_mask,
+    token_rows,
 )
-from peftfast.calibration.eva import prepare_model_inputs_fn_language_modeling as token_indices
 from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.config import PeftType
 from peftfast.errors import enumerate_some
@@ -125,11 +125,11 @@ def _variances(
 ) -> dict[str, Tensor]:
     """Share of the inputs' variance that each component explains, module by module."""
     first = next(iter(batches), None)
-    tokens = isinstance(first, Mapping) and "input_ids" in first
+    tokens = isinstance(first, Mapping)
     found = components_of(
         model, modules, batches, limits, lambda found: limits, 0.0, forward_fn,
-        (lambda batch: token_indices(batch, config)) if tokens else None,
-        lambda name: prepare_layer_inputs_fn_language_modeling if tokens else all_rows,
+        (lambda batch: token_mask(batch, config)) if tokens else None,
+        lambda name: token_rows if tokens else all_rows,
     )  # fmt: skip
     return {n: found[n].explained for n in modules}
 

@@ -37,9 +37,9 @@ def batches(count=3, size=8, length=16):
 
 
 def config(library, **changes):
-    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"]}
     settings = {"rho": changes.pop("rho", 2.0), "whiten": changes.pop("whiten", False)}
-    return library.LoraConfig(**options, **changes, init_lora_weights="eva", eva_config=library.EvaConfig(**settings))
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"], **changes}
+    return library.LoraConfig(**options, init_lora_weights="eva", eva_config=library.EvaConfig(**settings))
 
 
 def initialised(library, **changes):
@@ -206,6 +206,39 @@ def test_eva_takes_a_mask_without_token_ids():
     found, expected = (peftfast.get_eva_state_dict(model, data, show_progress_bar=False)
                        for data in (embedded, batches()))  # fmt: skip
     assert all(torch.equal(found[name], part) for name, part in expected.items())
+
+
+class Classifier(torch.nn.Module):
+    """Its layers see a batch's tokens, their pooled ones, and those of another sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.names = torch.nn.Embedding(20, 6), ("tokens", "pooled", "others")
+        for name in self.names:
+            setattr(self, name, torch.nn.Linear(6, 6))
+
+    def inputs(self, ids):
+        return self.table(ids), self.table(ids)[:, 0], self.table(ids[:, 1:4])
+
+    def forward(self, input_ids, attention_mask, labels):
+        return [getattr(self, name)(x) for name, x in zip(self.names, self.inputs(input_ids), strict=True)]
+
+
+def test_eva_takes_all_rows_of_layers_that_do_not_see_the_masks_tokens():
+    torch.manual_seed(0)
+    model, ids, mask = Classifier(), torch.randint(1, 20, (32, 7)), torch.ones(32, 7)
+    ids[:, 5:], mask[:, 5:] = 0, 0
+    with torch.no_grad():
+        model.table.weight.mul_(2.0 ** -torch.arange(6))[0] = 1e3  # of padding
+        x = model.inputs(ids)
+    data = [{"input_ids": ids, "attention_mask": mask, "labels": torch.arange(32) % 2}]
+    cfg = config(peftfast, target_modules=list(model.names), r=2, rho=1.0)
+    found = peftfast.get_eva_state_dict(model, data, cfg, show_progress_bar=False)
+    for name, rows in zip(model.names, (x[0][mask.bool()], x[1], x[2].flatten(0, 1)), strict=True):
+        _, _, exact = torch.linalg.svd(rows.double() - rows.double().mean(0), full_matrices=False)
+        assert ((found[name].double() * exact[:2]).sum(1).abs() > 1 - 1e-6).all(), name
+    ranks = peftfast.discover_ranks(model, peftfast.LoraConfig(r=2, target_modules=list(model.names)), data)
+    assert sum(ranks.values()) == 6
 
 
 def test_eva_states_that_do_not_fit_change_nothing():
