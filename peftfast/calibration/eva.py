@@ -161,14 +161,21 @@ def _watched(modules: Mapping[str, nn.Module], seen: Callable[[str, tuple], None
     return removed_after(m.register_forward_pre_hook(lambda _, args, n=n: seen(n, args)) for n, m in modules.items())
 
 
-def _to(inputs: Any, device: torch.device | None) -> Any:
-    if device is None:
-        return inputs
+def placed(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
+    """The batches, on the device of the model's Parameters."""
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    return (batch if device is None else _to(batch, device) for batch in batches)
+
+
+def _to(inputs: Any, device: torch.device) -> Any:
     if hasattr(inputs, "to"):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
         return {k: _to(v, device) for k, v in inputs.items()}
-    return type(inputs)(_to(v, device) for v in inputs) if isinstance(inputs, (tuple, list)) else inputs
+    if isinstance(inputs, (tuple, list)):
+        moved = [_to(v, device) for v in inputs]
+        return type(inputs)(*moved) if hasattr(inputs, "_fields") else type(inputs)(moved)  # named tuples
+    return inputs
 
 
 # ---- components ------------------------------------------------------------------------------------------------------
@@ -208,7 +215,6 @@ def components_of(
     progress: bool = False,
 ) -> dict[str, RunningComponents]:
     """Run batches, again and again, until the components that `wanted` asks for have settled."""
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     found: dict[str, RunningComponents] = {}
     goal: Mapping[str, int] = {}
 
@@ -224,20 +230,22 @@ def components_of(
         raise ValueError(
             f"The data is gone through again and again, which a {type(batches).__name__} cannot be; pass a list"
         )
-    first = next(iter(batches), None)
-    if first is None:
+    batch = None
+    for batch in placed(batches, model):  # usually the first one reaches all modules
+        with _watched({n: m for n, m in modules.items() if n not in found}, _sharing(found, counts, rows)):
+            forward_fn(model, batch)
+        if len(found) == len(modules):
+            break
+    if batch is None:
         raise ValueError("dataloader is empty")
-    with _watched(modules, _sharing(found, counts, rows)):
-        forward_fn(model, _to(first, device))
     unused = [name for name in modules if name not in found]
     if unused:
-        raise ValueError(f"The data did not reach these modules: {unused[:5]}")
+        raise ValueError(f"The data did not reach these modules: {enumerate_some(unused)}")
     owners = {id(c): name for name, c in reversed(list(found.items()))}
     running = {name: modules[name] for name in owners.values()}
     for _ in range(MAX_PASSES):
         short = True
-        for batch in batches:
-            batch = _to(batch, device)
+        for batch in placed(batches, model):
             with _watched(running, partial(update, batch if prepare is None else prepare(batch))):
                 forward_fn(model, batch)
             if any(c.components is None for c in found.values()):

@@ -14,6 +14,7 @@ from peftfast.calibration.eva import (
     components_of,
     distribute,
     forward_fn_dict,
+    placed,
     token_mask,
     token_rows,
 )
@@ -180,7 +181,7 @@ def _gradients(
         for p in trainable:  # no gradient by the weights themselves
             p.requires_grad_(False)
         with removed_after(m.register_forward_hook(watch(n)) for n, m in modules.items()):
-            for batch in batches:
+            for batch in placed(batches, model):
                 with torch.enable_grad():
                     loss_fn(forward_fn(model, batch)).backward()
                 count += 1

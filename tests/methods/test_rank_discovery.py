@@ -1,5 +1,7 @@
 """Ranks for a plain LoRA from calibration data: the budget holds, the right modules get them, files keep them."""
 
+from typing import NamedTuple
+
 import oracle
 import peft
 import pytest
@@ -141,6 +143,57 @@ def test_names_that_end_like_others_keep_their_own_rank(tmp_path):
         cfg = peft.LoraConfig(r=4, target_modules=["lin"], rank_pattern=pattern)
         model = peft.get_peft_model(Nested(), cfg).base_model.model
         assert (model.lin.r["default"], model.z["lin"].r["default"]) == tuple(values.values())
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor
+    name: str
+
+
+class OnDevice(dict):
+    """A batch that knows where it is."""
+
+    device = None
+
+    def to(self, device):
+        moved = OnDevice(self)
+        moved.device = device
+        return moved
+
+
+@pytest.mark.parametrize("by", ["variance", "gradient"])
+def test_batches_of_any_kind_come_on_the_models_device(by):
+    seen = []
+
+    def forward(model, batch):
+        seen.append(batch)
+        return model(batch.x if isinstance(batch, Batch) else batch["x"])
+
+    for data in ([Batch(batch["x"], "a") for batch in rows()], [OnDevice(batch) for batch in rows()]):
+        assert sum(peftfast.discover_ranks(Chain(), config(), data, by=by, forward_fn=forward).values()) == 12
+    assert {type(batch) for batch in seen} == {Batch, OnDevice}
+    assert {batch.device for batch in seen if isinstance(batch, OnDevice)} == {torch.device("cpu")}
+
+
+class Experts(nn.Module):
+    """Each batch reaches another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(32, 16) for _ in range(2))
+
+    def forward(self, x, expert):
+        return {"loss": self.experts[expert](x).square().mean()}
+
+
+@pytest.mark.parametrize("by", ["variance", "gradient"])
+def test_modules_that_the_first_batch_does_not_reach(by):
+    data = [{**batch, "expert": i % 2} for i, batch in enumerate(rows())]
+    cfg = config(target_modules=["0", "1"])
+    assert sum(peftfast.discover_ranks(Experts(), cfg, data, by=by).values()) == 8
+    if by == "variance":
+        with pytest.raises(ValueError, match="did not reach these modules: 'experts.1'"):
+            peftfast.discover_ranks(Experts(), cfg, data[::2], by=by)
 
 
 def test_what_cannot_be_is_refused_and_the_config_is_untouched():
