@@ -50,6 +50,21 @@ def test_the_model_starts_as_the_base(init, make):
     assert all(changed) if init in CHANGING else not any(changed)
 
 
+@pytest.mark.parametrize("init", [*CHANGING, "corda", "lora_ga"])
+def test_a_base_in_fp64_keeps_its_precision(init):
+    base, x = torch.nn.Sequential(torch.nn.Linear(12, 8)).double(), torch.randn(5, 12, dtype=torch.float64)
+    before, config = base(x), LoraConfig(r=2, target_modules=["0"], init_lora_weights=init, lora_alpha=6)
+    if init == "corda":
+        config.corda_config = peftfast.CordaConfig()
+        peftfast.preprocess_corda(base, config, lambda: base(x))
+    if init == "lora_ga":
+        config.lora_ga_config = peftfast.LoraGAConfig()
+        peftfast.preprocess_loraga(base, config, lambda: base(x).square().sum().backward())
+    model = peftfast.get_peft_model(base, config)
+    assert model.base_model.model[0].lora_B["default"].weight.any()
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-13)
+
+
 def test_distributions():
     """The same distributions as PEFT's, seen through their moments and bounds."""
     big = {"make": lambda: oracle.llama(hidden=128), "r": 16}

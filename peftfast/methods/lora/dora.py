@@ -18,7 +18,7 @@ from peftfast.adapter import Adapter
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.config import LoraConfig
-from peftfast.methods.lora.init import initialise, rank_of_factors
+from peftfast.methods.lora.init import initialise, rank_of_factors, wide_weight
 from peftfast.methods.lora.lora import Lora, factors
 from peftfast.sharding import is_distributed
 from peftfast.sites import Dense, Site, Slot
@@ -99,7 +99,7 @@ class Dora(Lora):
     ) -> Mapping[str, Tensor]:
         """Factors as LoRA combines them; magnitudes by their changes from the weight's own norm, which PEFT drops."""
         tensors = dict(super().combine(site, adapters, weights, how, into))
-        start = site.output_norm(site.weight.dense(torch.float32))
+        start = site.output_norm(wide_weight(site))
         changes = [
             w * (a[MAGNITUDE].detach().flatten().to(start) - start) for a, w in zip(adapters, weights, strict=True)
         ]

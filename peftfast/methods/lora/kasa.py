@@ -19,7 +19,7 @@ from peftfast.adapter import Adapter
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.config import LoraConfig
-from peftfast.methods.lora.init import drawn_through
+from peftfast.methods.lora.init import drawn_through, wide_weight
 from peftfast.methods.lora.lora import (
     Lora,
     check_linear,
@@ -206,7 +206,7 @@ def _components(site: Site, adapter: Adapter, weight: Tensor | None = None) -> C
                 f"Adapter {adapter.name} leaves out a part of the base weight of {adapter.key}, which contains "
                 f"{', '.join(other.name for other in adapter.merged)} now. Please unmerge first."
             )
-        weight = site.weight.dense(torch.promote_types(site.weight.compute_dtype, torch.float32))
+        weight = wide_weight(site)
     dtype = factors(adapter)[0].dtype
     with torch.no_grad():
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
