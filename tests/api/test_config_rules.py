@@ -150,6 +150,8 @@ def test_values_written_later_are_checked_before_anything_changes():
         ({"lora_bias": True, "use_dora": True}, "use_dora"),
         ({"init_lora_weights": "loftq"}, "loftq_config"),
         ({"init_lora_weights": "pisa"}, "Did you mean 'pissa'"),
+        ({"init_lora_weights": "pissa", "lora_alpha": 0}, "lora_alpha=0"),
+        ({"init_lora_weights": "pissa", "alpha_pattern": {"q_proj": 0}}, "alpha_pattern={'q_proj': 0}"),
         ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights"),
         ({"bias": "lora"}, "Did you mean 'lora_only'"),
         ({"task_type": "CAUSAL"}, "Invalid task type: 'CAUSAL'.*CAUSAL_LM"),

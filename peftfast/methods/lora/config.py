@@ -270,6 +270,11 @@ class LoraConfig(PeftConfig):
                 warn(f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.")
                 if name == "loftq":
                     self.loftq_config = {}  # PEFT keeps the others
+        if self.base_changed_by is not None and 0 in (self.lora_alpha, *self.alpha_pattern.values()):
+            raise ValueError(
+                f"init_lora_weights={init!r} divides by the scaling of what it takes out of the base weights: "
+                f"lora_alpha={self.lora_alpha} and alpha_pattern={self.alpha_pattern} have to be above 0"
+            )
         patterns = self.rank_pattern or self.alpha_pattern
         if self.use_rslora and patterns and self.base_changed_by not in (None, "LoftQ"):
             warn(
