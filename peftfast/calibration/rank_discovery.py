@@ -23,6 +23,7 @@ from peftfast.config import PeftType
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
+from peftfast.rules import integer
 from peftfast.wrapping.default_targets import LORA
 from peftfast.wrapping.patterns import pattern_of, pattern_value
 from peftfast.wrapping.targets import linear_targets, resolve_targets
@@ -64,7 +65,7 @@ def discover_ranks(
 
     Raises:
         ValueError: an adapted model, another kind of config, a budget below `minimum` for each, no linear targets, no
-            data, or data without a loss.
+            data, or data without a loss. TypeError: a count that is no integer.
     """
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"discover_ranks chooses ranks of a LoraConfig, got {type(config).__name__}")
@@ -81,12 +82,14 @@ def discover_ranks(
         given = {n: pattern_value(config.rank_pattern, n, config.r) for n in modules}
         alphas = {n: pattern_value(config.alpha_pattern, n, config.lora_alpha) for n in modules}
         total = sum(given.values()) if budget is None else budget
+        top = 2 * config.r if maximum is None else maximum
+        for what, count in (("budget", total), ("minimum", minimum), ("maximum", top)):
+            integer().enforce(count, what)
         if minimum < 1 or total < minimum * len(modules):
             raise ValueError(
                 f"A budget of {total} ranks cannot give {len(modules)} modules at least {minimum} each (minimum must "
                 "be at least 1)"
             )
-        top = 2 * config.r if maximum is None else maximum
         if top < minimum:
             raise ValueError(f"maximum={top} is below minimum={minimum}")
         limits = {n: min(top, *base_weight(m).shape) for n, m in modules.items()}

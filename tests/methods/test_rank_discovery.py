@@ -205,6 +205,8 @@ def test_what_cannot_be_is_refused_and_the_config_is_untouched():
     ):
         with pytest.raises(ValueError, match=message):
             peftfast.discover_ranks(Chain(), cfg, rows(), **changes)
+    with pytest.raises(TypeError, match="budget must be an integer, got 6.0"):
+        peftfast.discover_ranks(Chain(), cfg, rows(), 12 * 0.5)
     with pytest.raises(ValueError, match="match no linear layer"):
         peftfast.discover_ranks(Chain(), config(target_modules=["nowhere"]), rows())
     with pytest.raises(ValueError, match="empty"):
