@@ -15,6 +15,7 @@ from peftfast.layers.layer import BaseTunerLayer, register_layer
 from peftfast.layers.parameter import ChangingLayer
 from peftfast.method import AdapterMethod
 from peftfast.sites.attention import AttentionSite, OutProjectionSite, attend
+from peftfast.sites.parameter import in_turn
 
 
 class OutProjectionLayer(ChangingLayer):
@@ -30,7 +31,8 @@ class OutProjectionLayer(ChangingLayer):
         return self.parameter()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.func.functional_call(self.base_layer, {"weight": self.weight}, tuple(args), dict(kwargs))
+        with in_turn(self.base_layer):
+            return torch.func.functional_call(self.base_layer, {"weight": self.weight}, tuple(args), dict(kwargs))
 
 
 @register_layer(AttentionSite)

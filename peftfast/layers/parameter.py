@@ -14,7 +14,7 @@ from peftfast.layers.calls import Steps
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.ops.experts import LowRank
 from peftfast.rows.routing import Routing
-from peftfast.sites.parameter import ParameterSite, run_changed, run_mixed
+from peftfast.sites.parameter import ParameterSite, in_turn, run_changed, run_mixed
 
 
 class ChangingLayer(BaseTunerLayer):
@@ -37,7 +37,8 @@ class ChangingLayer(BaseTunerLayer):
     def parameter(self) -> Tensor:
         """The Parameter as it is used now; itself where no adapter changes it."""
         changes = self.changes()
-        return self.site.changed(self.site.together(changes)) if changes else self.site.weight.value
+        with in_turn(self.site.module):
+            return self.site.changed(self.site.together(changes)) if changes else self.site.weight.value
 
     def changes(self) -> list[LowRank]:
         """What the adapters in force add to the Parameter."""
@@ -118,8 +119,7 @@ class ParameterLayer(ChangingLayer):
             found = layer.changes()
             if found:
                 changes[layer.site] = found
-        module = self.get_base_layer()
-        return run_changed(module, changes, args, kwargs) if changes else module(*args, **kwargs)
+        return run_changed(self.get_base_layer(), changes, args, kwargs)
 
     def _changes_of(self, names: Iterable[str]) -> dict[ParameterSite, list[LowRank]]:
         """What each of the adapters adds. All adapters here adapt all Parameters of the nest."""

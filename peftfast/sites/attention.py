@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftfast.sites.parameter import ParameterSite
+from peftfast.sites.parameter import ParameterSite, in_turn
 from peftfast.sites.site import is_untouched, register_site
 
 
@@ -87,4 +87,5 @@ def attend(
     if type(module).forward is nn.MultiheadAttention.forward and is_untouched(module):
         return nn.MultiheadAttention.forward(_WithWeights(module, in_proj, out_proj), *args, **kwargs)
     # hooks and classes derived from it are given the module itself
-    return torch.func.functional_call(module, {"in_proj_weight": in_proj}, tuple(args), dict(kwargs))
+    with in_turn(module):
+        return torch.func.functional_call(module, {"in_proj_weight": in_proj}, tuple(args), dict(kwargs))

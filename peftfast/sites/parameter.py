@@ -4,8 +4,11 @@ module uses in its forward in whatever way it likes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,16 @@ from peftfast.sites.site import Slot, UsualSite
 
 if TYPE_CHECKING:
     from peftfast.rows.routing import Rows
+
+_TURNS: WeakKeyDictionary[nn.Module, AbstractContextManager] = WeakKeyDictionary()
+
+
+def in_turn(module: nn.Module) -> AbstractContextManager:
+    """While one thread runs a module with other tensors in the place of its Parameters, no other one may run it or read
+    them."""
+    if torch.compiler.is_compiling():  # a graph has the tensors, not the module
+        return nullcontext()
+    return _TURNS.setdefault(module, RLock())
 
 
 class ParameterSite(UsualSite):
@@ -113,9 +126,12 @@ def run_changed(
     parts = {site: site.together(found) for site, found in changes.items()}
     named = {site.parameter: part for site, part in parts.items()}
     if has_routed_form(module, {name: [part] for name, part in named.items()}, args, kwargs):
-        return routed_experts(module, named, *args)
-    whole = {site.parameter: site.changed(part) for site, part in parts.items()}
-    return torch.func.functional_call(module, whole, tuple(args), dict(kwargs))
+        return routed_experts(module, named, *args) if named else module(*args)
+    with in_turn(module):
+        if not parts:
+            return module(*args, **kwargs)
+        whole = {site.parameter: site.changed(part) for site, part in parts.items()}
+        return torch.func.functional_call(module, whole, tuple(args), dict(kwargs))
 
 
 def run_mixed(
@@ -144,9 +160,8 @@ def run_mixed(
         return None
 
     def call(position: int, x: Tensor) -> Any:
-        if position < 0:
-            return module(x, **kwargs)
-        return run_changed(module, {site: [each[position]] for site, each in changes.items()}, (x,), kwargs)
+        own = {} if position < 0 else {site: [each[position]] for site, each in changes.items()}
+        return run_changed(module, own, (x,), kwargs)
 
     return _in_turns(call, rows(args[0]), args[0], count)
 

@@ -3,6 +3,8 @@
 import copy
 import importlib
 import pickle
+import threading
+import time
 
 import oracle
 import pytest
@@ -195,6 +197,35 @@ def test_compiled():
 
 
 # ---- what is not supported ------------------------------------------------------------------------------
+class Slow(torch.nn.Module):
+    """Gives others time to come in while it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.entered = torch.nn.Parameter(torch.eye(4)), threading.Event()
+
+    def forward(self, x):
+        self.entered.set()
+        time.sleep(0.05)
+        return x @ self.weight
+
+
+def test_threads():
+    config = peftfast.LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"], init_lora_weights=False)
+    model = peftfast.get_peft_model(torch.nn.Sequential(Slow()), config)
+    slow = model.base_model.model[0].get_base_layer()
+    weight, x = slow.weight, torch.randn(3, 4)
+    expected, found = model(x), []
+    slow.entered.clear()
+    other = threading.Thread(target=lambda: found.append(model(x)))
+    other.start()
+    slow.entered.wait()
+    found.append(model(x))
+    other.join()
+    assert all(torch.equal(y, expected) for y in found) and len(found) == 2
+    assert slow._parameters["weight"] is weight and torch.equal(weight, torch.eye(4))
+
+
 def test_uniform_batches():
     model = adapted(names=("a", "b"))
     with torch.no_grad():
