@@ -104,7 +104,7 @@ class TrainableTokens:
             weight = weight.index_copy(0, _index(adapter, weight), adapter["trainable_tokens_delta"].to(weight))
         m = site.module
         if isinstance(m, nn.Embedding):
-            y = F.embedding(x, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+            y = F.embedding(x, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
             return scaled_by(m, y)
         return F.linear(x, weight, m.bias)
 

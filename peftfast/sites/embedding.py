@@ -99,7 +99,7 @@ class EmbeddingSite(UsualSite):
     def segmented(self, x: Tensor) -> bool:
         """Whether tables are looked up in by number; what counts or changes the rows that are read needs them apart."""
         m = self.module
-        return m.max_norm is None and not m.scale_grad_by_freq and not m.sparse
+        return m.max_norm is None and not m.scale_grad_by_freq
 
     def adapt_rows(
         self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor, rows: Rows, gate: Tensor | None = None
@@ -131,8 +131,8 @@ class EmbeddingSite(UsualSite):
         return (y + scaled_by(self.module, torch.bmm(t, up)).view(y.shape)).to(y.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        m = self.module
-        return F.embedding(x, a.t(), m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+        m = self.module  # a sparse gradient could not be turned, as the factor lies
+        return F.embedding(x, a.t(), m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
 
     def up(self, t: Tensor, b: Tensor) -> Tensor:
         return scaled_by(self.module, t @ b.t())

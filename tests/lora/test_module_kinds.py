@@ -66,6 +66,25 @@ def test_a_table_merges_into_what_it_computes(kind):
     assert torch.allclose(merged(ids), y, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [None, ["default", "__base__"]], ids=["alone", "mixed"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["table"], init_lora_weights=False),
+        peftfast.TrainableTokensConfig(target_modules=["table"], token_indices=[3, 5]),
+    ],
+    ids=["lora", "tokens"],
+)
+def test_a_table_with_sparse_gradients_trains_as_any(config, rows):
+    gradients = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = peftfast.get_peft_model(Model(nn.Embedding(20, 16, sparse=sparse)), copy.deepcopy(config))
+        model(torch.arange(20).view(2, 10), **({"adapter_names": rows} if rows else {})).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *gradients))
+
+
 def test_a_module_saved_in_full_may_be_anything():
     model = peftfast.get_peft_model(
         Model(Positions(20, 16)), LoraConfig(target_modules=["head"], modules_to_save=["table"])
