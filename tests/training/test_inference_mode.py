@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import peftfast
+from peftfast.helpers import DoraCaching
 from peftfast.ops import composed
 from peftfast.ops import lora as lora_ops
 from peftfast.training import blocks
@@ -23,6 +24,9 @@ METHODS = {
     "LoRA": lora,
     "LoRA with dropout": lambda: lora(lora_dropout=0.2),
     "DoRA": lambda: lora(use_dora=True),
+    "KaSA": lambda: lora(kasa_config=peftfast.KasaConfig()),
+    "MonteCLoRA": lambda: lora(monteclora_config=peftfast.MontecloraConfig(num_samples=2, buffer_size=2)),
+    "VeLoRA": lambda: lora(velora_config=peftfast.VeloraConfig(num_groups=4)),
     "embedding": lambda: peftfast.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False),
     "trainable tokens": lambda: peftfast.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2]),
     "IA3": lambda: peftfast.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -86,6 +90,16 @@ def test_training_goes_on(method, how, size, autocast, monkeypatch):
         found.append(losses(model, autocast, validation, **inputs))
     # blocks are formed by a pass that is not in inference mode, until when the layers round by themselves
     assert found[0] == pytest.approx(found[1], rel=1e-2 if how == "in blocks" else 1e-5)
+
+
+def test_norms_that_were_kept_in_inference_mode():
+    model = peftfast.get_peft_model(oracle.llama(), METHODS["DoRA"]()).eval()
+    with DoraCaching():
+        with torch.inference_mode():
+            expected = model(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+    assert torch.equal(loss, expected) and all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 def test_blocks_of_adapters_that_inference_mode_made(monkeypatch):

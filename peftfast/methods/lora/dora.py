@@ -140,7 +140,7 @@ def _kept_norm(site: Site, adapter: Adapter) -> Tensor:
         return _norm(site, adapter)
     kept, scale = holder._kept, adapter.scale
     if kept is None or kept.scale is not scale or not kept.watch.holds():
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # later forwards with gradients may use it
             norm = _norm(site, adapter)
         written = [*factors(adapter), site.module.weight]
         watch = TensorWatch.of([*written, scale] if isinstance(scale, Tensor) else written)

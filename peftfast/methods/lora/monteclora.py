@@ -163,6 +163,7 @@ class MontecloraSampler(nn.Module):
             for _ in range(used):
                 self._ahead.take()
 
+    @torch.inference_mode(False)  # what is drawn ahead, and the last draw, are used with gradients later
     @torch.no_grad()
     def _draw(self) -> tuple[Tensor, Draw]:
         """Z [S, K, r] and the rest."""
