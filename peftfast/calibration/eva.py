@@ -226,10 +226,13 @@ def components_of(
             raise ValueError(f"{name}: its inputs hold NaN or infinite values; check the calibration data")
         found[name].update(_gathered(x) if gather else x, threshold)
 
-    if isinstance(batches, Iterator):
-        raise ValueError(
+    def gone_through_once() -> ValueError:
+        return ValueError(
             f"The data is gone through again and again, which a {type(batches).__name__} cannot be; pass a list"
         )
+
+    if isinstance(batches, Iterator):
+        raise gone_through_once()
     batch = None
     for batch in placed(batches, model):  # usually the first one reaches all modules
         with _watched({n: m for n, m in modules.items() if n not in found}, _sharing(found, counts, rows)):
@@ -244,7 +247,7 @@ def components_of(
     owners = {id(c): name for name, c in reversed(list(found.items()))}
     running = {name: modules[name] for name in owners.values()}
     for _ in range(MAX_PASSES):
-        short = True
+        short, batch = True, None
         for batch in placed(batches, model):
             with _watched(running, partial(update, batch if prepare is None else prepare(batch))):
                 forward_fn(model, batch)
@@ -258,9 +261,14 @@ def components_of(
                 if progress:
                     print()
                 return found
+        if batch is None:
+            raise gone_through_once()
         if short:
-            least = max(c.count for c in found.values())
-            raise ValueError(f"No batch has the {least} rows that {least} components need; use larger batches")
+            lacking = [f"{n} ({c.count})" for n, c in found.items() if c.components is None]
+            raise ValueError(
+                f"No batch has as many rows as these modules have components: {enumerate_some(lacking)}; use larger "
+                "batches"
+            )
     warn(
         f"After {MAX_PASSES} passes over the data {len(found) - settled} layers' components still change by more than "
         f"tau={threshold} allows; they are used as they are. More data would help.",

@@ -186,7 +186,11 @@ def test_eva_says_what_is_wrong():
         peftfast.initialize_lora_eva_weights(model, [])
     with pytest.raises(ValueError, match="again and again, which a generator cannot be"):
         peftfast.initialize_lora_eva_weights(model, (batch for batch in batches()))
-    with pytest.raises(ValueError, match="use larger batches"):
+    started = iter(batches())
+    once = type("Once", (), {"__iter__": lambda self: started})()
+    with pytest.raises(ValueError, match="again and again, which a Once cannot be"):
+        peftfast.initialize_lora_eva_weights(model, once, show_progress_bar=False)
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj \(8\)'.*; use larger batches"):
         peftfast.initialize_lora_eva_weights(model, batches(1, 1, 2), show_progress_bar=False)
     with pytest.raises(ValueError, match="must be a PeftModel"):
         peftfast.initialize_lora_eva_weights(oracle.llama(), batches())
