@@ -58,8 +58,7 @@ class RunningComponents:
             )
             scatter = scatter + self.scatter + weight**2 * shift.square().sum()
             mean = mean + shift * (self.seen / total)
-        devices = [] if x.device.type == "cpu" else [x.device]
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             torch.manual_seed(42)  # the same data gives the same components
             _, s, v = torch.svd_lowrank(centred, q=min(2 * self.count, *centred.shape), niter=4)
         v = v.t()

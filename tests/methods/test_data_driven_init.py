@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import peftfast
+from peftfast.calibration.eva import RunningComponents
 
 
 def peft_preprocess_corda(*args, **kwargs):
@@ -200,6 +201,11 @@ def test_eva_says_what_is_wrong():
         model.get_input_embeddings().weight[batches()[1]["input_ids"][1, 0]] = torch.inf
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj: its inputs hold NaN or infinite values"):
         peftfast.initialize_lora_eva_weights(model, batches(), show_progress_bar=False)
+
+
+def test_components_ask_cuda_for_nothing_on_other_devices():
+    found = RunningComponents(2)
+    assert all(found.update(torch.empty(8, 4, device="meta"), 0.9) for _ in range(2))
 
 
 def test_eva_takes_a_mask_without_token_ids():
