@@ -82,7 +82,9 @@ def exact(model, x, init_type, scale=1.0, groups=8):
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4", "int8"])
-@pytest.mark.parametrize(("init_type", "groups"), [("batch_average", 8), ("batch_average", 7), ("random", 5)])
+@pytest.mark.parametrize(
+    ("init_type", "groups"), [("batch_average", 8), ("batch_average", 7), ("batch_average_once", 8), ("random", 5)]
+)
 def test_gradients_are_no_further_from_the_oracle_than_pefts(storage, init_type, groups, large, request):
     if large:
         request.getfixturevalue("large_products")

@@ -50,7 +50,7 @@ class Velora(TrainedOtherwise):
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
         check_linear(site, "VeLoRA", "velora_config")
         size = -(-site.weight.shape[1] // settings[_GROUPS])
-        embed = Slot((size,), buffer=True, trainable=False, fill=0.0, dtype=site.weight.compute_dtype)
+        embed = Slot((size,), buffer=True, trainable=False, fill=0.0)
         return {**super().slots(site, cfg, settings), EMBED: embed}
 
     def init(self, site: Site, adapter: Adapter) -> None:
@@ -109,5 +109,6 @@ def _is_initialised(adapter: Adapter) -> bool:
 @torch.no_grad()
 def _draw(site: Site, adapter: Adapter) -> None:
     embed = adapter[EMBED]
-    embed.copy_(direction(torch.randn(embed.shape, dtype=drawn_through(site, embed), device=embed.device)))
+    drawn = torch.randn(embed.shape, dtype=drawn_through(site, embed), device=embed.device)
+    embed.copy_(direction(drawn).to(drawn.dtype))
     adapter.change(_INITIALISED, True)
