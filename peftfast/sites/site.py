@@ -364,7 +364,9 @@ def composed_magnify(
     if bias is not None:
         base = site.add_to_output(base, -bias)
     branch = site.up(site.down(as_dtype(inputs, a.dtype) if inputs.is_floating_point() else inputs, a), b)
-    out = site.scale_output(base + scale * branch, g)
+    if isinstance(scale, Tensor):
+        branch, scale = as_dtype(branch, wide) * scale, 1.0
+    out = site.scale_output(torch.add(base, branch, alpha=scale), g)
     if inputs is not x:
         out = as_dtype(y, wide) + (out - base)
     elif bias is not None:

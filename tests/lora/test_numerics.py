@@ -470,3 +470,21 @@ def test_a_small_change_of_a_large_weight(options, dtype, size):
     assert change.dtype == dtype
     # a difference of numbers of fp64 that are some thousand times larger
     assert oracle.rms_error(change, exact) <= torch.finfo(dtype).eps * (1e4 if options and dtype.itemsize == 8 else 2)
+
+
+def test_dora_scales_a_branch_of_autocast_in_fp32(size):
+    """So that the output is rounded once: y = g (base - bias + s branch) + bias of what autocast gives of the two."""
+    if size != "small":
+        pytest.skip("products of others are not autocast's")
+    layer = adapted(peftfast, lambda: nn.Linear(64, 48), torch.float32, True, use_dora=True).base_model.model.m
+    layer.set_scale("a0", 1.4142)
+    x = torch.randn(4, 64)
+    a, b, bias = layer.lora_A["a0"].weight, layer.lora_B["a0"].weight, layer.base_layer.bias.double()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        base, branch, y = layer.base_layer(x), x @ a.t() @ b.t(), layer(x)
+    scaling = layer.scaling["a0"]
+    norm = (layer.base_layer.weight.double() + scaling * (b.double() @ a.double())).norm(dim=1)
+    gain = layer.lora_magnitude_vector["a0"].weight.double() / norm
+    exact = gain * (base.double() - bias + scaling * branch.double()) + bias
+    assert y.dtype == base.dtype == branch.dtype == torch.bfloat16
+    assert (y != exact.to(y.dtype)).double().mean() < 0.01
