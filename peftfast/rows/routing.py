@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfast.autocast import without_autocast
 from peftfast.rows.mix import Verdicts
 
 #: In place of an adapter's name: this sample gets the base model.
@@ -81,8 +82,9 @@ class Rows:
                 out = torch.where(self.mask(position, out), part, out)
             return self.without_unknown(out, count)
         out = out.new_empty(self.index.shape[0], *out.shape[1:])
-        for position, part in parts:
-            out = out.index_copy(0, self.of(position), part.to(out.dtype))
+        with without_autocast(out):  # which refuses tensors of another half precision
+            for position, part in parts:
+                out = out.index_copy(0, self.of(position), part.to(out.dtype))
         return out
 
     def only(self, positions: Sequence[int], count: int) -> Rows:

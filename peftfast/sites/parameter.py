@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from peftfast.autocast import without_autocast
 from peftfast.base.parameter import ParameterWeight
 from peftfast.ops.experts import LowRank, per_expert
 from peftfast.sharding import whole_shape
@@ -91,8 +92,9 @@ class ParameterSite(UsualSite):
         """Several changes as one, of the sum of their ranks."""
         if len(parts) == 1:
             return parts[0]
-        a = torch.cat([p.a.view(self.experts, -1, self.in_features) for p in parts], dim=1)
-        b = torch.cat([(p.b * p.scale).view(self.out_features, -1, self.experts) for p in parts], dim=1)
+        with without_autocast(parts[0].a):
+            a = torch.cat([p.a.view(self.experts, -1, self.in_features) for p in parts], dim=1)
+            b = torch.cat([(p.b * p.scale).view(self.out_features, -1, self.experts) for p in parts], dim=1)
         return LowRank(a.flatten(0, 1), b.flatten(1), 1.0)
 
     def changed(self, part: LowRank) -> Tensor:

@@ -236,6 +236,31 @@ def test_dropout_of_small_products_on_a_cpu_is_torch_dropout(grad):
         torch.testing.assert_close(results[0][name], other, rtol=1e-4, atol=1e-4)
 
 
+OTHERS = {
+    "LoRA": {"target_modules": ["m"]},
+    "DoRA": {"target_modules": ["m"], "use_dora": True},
+    "KaSA": {"target_modules": ["m"], "kasa_config": peftfast.KasaConfig()},
+    "Parameter": {"target_parameters": ["m.weight"]},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_autocast_to_the_other_half_precision(kind):
+    """As `torch.autocast("cuda")` means fp16 on a base in bf16."""
+    torch.manual_seed(0)
+    model, x, rows = oracle.One(nn.Linear(48, 32)), torch.randn(3, 48), ["default", "other", "__base__"]
+    config = peftfast.LoraConfig(r=2, init_lora_weights=False, **OTHERS[kind])
+    model = peftfast.get_peft_model(model, config).eval()
+    model.add_adapter("other", peftfast.LoraConfig(r=4, init_lora_weights=False, **OTHERS[kind]))
+    model.base_model.set_adapter(["default", "other"])
+    expected = model(x), model(x, adapter_names=rows)
+    model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.float16):
+        found = model(x), model(x, adapter_names=rows)
+    for y, exact in zip(found, expected, strict=True):
+        assert (y - exact).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure", "autocast-fp32-base"])
 @pytest.mark.parametrize("site", SITES)
 def test_several_active_adapters(site, precision):

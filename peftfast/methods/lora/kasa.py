@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
+from peftfast.autocast import without_autocast
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.config import LoraConfig
@@ -127,7 +128,8 @@ class Kasa(Lora):
         if lacking is not None:
             downs.append(lacking[0])
             ups.append(lacking[1])
-        return torch.cat(downs), torch.cat(ups, dim=1)
+        with without_autocast(downs[0]):
+            return torch.cat(downs), torch.cat(ups, dim=1)
 
     def bind(self, site: Site, active: Sequence[Adapter]) -> BoundLora | None:
         """See `Bindable`: for one adapter without dropout."""

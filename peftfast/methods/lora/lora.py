@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
+from peftfast.autocast import without_autocast
 from peftfast.config import PeftConfig, PeftType
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
@@ -275,10 +276,11 @@ def _stacked(
 ) -> tuple[Tensor, Tensor, float, float]:
     """Arguments of `site.adapt` for the sum of several: A stacked on the rank; scales that differ go into B."""
     scales = [adapter.scale for adapter in adapters]
-    a = torch.cat([a for a, _ in pairs], dim=0)
-    if _same_scale(adapters):
-        return a, torch.cat([b for _, b in pairs], dim=1), scales[0], 0.0
-    return a, torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], dim=1), 1.0, 0.0
+    with without_autocast(pairs[0][0]):  # which refuses to put tensors of another half precision together
+        a = torch.cat([a for a, _ in pairs], dim=0)
+        if _same_scale(adapters):
+            return a, torch.cat([b for _, b in pairs], dim=1), scales[0], 0.0
+        return a, torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], dim=1), 1.0, 0.0
 
 
 def _with_bias(adapter: Adapter, part: Part) -> Part | None:

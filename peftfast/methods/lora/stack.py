@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
+from peftfast.autocast import without_autocast
 from peftfast.ops.routed import runs_segmented
 from peftfast.rows.mix import Verdicts
 from peftfast.rows.routing import Routing, Rows
@@ -109,12 +110,13 @@ class Remembered:
         pairs, self._pairs = self._pairs, None
         rank = max(a.shape[0] for a, _ in pairs)
         like = pairs[0][0]
-        return FactorStack(
-            torch.stack([_padded(a, rank) for a, _ in pairs]),
-            torch.stack([_padded(b.transpose(0, 1), rank) for _, b in pairs]).transpose(1, 2),
-            as_tensor(self.scales, like),
-            float(self.scales[0]) if not self.tensor_scales and len(set(self.scales)) == 1 else None,
-        )
+        with without_autocast(like):
+            return FactorStack(
+                torch.stack([_padded(a, rank) for a, _ in pairs]),
+                torch.stack([_padded(b.transpose(0, 1), rank) for _, b in pairs]).transpose(1, 2),
+                as_tensor(self.scales, like),
+                float(self.scales[0]) if not self.tensor_scales and len(set(self.scales)) == 1 else None,
+            )
 
 
 def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None, pair: Pair = factors) -> Remembered:
