@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftfast.base.dense import was_conv1d
 from peftfast.config import PeftConfig
 from peftfast.keys import PREFIX
 from peftfast.methods.lora.combine import padded, rank_keeping
@@ -64,11 +65,12 @@ def check_rank(rank: int | float) -> None:
 
 
 def matrix(site: Site, stored: Tensor) -> Tensor:
-    """What is in the layout of the site's weight as a matrix [N, K]; of another size, as it is."""
+    """What is in the layout of the site's weight, of a packed one in that before it was, as a matrix [N, K]; of another
+    size, as it is."""
     shape = site.weight.shape
     if stored.numel() != shape[0] * shape[1]:
         return stored
-    return stored.t() if site.weight.transposed else stored.reshape(shape)
+    return stored.t() if site.weight.transposed or was_conv1d(site.module) else stored.reshape(shape)
 
 
 def svd(change: Tensor, rank: int | float) -> Svd:

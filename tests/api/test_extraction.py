@@ -458,12 +458,13 @@ def test_a_bias_beside_a_quantised_weight():
         peftfast.extract_lora(base, tuned(make, also=("bias",)), 4)
 
 
-def test_of_a_quantised_base(tmp_path):
-    after = tuned(oracle.llama, also=())
+@pytest.mark.parametrize("make", [oracle.llama, lambda: oracle.gpt2(64)], ids=["linear", "conv1d"])
+def test_of_a_quantised_base(make, tmp_path):
+    after = tuned(make, also=())
     save_file({k: v.clone() for k, v in after.state_dict().items()}, tmp_path / "model.safetensors")
-    base = oracle.llama()
+    base = make()
     peftfast.quantize_model(base, "nf4")
-    config, tensors = peftfast.extract_lora(base, tmp_path, 32)
+    config, tensors = peftfast.extract_lora(base, tmp_path, 64)
     model = loaded(lambda: copy.deepcopy(base), config, tensors)
     # a full rank makes up for what quantising lost, too
     torch.testing.assert_close(oracle.logits(model), oracle.logits(after), rtol=1e-3, atol=1e-3)
