@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftfast.base.dense import was_conv1d
 from peftfast.base.weight import base_weight
 from peftfast.files.renamed import current_names, module_at, without_adapters
 from peftfast.keys import strip_wrappers
@@ -52,7 +53,7 @@ class Sample(NamedTuple):
     """A few values of one weight.
 
     Attributes:
-        shape: of the matrix [N, K], or of the vector. storage: a dtype or the name of a quantised format.
+        shape: of the weight, as it lies where it is not packed. storage: a dtype or the name of a quantised format.
     """
 
     shape: list[int]
@@ -169,6 +170,7 @@ def _sample(module: nn.Module) -> Sample | None:
         if merged or not held.known or held.shape[0] * held.shape[1] > LARGEST_DECODED:
             return None
         kind, matrix = held.quantization, held.dense(torch.float32)
+        matrix = matrix.t() if was_conv1d(module) else matrix  # as it lies where it is not packed
     else:
         stored = weight.detach()
         if merged:
@@ -176,9 +178,8 @@ def _sample(module: nn.Module) -> Sample | None:
         if not isinstance(stored, Tensor) or stored.shape != weight.shape:
             return None
         kind, matrix = str(stored.dtype).removeprefix("torch."), stored
-    matrix = matrix[:ROWS].reshape(-1)
+    shape, matrix = list(matrix.shape), matrix[:ROWS].reshape(-1)
     places = torch.arange(VALUES, device=matrix.device) * (matrix.numel() - 1) // max(VALUES - 1, 1)
-    shape = list(held.shape) if kind in QUANTISED else list(weight.shape)
     return Sample(shape, kind, matrix[places].float().tolist())
 
 

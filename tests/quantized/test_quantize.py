@@ -215,6 +215,16 @@ def test_transposed_linears_are_themselves_again(by, tmp_path):
     assert distance(logits(again), before) < 1e-5
 
 
+@pytest.mark.parametrize("kinds", [(None, "nf4"), ("int8", None), ("nf4", "int8")], ids=str)
+def test_transposed_linears_are_the_same_base_however_they_are_stored(kinds, tmp_path):
+    bases = [gpt2(64), gpt2(64)]
+    for base, kind in zip(bases, kinds, strict=True):
+        if kind is not None:
+            peftfast.quantize_model(base, kind)
+    peftfast.get_peft_model(bases[0], peftfast.LoraConfig(target_modules=["c_attn"])).save_pretrained(tmp_path)
+    peftfast.PeftModel.from_pretrained(bases[1], tmp_path, strict=True)
+
+
 REFUSALS = [
     ({"quantize": "nf5"}, ValueError, "Unknown quantisation 'nf5'; one of 'nf4', 'fp4', 'int8'"),
     ({"skip": ["q_pro"]}, ValueError, "no linear layer is named 'q_pro'.* Did you mean"),
