@@ -141,6 +141,8 @@ class AdaLoraModel(PeftSteps, BaseTuner):
             if self._checked:  # engines step others, or nothing yet, before the first forward
                 self._check_within_reach(allocator.adapters)
             return
+        if getattr(optimizer, "found_inf", None):
+            return  # a fused optimizer is called by a GradScaler also for a step that it is to skip
         parameters = allocator.parameters()
         if all(p.grad is None for p in parameters):
             return  # a step without us: the adapter was not part of the loss

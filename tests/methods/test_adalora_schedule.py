@@ -198,6 +198,24 @@ def test_an_optimizer_without_our_factors_is_left_alone():
     assert ours.base_model.rankallocator.step == 0
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_does_not_count(fused):
+    """A fused optimizer is called for it, and skips it inside."""
+    _, ours = pair(tinit=0)
+    optimizer = torch.optim.AdamW(trainable(ours), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(3):
+        scaler.scale(ours(**batch(step, ours)).loss).backward()
+        if step == 1:
+            trainable(ours)[0].grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    allocator = ours.base_model.rankallocator
+    assert allocator.step == 2
+    assert all(t.isfinite().all() and t.max() < 1.0 for t in allocator.sensitivity)
+
+
 def test_ranks_really_shrink_if_asked_to_and_training_goes_on():
     _, ours = pair()
     ours.base_model.shrink_after_final = True
