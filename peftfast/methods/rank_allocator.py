@@ -381,10 +381,15 @@ def _on(device: torch.device, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.device == device else t.to(device) for t in tensors]
 
 
+def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """What an optimizer steps, by id."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _uncuttable(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> str | None:
     """Why these Parameters cannot be cut, if so."""
     if optimizer is not None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = held_by(optimizer)
         elsewhere = sum(id(p) not in held for p in parameters)
         if elsewhere:
             return f"{elsewhere} of their {len(parameters)} factors are not in this optimizer, whose state would be cut"

@@ -10,8 +10,9 @@ others alone. Nothing of torch, of the optimizer or of a trainer is replaced.
 from __future__ import annotations
 
 import os
+import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from peftfast.errors import PeftWarning, warn
 from peftfast.keys import in_base
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora.lora import factors
-from peftfast.methods.rank_allocator import Allocation, RankAllocator, put_back, replace
+from peftfast.methods.rank_allocator import Allocation, RankAllocator, held_by, put_back, replace
 from peftfast.sharding import check_not_partitioned, is_stepped_by_deepspeed, put_together, whole_shape
 from peftfast.tuners.steps import PeftSteps
 from peftfast.tuners.tuner import BaseTuner
 
 STATE_FILE = "adalora_state.safetensors"
+
+#: The code in which torch runs a `step` and its callbacks.
+_STEP = torch.optim.Optimizer.profile_hook_step(len).__code__
 
 _watched: weakref.WeakSet[AdaLoraModel] = weakref.WeakSet()
 _handle: Any = None
@@ -40,8 +44,20 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     if not _watched and _handle is not None:
         _handle.remove()
         _handle = None
+    around = _steps_around()
     for model in list(_watched):
-        model._stepped(optimizer)
+        model._stepped(optimizer, around)
+
+
+def _steps_around() -> list[torch.optim.Optimizer]:
+    """The optimizers in whose `step` the one is that has just ended: a subclass calls that of its base class, and some
+    optimizers are made of others. torch calls back for each."""
+    steps, frame = [], sys._getframe()
+    while frame is not None:
+        if frame.f_code is _STEP:
+            steps.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return steps[1:]
 
 
 def _watch(model: AdaLoraModel) -> None:
@@ -131,16 +147,18 @@ class AdaLoraModel(PeftSteps, BaseTuner):
                 _watch(self)
         return super().forward(*args, **kwargs)
 
-    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+    def _stepped(self, optimizer: torch.optim.Optimizer, around: Sequence[torch.optim.Optimizer]) -> None:
         name = self.trainable_adapter_name if self.automatic else None
         if name is None:
             return
         allocator = self._allocator(name)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if id(allocator.adapters[0][VALUES]) not in held:
+        held, first = held_by(optimizer), id(allocator.adapters[0][VALUES])
+        if first not in held:
             if self._checked:  # engines step others, or nothing yet, before the first forward
                 self._check_within_reach(allocator.adapters)
             return
+        if any(first in held_by(outer) for outer in around):
+            return  # a part of a step that counts as a whole
         if getattr(optimizer, "found_inf", None):
             return  # a fused optimizer is called by a GradScaler also for a step that it is to skip
         parameters = allocator.parameters()

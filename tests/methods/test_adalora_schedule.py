@@ -216,6 +216,29 @@ def test_a_step_that_a_scaler_skips_does_not_count(fused):
     assert all(t.isfinite().all() and t.max() < 1.0 for t in allocator.sensitivity)
 
 
+class Inside(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Around(torch.optim.Optimizer):
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+        self.inner = torch.optim.SGD(self.param_groups[0]["params"][:3], lr=lr)
+
+    def step(self, closure=None):
+        self.inner.step(closure)
+
+
+@pytest.mark.parametrize("optimizer", [Inside, Around])
+def test_a_step_made_of_others_counts_once(optimizer):
+    """Whatever optimizers the process has had: torch calls back for a base class's step from its first instance on."""
+    _, ours = pair()
+    torch.optim.SGD(trainable(ours), lr=0.1)
+    train(ours, 3, optimizer=optimizer(trainable(ours), lr=0.1))
+    assert ours.base_model.rankallocator.step == 3
+
+
 def test_ranks_really_shrink_if_asked_to_and_training_goes_on():
     _, ours = pair()
     ours.base_model.shrink_after_final = True
