@@ -39,6 +39,7 @@ _watched: weakref.WeakSet[AdaLoraModel] = weakref.WeakSet()
 _handle: Any = None
 
 
+@torch._disable_dynamo  # which would make a graph of every step, each with its number
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     global _handle
     if not _watched and _handle is not None:

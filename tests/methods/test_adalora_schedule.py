@@ -239,6 +239,17 @@ def test_a_step_made_of_others_counts_once(optimizer):
     assert ours.base_model.rankallocator.step == 3
 
 
+def test_a_compiled_step_is_one_graph():
+    _, ours = pair()
+    torch._dynamo.reset()
+    optimizer = torch.optim.SGD(trainable(ours), lr=0.1)
+    counts = torch._dynamo.testing.CompileCounter()
+    optimizer.step = torch.compile(optimizer.step, backend=counts)
+    train(ours, 4, optimizer=optimizer)
+    assert ours.base_model.rankallocator.step == 4
+    assert counts.frame_count == 1
+
+
 def test_ranks_really_shrink_if_asked_to_and_training_goes_on():
     _, ours = pair()
     ours.base_model.shrink_after_final = True
