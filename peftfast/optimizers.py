@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peftfast.adapter import Adapter
 from peftfast.errors import warn
 from peftfast.files.state import wrapped_modules
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.model import PeftModel
+from peftfast.sharding import put_together, taken_apart
 
 __all__ = ["create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer"]
 
@@ -88,13 +90,15 @@ class LoraFAOptimizer(Optimizer):
     arXiv 2308.03303): g_B (A Aᵀ)⁻¹ / s², with A [r, K] frozen.
 
     Args:
-        params: groups with "pairs" [(A, s) or None for every parameter in "params"]; None is plain AdamW.
+        adapters: the layers with these adapters, whose factors A, B and scale s are looked up in every step: B may be a
+            shard by then, and s another number. Other parameters are stepped by plain AdamW.
         correct_bias: Adam's bias correction.
     """
 
     def __init__(
         self,
-        params: Iterable[dict[str, Any]],
+        params: Iterable[Any],
+        adapters: Sequence[tuple[BaseTunerLayer, str]],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -108,16 +112,14 @@ class LoraFAOptimizer(Optimizer):
                 raise ValueError(f"Invalid beta parameter: {beta} - should be in [0.0, 1.0)")
         if eps < 0.0:
             raise ValueError(f"Invalid epsilon value: {eps} - should be >= 0.0")
-        groups = [dict(group) for group in params]
         # what the factors are is the model's business, not part of the optimizer's saved state
-        self._pairs: dict[Tensor, tuple[Tensor, Callable[[], float]]] = {}
-        for group in groups:
-            for parameter, pair in zip(group["params"], group.pop("pairs"), strict=True):
-                if pair is not None:
-                    self._pairs[parameter] = pair
+        self._adapters = list(adapters)
         super().__init__(
-            groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_adapters": self._adapters}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -126,20 +128,21 @@ class LoraFAOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        adapters = [layer.adapters[name] for layer, name in self._adapters if name in layer.adapters]
+        owners = {adapter["lora_B"]: adapter for adapter in adapters}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, self._direction(parameter), group)
+                    self._update(parameter, self._direction(parameter.grad, owners.get(parameter)), group)
         return loss
 
-    def _direction(self, parameter: Tensor) -> Tensor:
-        pair = self._pairs.get(parameter)
-        if pair is None:
-            return parameter.grad
-        a, scale = pair[0].detach().to(torch.float32), pair[1]()
-        gram = a @ a.T
+    @staticmethod
+    def _direction(gradient: Tensor, adapter: Adapter | None) -> Tensor:
+        if adapter is None:
+            return gradient
+        gram = _gram(adapter["lora_A"].detach().to(torch.float32).T)
         gram.diagonal().add_(1e-8)
-        return (parameter.grad.to(torch.float32) @ torch.linalg.pinv(gram) / scale**2).to(parameter.grad.dtype)
+        return _multiplied(gradient, lambda whole: whole @ torch.linalg.pinv(gram) / adapter.scale**2, torch.float32)
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -191,7 +194,7 @@ def create_lorafa_optimizer(
             "`use_rslora` in create_lorafa_optimizer is deprecated; configure rsLoRA via LoraConfig instead.",
             FutureWarning,
         )
-    pairs: dict[Tensor, tuple[Tensor, Callable[[], float]]] = {}
+    adapters = []
     for _, layer in wrapped_modules(model):
         if not isinstance(layer, BaseTunerLayer):
             continue
@@ -199,16 +202,11 @@ def create_lorafa_optimizer(
             if "lora_A" in adapter and "lora_B" in adapter:
                 adapter["lora_A"].requires_grad_(False)
                 if adapter["lora_A"].ndim == 2:
-                    pairs[adapter["lora_B"]] = (adapter["lora_A"], _scale_of(adapter))
-    if not pairs:
+                    adapters.append((layer, adapter.name))
+    if not adapters:
         raise ValueError("create_lorafa_optimizer: the model has no LoRA adapter on a linear layer")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    group = {"params": parameters, "pairs": [pairs.get(p) for p in parameters], "lr": lr, "weight_decay": weight_decay}
-    return LoraFAOptimizer([group])
-
-
-def _scale_of(adapter: Any) -> Callable[[], float]:
-    return lambda: adapter.scale
+    return LoraFAOptimizer(parameters, adapters, lr, weight_decay=weight_decay)
 
 
 def create_riemannian_optimizer(
@@ -228,8 +226,8 @@ def create_riemannian_optimizer(
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}.")
     named = dict(model.named_parameters())
-    pairs = [(a, named.get(name.replace(".lora_A.", ".lora_B."))) for name, a in named.items() if ".lora_A." in name]
-    pairs = [pair for pair in pairs if all(f is not None and f.ndim == 2 and f.requires_grad for f in pair)]
+    pairs = [(name, name.replace(".lora_A.", ".lora_B.")) for name in named if ".lora_A." in name]
+    pairs = [pair for pair in pairs if all(f in named and named[f].ndim == 2 and named[f].requires_grad for f in pair)]
     if not pairs:
         raise ValueError(
             "create_riemannian_optimizer did not find any trainable lora_A/lora_B parameter pairs on the model."
@@ -249,11 +247,22 @@ def create_riemannian_optimizer(
                     "The Riemannian-preconditioned optimizer does not support closures, which compute the gradients "
                     "after they would have been preconditioned."
                 )
-            for a, b in pairs:
-                _precondition(a, b, reg)
+            for pair in self._pairs:
+                _precondition(*(getattr(owner, leaf) for owner, leaf in pair), reg)
             return super().step()
 
-    return RiemannianPreconditionedOptimizer([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)
+        def __getstate__(self) -> dict[str, Any]:
+            return {**super().__getstate__(), "_pairs": self._pairs}
+
+    optimizer = RiemannianPreconditionedOptimizer([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)
+    # where the factors are, because in their places may be shards by the time of a step
+    optimizer._pairs = [[_place(model, name) for name in pair] for pair in pairs]
+    return optimizer
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
 
 
 def _precondition(a: Tensor, b: Tensor, reg: float) -> None:
@@ -262,6 +271,18 @@ def _precondition(a: Tensor, b: Tensor, reg: float) -> None:
     down, up = a.detach().to(wide), b.detach().to(wide)
     damping = reg * torch.eye(len(a), dtype=wide, device=a.device)
     if a.grad is not None:
-        a.grad.copy_(torch.linalg.pinv(up.T @ up + damping) @ a.grad.to(wide))
+        inverse_of_up = torch.linalg.pinv(_gram(up) + damping)
+        a.grad.copy_(_multiplied(a.grad, lambda gradient: inverse_of_up @ gradient, wide))
     if b.grad is not None:
-        b.grad.copy_(b.grad.to(wide) @ torch.linalg.pinv(down @ down.T + damping))
+        inverse_of_down = torch.linalg.pinv(_gram(down.T) + damping)
+        b.grad.copy_(_multiplied(b.grad, lambda gradient: gradient @ inverse_of_down, wide))
+
+
+def _gram(factor: Tensor) -> Tensor:
+    """[r, r] of a factor [features, r], of whose shards FSDP2 adds up the products."""
+    return put_together(factor.T @ factor)
+
+
+def _multiplied(gradient: Tensor, product: Callable[[Tensor], Tensor], wide: torch.dtype) -> Tensor:
+    """What `product` makes of a gradient in the dtype `wide`, sharded as it is if it is."""
+    return taken_apart(product(put_together(gradient).to(wide)).to(gradient.dtype), gradient)

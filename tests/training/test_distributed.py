@@ -19,6 +19,7 @@ FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16"]
 DRAWS = range(3)
 EVALUATED = ["ends", "saved", "tokens"]
 LATE = ["plain", "tokens", "saved"]
+OPTIMIZERS = ["lorafa", "riemannian"]
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
 
 
@@ -30,7 +31,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
     kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
-    kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"]}
+    kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"], "optimizers": OPTIMIZERS}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
 
@@ -117,6 +118,12 @@ def test_adapters_that_come_to_a_sharded_model(two, kind):
 def test_prompts_of_networks_are_read_from_shards(two):
     _, ranks = two
     assert all(result[f"prompt:{kind}"]["error"] < 1e-5 for result in ranks for kind in ("MLP", "LSTM"))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizers_find_the_factors_in_their_shards(two, kind):
+    _, ranks = two
+    assert all(result[f"optimizers:{kind}"]["error"] < 1e-5 for result in ranks)
 
 
 @BOTH

@@ -20,6 +20,7 @@ from training.nf4 import quantise
 from training.tiny import batch, checkpoint, fill, llama, lora
 
 import peftfast
+from peftfast.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
 from peftfast.sharding import put_together
 
 
@@ -430,6 +431,39 @@ def units(kind: str, folder: Path) -> dict:
     return {"error": error(found, expected)}
 
 
+def optimizers(kind: str, folder: Path) -> dict:
+    """Steps of an optimizer that knows the factors apart and was made before the model was sharded by FSDP2, by
+    Accelerate, which gives it the shards in the place of its parameters: how far the parameters are from those of one
+    process."""
+    from torch.distributed.fsdp import fully_shard
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def prepared() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = model_of("plain")
+        if kind == "lorafa":
+            return model, create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+        return model, create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-1)
+
+    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int) -> dict[str, torch.Tensor]:
+        for step in range(3):
+            rows = {k: v.chunk(parts)[rank % parts] for k, v in batch(4, seed=step).items()}
+            model(**rows).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {n: put_together(p) for n, p in model.named_parameters() if p.requires_grad}
+
+    expected = train(*prepared(), 1)
+    model, optimizer = prepared()
+    names = {p: n for n, p in model.named_parameters()}
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    for group in optimizer.param_groups:
+        group["params"] = [model.get_parameter(names[p]) for p in group["params"]]
+    return {"error": error(train(model, optimizer, world), expected)}
+
+
 RUNS = {
     "ddp": ddp,
     "fsdp1": fsdp1,
@@ -439,6 +473,7 @@ RUNS = {
     "evaluated": evaluated,
     "late": late,
     "prompt": prompt,
+    "optimizers": optimizers,
 }
 
 
