@@ -23,13 +23,31 @@ def fresh_if_compiled(y: Tensor) -> Tensor:
     return fresh(y) if torch.compiler.is_compiling() else y
 
 
+class _Apart:
+    """The context of a Function whose gradients are to be differentiated: what is saved is there as often as it is
+    asked for, and every tensor by itself, although one may be made of another, as where a layer is called twice."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        saved = ctx.saved_tensors
+        self.saved_tensors = tuple([t.view_as(t) if t is not None and t.requires_grad else t for t in saved])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a `Function.backward`: differentiating it a second time raises instead of giving zeros.
 
-    torch's `once_differentiable`, at no cost in the usual backward pass, which records nothing that could be
-    differentiated.
+    torch's `once_differentiable`, which asks what arrives only, asks what is saved as well: gradients are made of both.
+    At no cost in the usual backward pass, which records nothing that could be differentiated.
     """
-    return second_order(once_differentiable(backward))(backward)
+
+    @once_differentiable
+    def refused(ctx: Any, count: int, *grads_and_saved: Any) -> Any:
+        return backward(ctx, *grads_and_saved[:count])
+
+    return second_order(lambda ctx, *grads: refused(ctx, len(grads), *grads, *ctx.saved_tensors))(backward)
 
 
 def second_order(again: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -39,7 +57,7 @@ def second_order(again: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @left_alone
         def wrapper(ctx: Any, *grads: Any) -> Any:
-            return (again if torch.is_grad_enabled() else backward)(ctx, *grads)
+            return again(_Apart(ctx), *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
         return wrapper
 

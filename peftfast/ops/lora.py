@@ -79,7 +79,6 @@ def _update(x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, plan: Plan, ga
 def _linear_again(ctx: Any, dy: Tensor) -> tuple:
     x, _, a, b, seed, gate, *stored = ctx.saved_tensors
     plan, needs = ctx.plan, ctx.needs_input_grad
-    x = x.view_as(x)  # a gate may be made of x itself, which is not this product's business
     rows, dy_rows = as_dtype(as_rows(x), plan.dtype), as_rows(dy)
     y = rows @ weight_kn(plan.weight(stored), plan.dtype) + _update(rows, a, b, seed, plan, gate)
     dx, da, db, dg = gradients_of(y.to(dy.dtype), (x, a, b, gate), (*needs[:3], needs[5]), dy_rows)
@@ -89,7 +88,6 @@ def _linear_again(ctx: Any, dy: Tensor) -> tuple:
 def _add_again(ctx: Any, dy: Tensor) -> tuple:
     x, _, a, b, seed, gate = ctx.saved_tensors
     plan, needs = ctx.plan, ctx.needs_input_grad
-    x = x.view_as(x)
     update = _update(as_dtype(as_rows(x), plan.dtype), a, b, seed, plan, gate)
     wanted = (*needs[1:4], needs[5])
     dx, da, db, dg = gradients_of(update.to(dy.dtype), (x, a, b, gate), wanted, as_rows(dy))

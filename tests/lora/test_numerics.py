@@ -473,6 +473,45 @@ def test_outputs_may_be_written_to(way, shape):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+def differentiated(way, dropout=0.0):
+    """A function of x, y, a, b, g and a bias in fp64, and values for them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 8), (2, 3, 8), (4, 8), (8, 4), (8,), (8,))
+    values = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+    w = dense(torch.randn(8, 8, dtype=torch.float64, generator=generator))
+
+    def function(x, y, a, b, g, bias):
+        torch.manual_seed(3)  # the same mask every time
+        part = Part(w, bias, a, b, plan_of(w, torch.float64, 2.0, dropout))
+        if way == "IA3":  # whose product of equal dtypes is torch's
+            return scale._ScaleFeatures.apply(y, g)
+        return sum(WAYS[way](x, part, y, g)[::2])  # of siblings, one that nobody asks
+
+    return function, values
+
+
+def test_what_has_no_second_derivative_says_so():
+    """Also where what arrives is a constant, and gradients are made of the factors all the same."""
+    function, values = differentiated("VeLoRA")
+    (db,) = torch.autograd.grad(function(*values).sum(), values[3:4], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        db.square().sum().backward()
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("VeLoRA", "host-bound")])
+def test_a_graph_of_the_gradients_does_not_change_them(way):
+    """Of a layer that is called twice, whose second input is made of its own factors."""
+    function, values = differentiated(way)
+    x, y, *others = values
+    found = []
+    for graph in (False, True):
+        middle = function(x, y, *others).tanh()
+        total = function(middle, middle * 2, *others).square().sum()
+        found.append(torch.autograd.grad(total, values, create_graph=graph, allow_unused=True))
+    assert any(one is not None for one in found[0])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_a_small_change_of_a_large_weight(options, dtype, size):
