@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.casts import compute_copies
-from peftfast.ops.function import apply, as_dtype, as_rows, first_order, fresh, shaped_as
-from peftfast.ops.lora import draw_seeds
+from peftfast.ops.function import apply, as_dtype, as_rows, fresh, gradients_of, second_order, shaped_as
+from peftfast.ops.lora import draw_seeds, formula
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.gated import gated, gated_grad
+from peftfast_kernels.gated import ACTIVATIONS, gated, gated_grad
 from peftfast_kernels.siblings import siblings_down, siblings_dt, siblings_factor_grads
 from peftfast_kernels.siblings_gemm import siblings_gemm, siblings_gemm_t
 
@@ -127,6 +127,23 @@ def _mlp(x: Tensor, act: str, f: _Factors, bias: Sequence[Tensor | None]) -> tup
     return shaped_as(y, x), (gate, up, *ts, *t_down)
 
 
+def _siblings_again(ctx: Any, *dys: Tensor | None) -> tuple:
+    n = len(ctx.plans)
+    x, *rest = ctx.saved_tensors
+    a, b, seeds, weights = _unpack(ctx.plans, ctx.counts, rest[n:])
+    needs = ctx.needs_input_grad[3 : 3 + 3 * n]
+    used = [dy is not None for dy in dys]
+    pairs = zip(weights, a, b, seeds, ctx.plans, strict=True)
+    ys = [formula(as_rows(x), *one) for one, use in zip(pairs, used, strict=True) if use]
+    given = [as_rows(dy) for dy in dys if dy is not None]
+    needed = [ctx.needs_input_grad[0], *(need and use for need, use in zip(needs, used * 2, strict=False))]
+    grads = gradients_of(torch.cat(ys, dim=1).to(given[0].dtype), (x, *a, *b), needed, torch.cat(given, dim=1))
+    dbias = [
+        as_rows(dy).sum(0) if dy is not None and need else None for dy, need in zip(dys, needs[2 * n :], strict=True)
+    ]
+    return grads[0], None, None, *grads[1:], *dbias, *(None for _ in rest[4 * n :])
+
+
 class _Siblings(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -141,7 +158,7 @@ class _Siblings(torch.autograd.Function):
         return tuple(map(fresh, ys))
 
     @staticmethod
-    @first_order
+    @second_order(_siblings_again)
     def backward(ctx: Any, *dys: Tensor | None) -> tuple:
         n = len(ctx.plans)
         x, *rest = ctx.saved_tensors
@@ -166,6 +183,22 @@ class _Siblings(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _mlp_again(ctx: Any, dy: Tensor) -> tuple:
+    x, _, _, _, _, _, *flat = ctx.saved_tensors
+    a, b, seeds, weights = _unpack(ctx.plans, ctx.counts, flat)
+    bias = flat[6:9]
+
+    def linear(rows: Tensor, i: int) -> Tensor:
+        y = formula(rows, weights[i], a[i], b[i], seeds[i], ctx.plans[i])
+        return y if bias[i] is None else y + bias[i].to(y.dtype)
+
+    rows = as_rows(x)
+    y = linear(ACTIVATIONS[ctx.act].forward(linear(rows, 0)) * linear(rows, 1), 2)
+    needs = ctx.needs_input_grad
+    dx, *grads = gradients_of(y.to(dy.dtype), (x, *a, *b, *bias), (needs[0], *needs[4:13]), as_rows(dy))
+    return dx, None, None, None, *grads, *(None for _ in flat[9:])
+
+
 class _GatedMlp(torch.autograd.Function):
     """Order of the three linears everywhere: gate, up, down."""
 
@@ -174,11 +207,11 @@ class _GatedMlp(torch.autograd.Function):
         ctx.plans, ctx.counts, ctx.act = plans, counts, act
         f, ctx.copies = _factors(plans, counts, flat)
         y, kept = _mlp(x, act, f, flat[6:9])
-        ctx.save_for_backward(x, *kept, *flat[:6], *(None,) * 3, *flat[9:])
+        ctx.save_for_backward(x, *kept, *flat)
         return fresh(y)
 
     @staticmethod
-    @first_order
+    @second_order(_mlp_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
         needs = ctx.needs_input_grad
         x, gate, up, t_gate, t_up, t_down, *flat = ctx.saved_tensors

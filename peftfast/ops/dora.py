@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftfast.autocast import without_autocast
 from peftfast.ops.casts import compute_copy
-from peftfast.ops.function import apply, as_dtype, as_rows, composing, first_order, fresh, shaped_as
+from peftfast.ops.function import apply, as_dtype, as_rows, composing, fresh, gradients_of, second_order, shaped_as
 from peftfast.ops.plan import Plan, plan_beside
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.dora_add import dora_add
@@ -50,6 +50,15 @@ def _sum(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | N
     return _Sum(shaped_as(out, y), t, a_copy if keep_a else None)
 
 
+def _again(ctx: Any, dy: Tensor) -> tuple:
+    y, x, _, a, b, g, bias = ctx.saved_tensors
+    plan: Plan = ctx.plan
+    update = as_rows(x).to(plan.dtype).to(plan.branch) @ a.to(plan.branch).t() @ b.to(plan.branch).t()
+    shift = 0.0 if bias is None else bias.to(g.dtype)
+    out = g * (as_rows(y).to(g.dtype) - shift + plan.scale * update.to(g.dtype)) + shift
+    return (*gradients_of(out.to(dy.dtype), (y, x, a, b, g, bias), ctx.needs_input_grad[:6], as_rows(dy)), None)
+
+
 class _DoraAdd(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,7 +70,7 @@ class _DoraAdd(torch.autograd.Function):
         return fresh(out)
 
     @staticmethod
-    @first_order
+    @second_order(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
         y, x, t, a, b, g, bias = ctx.saved_tensors
         plan: Plan = ctx.plan

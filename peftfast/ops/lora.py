@@ -70,17 +70,26 @@ def _product(x: Tensor, part: Part, seed: Tensor | None, gate: Tensor | None) ->
 
 
 def _update(x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, plan: Plan, gate: Tensor | None) -> Tensor:
-    """s drop(x) Aᵀ Bᵀ of rows x, in operations that torch can differentiate as often as it is asked to."""
+    """s drop(x) Aᵀ Bᵀ of rows x, in such operations as `formula`."""
     if plan.dropout:
         x = x * drop(torch.ones_like(x), seed, plan.dropout)
     return plan.scale * (gated(x.to(plan.branch) @ a.to(plan.branch).t(), gate) @ b.to(plan.branch).t())
 
 
+def formula(
+    rows: Tensor, w: Operand, a: Tensor, b: Tensor, seed: Tensor | None, plan: Plan, gate: Tensor | None = None
+) -> Tensor:
+    """`lora_linear` of rows [M, K] without the bias, in operations that torch can differentiate as often as it is asked
+    to."""
+    rows = as_dtype(rows, plan.dtype)
+    return rows @ weight_kn(w, plan.dtype) + _update(rows, a, b, seed, plan, gate)
+
+
 def _linear_again(ctx: Any, dy: Tensor) -> tuple:
     x, _, a, b, seed, gate, *stored = ctx.saved_tensors
     plan, needs = ctx.plan, ctx.needs_input_grad
-    rows, dy_rows = as_dtype(as_rows(x), plan.dtype), as_rows(dy)
-    y = rows @ weight_kn(plan.weight(stored), plan.dtype) + _update(rows, a, b, seed, plan, gate)
+    dy_rows = as_rows(dy)
+    y = formula(as_rows(x), plan.weight(stored), a, b, seed, plan, gate)
     dx, da, db, dg = gradients_of(y.to(dy.dtype), (x, a, b, gate), (*needs[:3], needs[5]), dy_rows)
     return (dx, da, db, dy_rows.sum(0) if needs[3] else None, None, dg, None, *(None,) * len(stored))
 

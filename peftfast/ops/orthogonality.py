@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftfast.autocast import without_autocast
-from peftfast.ops.function import composing, first_order
+from peftfast.ops.function import composing, gradients_of, second_order
 from peftfast.sharding import put_together
 
 
@@ -20,6 +20,12 @@ def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:
     for i, t in enumerate(tensors):
         groups.setdefault((t.shape, t.dtype, t.device), []).append(i)
     return list(groups.values())
+
+
+def _again(ctx: Any, dy: Tensor) -> tuple:
+    needs = ctx.needs_input_grad[1:]
+    factors = ctx.saved_tensors[: len(needs)]
+    return None, *gradients_of(_composed(factors[: ctx.downs], factors[ctx.downs :]), factors, needs, dy)
 
 
 class _Orthogonality(torch.autograd.Function):
@@ -41,7 +47,7 @@ class _Orthogonality(torch.autograd.Function):
         return torch.cat([n.to(norms[0].device) for n in norms]).sum() / len(factors)
 
     @staticmethod
-    @first_order
+    @second_order(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
         count = len(ctx.needs_input_grad) - 1
         factors, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from peftfast.ops.composed import composes
-from peftfast.ops.function import apply, as_dtype, as_rows, first_order, fresh
+from peftfast.ops.function import apply, as_dtype, as_rows, fresh, gradients_of, second_order
 from peftfast.ops.host_bound import is_small
 from peftfast_kernels.feature_scale import feature_scale, feature_scale_grad
+
+
+def _again(ctx: Any, dy: Tensor) -> tuple:
+    y, s = ctx.saved_tensors
+    return tuple(gradients_of(as_dtype(y * s, y.dtype), (y, s), ctx.needs_input_grad, dy))
 
 
 class _ScaleFeatures(torch.autograd.Function):
@@ -20,7 +25,7 @@ class _ScaleFeatures(torch.autograd.Function):
         return fresh(torch.reshape(feature_scale(as_rows(y), s), y.shape))
 
     @staticmethod
-    @first_order
+    @second_order(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple:
         y, s = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:

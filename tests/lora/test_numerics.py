@@ -490,6 +490,12 @@ def differentiated(way, dropout=0.0):
     return function, values
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "VeLoRA"])
+def test_second_derivatives(way):
+    function, values = differentiated(way, 0.3)
+    assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
+
+
 def test_what_has_no_second_derivative_says_so():
     """Also where what arrives is a constant, and gradients are made of the factors all the same."""
     function, values = differentiated("VeLoRA")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfast
+from peftfast.ops.orthogonality import orthogonality
 
 SCHEDULE = {"init_r": 5, "target_r": 2, "tinit": 3, "tfinal": 4, "total_step": 16, "lora_alpha": 8}
 OPTIONS = {**SCHEDULE, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -123,6 +124,13 @@ def test_scores_are_pefts_when_the_factors_are():
             torch.testing.assert_close(
                 allocator.uncertainty[tensors * n + i], other.exp_avg_unc[key], rtol=1e-5, atol=1e-9
             )
+
+
+def test_second_derivatives_of_the_loss_term():
+    generator = torch.Generator().manual_seed(0)
+    pairs = [torch.randn(s, dtype=torch.float64, generator=generator) for s in ((3, 5), (3, 4), (6, 3), (4, 3))]
+    factors = [p.requires_grad_() for p in pairs]
+    assert torch.autograd.gradgradcheck(lambda *all: orthogonality(all[:2], all[2:]), factors, fast_mode=True)
 
 
 def test_loss_term_and_its_gradients_are_no_further_from_the_oracle_than_pefts():
