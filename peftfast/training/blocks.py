@@ -52,9 +52,11 @@ def bound_of(layer: BaseTunerLayer) -> BoundLora | None:
 
 
 def part_of(layer: BaseTunerLayer, x: Tensor, dropout: bool = True) -> Part | None:
-    """What `layer` would multiply x by."""
+    """What `layer` would multiply x by, None where that is not all that it does with it."""
     bound = bound_of(layer)
-    return None if bound is None else bound.part(x, dropout)
+    if bound is None or bound.when is not None and not bound.when(x):
+        return None
+    return bound.part(x, dropout)
 
 
 def _parts(layers: Sequence[BaseTunerLayer], xs: Sequence[Tensor], dropout: bool = True) -> list[Part] | None:
@@ -281,9 +283,9 @@ class GatedMlp:
         first = _parts((gate, up), (x, x), dropout)
         if first is None:
             return None
-        # what reaches the third layer has the products' dtype; its sizes and values do not matter here
+        # what reaches the third layer has the products' dtype; its features and values do not matter here
         dtype = first[0].w.dtype
-        third = part_of(down, x if x.dtype is dtype else x.new_empty(1, dtype=dtype), dropout)
+        third = part_of(down, x if x.dtype is dtype else x.new_empty((*x.shape[:-1], 0), dtype=dtype), dropout)
         if third is None or not fit_together([first[0], third]):
             return None
         return [*first, third]

@@ -528,6 +528,37 @@ def test_what_changes_between_siblings_is_seen(change):
     torch.testing.assert_close(second(model), second(plain))
 
 
+MORE = {
+    "tokens": {"alora_invocation_tokens": [5, 6]},
+    "samples": {"monteclora_config": peftfast.MontecloraConfig(num_samples=4)},
+    "compressed": {"velora_config": peftfast.VeloraConfig(num_groups=8)},
+}
+
+
+@pytest.mark.parametrize("what", MORE)
+def test_calls_in_which_an_adapter_is_more_than_a_lora(what):
+    """Which blocks do not see where they are compared: at first an adapter does nothing, to whatever tokens."""
+    torch.manual_seed(0)
+    config = peftfast.LoraConfig(r=4, target_modules=ALL, task_type="CAUSAL_LM", **MORE[what])
+    model = peftfast.get_peft_model(llama(), config)
+    plain = copy.deepcopy(model)
+    peftfast.fuse_blocks(model)
+    ids = inputs(model)["input_ids"].clone()
+    ids[:, 3:5] = torch.tensor([5, 6])
+    for _ in range(3):
+        found = []
+        for m in (model, plain):
+            m.train().zero_grad()
+            torch.manual_seed(1)
+            m(input_ids=ids, labels=ids).loss.backward()
+            found.append({n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None})
+            with torch.no_grad():
+                for n, p in m.named_parameters():
+                    if "lora_B" in n:
+                        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n))) * 0.3)
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_checkpointing_copies_files_and_generation(tmp_path):
     twins = Twins(llama, {"r": 4, "target_modules": ALL, "task_type": "CAUSAL_LM"})
     model = twins.ours
