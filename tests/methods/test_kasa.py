@@ -174,6 +174,17 @@ def test_loading_beside_merged_and_onto_the_meta_device(tmp_path):
         torch.testing.assert_close(logits(late.eval()), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_without_values_is_filled():
+    """As frameworks do that move a model to the meta device and load it in another process."""
+    model = adapted()
+    state, rotary = copy.deepcopy(model.state_dict()), llama().model.rotary_emb
+    with torch.no_grad():
+        expected = logits(model)
+        model.to("meta").to_empty(device="cpu").load_state_dict(state)
+        model.base_model.model.model.rotary_emb = rotary
+        torch.testing.assert_close(logits(model), expected)
+
+
 def test_injected_on_the_meta_device_and_filled_from_a_state_dict():
     model = adapted()
     base = llama()

@@ -54,7 +54,9 @@ class _Dropped(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         if self.components is not None:
-            self.__dict__["components"] = tuple(map(fn, self.components))
+            moved = tuple(map(fn, self.components))
+            # without values, they are those of the weight that the model gets later, from a file or by `to_empty`
+            self.__dict__["components"] = None if moved[0].is_meta else moved
         return super()._apply(fn, recurse)
 
 
