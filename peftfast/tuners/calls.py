@@ -105,8 +105,10 @@ class CalledModel:
         """`Control.noting`, with notes that are told of every call of the model."""
         control = self.inventory.control
 
-        def step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if control.is_noting(notes):  # another thread may be generating with the same model
+        # another thread may be generating with the same model: torch calls this for its steps as well, and without the
+        # keywords if it is taken away in the middle of one
+        def step(module: nn.Module, args: tuple, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+            if control.is_noting(notes):
                 for note in notes.values():
                     if note is not None:
                         note.step(named_inputs(module, args, kwargs))

@@ -482,6 +482,27 @@ def test_threads_do_not_share_offsets():
     assert not wrong
 
 
+def test_a_generation_may_end_in_the_middle_of_another_threads_call():
+    """torch has a list of the hooks by then, and no longer knows how the other one's is called."""
+    model = wrap()
+    expected = model(input_ids=IDS).logits
+    started, over = threading.Event(), threading.Event()
+    other = threading.Thread(target=generated, args=(model,))
+
+    def hook(*args):
+        if threading.current_thread() is other:
+            started.set()
+            over.wait(10)
+        else:
+            over.set()
+            other.join()
+
+    with model.get_base_model().register_forward_pre_hook(hook):
+        other.start()
+        started.wait(10)
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
 def test_copies_and_pickles():
     model = wrap()
     expected = model(input_ids=IDS).logits
