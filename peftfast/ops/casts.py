@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +25,29 @@ Find = Callable[[], tuple[Sequence[Tensor], Sequence[Entry]]]
 _LOOKS = attrgetter("dtype", "shape", "device")
 
 
+class _Copies(NamedTuple):
+    """What a forward had."""
+
+    asked: tuple | None  # what was copied, as `_LOOKS` sees it
+    # by id, because hashing a tensor runs Python code; the parameter beside its copy keeps the id its own
+    by_id: dict[int, tuple[Tensor, Tensor]]
+    both: list[tuple[Tensor, ...]]  # all parameters, all copies
+
+
+_NO_COPIES = _Copies(None, {}, [])
+
+
 class CastStore:
     """The copies of one model, reused from forward to forward."""
 
     def __init__(self) -> None:
-        # by id, because hashing a tensor runs Python code; the parameter beside its copy keeps the id its own
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._both: list[tuple[Tensor, ...]] = []  # all parameters, all copies
-        self._asked: tuple | None = None  # what was copied last time, as `_LOOKS` sees it
+        self._copies = _NO_COPIES  # one attribute, so that threads never see halves of two
         self._found: tuple[Sequence[str], Watch, Sequence[Tensor]] | None = None  # what to copy
 
     @property
     def copies(self) -> list[Tensor]:
         """What is kept between forwards."""
-        return [copy for _, copy in self._copies.values()]
+        return [copy for _, copy in self._copies.by_id.values()]
 
     @contextmanager
     def window(self, names: Sequence[str], find: Find, dtype: torch.dtype) -> Iterator[None]:
@@ -58,15 +68,15 @@ class CastStore:
         """Copies that are fresh as of now."""
         parameters = self._parameters(names, find)
         asked = (dtype, [*map(id, parameters)], [*map(_LOOKS, parameters)])
-        if asked != self._asked:  # every forward comes by here, and in most nothing but values has changed
-            self._copies = self._made_for(parameters, dtype)
-            self._asked = asked
-            self._both = [*zip(*self._copies.values(), strict=True)]
-        if self._both:
-            sources, copies = self._both
+        kept = self._copies
+        if asked != kept.asked:  # every forward comes by here, and in most nothing but values has changed
+            made = self._made_for(parameters, dtype)
+            kept = self._copies = _Copies(asked, made, [*zip(*made.values(), strict=True)])
+        if kept.both:
+            sources, copies = kept.both
             with torch.no_grad():
                 torch._foreach_copy_(copies, sources)
-        return self._copies
+        return kept.by_id
 
     def _parameters(self, names: Sequence[str], find: Find) -> Sequence[Tensor]:
         if self._found is not None:
@@ -80,12 +90,12 @@ class CastStore:
 
     def _made_for(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
         """Copies whose values are not there yet."""
-        made = {}
+        made, known = {}, self._copies.by_id
         for p in parameters:
             # sharded parameters (DTensor) are of another type; their products are composed by torch itself
             if p.dtype == dtype or type(p) not in _PLAIN or p.is_meta:
                 continue
-            _, copy = self._copies.get(id(p), _NONE)
+            _, copy = known.get(id(p), _NONE)
             if copy is None or copy.dtype is not dtype or copy.shape != p.shape or copy.device != p.device:
                 with torch.inference_mode(False):  # a tensor of that mode could not be written to in another
                     copy = torch.empty_like(p, dtype=dtype, requires_grad=False)
@@ -97,7 +107,7 @@ class CastStore:
         return CastStore()
 
     def __getstate__(self) -> dict:
-        return {"_copies": {}, "_both": [], "_asked": None, "_found": None}
+        return {"_copies": _NO_COPIES, "_found": None}
 
 
 class _Window:

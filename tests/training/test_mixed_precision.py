@@ -10,6 +10,7 @@ import torch
 from training.tiny import batch, factors, largest_difference, llama, wrapped
 
 import peftfast
+from peftfast.ops.casts import CastStore
 
 SETTINGS = [(torch.float32, torch.float16), (torch.float16, None), (torch.float16, torch.float16),
             (torch.bfloat16, None), (torch.float32, torch.bfloat16)]  # fmt: skip
@@ -74,3 +75,18 @@ def test_autocast_that_begins_before_the_backward_pass(tokens, dropout):
     for found, expected in zip(gradients(True), gradients(False), strict=True):
         assert found.dtype is torch.float32
         assert (found - expected).norm() <= 2 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
+def test_a_forward_keeps_its_copies_beside_another_threads(monkeypatch):
+    """In another dtype, at the moment at which the first one's are made."""
+    store, parameter = CastStore(), torch.nn.Parameter(torch.randn(3, 4))
+    make = torch._foreach_copy_
+
+    def meanwhile(*args):
+        monkeypatch.undo()
+        store.refreshed(["default"], lambda: ([parameter], []), torch.float16)
+        make(*args)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", meanwhile)
+    ((_, copy),) = store.refreshed(["default"], lambda: ([parameter], []), torch.bfloat16).values()
+    assert torch.equal(copy, parameter.detach().bfloat16())

@@ -107,4 +107,4 @@ def _kept(model: nn.Module) -> list[Any]:
     casts = getattr(tuner_of(model), "_casts", None)
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     kept = [(dict(layer.store), dict(layer.derived), layer.control.kept(layer)) for layer in layers]
-    return [None if casts is None else dict(casts._copies), kept]
+    return [None if casts is None else casts._copies.by_id, kept]
