@@ -138,6 +138,8 @@ class Siblings:
             return None
         parts, values = [], []
         for member in self.layers:
+            if member._forward_pre_hooks:  # which may give it another input than the others
+                return None
             bound = bound_of(member)
             found = None if bound is None else bound.found(x)
             look = None if found is None else bound.chosen(x, found)

@@ -528,6 +528,22 @@ def test_what_changes_between_siblings_is_seen(change):
     torch.testing.assert_close(second(model), second(plain))
 
 
+@pytest.mark.parametrize("which", ["q_proj", "v_proj"])
+def test_a_sibling_that_gets_another_input_is_computed_once(which):
+    """With the masks of the layers by themselves, because nothing is drawn for what nobody asks for."""
+    twins = Twins(llama, {"r": 4, "target_modules": ALL, "lora_dropout": 0.5})
+    plain = copy.deepcopy(twins.ours)
+    assert kinds(attached(twins.ours)) == FUSED
+    results = []
+    for model in (twins.ours.train(), plain.train()):
+        layer = model.get_base_model().model.layers[0].self_attn.get_submodule(which)
+        layer.register_forward_pre_hook(lambda module, args: args[0] * 0.5)
+        torch.manual_seed(11)
+        results.append(run(model))
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 MORE = {
     "tokens": {"alora_invocation_tokens": [5, 6]},
     "samples": {"monteclora_config": peftfast.MontecloraConfig(num_samples=4)},
