@@ -18,6 +18,10 @@ from peftfast.rules import boolean, either, integer, optional, sequence, text
 from peftfast.sharding import put_together, taken_apart
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.embedding import scaled_by
+from peftfast.sites.site import is_plain
+
+#: Elements of a table up to which a copy with the rows in it takes less than to look these up beside it.
+SMALL = 1 << 18
 
 
 @register_config(PeftType.TRAINABLE_TOKENS)
@@ -99,10 +103,16 @@ class TrainableTokens:
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         self.check_together(active)
-        weight = site.module.weight
+        m = site.module
+        weight = m.weight
+        if isinstance(m, nn.Embedding) and weight.numel() > SMALL and site.segmented(x) and is_plain(weight):
+            y = F.embedding(x, weight, m.padding_idx)
+            for adapter in active:
+                if adapter.setting("token_indices"):
+                    y = _looked_up(m, x, y, adapter)
+            return scaled_by(m, y)
         for adapter in active:
             weight = weight.index_copy(0, _index(adapter, weight), adapter["trainable_tokens_delta"].to(weight))
-        m = site.module
         if isinstance(m, nn.Embedding):
             y = F.embedding(x, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
             return scaled_by(m, y)
@@ -124,6 +134,16 @@ class TrainableTokens:
         weight, rows = map(put_together, (dense.weight, adapter["trainable_tokens_delta"]))
         weight = weight.index_copy(0, _index(adapter, weight), rows.to(weight))
         return dense._replace(weight=taken_apart(weight, dense.weight))
+
+
+def _looked_up(m: nn.Embedding, x: Tensor, y: Tensor, adapter: Adapter) -> Tensor:
+    """Rows y [..., K] of the table for ids x [...], with the adapter's in their places."""
+    ids, rows = adapter.setting("token_indices"), adapter["trainable_tokens_delta"].to(y)
+    numbers = torch.arange(len(ids), device=x.device)
+    places = torch.full((len(m.weight),), len(ids), device=x.device).index_copy(0, _index(adapter, x), numbers)[x]
+    padding = ids.index(m.padding_idx) if m.padding_idx in ids else None  # which gets no gradient
+    own = F.embedding(places.clamp(max=len(ids) - 1), rows, padding)
+    return torch.where((places < len(ids)).unsqueeze(-1), own, y)
 
 
 def _index(adapter: Adapter, like: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import peftfast
 
@@ -146,6 +148,42 @@ def tables(model):
     """The input embedding, and the head where it has the same weight."""
     base = model.get_base_model()
     return [base.get_input_embeddings(), *([base.lm_head] if base.config.tie_word_embeddings else [])]
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t._base is None]
+        self.numel = max(self.numel, *(t.numel() for t in made), 0)
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 5}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}], ids=str)
+def test_rows_are_looked_up_beside_the_table(options):
+    """Values and gradients are PEFT's, rows in any order, those of padding too; the table is not copied for them unless
+    a lookup does more than to read."""
+    found, count = [], 40000
+    ids = torch.tensor([[3, 5, 5, 11], [9, 1, 3, 2]])
+    for library in (peftfast, peft):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Embedding(count, 8, **options))
+        config = library.TrainableTokensConfig(target_modules=["0"], token_indices=[9, 5, 3, 700])
+        model = library.get_peft_model(base, config)
+        (rows,) = (p for p in model.parameters() if p.requires_grad)
+        with torch.no_grad():
+            rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)))
+        with Largest() as largest:
+            y = model(ids)
+            y.square().sum().backward()
+        if library is peftfast:
+            assert (largest.numel < 8 * count) is (options.keys() <= {"padding_idx"})
+        found.append((y.detach(), rows.grad))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert found[0][1][2].any() and not found[0][1][3].any()
 
 
 @pytest.mark.parametrize("tied", [True, False])
