@@ -14,13 +14,14 @@ from peftfast.config import PeftConfig, PeftType, checked, register_config, sett
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import enumerate_some
 from peftfast.method import register_method
+from peftfast.ops.function import composing
 from peftfast.rules import boolean, either, integer, optional, sequence, text
 from peftfast.sharding import put_together, taken_apart
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.embedding import scaled_by
 from peftfast.sites.site import is_plain
 
-#: Elements of a table up to which a copy with the rows in it takes less than to look these up beside it.
+#: Elements of a table up to which a copy with the rows in it takes less than what is done with these beside it.
 SMALL = 1 << 18
 
 
@@ -104,16 +105,16 @@ class TrainableTokens:
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         self.check_together(active)
         m = site.module
-        weight = m.weight
-        if isinstance(m, nn.Embedding) and weight.numel() > SMALL and site.segmented(x) and is_plain(weight):
-            y = F.embedding(x, weight, m.padding_idx)
+        weight, looks_up = m.weight, isinstance(m, nn.Embedding)
+        if weight.numel() > SMALL and is_plain(weight) and (not looks_up or site.segmented(x)):
+            y = F.embedding(x, weight, m.padding_idx) if looks_up else F.linear(x, weight, m.bias)
             for adapter in active:
                 if adapter.setting("token_indices"):
-                    y = _looked_up(m, x, y, adapter)
-            return scaled_by(m, y)
+                    y = (_looked_up if looks_up else _multiplied)(m, x, y, adapter)
+            return scaled_by(m, y) if looks_up else y
         for adapter in active:
             weight = weight.index_copy(0, _index(adapter, weight), adapter["trainable_tokens_delta"].to(weight))
-        if isinstance(m, nn.Embedding):
+        if looks_up:
             y = F.embedding(x, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
             return scaled_by(m, y)
         return F.linear(x, weight, m.bias)
@@ -144,6 +145,13 @@ def _looked_up(m: nn.Embedding, x: Tensor, y: Tensor, adapter: Adapter) -> Tenso
     padding = ids.index(m.padding_idx) if m.padding_idx in ids else None  # which gets no gradient
     own = F.embedding(places.clamp(max=len(ids) - 1), rows, padding)
     return torch.where((places < len(ids)).unsqueeze(-1), own, y)
+
+
+def _multiplied(m: nn.Linear, x: Tensor, y: Tensor, adapter: Adapter) -> Tensor:
+    """Products y [..., N] of x [..., K] with the table, with those of the adapter's rows in their places."""
+    index = _index(adapter, x)
+    own = F.linear(x, adapter["trainable_tokens_delta"].to(m.weight), None if m.bias is None else m.bias[index])
+    return y.index_copy(-1, index, own) if composing() else y.index_copy_(-1, index, own)  # nobody else has y
 
 
 def _index(adapter: Adapter, like: Tensor) -> Tensor:
