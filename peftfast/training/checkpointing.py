@@ -30,12 +30,24 @@ def require_input_gradients(model: nn.Module) -> None:
         model.__dict__[_DONE] = True  # not the hook's handle: a compiler can read a flag
 
 
-def _require_gradient(module: nn.Module, inputs: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    # only where a graph is recorded: under no_grad the flag would mark a leaf for nothing
-    if isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled() and output.is_leaf:
-        output.requires_grad_(True)
+class _Beginning(torch.autograd.Function):
+    """The same numbers as the beginning of a graph. No leaf, so that models may write into them (BLIP's positions)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        return x.data  # neither the tensor itself nor detached, either of which autograd takes for a view of a leaf
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _require_gradient(module: nn.Module, inputs: Any, output: Any) -> Any:
+    # only where a graph is recorded: under no_grad there is none to begin
+    recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if recorded and isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
+        return _Beginning.apply(output, torch.empty(0, requires_grad=True))
+    return None
 
 
 def checkpointing_switches(model: nn.Module) -> list[nn.Module]:

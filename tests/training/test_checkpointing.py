@@ -106,6 +106,26 @@ def test_copies_with_checkpointing_on():
     assert largest_difference(step(copy.deepcopy(model))[1], expected) == 0.0
 
 
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_models_that_write_into_their_embeddings(reentrant):
+    """As BLIP's text model, which adds the positions in place."""
+
+    def write(module, inputs):
+        inputs[0].mul_(1.5)
+
+    def made() -> torch.nn.Module:
+        base = llama()
+        base.main_input_name = "pixel_values"  # of what reads ids first, transformers makes embeddings such leaves
+        base.model.rotary_emb.register_forward_pre_hook(write)  # between the embedding and the first block
+        return wrapped(peftfast, base)
+
+    loss, expected = step(made())
+    checkpoint(model := made(), reentrant)
+    checkpointed, found = step(model)
+    assert checkpointed == loss
+    assert largest_difference(found, expected) == 0.0
+
+
 def test_no_graph_is_recorded_in_evaluation():
     model = wrapped(peftfast)
     checkpoint(model, True)
