@@ -143,9 +143,8 @@ def patch(
             warnings.simplefilter("ignore")
             with replicated(model, trial):
                 found = plan_injection(Inventory(model, {}), "trial", trial, strict=options.get("strict", False))
-        packed = [name for name, _, _ in planned.places if name in found.parameters]
-        if packed:
-            raise ValueError(f"target_parameters match weights of {packed}, which {quantize=} would pack; skip them")
+        # a Parameter that is adapted by itself stays what it is
+        skip = [*planned.skipped, *(name for name, _, _ in planned.places if name in found.parameters)]
     quantize_model(model, quantize, skip=skip, **settings)
     return get_peft_model(model, config, **options)
 

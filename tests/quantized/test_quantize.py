@@ -316,6 +316,18 @@ def test_patch_refuses_before_it_quantises():
         peftfast.patch(llama(hidden=64), peftfast.LoraConfig(), quantize_options={"double_quant": True})
 
 
+@pytest.mark.parametrize("skip", [None, ["down_proj"]])
+def test_patch_leaves_weights_dense_that_are_adapted_as_parameters(skip):
+    """As "all-linear" makes of AFMoE's router, beside its fused experts."""
+    config = peftfast.LoraConfig(target_modules=["v_proj"], target_parameters=["q_proj.weight"])
+    model = peftfast.patch(llama(hidden=64), config, quantize="nf4", quantize_options={"skip": skip})
+    dense = {n.rpartition(".")[2] for n, m in model.get_base_model().named_modules() if type(m) is nn.Linear}
+    assert "q_proj" not in {n.rpartition(".")[2] for n in model.quantization_report}
+    assert bnb.nn.Linear4bit in kinds(model) and ("down_proj" in dense) == (skip is not None)
+    losses = descend(model, input_ids=IDS)
+    assert losses[-1] < losses[0] - 0.1
+
+
 def test_patch_passes_options_on():
     options = {
         "double_quant": True,
