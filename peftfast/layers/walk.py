@@ -40,3 +40,15 @@ def outer_modules(
         if inside is None or not name.startswith(inside):
             inside = f"{name}." if closed(module) else None
             yield name, module
+
+
+def put(parent: nn.Module, attribute: str, module: nn.Module) -> None:
+    """Put `module` in a child's place, and in lists that the parent has of its own: MaskFormer's heads call what is in
+    one."""
+    child = parent._modules[attribute]
+    setattr(parent, attribute, module)
+    for held in parent.__dict__.values():
+        if type(held) is list:
+            for i, item in enumerate(held):
+                if item is child:
+                    held[i] = module

@@ -19,7 +19,7 @@ from peftfast.errors import close_matches, enumerate_some
 from peftfast.keys import ends_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.layers.walk import outer_modules
+from peftfast.layers.walk import outer_modules, put
 from peftfast.methods.lora.loftq import best_factors, loftq_factors
 from peftfast.methods.lora.lora import factors
 from peftfast.quantization.originals import Originals
@@ -189,15 +189,15 @@ def _skipped(model: nn.Module, places: list[tuple[str, Any, nn.Module]], skip: I
     }
 
 
-#: By the id of a module, all places where it hangs: the children of a module, and what it is called among them.
-_Parents = Mapping[int, list[tuple[dict[str, nn.Module | None], str]]]
+#: By the id of a module, all places where it hangs: its parents, and what each of them calls it.
+_Parents = Mapping[int, list[tuple[nn.Module, str]]]
 
 
 def _parents(model: nn.Module) -> _Parents:
     found = defaultdict(list)
     for parent in model.modules():
         for name, child in parent._modules.items():
-            found[id(child)].append((parent._modules, name))
+            found[id(child)].append((parent, name))
     return found
 
 
@@ -205,8 +205,8 @@ def _put(parents: _Parents, layer: BaseTunerLayer | None, old: nn.Module, new: n
     if layer is not None:
         layer.base_layer = new
         return
-    for children, name in parents[id(old)]:
-        children[name] = new
+    for parent, name in parents[id(old)]:
+        put(parent, name, new)
 
 
 def _mark_quantised(model: nn.Module, config: Mapping[str, Any], skipped: Iterable[str]) -> None:

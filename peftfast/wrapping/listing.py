@@ -13,7 +13,7 @@ from peftfast.layers.own import LoraLayer
 from peftfast.layers.parameter import ParameterLayer
 from peftfast.layers.saved_modules import TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
-from peftfast.layers.walk import outer_modules
+from peftfast.layers.walk import outer_modules, put
 from peftfast.rows.control import Control
 from peftfast.sites.parameter import ParameterSite
 
@@ -112,7 +112,7 @@ class Listing:
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in every place where the module `name` hangs."""
         for parent, attribute in self._hangs(name):
-            setattr(parent, attribute, module)
+            put(parent, attribute, module)
 
     def wrap(self, name: str, make: Callable[[nn.Module], BaseTunerLayer] = make_layer) -> BaseTunerLayer:
         """The adapter layer in the place of the module `name`, made if there is none."""

@@ -32,8 +32,11 @@ def unchanged_if_refused(model: nn.Module) -> Iterator[None]:
 
 
 def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Every attribute; of dicts (parameters, children, hooks) what is in them as well."""
-    return {k: (v, dict(v) if isinstance(v, dict) else None) for k, v in module.__dict__.items()}
+    """Every attribute; of dicts (parameters, children, hooks) and lists what is in them as well."""
+    return {
+        k: (v, dict(v) if isinstance(v, dict) else list(v) if isinstance(v, list) else None)
+        for k, v in module.__dict__.items()
+    }
 
 
 def _restore(module: nn.Module, state: dict[str, tuple[Any, Any]]) -> None:
@@ -41,6 +44,8 @@ def _restore(module: nn.Module, state: dict[str, tuple[Any, Any]]) -> None:
         del module.__dict__[name]
     for name, (value, items) in state.items():
         module.__dict__[name] = value
-        if items is not None:
+        if isinstance(value, list):
+            value[:] = items
+        elif items is not None:
             value.clear()
             value.update(items)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import peftfast
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.methods.lora.lora import Lora
 
 peft = importlib.import_module("peft")
 
@@ -241,6 +242,41 @@ def test_module_used_in_two_places():
     merged = model.merge_and_unload()
     assert merged.first is merged.again[0] and type(merged.first) is nn.Linear
     torch.testing.assert_close(merged(X), before, rtol=1e-4, atol=1e-5)
+
+
+class Listed(nn.Module):
+    """As the blocks of MaskFormer's mask head."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)]
+        for i, layer in enumerate(self.layers):
+            self.add_module(str(i), layer)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_modules_that_are_called_from_a_list_of_their_parents(monkeypatch):
+    base = Listed()
+    alone = base(X)
+    model = peftfast.get_peft_model(base, peftfast.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
+    adapted = model(X)
+    adapted.sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+    torch.testing.assert_close(model.merge_and_unload()(X), adapted, rtol=1e-4, atol=1e-5)
+    assert base.layers == list(base.children()) and not torch.allclose(adapted, alone)
+
+    def failing(self, site, adapter):
+        if adapter.key == "2":
+            raise OSError("no memory")
+
+    monkeypatch.setattr(Lora, "init", failing)
+    with pytest.raises(OSError):
+        peftfast.get_peft_model(base, peftfast.LoraConfig(target_modules=["0", "2"]))
+    assert base.layers == list(base.children()) and {type(m) for m in base.layers} == {nn.Linear, nn.ReLU}
 
 
 # ---- accelerate ------------------------------------------------------------------------------------------
