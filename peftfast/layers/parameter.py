@@ -84,6 +84,17 @@ class ParameterLayer(ChangingLayer):
     def num_experts(self) -> int:
         return self.site.experts
 
+    @property
+    def _did_swap_in_out_features(self) -> bool:
+        """PEFT's word for stacks [E, N, K], by which others (unsloth) tell which factor goes with which side."""
+        return self.get_param().dim() == 3 and not self.site.transposed
+
+    def get_delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Any]:
+        """(left, right, s): s · left @ right is the change, lying as the Parameter does."""
+        adapter = self.adapters[adapter_name]
+        change = self.site.together(adapter.method.changes(self.site, [adapter]))
+        return (*self.site.factors(change.a, change.b), change.scale)
+
     def counterparts(self) -> tuple[str, ...]:
         return ("tuners.lora.layer.ParamWrapper",)
 

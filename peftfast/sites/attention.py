@@ -53,8 +53,8 @@ class OutProjectionSite(ParameterSite):
     def __init__(self, module: nn.Linear) -> None:
         super().__init__(module, "weight")
 
-    def _factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        left, right = super()._factors(a, b)
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = super().factors(a, b)
         return 2.0 * left, right
 
 

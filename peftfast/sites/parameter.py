@@ -72,7 +72,7 @@ class ParameterSite(UsualSite):
         }
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
-        left, right = self._factors(a, b)
+        left, right = self.factors(a, b)
         return (left @ right).flatten(0, 1)
 
     def split(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ class ParameterSite(UsualSite):
         """`split`, undone."""
         return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
-    def _factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Two stacks whose product lies as the Parameter does."""
         a, b = self.split(a, b)
         return (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
@@ -111,9 +111,9 @@ class ParameterSite(UsualSite):
         with torch.autocast(value.device.type, enabled=False):  # the module expects the dtype that it stores
             if value.dim() == 2:  # small enough for a copy in the factors' dtype, which leaves one rounding
                 wide = torch.promote_types(value.dtype, a.dtype)
-                left, right = self._factors(a.to(wide), b.to(wide))
+                left, right = self.factors(a.to(wide), b.to(wide))
                 return torch.addmm(value.to(wide), left[0], right[0], alpha=scale).to(value.dtype)
-            left, right = self._factors(a.to(value.dtype), b.to(value.dtype))
+            left, right = self.factors(a.to(value.dtype), b.to(value.dtype))
             return torch.baddbmm(value, left, right, alpha=scale)
 
 

@@ -148,6 +148,18 @@ def test_changes_of_the_weights(twins):
         close(layer.get_delta_weight("default").reshape(expected.shape), expected)
 
 
+def test_which_factor_goes_with_which_side(twins):
+    """Unsloth computes with the factors itself, and asks for PEFT's own word of where they go."""
+    layers = dict(twins.ours.named_modules())
+    for key, theirs in twins.theirs.named_modules():
+        if not hasattr(theirs, "get_delta_factors"):
+            continue
+        ours = layers[key]
+        assert ours._did_swap_in_out_features is theirs._did_swap_in_out_features
+        left, right, scale = ours.get_delta_factors("default")
+        close((left @ right * scale).reshape(ours.get_param().shape), theirs.get_delta_weight("default"))
+
+
 def test_merging(twins):
     before = {n: p.clone() for n, p in twins.ours.named_parameters()}
     with torch.no_grad():
