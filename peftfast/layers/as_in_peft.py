@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.base.dense import DenseWeight
+from peftfast.config import PeftConfig
+from peftfast.method import method_for
 from peftfast.sharding import whole
 
 #: What every layer of PEFT's with LoRA adapters has, empty where its kind of module or adapter has no use for it.
@@ -34,6 +37,13 @@ class AsInPeft:
     """Mixin of the layers."""
 
     adapters: dict[str, Adapter]
+
+    def _begin(self, name: str, config: PeftConfig, r: int, lora_alpha: float) -> None:
+        """The adapter with which somebody has made a layer that is in no model: active, and trained."""
+        own = copy.copy(config)
+        own.r, own.lora_alpha = r, lora_alpha
+        self.add_adapter(name, method_for(own), own, "")
+        self.set_adapter([name])
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Let a LoRA adapter start anew, with True or "gaussian"; False leaves it as it is. Magnitudes stay."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some
 from peftfast.layers.calls import Steps
 from peftfast.layers.layer import BaseTunerLayer
@@ -70,7 +71,29 @@ class ChangingLayer(BaseTunerLayer):
 
 
 class ParameterLayer(ChangingLayer):
-    """PEFT's `ParamWrapper`. Its base layer is the module, or a layer around it for another of its Parameters."""
+    """PEFT's `ParamWrapper`. Its base layer is the module, or a layer around it for another of its Parameters.
+
+    Args:
+        site: of the Parameter; None: of the one called `parameter_name`.
+        adapter_name, config, r, lora_alpha, settings: what PEFT's is made with, for the adapter to begin with.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        parameter_name: str = "weight",
+        config: PeftConfig | None = None,
+        r: int = 0,
+        lora_alpha: float = 1,
+        *,
+        site: ParameterSite | None = None,
+        **settings: Any,
+    ) -> None:
+        module = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        super().__init__(base_layer, ParameterSite(module, parameter_name) if site is None else site)
+        if adapter_name is not None and config is not None:
+            self._begin(adapter_name, config, r, lora_alpha)
 
     @property
     def parameter_name(self) -> str:
@@ -103,6 +126,14 @@ class ParameterLayer(ChangingLayer):
 
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}"
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """As all layers; of a stack with the sides of the factors that are there, which somebody may have put in."""
+        change = super().get_delta_weight(adapter)
+        if self.site.experts == 1:
+            return change
+        left, right, _ = self.get_delta_factors(adapter)
+        return change.reshape(len(left), left.shape[1], right.shape[2])
 
     def nest(self) -> list[ParameterLayer]:
         """This layer and those inside it, the innermost first."""

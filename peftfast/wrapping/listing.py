@@ -136,7 +136,7 @@ class Listing:
         outer = module = self.module(name)
         nest = []
         for parameter in parameters:
-            outer = self._prepared(ParameterLayer(outer, ParameterSite(module, parameter)), module)
+            outer = self._prepared(ParameterLayer(outer, site=ParameterSite(module, parameter)), module)
             nest.append(outer)
         self._list_nest(name, nest)
         self.replace(name, outer)

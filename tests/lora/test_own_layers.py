@@ -1,7 +1,10 @@
 """Layers that a user writes for kinds of module that the library does not know: the same source, with PEFT's base
 classes and with ours."""
 
+import copy
 import importlib
+from functools import partial
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -11,10 +14,14 @@ from torch import nn
 import peftfast
 from peftfast.layers import kinds
 from peftfast.layers.own import LoraLayer
+from peftfast.layers.parameter import ParameterLayer
 from peftfast.wrapping.adding import add_adapter
 
 peft = importlib.import_module("peft")
 lora = importlib.import_module("peft.tuners.lora")
+
+
+OURS = SimpleNamespace(**vars(kinds), ParamWrapper=ParameterLayer)
 
 
 class Net(nn.Module):
@@ -253,6 +260,66 @@ def test_a_class_derived_from_a_layer_of_the_library_is_made_as_in_peft():
     with pytest.raises(TypeError, match="0: Fills has an update_layer, which nothing calls"):
         peftfast.get_peft_model(net, config)
     assert type(net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "kind, module, x, options",
+    [
+        ("Linear", nn.Linear(6, 5), torch.randn(2, 6), {}),
+        ("Linear", nn.Linear(6, 5), torch.randn(2, 6), {"use_dora": True}),
+        ("Linear", nn.Linear(6, 5), torch.randn(2, 6), {"use_rslora": True, "lora_bias": True}),
+        ("Embedding", nn.Embedding(6, 5), torch.tensor([[1, 2, 5]]), {}),
+        ("Conv2d", nn.Conv2d(6, 5, 3), torch.randn(2, 6, 4, 4), {}),
+        ("ParamWrapper", nn.Linear(6, 5), torch.randn(2, 6), {"parameter_name": "weight"}),
+    ],
+)
+def test_a_layer_made_alone_has_its_adapter(kind, module, x, options):
+    """As Axolotl makes one for each weight that it merges."""
+    names_parameter = {name: options[name] for name in options if name == "parameter_name"}
+    made = {}
+    for library, names in (
+        (peft, importlib.import_module("peft.tuners.lora.layer")),
+        (peftfast, OURS),
+    ):
+        fields = {name: options[name] for name in options if name not in names_parameter}
+        config = library.LoraConfig(r=8, lora_alpha=2, init_lora_weights=False, **fields)
+        made[library] = getattr(names, kind)(
+            copy.deepcopy(module), adapter_name="a", config=config, r=2, lora_alpha=6, **names_parameter
+        )
+    theirs, ours = made.values()
+    assert [(n, p.shape, p.requires_grad) for n, p in ours.named_parameters()] == [
+        (n, p.shape, p.requires_grad) for n, p in theirs.named_parameters()
+    ]
+    oracle.copy_parameters(theirs, ours)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    close(ours(x), theirs(x))
+    assert ours.scaling == theirs.scaling and ours.active_adapters == theirs.active_adapters == ["a"]
+    ours.merge(adapter_names=["a"])
+    theirs.merge(adapter_names=["a"])
+    close(ours.get_base_layer().weight, theirs.get_base_layer().weight)
+
+
+def test_changes_of_a_layer_made_alone_lie_as_the_factors_say():
+    """Axolotl's base modules do not say that their stacks are [E, K, N], nor that their weights are transposed."""
+
+    def alone(name, module, **settings):
+        for library, names in ((peft, importlib.import_module("peft.tuners.lora.layer")), (peftfast, OURS)):
+            config = library.LoraConfig(fan_in_fan_out=name == "Linear")
+            yield getattr(names, name)(module, adapter_name="a", config=config, r=2, lora_alpha=6, **settings)
+
+    def compare(layers, a, b):
+        deltas = []
+        for layer in layers:
+            layer.lora_A["a"].weight.data, layer.lora_B["a"].weight.data = a, b
+            deltas.append(layer.get_delta_weight("a"))
+        torch.testing.assert_close(*deltas)
+
+    stacks = nn.Module()
+    stacks.weight = nn.Parameter(torch.randn(3, 8, 4))
+    compare(alone("ParamWrapper", stacks, parameter_name="weight"), torch.randn(6, 8), torch.randn(4, 6))
+    turned = nn.Linear(8, 4, bias=False)
+    turned.weight.data = torch.randn(8, 4)
+    compare(alone("Linear", turned), torch.randn(2, 8), torch.randn(4, 2))
 
 
 def test_layers_are_told_apart_by_the_kind_of_their_module():
