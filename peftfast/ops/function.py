@@ -23,7 +23,7 @@ def fresh_if_compiled(y: Tensor) -> Tensor:
     return fresh(y) if torch.compiler.is_compiling() else y
 
 
-class _Apart:
+class Apart:
     """The context of a Function whose gradients are to be differentiated: what is saved is there as often as it is
     asked for, and every tensor by itself, although one may be made of another, as where a layer is called twice."""
 
@@ -57,7 +57,7 @@ def second_order(again: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @left_alone
         def wrapper(ctx: Any, *grads: Any) -> Any:
-            return again(_Apart(ctx), *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+            return again(Apart(ctx), *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
         return wrapper
 

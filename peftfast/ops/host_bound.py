@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from peftfast.ops.casts import compute_copies, compute_pair
-from peftfast.ops.function import as_dtype, as_rows, fresh, gradients_of, left_alone
+from peftfast.ops.function import Apart, as_dtype, as_rows, fresh, gradients_of, left_alone
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
 from peftfast_kernels.dispatch import host_bound_products
@@ -144,10 +144,11 @@ class _HostBound(Function):
     @staticmethod
     @left_alone
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, a, b, weight, t, mask = ctx.saved_tensors
         plan, needs = ctx.plan, ctx.needs_input_grad
         if torch.is_grad_enabled():
+            x, a, b, weight, _, mask = Apart(ctx).saved_tensors
             return *_again(dy, x, a, b, weight, plan, mask, needs), None, None
+        x, a, b, weight, t, mask = ctx.saved_tensors
         dy, kept = as_rows(dy), (t, mask, ctx.copies)
         dx, *grads = _differentiate(dy, as_rows(x), a, b, weight, plan, kept, needs[:4])
         return _shaped(dx, x), *grads, None, None

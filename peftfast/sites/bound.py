@@ -155,7 +155,7 @@ class BoundLora:
     def part(self, x: Tensor, drops: bool = True) -> Part | None:
         """What x is to be multiplied by, None where this call is not a plain one; `drops` False leaves dropout out."""
         last = self.found(x)
-        if last is None:
+        if last is None or self.when is not None and not self.when(x):
             return None
         part = last.part if self.weighted is None else self.weighted(last.part)
         if part is None:

@@ -54,9 +54,7 @@ def bound_of(layer: BaseTunerLayer) -> BoundLora | None:
 def part_of(layer: BaseTunerLayer, x: Tensor, dropout: bool = True) -> Part | None:
     """What `layer` would multiply x by, None where that is not all that it does with it."""
     bound = bound_of(layer)
-    if bound is None or bound.when is not None and not bound.when(x):
-        return None
-    return bound.part(x, dropout)
+    return None if bound is None else bound.part(x, dropout)
 
 
 def _parts(layers: Sequence[BaseTunerLayer], xs: Sequence[Tensor], dropout: bool = True) -> list[Part] | None:
