@@ -118,13 +118,10 @@ class AdaLoraModel(PeftSteps, BaseTuner):
 
     @property
     def rankallocator(self) -> RankAllocator:
-        """The schedule of the adapter that is being trained."""
+        """The schedule of the adapter that is being trained. AttributeError where none is."""
         name = self.trainable_adapter_name
         if name is None:
-            raise ValueError(
-                f"No AdaLoRA adapter is being trained; active: {self.active_adapters}, "
-                f"present: {list(self.peft_config)}"
-            )
+            raise AttributeError("rankallocator")
         return self._allocator(name)
 
     def _adapters(self, name: str) -> list[Adapter]:
@@ -187,7 +184,13 @@ class AdaLoraModel(PeftSteps, BaseTuner):
     def update_and_allocate(self, global_step: int) -> None:
         """Run the schedule by hand, after `loss.backward()` and before `zero_grad()`, as PEFT wants it. Not needed:
         the schedule runs by itself, and stops doing so with the first call of this."""
-        allocator = self.rankallocator
+        name = self.trainable_adapter_name
+        if name is None:
+            raise ValueError(
+                f"No AdaLoRA adapter is being trained; active: {self.active_adapters}, "
+                f"present: {list(self.peft_config)}"
+            )
+        allocator = self._allocator(name)
         if self.automatic:
             self.automatic = False
             _watched.discard(self)

@@ -338,6 +338,15 @@ def test_the_first_rank_may_be_written_to_between_calls():
         torch.testing.assert_close(layer(x), base + at_five / 4)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_there_is_no_schedule_where_no_adapter_is_trained(mixed):
+    config = peftfast.LoraConfig(r=2) if mixed else peftfast.AdaLoraConfig(**OPTIONS, inference_mode=True)
+    tuner = peftfast.get_peft_model(oracle.llama(), config, mixed=mixed).base_model
+    assert not hasattr(tuner, "rankallocator")  # as in PEFT; what lists a model's attributes asks for it
+    with pytest.raises(ValueError, match="No AdaLoRA adapter is being trained; active: .*default"):
+        tuner.update_and_allocate(1)
+
+
 def test_cutting_does_not_change_the_output():
     _, ours = pair()
     train(ours, 12)
