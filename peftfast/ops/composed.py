@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfast.autocast import is_autocasting
-from peftfast.ops.function import apply, as_dtype, as_rows, composing, exporting, first_order, shaped_as, transformed
+from peftfast.ops.function import apply, as_dtype, as_rows, composing, exporting, left_alone, shaped_as, transformed
 from peftfast.ops.gate import gated
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
@@ -36,8 +36,8 @@ class _FrozenProduct(torch.autograd.Function):
         return torch.mm(rows, weight_kn(plan.weight(stored), plan.dtype))
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple:
+    @left_alone
+    def backward(ctx: Any, dy: Tensor) -> tuple:  # which is linear in dy, and so its own derivative
         plan, stored = ctx.plan, ctx.saved_tensors
         dx = torch.mm(dy, weight_nk(plan.weight(stored), plan.dtype))
         return dx, None, *(None,) * len(stored)

@@ -16,7 +16,7 @@ import peftfast
 from peftfast.ops import blocks, composed, dora, host_bound, scale, velora
 from peftfast.ops import lora as lora_ops
 from peftfast.ops.plan import Part, plan_of
-from peftfast_kernels.decode import dense
+from peftfast_kernels.decode import dense, random_operand
 from peftfast_kernels.keep_mask import keep_mask, keep_scale
 
 peft = importlib.import_module("peft")
@@ -441,6 +441,12 @@ def test_input_gradient_only_and_factors_only():
     )
 
 
+def packed(part):
+    """With another weight, in 8 bits."""
+    w = random_operand("int8", 8, 8, part.plan.dtype, "cpu")
+    return part._replace(w=w, plan=part.plan._replace(format=w.format))
+
+
 #: name -> outputs [..., N] for x [..., K], a part of both, the output of a base module and N numbers
 WAYS = {
     "kernels": lambda x, part, y, g: [lora_ops.by_kernels(x, part)],
@@ -448,6 +454,7 @@ WAYS = {
     "siblings": lambda x, part, y, g: blocks.lora_siblings(x, [part, part]),
     "gated MLP": lambda x, part, y, g: [blocks.gated_mlp(x, part, part, part, "silu")],
     "composed": lambda x, part, y, g: [composed.composed_lora(x, part)],
+    "composed over packed weights": lambda x, part, y, g: [composed.composed_lora(x, packed(part))],
     "on an output": lambda x, part, y, g: [lora_ops.lora_linear_add(y, x, part.a, part.b, 2.0, 0.0)],
     "DoRA": lambda x, part, y, g: [dora.dora_linear_add(y, x, part.a, part.b, g, part.bias, 2.0)],
     "VeLoRA": lambda x, part, y, g: [
