@@ -52,7 +52,9 @@ class ParameterWeight(UsualWeight):
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
         own = stored_weight(self.module, self.parameter, write=True)
-        own.copy_((weight.t() if self.transposed else weight).reshape(own.shape))
+        new = (weight.t() if self.transposed else weight).reshape(own.shape)
+        if new.data_ptr() != own.data_ptr():  # what `seen` gives may have been written to
+            own.copy_(new)
 
     @property
     def draws(self) -> bool:

@@ -143,7 +143,7 @@ class Merger:
             if not first:
                 self._restore(kept)
             try:
-                self._store(self.merged([*inside, *own], check=safe_merge), rounding, apart)
+                self._store(self.merged([*inside, *own], safe_merge, in_place=not apart), rounding, apart)
             except BaseException:
                 if keep or not first:  # there may have been memory to write to the weight, and none to look at it
                     self._restore_weight(kept)
@@ -281,13 +281,14 @@ class Merger:
         return names
 
     @torch.no_grad()
-    def merged(self, names: Sequence[str], check: bool) -> Dense:
-        """The base with these adapters, wide; ValueError, if `check`, for one that makes a value not finite."""
+    def merged(self, names: Sequence[str], check: bool, in_place: bool = False) -> Dense:
+        """The base with these adapters, wide, with `in_place` in the place of the base where that is as wide;
+        ValueError, if `check`, for one that makes a value not finite."""
         weight = self.layer.site.weight
         dtype, once = weight.merge_dtype, len(names) == 1 and self._in_one_step(names[0])
         if once:  # which rounds once
             dtype = torch.promote_types(weight.compute_dtype, torch.float32)
-        base = dense = self._dense(dtype)
+        base = dense = self._dense(dtype, self._stored(dtype) if in_place and once and not check else None)
         if once and not is_distributed(dense.weight):
             base = dense._replace(spare=True)
         for name, dense in self._steps(base, names):
@@ -295,16 +296,25 @@ class Merger:
                 self._check_finite(dense, name)
         return dense
 
+    def _stored(self, dtype: torch.dtype) -> Tensor | None:
+        """The weight [N, K] itself, to be written to; None where it is not kept as numbers of this dtype."""
+        weight = self.layer.site.weight
+        if weight.quantization or weight.compute_dtype is not dtype or type(self._parameter) is not nn.Parameter:
+            return None
+        seen = weight.seen()
+        return seen if seen.data_ptr() == self._parameter.data_ptr() else None
+
     def _in_one_step(self, name: str) -> bool:
         """Whether an adapter adds one product of factors, or scales the weight."""
         adapter = self.layer.adapters[name]
         as_product = getattr(adapter.method, "as_product", None)
         return hasattr(adapter.method, "scales") or as_product is not None and as_product(adapter) is not None
 
-    def _dense(self, dtype: torch.dtype) -> Dense:
-        """The base layer as it is."""
+    def _dense(self, dtype: torch.dtype, weight: Tensor | None = None) -> Dense:
+        """The base layer as it is; of the weight a copy, if it is not given."""
         bias = bias_of(self.layer.base_layer)
-        return Dense(self.layer.site.weight.dense(dtype), None if bias is None else bias.detach().to(dtype))
+        weight = self.layer.site.weight.dense(dtype) if weight is None else weight
+        return Dense(weight, None if bias is None else bias.detach().to(dtype))
 
     def _check_finite(self, dense: Dense, name: str) -> None:
         """ValueError for values that are not finite, or that storing would make infinite."""

@@ -364,14 +364,16 @@ def test_a_layer_merged_by_itself_says_nothing_of_the_others(call):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", [LoraConfig(), peftfast.AdaLoraConfig(total_step=10)], ids=["lora", "adalora"])
-def test_merging_for_good_needs_one_wide_weight(kind, dtype):
+def test_merging_for_good_makes_at_most_one_weight(kind, dtype):
+    """A wider one, where the sum would be rounded otherwise."""
     n, k = 192, 4096
     config = copy.deepcopy(kind)
     config.target_modules = {"0"}
     model = random_adapters(peftfast.get_peft_model(nn.Sequential(nn.Linear(k, n, bias=False, dtype=dtype)), config))
     with oracle.Made() as made:
         model.base_model.model[0].merge(keep=False)
-    assert [shape for shape in made.shapes if math.prod(shape) >= n * k] == [(n, k)]
+    wider = [(n, k)] if dtype.itemsize < 4 else []
+    assert [shape for shape in made.shapes if math.prod(shape) >= n * k] == wider
 
 
 def test_disabled_while_merged_and_merged_for_good():
