@@ -110,10 +110,10 @@ def whole_shape(tensor: Tensor) -> torch.Size:
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """While this is open, what ZeRO-3 has taken apart of `module` and of all below it is together; what is written to
-    it lasts, as the first process has it. All processes have to come by here. Without ZeRO-3 it does nothing."""
-    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")] if _has_deepspeed() else []
+def whole(parameters: Iterable[Tensor | None]) -> Iterator[None]:
+    """While this is open, what ZeRO-3 has taken apart of these is together; what is written to it lasts, as the first
+    process has it. All processes have to come by here. Without ZeRO-3 it does nothing."""
+    parameters = [p for p in parameters if hasattr(p, "ds_id")]
     if not parameters:
         yield
         return
@@ -129,7 +129,7 @@ def check_not_partitioned(parameters: Iterable[tuple[str, Tensor]], what: str, i
     Args:
         what: the user wanted to do. instead: what can be done.
     """
-    apart = [name for name, p in parameters if hasattr(p, "ds_id")] if _has_deepspeed() else []
+    apart = [name for name, p in parameters if hasattr(p, "ds_id")]
     if apart:
         raise RuntimeError(
             f"Cannot {what}: DeepSpeed ZeRO-3 has taken {len(apart)} of its parameters apart ({apart[0]}, ...), and "
@@ -173,11 +173,6 @@ class GatheredAsOne:
     def ds_external_parameters(self) -> Iterable[tuple[int, nn.Parameter]]:
         known = {id(p): p for p in self.read_from_outside() if hasattr(p, "ds_id")}
         return {**self._external_params, **known}.items()
-
-
-def _has_deepspeed() -> bool:
-    """Whether there can be anything that ZeRO-3 has taken apart, which to look for takes longer than what asks."""
-    return "deepspeed" in sys.modules
 
 
 def _fsdp2_class() -> Any:

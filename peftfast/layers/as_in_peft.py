@@ -13,7 +13,6 @@ from peftfast.adapter import Adapter
 from peftfast.base.dense import DenseWeight
 from peftfast.config import PeftConfig
 from peftfast.method import method_for
-from peftfast.sharding import whole
 
 #: What every layer of PEFT's with LoRA adapters has, empty where its kind of module or adapter has no use for it.
 _ALWAYS_THERE: dict[str, Callable[[], Any]] = {
@@ -53,7 +52,7 @@ class AsInPeft:
         restart = getattr(adapter.method, "restart", None)
         if restart is None:
             raise ValueError(f"{adapter_name} at {adapter.key} is no LoRA, whose parameters could be reset")
-        with torch.no_grad(), whole(self):
+        with torch.no_grad(), self.whole_for(adapter):
             restart(self.site, adapter, init_lora_weights)
         self.changed(adapter_name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from peftfast.layers.calls import CalledLayer
 from peftfast.layers.merger import MergedNames, Merger, check_mergeable
 from peftfast.layers.scaling import HasScaling
 from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
+from peftfast.layers.walk import base_parameters
 from peftfast.method import AdapterMethod
 from peftfast.rows.control import Control
 from peftfast.sharding import GatheredAsOne, whole
@@ -122,10 +124,14 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         adapter.locate()
         self.adapters[name] = adapter
         if initialise and source is None and device.type != "meta":
-            with torch.no_grad(), whole(self):
+            with torch.no_grad(), self.whole_for(adapter):
                 method.init(self.site, adapter)
         self.changed(name)
         return adapter
+
+    def whole_for(self, adapter: Adapter) -> AbstractContextManager:
+        """See `sharding.whole`: of the base and this adapter."""
+        return whole([*(p for _, p in base_parameters(self)), *adapter.parameters().values()])
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Others may put modules of their own in the place of the base module, and of what keeps adapters' tensors; and

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
 from peftfast.errors import no_such_adapter, warn
-from peftfast.layers.walk import base_modules
+from peftfast.layers.walk import base_modules, base_parameters
 from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
 from peftfast.sites import Dense, bias_of
 
@@ -29,7 +29,7 @@ def check_mergeable(module: nn.Module) -> None:
             "PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
         )
     check_not_partitioned(
-        module.named_parameters(),
+        base_parameters(module),
         "merge or unmerge adapters of this model",
         "Save them (model.save_pretrained(folder), called by all processes) and merge without DeepSpeed, in one "
         "process: PeftModel.from_pretrained(base_model, folder).merge_and_unload()",
@@ -318,9 +318,11 @@ class Merger:
 
     def _check_finite(self, dense: Dense, name: str) -> None:
         """ValueError for values that are not finite, or that storing would make infinite."""
-        if not all(t is None or torch.isfinite(t).all() for t in (dense.weight, dense.bias)):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         layer = self.layer
+        is_broken = not all(torch.isfinite(t).all() for t in layer.adapters[name].parameters().values())
+        found = [t for t in (dense.weight, dense.bias) if t is not None]
+        if any(t.isnan().any() or is_broken and t.isinf().any() for t in found):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         dtypes = {"weights": layer.site.weight.compute_dtype}
         if dense.bias is not None:
             dtypes["bias"] = layer.base_layer.bias.dtype

@@ -85,7 +85,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Make the adapter's copy, frozen and inactive; a `tied` weight is shared instead of copied."""
         if adapter_name in self._adapters:
             return
-        with whole(self.original_module):
+        with whole(self.original_module.parameters()):
             self.modules_to_save[adapter_name] = _trainable_copy(self.original_module, tied)
         self._adapters.add(adapter_name)
         if tied is not None:

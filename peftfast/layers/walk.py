@@ -31,6 +31,16 @@ def base_modules(model: nn.Module, every_place: bool = False) -> Iterator[tuple[
                 left.append((prefix + key, child))
 
 
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The Parameters of `base_modules`, each by the name of its first place."""
+    seen: set[int] = set()
+    for name, module in base_modules(model):
+        for leaf, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield f"{name}.{leaf}" if name else leaf, p
+
+
 def outer_modules(
     model: nn.Module, closed: Callable[[nn.Module], bool], every_place: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:

@@ -13,7 +13,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some, no_such_adapter, warn
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer, Place
-from peftfast.layers.walk import base_modules
+from peftfast.layers.walk import base_parameters
 from peftfast.method import AdapterMethod, method_for
 from peftfast.sharding import gather_without_wrapper, is_stepped_by_zero3, to_shards
 from peftfast.sites.site import bias_of, is_bias
@@ -102,12 +102,8 @@ class Inventory(Listing):
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is no adapter's, by its name in the model."""
-        seen = {id(p) for wrapper in self.extras.values() for _, p in _own_parameters(wrapper, wrapper._adapters)}
-        for name, module in base_modules(self.model):
-            for leaf, p in module._parameters.items():
-                if p is not None and id(p) not in seen:
-                    seen.add(id(p))
-                    yield f"{name}.{leaf}" if name else leaf, p
+        own = {id(p) for wrapper in self.extras.values() for _, p in _own_parameters(wrapper, wrapper._adapters)}
+        return ((name, p) for name, p in base_parameters(self.model) if id(p) not in own)
 
     def train_biases(self, cfg: PeftConfig) -> None:
         """Unfreeze the base biases that the config's `bias` names."""

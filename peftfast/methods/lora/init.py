@@ -211,7 +211,7 @@ def wide_weight(site: Site) -> Tensor:
 
 def check_finite(site: Site, cfg: LoraConfig, r: int) -> None:
     """Refuse weights of which one number would spoil all, before those of other modules are changed."""
-    with whole(site.module):
+    with whole(site.module.parameters()):
         broken = site.weight.dense().isfinite().logical_not_().sum().item()
     if broken:
         raise ValueError(
