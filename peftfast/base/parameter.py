@@ -53,7 +53,8 @@ class ParameterWeight(UsualWeight):
     def assign(self, weight: Tensor) -> None:
         own = stored_weight(self.module, self.parameter, write=True)
         new = (weight.t() if self.transposed else weight).reshape(own.shape)
-        if new.data_ptr() != own.data_ptr():  # what `seen` gives may have been written to
+        # what `seen` gives may have been written to; the address of a sharded or packed tensor says nothing
+        if type(own) is not nn.Parameter or new.data_ptr() != own.data_ptr():
             own.copy_(new)
 
     @property
