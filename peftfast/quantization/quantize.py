@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +18,14 @@ from peftfast.errors import close_matches, enumerate_some
 from peftfast.keys import ends_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.layers.walk import outer_modules, put
+from peftfast.layers.walk import outer_modules
 from peftfast.methods.lora.loftq import best_factors, loftq_factors
 from peftfast.methods.lora.lora import factors
 from peftfast.quantization.originals import Originals
 from peftfast.sites.linear import is_quantised, linear_with
 from peftfast.sites.site import is_untouched
 from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.listing import Listing
 from peftfast.wrapping.parents import needs_dense
 from peftfast.wrapping.targets import name_ends
 
@@ -67,7 +67,7 @@ def quantize_model(
             matches nothing, layers that hooks have taken over. TypeError: unknown options. Nothing was changed.
     """
     plan = plan_quantization(model, quantize, skip, options)
-    report, parents = QuantizationReport(), _parents(plan.base)
+    report, listing = QuantizationReport(), Listing(plan.base)
     plan.places.reverse()
     while plan.places:  # a dense layer's memory is free before the next one is packed
         name, layer, module = plan.places.pop()
@@ -76,7 +76,7 @@ def quantize_model(
         new.train(module.training)
         new.source_cls = type(module)  # as transformers says it, for the way back
         report[name] = _relative_error(base_weight(new).dense(torch.float32), weight.float())
-        _put(parents, layer, module, new)
+        _put(listing, name, layer, new)
     _mark_quantised(plan.base, plan.kind.config(**plan.options), plan.skipped)
     plan.base.quantization_report = report
     return report
@@ -189,24 +189,11 @@ def _skipped(model: nn.Module, places: list[tuple[str, Any, nn.Module]], skip: I
     }
 
 
-#: By the id of a module, all places where it hangs: its parents, and what each of them calls it.
-_Parents = Mapping[int, list[tuple[nn.Module, str]]]
-
-
-def _parents(model: nn.Module) -> _Parents:
-    found = defaultdict(list)
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            found[id(child)].append((parent, name))
-    return found
-
-
-def _put(parents: _Parents, layer: BaseTunerLayer | None, old: nn.Module, new: nn.Module) -> None:
+def _put(listing: Listing, name: str, layer: BaseTunerLayer | None, module: nn.Module) -> None:
     if layer is not None:
-        layer.base_layer = new
-        return
-    for parent, name in parents[id(old)]:
-        put(parent, name, new)
+        layer.base_layer = module
+    elif name:  # what is no part of anything stays
+        listing.replace(name, module)
 
 
 def _mark_quantised(model: nn.Module, config: Mapping[str, Any], skipped: Iterable[str]) -> None:
@@ -267,12 +254,12 @@ def dequantize_model(
             "the weights before quantisation"
         )
     source = None if originals is None else _originals(base, originals, [(n, base_weight(m)) for n, _, m in places])
-    parents = _parents(base)
+    listing = Listing(base)
     for name, layer, module in places:
         stored = base_weight(module)
         kept = dtype or _dense_dtype(base, stored)
         weight = stored.dense(kept) if source is None else source.weight(name, module).to(stored.device, kept)
-        _put(parents, layer, module, linear_with(weight, module))
+        _put(listing, name, layer, linear_with(weight, module))
     if not any(is_quantised(module) for _, _, module in _base_modules(base)):
         _unmark_quantised(base)
     return [name for name, _, _ in places]
