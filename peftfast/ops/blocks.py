@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftfast.ops.casts import compute_copies
+from peftfast.ops.casts import compute_copies, copies_again
 from peftfast.ops.function import apply, as_dtype, as_rows, fresh, gradients_of, second_order, shaped_as
 from peftfast.ops.lora import draw_seeds, formula
 from peftfast.ops.plan import Part, Plan
@@ -91,7 +91,7 @@ def _unpack(plans: tuple[Plan, ...], counts: tuple[int, ...], flat: Sequence[Any
 
 
 def _factors(plans: tuple[Plan, ...], counts: tuple[int, ...], flat: Sequence[Any]) -> tuple[_Factors, list]:
-    """The factors in the branch's dtype, and those copies that live longer than the call anyway."""
+    """The factors in the branch's dtype, and what `copies_again` wants of each pair."""
     a, b, seeds, weights = _unpack(plans, counts, flat)
     each = [compute_copies(*pair, plan.branch) for *pair, plan in zip(a, b, plans, strict=True)]
     downs, ups, copies = map(list, zip(*each, strict=True))
@@ -101,10 +101,7 @@ def _factors(plans: tuple[Plan, ...], counts: tuple[int, ...], flat: Sequence[An
 def _factors_again(ctx: Any, flat: Sequence[Any]) -> _Factors:
     """In the backward pass."""
     a, b, seeds, weights = _unpack(ctx.plans, ctx.counts, flat)
-    each = [
-        copies or (down.to(plan.branch), up.to(plan.branch))
-        for copies, down, up, plan in zip(ctx.copies, a, b, ctx.plans, strict=True)
-    ]
+    each = [copies_again(*one, plan.branch) for *one, plan in zip(ctx.copies, a, b, ctx.plans, strict=True)]
     downs, ups = map(list, zip(*each, strict=True))
     return _Factors(ctx.plans, downs, ups, seeds, weights)
 

@@ -2,7 +2,8 @@
 
 The factors are the trained parameters and stay fp32; products under autocast want them in bf16 or fp16. The copies are
 refreshed from the parameters when the first layer of a forward of the model asks, so nobody's way of writing to a
-parameter can leave them stale; outside such a forward a layer casts for itself.
+parameter can leave them stale; outside such a forward a layer casts for itself. So does a backward pass before which
+another forward has refreshed them, in which the parameters may have been others (weights averaged over the steps, say).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftfast.ops.function import as_dtype
 from peftfast.watch import Entry, Watch
 
 _current = threading.local()
@@ -125,37 +127,55 @@ class _Window:
         return copies
 
 
-def compute_copy(parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """`parameter` in `dtype`, and whether the result outlives this call anyway (so that keeping it costs nothing)."""
+#: A copy that outlives the call anyway, so that a backward pass may have it at no cost, and torch's count of how often
+#: it had been written to.
+Lasting = tuple[Tensor, int] | None
+
+
+def compute_copy(parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, Lasting]:
+    """`parameter` in `dtype`, and what `copy_again` wants of it."""
     if parameter.dtype is dtype:
-        return parameter, True
+        return parameter, None
     if not torch.compiler.is_compiling():
         window = getattr(_current, "window", None)
         if window is not None and window.dtype is dtype:
-            copy = window.copies().get(id(parameter))
-            if copy is not None:
-                return copy[1], True
-    return parameter.detach().to(dtype), False
+            found = window.copies().get(id(parameter))
+            if found is not None:
+                copy = found[1]
+                return copy, (copy, copy._version)
+    return parameter.detach().to(dtype), None
 
 
-#: Both factors as they are multiplied by, where that outlives the call and is kept for the backward pass.
-Lasting = tuple[Tensor, Tensor] | None
+def copy_again(lasting: Lasting, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the backward pass, what the forward pass had of `compute_copy`: cast again, which is rank-sized, unless it is
+    still there."""
+    if lasting is not None:
+        copy, version = lasting
+        if copy._version == version:
+            return copy
+    return as_dtype(parameter, dtype)
 
 
-def compute_copies(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Lasting]:
-    """`compute_copy` of both, and the two once more, if both outlive this call."""
-    down, down_lives = compute_copy(a, dtype)
-    up, up_lives = compute_copy(b, dtype)
-    return down, up, (down, up) if down_lives and up_lives else None
+def compute_copies(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Lasting, Lasting]]:
+    """`compute_copy` of both."""
+    down, a_lasting = compute_copy(a, dtype)
+    up, b_lasting = compute_copy(b, dtype)
+    return down, up, (a_lasting, b_lasting)
 
 
-def compute_pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Lasting]:
+def copies_again(lasting: tuple[Lasting, Lasting], a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`copy_again` of both."""
+    return copy_again(lasting[0], a, dtype), copy_again(lasting[1], b, dtype)
+
+
+def compute_pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Lasting, Lasting]]:
     """`compute_copies`, the first two transposed, in fewer steps; outside compilers."""
     window = None if a.dtype is dtype else getattr(_current, "window", None)
     if window is not None and window.dtype is dtype:
         copies = window.copies()
-        down, up = copies.get(id(a)), copies.get(id(b))
-        if down is not None and up is not None:
-            return down[1].transposed, up[1].transposed, (down[1], up[1])
+        found_a, found_b = copies.get(id(a)), copies.get(id(b))
+        if found_a is not None and found_b is not None:
+            down, up = found_a[1], found_b[1]
+            return down.transposed, up.transposed, ((down, down._version), (up, up._version))
     down, up, lasting = compute_copies(a, b, dtype)
     return down.mT, up.mT, lasting

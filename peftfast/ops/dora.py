@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftfast.autocast import without_autocast
-from peftfast.ops.casts import compute_copy
+from peftfast.ops.casts import Lasting, compute_copy, copy_again
 from peftfast.ops.function import apply, as_dtype, as_rows, composing, fresh, gradients_of, second_order, shaped_as
 from peftfast.ops.plan import Plan, plan_beside
 from peftfast_kernels.decode import Operand
@@ -37,17 +37,17 @@ class _Sum(NamedTuple):
 
     out: Tensor  # g (y - bias + scale · x Aᵀ Bᵀ) + bias
     t: Tensor  # x Aᵀ
-    copy: Tensor | None  # A in the branch's dtype, if that lives anyway
+    copy: Lasting  # A in the branch's dtype, for `copy_again`
 
 
 def _sum(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor, bias: Tensor | None, plan: Plan) -> _Sum:
-    a_copy, keep_a = compute_copy(a, plan.branch)
+    a_copy, lasting = compute_copy(a, plan.branch)
     t = lora_down(as_rows(x).to(plan.dtype), a_copy, None, 0.0)
     gb = _scaled_rows(b, g, plan.branch)
     shift = None if bias is None else bias.to(g.dtype) * (1 - g)
     with without_autocast(y):
         out = dora_add(as_rows(y), g, shift, t, gb, plan.scale)
-    return _Sum(shaped_as(out, y), t, a_copy if keep_a else None)
+    return _Sum(shaped_as(out, y), t, lasting)
 
 
 def _again(ctx: Any, dy: Tensor) -> tuple:
@@ -74,7 +74,6 @@ class _DoraAdd(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         y, x, t, a, b, g, bias = ctx.saved_tensors
         plan: Plan = ctx.plan
-        a_copy = a.to(plan.branch) if ctx.copy is None else ctx.copy
         need_x, need_a = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         dy_rows = as_rows(dy)
         y_grad, dg = feature_scale_grad(dy_rows, as_rows(y), g, g.dtype)
@@ -92,7 +91,7 @@ class _DoraAdd(torch.autograd.Function):
             dbias = ((1 - g) * total).to(bias.dtype) if ctx.needs_input_grad[5] else None
         dx = None
         if need_x:
-            dx = shaped_as(lora_dx(p, a_copy, None, 0.0, x.dtype), x)
+            dx = shaped_as(lora_dx(p, copy_again(ctx.copy, a, plan.branch), None, 0.0, x.dtype), x)
         db = (raw * g[:, None]).to(b.dtype)
         return torch.reshape(y_grad, y.shape), dx, da[0] if da else None, db, dg, dbias, None
 

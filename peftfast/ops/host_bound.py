@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
-from peftfast.ops.casts import compute_copies, compute_pair
+from peftfast.ops.casts import Lasting, compute_copies, compute_pair, copies_again
 from peftfast.ops.function import Apart, as_dtype, as_rows, fresh, gradients_of, left_alone
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
@@ -75,8 +75,8 @@ def host_bound_lora(x: Tensor, part: Part) -> Tensor:
     return _multiply(x, a, b, bias, w.tensors[0], plan)[0]
 
 
-#: t [..., r], the mask, and the factors in the branch's dtype where those live anyway.
-Kept = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
+#: t [..., r], the mask, and what `copies_again` wants.
+Kept = tuple[Tensor, Tensor | None, tuple[Lasting, Lasting]]
 
 
 def _multiply(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, weight: Tensor, plan: Plan) -> tuple[Tensor, Kept]:
@@ -111,7 +111,7 @@ def _differentiate(
     (t, mask, copies), (need_x, need_a, need_b, need_bias) = kept, needs
     _, _, dtype, branch, scale, *_ = plan
     t = as_rows(t)
-    down, up = copies or (a.to(branch), b.to(branch))
+    down, up = copies_again(copies, a, b, branch)
     same = branch is dtype
     wide = as_dtype(dy, branch)
     dx = da = db = p = None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftfast.autocast import autocast_dtype
-from peftfast.ops.casts import compute_copies
+from peftfast.ops.casts import compute_copies, copies_again
 from peftfast.ops.composed import composed_add, composed_lora, composes
 from peftfast.ops.function import (
     apply,
@@ -120,7 +120,7 @@ def _differentiate(
     """Both Functions' part of a backward pass; dy [M, N], `needs` of x, a, b and the gate."""
     plan: Plan = ctx.plan
     need_x, need_a, need_b, need_gate = needs
-    down, up = ctx.copies or (a.to(plan.branch), b.to(plan.branch))  # a rank-sized cast, where no copy lives anyway
+    down, up = copies_again(ctx.copies, a, b, plan.branch)
     p = lora_dt(dy, up, plan.scale) if need_x or need_a or need_gate else None
     dgate = gate_grad(p, t, gate) if need_gate else None
     if gate is not None:

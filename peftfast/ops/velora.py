@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfast.ops.casts import compute_copies
+from peftfast.ops.casts import compute_copies, copies_again
 from peftfast.ops.composed import composed_add, composes
 from peftfast.ops.function import apply, as_rows, composing, first_order, fresh, shaped_as
 from peftfast.ops.lora import draw_seed
@@ -70,7 +70,7 @@ class _VeloraAdd(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         t, a, b, c, e, seed = ctx.saved_tensors
         plan: Plan = ctx.plan
-        down, up = ctx.copies or (a.to(plan.branch), b.to(plan.branch))
+        down, up = copies_again(ctx.copies, a, b, plan.branch)
         dy_rows = as_rows(dy)
         p = lora_dt(dy_rows, up, plan.scale)
         dx = None

@@ -10,7 +10,9 @@ import torch
 from training.tiny import batch, factors, largest_difference, llama, wrapped
 
 import peftfast
+from peftfast.ops import lora as lora_ops
 from peftfast.ops.casts import CastStore
+from peftfast_kernels.op import use_backend
 
 SETTINGS = [(torch.float32, torch.float16), (torch.float16, None), (torch.float16, torch.float16),
             (torch.bfloat16, None), (torch.float32, torch.bfloat16)]  # fmt: skip
@@ -90,3 +92,35 @@ def test_a_forward_keeps_its_copies_beside_another_threads(monkeypatch):
     monkeypatch.setattr(torch, "_foreach_copy_", meanwhile)
     ((_, copy),) = store.refreshed(["default"], lambda: ([parameter], []), torch.bfloat16).values()
     assert torch.equal(copy, parameter.detach().bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["lora", "host-bound", "dora", "velora", "fused"])
+def test_weights_that_are_others_in_a_forward_before_the_backward_pass(kind, monkeypatch):
+    """An average of the weights for a teacher, say, put into the parameters' memory and out again."""
+    g = torch.Generator().manual_seed(0)
+    fields = {"dora": {"use_dora": True}, "velora": {"velora_config": peftfast.VeloraConfig()}}.get(kind, {})
+    model = wrapped(peftfast, target_modules="all-linear", **fields)
+    if kind == "fused":
+        peftfast.fuse_blocks(model)
+    if kind == "host-bound":
+        monkeypatch.setattr(lora_ops, "is_host_bound", lambda x, plan: True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids = torch.randint(0, 64, (2, 8), generator=g)
+
+    def gradients(teacher: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+            if teacher:
+                kept = [p.detach().clone() for p in trained]
+                for p in trained:
+                    p.data.mul_(-3.0)
+                with torch.no_grad():
+                    model(ids)
+                for p, value in zip(trained, kept, strict=True):
+                    p.data.copy_(value)
+        return torch.autograd.grad(loss, trained)
+
+    with use_backend("torch"):  # so few tokens are otherwise left to torch's own operations, which keep what they read
+        gradients(False)  # blocks act from the second call on
+        for found, expected in zip(gradients(True), gradients(False), strict=True):
+            assert torch.equal(found, expected)
