@@ -2,9 +2,10 @@
 
     python tools/aot.py [--quick] [--chips sm_90,gfx942] [--match lora_gemm] [--jobs 2]
 
-Prints registers, spills, shared memory against the chip's limit, matrix instructions and, for kernels that decode
-4-bit weights, machine instructions per decoded weight. Exits with 1 on a spill in a loop, a limit exceeded, a missing
-matrix instruction, a compiler failure or a kernel that was silently compiled into a trap.
+Prints registers, spills, shared memory against the chip's limit, how many of the main loop's accesses to global memory
+are 16 bytes wide, matrix instructions and, for kernels that decode 4-bit weights, machine instructions per decoded
+weight. Exits with 1 on a spill in a loop, a limit exceeded, a table that is read from global memory weight by weight, a
+missing matrix instruction, a compiler failure or a kernel that was silently compiled into a trap.
 """
 
 import argparse
@@ -25,13 +26,21 @@ os.environ.pop("TRITON_INTERPRET", None)  # decided when Triton is imported, whi
 
 CHIPS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 
-# Instructions per decoded 4-bit weight on sm_90: above this a memory-bound decode becomes bound by the ALUs.
+# Instructions per decoded 4-bit weight on sm_90: above this a decode that is bound by memory becomes bound by the ALUs.
+# Tiles of many rows are bound by their products.
 MAX_PER_WEIGHT = 12.0
+
+# Accesses to global memory of less than 16 bytes per decoded weight: each takes a cycle for every line that a warp's
+# threads touch. Packed codes and scales take 0.2 at most; a table of the values of every byte would take 0.5 more, each
+# of 14 lines on average.
+MAX_NARROW = 0.4
 
 # Spills outside every loop cost nanoseconds once per program; more than these few mean that the tile is too large.
 MAX_COLD_SPILLS = 8
 
 SPILL = r"\b(?:LDL|STL)\b"
+GLOBAL = r"\b(?:LDG|LDGSTS|STG)\b"
+WIDE = r"\b(?:LDG|LDGSTS|STG)\S*\.128\b"
 MATRIX = {"HGMMA": r"\bHGMMA", "UTCMMA": r"\bUTC\w*MMA", "HMMA": r"\b[HI]MMA", "MFMA": r"\bv_mfma_"}
 BIG = {"sm_90": "HGMMA", "sm_100": "UTCMMA"}  # elsewhere the chip has one kind only
 
@@ -45,6 +54,7 @@ class Row(NamedTuple):
     spills: int
     shared: int
     limit: int
+    accesses: str
     matrix: str
     instructions: int
     per_weight: float
@@ -128,10 +138,14 @@ def inspect_nvidia(compiled, variant, chip):
         problems.append(f"{spills} spill instructions, {hot} of them in a loop; stack {stack}, local {local}")
     if len(instructions) < 32 and any("BPT.TRAP" in text for text in instructions):
         problems.append("compiled into a trap")
-    per_weight = 0.0
+    loop, per_weight = main_loop(instructions, loops), 0.0
+    counts = [sum(bool(re.search(pattern, text)) for text in loop) for pattern in (WIDE, GLOBAL)]
     if variant.weights:
-        per_weight = len(main_loop(instructions, loops)) * 32 * variant.options["num_warps"] / variant.weights
-    return registers, spills, instructions, per_weight, problems
+        each = variant.weights / (32 * variant.options["num_warps"])  # weights of one thread
+        per_weight = len(loop) / each
+        if (narrow := (counts[1] - counts[0]) / each) > MAX_NARROW:
+            problems.append(f"{narrow:.2f} narrow accesses to global memory per weight > {MAX_NARROW}")
+    return registers, spills, instructions, "{}/{}".format(*counts), per_weight, problems
 
 
 def inspect_amd(compiled, variant, chip):
@@ -144,7 +158,7 @@ def inspect_amd(compiled, variant, chip):
     spills = value("vgpr_spill_count") + value("sgpr_spill_count")
     problems = [f"{spills} registers spilled"] if value("vgpr_spill_count") else []
     body = [line.strip() for line in text.splitlines() if re.match(r"\t[a-z]+_", line)]
-    return value("vgpr_count") + value("agpr_count"), value("vgpr_spill_count"), body, 0.0, problems
+    return value("vgpr_count") + value("agpr_count"), value("vgpr_spill_count"), body, "", 0.0, problems
 
 
 def check(chip, index):
@@ -158,9 +172,10 @@ def check(chip, index):
         compiled = compile_variant(variant, chip)
     except Exception as error:  # any compiler failure is a finding, reported with its first line
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Row(variant.name, chip, 0, 0, 0, limit, "", 0, 0.0, 0.0, (f"{type(error).__name__}: {message[:120]}",))
+        problem = f"{type(error).__name__}: {message[:120]}"
+        return Row(variant.name, chip, 0, 0, 0, limit, "", "", 0, 0.0, 0.0, (problem,))
     inspect = inspect_amd if chip.startswith("gfx") else inspect_nvidia
-    registers, spills, instructions, per_weight, problems = inspect(compiled, variant, chip)
+    registers, spills, instructions, accesses, per_weight, problems = inspect(compiled, variant, chip)
     counts = {kind: sum(bool(re.search(pattern, text)) for text in instructions) for kind, pattern in MATRIX.items()}
     counts = {kind: count for kind, count in counts.items() if count}
     if variant.matrix != NO_MATRIX and not counts:
@@ -169,7 +184,7 @@ def check(chip, index):
         problems.append(f"no {BIG[chip]}")
     if compiled.metadata.shared > limit:
         problems.append(f"shared memory {compiled.metadata.shared} > {limit}")
-    if chip == "sm_90" and per_weight > MAX_PER_WEIGHT:
+    if chip == "sm_90" and variant.matrix != BIG_MATRIX and per_weight > MAX_PER_WEIGHT:
         problems.append(f"{per_weight:.1f} instructions per weight > {MAX_PER_WEIGHT:.0f}")
     return Row(
         variant.name,
@@ -178,6 +193,7 @@ def check(chip, index):
         spills,
         compiled.metadata.shared,
         limit,
+        accesses,
         " ".join(f"{kind}:{count}" for kind, count in counts.items()),
         len(instructions),
         per_weight,
@@ -205,7 +221,7 @@ def main(arguments=None):
     if not work:
         parser.error(f"no variant matches {options.match!r}")
     shared = f"{'shared':>7}/{'limit':<7}"
-    print(f"{'kernel':40} {'chip':7} {'regs':>4} {'spill':>5} {shared} {'instr':>6} {'/weight':>7}  matrix")
+    print(f"{'kernel':40} {'chip':7} {'regs':>4} {'spill':>5} {shared} {'16 B':>7} {'instr':>6} {'/weight':>7}  matrix")
     failed, start = 0, time.perf_counter()
     with ProcessPoolExecutor(options.jobs) as pool:
         for row in pool.map(check, *zip(*work, strict=True)):
@@ -213,7 +229,8 @@ def main(arguments=None):
             weight = f"{row.per_weight:7.1f}" if row.per_weight else f"{'':7}"
             print(
                 f"{row.name:40} {row.chip:7} {row.registers:4} {row.spills:5} {row.shared:7}/{row.limit:<7} "
-                f"{row.instructions:6} {weight}  {row.matrix}" + "".join(f"  !! {text}" for text in row.problems),
+                f"{row.accesses:>7} {row.instructions:6} {weight}  {row.matrix}"
+                + "".join(f"  !! {text}" for text in row.problems),
                 flush=True,
             )
     print(f"{len(work)} compilations, {failed} with problems, {time.perf_counter() - start:.0f} s")

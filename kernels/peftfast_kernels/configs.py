@@ -116,7 +116,7 @@ TILES: dict[str, dict[str, Tile]] = {
     # standalone dequantisation: BM rows of BN weights
     "dequantize": {
         _INTERPRETER: Tile(16, 64, 0),
-        "sm_80": Tile(16, 256, 0, 4, 1),
+        "sm_80": Tile(32, 256, 0, 4, 1),
         "gfx942": Tile(16, 256, 0, 4, 1),
     },
 }

@@ -186,15 +186,12 @@ _pairs_cache: dict[tuple[str, torch.device], Tensor] = {}
 
 def _pairs(w: Operand) -> Tensor:
     """int64 [256]: the two fp32 values of every byte, as one word: gathering rows of two takes twice as long."""
-    return _made_pairs(_code(w)) if torch.compiler.is_compiling() else pairs(w.format, w.device)
-
-
-def pairs(format: str, device: torch.device) -> Tensor:
-    """`_pairs` outside compilers, made once and read by the kernels too."""
-    key = (format, device)
+    if torch.compiler.is_compiling():
+        return _made_pairs(_code(w))
+    key = (w.format, w.device)
     if key not in _pairs_cache:
-        code = torch.tensor(levels_of(format), dtype=torch.float32, device="cpu")
-        _pairs_cache[key] = lasting(_made_pairs(code), device)
+        code = torch.tensor(levels_of(w.format), dtype=torch.float32, device="cpu")
+        _pairs_cache[key] = lasting(_made_pairs(code), w.device)
     return _pairs_cache[key]
 
 

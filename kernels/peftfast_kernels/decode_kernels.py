@@ -1,8 +1,9 @@
 """Triton: how a kernel reads a [BN, BK] tile of W in each storage format, and the standalone dequantisation.
 
 A tile function takes the format's pointers, the tile's rows and first column, and returns the decoded tile rounded to
-the compute dtype; it reaches a kernel as ``DECODE: tl.constexpr``. 4-bit codes go through a table of 256 entries, one
-per byte, that holds the two decoded values as one 8-byte word: one load per two weights, exact in fp32.
+the compute dtype; it reaches a kernel as ``DECODE: tl.constexpr``. 4-bit codes are looked up in a table of 16 fp32
+values, which compilers keep in shared memory: in as many banks, so that a warp has any 32 of them at once. From global
+memory it would wait for every line that it touches, 16 of them in a table of pairs by byte.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels.configs import cdiv, chip_of, tile
-from peftfast_kernels.decode import INT8_STEP, Operand, decoder_of, packed_bytes, pairs
+from peftfast_kernels.decode import INT8_STEP, Operand, decoder_of, levels_of, packed_bytes
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import lasting
 from peftfast_kernels.tiles import narrow
@@ -64,24 +65,12 @@ def block_scale(absmax, code, absmax2, offset, block, inside, NESTED: tl.constex
 
 
 @triton.jit
-def first_value(pair):
-    """The fp32 in the low half of an int64."""
-    return pair.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def second_value(pair):
-    """The fp32 in the high half of an int64."""
-    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def tile_4bit(
     w0, w1, w2, w3, w4, table, rows, k0, N, K, stride_n, stride_k,
     BK: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
     INTERP: tl.constexpr,
 ):  # fmt: skip
-    """w0: packed uint8; w1..w4: absmax and its nesting; table: int64 [256], two fp32 per byte.
+    """w0: packed uint8; w1..w4: absmax and its nesting; table: fp32 [16], the value of every code.
 
     LAYOUT 0: K is odd, bytes straddle rows. 1: K is even. 2: blocks end with rows and BK and BLOCK divide one another.
     """
@@ -92,17 +81,16 @@ def tile_4bit(
         element = wide * K + cols[None, :]
         byte = tl.load(w0 + element // 2, mask=inside, other=0).to(tl.int32)
         code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
-        scale = block_scale(w1, w2, w3, w4, element // BLOCK, inside, NESTED)
-        return narrow(tl.where(inside, second_value(tl.load(table + code)) * scale, 0.0), DTYPE, INTERP)
+        scale = tl.where(inside, block_scale(w1, w2, w3, w4, element // BLOCK, inside, NESTED), 0.0)
     else:
-        HALF: tl.constexpr = BK // 2
-        pair_cols = k0 // 2 + tl.arange(0, HALF)
+        pair_cols = k0 // 2 + tl.arange(0, BK // 2)
         inside = (rows[:, None] < N) & (pair_cols[None, :] < K // 2)
         byte = tl.load(w0 + wide * (K // 2) + pair_cols[None, :], mask=inside, other=0).to(tl.int32)
-        pair = tl.load(table + byte)
+        code = tl.interleave(byte >> 4, byte & 15)
         if LAYOUT == 1:
             scale = block_scale(w1, w2, w3, w4, (wide * K + 2 * pair_cols[None, :]) // BLOCK, inside, NESTED)
             scale = tl.where(inside, scale, 0.0)
+            scale = tl.interleave(scale, scale)
         else:
             PER_ROW: tl.constexpr = BK // BLOCK if BK > BLOCK else 1
             blocks = k0 // BLOCK + tl.arange(0, PER_ROW)
@@ -110,11 +98,11 @@ def tile_4bit(
             scale = block_scale(w1, w2, w3, w4, wide * (K // BLOCK) + blocks[None, :], block_in, NESTED)
             scale = tl.where(block_in, scale, 0.0)
             if PER_ROW > 1:
-                spread = tl.broadcast_to(scale[:, :, None], (rows.shape[0], PER_ROW, HALF // PER_ROW))
-                scale = tl.reshape(spread, (rows.shape[0], HALF))
-        # Rounded after the interleaving: with nothing between it and a matrix product, Triton 3.9 fails to lower the
-        # product's shared-memory operand for sm_90 and sm_100.
-        return narrow(tl.interleave(first_value(pair) * scale, second_value(pair) * scale), DTYPE, INTERP)
+                spread = tl.broadcast_to(scale[:, :, None], (rows.shape[0], PER_ROW, BK // PER_ROW))
+                scale = tl.reshape(spread, (rows.shape[0], BK))
+    COUNT: tl.constexpr = rows.shape[0] * BK
+    value = tl.gather(tl.load(table + tl.arange(0, 16)), tl.reshape(code, (COUNT,)), 0)
+    return narrow(tl.reshape(value, (rows.shape[0], BK)) * scale, DTYPE, INTERP)
 
 
 @triton.jit
@@ -148,15 +136,15 @@ TILE_FUNCTIONS = {
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-_steps: dict[torch.device, Tensor] = {}
+_tables: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def _table(format: str, device: torch.device) -> Tensor:
-    if format != "int8":
-        return pairs(format, device)
-    if device not in _steps:
-        _steps[device] = lasting(torch.tensor([INT8_STEP], dtype=torch.float32, device="cpu"), device)
-    return _steps[device]
+    key = (format, device)
+    if key not in _tables:
+        values = (INT8_STEP,) if format == "int8" else levels_of(format)
+        _tables[key] = lasting(torch.tensor(values, dtype=torch.float32, device="cpu"), device)
+    return _tables[key]
 
 
 class Stored(NamedTuple):
@@ -239,12 +227,11 @@ def dequantize(w: Operand, dtype: torch.dtype) -> Tensor:
 
 def stored_variant(format: str, n: int, k: int, nested: bool, dtype: str) -> tuple[Stored, dict[str, str]]:
     """An ordinary weight, and the types of its pointers, for ahead-of-time checks."""
-    four_bit = format in ("nf4", "fp4")
-    strides = (0, 0) if four_bit else (k, 1)
+    strides = (0, 0) if format in ("nf4", "fp4") else (k, 1)
     codes = {"nf4": "u8", "fp4": "u8", "int8": "i8"}.get(format, dtype)
     pointers = {"w0": codes, "w1": "u8" if nested else "fp32", "w2": "fp32", "w3": "fp32", "w4": "fp32"}
     kind = Stored(format, (n, k), strides, DTYPES[dtype], 64, 256 if nested else 0)
-    return kind, {**pointers, "table": "i64" if four_bit else "fp32"}
+    return kind, {**pointers, "table": "fp32"}
 
 
 def variants(chip: str):

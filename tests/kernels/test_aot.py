@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,15 +58,22 @@ def test_spills_in_loops_are_found(aot, monkeypatch):
     assert len(instructions) == 4 and loops == [(0, 2)]  # the padding branch is no loop
     assert aot.main_loop(instructions, loops) == instructions[:3]
 
-    class Compiled:
-        asm = {"cubin": b""}
-
-    class Variant:
-        weights = 0
-
+    compiled, variant = SimpleNamespace(asm={"cubin": b""}), SimpleNamespace(weights=0)
     monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:8 SHARED:0 LOCAL:0"))
-    registers, spills, *_, problems = aot.inspect_nvidia(Compiled, Variant, "sm_90")
+    registers, spills, *_, problems = aot.inspect_nvidia(compiled, variant, "sm_90")
     assert (registers, spills) == (40, 1) and "1 of them in a loop" in problems[0]
+
+
+def test_a_table_in_global_memory_is_found(aot, monkeypatch):
+    """Read twice for the four weights of a thread; not what is copied 16 bytes at a time, nor read before the loop."""
+    texts = ["LDG.E R1, [R2]", "LDG.E R1, [R2]", "LDGSTS.E.128 [R1], [R2]", "@!P1 LDG.E.64 R1, [R2]", "LDS R1, [R2]",
+             "LDGSTS.E.LTC128B.64 [R1], [R2]", "FMUL R1, R1, R3", "@P0 BRA `(.L_x_0)"]  # fmt: skip
+    lines = [f"  /*{16 * i:04x}*/  {text} ;" for i, text in enumerate(texts)]
+    sass = "\n".join([*lines[:2], ".L_x_0:", *lines[2:]])
+    variant = SimpleNamespace(weights=4 * 32 * 4, options={"num_warps": 4})
+    monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:0 SHARED:0 LOCAL:0"))
+    *_, accesses, per_weight, problems = aot.inspect_nvidia(SimpleNamespace(asm={"cubin": b""}), variant, "sm_90")
+    assert accesses == "1/3" and per_weight == 6 / 4 and "0.50 narrow" in problems[0]
 
 
 LOOKS = """
