@@ -213,6 +213,13 @@ def tile(op: str, chip: str) -> Tile:
     return table[older[-1] if older else listed[0][1]]
 
 
+def expand_tile(chip: str, single: bool) -> Tile:
+    """The tile of a product of factors and what it is added to, which are in registers at once; of fp32 activations
+    (`single`) fewer columns are."""
+    config = tile("expand", chip)
+    return config._replace(BN=min(config.BN, 64)) if single else config
+
+
 def dot_precision(chip: str, *dtypes: torch.dtype) -> str:
     """How fp32 operands are multiplied: ``ieee``, or ``tf32x3`` (fp32-like from three TF32 products) when wide.
 

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, tile
+from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, expand_tile
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm_kernels import adapter_tile
-from peftfast_kernels.tiles import narrow
+from peftfast_kernels.tiles import load_tile, store_tile
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
 
 
@@ -25,27 +25,26 @@ def dora_add_kernel(
     """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BO + tl.arange(0, BO)
+    y = load_tile(y_ptr, rows, cols, M, O, stride_ym, stride_yo)
     acc = tl.zeros((BM, BO), tl.float32)
     acc = adapter_tile(
         acc, t_ptr, b_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, BR, PRECISION, INTERP
     )  # fmt: skip
     acc = acc * scale
-    inside = (rows[:, None] < M) & (cols[None, :] < O)
-    y = tl.load(y_ptr + rows[:, None] * stride_ym + cols[None, :].to(tl.int64) * stride_yo, mask=inside, other=0.0)
     g = tl.load(g_ptr + cols, mask=cols < O, other=0.0).to(tl.float32)
     acc += y.to(tl.float32) * g[None, :]
     if SHIFT:
         acc += tl.load(shift_ptr + cols, mask=cols < O, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + rows[:, None] * O + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
+    store_tile(acc, out_ptr, rows, cols, M, O, INTERP)
 
 
 @planned
 def _plan(
     chip: str, m: int, o: int, r: int, y_strides: tuple[int, ...], t_strides: tuple[int, ...],
-    b_strides: tuple[int, ...], shifts: bool, precision: str, scale: float,
+    b_strides: tuple[int, ...], single: bool, shifts: bool, precision: str, scale: float,
 ) -> Launch:  # fmt: skip
     """A 2D grid, one program per [BM, BO] tile of y."""
-    config = tile("expand", chip)
+    config = expand_tile(chip, single)
     return Launch(
         dora_add_kernel,
         (cdiv(m, config.BM), cdiv(o, config.BN)),
@@ -77,7 +76,7 @@ def dora_add(y: Tensor, g: Tensor, shift: Tensor | None, t: Tensor, b: Tensor, s
         return out
     chip = chip_of(y.device)
     launch = _plan(
-        chip, m, o, t.shape[1], y.stride(), t.stride(), b.stride(), shift is not None,
+        chip, m, o, t.shape[1], y.stride(), t.stride(), b.stride(), y.dtype is torch.float32, shift is not None,
         dot_precision(chip, y.dtype, t.dtype), scale,
     )  # fmt: skip
     launch(y, g.contiguous(), g if shift is None else shift.contiguous(), t, b, out)
@@ -88,7 +87,7 @@ def variants(chip: str):
     """What `dora_add` launches, for ahead-of-time checks."""
     for shift, factors, rank in ((True, "bf16", 16), (False, "fp32", 16), (True, "fp32", 64)):
         precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
-        launch = _plan(chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), (rank, 1), shift, precision, 2.0)
+        launch = _plan(chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), (rank, 1), False, shift, precision, 2.0)
         pointers = {"y_ptr": "bf16", "g_ptr": "fp32", "shift_ptr": "fp32", "t_ptr": factors, "b_ptr": factors}
         yield Variant(
             f"dora_add{' bias' * shift}{' wide' * (factors == 'fp32')} R{rank}",

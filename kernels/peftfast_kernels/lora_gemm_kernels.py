@@ -12,13 +12,34 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import PROGRAMS, TALL_DECODE, Tile, cdiv, chip_of, dot_precision, expand_ranks, tile
+from peftfast_kernels.configs import (
+    PROGRAMS,
+    TALL_DECODE,
+    Tile,
+    cdiv,
+    chip_of,
+    dot_precision,
+    expand_ranks,
+    expand_tile,
+    tile,
+)
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm import add_input_product_, base_product, input_product
-from peftfast_kernels.tiles import grouped_order, keep_tile, narrow, operand, owner, padded, pick, row_keys, total
+from peftfast_kernels.tiles import (
+    grouped_order,
+    keep_tile,
+    load_tile,
+    operand,
+    owner,
+    padded,
+    pick,
+    row_keys,
+    store_tile,
+    total,
+)
 from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, DTYPES, NO_MATRIX, ROWS, WIDTH, Variant
 
 
@@ -142,8 +163,7 @@ def gemm_tile(
         acc = tl.trans(acc)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < O, other=0.0).to(tl.float32)[None, :]
-    inside = (rows[:, None] < M) & (cols[None, :] < O)
-    tl.store(y_ptr + rows[:, None] * O + cols[None, :], narrow(acc, y_ptr.dtype.element_ty, INTERP), mask=inside)
+    store_tile(acc, y_ptr, rows, cols, M, O, INTERP)
 
 
 @triton.jit
@@ -168,18 +188,6 @@ def gemm_kernel(
 
 
 @triton.jit
-def expand_tile(
-    acc, y_ptr, out_ptr, rows, cols, M, O, stride_ym, stride_yo, ADD: tl.constexpr, INTERP: tl.constexpr
-):  # fmt: skip
-    """Stores acc, plus y where ADD, as these rows and columns of out [M, O] contiguous; y may be out."""
-    inside = (rows[:, None] < M) & (cols[None, :] < O)
-    if ADD:
-        y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :].to(tl.int64) * stride_yo
-        acc += tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows[:, None] * O + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
-
-
-@triton.jit
 def expand_kernel(
     y_ptr, t_ptr, b_ptr, seed_ptr, out_ptr,
     M, O, R, stride_ym, stride_yo, stride_tm, stride_tr, stride_br, stride_bo, scale, threshold,
@@ -192,11 +200,15 @@ def expand_kernel(
     """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BO + tl.arange(0, BO)
+    if ADD:
+        y = load_tile(y_ptr, rows, cols, M, O, stride_ym, stride_yo)
     acc = masked_adapter(
         t_ptr, b_ptr, seed_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, scale, threshold,
         DROP, BM, BO, BR, PRECISION, INTERP,
     )  # fmt: skip
-    expand_tile(acc, y_ptr, out_ptr, rows, cols, M, O, stride_ym, stride_yo, ADD, INTERP)
+    if ADD:
+        acc += y.to(tl.float32)
+    store_tile(acc, out_ptr, rows, cols, M, O, INTERP)
 
 
 def swaps(format: str, transposed: bool) -> bool:
@@ -285,10 +297,10 @@ def _gemm(
 @planned
 def _expand_plan(
     chip: str, m: int, o: int, r: int, y_strides: tuple[int, ...], t_strides: tuple[int, ...],
-    b_strides: tuple[int, int], add: bool, precision: str, prob: float, scale: float,
+    b_strides: tuple[int, int], single: bool, add: bool, precision: str, prob: float, scale: float,
 ) -> Launch:  # fmt: skip
     """A 2D grid, one program per [BM, BO] tile of the output."""
-    config = tile("expand", chip)
+    config = expand_tile(chip, single)
     return Launch(
         expand_kernel,
         (cdiv(m, config.BM), cdiv(o, config.BN)),
@@ -325,7 +337,7 @@ def _expand(
     chip = chip_of(t.device)
     source = out if y is None else y
     launch = _expand_plan(
-        chip, m, o, t.shape[1], source.stride(), t.stride(), b_strides, y is not None,
+        chip, m, o, t.shape[1], source.stride(), t.stride(), b_strides, out.dtype is torch.float32, y is not None,
         dot_precision(chip, out.dtype, t.dtype), prob, scale,
     )  # fmt: skip
     launch(source, t, b, seed_or(seed, prob, t), out)
@@ -402,6 +414,7 @@ def variants(chip: str):
             quick=not transposed and not few and dtype == "bf16",
         )
     for add, drop, dtype, factors, rank in (
+        (True, False, "bf16", "bf16", 16),
         (True, False, "bf16", "bf16", 64),
         (False, True, "bf16", "bf16", 16),
         (True, False, "bf16", "fp32", 16),
@@ -414,7 +427,7 @@ def variants(chip: str):
         precision = dot_precision(chip, DTYPES[dtype], DTYPES[factors])
         b_strides = (WIDTH, 1) if drop else (1, rank)
         launch = _expand_plan(
-            chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), b_strides, add, precision, 0.1 * drop, 2.0
+            chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), b_strides, dtype == "fp32", add, precision, 0.1 * drop, 2.0
         )  # fmt: skip
         yield Variant(
             f"expand {dtype}{' add' * add}{' drop' * drop}{' wide' * (factors != dtype)} R{rank}",

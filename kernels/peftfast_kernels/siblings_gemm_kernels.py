@@ -1,6 +1,6 @@
 """Triton: the big products of several linears that read one input, one launch each; tuples as in siblings_kernels.py.
 
-The work itself is that of one linear: `gemm_tile`, `contract`, `expand_tile`.
+The work itself is that of one linear: `gemm_tile`, `contract`, `masked_adapter`.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, tile
+from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, expand_tile
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.launch import Launch, planned
@@ -19,7 +19,6 @@ from peftfast_kernels.lora_gemm import add_product_, base_product
 from peftfast_kernels.lora_gemm_kernels import (
     adapter_tile,
     contract,
-    expand_tile,
     gemm_tile,
     masked_adapter,
     product_tile,
@@ -28,7 +27,7 @@ from peftfast_kernels.lora_gemm_kernels import (
 from peftfast_kernels.siblings import drops
 from peftfast_kernels.siblings_gemm import add_input_products_, input_products
 from peftfast_kernels.siblings_kernels import contiguous, keep_scales, masks, row_major, seeds_or
-from peftfast_kernels.tiles import grouped_order, narrow, owner, pick, tile_counts, total
+from peftfast_kernels.tiles import grouped_order, load_tile, owner, pick, store_tile, tile_counts, total
 from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, DTYPES, ROWS, WIDTH, Variant
 
 
@@ -83,8 +82,7 @@ def siblings_gemm_t_kernel(
         acc, dy_ptrs, w0, w1, w2, w3, w4, table, rows, cols, pid_o * BO, M, NS, K, strides_m, 1, strides_n, strides_k,
         DECODE, BLOCK, NESTED, LAYOUT, DTYPE, True, False, BO, BC, PRECISION, INTERP,
     )  # fmt: skip
-    inside = (rows[:, None] < M) & (cols[None, :] < K)
-    tl.store(dx_ptr + rows[:, None] * K + cols[None, :], narrow(acc, dx_ptr.dtype.element_ty, INTERP), mask=inside)
+    store_tile(acc, dx_ptr, rows, cols, M, K, INTERP)
 
 
 @triton.jit
@@ -103,14 +101,18 @@ def siblings_expand_kernel(
     y_ptr = pick(y_ptrs, which)
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = (tl.program_id(1) - first) * BO + tl.arange(0, BO)
+    if ADD:
+        y = load_tile(y_ptr, rows, cols, M, O, O, 1)
     acc = masked_adapter(
         pick(t_ptrs, which), pick(b_ptrs, which), y_ptr, rows, cols, M, O, R, pick(strides_tm, which), 1, 1, R,
         pick(scales, which), 0, False, BM, BO, BR, PRECISION, INTERP,
     )  # fmt: skip
-    if not ADD:
+    if ADD:
+        acc += y.to(tl.float32)
+    else:
         bias = tl.load(pick(bias_ptrs, which) + cols, mask=cols < pick(LS, which), other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    expand_tile(acc, y_ptr, y_ptr, rows, cols, M, O, O, 1, ADD, INTERP)
+    store_tile(acc, y_ptr, rows, cols, M, O, INTERP)
 
 
 @triton.jit
@@ -123,13 +125,17 @@ def siblings_expand_t_kernel(
     there where ADD."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BO + tl.arange(0, BO)
+    if ADD:
+        dx = load_tile(dx_ptr, rows, cols, M, K, K, 1)
     acc = tl.zeros((BM, BO), tl.float32)
     for i in tl.static_range(len(p_ptrs)):
         acc += masked_adapter(
             p_ptrs[i], a_ptrs[i], seed_ptrs[i], rows, cols, M, K, RS[i], strides_pm[i], 1, K, 1, scales[i],
             thresholds[i], DROP, BM, BO, BR, PRECISION, INTERP,
         )  # fmt: skip
-    expand_tile(acc, dx_ptr, dx_ptr, rows, cols, M, K, K, 1, ADD, INTERP)
+    if ADD:
+        acc += dx.to(tl.float32)
+    store_tile(acc, dx_ptr, rows, cols, M, K, INTERP)
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------------
@@ -161,10 +167,10 @@ def _decode_arguments(ws: tuple[Stored, ...], bk: int) -> dict:
 @planned
 def _expand_plan(
     chip: str, m: int, widths: tuple[int, ...], biases: tuple[int, ...], ranks: tuple[int, ...],
-    t_strides: tuple[int, ...], precision: str, scales: tuple[float, ...], add: bool,
+    t_strides: tuple[int, ...], single: bool, precision: str, scales: tuple[float, ...], add: bool,
 ) -> Launch:  # fmt: skip
     """A 2D grid (row tiles, column tiles of every y)."""
-    config = tile("expand", chip)
+    config = expand_tile(chip, single)
     return Launch(
         siblings_expand_kernel,
         (cdiv(m, config.BM), sum(cdiv(n, config.BN) for n in widths)),
@@ -232,7 +238,7 @@ def siblings_gemm(
     ranks = tuple([one.shape[1] for one in t])
     t_rows, t_strides = row_major(t)
     precision = dot_precision(chip, dtype, t[0].dtype)
-    wide = t[0].dtype != dtype
+    wide, single = t[0].dtype != dtype, dtype is torch.float32
     if alike is None and wide:
         ys = vectors = [base_product(x, *own) for own in zip(w, bias, strict=True)]  # which have the biases in them
     else:
@@ -242,13 +248,11 @@ def siblings_gemm(
         return ys
     if alike is None:
         widths = tuple([one.shape[0] for one in w])
-        launch = _expand_plan(chip, m, widths, biases, ranks, t_strides, precision, tuple(scales), wide)
+        launch = _expand_plan(chip, m, widths, biases, ranks, t_strides, single, precision, tuple(scales), wide)
         launch(tuple(ys), t_rows, contiguous(b), tuple(vectors))
         return ys if wide else [add_product_(y, x, one) for y, one in zip(ys, w, strict=True)]
     kinds, pointers = alike
-    launch = _gemm_plan(
-        chip, m, kinds, ranks, x.stride(), t_strides, dtype is torch.float32, precision, biased, tuple(scales)
-    )
+    launch = _gemm_plan(chip, m, kinds, ranks, x.stride(), t_strides, single, precision, biased, tuple(scales))
     launch(x, *pointers, tuple(vectors), t_rows, contiguous(b), tuple(ys))
     return ys
 
@@ -284,11 +288,11 @@ def _gemm_t_plan(
 
 @planned
 def _expand_t_plan(
-    chip: str, m: int, k: int, ranks: tuple[int, ...], p_strides: tuple[int, ...], precision: str,
+    chip: str, m: int, k: int, ranks: tuple[int, ...], p_strides: tuple[int, ...], single: bool, precision: str,
     probs: tuple[float, ...], add: bool,
 ) -> Launch:  # fmt: skip
     """A 2D grid over the tiles of dx."""
-    config = tile("expand", chip)
+    config = expand_tile(chip, single)
     bm = max(16, config.BM // 2)  # a masked tile and the sum of those before it are held at once
     return Launch(
         siblings_expand_t_kernel,
@@ -324,7 +328,7 @@ def siblings_gemm_t(
     if dispatch.fuses_together("siblings_gemm_t", args, "lora_gemm_t", members):
         alike = _stored_alike(w)
     k, seed_pointers = w[0].shape[1], seeds_or(seeds, probs, first)
-    wide = p[0].dtype != dtype
+    wide, single = p[0].dtype != dtype, dtype is torch.float32
     if alike is None and wide:
         dx = input_products(dys, w)
     else:
@@ -337,12 +341,11 @@ def siblings_gemm_t(
     if alike is not None:
         kinds, pointers = alike
         dy_rows, dy_strides = row_major(dys)
-        launch = _gemm_t_plan(
-            chip, m, kinds, ranks, dy_strides, p_strides, dtype is torch.float32, precision, not dropping
-        )  # fmt: skip
+        launch = _gemm_t_plan(chip, m, kinds, ranks, dy_strides, p_strides, single, precision, not dropping)
         launch(dy_rows, *pointers, p_rows, factors, dx)
     if alike is None or dropping:
-        launch = _expand_t_plan(chip, m, k, ranks, p_strides, precision, tuple(probs), wide or alike is not None)
+        add = wide or alike is not None
+        launch = _expand_t_plan(chip, m, k, ranks, p_strides, single, precision, tuple(probs), add)
         launch(dx, p_rows, factors, seed_pointers)
     if alike is None and not wide:
         add_input_products_(dx, dys, w)
@@ -389,13 +392,13 @@ def variants(chip: str):
         name = f"{' wide' * wide} R{rank}"
         yield Variant(
             f"siblings_expand{name}",
-            _expand_plan(chip, ROWS, (1024,) * 3, (1024,) * 3, ranks, ranks, precision, (2.0,) * 3, wide),
+            _expand_plan(chip, ROWS, (1024,) * 3, (1024,) * 3, ranks, ranks, False, precision, (2.0,) * 3, wide),
             {"y_ptrs": ("bf16",) * 3, "t_ptrs": each, "b_ptrs": each, "bias_ptrs": ("bf16",) * 3},
             matrix=ANY_MATRIX,
         )
         yield Variant(
             f"siblings_expand_t drop{name}",
-            _expand_t_plan(chip, ROWS, WIDTH, ranks, ranks, precision, (0.1,) * 3, True),
+            _expand_t_plan(chip, ROWS, WIDTH, ranks, ranks, False, precision, (0.1,) * 3, True),
             {"dx_ptr": "bf16", "p_ptrs": each, "a_ptrs": each, "seed_ptrs": ("i64",) * 3},
             matrix=ANY_MATRIX,
         )

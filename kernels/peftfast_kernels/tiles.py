@@ -57,6 +57,21 @@ def narrow(value, dtype: tl.constexpr, INTERP: tl.constexpr):
 
 
 @triton.jit
+def load_tile(y_ptr, rows, cols, M, O, stride_ym, stride_yo):
+    """y [M, O] at these rows and columns, zeros outside. What is added to a product of factors is asked for before it:
+    a program that computes little waits for memory, and so waits once."""
+    inside = (rows[:, None] < M) & (cols[None, :] < O)
+    return tl.load(y_ptr + rows[:, None] * stride_ym + cols[None, :].to(tl.int64) * stride_yo, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(acc, out_ptr, rows, cols, M, O, INTERP: tl.constexpr):
+    """An fp32 tile as these rows and columns of out [M, O] contiguous."""
+    inside = (rows[:, None] < M) & (cols[None, :] < O)
+    tl.store(out_ptr + rows[:, None] * O + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
+
+
+@triton.jit
 def pick(values, which):
     """values[which] of a tuple of pointers or of numbers of one type."""
     chosen = values[0]
