@@ -51,12 +51,13 @@ def gated_kernel(
     inside = (rows[:, None] < M) & (cols[None, :] < N)
     gate = tl.load(gate_ptr + rows[:, None] * stride_gm + cols[None, :] * stride_gn, mask=inside, other=0.0)
     up = tl.load(up_ptr + rows[:, None] * stride_um + cols[None, :] * stride_un, mask=inside, other=0.0)
+    if GRAD:  # here, because no compiler reads it before h has been written, which might be the same memory
+        dh = tl.load(dh_ptr + rows[:, None] * stride_dm + cols[None, :] * stride_dn, mask=inside, other=0.0)
     up = up.to(tl.float32)
     value, slope = activation(gate.to(tl.float32), ACT)
     out = rows[:, None] * N + cols[None, :]
     tl.store(h_ptr + out, narrow(value * up, h_ptr.dtype.element_ty, INTERP), mask=inside)
     if GRAD:
-        dh = tl.load(dh_ptr + rows[:, None] * stride_dm + cols[None, :] * stride_dn, mask=inside, other=0.0)
         dh = dh.to(tl.float32)
         tl.store(d_gate_ptr + out, narrow(dh * up * slope, d_gate_ptr.dtype.element_ty, INTERP), mask=inside)
         tl.store(d_up_ptr + out, narrow(dh * value, d_up_ptr.dtype.element_ty, INTERP), mask=inside)
