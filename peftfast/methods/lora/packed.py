@@ -96,12 +96,9 @@ class PackedLora(Lora):
                 raise ValueError(f"{name} of {key} is {list(tensor.shape)}, its config means {list(slots[name].shape)}")
         if set(tensors) == set(slots):
             tensors = dict(zip(slots, self.whole(settings[self.by], *(tensors[n] for n in slots)), strict=True))
-        return _PLAIN.for_slot(site, cfg, key, tensors)
+        return Lora().for_slot(site, cfg, key, tensors)
 
     def combined_fields(self, adapters: Sequence[Sequence[Adapter]], how: Combination) -> Mapping[str, Any]:
         """The result is a plain LoRA: most combinations cannot be kept so."""
         plain = LoraConfig.__dataclass_fields__[self.variant].default
         return {**super().combined_fields(adapters, how), self.variant: plain}
-
-
-_PLAIN = Lora()

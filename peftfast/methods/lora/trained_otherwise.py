@@ -15,8 +15,6 @@ from peftfast.rows.routing import Rows
 from peftfast.sites import Site
 from peftfast.sites.bound import BoundLora
 
-_PLAIN = Lora()
-
 
 class TrainedOtherwise(Lora):
     """Subclasses say which calls are those of training, and what they do.
@@ -57,4 +55,4 @@ class TrainedOtherwise(Lora):
         self, site: Site, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, float]:
         """See `Lora.for_slot`, to which nothing of `only_for_training` comes."""
-        return _PLAIN.for_slot(site, cfg, key, tensors)
+        return Lora().for_slot(site, cfg, key, tensors)
