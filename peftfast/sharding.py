@@ -36,16 +36,10 @@ def _from_zero3(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def copy_whole(target: Tensor, source: Tensor) -> None:
     """Write a whole tensor into one that may be sharded; every process has `source`."""
-    with torch.no_grad():
+    with torch.no_grad(), whole([target]):
         if is_distributed(target):
-            target.copy_(taken_apart(source.to(device=target.device, dtype=target.dtype), target))
-        elif hasattr(target, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
-                target.copy_(source)
-        else:
-            target.copy_(source)
+            source = taken_apart(source.to(device=target.device, dtype=target.dtype), target)
+        target.copy_(source)
 
 
 def is_distributed(tensor: Tensor | None) -> bool:
