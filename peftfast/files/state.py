@@ -16,7 +16,7 @@ from peftfast.keys import in_base, starts_of, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
-from peftfast.layers.walk import base_modules, outer_modules
+from peftfast.layers.walk import base_modules, name_of, outer_modules
 from peftfast.method import method_for
 from peftfast.prompts.prompt import PromptEncoders
 from peftfast.sharding import gathered, put_together, to_shards, whole_shape
@@ -288,7 +288,7 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Input and output embedding of a transformers model, as they stand in `model` now, by name."""
     found: dict[str, nn.Module] = {}
     for module in (input_embeddings(model), output_embeddings(model)):
-        name = None if module is None else next((n for n, m in base_modules(model) if m is module), None)
+        name = name_of(model, module)
         if name:
             found[strip_wrappers(name)] = module
     return found

@@ -41,6 +41,11 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{name}.{leaf}" if name else leaf, p
 
 
+def name_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    """Which of `base_modules` this is, by the name of its first place; None: none of them."""
+    return next((name for name, m in base_modules(model) if m is module), None)
+
+
 def outer_modules(
     model: nn.Module, closed: Callable[[nn.Module], bool], every_place: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:

@@ -13,6 +13,7 @@ from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import enumerate_some
+from peftfast.layers.walk import name_of
 from peftfast.method import register_method
 from peftfast.ops.function import composing
 from peftfast.rules import boolean, either, integer, optional, sequence, text
@@ -57,8 +58,7 @@ class TrainableTokens:
     def choose_targets(self, cfg: TrainableTokensConfig, model: nn.Module) -> None:
         """None is the input embedding, by its whole name; of a model that does not say which, what is called so."""
         if cfg.target_modules is None:
-            embedding = input_embeddings(model)
-            name = next((n for n, m in model.named_modules() if m is embedding), None)
+            name = name_of(model, input_embeddings(model))
             usual = "embed_tokens"
             if name is None and any(n.rpartition(".")[2] == usual for n, _ in model.named_modules()):
                 cfg.target_modules = [usual]

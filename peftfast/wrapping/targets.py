@@ -23,7 +23,7 @@ from peftfast.errors import (
     warn,
 )
 from peftfast.keys import ends_of, starts_of
-from peftfast.layers.walk import base_modules, outer_modules
+from peftfast.layers.walk import name_of, outer_modules
 from peftfast.sites.linear import is_linear
 from peftfast.wrapping.parents import read_by_parent
 from peftfast.wrapping.patterns import END, patterns_of
@@ -189,9 +189,7 @@ def all_linear(model: nn.Module, cfg: PeftConfig) -> list[str]:
     head = output_embeddings(model)
     if head is None and getattr(cfg, "task_type", None) == "SEQ_CLS":
         head = next((getattr(model, h) for h in SEQ_CLS_HEAD_NAMES if getattr(model, h, None) is not None), None)
-    if head is None:
-        return names
-    head_name = next((n for n, m in base_modules(model) if m is head), None)
+    head_name = name_of(model, head)
     return [n for n in names if n != head_name]
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.embeddings import output_embeddings
+from peftfast.layers.walk import name_of
 from peftfast.training.blocks import uncounted
 from peftfast.training.comparing import without_dropout
-from peftfast.training.liger.head import head_trouble, name_of
+from peftfast.training.liger.head import head_trouble
 from peftfast.training.liger.losses import other_loss, token_loss
 from peftfast.training.liger.part import Part
 
@@ -37,7 +38,7 @@ class FusedHead(Part):
 
     def __init__(self, base: nn.Module, operations: ModuleType, explicit: bool) -> None:
         self.base, self.head, self.explicit = base, output_embeddings(base), explicit
-        super().__init__("the model" if self.head is None else name_of(base, self.head))
+        super().__init__(name_of(base, self.head) or "the model")
         self.operation = operations.liger_fused_linear_cross_entropy
 
     def attach(self) -> None:

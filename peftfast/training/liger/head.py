@@ -10,12 +10,8 @@ from torch import nn
 from peftfast.embeddings import output_embeddings
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper
+from peftfast.layers.walk import name_of
 from peftfast.sites.site import is_untouched
-
-
-def name_of(base: nn.Module, module: nn.Module) -> str:
-    """A module's name in the model, its class where it has none."""
-    return next((name for name, m in base.named_modules() if m is module), type(module).__name__)
 
 
 def head_trouble(base: nn.Module, installed: Any = None) -> str | None:
@@ -28,7 +24,7 @@ def head_trouble(base: nn.Module, installed: Any = None) -> str | None:
     if head is None:
         return f"{type(base).__name__} has no head over a vocabulary"
     trouble = _trouble_of(head, installed)
-    return None if trouble is None else f"{name_of(base, head)} {trouble}"
+    return None if trouble is None else f"{name_of(base, head) or type(head).__name__} {trouble}"
 
 
 def _trouble_of(head: nn.Module, installed: Any) -> str | None:
