@@ -230,7 +230,7 @@ def fit_state_dict(
     """
     fit = Fit(adapter_name)
     entries = {entry.file: entry for entry in adapter_entries(model, adapter_name)}
-    tensors = _aligned(tensors, entries)
+    tensors = aligned(tensors, entries)
     tensors = migrate_experts(tensors, entries, cfg, getattr(model, "get_base_model", lambda: model)())
     known, twice = set(entries), rows_said_twice(model, adapter_name)
     base: dict[str, Tensor] | None = None
@@ -386,7 +386,7 @@ def _is_foreign(key: str, modules: set[str]) -> bool:
     return found is not None and key[: found.start()] not in modules
 
 
-def _aligned(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+def aligned(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """Keys as in this model's own file: with the prefix that the model has, without the adapter's name."""
     tensors = {strip_wrappers(k): v for k, v in tensors.items()}
     if any(entry.store is not None for entry in entries.values()):  # prompts: the base model is not wrapped

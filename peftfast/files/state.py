@@ -298,7 +298,7 @@ def without_own_embeddings(model: nn.Module, tensors: Mapping[str, Tensor]) -> d
     """Tensors of a file without the embeddings and head of the base that are saved beside adapters of them, where they
     are the model's own, in its dtype."""
     own = {}
-    for name, module in embedding_modules(model).items():
+    for name, module in embedding_modules(model).items() if tensors else ():
         base = getattr(module, "original_module", module)
         base = base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
         own |= {f"{in_base(name)}.{k}": p for k, p in base.named_parameters() if not p.is_meta}

@@ -14,10 +14,10 @@ from peftfast.config import PeftConfig, PeftType, plain_name
 from peftfast.errors import AdapterMismatchWarning, no_such_adapter, warn
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
-from peftfast.files.fit import holds, is_alike
+from peftfast.files.fit import aligned, holds, is_alike
 from peftfast.files.io import check_arguments, read_adapter
 from peftfast.files.state import adapter_entries, without_own_embeddings
-from peftfast.keys import PREFIX, in_base, strip_wrappers
+from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.many.swappable import pads, rank_of, record_settings, runs_of
 from peftfast.method import method_for, retarget
@@ -134,23 +134,19 @@ def _swap(
     }
     if not entries:
         raise ValueError(f"Adapter {adapter_name} not found in the model")
-    merged = [e.layer for e in entries.values() if adapter_name in e.layer.merged_adapters]
-    if merged:
+    if any(adapter_name in e.layer.merged_adapters for e in entries.values()):
         raise ValueError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Please "
             "unmerge the adapter first by calling `unmerge_adapter()`."
         )
-    given = {strip_wrappers(k): v for k, v in tensors.items()}
     if by_file_name:
-        wants = next(iter(entries)).startswith(PREFIX)
-        given = {PREFIX * wants + in_base(k): v for k, v in given.items()}
-        given = migrate_experts(given, entries, config, _base(inner))
-    unexpected = {k: v for k, v in given.items() if k not in entries}
-    if unexpected:
-        unexpected = without_own_embeddings(inner, unexpected)
-        given = {k: v for k, v in given.items() if k in entries or k in unexpected}
+        given = migrate_experts(aligned(tensors, entries), entries, config, _base(inner))
+    else:
+        given = {strip_wrappers(k): v for k, v in tensors.items()}
+    unexpected = without_own_embeddings(inner, {k: v for k, v in given.items() if k not in entries})
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
+    given = {k: v for k, v in given.items() if k in entries}
     for key, new in given.items():
         _check_shape(key, entries[key], new.shape, adapter_name)
     _check_writable(entries, given)

@@ -204,7 +204,7 @@ class Slots:
                 raise ValueError(f"Adapter {name}: {e}") from e
             _check_factors(f"Adapter {name} has", key, a, b, layer.site.experts, self._max_rank)
             found[key] = (_for_host(a, stack.a), _for_host(b, stack.b), scale)
-        left = without_own_embeddings(self._inventory.model, left) if left else left
+        left = without_own_embeddings(self._inventory.model, left)
         if left or not found:
             raise ValueError(
                 f"Adapter {name} has tensors that no slot takes: {enumerate_some(left) if left else 'all of them'}. "
