@@ -16,7 +16,7 @@ from peftfast.config import PeftConfig, require_config, require_module
 from peftfast.errors import close_matches, every_name, grouped
 from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.keys import ends_of
-from peftfast.layers.layer import site_of
+from peftfast.layers.layer import site_of, without_adapters
 from peftfast.model import PeftModel
 from peftfast.sharding import whole_shape
 from peftfast.sites import Site, bias_of, make_site, parts_of
@@ -285,16 +285,14 @@ def _others(injection: Injection) -> list[PlannedPart]:
     """Copies of modules, rows of embeddings, biases of the base."""
     inventory, parts = injection.inventory, []
     for key in injection.saved:
-        module = inventory.module(key)
-        module = getattr(module, "original_module", module)
+        module = without_adapters(inventory.module(key))
         own = [(n, p) for n, p in module.named_parameters() if p.is_floating_point()]
         own = [p for n, p in own if not (key in injection.tied and n == "weight")]
         parts.append(_sum(key, "copy", own))
     for key, rows in injection.tokens.items():
         if key in injection.tied:
             continue
-        module = inventory.module(key)
-        site = make_site(getattr(module, "original_module", module))
+        site = make_site(without_adapters(inventory.module(key)))
         parts.append(_part(key, "rows", [(len(rows), site.weight.shape[1])], injection.dtype(site)))
     kind = getattr(injection.cfg, "bias", "none")
     adapted = {site.module for _, _, site in _sites(injection)} if kind != "none" else ()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from peftfast.base.dense import was_conv1d
 from peftfast.base.weight import base_weight
-from peftfast.files.renamed import current_names, module_at, without_adapters
+from peftfast.files.renamed import current_names, module_at
 from peftfast.keys import strip_wrappers
-from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer, without_adapters
 from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import outer_modules
 from peftfast.prompts.prompt import PromptEncoders

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.keys import PREFIX, in_base, strip_wrappers
-from peftfast.layers.layer import BaseTunerLayer
-from peftfast.layers.stand_in import StandIn
+from peftfast.layers.layer import without_adapters
 from peftfast.wrapping.patterns import pattern_of, pattern_value
 from peftfast.wrapping.targets import Matcher, make_matcher
 
@@ -31,13 +30,6 @@ def module_at(model: nn.Module, name: str) -> nn.Module | None:
             return None
         module = _inside(child)
     return module
-
-
-def without_adapters(module: nn.Module) -> nn.Module:
-    """The base model's module in what stands in for it."""
-    if isinstance(module, StandIn):
-        return module.original_module
-    return module.base_layer if isinstance(module, BaseTunerLayer) else module
 
 
 def _inside(module: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from peftfast.embeddings import EMBEDDING_LAYER_NAMES, input_embeddings, output_
 from peftfast.errors import AdapterLoadError, PeftWarning, close_matches, enumerate_some, warn
 from peftfast.files.entry import Entry
 from peftfast.keys import in_base, starts_of, strip_wrappers
-from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.layer import BaseTunerLayer, without_adapters
 from peftfast.layers.saved_modules import ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import base_modules, name_of, outer_modules
@@ -299,9 +299,8 @@ def without_own_embeddings(model: nn.Module, tensors: Mapping[str, Tensor]) -> d
     are the model's own, in its dtype."""
     own = {}
     for name, module in embedding_modules(model).items() if tensors else ():
-        base = getattr(module, "original_module", module)
-        base = base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
-        own |= {f"{in_base(name)}.{k}": p for k, p in base.named_parameters() if not p.is_meta}
+        parameters = without_adapters(module).named_parameters()
+        own |= {f"{in_base(name)}.{k}": p for k, p in parameters if not p.is_meta}
 
     def is_own(key: str, tensor: Tensor) -> bool:
         here = own.get(without_places(in_base(key)))

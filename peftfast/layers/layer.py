@@ -20,6 +20,7 @@ from peftfast.layers.calls import CalledLayer
 from peftfast.layers.merger import MergedNames, Merger, check_mergeable
 from peftfast.layers.scaling import HasScaling
 from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
+from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import base_parameters
 from peftfast.method import AdapterMethod
 from peftfast.rows.control import Control
@@ -419,6 +420,13 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         super().__setstate__(state)
         for adapter in self.adapters.values():
             adapter.locate()
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """The base model's module in what stands in for it."""
+    if isinstance(module, StandIn):
+        return module.original_module
+    return module.base_layer if isinstance(module, BaseTunerLayer) else module
 
 
 L = TypeVar("L", bound=Callable)

@@ -13,8 +13,7 @@ from peftfast.config import PeftConfig
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import close_matches, warn
 from peftfast.keys import ends_of
-from peftfast.layers.layer import BaseTunerLayer
-from peftfast.layers.stand_in import StandIn
+from peftfast.layers.layer import without_adapters
 from peftfast.sharding import whole_shape
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.targets import name_ends
@@ -24,14 +23,9 @@ def embedding_name(inventory: Inventory) -> str:
     """Name of the input embedding inside the model."""
     embedding = input_embeddings(inventory.model)
     for name in inventory.names:
-        if inventory.module(name) is embedding:
+        module = inventory.module(name)
+        if embedding is module or embedding is without_adapters(module):  # models may answer with either
             return name
-    # get_input_embeddings answers with what a wrapper stands for
-    for key, wrapper in (*inventory.layers.items(), *inventory.extras.items()):
-        if isinstance(wrapper, BaseTunerLayer) and wrapper.base_layer is embedding:
-            return key
-        if isinstance(wrapper, StandIn) and wrapper.original_module is embedding:
-            return key
     raise ValueError("The model's input embedding is not among its modules")
 
 
@@ -67,8 +61,7 @@ def _tied_keys(inventory: Inventory) -> dict[str, str | None]:
 
 def _base_weight(module: nn.Module) -> Tensor | None:
     """The weight of a module, or of the one that an adapter or a kept copy stands for."""
-    module = getattr(module, "original_module", module)
-    return getattr(getattr(module, "base_layer", module), "weight", None)
+    return getattr(without_adapters(module), "weight", None)
 
 
 _TIED_WARNING = (
