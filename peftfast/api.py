@@ -21,6 +21,7 @@ from peftfast.interop.takeover import is_wrapped_by_peft, take_over
 from peftfast.keys import starts_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
+from peftfast.layers.walk import base_of
 from peftfast.method import method_for
 from peftfast.mixed_model import PeftMixedModel
 from peftfast.model import PeftModel, refuse_peft_model
@@ -230,7 +231,7 @@ def set_peft_model_state_dict(
                 f"peft_model_state_dict must be a dict of tensors by name; {key!r} is {type(value).__name__}"
             )
     cfg = _config(model, adapter_name)
-    given = renamed(getattr(model, "get_base_model", lambda: model)(), None, given)
+    given = renamed(base_of(model), None, given)
     with room_for(getattr(model, "_tuner", None), adapter_name, given):
         fit = fit_state_dict(model, cfg, given, adapter_name, finite=strict != "off")
         # names that do not fit are returned to the caller, as PEFT does, instead of warned about

@@ -20,6 +20,7 @@ from peftfast.files.io import save_adapter, vocabulary_changed
 from peftfast.files.state import adapter_entries, adapter_state_dict, wrapped_modules
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.walk import base_of
 from peftfast.method import method_for
 from peftfast.methods.lora.combine import svd_of_sum
 from peftfast.methods.lora.config import LoraConfig
@@ -80,7 +81,7 @@ def convert_to_lora(
     if cfg is None:
         wanted, names = [key.removeprefix(PREFIX) for key in layers], [n for n, _ in model.named_modules() if n]
         set_targets(config, wanted, names, shortest_suffixes(wanted, names))
-    if cfg is not None:
+    else:
         inside = tuple(f"{key}." for key in layers)
         factors = {entry.file for entry in adapter_entries(model, adapter_name) if entry.file.startswith(inside)}
         saved = adapter_state_dict(model, cfg, adapter_name, None, vocabulary_changed(model, cfg))
@@ -98,8 +99,7 @@ def save_as_lora(
 ) -> None:
     """`convert_to_lora`, written to the folder `path`."""
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    save_adapter(Path(path), config, tensors, auto_mapping=None, base=fingerprint(base))
+    save_adapter(Path(path), config, tensors, auto_mapping=None, base=fingerprint(base_of(model)))
 
 
 def _convertible(model: nn.Module, name: str) -> dict[str, BaseTunerLayer]:

@@ -32,6 +32,7 @@ from peftfast.files.state import (
 )
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.walk import base_of
 from peftfast.sharding import copy_whole, is_distributed, to_shards, whole_shape
 from peftfast.sites.site import bias_of, is_bias
 
@@ -231,7 +232,7 @@ def fit_state_dict(
     fit = Fit(adapter_name)
     entries = {entry.file: entry for entry in adapter_entries(model, adapter_name)}
     tensors = aligned(tensors, entries)
-    tensors = migrate_experts(tensors, entries, cfg, getattr(model, "get_base_model", lambda: model)())
+    tensors = migrate_experts(tensors, entries, cfg, base_of(model))
     known, twice = set(entries), rows_said_twice(model, adapter_name)
     base: dict[str, Tensor] | None = None
     places: dict[str, str] = {}  # base tensors may have been, or be here, inside layers of other adapters

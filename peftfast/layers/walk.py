@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model inside a PeftModel; others as they are."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def base_modules(model: nn.Module, every_place: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """The modules of `model` by name, as `named_modules` gives them, without what layers and wrappers keep by adapter.
 

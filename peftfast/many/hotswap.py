@@ -19,6 +19,7 @@ from peftfast.files.io import check_arguments, read_adapter
 from peftfast.files.state import adapter_entries, without_own_embeddings
 from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.walk import base_of
 from peftfast.many.swappable import pads, rank_of, record_settings, runs_of
 from peftfast.method import method_for, retarget
 from peftfast.methods.lora.combine import padded
@@ -107,14 +108,8 @@ def hotswap_adapter_from_state_dict(
 def _in_names_of(model: nn.Module, config: PeftConfig) -> PeftConfig:
     """The config as it is read where an adapter is added."""
     config = copy.deepcopy(config)
-    retarget(config, _base(model))
+    retarget(config, base_of(getattr(model, "_orig_mod", model)))
     return config
-
-
-def _base(model: nn.Module) -> nn.Module:
-    """The model without adapters' names around it."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _configs(model: nn.Module) -> Mapping[str, PeftConfig]:
@@ -140,7 +135,7 @@ def _swap(
             "unmerge the adapter first by calling `unmerge_adapter()`."
         )
     if by_file_name:
-        given = migrate_experts(aligned(tensors, entries), entries, config, _base(inner))
+        given = migrate_experts(aligned(tensors, entries), entries, config, base_of(inner))
     else:
         given = {strip_wrappers(k): v for k, v in tensors.items()}
     unexpected = without_own_embeddings(inner, {k: v for k, v in given.items() if k not in entries})

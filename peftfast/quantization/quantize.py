@@ -18,7 +18,7 @@ from peftfast.errors import close_matches, enumerate_some
 from peftfast.keys import ends_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
-from peftfast.layers.walk import outer_modules
+from peftfast.layers.walk import base_of, outer_modules
 from peftfast.methods.lora.loftq import best_factors, loftq_factors
 from peftfast.methods.lora.lora import factors
 from peftfast.quantization.originals import Originals
@@ -131,7 +131,7 @@ def _check_not_merged(layers: Iterable[tuple[str, BaseTunerLayer | None]]) -> No
 
 def _inner(model: nn.Module) -> nn.Module:
     """The base model inside a PeftModel or a tuner; others as they are."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = base_of(model)
     inventory = getattr(model, "inventory", None)  # which a tuner has, and reads names from its base model otherwise
     return inventory.model if isinstance(inventory, Inventory) else model
 

@@ -12,6 +12,7 @@ import transformers
 from packaging import version
 from torch import Tensor, nn
 
+from peftfast.layers.walk import base_of
 from peftfast.method import method_for
 from peftfast.prompts.prefix_cache import cache_name
 from peftfast.training.capture.captured import Captured, check_count
@@ -51,7 +52,7 @@ class CapturedToken(Captured):
             raise ValueError("Prompts in front of the input are not captured: use model.generate")
         if mixed:
             check_routable(model, self.tuner, "mixed=True")
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = base_of(model)
         if autocast is not None and autocast != self.base.dtype and version.parse(transformers.__version__) < _SPLIT:
             # under autocast the rotary embedding widens keys, and values stay narrow
             raise ValueError(

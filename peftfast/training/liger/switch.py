@@ -10,6 +10,7 @@ from torch import nn
 
 from peftfast.config import require_module
 from peftfast.errors import close_matches
+from peftfast.layers.walk import base_of
 from peftfast.training.liger.fused_head import FusedHead
 from peftfast.training.liger.head import head_trouble
 from peftfast.training.liger.losses import CrossEntropy
@@ -90,7 +91,7 @@ def use_liger(
         if not isinstance(value, bool) and not (automatic and value == "auto"):
             raise ValueError(f"{name} is True or False{' or auto' if automatic else ''}, got {value!r}")
     require_module(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if "_liger" in base.__dict__:
         raise ValueError("The model has Liger's kernels already; remove() those first")
     operations = _operations()
