@@ -145,17 +145,13 @@ class ModelMerger:
 
     def _weights_of_others(self, work: list[Work]) -> set[BaseTunerLayer]:
         """Which of these layers have a weight that another module uses as its own and is to keep."""
-        users: dict[int, set[nn.Module]] = {}
-        for _, module in base_modules(self.inventory.model):
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    users.setdefault(id(parameter), set()).add(module)
+        owners = _owners(self.inventory.model)
         inside = {layer: {*layer.merged_adapters, *wanted} for layer, wanted in work}
         tied = _tied(inside)
         found: set[BaseTunerLayer] = set()
         for layer in inside.keys() - tied.keys():
             own = layer.get_base_layer()._parameters.get(layer.site.parameter)
-            others = users.get(id(own), set()) - {layer.get_base_layer()}
+            others = {module for module, _ in owners.get(id(own), ())} - {layer.get_base_layer()}
             others -= {other.base_layer for other, source in tied.items() if source is layer}
             if others and layer.site.weight.quantization is None:
                 found.add(layer)
@@ -207,11 +203,7 @@ class ModelMerger:
     def _untie_one_sided(self, names: Iterable[str]) -> None:
         """Where an adapter is about to change one of two modules that share a weight, the other gets its own copy;
         merging would otherwise change what nobody adapted."""
-        owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        for _, module in base_modules(self.inventory.model):
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), []).append((module, name))
+        owners = _owners(self.inventory.model)
         inside_extras = {id(m) for wrapper in self.inventory.extras.values() for m in wrapper.modules()}
         inside = {layer: set(names) & layer.adapters.keys() for layer in self.inventory.layers.values()}
         followers = {id(layer.base_layer) for layer in _tied(inside)}
@@ -223,6 +215,16 @@ class ModelMerger:
             for other, name in owners.get(id(weight), ()):
                 if other is not own and id(other) not in inside_extras | followers:
                     setattr(other, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """By the id of a Parameter of the base, the modules that have it, and its names there."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for _, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, name))
+    return found
 
 
 def _mean(values: Iterable[Any]) -> float:
