@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import AdapterMismatchWarning, PeftWarning, close_matches, enumerate_some, warn
+from peftfast.errors import PeftWarning, close_matches, enumerate_some, warn
 from peftfast.files.renamed import rename_targets
 from peftfast.keys import ends_of, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, make_layer, site_of
@@ -31,6 +31,7 @@ from peftfast.wrapping.targets import (
     refuse_mamba,
     report_matches,
     resolve_targets,
+    say_misfits,
     shortest_suffixes,
 )
 from peftfast.wrapping.tensor_parallel import Spread, plan_spreading
@@ -360,10 +361,8 @@ def _report_saved(endings: Sequence[str], names: Sequence[str], strict: bool) ->
     """Say, or with `strict` refuse, what of `modules_to_save` matches nothing, but for heads that a task asks for."""
     missing = [s for s in endings if not any(n.endswith(s) for n in names)]
     if missing and not set(missing) <= {"classifier", "score", "qa_outputs"}:
-        message = f"modules_to_save: {missing} matched no module.{close_matches(missing[0], name_ends(names))}"
-        if strict:
-            raise ValueError(message + " (strict=True)")
-        warn(message, AdapterMismatchWarning)
+        hint = close_matches(missing[0], name_ends(names))
+        say_misfits([f"modules_to_save: {missing} matched no module.{hint}"], strict)
 
 
 def _condense(cfg: PeftConfig, matched: Sequence[str], names: Sequence[str]) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
-from peftfast.errors import AdapterMismatchWarning, close_matches, enumerate_some, warn
+from peftfast.errors import close_matches, enumerate_some
 from peftfast.keys import ends_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.method import AdapterMethod
 from peftfast.sites.parameter import ParameterSite
 from peftfast.wrapping.inventory import Inventory
+from peftfast.wrapping.targets import say_misfits
 
 #: Fields that act on a module's input or output, of which a Parameter has none, with the values that do nothing.
 _IDLE: Mapping[str, tuple[Any, ...]] = {
@@ -162,8 +163,6 @@ def report_parameters(cfg: PeftConfig, targets: Targets, inventory: Inventory, s
     """Say which entries of `target_parameters` matched nothing."""
     names = full_names(targets)
     unmatched = set(cfg.target_parameters).difference(*map(ends_of, names))
-    if not unmatched:
-        return
     all_names = [f"{key}.{name}" for key, name in _parameters(inventory)]
     lines = []
     for target in sorted(unmatched):
@@ -171,6 +170,4 @@ def report_parameters(cfg: PeftConfig, targets: Targets, inventory: Inventory, s
             n.split(".", n.count(".") - target.count("."))[-1] for n in all_names if n.count(".") >= target.count(".")
         }
         lines.append(f"target_parameters: {target!r} matched no Parameter.{close_matches(target, known)}")
-    if strict:
-        raise ValueError("The config does not fit the model (strict=True):\n  " + "\n  ".join(lines))
-    warn("\n".join(lines), AdapterMismatchWarning)
+    say_misfits(lines, strict)

@@ -288,9 +288,14 @@ def report_matches(
             f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. "
             "Please check that exclude_modules was set correctly."
         )
+    say_misfits(complaints, strict)
+
+
+def say_misfits(complaints: Sequence[str], strict: bool) -> None:
+    """Say, or with `strict` refuse, what of a config does not fit the model."""
+    if complaints and strict:
+        raise ValueError("The config does not fit the model (strict=True):\n  " + "\n  ".join(complaints))
     if complaints:
-        if strict:
-            raise ValueError("The config does not fit the model (strict=True):\n  " + "\n  ".join(complaints))
         warn("\n".join(complaints), AdapterMismatchWarning)
 
 
