@@ -16,8 +16,7 @@ def resize_adapter(inventory: Inventory, name: str, keys: list[str]) -> None:
         first: nn.Parameter = next(layer.trainable(old))
         method, cfg, dtype, device, trained = old.method, old.cfg, first.dtype, first.device, first.requires_grad
         active, disabled = layer.active_adapters, layer._disable_adapters
-        layer.activate([n for n in active if n != name])
-        layer.delete_adapter(name)
+        layer.forget(name)
         device = layer.site.weight.device if device.type == "meta" else device
         layer.add_adapter(name, method, cfg, key, dtype=dtype, device=device)
         for module in layer.modules():
@@ -30,7 +29,5 @@ def resize_adapter(inventory: Inventory, name: str, keys: list[str]) -> None:
 def drop_adapter(inventory: Inventory, name: str, keys: list[str]) -> None:
     """Take an adapter off these modules; a module without any is itself again."""
     for key in keys:
-        layer = inventory.layers[key]
-        layer.activate([n for n in layer.active_adapters if n != name])
-        layer.delete_adapter(name)
+        inventory.layers[key].forget(name)
         inventory.unwrap(key)

@@ -183,28 +183,32 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
             setattr(self, name, container)
         return container
 
+    def forget(self, name: str) -> None:
+        """Take out what is here of an adapter. Others stay as they are; none becomes active in its place."""
+        if name in self.merged_adapters:
+            raise ValueError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
+        self.adapters.pop(name, None)
+        self._initial_scaling.pop(name, None)
+        self.merger.sources.pop(name, None)
+        for kept in (*self.adapter_layer_names, *self.other_param_names):
+            container = self._container(kept, dict)
+            if name in container:
+                del container[name]
+        self.activate([other for other in self.active_adapters if other != name])
+        self.changed(name)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; if it was active, the alphabetically first remaining one becomes active."""
-        if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
-            )
-        self.adapters.pop(adapter_name, None)
-        self._initial_scaling.pop(adapter_name, None)
-        self.merger.sources.pop(adapter_name, None)
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            container = self._container(name, dict)
-            if adapter_name in container:
-                del container[adapter_name]
-        if adapter_name in self.active_adapters:
-            remaining = [a for a in self.active_adapters if a != adapter_name]
+        was_active = adapter_name in self.active_adapters
+        self.forget(adapter_name)
+        if was_active:
+            remaining = self.active_adapters
             if not remaining and self.adapters:
-                new = min(self.adapters)
-                warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {new}.")
-                remaining = [new]
+                remaining = [min(self.adapters)]
+                warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {remaining[0]}."
+                )
             self.set_adapter(remaining)
-        self._plan = None
-        self.changed(adapter_name)
 
     def inside(self) -> Mapping[str, BaseTunerLayer]:
         """Layers within this one, the outermost first, by where they are in it."""

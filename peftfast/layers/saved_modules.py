@@ -295,8 +295,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         if adapter_name not in self._adapters:
             return
         self._adapters.discard(adapter_name)
-        self.token_adapter.activate([n for n in self.token_adapter.active_adapters if n != adapter_name])
-        self.token_adapter.delete_adapter(adapter_name)
+        self.token_adapter.forget(adapter_name)
         self._activate_remaining([n for n in new_active_adapters or [] if n in self._adapters])
 
     def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:

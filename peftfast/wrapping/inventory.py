@@ -137,8 +137,7 @@ class Inventory(Listing):
         """Take out what there is of an adapter that could not be added, or is replaced."""
         self._places.pop(name, None)
         for layer in self.layers.values():
-            layer.activate([n for n in layer.active_adapters if n != name])
-            layer.delete_adapter(name)
+            layer.forget(name)
         for wrapper in self.extras.values():
             wrapper.delete_adapter(name, [n for n in wrapper.active_adapters if n != name])
         self.remove_empty()
@@ -312,8 +311,7 @@ class Inventory(Listing):
             remaining = [self.successor(others)]
             warn(f"Adapter {name} was active which is now deleted. Setting active adapter to {remaining[0]}.")
         for layer in self.layers.values():
-            layer.activate([n for n in layer.active_adapters if n != name])
-            layer.delete_adapter(name)
+            layer.forget(name)
         for wrapper in self.extras.values():
             wrapper.delete_adapter(name, remaining)
         del self.configs[name]
