@@ -280,9 +280,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             )
         return names
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.token_adapter(x, *args, **kwargs)
-
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
         self.token_adapter.activate(self.active_adapters)
