@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,8 +156,7 @@ class AdapterPool:
             return sum(slot.pins > 0 for slot in self._slots)
 
     # ---- using it ----------------------------------------------------------------------------------------------------
-    @contextmanager
-    def use(self, names: Sequence[str], timeout: float | None = None) -> Iterator[Tensor]:
+    def use(self, names: Sequence[str], timeout: float | None = None) -> AbstractContextManager[Tensor]:
         """While this is open, the model called from this thread gives sample i the adapter `names[i]` ("__base__" for
         none), whose slot stays where it is. Experts see batches flattened; how many tokens a sample has they know from
         the pool's own calls (`pool(...)`, `generate`, `forward`), up to 64 without.
@@ -169,12 +168,14 @@ class AdapterPool:
             ValueError: an unknown adapter, more different ones than slots, or merged adapters in the model.
             TimeoutError: no slot became free. RuntimeError: the pool is closed, or an adapter could not be loaded.
         """
-        with self._using(names, timeout) as index:
-            yield index
+        return self._using(names, timeout)
 
     @contextmanager
-    def _using(self, names: Sequence[str], timeout: float | None = None, tokens: int | None = None) -> Iterator[Tensor]:
-        """`use` for inputs of so many tokens a sample."""
+    def _using(
+        self, names: Sequence[str], timeout: float | None = None, batch: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """`use` for the samples of `batch`, if that is known."""
+        check_length(len(names), batch)
         check_unmerged(self.inventory)
         self._check_open()
         self._places.check_in_place()
@@ -183,7 +184,7 @@ class AdapterPool:
             places = tuple([-1 if n == BASE else held[n].index for n in names])
             index = torch.tensor(places, dtype=torch.int64, device=self._places.device)
             # eager calls on a CPU may be arranged around what the host knows anyway
-            shape = {"copies": _COPIES, "tokens": tokens, "slots": self._places}
+            shape = {"copies": _COPIES, "tokens": tokens_of(batch), "slots": self._places}
             seen = Routing((), index, places, **shape) if index.is_cpu else None
             with self.inventory.control.use(Routing((), index, None, **shape, seen=seen)):
                 yield index
@@ -192,14 +193,12 @@ class AdapterPool:
 
     def __call__(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """The model's output with an adapter from the pool for every sample."""
-        check_length(len(adapter_names), batch_of(args, kwargs))
-        with self._using(adapter_names, tokens=tokens_of(batch_of(args, kwargs))):
+        with self._using(adapter_names, batch=batch_of(args, kwargs)):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """The model's `generate` with an adapter from the pool for every prompt."""
-        check_length(len(adapter_names), batch_of(args, kwargs))
-        with self._using(adapter_names, tokens=tokens_of(batch_of(args, kwargs))):
+        with self._using(adapter_names, batch=batch_of(args, kwargs)):
             return self.model.generate(*args, **kwargs)
 
     def forward(self, slots: Tensor, *args: Any, **kwargs: Any) -> Any:
