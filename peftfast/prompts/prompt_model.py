@@ -28,6 +28,7 @@ from peftfast.prompts.prompt import (
     word_embeddings_of,
 )
 from peftfast.rows.routing import BASE, batch_of
+from peftfast.rules import integer
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.injection import Injection
 from peftfast.wrapping.inventory import Inventory
@@ -63,10 +64,10 @@ class PromptInventory(Inventory):
             encoder.requires_grad_(name in names and not inference_mode)
 
     def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
-        kind = next(iter(self.configs.values())).peft_type if self.configs else "these"
+        kind = next((plain_name(cfg.peft_type) for cfg in self.configs.values()), "these")
         raise TypeError(
-            "Setting `requires_grad` is not supported for prompt learning methods like "
-            f"{getattr(kind, 'value', kind)}. set_adapter(name, inference_mode=...) freezes and unfreezes."
+            f"Setting `requires_grad` is not supported for prompt learning methods like {kind}. "
+            "set_adapter(name, inference_mode=...) freezes and unfreezes."
         )
 
     def successor(self, others: list[str]) -> str:
@@ -333,9 +334,9 @@ class PromptTuner(KeepsBeside):
         if name in _OWN:
             return getattr(self, name)
         if name in _OF_WEIGHTS and not hasattr(self.model, name):
-            kind = next((c.peft_type for c in self.peft_config.values()), "prompt")
+            kind = next((plain_name(c.peft_type) for c in self.peft_config.values()), "prompt")
             raise AttributeError(
-                f"{name}: {getattr(kind, 'value', kind)} adapters are virtual tokens in the model's inputs, not "
+                f"{name}: {kind} adapters are virtual tokens in the model's inputs, not "
                 "weights; there is nothing to merge, unmerge or combine. get_base_model() is the unchanged base model."
             )
         return getattr(self.model, name)
@@ -377,14 +378,9 @@ def _resized(rows: Tensor, old: int, new: int) -> Tensor:
     return parts[:, torch.arange(new, device=rows.device) % old].reshape(-1, rows.shape[1])
 
 
-def _check_length(num_virtual_tokens: int) -> None:
-    if not isinstance(num_virtual_tokens, int) or isinstance(num_virtual_tokens, bool) or num_virtual_tokens < 1:
-        raise ValueError(f"num_virtual_tokens must be an integer of at least 1, got {num_virtual_tokens!r}")
-
-
 def resize_saved_prompt(cfg: PeftConfig, tensors: Mapping[str, Tensor], num_virtual_tokens: int) -> dict[str, Tensor]:
     """The tensors of a file with the prompt cut or extended as `resize_prompt` does; `cfg` follows."""
-    _check_length(num_virtual_tokens)
+    num_virtual_tokens = integer(1).enforce(num_virtual_tokens, "num_virtual_tokens")
     if not cfg.is_prompt_learning or "prompt_embeddings" not in tensors:
         raise ValueError(f"num_virtual_tokens is the length of a prompt; the adapter is {plain_name(cfg.peft_type)}")
     rows = _resized(tensors["prompt_embeddings"], cfg.num_virtual_tokens, num_virtual_tokens)
@@ -403,10 +399,10 @@ def resize_prompt(model: nn.Module, num_virtual_tokens: int, adapter_name: str |
         adapter_name: None: the active one.
 
     Raises:
-        TypeError: no prompt-learning model. ValueError: the length is not positive, no such adapter.
+        TypeError: no prompt-learning model, or no integer. ValueError: a length below 1, or no such adapter.
     """
     tuner = prompts_of(model)
-    _check_length(num_virtual_tokens)
+    num_virtual_tokens = integer(1).enforce(num_virtual_tokens, "num_virtual_tokens")
     name = model.active_adapter if adapter_name is None else adapter_name
     encoder, cfg = tuner.encoder(name), tuner.peft_config[name]
     if encoder.has_network:
