@@ -55,34 +55,32 @@ class Originals:
         Raises:
             KeyError: it is not there; names what is close.
         """
-        key = f"{name}.weight"
-        for candidate in self._candidates(key):
-            if candidate in self._names:
-                weight = self._read(candidate)
-                module = self._modules.get(candidate.removesuffix(".weight"))
-                turned = was_conv1d(packed) if module is None else is_conv1d(module)
-                return weight.t() if turned else weight
-        raise KeyError(f"The original weights have no {key!r}.{close_matches(key, self._names)}")
+        key = self._find(f"{name}.weight")
+        module = self._modules.get(key.removesuffix(".weight"))
+        turned = was_conv1d(packed) if module is None else is_conv1d(module)
+        weight = self._read(key)
+        return weight.t() if turned else weight
 
-    def tensor(self, name: str, alias: str | None = None) -> Tensor:
-        """The Parameter or buffer `name` as it is stored; that of `alias` where there is none.
+    def tensor(self, *names: str) -> Tensor:
+        """A Parameter or buffer as it is stored, of the first of its names that is there.
 
         Raises:
-            KeyError: it is not there; names what is close.
+            KeyError: none is; names what is close.
         """
-        for key in (name,) if alias is None else (name, alias):
-            for candidate in self._candidates(key):
-                if candidate in self._names:
-                    self._asked.add(candidate)
-                    return self._read(candidate)
-        raise KeyError(f"The other model has no {name!r}.{close_matches(name, self._names)}")
+        return self._read(self._find(*names))
 
     def never_asked(self) -> list[str]:
-        """Names of what nobody has asked `tensor` for."""
+        """Names of what nobody has asked for."""
         return sorted(self._names - self._asked)
 
-    def _candidates(self, key: str) -> list[str]:
-        return list(dict.fromkeys((key, key.removeprefix(f"{self._prefix}."), f"{self._prefix}.{key}")))
+    def _find(self, *names: str) -> str:
+        """The first of these names that is there, as the source has it: with or without the prefix."""
+        for name in names:
+            for key in (name, name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}"):
+                if key in self._names:
+                    self._asked.add(key)
+                    return key
+        raise KeyError(f"The other model has no {names[0]!r}.{close_matches(names[0], self._names)}")
 
 
 def _open(path: Path) -> tuple[set[str], Callable[[str], Tensor]]:
