@@ -46,15 +46,28 @@ def decoded(w: Operand, dtype: torch.dtype) -> Tensor:
     return dequantize(w._replace(dtype=narrow), narrow).to(dtype)
 
 
+class BnbWeight(UsualWeight):
+    """What is alike in bitsandbytes' formats, of linear layers and of embeddings."""
+
+    draws = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m = self.module
+        return (m.out_features, m.in_features) if hasattr(m, "out_features") else (m.num_embeddings, m.embedding_dim)
+
+    @torch.no_grad()
+    def restore(self, snapshot: tuple[Tensor, Any]) -> None:
+        self._write(*snapshot)
+
+
 @register_format
-class Bnb4Weight(UsualWeight):
+class Bnb4Weight(BnbWeight):
     """`bitsandbytes.nn.Linear4bit` and `Embedding4bit`: two codes per byte, kept by a Params4bit with a quant_state.
 
     FSDP and others replace the Params4bit by a plain Parameter; the state is then taken from the module. The state is
     read at every use, because bitsandbytes moves, repacks and replaces it.
     """
-
-    draws = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -77,11 +90,6 @@ class Bnb4Weight(UsualWeight):
             if "forward" in c.__dict__:
                 return (type(self.module),) if c.__name__ == "Linear4bit" else ()
         return ()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        m = self.module
-        return (m.out_features, m.in_features) if hasattr(m, "out_features") else (m.num_embeddings, m.embedding_dim)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -210,10 +218,6 @@ class Bnb4Weight(UsualWeight):
 
     def snapshot(self, host: bool = False) -> tuple[Tensor, Any]:
         return kept_copy(self.module.weight.data, host), _map_state(self._state(), lambda t: kept_copy(t, host))
-
-    @torch.no_grad()
-    def restore(self, snapshot: tuple[Tensor, Any]) -> None:
-        self._write(*snapshot)
 
     def _write(self, packed: Tensor, state: Any) -> None:
         """Parameter and quant_state keep their identity and their memory: tied modules, captured graphs and whoever

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.base.bnb4 import OFFLOADED, decoded, import_bnb, is_bnb
+from peftfast.base.bnb4 import OFFLOADED, BnbWeight, decoded, import_bnb, is_bnb
 from peftfast.base.rounding import drawn
-from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, kept_copy, register_format
+from peftfast.base.weight import QUANTIZERS, Quantizer, kept_copy, register_format
 from peftfast_kernels.decode import Operand
 
 
 @register_format
-class Int8Weight(UsualWeight):
+class Int8Weight(BnbWeight):
     """`bitsandbytes.nn.Linear8bitLt` and `Embedding8bit` with quantised weights: int8 [N, K] and a scale [N], which
     the first forward moves from the Parameter to the module's `state`.
 
@@ -24,7 +24,6 @@ class Int8Weight(UsualWeight):
     """
 
     quantization = "int8"
-    draws = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -37,11 +36,6 @@ class Int8Weight(UsualWeight):
             return False
         # with has_fp16_weights the weight is dense, and quantised anew in every forward
         return not getattr(module.weight, "has_fp16_weights", False) or module.weight.dtype == torch.int8
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        m = self.module
-        return (m.out_features, m.in_features) if hasattr(m, "out_features") else (m.num_embeddings, m.embedding_dim)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -106,10 +100,6 @@ class Int8Weight(UsualWeight):
 
     def snapshot(self, host: bool = False) -> tuple[Tensor, Tensor]:
         return kept_copy(self.module.weight.data, host), kept_copy(self._scales(), host)
-
-    @torch.no_grad()
-    def restore(self, snapshot: tuple[Tensor, Tensor]) -> None:
-        self._write(*snapshot)
 
     def _write(self, codes: Tensor, scales: Tensor) -> None:
         m = self.module
