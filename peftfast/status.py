@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
+from peftfast.base.weight import comes_from
 from peftfast.config import plain_name
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import TrainableTokensWrapper
@@ -143,7 +144,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     tuner = _tuner_in(model)
     trainable, total = count_parameters(model)
     base = model if tuner is None else tuner.model
-    known = tuner is not None or any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
+    known = tuner is not None or comes_from(type(model), "transformers", "PreTrainedModel")
     return TunerModelStatus(
         base_model_type=type(base).__name__ if known else "other",
         adapter_model_type="None" if tuner is None else type(tuner).__name__,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.rounding import drawn
-from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, kept_copy, register_format
+from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, comes_from, kept_copy, register_format
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand, block_scales, dequantize, levels_of
 
@@ -26,9 +26,8 @@ OFFLOADED = (
 
 
 def is_bnb(thing: object, *names: str) -> bool:
-    """Whether `thing` is an instance of one of these bitsandbytes classes; asked by name, so that a model without
-    bitsandbytes does not import it."""
-    return any(c.__name__ in names and c.__module__.partition(".")[0] == "bitsandbytes" for c in type(thing).__mro__)
+    """Whether `thing` is an instance of one of these bitsandbytes classes."""
+    return comes_from(type(thing), "bitsandbytes", *names)
 
 
 def import_bnb(purpose: str) -> Any:

@@ -7,25 +7,20 @@ from torch import Tensor, nn
 
 from peftfast.base.offload import stored_weight
 from peftfast.base.parameter import ParameterWeight
-from peftfast.base.weight import register_format
+from peftfast.base.weight import comes_from, register_format
 from peftfast.sharding import whole_shape
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, a linear layer that stores its weight as [in, out]. Asked by name, so that
-    transformers is not imported for it."""
-    return _is_conv1d(type(module))
+    """Whether this is transformers' Conv1D, a linear layer that stores its weight as [in, out]."""
+    return comes_from(type(module), "transformers", "Conv1D")
 
 
 def was_conv1d(packed: nn.Module) -> bool:
     """Whether this packed linear layer was one before, as transformers writes down where it packs it."""
-    return _is_conv1d(getattr(packed, "source_cls", nn.Linear))
-
-
-def _is_conv1d(kind: type[nn.Module]) -> bool:
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in kind.__mro__)
+    return comes_from(getattr(packed, "source_cls", nn.Linear), "transformers", "Conv1D")
 
 
 @register_format

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.opaque import ByModule
-from peftfast.base.weight import register_format
+from peftfast.base.weight import comes_from, register_format
 from peftfast_kernels.decode import Operand
 
 
@@ -22,10 +22,7 @@ class HqqWeight(ByModule):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        if isinstance(module, nn.Linear):
-            return False
-        kinds = type(module).__mro__
-        return any(c.__name__ == "HQQLinear" and c.__module__.partition(".")[0] == "hqq" for c in kinds)
+        return not isinstance(module, nn.Linear) and comes_from(type(module), "hqq", "HQQLinear")
 
     @property
     def shape(self) -> tuple[int, int]:

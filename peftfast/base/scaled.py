@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftfast.base.opaque import ByModule
 from peftfast.base.rounding import drawn, drawn_float
-from peftfast.base.weight import kept_copy, register_format
+from peftfast.base.weight import comes_from, kept_copy, register_format
 from peftfast_kernels.decode import Operand
 
 
@@ -139,13 +139,6 @@ class Fp8Weight(ScaledWeight):
 _INTEGERS = {f"torch.int{bits}": bits for bits in range(2, 9)}
 
 
-def _is_torchao(weight: Tensor | None) -> bool:
-    """Asked by name, so that torchao is not imported for it."""
-    if type(weight) is nn.Parameter:
-        return False
-    return any(c.__name__ == "TorchAOBaseTensor" for c in type(weight).__mro__)
-
-
 @register_format
 class TorchAoWeight(ScaledWeight):
     """`nn.Linear` with a weight of torchao's. What is more than codes and scales (packed, with zero points, ...) can
@@ -155,7 +148,7 @@ class TorchAoWeight(ScaledWeight):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        return _is_torchao(getattr(module, "weight", None))
+        return comes_from(type(getattr(module, "weight", None)), "torchao", "TorchAOBaseTensor")
 
     @property
     def shape(self) -> tuple[int, int]:

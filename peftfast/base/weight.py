@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -11,6 +12,13 @@ from torch import Tensor, nn
 from peftfast.base.offload import device_of
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand
+
+
+@functools.lru_cache(maxsize=1024)
+def comes_from(cls: type, library: str, *names: str) -> bool:
+    """Whether a class is, or derives from, one of a library's with one of these names, or with any. Asked by name, so
+    that the library is not imported for it."""
+    return any((not names or c.__name__ in names) and c.__module__.partition(".")[0] == library for c in cls.__mro__)
 
 
 class UsualWeight:

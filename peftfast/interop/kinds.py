@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftfast.base.bnb4 import is_bnb
+from peftfast.base.weight import comes_from
 from peftfast.layers.layer import BaseTunerLayer
 
 
@@ -51,7 +52,7 @@ def _lora_on(keeps: Callable[[nn.Module], bool]) -> Callable[[BaseTunerLayer], b
 
 
 def _of_library(name: str) -> Callable[[nn.Module], bool]:
-    return lambda module: any(c.__module__.partition(".")[0] == name for c in type(module).__mro__)
+    return lambda module: comes_from(type(module), name)
 
 
 class Linear4bit(metaclass=_Kind):
@@ -103,6 +104,4 @@ class HqqLoraLinear(metaclass=_Kind):
 class TorchaoLoraLinear(metaclass=_Kind):
     """A LoRA layer on a linear layer with one of torchao's tensors as its weight."""
 
-    holds = _lora_on(
-        lambda module: isinstance(module, nn.Linear) and type(module.weight).__module__.partition(".")[0] == "torchao"
-    )
+    holds = _lora_on(lambda module: isinstance(module, nn.Linear) and comes_from(type(module.weight), "torchao"))

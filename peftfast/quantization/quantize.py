@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.base.dense import is_conv1d
-from peftfast.base.weight import BaseWeight, Quantizer, base_weight, quantizer
+from peftfast.base.weight import BaseWeight, Quantizer, base_weight, comes_from, quantizer
 from peftfast.embeddings import SEQ_CLS_HEAD_NAMES, output_embeddings
 from peftfast.errors import close_matches, enumerate_some
 from peftfast.keys import ends_of
@@ -198,7 +198,7 @@ def _put(listing: Listing, name: str, layer: BaseTunerLayer | None, module: nn.M
 
 def _mark_quantised(model: nn.Module, config: Mapping[str, Any], skipped: Iterable[str]) -> None:
     """Tell transformers and the trainers what the model is now."""
-    if not any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__):
+    if not comes_from(type(model), "transformers", "PreTrainedModel"):
         setattr(model, "is_loaded_in_4bit" if config.get("load_in_4bit") else "is_loaded_in_8bit", True)
         return  # only the flag that others ask for
     from transformers import BitsAndBytesConfig
