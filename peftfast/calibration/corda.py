@@ -14,21 +14,12 @@ from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
 from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.errors import enumerate_some
-from peftfast.method import method_for
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.corda import CordaEigens, oriented_eigens
 from peftfast.wrapping.patterns import pattern_value
-from peftfast.wrapping.targets import linear_targets, resolve_targets
+from peftfast.wrapping.targets import linear_targets
 
 _PARTS = ("S_WC", "U_WC", "V_WC")
-
-
-def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:
-    resolve_targets(cfg, model, method_for(cfg).default_targets)
-    found = linear_targets(model, cfg)
-    if not found:
-        raise ValueError(f"target_modules={cfg.target_modules!r} match no linear layer of {type(model).__name__}")
-    return found
 
 
 @torch.no_grad()
@@ -53,7 +44,7 @@ def preprocess_corda(
     settings = lora_config.corda_config
     if settings is None:
         raise ValueError("preprocess_corda needs a config with `corda_config`")
-    modules = _targets(model, lora_config)
+    modules = linear_targets(model, lora_config)
     stored = cached(settings.cache_file)
     if stored is not None:
         keys = {name: [f"{name}.eigens.{part}" for part in _PARTS] for name in modules}
@@ -103,7 +94,7 @@ def _covariances(
     settings, path = cfg.corda_config, cfg.corda_config.covariance_file
     stored = cached(path)
     if stored is not None:
-        inputs = {name: base_weight(module).shape[1] for name, module in _targets(model, cfg).items()}
+        inputs = {name: base_weight(module).shape[1] for name, module in linear_targets(model, cfg).items()}
         _check_known([name for name, k in inputs.items() if name not in stored or stored[name].shape != (k, k)], path)
         return stored, {}
     if run_model is None:
@@ -126,10 +117,10 @@ def _covariances(
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in _targets(hooked, cfg).items()]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in linear_targets(hooked, cfg).items()]
     with removed_after(hooks), in_mode(hooked, training=False):
         run_model()
-    unseen = [name for name in _targets(model, cfg) if name not in sums]
+    unseen = [name for name in linear_targets(model, cfg) if name not in sums]
     if unseen:
         raise ValueError(f"run_model gave these targets no input: {unseen[:5]}")
     result = {name: total / counts[name] for name, total in sums.items()}

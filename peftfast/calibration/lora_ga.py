@@ -15,11 +15,10 @@ from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
 from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.errors import PeftWarning, enumerate_some, warn
-from peftfast.method import method_for
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.lora_ga import GRADIENT
 from peftfast.sites.site import has_site
-from peftfast.wrapping.targets import linear_targets, make_matcher, resolve_targets
+from peftfast.wrapping.targets import linear_targets, make_matcher
 
 
 @torch.no_grad()
@@ -57,7 +56,6 @@ def preprocess_loraga(
         )
     if keep not in ("device", "host"):
         raise ValueError(f"keep={keep!r} is neither 'device' nor 'host'")
-    resolve_targets(lora_config, model, method_for(lora_config).default_targets)
     modules = _targets(model, lora_config)
     stored = cached(cache_file)
     if stored is not None:
@@ -71,11 +69,6 @@ def preprocess_loraga(
 
 def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:
     found = linear_targets(model, cfg)
-    if not found:
-        raise ValueError(
-            f"No supported layers found for LoRA-GA: target_modules={cfg.target_modules!r} match no linear layer of "
-            f"{type(model).__name__}"
-        )
     # bitsandbytes' modules have a `quant_state` also while their weights are not packed yet
     packed = {name: base_weight(m).quantization or hasattr(m, "quant_state") for name, m in found.items()}
     if any(packed.values()):

@@ -24,9 +24,8 @@ from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.rules import integer
-from peftfast.wrapping.default_targets import LORA
 from peftfast.wrapping.patterns import pattern_of, pattern_value
-from peftfast.wrapping.targets import linear_targets, resolve_targets
+from peftfast.wrapping.targets import linear_targets
 
 OVERSAMPLING = 8  # columns of the sketch beyond the largest rank
 
@@ -75,10 +74,7 @@ def discover_ranks(
         raise ValueError(f"by must be 'variance' or 'gradient', got {by!r}")
     targets_before = config.target_modules
     try:
-        resolve_targets(config, model, LORA)
         modules = linear_targets(model, config)
-        if not modules:
-            raise ValueError(f"target_modules={targets_before!r} match no linear layer of {type(model).__name__}")
         given = {n: pattern_value(config.rank_pattern, n, config.r) for n in modules}
         alphas = {n: pattern_value(config.alpha_pattern, n, config.lora_alpha) for n in modules}
         total = sum(given.values()) if budget is None else budget

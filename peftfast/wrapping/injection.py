@@ -252,7 +252,7 @@ def _complete(cfg: PeftConfig, model: nn.Module, method: AdapterMethod, by_keys:
         )
     if chooses_targets(method):
         method.choose_targets(cfg, model)
-    resolve_targets(cfg, model, method.default_targets)
+    resolve_targets(cfg, model)
     if hasattr(type(method), "resolve"):
         method.resolve(cfg, model)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import nn
 
@@ -24,6 +24,7 @@ from peftfast.errors import (
 )
 from peftfast.keys import ends_of, starts_of
 from peftfast.layers.walk import name_of, outer_modules
+from peftfast.method import method_for
 from peftfast.sites.linear import is_linear
 from peftfast.wrapping.parents import read_by_parent
 from peftfast.wrapping.patterns import END, patterns_of
@@ -127,20 +128,17 @@ def model_type(model: nn.Module) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def resolve_targets(cfg: PeftConfig, model: nn.Module, table: Mapping[str, Any]) -> None:
+def resolve_targets(cfg: PeftConfig, model: nn.Module) -> None:
     """Turn `target_modules` None and "all-linear" into names, in the config itself.
 
-    Args:
-        table: default targets by model type.
-
     Raises:
-        ValueError: None was given, the table has no row for this model, and the module graph suggests nothing.
+        ValueError: None was given, the method has no default for this model, and the module graph suggests nothing.
     """
     targets = cfg.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         cfg.target_modules = set(all_linear(model, cfg))
     elif targets is None:
-        row = table.get(model_type(model))
+        row = method_for(cfg).default_targets.get(model_type(model))
         if row is not None:
             cfg.target_modules = row if isinstance(row, str) else set(row)
             return
@@ -178,9 +176,20 @@ def _has_adapters(module: nn.Module) -> bool:
 
 
 def linear_targets(model: nn.Module, cfg: PeftConfig) -> dict[str, nn.Module]:
-    """The linear layers that a config's targets match, by name."""
+    """The linear layers that a config means, by name; what it leaves to the model is resolved in place.
+
+    Raises:
+        ValueError: there are none.
+    """
+    asked = cfg.target_modules
+    resolve_targets(cfg, model)
     matcher = make_matcher(cfg)
-    return {name: module for name, module in linear_modules(model) if matcher(name)}
+    found = {name: module for name, module in linear_modules(model) if matcher(name)}
+    if not found:
+        raise ValueError(
+            f"No supported layers found: target_modules={asked!r} match no linear layer of {type(model).__name__}"
+        )
+    return found
 
 
 def all_linear(model: nn.Module, cfg: PeftConfig) -> list[str]:
