@@ -82,11 +82,10 @@ class ConvSite(UsualSite):
     def _per_channel(self, s: Tensor) -> Tensor:
         return s.reshape(-1, *self._ones)
 
-    def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
-        return (x * self._per_channel(s)).to(x.dtype)
-
     def scale_output(self, y: Tensor, s: Tensor) -> Tensor:
         return (y * self._per_channel(s)).to(y.dtype)
+
+    scale_input = scale_output
 
     def add_to_output(self, y: Tensor, v: Tensor) -> Tensor:
         return y + self._per_channel(v.to(y.dtype))

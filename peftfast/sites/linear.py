@@ -21,7 +21,6 @@ from peftfast.ops.host_bound import is_small
 from peftfast.ops.lora import lora_linear, lora_linear_add
 from peftfast.ops.plan import Way
 from peftfast.ops.routed import RowRoute, routed_linear_add, row_route, runs_segmented
-from peftfast.ops.scale import scale_features
 from peftfast.sites.bound import BoundLora, BoundRuns, Weighted
 from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot, UsualSite, bias_of, is_plain, is_untouched, probe_of, register_site
@@ -222,9 +221,6 @@ class LinearSite(UsualSite):
 
     def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
         return (weight.addmm_ if in_place else weight.addmm)(b, a, alpha=scale)
-
-    def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
-        return scale_features(x, s.flatten())
 
     def vector_shape(self, side: str) -> tuple[int, ...]:
         n, k = self.weight.shape

@@ -128,6 +128,8 @@ class UsualSite:
     def scale_output(self, y: Tensor, s: Tensor) -> Tensor:
         return scale_features(y, s.flatten())
 
+    scale_input = scale_output  # whose features lie on the same axis
+
     def add_to_output(self, y: Tensor, v: Tensor) -> Tensor:
         return y + as_dtype(v, y.dtype)
 
