@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peftfast.config import PeftType, PromptLearningConfig, checked, register_config, setting
 from peftfast.method import register_method
@@ -194,15 +195,10 @@ def _in_dtype(prompt: Tensor, model: nn.Module) -> Tensor:
     return prompt if dtype is None else prompt.to(dtype)
 
 
-@contextmanager
-def _handing(module: nn.Module, cache: Any) -> Iterator[None]:
-    """`module` is called with the cache, whoever calls it."""
+def _handing(module: nn.Module, cache: Any) -> RemovableHandle:
+    """A context in which `module` is called with the cache, whoever calls it."""
     name = cache_name(module)
-    handle = module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, name: cache}), with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, name: cache}), with_kwargs=True)
 
 
 def _follow_key_heads(cfg: PrefixTuningConfig, data: dict[str, Any]) -> None:

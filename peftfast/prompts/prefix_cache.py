@@ -309,7 +309,7 @@ def checkpoint_safe(model: nn.Module, cache: Any) -> Iterator[Any]:
                 # around what is computed again, where a layer's hooks are in some releases of transformers only
                 stack.enter_context(_checkpointing_with(layer, functools.partial(handed, layer)))
             else:
-                stack.callback(layer.register_forward_pre_hook(handed, with_kwargs=True).remove)
+                stack.enter_context(layer.register_forward_pre_hook(handed, with_kwargs=True))
         yield cache
         if not kept.reads:
             raise ValueError(f"{type(model).__name__} did not read the prefix under gradient checkpointing")
