@@ -16,7 +16,7 @@ from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some, no_such_adapter, warn
 from peftfast.layers.saved_modules import ModulesToSaveWrapper
 from peftfast.method import method_for
-from peftfast.methods.combination import KINDS, Combination
+from peftfast.methods.combination import KINDS, Combination, named_together
 from peftfast.sharding import put_together
 from peftfast.sites import Site
 from peftfast.wrapping.adding import add_adapter
@@ -147,13 +147,7 @@ def _combined_config(
     inventory: Inventory, adapters: Sequence[str], keys: Sequence[str], fields: Mapping[str, Any]
 ) -> PeftConfig:
     configs = [inventory.configs[n] for n in adapters]
-    targets = [c.target_modules for c in configs]
-    if all(isinstance(t, str) for t in targets):
-        together: Any = "|".join(f"({t})" for t in targets)
-    elif not any(isinstance(t, str) for t in targets):
-        together = set().union(*(t or () for t in targets))
-    else:  # a pattern here, a list there
-        together = None
+    together = named_together([c.target_modules for c in configs])
     cfg = copy.deepcopy(configs[0])
     saved = list(dict.fromkeys(n for c in configs for n in getattr(c, "modules_to_save", None) or ()))
     cfg.target_modules = together

@@ -4,7 +4,7 @@ election (TIES, Yadav et al., arXiv 2306.01708)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,16 @@ _ARITHMETIC: dict[str, tuple[_Prune | None, _Add]] = {
 }
 
 KINDS = ("svd", "cat", *_ARITHMETIC, *(f"{kind}_svd" for kind in _ARITHMETIC if kind != "linear"))
+
+
+def named_together(fields: Sequence[str | Collection[str] | None]) -> str | set[str] | None:
+    """What several configs name, each by a pattern, or each by a list of modules; None where some do one and some the
+    other."""
+    if all(isinstance(field, str) for field in fields):
+        return "|".join(f"({field})" for field in fields)
+    if any(isinstance(field, str) for field in fields):
+        return None
+    return set().union(*(field or () for field in fields))
 
 
 def split_weight(weight: float) -> tuple[float, float]:

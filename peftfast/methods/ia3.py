@@ -16,7 +16,7 @@ from peftfast.config import PeftConfig, PeftType, checked, register_config, sett
 from peftfast.errors import PeftWarning, warn
 from peftfast.keys import ends_of
 from peftfast.method import register_method
-from peftfast.methods.combination import Combination
+from peftfast.methods.combination import Combination, named_together
 from peftfast.rows.routing import Rows
 from peftfast.rules import boolean, either, optional, sequence, text
 from peftfast.sites import Dense, Site, Slot
@@ -159,12 +159,10 @@ class IA3:
         return dense._replace(bias=dense.bias * s.flatten())
 
     def combined_fields(self, adapters: Sequence[Sequence[Adapter]], how: Combination) -> Mapping[str, Any]:
-        own = [layers[0].cfg.feedforward_modules for layers in adapters]
-        if all(isinstance(f, str) for f in own):
-            return {"feedforward_modules": "|".join(f"({f})" for f in own)}
-        if any(isinstance(f, str) for f in own):
+        together = named_together([layers[0].cfg.feedforward_modules for layers in adapters])
+        if together is None:
             raise ValueError("feedforward_modules is a pattern in one adapter and a list in another")
-        return {"feedforward_modules": set().union(*(f or () for f in own))}
+        return {"feedforward_modules": together}
 
     def fields_by_name(self, cfg: IA3Config, keys: Sequence[str]) -> Mapping[str, Any]:
         return {"feedforward_modules": {key for key in keys if cfg.is_feedforward(key)}}
