@@ -8,7 +8,7 @@ import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -224,18 +224,27 @@ def cache_name(module: nn.Module, names: Sequence[str] = CACHE_NAMES) -> str | N
 
 
 @contextmanager
-def counting(cache: Any, count: int) -> Iterator[None]:
-    """`cache.crop(length)` where `length` does not count `count` virtual tokens.
+def replacing(thing: Any, **attributes: Any) -> Iterator[None]:
+    """While this is open, an object has these attributes of its own."""
+    own = thing.__dict__
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            own.pop(name, None)  # what is put in holds the object too: without the collector it would not be freed
+        own.update(before)
+
+
+def counting(cache: Any, count: int) -> AbstractContextManager[None]:
+    """A context of `cache.crop(length)` where `length` does not count `count` virtual tokens.
 
     transformers below 5.15 crops to what the user's tokens make when guessed ones are refused. Since then it says how
     many are to go, as a negative number, which is right as it is.
     """
     crop = cache.crop
-    cache.__dict__["crop"] = lambda length: crop(length + count if length > 0 else length)
-    try:
-        yield
-    finally:
-        del cache.__dict__["crop"]  # which holds the cache too: without the collector it would not be freed
+    return replacing(cache, crop=lambda length: crop(length + count if length > 0 else length))
 
 
 def take_cache(inputs: dict[str, Any], model: nn.Module) -> tuple[str, Any]:
@@ -315,23 +324,18 @@ def checkpoint_safe(model: nn.Module, cache: Any) -> Iterator[Any]:
             raise ValueError(f"{type(model).__name__} did not read the prefix under gradient checkpointing")
 
 
-@contextmanager
-def _checkpointing_with(layer: nn.Module, handed: Callable[[tuple, dict], tuple[tuple, dict]]) -> Iterator[None]:
-    """The checkpointed `layer` gets the inputs that `handed` makes of its own, instead of those without a cache."""
-    own = layer.__dict__
+def _checkpointing_with(
+    layer: nn.Module, handed: Callable[[tuple, dict], tuple[tuple, dict]]
+) -> AbstractContextManager[None]:
+    """A context in which the checkpointed `layer` gets what `handed` makes of its inputs, which lack the cache."""
     before = layer._gradient_checkpointing_func
 
     def checkpoint(run: functools.partial, *args: Any) -> Any:
         args, given = handed(args, run.keywords)
         return before(functools.partial(run, **given), *args)
 
-    own["_gradient_checkpointing_func"] = checkpoint
-    own["_can_checkpoint_with_cache"] = True  # where there is this, no warning that the cache was taken away
-    try:
-        yield
-    finally:
-        own["_gradient_checkpointing_func"] = before
-        del own["_can_checkpoint_with_cache"]
+    # where there is the second, no warning that the cache was taken away
+    return replacing(layer, _gradient_checkpointing_func=checkpoint, _can_checkpoint_with_cache=True)
 
 
 def _reentrant(layer: nn.Module) -> bool:

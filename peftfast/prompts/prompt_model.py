@@ -16,7 +16,7 @@ from peftfast.errors import PeftWarning, warn
 from peftfast.files.beside import KeepsBeside
 from peftfast.many.router import check_names, copies_of_a_sample, resolve
 from peftfast.method import method_for
-from peftfast.prompts.prefix_cache import CACHE_NAMES, STATE_NAMES, cache_name, counting, empty_cache
+from peftfast.prompts.prefix_cache import CACHE_NAMES, STATE_NAMES, cache_name, counting, empty_cache, replacing
 from peftfast.prompts.prompt import (
     BasePromptEncoder,
     Inputs,
@@ -270,8 +270,6 @@ class PromptTuner(KeepsBeside):
     def _prepared_by(self, source: Source) -> Iterator[None]:
         """`generate` takes the inputs of every step from the model's `prepare_inputs_for_generation`; for as long as
         it runs, that puts the virtual tokens in."""
-        own = self.model.__dict__
-        before = own.get("prepare_inputs_for_generation")
         original = self.model.prepare_inputs_for_generation
         caches = ExitStack()
 
@@ -286,15 +284,8 @@ class PromptTuner(KeepsBeside):
                 caches.enter_context(counting(cache, source[2].num_virtual_tokens))
             return inputs
 
-        own["prepare_inputs_for_generation"] = prepare
-        try:
-            with caches:
-                yield
-        finally:
-            if before is None:
-                del own["prepare_inputs_for_generation"]
-            else:
-                own["prepare_inputs_for_generation"] = before
+        with replacing(self.model, prepare_inputs_for_generation=prepare), caches:
+            yield
 
     # ---- what PeftModel answers for prompts --------------------------------------------------------------------------
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
