@@ -3,7 +3,6 @@ and unmerges. Written once for all methods, storage formats and kinds of module.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -407,15 +406,6 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         methods = [a.method for a in self.adapters.values()]
         names = [getattr(m, "layer_name", f"{m.family}.{base}") for m in methods] or [f"adapter.{base}"]
         return "+".join(dict.fromkeys(names))
-
-    def __deepcopy__(self, memo: dict) -> BaseTunerLayer:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k not in _made_again()}, memo))
-        new.__dict__.update(_made_again())
-        for adapter in new.adapters.values():
-            adapter.locate()
-        return new
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, **_made_again()}

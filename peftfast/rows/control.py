@@ -212,9 +212,6 @@ class Control:
             if tensor.requires_grad:
                 tensor.register_hook(arrived)
 
-    def __deepcopy__(self, memo: dict) -> Control:
-        return Control()
-
     def __reduce__(self) -> tuple:
         return Control, ()
 

@@ -13,7 +13,6 @@ Names, parameters and files do not change. Speed is the only effect; dropout mas
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import weakref
@@ -176,12 +175,6 @@ class Siblings:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_ready": None}
 
-    def __deepcopy__(self, memo: dict) -> Siblings:
-        new = Siblings(self.names, ())
-        memo[id(self)] = new
-        new.layers, new.state = [copy.deepcopy(layer, memo) for layer in self.layers], self.state
-        return new
-
 
 class Watcher:
     """Stands in for a block during the first forward pass, to see which layers are given the same tensor."""
@@ -208,9 +201,6 @@ class Watcher:
         else:
             self.runs.append([layer])
         self._last = (weakref.ref(x), x._version, parent)
-
-    def __deepcopy__(self, memo: dict) -> None:
-        return None
 
     def __reduce__(self) -> tuple:
         return type(None), ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -383,12 +382,6 @@ class Inventory(Listing):
             self.restore_layers()
         gather_without_wrapper(self.model)
         return self.model
-
-    def __deepcopy__(self, memo: dict) -> Inventory:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
-        return new
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_methods": {}}  # there is one object of every method
