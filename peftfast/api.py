@@ -252,7 +252,7 @@ def _config(model: nn.Module, adapter_name: str) -> PeftConfig:
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The base model's tensors under their original names, adapters left out."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     result, adapters, inside = {}, set(), set()
     for name, module in base.named_modules(remove_duplicate=False):
         if isinstance(module, (BaseTunerLayer, StandIn)):

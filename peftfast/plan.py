@@ -17,6 +17,7 @@ from peftfast.errors import close_matches, every_name, grouped
 from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.keys import ends_of
 from peftfast.layers.layer import site_of, without_adapters
+from peftfast.layers.walk import base_of
 from peftfast.model import PeftModel
 from peftfast.sharding import whole_shape
 from peftfast.sites import Site, bias_of, make_site, parts_of
@@ -156,7 +157,7 @@ def plan_adapter(
     require_config(config, "config")
     if config.is_prompt_learning:
         raise ValueError(f"{type(config).__name__} adapts no modules, there is nothing to plan")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     cfg = copy.deepcopy(config)
     keep_head = getattr(model_class(cfg), "_keep_head", None)
     if keep_head is not None:
