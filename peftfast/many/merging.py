@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
-from peftfast.errors import enumerate_some, no_such_adapter, warn
+from peftfast.errors import enumerate_some, warn
 from peftfast.layers.saved_modules import ModulesToSaveWrapper
 from peftfast.method import method_for
 from peftfast.methods.combination import KINDS, Combination, named_together
@@ -92,9 +92,7 @@ def subtract(inventory: Inventory, minuend: str, subtrahend: str, adapter_name: 
 def _checked(
     inventory: Inventory, adapters: list[str], weights: list[float], how: Combination
 ) -> tuple[Combinable, Combination]:
-    for name in adapters:
-        if name not in inventory.configs:
-            raise no_such_adapter(name, inventory.configs, "does not exist")
+    inventory.check_known(adapters, "does not exist")
     if not adapters:
         raise ValueError("Found no adapter matching the names in []")
     if len(weights) != len(adapters):

@@ -142,12 +142,12 @@ class Inventory(Listing):
         self.remove_empty()
 
     # ---- which are active --------------------------------------------------------------------------------------------
-    def check_known(self, names: str | Iterable[str]) -> list[str]:
-        """The names as a list; ValueError for one that no adapter has."""
+    def check_known(self, names: str | Iterable[str], said: str = "not found") -> list[str]:
+        """The names as a list; ValueError for one that no adapter has, see `no_such_adapter`."""
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
             if name not in self.configs:
-                raise no_such_adapter(name, self.configs)
+                raise no_such_adapter(name, self.configs, said)
         return names
 
     def set_adapter(self, names: str | list[str], inference_mode: bool = False) -> None:
@@ -300,9 +300,7 @@ class Inventory(Listing):
 
     def delete(self, name: str) -> None:
         """Delete an adapter everywhere. Nothing is changed if it cannot be."""
-        if name not in self.configs:
-            raise no_such_adapter(name, self.configs, "does not exist")
-        self.check_deletable([name])
+        self.check_deletable(self.check_known(name, "does not exist"))
         acting = self._acting()
         remaining = [n for n in acting if n != name]
         others = [n for n in self.configs if n != name]

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftfast.base.rounding import ENOUGH, check_rounding
 from peftfast.embeddings import input_embeddings, output_embeddings
-from peftfast.errors import PeftWarning, enumerate_some, no_such_adapter, warn
+from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.merger import check_mergeable
 from peftfast.layers.own import LoraLayer
@@ -42,10 +42,7 @@ class ModelMerger:
         A layer whose weight other modules use as well gets a weight of its own while it is merged.
         """
         self._make_ready(adapter_names, rounding)
-        configs = self.inventory.configs
-        unknown = [n for n in adapter_names or () if n not in configs]
-        if unknown:
-            raise no_such_adapter(unknown[0], configs, "not found, so nothing was merged")
+        self.inventory.check_known(adapter_names or (), "not found, so nothing was merged")
         self._merge(adapter_names, safe_merge, keep, rounding)
 
     def _make_ready(self, adapter_names: list[str] | None, rounding: str) -> None:
