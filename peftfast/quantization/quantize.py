@@ -113,6 +113,11 @@ def plan_quantization(
         raise ValueError(
             f"{type(base).__name__} has no dense linear layer left to quantise (skipped: {sorted(skipped)})"
         )
+    if any(module is base for _, _, module in places):
+        raise ValueError(
+            f"The model is itself a linear layer ({type(base).__name__}), and nothing holds it that could be given the "
+            "quantised one: put it into a module"
+        )
     busy = [name for name, _, module in places if not is_untouched(module)]
     if busy:
         raise ValueError(

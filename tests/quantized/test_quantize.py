@@ -257,6 +257,8 @@ def test_hooked_and_merged_layers_are_refused():
     peftfast.quantize_model(quantised, "nf4", skip=[])
     with pytest.raises(ValueError, match="no dense linear layer left"):
         peftfast.quantize_model(quantised, "nf4")
+    with pytest.raises(ValueError, match="itself a linear layer"):
+        peftfast.quantize_model(nn.Linear(64, 64), "nf4")
 
 
 def test_missing_bitsandbytes_is_named(monkeypatch):
