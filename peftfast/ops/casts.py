@@ -105,10 +105,7 @@ class CastStore:
             made[id(p)] = (p, copy)
         return made
 
-    def __deepcopy__(self, memo: dict) -> CastStore:
-        return CastStore()
-
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict:  # of copies too
         return {"_copies": _NO_COPIES, "_found": None}
 
 
