@@ -107,6 +107,12 @@ TILES: dict[str, dict[str, Tile]] = {
         "sm_80": Tile(16, 256, 0, 4, 1),
         "gfx942": Tile(16, 256, 0, 4, 1),
     },
+    # sums of what several programs have of one product: BM rows, BN columns
+    "sum": {
+        _INTERPRETER: Tile(16, 32, 0),
+        "sm_80": Tile(16, 64, 0, 4, 1),
+        "gfx942": Tile(16, 64, 0, 4, 1),
+    },
     # norms: BM rows, BK of the contraction
     "row_norm": {
         _INTERPRETER: Tile(32, 0, 32),
@@ -178,6 +184,15 @@ def owned(largest: int, programs: Callable[[int], int]) -> int:
     while largest > 16 and programs(largest) < PROGRAMS:
         largest //= 2
     return largest
+
+
+def parts(programs: int, steps: int) -> int:
+    """In how many parts so many steps of a contraction are taken, each by programs of its own, where there are so few
+    programs that a large GPU would wait for them. At least four steps each; a function of the shape alone."""
+    count = 1
+    while count < 8 and programs * count < 2 * PROGRAMS and steps >= 8 * count:
+        count *= 2
+    return count
 
 
 def depth(contraction: int, owned: int, other: int, single: bool) -> int:

@@ -21,6 +21,7 @@ from peftfast_kernels.configs import (
     dot_precision,
     expand_ranks,
     expand_tile,
+    parts,
     tile,
 )
 from peftfast_kernels.decode import Operand
@@ -38,6 +39,7 @@ from peftfast_kernels.tiles import (
     pick,
     row_keys,
     store_tile,
+    tile_counts,
     total,
 )
 from peftfast_kernels.variants import ANY_MATRIX, BIG_MATRIX, DTYPES, NO_MATRIX, ROWS, WIDTH, Variant
@@ -87,15 +89,22 @@ def contract(
     acc, x_ptrs, w0, w1, w2, w3, w4, table, rows, cols, first_col, M, NS, K,
     strides_xm, stride_xc, strides_n, strides_k,
     DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
-    INTERP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, PARTS: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
+    PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """acc + the sum of all x op(W) for these rows and columns, in one loop over the members of a tuple.
+    """acc + the sum of all x op(W) for these rows and columns, in one loop over the members of a tuple; of its steps
+    the program's own, of PARTS.
 
     x_ptrs: [M, C_i], rows strides_xm apart; C_i = N_i where TRANSPOSED, K otherwise.
     """
     spans = padded(NS if TRANSPOSED else (K,), BC)
-    for position in range(0, total(spans), BC):
+    start = 0
+    end = total(spans)
+    if PARTS > 1:
+        each = tl.cdiv(tl.cdiv(end, BC), PARTS) * BC
+        start = tl.program_id(1) * each
+        end = tl.minimum(start + each, end)
+    for position in range(start, end, BC):
         which, first = owner(position, spans)
         c = position - first
         N = pick(NS, which)
@@ -129,40 +138,52 @@ def contract(
 
 
 @triton.jit
+def own_part(y_ptr, M, O, PARTS: tl.constexpr):
+    """(y_ptr, first): where a program's part of y goes, in [PARTS, M, O], and whether it is the first, 1 or 0, which
+    alone has the adapter and the bias."""
+    first = 1
+    if PARTS > 1:
+        y_ptr += tl.program_id(1).to(tl.int64) * M * O
+        first = (tl.program_id(1) == 0).to(tl.int32)
+    return y_ptr, first
+
+
+@triton.jit
 def gemm_tile(
     pid_m, pid_o, x_ptr, w0, w1, w2, w3, w4, table, bias_ptr, t_ptr, b_ptr, seed_ptr, y_ptr,
     M, N, K, R, stride_xm, stride_xc, stride_n, stride_k, stride_tm, stride_tr, stride_br, stride_bo,
     scale, threshold,
     DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
     INTERP: tl.constexpr,
 ):  # fmt: skip
     """BM rows and BO columns of y = x op(W) + scale * mask(t b) + bias.
 
-    x_ptr: [M, C]; y_ptr: [M, O] contiguous; t_ptr: [M, R]; b_ptr: [R, O]; bias_ptr: [O]. Forward O = N, C = K;
-    TRANSPOSED O = K, C = N. SWAP computes yᵀ = W xᵀ: a decoded weight then stays in registers as the left operand, and
-    few rows fill the narrow side of a matrix instruction.
+    x_ptr: [M, C]; y_ptr: [M, O] contiguous, or, in PARTS, fp32 [PARTS, M, O], whose sum is y; t_ptr: [M, R]; b_ptr:
+    [R, O]; bias_ptr: [O]. Forward O = N, C = K; TRANSPOSED O = K, C = N. SWAP computes yᵀ = W xᵀ: a decoded weight then
+    stays in registers as the left operand, and few rows fill the narrow side of a matrix instruction.
     """
     O = K if TRANSPOSED else N
     rows = pid_m.to(tl.int64) * BM + tl.arange(0, BM)
     cols = pid_o * BO + tl.arange(0, BO)
+    y_ptr, first = own_part(y_ptr, M, O, PARTS)
     # The adapter comes first: its mask must not touch the base product, and the accumulator is already there.
     acc = masked_adapter(
-        t_ptr, b_ptr, seed_ptr, rows, cols, M, O, R, stride_tm, stride_tr, stride_br, stride_bo, scale, threshold,
-        DROP, BM, BO, BR, PRECISION, INTERP,
+        t_ptr, b_ptr, seed_ptr, rows, cols, M, O, R * first, stride_tm, stride_tr, stride_br, stride_bo, scale,
+        threshold, DROP, BM, BO, BR, PRECISION, INTERP,
     )  # fmt: skip
     if SWAP:
         acc = tl.trans(acc)
     acc = contract(
         acc, (x_ptr,), (w0,), (w1,), (w2,), (w3,), (w4,), table, rows, cols, pid_o * BO, M, (N,), K,
         (stride_xm,), stride_xc, (stride_n,), (stride_k,),
-        DECODE, BLOCK, NESTED, LAYOUT, DTYPE, TRANSPOSED, SWAP, BO, BC, PRECISION, INTERP,
+        DECODE, BLOCK, NESTED, LAYOUT, DTYPE, TRANSPOSED, SWAP, PARTS, BO, BC, PRECISION, INTERP,
     )  # fmt: skip
     if SWAP:
         acc = tl.trans(acc)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + cols, mask=cols < O, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + cols, mask=cols < O * first, other=0.0).to(tl.float32)[None, :]
     store_tile(acc, y_ptr, rows, cols, M, O, INTERP)
 
 
@@ -172,19 +193,35 @@ def gemm_kernel(
     M, N, K, R, stride_xm, stride_xc, stride_n, stride_k, stride_tm, stride_tr, stride_br, stride_bo,
     scale, threshold,
     DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program i computes BM rows and BO columns of y; see `gemm_tile`."""
+    """Program (i, j) computes BM rows and BO columns of y, the j-th of PARTS of their sum; see `gemm_tile`."""
     O = K if TRANSPOSED else N
     pid_m, pid_o = grouped_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(O, BO), GROUP)
     gemm_tile(
         pid_m, pid_o, x_ptr, w0, w1, w2, w3, w4, table, bias_ptr, t_ptr, b_ptr, seed_ptr, y_ptr,
         M, N, K, R, stride_xm, stride_xc, stride_n, stride_k, stride_tm, stride_tr, stride_br, stride_bo,
         scale, threshold,
-        DECODE, BLOCK, NESTED, LAYOUT, DTYPE, TRANSPOSED, SWAP, HAS_BIAS, DROP, BM, BO, BC, BR, PRECISION, INTERP,
+        DECODE, BLOCK, NESTED, LAYOUT, DTYPE, TRANSPOSED, SWAP, HAS_BIAS, DROP, PARTS, BM, BO, BC, BR, PRECISION,
+        INTERP,
     )  # fmt: skip
+
+
+@triton.jit
+def sum_kernel(
+    part_ptrs, y_ptrs, M, NS, PARTS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, INTERP: tl.constexpr
+):  # fmt: skip
+    """Program (i, j) computes BM rows and BO columns of one y [M, N_i] contiguous, the sum of fp32 [PARTS, M, N_i]."""
+    which, first = owner(tl.program_id(1), tile_counts(NS, BO))
+    O = pick(NS, which)
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = (tl.program_id(1) - first) * BO + tl.arange(0, BO)
+    acc = tl.zeros((BM, BO), tl.float32)
+    for i in tl.static_range(PARTS):
+        acc += load_tile(pick(part_ptrs, which) + tl.cast(i, tl.int64) * M * O, rows, cols, M, O, O, 1)
+    store_tile(acc, pick(y_ptrs, which), rows, cols, M, O, INTERP)
 
 
 @triton.jit
@@ -237,17 +274,26 @@ def product_tile(chip: str, format: str, single: bool, transposed: bool, rows: i
     return config._replace(BM=bm, BN=columns, BK=config.BK * (config.BN // columns))
 
 
+def product_parts(format: str, config: Tile, rows: int, outputs: Sequence[int], contraction: Sequence[int]) -> int:
+    """In how many parts a big product with these tiles is summed: one, of a weight that is not decoded."""
+    if format.startswith("dense"):
+        return 1
+    programs = cdiv(rows, config.BM) * sum(cdiv(width, config.BN) for width in outputs)
+    return parts(programs, sum(cdiv(width, config.BK) for width in contraction))
+
+
 @planned
 def _gemm_plan(
     chip: str, m: int, r: int, w: Stored, x_strides: tuple[int, ...], t_strides: tuple[int, ...],
     b_strides: tuple[int, int], single: bool, precision: str, biased: bool, transposed: bool, prob: float, scale: float,
 ) -> Launch:  # fmt: skip
-    """A 1D grid of [BM, BN] tiles of y, row tiles grouped so that weight tiles are reused in L2."""
-    width = w.shape[1 if transposed else 0]
+    """A grid of [BM, BN] tiles of y, row tiles grouped so that weight tiles are reused in L2, and the parts of each."""
+    contraction, width = w.shape if transposed else w.shape[::-1]
     config = product_tile(chip, w.format, single, transposed, m, (width,))
+    count = product_parts(w.format, config, m, (width,), (contraction,))
     return Launch(
         gemm_kernel,
-        (cdiv(m, config.BM) * cdiv(width, config.BN),),
+        (cdiv(m, config.BM) * cdiv(width, config.BN), count),
         **decode_arguments(w, config.BN if transposed else config.BK),
         M=m,
         R=r,
@@ -263,6 +309,7 @@ def _gemm_plan(
         SWAP=swaps(w.format, transposed),
         HAS_BIAS=biased,
         DROP=threshold(prob) > 0,
+        PARTS=count,
         BM=config.BM,
         BO=config.BN,
         BC=config.BK,
@@ -273,6 +320,39 @@ def _gemm_plan(
         num_stages=config.stages,
         enable_fp_fusion=False,  # the decode rounds step by step; the products are matrix instructions anyway
     )
+
+
+@planned
+def _sum_plan(chip: str, m: int, widths: tuple[int, ...], count: int) -> Launch:
+    """A 2D grid (row tiles, column tiles of every y)."""
+    config = tile("sum", chip)
+    return Launch(
+        sum_kernel,
+        (cdiv(m, config.BM), sum(cdiv(n, config.BN) for n in widths)),
+        M=m,
+        NS=widths,
+        PARTS=count,
+        BM=config.BM,
+        BO=config.BN,
+        num_warps=config.warps,
+    )
+
+
+def written(launch: Launch, *ys: Tensor) -> tuple[Tensor, ...]:
+    """What a big product writes for its outputs [M, N_i]: these, or the parts of their sums, fp32 [parts, M, N_i]."""
+    count = launch.arguments["PARTS"]
+    return ys if count == 1 else tuple([y.new_empty(count, *y.shape, dtype=torch.float32) for y in ys])
+
+
+def written_as(launch: Launch, dtype: str) -> str:
+    """The type of what is `written` for outputs of this type, for ahead-of-time checks."""
+    return dtype if launch.arguments["PARTS"] == 1 else "fp32"
+
+
+def add_up(sums: tuple[Tensor, ...], *ys: Tensor) -> None:
+    """Adds what was `written` up in its order, in one launch, where it was parts."""
+    if sums[0] is not ys[0]:
+        _sum_plan(chip_of(ys[0].device), len(ys[0]), tuple([y.shape[1] for y in ys]), len(sums[0]))(sums, ys)
 
 
 def _gemm(
@@ -290,7 +370,9 @@ def _gemm(
         chip, m, t.shape[1], kind, x.stride(), t.stride(), b_strides, x.dtype is torch.float32,
         dot_precision(chip, x.dtype, t.dtype), bias is not None, transposed, prob, scale,
     )  # fmt: skip
-    launch(x, *pointers, x if bias is None else bias.contiguous(), t, b, seed_or(seed, prob, x), y)
+    sums = written(launch, y)
+    launch(x, *pointers, x if bias is None else bias.contiguous(), t, b, seed_or(seed, prob, x), *sums)
+    add_up(sums, y)
     return y
 
 
@@ -351,7 +433,8 @@ def _turned(b: Tensor) -> tuple[int, int]:
 
 
 def lora_gemm(x: Tensor, w: Operand, bias: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
-    """One launch; where the table prefers cuBLAS: its product, and one pass for the wide update."""
+    """One launch, or, where few programs would decode all of a weight, two; where the table prefers cuBLAS: its
+    product, and one pass for the wide update."""
     if dispatch.fuses("lora_gemm", x, w, bias, t, b, scale):
         return _gemm(x, w, bias, t, b, _turned(b), scale, None, 0.0, transposed=False)
     y = base_product(x, w, bias)
@@ -404,7 +487,8 @@ def variants(chip: str):
             dot_precision(chip, DTYPES[dtype], DTYPES[factors]), not transposed, transposed, 0.1 * drop, 2.0,
         )  # fmt: skip
         name = f"{format} {dtype}{' wide' * wide}{' drop' * drop}{f' {rows} rows' * few}"
-        pointers |= {"x_ptr": dtype, "bias_ptr": dtype, "t_ptr": factors, "b_ptr": factors, "y_ptr": dtype}
+        pointers |= {"x_ptr": dtype, "bias_ptr": dtype, "t_ptr": factors, "b_ptr": factors}
+        pointers["y_ptr"] = written_as(launch, dtype)
         yield Variant(
             f"lora_gemm{'_t' * transposed} {name}",
             launch,
@@ -413,6 +497,7 @@ def variants(chip: str):
             weights=launch.arguments["BO"] * launch.arguments["BC"] if format == "nf4" else 0,
             quick=not transposed and not few and dtype == "bf16",
         )
+    yield Variant("sum", _sum_plan(chip, 64, (WIDTH,), 4), {"part_ptrs": ("fp32",), "y_ptrs": ("bf16",)}, quick=True)
     for add, drop, dtype, factors, rank in (
         (True, False, "bf16", "bf16", 16),
         (True, False, "bf16", "bf16", 64),

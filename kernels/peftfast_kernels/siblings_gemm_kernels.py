@@ -18,11 +18,16 @@ from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_gemm import add_product_, base_product
 from peftfast_kernels.lora_gemm_kernels import (
     adapter_tile,
+    add_up,
     contract,
     gemm_tile,
     masked_adapter,
+    own_part,
+    product_parts,
     product_tile,
     swaps,
+    written,
+    written_as,
 )
 from peftfast_kernels.siblings import drops
 from peftfast_kernels.siblings_gemm import add_input_products_, input_products
@@ -36,12 +41,14 @@ def siblings_gemm_kernel(
     x_ptr, w0, w1, w2, w3, w4, table, bias_ptrs, t_ptrs, b_ptrs, y_ptrs,
     M, NS, K, RS, stride_xm, stride_xc, strides_n, strides_k, strides_tm, scales,
     DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
-    SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
-    BR: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
+    SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program i computes BM rows and BO columns of one y; the columns of all siblings stand side by side.
+    """Program (i, j) computes BM rows and BO columns of one y, the j-th of PARTS of their sum; the columns of all
+    siblings stand side by side.
 
-    w0..w4: a tuple of pointers each; t_ptrs: [M, R_i], rows strides_tm apart; b_ptrs: [N_i, R_i] contiguous.
+    w0..w4: a tuple of pointers each; t_ptrs: [M, R_i], rows strides_tm apart; b_ptrs: [N_i, R_i] contiguous; y_ptrs as
+    `gemm_tile` has its y_ptr.
     """
     counts = tile_counts(NS, BO)
     pid_m, pid_o = grouped_order(tl.program_id(0), tl.cdiv(M, BM), total(counts), GROUP)
@@ -53,7 +60,7 @@ def siblings_gemm_kernel(
         pick(bias_ptrs, which), pick(t_ptrs, which), pick(b_ptrs, which), x_ptr, pick(y_ptrs, which),
         M, pick(NS, which), K, R, stride_xm, stride_xc, pick(strides_n, which), pick(strides_k, which),
         pick(strides_tm, which), 1, 1, R, pick(scales, which), 0,
-        DECODE, BLOCK, NESTED, LAYOUT, DTYPE, False, SWAP, HAS_BIAS, False, BM, BO, BC, BR, PRECISION, INTERP,
+        DECODE, BLOCK, NESTED, LAYOUT, DTYPE, False, SWAP, HAS_BIAS, False, PARTS, BM, BO, BC, BR, PRECISION, INTERP,
     )  # fmt: skip
 
 
@@ -62,25 +69,29 @@ def siblings_gemm_t_kernel(
     dy_ptrs, w0, w1, w2, w3, w4, table, p_ptrs, a_ptrs, dx_ptr,
     M, NS, K, RS, strides_m, strides_n, strides_k, strides_pm,
     DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
-    ADD: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, INTERP: tl.constexpr,
+    ADD: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program i computes BM rows and BO columns of dx, all siblings in one accumulator, with p a only where ADD.
+    """Program (i, j) computes BM rows and BO columns of dx, the j-th of PARTS of their sum, all siblings in one
+    accumulator, with p a only where ADD.
 
-    dy_ptrs: [M, N_i], rows strides_m apart; p_ptrs: [M, R_i], rows strides_pm apart; a_ptrs: [R_i, K] contiguous.
+    dy_ptrs: [M, N_i], rows strides_m apart; p_ptrs: [M, R_i], rows strides_pm apart; a_ptrs: [R_i, K] contiguous;
+    dx_ptr as `gemm_tile` has its y_ptr.
     """
     pid_m, pid_o = grouped_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BO), GROUP)
     rows = pid_m.to(tl.int64) * BM + tl.arange(0, BM)
     cols = pid_o * BO + tl.arange(0, BO)
+    dx_ptr, first = own_part(dx_ptr, M, K, PARTS)
     acc = tl.zeros((BM, BO), tl.float32)
     if ADD:
         for i in tl.static_range(len(p_ptrs)):
             acc = adapter_tile(
-                acc, p_ptrs[i], a_ptrs[i], rows, cols, M, K, RS[i], strides_pm[i], 1, K, 1, BR, PRECISION, INTERP
+                acc, p_ptrs[i], a_ptrs[i], rows, cols, M, K, RS[i] * first, strides_pm[i], 1, K, 1, BR, PRECISION,
+                INTERP,
             )  # fmt: skip
     acc = contract(
         acc, dy_ptrs, w0, w1, w2, w3, w4, table, rows, cols, pid_o * BO, M, NS, K, strides_m, 1, strides_n, strides_k,
-        DECODE, BLOCK, NESTED, LAYOUT, DTYPE, True, False, BO, BC, PRECISION, INTERP,
+        DECODE, BLOCK, NESTED, LAYOUT, DTYPE, True, False, PARTS, BO, BC, PRECISION, INTERP,
     )  # fmt: skip
     store_tile(acc, dx_ptr, rows, cols, M, K, INTERP)
 
@@ -195,12 +206,13 @@ def _gemm_plan(
     chip: str, m: int, w: tuple[Stored, ...], ranks: tuple[int, ...], x_strides: tuple[int, ...],
     t_strides: tuple[int, ...], single: bool, precision: str, biased: bool, scales: tuple[float, ...],
 ) -> Launch:  # fmt: skip
-    """A 1D grid over the tiles of all outputs."""
+    """A grid over the tiles of all outputs, and the parts of each."""
     widths = [one.shape[0] for one in w]
     config = product_tile(chip, w[0].format, single, False, m, widths)
+    count = product_parts(w[0].format, config, m, widths, (w[0].shape[1],))
     return Launch(
         siblings_gemm_kernel,
-        (cdiv(m, config.BM) * sum(cdiv(width, config.BN) for width in widths),),
+        (cdiv(m, config.BM) * sum(cdiv(width, config.BN) for width in widths), count),
         M=m,
         RS=ranks,
         stride_xm=x_strides[0],
@@ -210,6 +222,7 @@ def _gemm_plan(
         **_decode_arguments(w, config.BK),
         SWAP=swaps(w[0].format, False),
         HAS_BIAS=biased,
+        PARTS=count,
         BM=config.BM,
         BO=config.BN,
         BC=config.BK,
@@ -253,7 +266,9 @@ def siblings_gemm(
         return ys if wide else [add_product_(y, x, one) for y, one in zip(ys, w, strict=True)]
     kinds, pointers = alike
     launch = _gemm_plan(chip, m, kinds, ranks, x.stride(), t_strides, single, precision, biased, tuple(scales))
-    launch(x, *pointers, tuple(vectors), t_rows, contiguous(b), tuple(ys))
+    sums = written(launch, *ys)
+    launch(x, *pointers, tuple(vectors), t_rows, contiguous(b), sums)
+    add_up(sums, *ys)
     return ys
 
 
@@ -262,18 +277,20 @@ def _gemm_t_plan(
     chip: str, m: int, w: tuple[Stored, ...], ranks: tuple[int, ...], dy_strides: tuple[int, ...],
     p_strides: tuple[int, ...], single: bool, precision: str, add: bool,
 ) -> Launch:  # fmt: skip
-    """A 1D grid over the tiles of dx."""
+    """A grid over the tiles of dx, and the parts of each."""
     width = w[0].shape[1]
     config = product_tile(chip, w[0].format, single, True, m, (width,))
+    count = product_parts(w[0].format, config, m, (width,), [one.shape[0] for one in w])
     return Launch(
         siblings_gemm_t_kernel,
-        (cdiv(m, config.BM) * cdiv(width, config.BN),),
+        (cdiv(m, config.BM) * cdiv(width, config.BN), count),
         M=m,
         RS=ranks,
         strides_m=dy_strides,
         strides_pm=p_strides,
         **_decode_arguments(w, config.BN),
         ADD=add,
+        PARTS=count,
         BM=config.BM,
         BO=config.BN,
         BC=config.BK,
@@ -342,7 +359,9 @@ def siblings_gemm_t(
         kinds, pointers = alike
         dy_rows, dy_strides = row_major(dys)
         launch = _gemm_t_plan(chip, m, kinds, ranks, dy_strides, p_strides, single, precision, not dropping)
-        launch(dy_rows, *pointers, p_rows, factors, dx)
+        sums = written(launch, dx)
+        launch(dy_rows, *pointers, p_rows, factors, *sums)
+        add_up(sums, dx)
     if alike is None or dropping:
         add = wide or alike is not None
         launch = _expand_t_plan(chip, m, k, ranks, p_strides, single, precision, tuple(probs), add)
@@ -372,12 +391,13 @@ def variants(chip: str):
         if transposed:
             widths = (1024,) * members
             launch = _gemm_t_plan(chip, rows, ws, ranks, widths, ranks, False, precision, True)
-            pointers |= {"dy_ptrs": each, "p_ptrs": each, "a_ptrs": each, "dx_ptr": "bf16"}
+            pointers |= {"dy_ptrs": each, "p_ptrs": each, "a_ptrs": each, "dx_ptr": written_as(launch, "bf16")}
         else:
             launch = _gemm_plan(
                 chip, rows, ws, ranks, (WIDTH, 1), ranks, False, precision, members == 2, (2.0,) * members
             )  # fmt: skip
-            pointers |= {"x_ptr": "bf16", "bias_ptrs": each, "t_ptrs": each, "b_ptrs": each, "y_ptrs": each}
+            outs = (written_as(launch, "bf16"),) * members
+            pointers |= {"x_ptr": "bf16", "bias_ptrs": each, "t_ptrs": each, "b_ptrs": each, "y_ptrs": outs}
         yield Variant(
             f"siblings_gemm{'_t' * transposed} {format} bf16 x{members}{f' {rows} rows' * few}",
             launch,

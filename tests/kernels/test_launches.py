@@ -8,9 +8,11 @@ import torch
 pytest.importorskip("triton")
 
 from peftfast_kernels import OPS, configs, dense, use_backend
+from peftfast_kernels.decode import Operand
 from peftfast_kernels.launch import Launch
 from peftfast_kernels.lora_gemm_kernels import product_tile
 
+BF16 = torch.bfloat16
 SHAPES = [(m, n, k) for m in (1, 512, 2048, 8192, 16384) for n, k in ((4096, 4096), (1024, 14336), (1024, 1024))]
 
 
@@ -27,7 +29,7 @@ def launches(request, monkeypatch):
     return made
 
 
-def meta(*shape, dtype=torch.bfloat16):
+def meta(*shape, dtype=BF16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -58,6 +60,31 @@ def test_rows_that_share_a_decoded_weight(chip, heights, transposed):
         config = product_tile(chip, "nf4", False, transposed, rows, (14336,))
         assert config.BM == height and config.BN >= (64 if height > 32 else 16)
     assert product_tile(chip, "nf4", True, transposed, 500, (4096,)).BM == configs.tile("lora_gemm_fp32", chip).BM
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 128])
+@pytest.mark.parametrize("n, k", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)])
+def test_few_rows_of_a_decoded_weight_take_all_of_a_large_gpu(launches, rows, n, k):
+    """One linear, forward and backward, and two siblings: programs enough, and steps enough in each."""
+    w = Operand("nf4", [meta(n * k // 2, dtype=torch.uint8), meta(n * k // 64, dtype=torch.float32)], (n, k), BF16)
+    x, dy, t, a, b = meta(rows, k), meta(rows, n), meta(rows, 16), meta(16, k), meta(n, 16)
+    with use_backend("triton"):
+        assert OPS["lora_gemm"].launch(x, w, None, t, b, 1.0).shape == (rows, n)
+        assert OPS["lora_gemm_t"].launch(dy, w, t, a, None, 0.0).shape == (rows, k)
+        ys = OPS["siblings_gemm"].launch(x, [w, w], [None] * 2, [t, t], [b, b], [1.0] * 2)
+        assert [y.shape for y in ys] == [(rows, n)] * 2
+        assert OPS["siblings_gemm_t"].launch([dy, dy], [w, w], [t, t], [a, a], [None] * 2, [0.0] * 2).shape == (rows, k)
+    sums = iter([arguments for _, arguments in launches if "NS" in arguments and "DECODE" not in arguments])
+    contractions = iter((k, n, k, 2 * n))
+    for grid, arguments in launches:
+        if "DECODE" in arguments:
+            steps = -(-next(contractions) // arguments["BC"])
+            tiles, parts = grid
+            assert parts == arguments["PARTS"] and (parts == 1 or steps // parts >= 4)
+            assert tiles * parts >= 2 * configs.PROGRAMS or parts == 8 or steps < 8 * parts
+            if parts > 1:
+                assert next(sums)["PARTS"] == parts
+    assert next(sums, None) is None
 
 
 def test_absent_halves_take_no_programs(launches):
@@ -109,7 +136,7 @@ def test_siblings_take_one_launch_a_step(launches, m, rank, drop):
     assert back[0] * second["BM"] >= m and back[1] == 3 * second["rank_tiles"]
     assert second["rank_tiles"] * second["BR"] >= rank
     tiles = sum(-(-n // third["BO"]) for n in widths)
-    assert product == (-(-m // third["BM"]) * tiles,) and dx == (-(-m // fifth["BM"]) * -(-k // fifth["BO"]),)
+    assert product == (-(-m // third["BM"]) * tiles, 1) and dx == (-(-m // fifth["BM"]) * -(-k // fifth["BO"]), 1)
     db, da = sum(-(-n // fourth["BC"]) for n in widths), -(-k // fourth["BC"])
     assert both == (db * -(-rank // fourth["BRT"]) + da * -(-rank // fourth["BRP"]),)
     assert fifth["ADD"] is not bool(drop)

@@ -17,6 +17,7 @@ from peftfast_kernels import (
     use_backend,
 )  # fmt: skip
 from peftfast_kernels.decode import DECODERS, Operand, dense, random_operand
+from peftfast_kernels.op import is_interpreting
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -354,6 +355,34 @@ def test_main_loop_decodes_what_dequantize_decodes(format, device):
     t, b = torch.zeros(k, 4, device=device), torch.zeros(n, 4, device=device)
     with use_backend("triton"):
         assert torch.equal(lora_gemm(torch.eye(k, device=device), w, None, t, b, 1.0), dequantize(w, torch.float32).t())
+
+
+@pytest.mark.parametrize("name", ["lora_gemm", "lora_gemm_t", "siblings_gemm", "siblings_gemm_t"])
+def test_few_rows_are_summed_in_parts(name, device, monkeypatch):
+    """Adapter, bias and mask are in the first alone."""
+    kernels, launching = (pytest.importorskip(f"peftfast_kernels.{name}") for name in ("lora_gemm_kernels", "launch"))
+    counts, count_of = [], kernels.parts
+    monkeypatch.setattr(kernels, "parts", lambda *a: counts.append(count_of(*a)) or counts[-1])
+    launching.forget()  # what was planned elsewhere
+    contracted = 576 if is_interpreting() else 2304  # tiles are larger, too
+    n, k = (contracted, 40) if name.endswith("_t") else (40, contracted)
+    rows, rank = 5, 5
+    x, dy, bias = (torch.randn(*shape, device=device) for shape in ((rows, k), (rows, n), (n,)))
+    t, a, b = (torch.randn(*shape, device=device) for shape in ((rows, rank), (rank, k), (n, rank)))
+    w, seed = random_operand("nf4", n, k, torch.float32, device), torch.tensor(3, device=device)
+    kwargs = {
+        "lora_gemm": (x, w, bias, t, b, 0.5),
+        "lora_gemm_t": (dy, w, t, a, seed, 0.5),
+        "siblings_gemm": (x, [w, w], [bias, bias], [t, t], [b, b], [0.5, 2.0]),
+        "siblings_gemm_t": ([dy, dy], [w, w], [t, t], [a, a], [None, None], [0.0, 0.0]),
+    }[name]
+    with use_backend("triton"):
+        results = outputs(OPS[name].launch(*kwargs))
+    assert len(counts) == 1 and counts[0] > 1
+    natives = outputs(OPS[name].reference(*kwargs))
+    oracles = outputs(OPS[name].reference(*map(upcast, kwargs)))
+    for out, native, oracle in zip(results, natives, oracles, strict=True):
+        assert_no_worse(out, native, oracle, torch.float32)
 
 
 def test_unknown_format_is_refused(device):
