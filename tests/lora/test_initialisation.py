@@ -65,6 +65,17 @@ def test_a_base_in_fp64_keeps_its_precision(init):
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init", [True, False])
+def test_a_seed_gives_pefts_factors_and_biases_of_them(init, dtype):
+    options = {"target_modules": ["conv1", "linear"], "lora_bias": True}
+    mine, other = (wrap(lib, init, lambda: oracle.net().to(dtype), **options) for lib in (peftfast, peft))
+    expected = {name: p for name, p in other.named_parameters() if "lora_" in name}
+    assert any(p.any() for name, p in expected.items() if name.endswith("bias")) is (init is False)
+    for name, value in expected.items():
+        assert torch.equal(mine.get_parameter(name), value), name
+
+
 def test_distributions():
     """The same distributions as PEFT's, seen through their moments and bounds."""
     big = {"make": lambda: oracle.llama(hidden=128), "r": 16}

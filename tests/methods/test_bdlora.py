@@ -107,6 +107,16 @@ def test_a_seed_gives_pefts_names_factors_and_logits(side, tmp_path):
     oracle.same_files(tmp_path / "ours", tmp_path / "theirs")
 
 
+def test_a_seed_gives_pefts_random_bias():
+    drawn = []
+    for library in (peft, peftfast):
+        torch.manual_seed(5)
+        adapted = library.get_peft_model(make_base(), config(library, "a", lora_bias=True, init_lora_weights=False))
+        drawn.append(dict(adapted.named_parameters()))
+    for name, p in drawn[0].items():
+        assert torch.equal(drawn[1][name], p), name
+
+
 @pytest.mark.parametrize("tokens", [3, 40, 5000])  # by blocks, and with the factors whole
 @pytest.mark.parametrize("storage", FORMATS)
 @pytest.mark.parametrize("side", SIDES)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.method import register_method
 from peftfast.methods.lora.config import LoraConfig
-from peftfast.methods.lora.init import initialise
+from peftfast.methods.lora.init import initialise, start_bias
+from peftfast.methods.lora.lora import up_bias
 from peftfast.methods.lora.packed import PackedLora
 from peftfast.methods.lora.stack import factors
 from peftfast.ops.block_diagonal import by_blocks, grouped_lora, spread
@@ -135,7 +136,7 @@ class BdLora(PackedLora):
         whole = [torch.empty_like(factor) for factor in self.pair(adapter)]
         initialise(site, *whole, adapter)  # which draws as PEFT does, also what is not used
         if adapter.cfg.lora_bias:
-            adapter["lora_B.bias"].zero_()
+            start_bias(site, up_bias(adapter), whole[1], adapter.cfg)
         (a, b), (down, up), start = factors(adapter), adapter.setting(self.by), adapter.cfg.init_lora_weights
         if down is None:
             a.copy_(whole[0])

@@ -119,6 +119,16 @@ def initialise(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
     (kind.fill if kind.serves(site) else start_as_identity)(site, a, b, adapter)
 
 
+def start_bias(site: Site, bias: Tensor, up: Tensor, cfg: LoraConfig) -> None:
+    """Fill the bias of the up factor, after both: zero, or drawn where they stay as building a layer draws them."""
+    if cfg.init_lora_weights is not False:
+        bias.zero_()
+        return
+    bound = 1 / math.sqrt(up[0].numel())
+    drawn = torch.empty(bias.shape).uniform_(-bound, bound)
+    bias.copy_(drawn.to(drawn_through(site, drawn)))
+
+
 def check_ready(site: Site, cfg: LoraConfig, r: int) -> None:
     """ValueError where `initialise` would not find what it needs on the module."""
     kind = _kind_of(cfg)

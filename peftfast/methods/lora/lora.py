@@ -18,7 +18,7 @@ from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.combine import combined, combined_fields, rank_keeping, svd_of_sum
 from peftfast.methods.lora.config import LoraConfig
-from peftfast.methods.lora.init import check_ready, initialise, rank_of_factors, restarted
+from peftfast.methods.lora.init import check_ready, initialise, rank_of_factors, restarted, start_bias
 from peftfast.methods.lora.stack import apply_stack, factors, remembered
 from peftfast.ops.composed import composed_lora
 from peftfast.ops.experts import LowRank
@@ -83,7 +83,7 @@ class Lora:
         a, b = factors(adapter)
         initialise(site, a, b, adapter)
         if adapter.cfg.lora_bias:
-            up_bias(adapter).zero_()
+            start_bias(site, up_bias(adapter), b, adapter.cfg)
 
     def restart(self, site: Site, adapter: Adapter, init: bool | str) -> None:
         """Fill the factors as `init_lora_weights` of True or "gaussian" does."""
