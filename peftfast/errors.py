@@ -23,6 +23,12 @@ class MissingTaskTypeError(PeftError, ValueError, KeyError):
     __str__ = Exception.__str__
 
 
+class NoSuchAdapterError(PeftError, ValueError, KeyError):
+    """An adapter that is not there; a KeyError as well, which is what PEFT raises where it looks for its config."""
+
+    __str__ = Exception.__str__
+
+
 class AdapterLoadError(PeftError, RuntimeError):
     """Adapter weights that cannot be right for this model; nothing was changed."""
 
@@ -61,10 +67,10 @@ def close_matches(value: object, known: Iterable[str], limit: int = 3) -> str:
     return " Did you mean " + " or ".join(repr(written[n]) for n in near) + "?"
 
 
-def no_such_adapter(name: str, present: Iterable[str], said: str = "not found") -> ValueError:
+def no_such_adapter(name: str, present: Iterable[str], said: str = "not found") -> NoSuchAdapterError:
     """The error for an adapter that is not among those `present`; PEFT, after which it is `said`, has several."""
     present = sorted(present)
-    return ValueError(f"Adapter {name} {said}.{close_matches(name, present)} Adapters present: {present}")
+    return NoSuchAdapterError(f"Adapter {name} {said}.{close_matches(name, present)} Adapters present: {present}")
 
 
 def enumerate_some(names: Iterable[str]) -> str:

@@ -175,6 +175,8 @@ def test_unknown_and_duplicate_names():
         with pytest.raises(ValueError, match=message):
             call()
         same_picture(model, before)
+    with pytest.raises(KeyError, match="othr"):  # as in PEFT, which looks for its config
+        peftfast.get_peft_model_state_dict(model, adapter_name="othr")
     for call in (
         lambda: model.merge_adapter("default"),
         lambda: model.set_adapter(["default"]),
