@@ -65,7 +65,7 @@ class OpaqueWeight(ByModule):
         raise NotImplementedError(
             f"{self.name or 'The layer'}: the weight of a {kind} is known to the module alone. A LoRA or IA3 trains on "
             "it and is saved; merging, DoRA, and initialisations that start from the weight need a base that is dense "
-            "or in a format that peftfast reads (bitsandbytes, FP8, torchao's int8 and float8, HQQ)"
+            "or in a format that peftfast reads (bitsandbytes, FP8, torchao's int8 and float8, HQQ, optimum-quanto)"
         )
 
     def readable(self) -> Operand:

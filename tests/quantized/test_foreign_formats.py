@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from oracle import One, descend, llama, quietly
 from oracle import rms_error as deviation
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import peftfast
 from peftfast import IA3Config, LoraConfig
@@ -99,6 +100,15 @@ def _hqq(bits: int) -> nn.Module:
     return quantize.HQQLinear(module, config, compute_dtype=torch.float32, device="cpu")
 
 
+def _quanto(weights: str) -> nn.Module:
+    quanto = pytest.importorskip("optimum.quanto")  # its types of fewer bits compile C++ for a minute
+    module = nn.Linear(K, N).requires_grad_(False)
+    module.weight.copy_(_weight())
+    module = quanto.QLinear.from_module(module, weights=quanto.qtypes[weights])
+    module.freeze()
+    return module.requires_grad_(False)
+
+
 class Gptq(nn.Module):
     """The shape of a GPTQ layer: packed integers, and no weight that anybody else could read."""
 
@@ -140,6 +150,8 @@ BASES = {
     ),
     "hqq-8": Made(lambda: _hqq(8), 0.02),
     "hqq-4": Made(lambda: _hqq(4), 0.2),
+    "quanto-int8": Made(lambda: _quanto("qint8"), 0.02),
+    "quanto-float8": Made(lambda: _quanto("qfloat8"), 0.04),
     "opaque": Made(Gptq, readable=False),
 }
 READABLE = [name for name, kind in BASES.items() if kind.readable]
@@ -166,10 +178,15 @@ def x_of(rows: int = 5) -> Tensor:
 def bytes_of(module: nn.Module) -> list[Tensor]:
     """Everything the module consists of, as it is stored."""
     tensors = [*module._parameters.values(), *module._buffers.values(), *(getattr(module, "meta", None) or {}).values()]
-    weight = getattr(module, "weight", None)
-    tensors += [getattr(weight, name, None) for name in getattr(weight, "tensor_data_names", ())]
-    plain = [t for t in tensors if type(t) in (Tensor, nn.Parameter)]
-    return [t.detach().contiguous().reshape(-1).view(torch.uint8).clone() for t in plain]
+    tensors = [part for t in tensors if isinstance(t, Tensor) for part in _parts(t)]
+    return [t.detach().contiguous().reshape(-1).view(torch.uint8).clone() for t in tensors]
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or those that a tensor of a library's own class consists of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
 
 
 # ---- reading and training --------------------------------------------------------------------------------------------
