@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peftfast.base.offload import device_of, stored_weight
 from peftfast.base.rounding import drawn_float
 from peftfast.base.weight import UsualWeight, kept_copy
-from peftfast.sharding import whole_shape
+from peftfast.sharding import is_distributed, whole_shape
 from peftfast_kernels.decode import Operand
 
 
@@ -55,7 +55,7 @@ class ParameterWeight(UsualWeight):
         new = (weight.t() if self.transposed else weight).reshape(own.shape)
         # what `seen` gives may have been written to; the address of a sharded or packed tensor says nothing
         if type(own) is not nn.Parameter or new.data_ptr() != own.data_ptr():
-            own.copy_(new)
+            self._write(own, new)
 
     @property
     def draws(self) -> bool:
@@ -65,7 +65,22 @@ class ParameterWeight(UsualWeight):
     def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
         own = stored_weight(self.module, self.parameter, write=True)
         drawn = drawn_float(weight, own.dtype, generator)
-        own.copy_((drawn.t() if self.transposed else drawn).reshape(own.shape))
+        self._write(own, (drawn.t() if self.transposed else drawn).reshape(own.shape))
+
+    def _write(self, own: Tensor, new: Tensor) -> None:
+        """`own.copy_(new)`, which tensors of some libraries do to a copy of themselves.
+
+        Raises:
+            NotImplementedError: so that all is as before.
+        """
+        foreign = type(own) not in (Tensor, nn.Parameter) and not is_distributed(own)
+        before = own.clone() if foreign else new
+        own.copy_(new)
+        if foreign and torch.equal(own, before) and not torch.equal(before, new.to(before.dtype)):
+            raise NotImplementedError(
+                f"{self.name or type(self.module).__name__}: a weight of type {type(own).__name__} keeps nothing of "
+                "what is written to it: nothing can be merged into it"
+            )
 
     @property
     def merge_dtype(self) -> torch.dtype:

@@ -15,6 +15,7 @@ from oracle import One, descend, llama, quietly
 from oracle import rms_error as deviation
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map
 
 import peftfast
 from peftfast import IA3Config, LoraConfig
@@ -378,6 +379,39 @@ def test_an_opaque_weight_is_not_merged_into():
         model.merge_and_unload(dequantize=True)
     assert torch.equal(model(x), y)
     assert model.unload().m(x).shape == (5, N)
+
+
+class Coded(Tensor):
+    """A library's own tensor: what is done to it is done to a dequantised copy."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Coded:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args, kwargs=None):
+        if op.overloadpacket is torch.ops.aten.detach:
+            return cls(args[0].codes, args[0].scale)
+        args, kwargs = tree_map(lambda t: t.codes * t.scale if isinstance(t, cls) else t, (args, kwargs or {}))
+        return op(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_keeps_nothing_that_is_written_to_it_is_not_merged_into(dtype):
+    base = One(nn.Linear(K, N, dtype=dtype).requires_grad_(False))
+    base.m.weight = nn.Parameter(
+        Coded((_weight() * 50).round().to(dtype), torch.tensor(0.02, dtype=dtype)), requires_grad=False
+    )
+    model = peftfast.get_peft_model(base, LoraConfig(target_modules=["m"], init_lora_weights=False))
+    x = x_of().to(dtype)
+    y = model(x)
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="a weight of type Coded keeps nothing of what is written to it"):
+            call()
+        assert torch.equal(model(x), y) and not model.base_model.model.m.merged
 
 
 def test_a_module_of_one_s_own_is_no_linear_layer():
