@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.opaque import ByModule
-from peftfast.base.weight import register_format
+from peftfast.base.weight import comes_from, register_format
 from peftfast_kernels.decode import Operand
 
 
@@ -20,11 +20,7 @@ class QuantoWeight(ByModule):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
-        if weight is None or type(weight) is nn.Parameter:
-            return False
-        kinds = type(weight).__mro__  # asked by name, so that the library is not imported for it
-        return any(c.__name__ == "QTensor" and c.__module__.startswith("optimum.quanto.") for c in kinds)
+        return comes_from(type(module._parameters.get("weight")), "optimum", "QTensor")
 
     @property
     def shape(self) -> tuple[int, int]:
