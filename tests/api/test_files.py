@@ -309,6 +309,21 @@ def test_injection_without_a_wrapper(tmp_path):
     assert not any(p.is_meta for p in empty.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_adapter_without_values_gets_tensors_of_its_own_in_its_dtype(dtype):
+    """What is given may be written to afterwards."""
+    options = {**OPTIONS, "modules_to_save": ["lm_head"]}
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**options), low_cpu_mem_usage=True)
+    given = {k: torch.randn(t.shape).to(dtype) for k, t in peftfast.get_peft_model_state_dict(model).items()}
+    expected = {k: t.float().clone() for k, t in given.items()}
+    peftfast.set_peft_model_state_dict(model, given, low_cpu_mem_usage=True)
+    for tensor in given.values():
+        tensor.zero_()
+    found = peftfast.get_peft_model_state_dict(model)
+    assert found.keys() == expected.keys()
+    assert all(found[k].dtype == torch.float32 and torch.equal(found[k], t) for k, t in expected.items())
+
+
 def test_base_state_dicts():
     twins = oracle.Twins(oracle.llama, {**OPTIONS, "modules_to_save": ["lm_head"]})
     mine, other = (lib.get_base_model_state_dict(m) for lib, m in ((peftfast, twins.ours), (peft, twins.theirs)))
@@ -356,18 +371,19 @@ def test_factors_without_values_are_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("asked", [True, False, "auto"])
-@pytest.mark.parametrize("make", [oracle.llama, oracle.gpt2], ids=["llama", "gpt2"])
-def test_saving_embeddings(asked, make, tmp_path):
-    options = {
-        "target_modules": ["q_proj"] if make is oracle.llama else ["c_attn"],
-        "fan_in_fan_out": make is oracle.gpt2,
-    }
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [(oracle.llama, ["q_proj"]), (oracle.gpt2, ["c_attn"]), (oracle.gpt2, ["wte"])],  # PEFT knows no `wte`
+    ids=["llama", "gpt2", "gpt2-wte"],
+)
+def test_saving_embeddings(asked, make, targets, tmp_path):
+    options = {"target_modules": targets, "fan_in_fan_out": targets == ["c_attn"]}
     twins = oracle.Twins(make, options)
     for model, name in ((twins.ours, "ours"), (twins.theirs, "theirs")):
         model.save_pretrained(tmp_path / name, save_embedding_layers=asked)
     oracle.same_files(tmp_path / "ours", tmp_path / "theirs")
     saved = load_file(tmp_path / "ours/adapter_model.safetensors")
-    assert any("wte" in k or "embed_tokens" in k for k in saved) is (asked is True)
+    assert any(k.endswith(("wte.weight", "base_layer.weight", "embed_tokens.weight")) for k in saved) is (asked is True)
     peftfast.PeftModel.from_pretrained(make(), tmp_path / "theirs", strict=True)
 
 
@@ -1017,6 +1033,10 @@ def test_biases_are_loaded_whatever_the_config_says(kind, tmp_path):
     with pytest.warns(peftfast.AdapterMismatchWarning, match=r"biases that its config \(bias='none'\) does not"):
         loaded = peftfast.PeftModel.from_pretrained(oracle.llama(bias=True), tmp_path)
     assert torch.equal(logits(loaded), expected)
+
+    without = peftfast.get_peft_model(oracle.llama(), LoraConfig(**options))  # layers that have none lack none
+    without.save_pretrained(tmp_path / "without")
+    peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "without", strict=True)
 
 
 @pytest.mark.parametrize("kind", ["all", "lora_only"])

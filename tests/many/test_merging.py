@@ -336,6 +336,9 @@ def test_what_changes_an_adapter_while_it_is_merged_is_refused_or_handled(tmp_pa
         model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))  # does not read the base
         with pytest.warns(peftfast.PeftWarning, match="its new weights have no effect until it is unmerged"):
             peftfast.set_peft_model_state_dict(model, peftfast.get_peft_model_state_dict(model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            peftfast.set_peft_model_state_dict(model, peftfast.get_peft_model_state_dict(model, None, "plain"), "plain")
         with pytest.warns(UserWarning, match="Unmerging the model first"):
             model.set_adapter("default")
         assert torch.equal(oracle.logits(model), expected)
