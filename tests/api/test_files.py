@@ -1103,6 +1103,9 @@ def test_asking_for_embeddings_that_nobody_can_find_is_said(tmp_path):
     model = peftfast.get_peft_model(torch.nn.Sequential(torch.nn.Embedding(9, 4)), LoraConfig(target_modules=["0"]))
     with pytest.warns(UserWarning, match=r"Could not identify embedding layer\(s\)"):
         model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(ValueError, match="save_embedding_layers must be True, False or 'auto', got 'yes'"):
+        model.save_pretrained(tmp_path / "yes", save_embedding_layers="yes")
+    assert not (tmp_path / "yes").exists()
 
 
 @pytest.mark.parametrize("task, loader", [("CAUSAL_LM", "AutoPeftModelForCausalLM"), (None, "PeftModel")])

@@ -116,6 +116,8 @@ def each_damaged(count: int, seed: int, damage: Callable[[random.Random, Path], 
             shutil.copytree(Path(root) / "good", folder)
             what = damage(chance, folder)
             wrong = try_load(folder, fresh, expected, before)
+            if (folder / _Code.TRACE).exists():
+                wrong = "code was executed"
             if wrong:
                 failures.append(f"{i} {what}: {wrong}")
             if hasattr(fresh, "peft_config") or state(fresh) != before:
@@ -250,7 +252,7 @@ def pickles(count: int, seed: int) -> tuple[int, list[str]]:
         (folder / WEIGHTS).unlink()
         path = folder / "adapter_model.bin"
         if chance.random() < 0.2:
-            torch.save({"x": _Code(str(folder / "executed"))}, path)
+            torch.save({"x": _Code(folder)}, path)
         else:
             torch.save({k: p.detach() for k, p in trained().state_dict().items() if ".lora_" in k}, path)
             if chance.random() < 0.3:
@@ -264,8 +266,12 @@ def pickles(count: int, seed: int) -> tuple[int, list[str]]:
 
 
 class _Code:
-    def __init__(self, path: str) -> None:
-        self.path = path
+    """Leaves a file in the folder where it is unpickled."""
+
+    TRACE = "executed"
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / self.TRACE)
 
     def __reduce__(self) -> tuple:
         return (open, (self.path, "w"))
