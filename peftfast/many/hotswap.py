@@ -155,8 +155,7 @@ def _swap(
             else:
                 _replace(entry, old, new.to(old.device), _rank_axis(entry, adapter_name))
         for layer in dict.fromkeys(e.layer for e in entries.values()):
-            _rescale(layer, layer.adapters[adapter_name], config)
-            layer.changed(adapter_name)
+            _rescale(layer, layer.adapters[adapter_name], config)  # which says that it has changed
     config = _configs(inner).get(adapter_name)
     if config is not None:
         record_settings(config, [e.layer.adapters[adapter_name] for e in entries.values()])
