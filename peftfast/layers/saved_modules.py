@@ -284,10 +284,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         super().set_adapter(adapter_names, inference_mode)
         self.token_adapter.activate(self.active_adapters)
 
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        self.token_adapter.enable_adapters(enabled)
-
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
         if adapter_name not in self._adapters:
             return
