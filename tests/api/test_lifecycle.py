@@ -356,8 +356,12 @@ def test_deleting_an_inactive_adapter_leaves_the_active_one_frozen(options):
     pair.add("other", {**SECOND, **{k: v for k, v in options.items() if k == "modules_to_save"}})
     if options is TOKENS:
         rows = {**SECOND, "trainable_token_indices": [7]}
-        pair.ours.add_adapter("rows", oracle.config_of(peftfast, rows))
-        pair.ours.delete_adapter("rows")
+        with torch.no_grad():
+            pair.ours.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"].add_(1)
+            expected = oracle.logits(pair.ours)
+            pair.ours.add_adapter("rows", oracle.config_of(peftfast, rows))
+            pair.ours.delete_adapter("rows")
+            assert torch.equal(oracle.logits(pair.ours), expected)
     pair.both(lambda m, _: m.delete_adapter("other"))
     assert not [n for n, p in pair.ours.named_parameters() if p.requires_grad]
     if options is not TOKENS:  # PEFT unfreezes rows of tokens when another adapter goes

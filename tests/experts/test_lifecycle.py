@@ -53,7 +53,12 @@ def test_several_adapters(make):
         ours.merge_adapter(["a"])
         ours.merge_adapter(["c", "b"])
         close(oracle.logits(ours), expected)
+        assert ours.get_model_status().merged_adapters == ["a", "b", "c"]  # a call leaves them merged
         ours.unmerge_adapter()
+        assert all(torch.equal(p, before[n]) for n, p in ours.named_parameters())
+        ours.merge_adapter(["b"])
+        with ours.disable_adapter():
+            close(oracle.logits(ours), oracle.logits(make()))
         assert all(torch.equal(p, before[n]) for n, p in ours.named_parameters())
     for model in (ours, theirs):
         model.base_model.set_adapter("b")
