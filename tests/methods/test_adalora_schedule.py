@@ -169,6 +169,15 @@ def test_a_manual_call_after_the_first_automatic_one_does_not_count_twice():
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_a_manual_call_after_several_automatic_ones_takes_nothing_back():
+    _, ours = pair()
+    train(ours, 2)
+    before = {n: p.detach().clone() for n, p in ours.named_parameters()}
+    with pytest.warns(peftfast.PeftWarning, match="has run by itself for 2 steps"):
+        ours.base_model.update_and_allocate(3)
+    assert all(torch.equal(p, before[n]) for n, p in ours.named_parameters())
+
+
 def test_a_manual_call_for_a_later_adapter_does_not_count_twice_either():
     """Whatever was trained before it, by the automatic schedule."""
     _, ours = pair()
@@ -629,6 +638,7 @@ def test_state_dicts_carry_the_schedule(tmp_path, how, stop):
         saved["model"] = other.state_dict()
         torch.distributed.checkpoint.load(saved["model"], checkpoint_id=tmp_path, no_dist=True)
     other.load_state_dict(saved["model"])
+    assert other.peft_config["default"].rank_pattern == model.peft_config["default"].rank_pattern
     optimizer = torch.optim.AdamW(trainable(other), lr=5e-2)
     optimizer.load_state_dict(saved["optimizer"])
     train(other, 16 - stop, first=stop + 1, optimizer=optimizer)
