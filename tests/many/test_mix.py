@@ -292,8 +292,13 @@ def test_a_broken_promise_is_an_error(change):
         with pytest.raises(RuntimeError, match="promised"):
             for _ in range(LOOKS_EVERY + 1):
                 mixed(model)
-    with model.base_model.unchanging_adapters(), model.base_model.unchanging_adapters():
-        mixed(model)  # what was changed before does not count, and contexts nest
+    before = mixed(model)
+    with torch.no_grad():
+        change(factor)
+    with model.base_model.unchanging_adapters():
+        assert differing(before, mixed(model)) == [NAMES[2]]  # changed before the promise
+        with model.base_model.unchanging_adapters():
+            mixed(model)
 
 
 def test_a_promise_does_not_hide_another_error():

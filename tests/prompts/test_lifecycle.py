@@ -220,6 +220,13 @@ def test_length_at_load(tmp_path, family: str, method: str, count: int):
     assert peft.PeftConfig.from_pretrained(tmp_path / "again").num_virtual_tokens == count
 
 
+def test_no_other_adapter_has_a_length(tmp_path):
+    lora = peftfast.LoraConfig(target_modules=["q_proj"])
+    peftfast.get_peft_model(base("llama"), lora).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_virtual_tokens is the length of a prompt; the adapter is LORA"):
+        peftfast.PeftModel.from_pretrained(base("llama"), tmp_path, num_virtual_tokens=2)
+
+
 # ---- several adapters ------------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:Adapter default was active")
 @pytest.mark.parametrize("method", METHODS)
