@@ -185,6 +185,10 @@ def test_works_where_peft_refuses():
     assert {k for k, v in layers.items() if "five" in v.adapters} == {
         k for k, v in layers.items() if {"default", "four"} & set(v.adapters)
     }
+    # adapters without copies beside others that have some
+    twins.ours.add_adapter("six", LoraConfig(r=2, target_modules=["q_proj"]))
+    base.add_weighted_adapter(["four", "six"], [1.0, 1.0], "seven", combination_type="cat")
+    assert "five" in head.modules_to_save and "seven" not in head.modules_to_save
 
 
 class Normed(nn.Module):

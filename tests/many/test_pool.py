@@ -296,6 +296,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="cannot be an adapter's name"):
         pool.register(BASE, adapter(0))
     need = pool.device_bytes
+    assert need == sum(t.nbytes for stack in pool._places._stacks.values() for t in stack[:3])
+    with pytest.raises(ValueError, match="slots and max_rank must be at least 1"):
+        make_pool(0, slots=0)
     with pytest.raises(ValueError, match="1 slots would fit"):
         make_pool(0, slots=2, max_device_bytes=need - 1)
     assert make_pool(0, slots=2, max_device_bytes=need).device_bytes == need
