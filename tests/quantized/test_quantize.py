@@ -147,6 +147,10 @@ def test_what_transformers_keeps_in_fp32_stays_dense(tmp_path):
     with torch.no_grad():
         assert torch.equal(ours(**ids).logits, theirs(**ids).logits)
         assert torch.isfinite(patched(**ids).logits).all()
+    named = llama(hidden=64)  # of which nobody reads a weight
+    named._keep_in_fp32_modules = ["up_proj"]
+    report = peftfast.quantize_model(named, "nf4")
+    assert report and not any("up_proj" in n for n in report)
 
 
 class Reads(nn.Module):
