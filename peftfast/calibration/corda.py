@@ -16,6 +16,7 @@ from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.errors import enumerate_some
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.corda import CordaEigens, oriented_eigens
+from peftfast.ops.finite import is_finite
 from peftfast.wrapping.patterns import pattern_value
 from peftfast.wrapping.targets import linear_targets
 
@@ -110,7 +111,7 @@ def _covariances(
             x = x.reshape(-1, x.shape[-1]).to(dtype)
             x = x / x.max().abs()
             covariance = x.t() @ x
-            if not torch.isfinite(covariance).all():
+            if not is_finite(covariance):
                 raise ValueError(f"{name}: invalid value found in input, please check your input data.")
             sums[name] = sums[name] + covariance if name in sums else covariance
             counts[name] = counts.get(name, 0) + 1

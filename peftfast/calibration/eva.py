@@ -21,6 +21,7 @@ from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.settings import EvaConfig
+from peftfast.ops.finite import is_finite
 from peftfast.sites.linear import LinearSite
 from peftfast.wrapping.patterns import pattern_of, pattern_value
 from peftfast.wrapping.targets import linear_modules, make_matcher, set_targets
@@ -221,7 +222,7 @@ def components_of(
         if goal and found[name].is_settled(max(goal[n] for n in found if found[n] is found[name])):
             return
         x = rows(name)(args, prepared, name)
-        if not torch.isfinite(x).all():
+        if not is_finite(x):
             raise ValueError(f"{name}: its inputs hold NaN or infinite values; check the calibration data")
         found[name].update(_gathered(x) if gather else x, threshold)
 
@@ -378,7 +379,7 @@ def _check_components(found: Mapping[str, Tensor], adapters: Mapping[str, Adapte
             size = slots["lora_A"][0].numel()
             if part.dim() < 2 or part.shape[1:].numel() != size:
                 wrong.append(f"{key} {list(part.shape)}, which needs [rank, {size}]")
-            elif not torch.isfinite(part).all():
+            elif not is_finite(part):
                 wrong.append(f"{key}, which has NaN or infinite values")
         elif slots:
             wrong.append(f"{key}, which is looked up and has no directions")

@@ -17,6 +17,7 @@ from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.lora_ga import GRADIENT
+from peftfast.ops.finite import is_finite
 from peftfast.sites.site import has_site
 from peftfast.wrapping.targets import linear_targets, make_matcher
 
@@ -122,7 +123,7 @@ def _estimated(
             f"{_named(unseen)}",
             PeftWarning,
         )
-    broken = {name: not torch.isfinite(sums[id(m.weight)]).all() for name, m in modules.items() if not unseen[name]}
+    broken = {name: not is_finite(sums[id(m.weight)]) for name, m in modules.items() if not unseen[name]}
     if any(broken.values()):
         raise ValueError(f"The gradients of these weights hold NaN or infinite values: {_named(broken)}")
     means = {key: total.div_(counts[key]) for key, total in sums.items()}

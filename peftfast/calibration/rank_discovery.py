@@ -23,6 +23,7 @@ from peftfast.config import PeftType
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
+from peftfast.ops.finite import is_finite
 from peftfast.rules import integer
 from peftfast.wrapping.patterns import pattern_of, pattern_value
 from peftfast.wrapping.targets import linear_targets
@@ -189,7 +190,7 @@ def _gradients(
             p.requires_grad_(True)
     if not count:
         raise ValueError("batches is empty")
-    broken = [n for n, s in sketches.items() if not torch.isfinite(s).all()]
+    broken = [n for n, s in sketches.items() if not is_finite(s)]
     if broken:
         raise ValueError(f"The gradients of these weights hold NaN or infinite values: {enumerate_some(broken)}")
     return {n: torch.linalg.svdvals(s / count).square() for n, s in sketches.items()}

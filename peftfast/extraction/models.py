@@ -14,6 +14,7 @@ from peftfast.keys import PREFIX, starts_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.methods.lora.config import LoraConfig
+from peftfast.ops.finite import is_finite
 from peftfast.quantization.originals import Originals
 from peftfast.sites import Site, make_site
 from peftfast.sites.site import has_site
@@ -150,7 +151,7 @@ def _differ(ours: Tensor, theirs: Tensor, name: str) -> bool:
             f"{name} is {list(ours.shape)} in the base and {list(theirs.shape)} in the tuned model; a vocabulary that "
             "was resized needs base.resize_token_embeddings first"
         )
-    if theirs.is_floating_point() and not torch.isfinite(theirs).all():
+    if theirs.is_floating_point() and not is_finite(theirs):
         raise ValueError(f"{name} of the tuned model has values that are not finite")
     # a model that was only stored in another dtype is the same model
     return not torch.equal(ours.detach().to(theirs.dtype), theirs.detach().to(ours.device))

@@ -33,6 +33,7 @@ from peftfast.files.state import (
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.walk import base_of
+from peftfast.ops.finite import is_finite
 from peftfast.sharding import copy_whole, is_distributed, to_shards, whole_shape
 from peftfast.sites.site import bias_of, is_bias
 
@@ -375,10 +376,7 @@ def holds(dtype: torch.dtype, tensor: Tensor) -> bool:
     """Whether all values are finite, also in `dtype`."""
     if not tensor.is_floating_point() or tensor.is_meta:
         return True
-    values = tensor.float() if tensor.itemsize == 1 else tensor
-    if torch.finfo(dtype).max < torch.finfo(values.dtype).max and dtype.itemsize > 1:
-        values = values.to(dtype)
-    return bool(torch.isfinite(values).all())
+    return is_finite(tensor, dtype if dtype.itemsize > 1 else None)
 
 
 def _is_foreign(key: str, modules: set[str]) -> bool:

@@ -21,6 +21,7 @@ from peftfast.layers.layer import BaseTunerLayer, site_of
 from peftfast.method import method_for, retarget
 from peftfast.methods.lora.stack import FactorStack, apply_stack
 from peftfast.ops.experts import LowRank
+from peftfast.ops.finite import is_finite
 from peftfast.rows.routing import Routing
 from peftfast.sites import Site
 from peftfast.sites.parameter import ParameterSite
@@ -259,7 +260,7 @@ def _check_factors(what: str, key: str, a: Tensor, b: Tensor, experts: int, max_
         raise ValueError(f"{what} rank {a.shape[0] // experts} at {key}; the slots take up to {max_rank}")
     if not (a.is_floating_point() and b.is_floating_point()):
         raise ValueError(f"{what} {a.dtype} and {b.dtype} at {key}, which are no factors' dtypes")
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+    if not (is_finite(a) and is_finite(b)):
         raise ValueError(f"{what} NaN or infinite values at {key}")
 
 

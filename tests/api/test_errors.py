@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import peftfast
 from peftfast import AdapterLoadError, AdapterMismatchWarning, LoraConfig, NoMatchingPeftModuleError
+from peftfast.files.fit import holds
 from peftfast.optimizers import create_loraplus_optimizer
 
 QV = ["q_proj", "v_proj"]
@@ -485,6 +486,27 @@ def test_set_state_dict_refuses_before_it_changes(saved):
         with pytest.raises(AdapterLoadError, match="q_proj.lora_A"):
             peftfast.set_peft_model_state_dict(model, {**tensors, KEY: bad})
         same_picture(model, before)
+
+
+def test_values_are_looked_at_where_they_are(saved):
+    """Once each: what a large adapter has is written to no tensor of that size on the way into the model."""
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    tensors = load_file(saved / WEIGHTS)
+    with oracle.Made() as made:
+        peftfast.set_peft_model_state_dict(model, tensors)
+    assert made.elements <= 1, made.shapes
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_values_are_finite_where_each_of_them_is(stored):
+    largest = torch.finfo(torch.float16).max
+    for number in (torch.nan, torch.inf, -torch.inf, -1e5, 2e5, largest, largest + 15, largest + 17, -largest, 0.0):
+        for place in (0, 31, 69):
+            values = torch.linspace(-1, 1, 70).to(torch.float64)
+            values[place] = number
+            values = values.to(stored)
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                assert holds(dtype, values) is bool(values.float().to(dtype).isfinite().all()), (number, place, dtype)
 
 
 # ---- warnings --------------------------------------------------------------------------------------------

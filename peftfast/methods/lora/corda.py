@@ -11,6 +11,7 @@ from torch import Tensor
 from peftfast.adapter import Adapter
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import initialiser, take_out, wide_weight
+from peftfast.ops.finite import is_finite
 from peftfast.sites import Site
 
 
@@ -29,7 +30,7 @@ def oriented_eigens(weight: Tensor, covariance: Tensor) -> CordaEigens:
     while True:  # as much damping as the inverse needs to be one
         damped = covariance + identity * covariance.diagonal().mean() * damp
         inverse = torch.linalg.inv(damped)
-        if not torch.isfinite(damped).all():
+        if not is_finite(damped):
             raise ValueError("The covariance of the inputs holds NaN or infinite values; check the calibration data")
         if torch.dist(damped @ inverse, identity) < 0.05:
             break

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.random_stream import draws_of_normal, draws_of_uniform, skip
+from peftfast.ops.finite import is_finite
 from peftfast.sharding import whole
 from peftfast.sites import Site
 
@@ -222,7 +223,8 @@ def wide_weight(site: Site) -> Tensor:
 def check_finite(site: Site, cfg: LoraConfig, r: int) -> None:
     """Refuse weights of which one number would spoil all, before those of other modules are changed."""
     with whole(site.module.parameters()):
-        broken = site.weight.dense().isfinite().logical_not_().sum().item()
+        weight = site.weight.seen()
+        broken = 0 if is_finite(weight) else weight.isfinite().logical_not_().sum().item()
     if broken:
         raise ValueError(
             f"init_lora_weights={cfg.init_lora_weights!r} starts from the base weight, of which {broken} numbers are "
