@@ -292,6 +292,16 @@ def test_a_weight_that_is_not_finite_stops_a_start_before_anything_is_changed(in
     assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("dtype, copies", [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_a_start_takes_out_of_the_weight_where_it_lies(dtype, copies):
+    """What is as large as the weight takes longer at real sizes than the randomised decomposition."""
+    model, shape = oracle.llama(layers=1).to(dtype), (32, 64)
+    config = LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights="pissa_niter_1")
+    with oracle.Made() as made:
+        peftfast.get_peft_model(model, config)
+    assert made.shapes.count(shape) == copies, made.shapes
+
+
 def test_a_start_that_fails_half_way_says_what_it_has_written(monkeypatch):
     model = oracle.llama()
     before = {n: p.clone() for n, p in model.named_parameters()}

@@ -216,8 +216,8 @@ def _orthogonal(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
 
 
 def wide_weight(site: Site) -> Tensor:
-    """W [N, K] in fp32 or wider, for decompositions."""
-    return site.weight.dense(torch.promote_types(site.weight.compute_dtype, torch.float32))
+    """W [N, K] in fp32 or wider, for decompositions: the weight itself where it is stored so."""
+    return site.weight.seen().to(torch.promote_types(site.weight.compute_dtype, torch.float32))
 
 
 def check_finite(site: Site, cfg: LoraConfig, r: int) -> None:
@@ -248,8 +248,9 @@ def check_dense(name: str) -> Check:
 
 
 def take_out(site: Site, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """W := W - s B A, so that the adapted module starts with the output it had."""
-    site.weight.assign(weight - scale * site.delta(a.to(weight.dtype), b.to(weight.dtype)))
+    """W := W - s B A, so that the adapted module starts with the output it had; written into `weight`, which is
+    `wide_weight`'s."""
+    site.weight.assign(site.with_delta(weight, a.to(weight.dtype), b.to(weight.dtype), -scale, in_place=True))
 
 
 #: Initialisations whose factors are directions of W.
