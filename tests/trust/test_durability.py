@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import sys
@@ -11,8 +12,10 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
 from trust.attacks import CONFIG, WEIGHTS, trained, versions, whole
 
+from peftfast.files.atomic import _digest
 from peftfast.files.io import save_adapter, write_safetensors
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and resource limits")
@@ -129,3 +132,28 @@ def test_a_folder_that_cannot_be_written(folder, safe):
     in_a_process(act)
     assert contents(folder) == before
     assert whole(folder) is None
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
+def test_large_files_are_told_apart_by_their_ends(folder, monkeypatch, safe):
+    """A writer that was stopped between the two files of an adapter is known by the first one's digest."""
+    read, digests, (cfg, _) = [], [], versions()[1]
+    blake2b = hashlib.blake2b
+
+    class Counted:
+        def __init__(self, **options):
+            self.inner = blake2b(**options)
+            self.hexdigest = self.inner.hexdigest
+
+        def update(self, data):
+            read.append(len(data))
+            self.inner.update(data)
+
+    monkeypatch.setattr(hashlib, "blake2b", Counted)
+    weights = torch.arange(1 << 20, dtype=torch.float32)
+    for value in (weights[1 << 19].item(), 0.5):  # in the middle of four megabytes
+        weights[1 << 19] = value
+        save_adapter(folder, cfg, {"weights": weights}, auto_mapping=None, safe=safe)
+        digests.append(_digest(folder / (WEIGHTS if safe else PICKLE)))
+    assert digests[0] != digests[1]
+    assert sum(read) == 2 * 2 * 2**21
