@@ -353,8 +353,9 @@ class Made(TorchDispatchMode):
         self.elements, self.shapes = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        known = {a.untyped_storage().data_ptr() for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)}
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
                 self.shapes.append(tuple(t.shape))

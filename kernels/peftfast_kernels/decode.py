@@ -261,8 +261,11 @@ def _int8_reference(w: Operand) -> Tensor:
 
 
 def _int8_stored(w: Operand) -> Tensor:
-    rows, scale = w.tensors
-    values = rows * scale.view(-1, 1)
+    rows, scale = w.tensors[0], w.tensors[1].view(-1, 1)
+    # a CPU multiplies numbers of two kinds slowly
+    values = rows.to(scale.dtype).mul_(scale) if rows.is_cpu else rows * scale
+    if w.dtype is values.dtype:
+        return values.mul_(INT8_STEP)
     # The second product may be written straight into the narrow dtype: it is computed in fp32 and rounded once.
     return torch.mul(values, INT8_STEP, out=torch.empty(rows.shape, dtype=w.dtype, device=rows.device))
 

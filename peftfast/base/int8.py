@@ -114,9 +114,10 @@ class Int8Weight(BnbWeight):
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int8 [N, K] and scales fp32 [N] of `weight` fp32 [N, K]: the row's largest magnitude becomes 127."""
-    scales = weight.abs().amax(dim=1)
+    room = weight.abs()
+    scales = room.amax(dim=1)
     step = torch.where(scales > 0, 127.0 / scales, 0.0)
-    return torch.round(weight * step[:, None]).to(torch.int8), scales
+    return torch.mul(weight, step[:, None], out=room).round_().to(torch.int8), scales
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracle import One
+from oracle import Made, One
 from torch import nn
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -76,6 +76,18 @@ def test_int8_codes_are_nearest():
     assert ((base_weight(module).dense() - target).abs() <= 0.5001 * step).all()
     by_bnb = bnb.functional.int8_vectorwise_dequant(*bnb.functional.int8_vectorwise_quant((target / 1e4).half())[:2])
     assert (base_weight(module).dense() - target).norm() <= 1.01 * (by_bnb * 1e4 - target).nan_to_num().norm()
+
+
+def test_int8_is_decoded_and_quantised_in_one_place_each():
+    """On a CPU every further tensor of a large weight's size takes longer than what is computed in it."""
+    weight = base_weight(quantised_linear("int8"))
+    whole = tuple(weight.shape)
+    with Made() as made:
+        exact = weight.dense(torch.float32)
+    assert made.shapes.count(whole) == 1, made.shapes
+    with Made() as made:
+        weight.assign(exact)
+    assert made.shapes.count(whole) == 2, made.shapes  # and the codes
 
 
 @pytest.mark.parametrize("base", BASES)
