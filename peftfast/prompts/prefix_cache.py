@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftfast.errors import warn
 
+Shapes = list[tuple[int, int] | None]
 States = Sequence[tuple[Tensor, Tensor]]  # (keys, values) of every layer, each [B, heads, tokens, head size]
 
 
@@ -55,21 +56,23 @@ def empty_cache(model: nn.Module) -> Any:
 
 
 #: What is read off a model once, because it is needed in every forward and takes a while.
-_layer_shapes: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, int] | None]] = weakref.WeakKeyDictionary()
+_layer_shapes: weakref.WeakKeyDictionary[nn.Module, tuple[int, Shapes]] = weakref.WeakKeyDictionary()
 _checkpointing: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
+_taken: weakref.WeakKeyDictionary[Callable[..., Any], tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
-def layer_shapes(model: nn.Module, count: int) -> list[tuple[int, int] | None]:
-    """(key/value heads, head size) of the first `count` layers where the config says that layers differ, else None."""
+def layer_shapes(model: nn.Module, count: int) -> Shapes:
+    """(key/value heads, head size) of the first `count` layers where the config says that layers differ, else None;
+    of those behind which the others share keys."""
     known = _layer_shapes.get(model)
-    if known is None or len(known) != count:
-        config = _decoder_config(model)
-        known = _layer_shapes[model] = [_layer_shape(config, i) for i in range(count)]
-    return known
-
-
-def _decoder_config(model: nn.Module) -> Any:
-    return model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    if known is None or known[0] != count:
+        config = (
+            model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+        )
+        shared = getattr(config, "num_kv_shared_layers", 0) or 0
+        own = getattr(config, "num_hidden_layers", count) - shared if shared > 0 else count
+        known = _layer_shapes[model] = count, [_layer_shape(config, i) for i in range(min(own, count))]
+    return known[1]
 
 
 def _layer_shape(config: Any, layer: int) -> tuple[int, int] | None:
@@ -101,18 +104,14 @@ def fill(cache: Any, states: States, model: nn.Module) -> Any:
     from transformers.cache_utils import CacheLayerMixin
 
     target = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    config = _decoder_config(model)
     shapes = layer_shapes(model, len(states))
     own = len(target.layers)  # 0: layers are made as they are needed
     if own > len(states) and any(isinstance(layer, CacheLayerMixin) for layer in target.layers[len(states) :]):
         raise ValueError(f"The prefix has keys for {len(states)} layers, the model's cache {own}; check `num_layers`")
-    shared = getattr(config, "num_kv_shared_layers", 0) or 0
-    first_shared = getattr(config, "num_hidden_layers", len(states)) - shared
     devices = layer_devices(model)
     taken, wider = [], []
     for i, (keys, values) in enumerate(states):
-        sharing = shared > 0 and i >= first_shared
-        if sharing or (own and (i >= own or not isinstance(target.layers[i], CacheLayerMixin))):
+        if i >= len(shapes) or (own and (i >= own or not isinstance(target.layers[i], CacheLayerMixin))):
             continue
         if shapes[i] is not None:
             heads, size = shapes[i]
@@ -219,8 +218,23 @@ STATE_NAMES = (*CACHE_NAMES, "cache_params")
 
 def cache_name(module: nn.Module, names: Sequence[str] = CACHE_NAMES) -> str | None:
     """The one of these names under which `module` takes a cache, None if it takes none."""
-    parameters = inspect.signature(module.forward).parameters
-    return next((name for name in names if name in parameters), None)
+    taken = _arguments(module)
+    for name in names:
+        if name in taken:
+            return name
+    return None
+
+
+def _arguments(module: nn.Module) -> tuple[str, ...]:
+    """Names of what the module's `forward` takes."""
+    forward = module.forward
+    if torch.compiler.is_compiling():  # whose functions last as long as the tracing
+        return tuple(inspect.signature(forward).parameters)
+    function = getattr(forward, "__func__", forward)  # a bound method is another one at every look
+    found = _taken.get(function)
+    if found is None:
+        found = _taken[function] = tuple(inspect.signature(forward).parameters)
+    return found
 
 
 @contextmanager
@@ -302,7 +316,7 @@ def checkpoint_safe(model: nn.Module, cache: Any) -> Iterator[Any]:
 
     def handed(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         name = cache_name(layer)
-        position = list(inspect.signature(layer.forward).parameters).index(name)
+        position = _arguments(layer).index(name)
         args = list(args)
         if position < len(args):
             args[position] = cache

@@ -125,9 +125,11 @@ class BasePromptEncoder(nn.Module):
     def virtual_tokens(self) -> Tensor:
         """`[rows, width]`: the virtual tokens. What a network makes is computed once and kept while no gradient is
         wanted and no parameter changes; any forward with gradients forgets it."""
+        if not self.has_network:
+            return self._compute()
         parameters = list(self.parameters())
         wants_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        if not self.has_network or wants_grad or self.training or torch.compiler.is_compiling():
+        if wants_grad or self.training or torch.compiler.is_compiling():
             self._kept = None
             return self._compute()
         if self._kept is None or not self._kept[0].holds():

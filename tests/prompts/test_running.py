@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 import transformers
+from oracle import python_calls
 from prompts.tiny import CAUSAL, METHODS, RECURRENT, assert_same, base, batch, config, gradients, ours, result
 
 import peftfast
@@ -18,6 +19,26 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def double(family: str, method: str, **changes):
     return ours(family, method, **changes).double()
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method, most", [("prompt", 100), ("prefix", 200)])
+def test_a_forward_takes_few_steps_beside_the_base(method: str, most: int):
+    """What is read off a model is read once: the arguments of its forward alone took as many steps as a layer does."""
+    model, inputs = ours("llama", method).eval(), batch("llama", "none")
+    with torch.no_grad():
+        for call in (model, model.get_base_model()):
+            call(**inputs)
+        own, base_alone = (python_calls(lambda m=m: m(**inputs)) for m in (model, model.get_base_model()))
+    assert own - base_alone < most, (own, base_alone)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_compiled(method: str):
+    model, inputs = ours("llama", method).eval(), batch("llama", "none")
+    with torch.no_grad():
+        expected = result(model(**inputs))
+        assert torch.equal(result(torch.compile(model, backend="eager", fullgraph=True)(**inputs)), expected)
 
 
 # ---- step by step ----------------------------------------------------------------------------------------------------
