@@ -58,7 +58,11 @@ def frozen_product(rows: Tensor, part: Part) -> Tensor:
         return F.linear(rows, w.tensors[0], bias)
     if w.format == "dense_t":
         return F.linear(rows, w.tensors[0].t(), bias)
-    y = apply(_FrozenProduct, rows.to(part.plan.dtype), part.plan, *w.tensors)
+    rows = as_dtype(rows, part.plan.dtype)
+    if torch.is_grad_enabled():
+        y = apply(_FrozenProduct, rows, part.plan, *w.tensors)
+    else:  # a Function takes the host as long as decoding a small weight
+        y = torch.mm(rows, weight_kn(w, part.plan.dtype))
     return y if bias is None else y.add_(bias)
 
 

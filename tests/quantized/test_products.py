@@ -25,6 +25,7 @@ from quantized.support import (  # noqa: E402
 )
 
 import peftfast  # noqa: E402
+from peftfast.ops import composed  # noqa: E402
 from peftfast_kernels import keep_mask, keep_scale  # noqa: E402
 
 RANK, ROWS, SCALE = 8, 24, 2.0
@@ -157,6 +158,18 @@ def test_undecided_compute_dtype_follows_the_first_input():
                 model(x)
             counts.append(len(kept))
         assert layer.compute_dtype == dtype and counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("base", FOUR_BIT)
+def test_few_tokens_meet_no_function_where_no_gradient_is_wanted(base, monkeypatch):
+    """Entering one takes the host as long as decoding a small weight."""
+    model, x = adapted(peftfast, quantised_linear(base)), torch.randn(ROWS, 64)
+    expected = model(x)
+    monkeypatch.delattr(composed._FrozenProduct, "forward")
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    with pytest.raises(NotImplementedError):
+        model(x)
 
 
 @pytest.mark.slow
