@@ -27,7 +27,8 @@ def base_modules(model: nn.Module, every_place: bool = False) -> Iterator[tuple[
         if not every_place:
             seen.add(module)
         yield name, module
-        kept = getattr(module, "adapter_layer_names", ())
+        # most modules have none, and asking them for what they do not have takes them a while
+        kept = module.__dict__.get("adapter_layer_names") or getattr(type(module), "adapter_layer_names", ())
         if kept:
             kept = {*kept, *getattr(module, "other_param_names", ())}
         prefix = f"{name}." if name else ""

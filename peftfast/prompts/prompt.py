@@ -6,7 +6,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -277,7 +277,8 @@ def word_embeddings_of(model: nn.Module) -> nn.Module:
 
 def _word_embeddings_name(model: nn.Module) -> str:
     known = "embeddings.word_embeddings"
-    if any(name == known for name, _ in model.named_modules()):
+    with suppress(AttributeError):
+        model.get_submodule(known)
         return known
     vocabulary = text_config_of(getattr(model, "config", None)).get("vocab_size")
     prefix, backbone = backbone_of(model)

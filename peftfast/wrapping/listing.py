@@ -46,11 +46,13 @@ class Listing:
         self.names: dict[str, list[tuple[nn.Module, str]]] = {}
         self._inner: dict[str, list[tuple[nn.Module, str]]] = {}  # layers inside layers: where those hang
         first_place: dict[int, str] = {}
+        seen: dict[str, nn.Module] = {}
         for name, module in outer_modules(self.model, lambda m: isinstance(m, Wrapper), every_place=True):
-            parent_name, _, attribute = name.rpartition(".")
+            seen[name] = module
             if not name:
                 continue
-            parent = self.model.get_submodule(parent_name) if parent_name else self.model
+            parent_name, _, attribute = name.rpartition(".")
+            parent = seen[parent_name]
             if isinstance(module, ParameterLayer):
                 self._list_nest(name, module.nest())
             elif isinstance(module, BaseTunerLayer):

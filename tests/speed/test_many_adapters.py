@@ -4,6 +4,7 @@ import oracle
 import pytest
 
 import peftfast
+from peftfast.wrapping.listing import Listing
 
 FEW, MANY = 3, 13
 CONFIG = {"r": 2, "target_modules": "all-linear"}
@@ -61,3 +62,10 @@ def test_steps_do_not_grow_with_the_number_of_adapters(options, left_out, tmp_pa
         if many > 1.1 * few:  # one factor more an adapter would be twice as many
             grown[name] = few, many
     assert not grown
+
+
+def test_listing_a_model_takes_few_steps_a_module():
+    """Neither is every module's parent looked for from the top, nor every module asked for what only layers have."""
+    model = oracle.llama()
+    count = len(list(model.modules()))
+    assert oracle.python_calls(lambda: Listing(model)) < 5 * count
