@@ -111,6 +111,8 @@ def _plan(
     br = rank_tile(r)
     rank_tiles = cdiv(r, br)
     bm = owned(config.BM, lambda size: cdiv(m, size) * rank_tiles)
+    # Of the lowest strips a processor has one or two, which wait for memory alone: more of their steps are under way.
+    more = 2 if bm == 16 and chip.startswith("sm_") else 0
     return Launch(
         down_kernel,
         (cdiv(m, bm), rank_tiles),
@@ -130,7 +132,7 @@ def _plan(
         UNIT=unit(r, stride_ak),
         PRECISION=precision,
         num_warps=rank_warps(config.warps, br, chip, precision),
-        num_stages=config.stages,
+        num_stages=config.stages + more,
     )
 
 
