@@ -23,7 +23,8 @@ from peftfast.base.rounding import drawn, drawn_float, store  # noqa: E402
 from peftfast.base.weight import BaseWeight, base_weight  # noqa: E402
 from peftfast.errors import PeftWarning  # noqa: E402
 
-FOREIGN = [name for name in test_foreign_formats.WRITABLE if not name.startswith("hqq")]
+NEAREST = [name for name in test_foreign_formats.WRITABLE if name.startswith(("hqq", "quanto"))]
+FOREIGN = [name for name in test_foreign_formats.WRITABLE if name not in NEAREST]
 DENSE = ["bf16", "fp16", "bf16-transposed", "bf16-stack"]
 FORMATS = [*support.BASES, *FOREIGN, *DENSE]
 
@@ -259,9 +260,11 @@ def test_refusals():
         with pytest.raises(ValueError, match="'auto', 'nearest', 'stochastic', got 'up'"):
             merge(rounding="up")
     assert_same_bytes(before, stored_bytes(model.m.base_layer))
-    hqq = next(name for name in test_foreign_formats.WRITABLE if name.startswith("hqq"))
-    pytest.importorskip("hqq")
-    model = test_foreign_formats.patched(hqq)
-    with pytest.raises(ValueError, match="m: rounding='stochastic' is not known for weights stored by hqq"):
+
+
+@pytest.mark.parametrize("base", NEAREST)
+def test_formats_that_round_to_the_nearest_alone(base):
+    model = test_foreign_formats.patched(base)
+    with pytest.raises(ValueError, match="m: rounding='stochastic' is not known for weights stored by (hqq|quanto)"):
         model.merge_adapter(rounding="stochastic")
     assert not model.base_model.model.m.merged
