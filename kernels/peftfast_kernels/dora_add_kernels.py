@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, expand_tile
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.lora_gemm_kernels import adapter_tile
+from peftfast_kernels.lora_expand_kernels import adapter_tile
 from peftfast_kernels.tiles import load_tile, store_tile
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
 

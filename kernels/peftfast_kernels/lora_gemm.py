@@ -224,7 +224,7 @@ def _add_cost(y: Tensor, t: Tensor, b: Tensor, scale: float) -> Cost:
 
 @op(
     reference=_add_reference,
-    module="lora_gemm_kernels",
+    module="lora_expand_kernels",
     cases=lambda: lora_cases(_add_build),
     cost=_add_cost,
     fake=lambda y, t, b, scale: y.new_empty(y.shape),
@@ -256,7 +256,7 @@ def _dx_cost(p: Tensor, a: Tensor, seed: Tensor | None, prob: float, dtype: torc
 
 @op(
     reference=_dx_reference,
-    module="lora_gemm_kernels",
+    module="lora_expand_kernels",
     cases=lambda: lora_cases(_dx_build),
     cost=_dx_cost,
     fake=lambda p, a, seed, prob, dtype: p.new_empty(p.shape[0], a.shape[1], dtype=dtype),

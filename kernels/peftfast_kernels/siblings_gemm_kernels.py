@@ -15,13 +15,12 @@ from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks,
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.launch import Launch, planned
+from peftfast_kernels.lora_expand_kernels import adapter_tile, masked_adapter
 from peftfast_kernels.lora_gemm import add_product_, base_product
 from peftfast_kernels.lora_gemm_kernels import (
-    adapter_tile,
     add_up,
     contract,
     gemm_tile,
-    masked_adapter,
     own_part,
     product_parts,
     product_tile,

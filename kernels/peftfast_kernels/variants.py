@@ -14,6 +14,7 @@ from peftfast_kernels.launch import Launch
 MODULES = (
     "keep_mask_kernels",
     "lora_down_kernels",
+    "lora_expand_kernels",
     "lora_gemm_kernels",
     "lora_grad_kernels",
     "decode_kernels",

@@ -22,7 +22,9 @@ def launches(request, monkeypatch):
     made = []
 
     monkeypatch.setattr(Launch, "__call__", lambda self, *pointers: made.append((self.grid, self.arguments)))
-    modules = "lora_down lora_gemm lora_grad lora_routed lora_routed_grad siblings siblings_gemm dora_add".split()
+    modules = (
+        "lora_down lora_expand lora_gemm lora_grad lora_routed lora_routed_grad siblings siblings_gemm dora_add".split()
+    )
     for module in modules:
         loaded = importlib.import_module(f"peftfast_kernels.{module}_kernels")
         monkeypatch.setattr(loaded, "chip_of", lambda device: request.param)
