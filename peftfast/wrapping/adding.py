@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peftfast.base.compressed import decompress
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.method import method_for, reads_base
@@ -69,6 +70,7 @@ def add_adapter(
     if any(cfg is other for other in inventory.configs.values()):
         cfg = copy.deepcopy(cfg)  # hot-swapping, resizing and AdaLoRA's schedule write to the config of one adapter
     check_addable(inventory, name, cfg, options.get("initialise", True))
+    decompress(inventory.model)
     if inventory.stands():  # what deleted adapters have left would be in the way of other kinds of training
         others = getattr(cfg, "modules_to_save", None) or getattr(cfg, "trainable_token_indices", None)
         inventory.remove_empty(except_for=() if others else inventory.layers)

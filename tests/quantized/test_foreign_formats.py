@@ -414,6 +414,31 @@ def test_a_weight_that_keeps_nothing_that_is_written_to_it_is_not_merged_into(dt
         assert torch.equal(model(x), y) and not model.base_model.model.m.merged
 
 
+def test_a_model_that_its_first_forward_makes_dense():
+    """As compressed-tensors keeps float8: a hook of the model takes whatever has a `quantization_scheme` apart."""
+
+    def first_forward(model, args):
+        for module in model.modules():
+            if getattr(module, "quantization_scheme", None) is not None:
+                dense = module._parameters.pop("weight").float() * module._parameters.pop("weight_scale")
+                module.weight = nn.Parameter(dense, requires_grad=False)
+        model.ct_decompress_hook.remove()
+
+    base = One(nn.Linear(K, N).requires_grad_(False))
+    scale = _weight().abs().amax(1, keepdim=True) / 448
+    base.m.weight = nn.Parameter((_weight() / scale).to(torch.float8_e4m3fn), requires_grad=False)
+    base.m.weight_scale = nn.Parameter(scale, requires_grad=False)
+    base.m.quantization_scheme = "channel"
+    base.ct_decompress_hook = base.register_forward_pre_hook(first_forward)
+    dense = base.m.weight.float() * scale
+    model = peftfast.get_peft_model(base, LoraConfig(target_modules=["m"], init_lora_weights=False))
+    x, layer = x_of(), model.base_model.model.m
+    changed = dense + layer.get_delta_weight("default")
+    torch.testing.assert_close(model(x), F.linear(x, changed, layer.base_layer.bias))
+    model.merge_adapter()
+    torch.testing.assert_close(layer.weight, changed)
+
+
 def test_a_module_of_one_s_own_is_no_linear_layer():
     class Own(nn.Module):
         def __init__(self) -> None:
