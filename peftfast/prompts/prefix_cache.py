@@ -34,7 +34,7 @@ def holds_tokens(cache: Any) -> bool:
 
 def grown(cache: Any, count: int, model: nn.Module) -> Any:
     """An empty cache with room for `count` more tokens: a cache of fixed length is made anew, any other is itself."""
-    from transformers import EncoderDecoderCache
+    from transformers.cache_utils import EncoderDecoderCache
 
     if isinstance(cache, EncoderDecoderCache):
         return EncoderDecoderCache(grown(cache.self_attention_cache, count, model), cache.cross_attention_cache)
@@ -48,7 +48,8 @@ def grown(cache: Any, count: int, model: nn.Module) -> Any:
 
 def empty_cache(model: nn.Module) -> Any:
     """What the model makes for itself when it has no cache yet."""
-    from transformers import DynamicCache, EncoderDecoderCache
+    # not from `transformers` itself, a module that torch 2.11 does not compile
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
     if getattr(model.config, "is_encoder_decoder", False):
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -100,8 +101,7 @@ def fill(cache: Any, states: States, model: nn.Module) -> Any:
     Raises:
         ValueError: no layer took them, or the model has more layers than there are states.
     """
-    from transformers import EncoderDecoderCache
-    from transformers.cache_utils import CacheLayerMixin
+    from transformers.cache_utils import CacheLayerMixin, EncoderDecoderCache
 
     target = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     shapes = layer_shapes(model, len(states))
@@ -150,7 +150,7 @@ def layer_devices(model: nn.Module) -> dict[int, torch.device]:
 # ---- gradient checkpointing ------------------------------------------------------------------------------------------
 @functools.cache
 def _replayed_class() -> type:
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache
 
     class ReplayedCache(DynamicCache):
         """Gives every forward of a layer the same prefix: what a layer adds is returned and not kept, so that a layer
@@ -182,7 +182,7 @@ class _NeverSet(dict):
 
 def replayed(cache: Any) -> Any:
     """The same prefix in a cache that keeps nothing more."""
-    from transformers import EncoderDecoderCache
+    from transformers.cache_utils import EncoderDecoderCache
 
     if isinstance(cache, EncoderDecoderCache):
         both = EncoderDecoderCache(replayed(cache.self_attention_cache), replayed(cache.cross_attention_cache))
