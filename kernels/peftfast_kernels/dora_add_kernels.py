@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, expand_tile
+from peftfast_kernels.configs import chip_of, dot_precision
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.lora_expand_kernels import adapter_tile
+from peftfast_kernels.lora_expand_kernels import adapter_tile, over_output, turned
 from peftfast_kernels.tiles import load_tile, store_tile
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
 
@@ -43,28 +43,8 @@ def _plan(
     chip: str, m: int, o: int, r: int, y_strides: tuple[int, ...], t_strides: tuple[int, ...],
     b_strides: tuple[int, ...], single: bool, shifts: bool, precision: str, scale: float,
 ) -> Launch:  # fmt: skip
-    """A 2D grid, one program per [BM, BO] tile of y."""
-    config = expand_tile(chip, single)
-    return Launch(
-        dora_add_kernel,
-        (cdiv(m, config.BM), cdiv(o, config.BN)),
-        M=m,
-        O=o,
-        R=r,
-        stride_ym=y_strides[0],
-        stride_yo=y_strides[1],
-        stride_tm=t_strides[0],
-        stride_tr=t_strides[1],
-        stride_br=b_strides[1],
-        stride_bo=b_strides[0],
-        scale=scale,
-        SHIFT=shifts,
-        BM=config.BM,
-        BO=config.BN,
-        BR=expand_ranks(r, config.BK, chip, precision),
-        PRECISION=precision,
-        num_warps=config.warps,
-        num_stages=config.stages,
+    return over_output(
+        dora_add_kernel, chip, m, o, r, y_strides, t_strides, b_strides, single, precision, scale=scale, SHIFT=shifts
     )
 
 
@@ -76,7 +56,7 @@ def dora_add(y: Tensor, g: Tensor, shift: Tensor | None, t: Tensor, b: Tensor, s
         return out
     chip = chip_of(y.device)
     launch = _plan(
-        chip, m, o, t.shape[1], y.stride(), t.stride(), b.stride(), y.dtype is torch.float32, shift is not None,
+        chip, m, o, t.shape[1], y.stride(), t.stride(), turned(b), y.dtype is torch.float32, shift is not None,
         dot_precision(chip, y.dtype, t.dtype), scale,
     )  # fmt: skip
     launch(y, g.contiguous(), g if shift is None else shift.contiguous(), t, b, out)
@@ -87,7 +67,7 @@ def variants(chip: str):
     """What `dora_add` launches, for ahead-of-time checks."""
     for shift, factors, rank in ((True, "bf16", 16), (False, "fp32", 16), (True, "fp32", 64)):
         precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
-        launch = _plan(chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), (rank, 1), False, shift, precision, 2.0)
+        launch = _plan(chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), (1, rank), False, shift, precision, 2.0)
         pointers = {"y_ptr": "bf16", "g_ptr": "fp32", "shift_ptr": "fp32", "t_ptr": factors, "b_ptr": factors}
         yield Variant(
             f"dora_add{' bias' * shift}{' wide' * (factors == 'fp32')} R{rank}",

@@ -1,5 +1,8 @@
 """Triton: what an adapter adds to an output, s mask(t b), and the output that it is added to; in one pass over it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -75,15 +78,14 @@ def expand_kernel(
     store_tile(acc, out_ptr, rows, cols, M, O, INTERP)
 
 
-@planned
-def _expand_plan(
-    chip: str, m: int, o: int, r: int, y_strides: tuple[int, ...], t_strides: tuple[int, ...],
-    b_strides: tuple[int, int], single: bool, add: bool, precision: str, prob: float, scale: float,
+def over_output(
+    kernel: Any, chip: str, m: int, o: int, r: int, y_strides: Sequence[int], t_strides: Sequence[int],
+    b_strides: Sequence[int], single: bool, precision: str, **own: Any,
 ) -> Launch:  # fmt: skip
-    """A 2D grid, one program per [BM, BO] tile of the output."""
+    """A 2D grid, one program per [BM, BO] tile of y [M, O] and of t b, t [M, R] and b [R, O], which is added to it."""
     config = expand_tile(chip, single)
     return Launch(
-        expand_kernel,
+        kernel,
         (cdiv(m, config.BM), cdiv(o, config.BN)),
         M=m,
         O=o,
@@ -94,17 +96,25 @@ def _expand_plan(
         stride_tr=t_strides[1],
         stride_br=b_strides[0],
         stride_bo=b_strides[1],
-        scale=scale,
-        threshold=threshold(prob),
-        ADD=add,
-        DROP=threshold(prob) > 0,
         BM=config.BM,
         BO=config.BN,
         BR=expand_ranks(r, config.BK, chip, precision),
         PRECISION=precision,
         num_warps=config.warps,
         num_stages=config.stages,
+        **own,
     )
+
+
+@planned
+def _expand_plan(
+    chip: str, m: int, o: int, r: int, y_strides: tuple[int, ...], t_strides: tuple[int, ...],
+    b_strides: tuple[int, int], single: bool, add: bool, precision: str, prob: float, scale: float,
+) -> Launch:  # fmt: skip
+    return over_output(
+        expand_kernel, chip, m, o, r, y_strides, t_strides, b_strides, single, precision,
+        scale=scale, threshold=threshold(prob), ADD=add, DROP=threshold(prob) > 0,
+    )  # fmt: skip
 
 
 def expand(

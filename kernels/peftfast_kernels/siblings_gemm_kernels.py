@@ -237,8 +237,9 @@ def _gemm_plan(
 def siblings_gemm(
     x: Tensor, w: list[Operand], bias: list[Tensor | None], t: list[Tensor], b: list[Tensor], scales: list[float]
 ) -> list[Tensor]:
-    """One launch over the tiles of all outputs; where one of them prefers cuBLAS or reads otherwise: one pass for all
-    updates and biases, and their products by cuBLAS, or, where updates are wide, the products and one pass."""
+    """One launch over the tiles of all outputs, or, where few programs would decode all weights, two; where one of them
+    prefers cuBLAS or reads otherwise: one pass for all updates and biases, and their products by cuBLAS, or, where
+    updates are wide, the products and one pass."""
     chip, m, dtype = chip_of(x.device), x.shape[0], x.dtype
     biases = tuple([0 if one is None else one.shape[0] for one in bias])
     biased = any(biases)
