@@ -113,11 +113,7 @@ def plan_quantization(
         raise ValueError(
             f"{type(base).__name__} has no dense linear layer left to quantise (skipped: {sorted(skipped)})"
         )
-    if any(module is base for _, _, module in places):
-        raise ValueError(
-            f"The model is itself a linear layer ({type(base).__name__}), and nothing holds it that could be given the "
-            "quantised one: put it into a module"
-        )
+    _check_held(base, places, "quantised")
     busy = [name for name, _, module in places if not is_untouched(module)]
     if busy:
         raise ValueError(
@@ -197,8 +193,16 @@ def _skipped(model: nn.Module, places: list[tuple[str, Any, nn.Module]], skip: I
 def _put(listing: Listing, name: str, layer: BaseTunerLayer | None, module: nn.Module) -> None:
     if layer is not None:
         layer.base_layer = module
-    elif name:  # what is no part of anything stays
+    else:
         listing.replace(name, module)
+
+
+def _check_held(base: nn.Module, places: Iterable[tuple[str, Any, nn.Module]], made: str) -> None:
+    if any(module is base for _, _, module in places):
+        raise ValueError(
+            f"The model is itself a linear layer ({type(base).__name__}), and nothing holds it that could be given the "
+            f"{made} one: put it into a module"
+        )
 
 
 def _mark_quantised(model: nn.Module, config: Mapping[str, Any], skipped: Iterable[str]) -> None:
@@ -251,6 +255,7 @@ def dequantize_model(
     places = [(n, layer, m) for n, layer, m in _base_modules(base) if is_quantised(m)]
     if not places:
         raise ValueError(f"{type(base).__name__} has no quantised linear layers")
+    _check_held(base, places, "dense")
     _check_not_merged((name, layer) for name, layer, _ in places)
     unknown = [name for name, _, module in places if not base_weight(module).known]
     if unknown and originals is None:

@@ -261,8 +261,10 @@ def test_hooked_and_merged_layers_are_refused():
     peftfast.quantize_model(quantised, "nf4", skip=[])
     with pytest.raises(ValueError, match="no dense linear layer left"):
         peftfast.quantize_model(quantised, "nf4")
-    with pytest.raises(ValueError, match="itself a linear layer"):
+    with pytest.raises(ValueError, match="itself a linear layer .*quantised one"):
         peftfast.quantize_model(nn.Linear(64, 64), "nf4")
+    with pytest.raises(ValueError, match="itself a linear layer .*dense one"):
+        peftfast.dequantize_model(quantised.model.layers[0].mlp.up_proj)
 
 
 def test_missing_bitsandbytes_is_named(monkeypatch):
