@@ -2,6 +2,7 @@
 
     python tools/fake_gpu SCRIPT or -m MODULE [arguments]             kernels do nothing: host time, launches, memory
     python tools/fake_gpu --compute SCRIPT or -m MODULE [arguments]   results are right, and slow: do GPU paths work?
+    python tools/fake_gpu --compiled SCRIPT or -m MODULE [arguments]  also by what Triton compiled: do its kernels?
 
 ``--chip sm_86`` makes it another chip than sm_90, in what Triton compiles and how much shared memory a kernel may use.
 
@@ -16,7 +17,9 @@ Needs a CUDA build of PyTorch and gcc, on Linux; no GPU and no driver. What is r
 autograd engine and caching allocator, Triton's compiler and launcher. What is not: CUDA's runtime and driver, and
 cuBLAS (`runtime.c`, `driver.c`). So times of the host leave out what those take, and times of the device mean nothing.
 With ``--compute`` torch's operations are computed on the host, in the same memory (`compute.py`), and Triton's kernels
-by its interpreter. cuDNN, its attention included, is switched off. Replays of CUDA graphs do nothing.
+by its interpreter; with ``--compiled`` these run as they were compiled and launched, PTX instruction by instruction
+(`compiled.py`, `tools/ptx`; ``--eager`` and ``--traffic`` as of `tools/emulate.py`). cuDNN, its attention included, is
+switched off. Replays of CUDA graphs do nothing.
 """
 
 from __future__ import annotations
@@ -107,7 +110,7 @@ def build(chip: str | None = None) -> Path:
 
 def main(argv: list[str]) -> None:
     options, chip = [], None
-    while argv and argv[0] in ("--compute", "--everywhere", "--chip"):
+    while argv and argv[0] in ("--compute", "--compiled", "--eager", "--traffic", "--everywhere", "--chip"):
         option = argv.pop(0)
         if option == "--chip":
             chip = argv.pop(0) if argv else ""
@@ -128,7 +131,9 @@ def main(argv: list[str]) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "site"), os.environ.get("PYTHONPATH")])),
         "FAKE_GPU": " ".join(["on", *options]),
     }
-    if "--compute" in options:
+    if "--compiled" in options:
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor has a block of its own, with an end
+    elif "--compute" in options:
         environment["TRITON_INTERPRET"] = "1"
     os.execve(sys.executable, [sys.executable, *argv], environment)
 

@@ -81,6 +81,20 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int de
 /* ---- memory: a header page before each block keeps its size ---------------------------------------------------- */
 #define PAGE 4096
 
+static struct block { char *start; size_t size; } *blocks;
+static size_t held, room;
+
+/* For whoever checks accesses: where the block around an address starts, and its bytes; 0 where there is none. */
+size_t fake_gpu_block(const char *address, char **start)
+{
+    for (size_t i = held; i-- > 0;)
+        if (address >= blocks[i].start && address < blocks[i].start + blocks[i].size) {
+            *start = blocks[i].start;
+            return blocks[i].size;
+        }
+    return 0;
+}
+
 cudaError_t cudaMalloc(void **pointer, size_t size)
 {
     if (used + size > total) return cudaErrorMemoryAllocation;
@@ -89,6 +103,8 @@ cudaError_t cudaMalloc(void **pointer, size_t size)
     *(size_t *)block = size;
     *pointer = block + PAGE;
     used += size;
+    if (held == room) blocks = realloc(blocks, (room = 2 * room + 64) * sizeof *blocks);
+    blocks[held++] = (struct block){block + PAGE, size};
     YES;
 }
 
@@ -98,6 +114,11 @@ cudaError_t cudaFree(void *pointer)
     char *block = (char *)pointer - PAGE;
     size_t size = *(size_t *)block;
     used -= size;
+    for (size_t i = held; i-- > 0;)
+        if (blocks[i].start == pointer) {
+            blocks[i] = blocks[--held];
+            break;
+        }
     munmap(block, size + PAGE);
     YES;
 }

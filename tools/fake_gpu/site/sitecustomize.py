@@ -16,11 +16,16 @@ if options:
 
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if "--compute" in options:
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    if "--compute" in options or "--compiled" in options:
+        tools = Path(__file__).resolve().parents[2]
+        sys.path[:0] = [str(tools / "fake_gpu"), str(tools)]
         import compute
 
-        del sys.path[0]
         compute.install()
+        if "--compiled" in options:
+            import compiled
+
+            compiled.install(eager="--eager" in options, traffic="--traffic" in options)
+        del sys.path[:2]
     if "--everywhere" in options:
         torch.set_default_device("cuda")

@@ -1,0 +1,117 @@
+"""PTX as a list of blocks of instructions. PTX ISA: docs.nvidia.com/cuda/parallel-thread-execution."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass, field
+
+#: Bytes of a register by the letters and digits that its kind ends in.
+WIDTH = {"8": 1, "16": 2, "32": 4, "64": 8}
+
+
+@dataclass
+class Instruction:
+    """``@%p1 ld.global.b32 %r1, [%rd1+4];``"""
+
+    text: str
+    name: tuple[str, ...]  # ("ld", "global", "b32")
+    operands: list  # strings, or lists of strings where they are in braces
+    guard: str | None = None
+    negated: bool = False
+    line: int = 0
+    source: str = ""  # "tiles.py:35", of what it was compiled from
+
+    @property
+    def registers(self) -> list[str]:
+        return re.findall(r"%\w+", self.text)
+
+
+@dataclass
+class Block:
+    """Instructions that are run one after the other; only the last one may be a branch."""
+
+    instructions: list[Instruction] = field(default_factory=list)
+    steps: list = field(default_factory=list)  # what runs them
+
+
+@dataclass
+class Program:
+    """One kernel."""
+
+    name: str
+    blocks: list[Block]
+    labels: dict[str, int]  # number of the block that a label stands before
+    parameters: dict[str, tuple[int, int]]  # where they lie among all arguments' bytes: start, end
+    pointers: list[int]  # places of the arguments that point into global memory
+    kinds: dict[str, int]  # bytes of the registers whose names start so
+
+    @functools.cached_property
+    def widths(self) -> dict[str, int]:
+        """Bytes of each register."""
+        names = {name for block in self.blocks for one in block.instructions for name in one.registers}
+        return {
+            name: self.kinds[re.sub(r"\d+$", "", name)] for name in names if re.sub(r"\d+$", "", name) in self.kinds
+        }
+
+
+def parse(text: str) -> Program:
+    """The kernel of a PTX module, which has to be the only one."""
+    name = re.search(r"\.visible \.entry (\w+)", text)
+    if name is None:
+        raise ValueError("no kernel in this PTX")
+    head, _, rest = text[name.end() :].partition("{")
+    rest = rest.partition("\n}")[0]
+    parameters, pointers, end = {}, [], 0
+    declared = re.findall(r"\.param\s+\.(\w+)([^,)]*?)\s(\w+)(?:\[(\d+)\])?\s*(?=[,)])", head)
+    for i, (kind, attributes, parameter, length) in enumerate(declared):
+        size = WIDTH[kind[1:]]
+        start = -(-end // size) * size
+        end = start + size * int(length or 1)
+        parameters[parameter] = start, end
+        if ".ptr" in attributes:
+            pointers.append(i)
+    kinds = {name: WIDTH[bits] for bits, name in re.findall(r"\.reg \.b(\d+)\s+(%\w+)<", rest)}
+    blocks, labels, source = [Block()], {}, ""
+    for number, line in enumerate(rest.splitlines()):
+        line, _, comment = (part.strip() for part in line.partition("//"))
+        if line.startswith(".loc"):
+            source = ":".join(comment.split(":")[:2])
+        if label := re.match(r"([$\w]+):$", line):
+            if blocks[-1].instructions:
+                blocks.append(Block())
+            labels[label[1]] = len(blocks) - 1
+            continue
+        for statement in _statements(line):
+            if statement.startswith("."):
+                continue
+            blocks[-1].instructions.append(_instruction(statement, number))
+            blocks[-1].instructions[-1].source = source
+            if blocks[-1].instructions[-1].name[0] in ("bra", "ret", "exit"):
+                blocks.append(Block())
+    return Program(name[1], blocks, labels, parameters, pointers, kinds)
+
+
+def _statements(line: str) -> list[str]:
+    """Instructions of a line: inline assembly may have several, in braces of their own."""
+    line = line.strip()
+    if line.startswith("{"):
+        line = line[1:]
+    return [one.strip() for one in line.split(";") if one.strip() not in ("", "}")]
+
+
+def _instruction(text: str, line: int) -> Instruction:
+    found = re.match(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", text)
+    if found is None:
+        raise ValueError(f"line {line}: {text!r}")
+    negated, guard, name, operands = found.groups()
+    parts = tuple(part for part in name.replace("::", "__").split("."))
+    return Instruction(text, parts, _operands(operands), guard, bool(negated), line)
+
+
+def _operands(text: str) -> list:
+    operands: list = []
+    for one in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", text):
+        one = one.strip()
+        operands.append([part.strip() for part in one[1:-1].split(",")] if one.startswith("{") else one)
+    return operands
