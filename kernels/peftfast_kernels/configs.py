@@ -251,3 +251,13 @@ def dot_precision(chip: str, *dtypes: torch.dtype) -> str:
         return "tf32x3"  # wide: x is exact in TF32, only the fp32 factor needs the extra products
     # `allow_tf32` raises once the setting was made by its newer name
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def update_precision(chip: str, activations: torch.dtype, factors: torch.dtype) -> str:
+    """The same for a product of factors alone, which is rounded to the activations' dtype: wide ones are fp32-like in
+    ``bf16x3``, from three products of bfloat16 halves, to 2^-17. That is a hundredth of what the rounding loses; and
+    TF32 operands have to lie in shared memory column by column, which for a factor [R, K] takes 16 times as long to
+    write: longer than the whole output takes to reach memory.
+    """
+    precision = dot_precision(chip, activations, factors)
+    return "bf16x3" if precision == "tf32x3" and activations.itemsize == 2 else precision

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import chip_of, dot_precision
+from peftfast_kernels.configs import chip_of, update_precision
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_expand_kernels import adapter_tile, over_output, turned
 from peftfast_kernels.tiles import load_tile, store_tile
@@ -57,7 +57,7 @@ def dora_add(y: Tensor, g: Tensor, shift: Tensor | None, t: Tensor, b: Tensor, s
     chip = chip_of(y.device)
     launch = _plan(
         chip, m, o, t.shape[1], y.stride(), t.stride(), turned(b), y.dtype is torch.float32, shift is not None,
-        dot_precision(chip, y.dtype, t.dtype), scale,
+        update_precision(chip, y.dtype, t.dtype), scale,
     )  # fmt: skip
     launch(y, g.contiguous(), g if shift is None else shift.contiguous(), t, b, out)
     return out
@@ -66,7 +66,7 @@ def dora_add(y: Tensor, g: Tensor, shift: Tensor | None, t: Tensor, b: Tensor, s
 def variants(chip: str):
     """What `dora_add` launches, for ahead-of-time checks."""
     for shift, factors, rank in ((True, "bf16", 16), (False, "fp32", 16), (True, "fp32", 64)):
-        precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
+        precision = update_precision(chip, torch.bfloat16, DTYPES[factors])
         launch = _plan(chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), (1, rank), False, shift, precision, 2.0)
         pointers = {"y_ptr": "bf16", "g_ptr": "fp32", "shift_ptr": "fp32", "t_ptr": factors, "b_ptr": factors}
         yield Variant(

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, expand_tile
+from peftfast_kernels.configs import cdiv, chip_of, expand_ranks, expand_tile, update_precision
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.tiles import keep_tile, load_tile, operand, row_keys, store_tile
@@ -129,7 +129,7 @@ def expand(
     source = out if y is None else y
     launch = _expand_plan(
         chip, m, o, t.shape[1], source.stride(), t.stride(), b_strides, out.dtype is torch.float32, y is not None,
-        dot_precision(chip, out.dtype, t.dtype), prob, scale,
+        update_precision(chip, out.dtype, t.dtype), prob, scale,
     )  # fmt: skip
     launch(source, t, b, seed_or(seed, prob, t), out)
     return out
@@ -165,7 +165,7 @@ def variants(chip: str):
         (True, True, "bf16", "fp32", 64),
         (True, True, "fp32", "fp32", 64),
     ):
-        precision = dot_precision(chip, DTYPES[dtype], DTYPES[factors])
+        precision = update_precision(chip, DTYPES[dtype], DTYPES[factors])
         b_strides = (WIDTH, 1) if drop else (1, rank)
         launch = _expand_plan(
             chip, ROWS, WIDTH, rank, (WIDTH, 1), (rank, 1), b_strides, dtype == "fp32", add, precision, 0.1 * drop, 2.0

@@ -18,10 +18,10 @@ from peftfast_kernels.configs import (
     Tile,
     cdiv,
     chip_of,
-    dot_precision,
     expand_ranks,
     parts,
     tile,
+    update_precision,
 )
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
@@ -303,7 +303,7 @@ def _gemm(
     kind, pointers = stored(w)
     launch = _gemm_plan(
         chip, m, t.shape[1], kind, x.stride(), t.stride(), b_strides, x.dtype is torch.float32,
-        dot_precision(chip, x.dtype, t.dtype), bias is not None, transposed, prob, scale,
+        update_precision(chip, x.dtype, t.dtype), bias is not None, transposed, prob, scale,
     )  # fmt: skip
     sums = written(launch, y)
     launch(x, *pointers, x if bias is None else bias.contiguous(), t, b, seed_or(seed, prob, x), *sums)
@@ -352,7 +352,7 @@ def variants(chip: str):
         w, pointers = stored_variant(format, WIDTH, WIDTH, format == "nf4" and not transposed, dtype)
         launch = _gemm_plan(
             chip, rows, rank, w, (WIDTH, 1), (rank, 1), (WIDTH, 1) if transposed else (1, rank), single,
-            dot_precision(chip, DTYPES[dtype], DTYPES[factors]), not transposed, transposed, 0.1 * drop, 2.0,
+            update_precision(chip, DTYPES[dtype], DTYPES[factors]), not transposed, transposed, 0.1 * drop, 2.0,
         )  # fmt: skip
         name = f"{format} {dtype}{' wide' * wide}{' drop' * drop}{f' {rows} rows' * few}"
         pointers |= {"x_ptr": dtype, "bias_ptr": dtype, "t_ptr": factors, "b_ptr": factors}

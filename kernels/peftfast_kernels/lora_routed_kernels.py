@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import Tile, cdiv, chip_of, dot_precision, expand_ranks, rank_tile, rank_warps, tile
+from peftfast_kernels.configs import (
+    Tile,
+    cdiv,
+    chip_of,
+    dot_precision,
+    expand_ranks,
+    rank_tile,
+    rank_warps,
+    tile,
+    update_precision,
+)
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import narrow, operand
@@ -273,7 +283,7 @@ def routed_add(y: Tensor, t: Tensor, rows: Tensor, order: Tensor, starts: Tensor
     if m == 0:
         return out
     chip = chip_of(y.device)
-    precision = dot_precision(chip, y.dtype, b.dtype)
+    precision = update_precision(chip, y.dtype, b.dtype)
     launch, by_row = _add_plan(chip, m, n, rank, y.stride(), t.stride(), b.stride(), precision)
     if by_row:
         launch(y, t, rows, b, scales.contiguous(), out)
@@ -286,17 +296,17 @@ def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
     indices = {"rows_ptr": "i32", "order_ptr": "i32", "scales_ptr": "fp32"}
     for rank, factors in ((16, "bf16"), (64, "bf16"), (32, "fp32"), (64, "fp32")):
-        precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
+        precisions = [choose(chip, torch.bfloat16, DTYPES[factors]) for choose in (dot_precision, update_precision)]
         shrunk = {**indices, "x_ptr": "bf16", "f_ptr": factors, "t_ptr": factors}
         expanded = {**indices, "y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "out_ptr": "bf16"}
         for rows, kind in ((ROWS, "routed"), (ROW_BY_ROW, "row")):
             name = f"R{rank}{' wide' * (factors == 'fp32')}"
             by_row = {"quick": rank == 16} if kind == "row" else {"matrix": ANY_MATRIX}
             launch, _ = _shrink_plan(
-                chip, rows, WIDTH, rank, (WIDTH, 1), (rank * WIDTH, WIDTH, 1), False, precision
+                chip, rows, WIDTH, rank, (WIDTH, 1), (rank * WIDTH, WIDTH, 1), False, precisions[0]
             )  # fmt: skip
             yield Variant(f"{kind}_shrink {name}", launch, shrunk, **by_row)
             launch, _ = _add_plan(
-                chip, rows, WIDTH, rank, (WIDTH, 1), (rank, 1), (rank * WIDTH, rank, 1), precision
+                chip, rows, WIDTH, rank, (WIDTH, 1), (rank, 1), (rank * WIDTH, rank, 1), precisions[1]
             )  # fmt: skip
             yield Variant(f"{kind}_expand {name}", launch, expanded, **by_row)

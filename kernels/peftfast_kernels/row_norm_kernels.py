@@ -14,12 +14,43 @@ from peftfast_kernels.variants import ANY_MATRIX, WIDTH, Variant
 
 
 @triton.jit
+def factor_product(w, a, acc, PRECISION: tl.constexpr, INTERP: tl.constexpr):
+    """acc + w a, a fp32: as good as in fp32. A bfloat16 w is multiplied as it is, by the three parts of a that hold its
+    24 bits; as fp32 it would be taken apart as well, and go through shared memory in twice as many bytes."""
+    if w.dtype == tl.bfloat16 and not INTERP:
+        high = a.to(tl.bfloat16)
+        rest = tl.where(a == high, 0.0, a - high)  # of inf there is none
+        middle = rest.to(tl.bfloat16)
+        acc = tl.dot(w, (rest - middle).to(tl.bfloat16), acc)
+        acc = tl.dot(w, middle, acc)
+        return tl.dot(w, high, acc)
+    return tl.dot(w.to(tl.float32), a, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def add_squares(w, acc, BY_ONES: tl.constexpr):
+    """acc [BN, 16] + the squares of each row, some in every column.
+
+    BY_ONES: as products of ones and the squares, which have 16 bits, in two parts. Then products are all that a stored
+    bfloat16 w is for, and it lies in shared memory as those read it best; for sums by rows it would not, and they would
+    wait for it eight times as long.
+    """
+    square = w.to(tl.float32) * w.to(tl.float32)
+    if BY_ONES:
+        ones = tl.full((w.shape[1], 16), 1 / 16, tl.bfloat16)
+        most = square.to(tl.bfloat16)
+        acc = tl.dot(tl.where(square == most, 0.0, square - most).to(tl.bfloat16), ones, acc)
+        return tl.dot(most, ones, acc)
+    return acc + tl.sum(square, axis=1)[:, None] * (1 / 16)
+
+
+@triton.jit
 def norm_kernel(
     w0, w1, w2, w3, w4, table, a_ptr, b_ptr, gram_ptr, out_ptr,
     N, K, R, stride_n, stride_k, stride_ar, stride_ak, stride_bn, stride_br, scale,
     DECODE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
-    PRECISION: tl.constexpr, INTERP: tl.constexpr,
+    BY_ONES: tl.constexpr, PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
     """Program i computes BN norms, with BS columns of the Gram matrix at a time.
 
@@ -29,25 +60,25 @@ def norm_kernel(
     ranks = tl.arange(0, BR)
     row_in = rows < N
     product = tl.zeros((BN, BR), tl.float32)
-    squared = tl.zeros((BN,), tl.float32)
+    squares = tl.zeros((BN, 16), tl.float32)
     for k in range(0, K, BK):
         w = DECODE(
             w0, w1, w2, w3, w4, table, rows, k, N, K, stride_n, stride_k, BK, BLOCK, NESTED, LAYOUT, DTYPE, INTERP
-        ).to(tl.float32)  # fmt: skip
+        )  # fmt: skip
         cols = k + tl.arange(0, BK)
         a = tl.load(
             a_ptr + ranks[None, :].to(tl.int64) * stride_ar + cols[:, None].to(tl.int64) * stride_ak,
             mask=(ranks[None, :] < R) & (cols[:, None] < K),
             other=0.0,
         ).to(tl.float32)
-        product = tl.dot(w, a, product, input_precision=PRECISION)
-        squared += tl.sum(w * w, axis=1)
+        product = factor_product(w, a, product, PRECISION, INTERP)
+        squares = add_squares(w, squares, BY_ONES)
     b = tl.load(
         b_ptr + rows[:, None] * stride_bn + ranks[None, :] * stride_br,
         mask=row_in[:, None] & (ranks[None, :] < R),
         other=0.0,
     ).to(tl.float32)
-    squared += tl.sum(product * b, axis=1) * scale * 2
+    squared = tl.sum(squares, axis=1) + tl.sum(product * b, axis=1) * scale * 2
     for r in range(0, BR, BS):
         some = r + tl.arange(0, BS)
         in_both = (ranks[:, None] < R) & (some[None, :] < R)
@@ -68,6 +99,10 @@ def _plan(
     """A 1D grid, one program per BN rows."""
     config = tile("row_norm", chip)
     nvidia, br = chip.startswith("sm_"), rank_tile(r, MAX_RANK)
+    # what is read as it is takes no registers but the products': of few ranks, more of it can be under way
+    by_ones = nvidia and br <= 32 and w.format.startswith("dense") and w.dtype is torch.bfloat16
+    if by_ones:
+        config = config._replace(BK=2 * config.BK, stages=config.stages + 1)
     bk = max(16, min(config.BK, 4096 // br))  # which leaves a wide rank room in shared memory
     return Launch(
         norm_kernel,
@@ -83,6 +118,7 @@ def _plan(
         BK=bk,
         BR=br,
         BS=min(br, 8192 // br),
+        BY_ONES=by_ones,
         # squares cancel where B A undoes W, so plain TF32 is never good enough here
         PRECISION="tf32x3" if nvidia else "ieee",
         # twice as many where a program's ranks do not fit into the registers of few

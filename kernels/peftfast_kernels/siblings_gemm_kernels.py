@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.configs import cdiv, chip_of, dot_precision, expand_ranks, expand_tile
+from peftfast_kernels.configs import cdiv, chip_of, expand_ranks, expand_tile, update_precision
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.launch import Launch, planned
@@ -250,7 +250,7 @@ def siblings_gemm(
             alike = _stored_alike(w)
     ranks = tuple([one.shape[1] for one in t])
     t_rows, t_strides = row_major(t)
-    precision = dot_precision(chip, dtype, t[0].dtype)
+    precision = update_precision(chip, dtype, t[0].dtype)
     wide, single = t[0].dtype != dtype, dtype is torch.float32
     if alike is None and wide:
         ys = vectors = [base_product(x, *own) for own in zip(w, bias, strict=True)]  # which have the biases in them
@@ -354,7 +354,7 @@ def siblings_gemm_t(
         return dx
     ranks, dropping = tuple([one.shape[1] for one in p]), drops(probs)
     (p_rows, p_strides), factors = row_major(p), contiguous(a)
-    precision = dot_precision(chip, dtype, p[0].dtype)
+    precision = update_precision(chip, dtype, p[0].dtype)
     if alike is not None:
         kinds, pointers = alike
         dy_rows, dy_strides = row_major(dys)
@@ -373,7 +373,7 @@ def siblings_gemm_t(
 
 def variants(chip: str):
     """What the two products launch, for ahead-of-time checks: q, k and v, and gate and up."""
-    precision = dot_precision(chip, torch.bfloat16)
+    precision = update_precision(chip, torch.bfloat16, torch.bfloat16)
     for format, transposed, rows, members in (
         ("dense", False, ROWS, 3),
         ("dense", True, ROWS, 3),
@@ -408,7 +408,7 @@ def variants(chip: str):
         )
     for factors, rank in (("bf16", 16), ("fp32", 64)):
         wide, ranks, each = factors == "fp32", (rank,) * 3, (factors,) * 3
-        precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
+        precision = update_precision(chip, torch.bfloat16, DTYPES[factors])
         name = f"{' wide' * wide} R{rank}"
         yield Variant(
             f"siblings_expand{name}",

@@ -44,6 +44,16 @@ def test_compiled_kernels_are_right(chip, cases):
     assert re.search(r"\n[3-9] cases on sm_\d+, 0 with problems", done.stdout)
 
 
+def test_shared_memory_is_not_waited_for():
+    """Factors in fp32 beside bf16, and norms of rows: no more cycles for shared memory than a tenth above the least."""
+    done = emulate("--sizes", "--traffic", "--match", "^(lora_dx-nf4-M64|row_norm-dense-M300)")
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = re.findall(r"^(\w+_kernel) +shared +\d+ +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
+    assert {kernel for kernel, _, _ in counts} == {"expand_kernel", "norm_kernel"}
+    for _, counted, least in counts:
+        assert int(counted) <= 1.1 * int(least), done.stdout
+
+
 def test_a_case_that_nobody_knows_is_refused():
     done = emulate("--match", "no such case")
     assert done.returncode == 2 and "no case matches 'no such case'" in done.stderr

@@ -166,7 +166,9 @@ def test_only_fp32_takes_more_registers(launches, activations, factors, request)
     OPS["routed_down"].launch(x, *route, a)
     OPS["routed_add"].launch(y, t, *route, b, scales)
     OPS["routed_up_grad"].launch(y, t, *route, b, scales, torch.float32)
-    assert [found["PRECISION"] for _, found in launches] == [precision] * len(launches)
-    first, *expanded, down, add, _, outer = [found for _, found in launches]
+    first, *expanded, down, add, shrink, outer = [found for _, found in launches]
+    assert {found["PRECISION"] for found in (first, down, shrink, outer)} == {precision}
+    # what is rounded to half precision is not worth TF32's way through shared memory
+    assert {found["PRECISION"] for found in (*expanded, add)} == {{"tf32x3": "bf16x3"}.get(precision, precision)}
     assert [found["num_warps"] for found in (first, down, add, outer)] == [8 if heavy else 4] * 4
     assert [found["BR"] == 16 for found in expanded] == [heavy] * 3
