@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from peftfast.base.opaque import ByModule
 from peftfast.base.weight import comes_from, register_format
-from peftfast_kernels.decode import Operand
 
 
 @register_format
@@ -35,9 +34,6 @@ class HqqWeight(ByModule):
     @property
     def device(self) -> torch.device:
         return self.module.W_q.device
-
-    def readable(self) -> Operand:
-        return Operand("dense", [self.dense()], self.shape, self.compute_dtype)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.module.dequantize().detach().to(dtype or self.compute_dtype)

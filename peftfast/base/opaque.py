@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftfast.base.weight import UsualWeight, register_format
 from peftfast_kernels.decode import Operand
@@ -26,6 +26,10 @@ class ByModule(UsualWeight):
     @property
     def device(self) -> torch.device:
         return next(_tensors(self.module)).device
+
+    def readable(self) -> Operand:
+        weight = self.dense()
+        return Operand("dense", [weight], self.shape, weight.dtype)
 
 
 def _tensors(module: nn.Module):
@@ -60,7 +64,7 @@ class OpaqueWeight(ByModule):
     def shape(self) -> tuple[int, int]:
         return self.module.out_features, self.module.in_features
 
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         kind = f"{type(self.module).__module__}.{type(self.module).__name__}"
         raise NotImplementedError(
             f"{self.name or 'The layer'}: the weight of a {kind} is known to the module alone. A LoRA or IA3 trains on "
@@ -68,17 +72,4 @@ class OpaqueWeight(ByModule):
             "or in a format that peftfast reads (bitsandbytes, FP8, torchao's int8 and float8, HQQ, optimum-quanto)"
         )
 
-    def readable(self) -> Operand:
-        self._refuse()
-
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        self._refuse()
-
-    def assign(self, weight: Tensor) -> None:
-        self._refuse()
-
-    def snapshot(self, host: bool = False) -> Any:
-        self._refuse()
-
-    def restore(self, snapshot: Any) -> None:
-        self._refuse()
+    dense = assign = snapshot = restore = _refuse

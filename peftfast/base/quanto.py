@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from peftfast.base.opaque import ByModule
 from peftfast.base.weight import comes_from, register_format
-from peftfast_kernels.decode import Operand
 
 
 @register_format
@@ -30,9 +29,6 @@ class QuantoWeight(ByModule):
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.module.weight.dtype
-
-    def readable(self) -> Operand:
-        return Operand("dense", [self.dense()], self.shape, self.compute_dtype)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.module.weight.dequantize().detach().flatten(1).to(dtype or self.compute_dtype)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from peftfast.base.opaque import ByModule
 from peftfast.base.rounding import drawn, drawn_float
 from peftfast.base.weight import comes_from, kept_copy, register_format
-from peftfast_kernels.decode import Operand
 
 
 class Scaled(NamedTuple):
@@ -71,9 +70,6 @@ class ScaledWeight(ByModule):
             ValueError: they do not fit each other. NotImplementedError: they mean more than their product.
         """
         raise NotImplementedError
-
-    def readable(self) -> Operand:
-        return Operand("dense", [self.dense(torch.float32)], self.shape, torch.float32)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.scaled().dense().to(dtype or torch.float32)
