@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.rounding import drawn
-from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, comes_from, kept_copy, register_format
+from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, comes_from, frozen, kept_copy, register_format
 from peftfast.watch import Entry
 from peftfast_kernels.decode import Operand, block_scales, dequantize, levels_of
 
@@ -330,7 +330,7 @@ def _quantised(
     )  # fmt: skip
     module.quant_state = state
     keep_layout(module)  # the base may run before it has an adapter
-    module.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+    module.bias = frozen(bias)
     return module
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftfast.base.bnb4 import OFFLOADED, BnbWeight, decoded, import_bnb, is_bnb
 from peftfast.base.rounding import drawn
-from peftfast.base.weight import QUANTIZERS, Quantizer, kept_copy, register_format
+from peftfast.base.weight import QUANTIZERS, Quantizer, frozen, kept_copy, register_format
 from peftfast_kernels.decode import Operand
 
 
@@ -129,7 +129,7 @@ def _quantised(weight: Tensor, bias: Tensor | None, *, threshold: float = 6.0) -
         weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=threshold, device="meta"
     )
     module.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
-    module.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+    module.bias = frozen(bias)
     return module
 
 

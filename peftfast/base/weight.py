@@ -146,6 +146,13 @@ def kept_copy(tensor: Tensor, host: bool) -> Tensor:
     return copy.copy_(tensor.detach())
 
 
+def frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    """A tensor as a Parameter that is not trained; what is one already as it is."""
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
 F = TypeVar("F", bound=type)
 
 FORMATS: list[type[BaseWeight]] = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.autocast import autocast_dtype
 from peftfast.base.dense import is_conv1d, was_conv1d
-from peftfast.base.weight import base_weight, is_foreign_linear
+from peftfast.base.weight import base_weight, frozen, is_foreign_linear
 from peftfast.errors import PeftWarning, warn
 from peftfast.ops.composed import composes
 from peftfast.ops.dora import dora_linear_add, weight_norm
@@ -48,10 +48,7 @@ def linear_with(weight: Tensor, like: nn.Module) -> nn.Module:
     else:
         new = nn.Linear(k, n, bias=False, device="meta")
     new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    bias = getattr(like, "bias", None)
-    if bias is not None and not isinstance(bias, nn.Parameter):  # HQQ keeps a plain tensor
-        bias = nn.Parameter(bias.detach(), requires_grad=False)
-    new.bias = bias
+    new.bias = frozen(getattr(like, "bias", None))  # HQQ keeps a plain tensor
     return new.train(like.training)
 
 
