@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from peftfast.errors import warn
-from peftfast.methods.combination import Combination
+from peftfast.methods.combination import Combination, has_majority, keep_largest, random_pruning
+from peftfast.methods.combination import disjoint_merge as disjoint_merge
 
 
 def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor:
@@ -18,14 +18,7 @@ def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor
 
 def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
     """Only the share `density` of the values, those of the largest magnitude."""
-    kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
-    return tensor * torch.zeros_like(tensor).flatten().index_fill(0, kept, 1).view(tensor.shape)
-
-
-def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
-    """Values kept with probability `density`, scaled so that the expectation stays if asked to."""
-    kept = tensor * torch.bernoulli(torch.full_like(tensor, density))
-    return kept / density if rescale else kept
+    return keep_largest(tensor[None], density)[0]
 
 
 def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) -> Tensor:
@@ -46,14 +39,7 @@ def calculate_majority_sign_mask(tensor: Tensor, method: str = "total") -> Tenso
     """Where the stacked tensors have the sign that most of them have, by magnitude or by their number ("frequency")."""
     if method not in ("total", "frequency"):
         raise RuntimeError(f'Unimplemented mask method "{method}"')
-    sign = tensor.sign()
-    votes = tensor if method == "total" else sign
-    return sign == torch.where(votes.sum(dim=0) >= 0, 1, -1)
-
-
-def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
-    """The mean of what the mask keeps."""
-    return (task_tensors * majority_sign_mask).sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1.0)
+    return has_majority(tensor, method)
 
 
 def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:

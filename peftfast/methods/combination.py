@@ -73,23 +73,33 @@ def _linear(stacked: Tensor, weights: Tensor, how: Combination) -> Tensor:
     return (stacked * weights).sum(0)
 
 
-def _keep_largest(tensor: Tensor, density: float) -> Tensor:
+def keep_largest(tensor: Tensor, density: float) -> Tensor:
+    """Of each of the parts [P, ...] the share `density` of the values, those of the largest magnitude."""
     flat = tensor.flatten(1)
     keep = flat.abs().topk(int(density * flat.shape[1])).indices
     return tensor * torch.zeros_like(flat).scatter_(1, keep, 1).view(tensor.shape)
 
 
-def _keep_random(tensor: Tensor, density: float) -> Tensor:
-    """Values kept with probability `density` and scaled so that the expectation stays."""
-    return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
+def random_pruning(tensor: Tensor, density: float, rescale: bool = True) -> Tensor:
+    """Values kept with probability `density`; with `rescale` scaled so that the expectation stays."""
+    kept = tensor * torch.bernoulli(torch.full_like(tensor, density))
+    return kept / density if rescale else kept
+
+
+def has_majority(stacked: Tensor, method: str) -> Tensor:
+    """Where the stacked tensors have the sign that most of them have, by magnitude ("total") or by their number."""
+    sign = stacked.sign()
+    votes = stacked if method == "total" else sign
+    return sign == torch.where(votes.sum(0) >= 0, 1, -1)
+
+
+def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
+    """The mean, per element, of what the mask keeps of the stacked tensors."""
+    return (task_tensors * majority_sign_mask).sum(0) / majority_sign_mask.sum(0).clamp(min=1.0)
 
 
 def _elect(stacked: Tensor, weights: Tensor, how: Combination) -> Tensor:
-    """Per element the weighted mean of the values that have the majority's sign."""
-    sign = stacked.sign()
-    votes = stacked if how.majority_sign_method == "total" else sign
-    agrees = sign == torch.where(votes.sum(0) >= 0, 1, -1)
-    return (stacked * weights * agrees).sum(0) / agrees.sum(0).clamp(min=1.0)
+    return disjoint_merge(stacked * weights, has_majority(stacked, how.majority_sign_method))
 
 
 _Prune = Callable[[Tensor, float], Tensor]
@@ -98,10 +108,10 @@ _Add = Callable[[Tensor, Tensor, Combination], Tensor]
 #: How values are pruned first, if they are, and how what is left is added.
 _ARITHMETIC: dict[str, tuple[_Prune | None, _Add]] = {
     "linear": (None, _linear),
-    "ties": (_keep_largest, _elect),
-    "dare_linear": (_keep_random, _linear),
-    "dare_ties": (_keep_random, _elect),
-    "magnitude_prune": (_keep_largest, _linear),
+    "ties": (keep_largest, _elect),
+    "dare_linear": (random_pruning, _linear),
+    "dare_ties": (random_pruning, _elect),
+    "magnitude_prune": (keep_largest, _linear),
 }
 
 KINDS = ("svd", "cat", *_ARITHMETIC, *(f"{kind}_svd" for kind in _ARITHMETIC if kind != "linear"))
