@@ -158,6 +158,7 @@ SHARED: dict[str, str] = {
     "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": "peftfast.wrapping.default_targets:IA3",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": "peftfast.wrapping.default_targets:LORA",
     "WEIGHTS_NAME": "peftfast.files.io:WEIGHTS_NAME",
+    "check_adapters_to_merge": "peftfast.layers.merger:check_adapters_to_merge",
     "check_target_module_exists": "peftfast.wrapping.targets:check_target_module_exists",
     "id_tensor_storage": "transformers.pytorch_utils:id_tensor_storage",
     **_from(
@@ -187,7 +188,6 @@ SHARED: dict[str, str] = {
         "DUMMY_TARGET_MODULES",
         "TOKENIZER_CONFIG_NAME",
         "UPCAST_DTYPES",
-        "check_adapters_to_merge",
         "check_deepspeed_zero3_enabled",
         "dequantize_bnb_weight",
         "dequantize_module_weight",

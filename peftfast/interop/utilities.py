@@ -14,7 +14,7 @@ from peftfast.base.bnb4 import import_bnb, is_bnb
 from peftfast.base.dense import DenseWeight
 from peftfast.base.weight import base_weight
 from peftfast.config import PeftConfig
-from peftfast.errors import warn
+from peftfast.wrapping.patterns import END
 from peftfast.wrapping.targets import ALL_LINEAR, all_linear
 
 #: in which adapters can compute, and the names of those that are widened for it
@@ -38,7 +38,7 @@ def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module)
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
     """The first of the patterns that matches the end of a module's name, or that name."""
-    return next((key for key in pattern_keys if re.match(rf"(.*\.)?({key})$", key_to_match)), key_to_match)
+    return next((key for key in pattern_keys if re.match(END.format(key), key_to_match)), key_to_match)
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
@@ -185,20 +185,3 @@ def include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) -> Peft
     if isinstance(target, str) and target.lower() == ALL_LINEAR:
         peft_config.target_modules = set(all_linear(model, peft_config))
     return peft_config
-
-
-def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None) -> list[str]:
-    """Those of the names, None: of the active adapters, that are not merged yet; warns about the others."""
-    if isinstance(adapter_names, str):
-        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-    names = module.active_adapters if adapter_names is None else adapter_names
-    if not module.merged:
-        return names
-    names = [name for name in names if name not in module.merged_adapters]
-    warn(
-        f"Already following adapters were merged {','.join(module.merged_adapters)}. You are now additionally merging "
-        f"{','.join(names)}."
-        if names
-        else "All adapters are already merged, nothing to do."
-    )
-    return names

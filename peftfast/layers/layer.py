@@ -16,7 +16,7 @@ from peftfast.errors import warn
 from peftfast.layers.activation import HasActivation
 from peftfast.layers.as_in_peft import AsInPeft, absent_in
 from peftfast.layers.calls import CalledLayer
-from peftfast.layers.merger import MergedNames, Merger, check_mergeable
+from peftfast.layers.merger import MergedNames, Merger, check_adapters_to_merge, check_mergeable
 from peftfast.layers.scaling import HasScaling
 from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
 from peftfast.layers.stand_in import StandIn
@@ -346,7 +346,8 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
                 exact; "auto": to the nearest where that keeps nine tenths of what the adapters change.
         """
         check_mergeable(self)
-        names = self.merger.unmerged(adapter_names)
+        asked = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in dict.fromkeys(asked) if name in self.adapters]
         self.merger.merge(names, safe_merge=safe_merge, keep=keep, untie=untie, rounding=rounding)
 
     def unmerge(self) -> None:

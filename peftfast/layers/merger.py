@@ -36,6 +36,23 @@ def check_mergeable(module: nn.Module) -> None:
     )
 
 
+def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None) -> list[str]:
+    """Those of the names, None: of the active adapters, that are not merged yet; warns about the others."""
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+    names = module.active_adapters if adapter_names is None else adapter_names
+    if not module.merged:
+        return names
+    names = [name for name in names if name not in module.merged_adapters]
+    warn(
+        f"Already following adapters were merged {','.join(module.merged_adapters)}. You are now additionally merging "
+        f"{','.join(names)}."
+        if names
+        else "All adapters are already merged, nothing to do."
+    )
+    return names
+
+
 def _check_decodable(layer: BaseTunerLayer) -> None:
     """RuntimeError if the weight is packed and FSDP2 has taken it apart."""
     weight = layer.site.weight
@@ -261,24 +278,6 @@ class Merger:
         for method in dict.fromkeys(adapter.method for adapter in adapters):
             if hasattr(type(method), "check_together"):
                 method.check_together([adapter for adapter in adapters if adapter.method is method])
-
-    def unmerged(self, adapter_names: list[str] | None) -> list[str]:
-        """Those of the adapters, with None of the active ones, that are here and not merged; warns of others."""
-        layer = self.layer
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        names = layer.active_adapters if adapter_names is None else adapter_names
-        names = [n for n in dict.fromkeys(names) if n in layer.adapters]
-        if layer.merged:
-            names = [n for n in names if n not in layer.merged_adapters]
-            if names:
-                warn(
-                    f"Already following adapters were merged {','.join(layer.merged_adapters)}. "
-                    f"You are now additionally merging {','.join(names)}."
-                )
-            else:
-                warn("All adapters are already merged, nothing to do.")
-        return names
 
     @torch.no_grad()
     def merged(self, names: Sequence[str], check: bool, in_place: bool = False) -> Dense:
