@@ -22,7 +22,7 @@ from peftfast.keys import starts_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import base_of
-from peftfast.method import method_for
+from peftfast.method import changes_base, method_for
 from peftfast.mixed_model import PeftMixedModel
 from peftfast.model import PeftModel, refuse_peft_model
 from peftfast.tasks import model_class
@@ -133,7 +133,7 @@ def patch(
     settings = dict(quantize_options or {})
     skip = settings.pop("skip", None)
     planned = plan_quantization(model, quantize, skip, settings)
-    if method_for(config).changes_base(config):
+    if changes_base(config):
         wrapped = get_peft_model(model, config, **options)
         quantize_model(wrapped, quantize, skip=skip, **settings)
         return wrapped

@@ -55,10 +55,6 @@ class AdapterMethod(Protocol):
         """Fill the slots in place. May `site.weight.assign` (PiSSA, OLoRA)."""
         ...
 
-    def changes_base(self, cfg: PeftConfig) -> bool:
-        """Whether `init` writes to the base weight, so that loading has to repeat it."""
-        ...
-
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         """Output with all `active` adapters of this method. `y` is the output so far; None means the base product has
         not been computed, and the method may fuse it."""
@@ -220,6 +216,13 @@ class Unpadded(Protocol):
     pads: ClassVar[bool]  # False; methods without it can be padded
 
 
+class Rewriting(Protocol):
+    """Optional, known by its one function: adapters whose `init` may write to the base weight, so that loading has to
+    repeat it."""
+
+    def changes_base(self, cfg: PeftConfig) -> bool: ...
+
+
 class Repeated(Protocol):
     """Optional, known by its one function: adapters of which loading repeats `init` though it leaves the base as it is.
     Without it, those of which `changes_base`."""
@@ -285,16 +288,19 @@ def chooses_targets(method: AdapterMethod) -> bool:
     return hasattr(type(method), "choose_targets")
 
 
+def changes_base(cfg: PeftConfig) -> bool:
+    """Whether initialising an adapter of this config writes to the base weight."""
+    return getattr(method_for(cfg), "changes_base", lambda _: False)(cfg)
+
+
 def repeats_init(cfg: PeftConfig) -> bool:
     """Whether an adapter of this config has to be initialised where it is loaded, before its tensors are."""
-    method = method_for(cfg)
-    return getattr(method, "repeats_init", method.changes_base)(cfg)
+    return getattr(method_for(cfg), "repeats_init", changes_base)(cfg)
 
 
 def reads_base(cfg: PeftConfig) -> bool:
     """Whether adding an adapter of this config takes the base weight as it is then, whole."""
-    method = method_for(cfg)
-    return getattr(method, "reads_base", method.changes_base)(cfg)
+    return getattr(method_for(cfg), "reads_base", changes_base)(cfg)
 
 
 M = TypeVar("M", bound=type)

@@ -21,7 +21,7 @@ from peftfast.files.state import adapter_entries, adapter_state_dict, wrapped_mo
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.walk import base_of
-from peftfast.method import method_for
+from peftfast.method import changes_base
 from peftfast.methods.lora.combine import svd_of_sum
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.wrapping.targets import set_targets, shortest_suffixes
@@ -123,7 +123,7 @@ def _convertible(model: nn.Module, name: str) -> dict[str, BaseTunerLayer]:
 def _check_config(cfg: PeftConfig | None) -> None:
     if cfg is None:
         return
-    if method_for(cfg).changes_base(cfg):
+    if changes_base(cfg):
         raise ValueError(
             f"init_lora_weights={cfg.init_lora_weights!r} has changed the base weights, which a plain LoRA starts from "
             "unchanged. Save the adapter with path_initial_model_for_weight_conversion= and convert that"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftfast.config import PeftConfig, plain_name
-from peftfast.method import method_for
+from peftfast.method import changes_base
 
 REFUSES, WRONG, UNKNOWN = "refuses", "loads, wrong output", "not known"
 CONVERT, LOADS = "needs conversion", "loads"
@@ -61,7 +61,7 @@ class Facts:
     @property
     def changes_base(self) -> bool:
         """Whether the factors are for a base that their initialisation has changed."""
-        return method_for(self.cfg).changes_base(self.cfg)
+        return changes_base(self.cfg)
 
     @property
     def saved_not_norms(self) -> list[str]:

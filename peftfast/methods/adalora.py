@@ -152,9 +152,6 @@ class AdaLora:
         for tensor, drawn in ((a, down), (values, middle), (b, up)):
             tensor.copy_(drawn.to(drawn_through(site, drawn)))
 
-    def changes_base(self, cfg: AdaLoraConfig) -> bool:
-        return False
-
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         for adapter in active:
             a, b = factors(adapter)

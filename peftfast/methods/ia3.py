@@ -121,9 +121,6 @@ class IA3:
         else:
             adapter[VECTOR].normal_()
 
-    def changes_base(self, cfg: IA3Config) -> bool:
-        return False
-
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         return _scaled(site, x, y, _product(active, "input"), _product(active, "output"), _all)
 

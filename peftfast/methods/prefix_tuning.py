@@ -109,9 +109,6 @@ class PrefixTuning:
     def claims(self, cfg: PromptLearningConfig) -> bool:
         return isinstance(cfg, PrefixTuningConfig)
 
-    def changes_base(self, cfg: PromptLearningConfig) -> bool:
-        return False
-
     def fill_sizes(self, cfg: PrefixTuningConfig, model: nn.Module) -> None:
         if all(cache_name(m) is None for m in (model, backbone_of(model)[1])):
             raise ValueError(

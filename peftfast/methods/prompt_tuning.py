@@ -132,9 +132,6 @@ class PromptTuning:
     def claims(self, cfg: PromptLearningConfig) -> bool:
         return isinstance(cfg, PromptTuningConfig)
 
-    def changes_base(self, cfg: PromptLearningConfig) -> bool:
-        return False
-
     def fill_sizes(self, cfg: PromptLearningConfig, model: nn.Module) -> None:
         fill_sizes(cfg, getattr(model, "config", None))
 

@@ -99,9 +99,6 @@ class TrainableTokens:
         else:
             rows.normal_()
 
-    def changes_base(self, cfg: TrainableTokensConfig) -> bool:
-        return False
-
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         self.check_together(active)
         m = site.module

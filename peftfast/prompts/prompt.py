@@ -40,10 +40,6 @@ class PromptMethod(Protocol):
         """Whether this method is what `cfg` asks for."""
         ...
 
-    def changes_base(self, cfg: PromptLearningConfig) -> bool:
-        """False: the base model is not touched."""
-        ...
-
     def fill_sizes(self, cfg: PromptLearningConfig, model: nn.Module) -> None:
         """Fill what `cfg` leaves open from the model; ValueError if this kind of prompt does not fit the model."""
         ...

@@ -16,7 +16,7 @@ from peftfast.files.renamed import rename_targets
 from peftfast.keys import ends_of, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, make_layer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from peftfast.method import AdapterMethod, chooses_targets, method_for, retarget
+from peftfast.method import AdapterMethod, changes_base, chooses_targets, method_for, retarget
 from peftfast.sites import Site, bias_of
 from peftfast.wrapping.attention import plan_attention
 from peftfast.wrapping.inventory import Inventory
@@ -90,7 +90,7 @@ class Injection:
         """Warn of base weights that an initialisation has written to, before it failed or was interrupted."""
         begun = [key for key in self.targets if key in self.inventory.layers]
         written = [key for key in begun if self.name in self.inventory.layers[key].adapters][:-1]
-        if written and self.initialise and self.method.changes_base(self.cfg):
+        if written and self.initialise and changes_base(self.cfg):
             warn(
                 f"Adapter {self.name} was not added, but its initialisation has changed the base weights of "
                 f"{enumerate_some(written)} already: load the base model anew.",
@@ -215,7 +215,7 @@ def plan_injection(
     refuse_mamba(model, cfg, matched, refused=getattr(method, "refused_by_mamba", True))
     _report_saved(endings, names, strict)
     meta = device is not None and torch.device(device).type == "meta"
-    if meta and initialise and method.changes_base(cfg):
+    if meta and initialise and changes_base(cfg):
         # the base changes with this initialisation, so it has to take place, and needs values
         device, meta = None, False
     classes, own = own_layer_classes(inventory, cfg, matched)
