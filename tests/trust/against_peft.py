@@ -273,6 +273,4 @@ OPERATIONS = ("add", "add", "switch", "switch", "switch_inside", "delete", "togg
               "step", "step", "mix", "combine", "rescale", "save", "load", "copies")  # fmt: skip
 
 
-def run_against_peft(count: int, seed: int, length: int = 20) -> tuple[int, list[str]]:
-    """`count` operations in runs of `length`; (operations done, failures)."""
-    return run_at_random(Pair, OPERATIONS, count, seed, length)
+run = partial(run_at_random, Pair, OPERATIONS, length=20)

@@ -24,12 +24,12 @@ def main(count: int, seed: int, minutes: float) -> int:
     import safetensors
     import torch
     from trust.attacks import ATTACKS
-    from trust.operations import run_operations
+    from trust.operations import run
 
     import peftfast
 
     torch.set_num_threads(1)
-    jobs = {**ATTACKS, "state machine": run_operations}
+    jobs = {**ATTACKS, "state machine": run}
     done, failed, seconds = dict.fromkeys(jobs, 0), dict.fromkeys(jobs, 0), dict.fromkeys(jobs, 0.0)
     end = time.monotonic() + 60 * minutes
     number = 0

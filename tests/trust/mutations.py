@@ -264,9 +264,8 @@ MUTATIONS = ("weight", "weight", "rank", "replaced", "base", "scaling", "dropout
              "patched", "parametrised", "trained", "switch", "toggle")  # fmt: skip
 
 
-def run_mutations(count: int, seed: int, length: int = 12) -> tuple[int, list[str]]:
-    """`count` mutations in runs of `length`; (mutations done, failures)."""
+def run(count: int, seed: int) -> tuple[int, list[str]]:
     try:
-        return run_at_random(Machine, MUTATIONS, count, seed, length)
+        return run_at_random(Machine, MUTATIONS, count, seed, length=12)
     finally:
         composed.SMALL = SMALL

@@ -7,6 +7,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,23 +249,18 @@ OPERATIONS = ("add", "switch", "train", "train", "merge", "unmerge", "toggle", "
               "load_again", "refused")  # fmt: skip
 
 
-def run_operations(count: int, seed: int, length: int = 50) -> tuple[int, list[str]]:
-    """`count` operations in runs of `length`; (operations done, failures)."""
-    return run_at_random(Machine, OPERATIONS, count, seed, length)
-
-
 def run_at_random(
     make: Callable[[int, Path], Any], operations: Sequence[str], count: int, seed: int, length: int
 ) -> tuple[int, list[str]]:
     """`count` of the operations, in runs of `length`, each on what `make` gives for a seed and a folder. An operation
     says whether it could be done; after each that was, `compare` is called. Gives (operations done, failures)."""
-    done, failures, run = 0, [], 0
+    done, failures, number = 0, [], 0
     while done < count and len(failures) < 20:
         history: list[str] = []
         name = "starting"
         with quiet(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as root:
             try:
-                machine = make(seed * 1_000_003 + run, Path(root))
+                machine = make(seed * 1_000_003 + number, Path(root))
                 machine.compare()
                 while len(history) < min(length, count - done):
                     name = machine.chance.choice(operations)
@@ -272,6 +268,9 @@ def run_at_random(
                         history.append(name)
                         machine.compare()
             except Exception as e:
-                failures.append(f"run {run}: {type(e).__name__}: {e} after {' '.join([*history, name])}")
-        done, run = done + max(len(history), 1), run + 1
+                failures.append(f"run {number}: {type(e).__name__}: {e} after {' '.join([*history, name])}")
+        done, number = done + max(len(history), 1), number + 1
     return done, failures
+
+
+run = partial(run_at_random, Machine, OPERATIONS, length=50)

@@ -8,6 +8,7 @@ import pickle
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +433,4 @@ OPERATIONS = ("add", "add", "switch", "switch", "toggle", "delete", "train", "tr
               "unload", "copies", "state", "save_and_reload", "combine", "hotswap")  # fmt: skip
 
 
-def run_quantised(count: int, seed: int, length: int = 20) -> tuple[int, list[str]]:
-    """`count` operations in runs of `length`; (operations done, failures)."""
-    return run_at_random(Machine, OPERATIONS, count, seed, length)
+run = partial(run_at_random, Machine, OPERATIONS, length=20)

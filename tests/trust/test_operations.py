@@ -1,20 +1,29 @@
-"""Sequences of operations against a plain-torch model, and several threads on one model."""
+"""Random sequences of operations, compared with plain torch or PEFT after each, and several threads on one model."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 
+import pytest
 import torch
 from trust.attacks import base, quiet, trained
-from trust.operations import run_operations
 
 import peftfast
 
 
-def test_random_operations():
-    done, failures = run_operations(int(os.environ.get("PEFTFAST_OPERATIONS", "300")), seed=0)
-    assert done >= 300
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind, count", [("operations", 300), ("against_peft", 200), ("mutations", 200), ("quantised", 150)]
+)
+def test_at_random(kind, count):
+    """See the modules of these names."""
+    if kind == "quantised":
+        pytest.importorskip("bitsandbytes")
+    run = importlib.import_module(f"trust.{kind}").run
+    done, failures = run(int(os.environ.get("PEFTFAST_OPERATIONS", count)), seed=0)
+    assert done >= count
     assert not failures, "\n".join(failures[:5])
 
 
