@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import llama
+from processes import environment, run
 from safetensors.torch import load_file
 
 from peftfast.cli import INTERRUPTED, USAGE_ERROR, _checks, _data, _loop, _settings, main
@@ -125,23 +126,8 @@ def test_training_lowers_the_loss(tmp_path, capsys):
 
 
 def test_command_in_a_process_of_its_own(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "peftfast", "train", *QUICK],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Summary" in done.stdout
+    assert "Summary" in run(["-m", "peftfast", "train", *QUICK], tmp_path)
     assert (tmp_path / "peftfast-adapter" / "adapter_model.safetensors").is_file()
-
-
-def environment() -> dict[str, str]:
-    root = Path(__file__).resolve().parent.parent
-    paths = os.pathsep.join([str(root), str(root / "kernels")])
-    # One thread: tests run side by side, and threads that wait for a core spin.
-    return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def test_settings_reach_config_and_model(tmp_path, capsys):
@@ -233,9 +219,7 @@ def test_help_does_not_import_torch(options):
     code = "import sys\nfrom peftfast.cli import main\n"
     code += f"try:\n    main({options})\nexcept SystemExit as e:\n    assert not e.code\n"
     code += "assert 'torch' not in sys.modules, 'torch was imported'"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "peftfast" in done.stdout
+    assert "peftfast" in run(["-c", code])
 
 
 def test_no_command_prints_help(capsys):

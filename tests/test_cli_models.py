@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peftfast
@@ -173,17 +174,11 @@ def test_who_reads_a_part_of_the_output_gets_it(adapter):
 
 def test_where_peft_is_not_installed_the_share_is_still_said(adapter, tmp_path):
     """Something else is logged then."""
-    code = "from hide_peft import hide; hide(); import sys; from peftfast.cli import main; sys.exit(main(sys.argv[1:]))"
-    paths = [str(Path(__file__).parent / "training"), *sys.path]
+    code = "import sys, training.hide_peft as h; h.hide(); from peftfast.cli import main; sys.exit(main(sys.argv[1:]))"
     assert main(["merge", str(adapter), "--output", str(tmp_path / "model")]) == 0
     tuned = ["--tuned", str(tmp_path / "model"), "--model", "embedded"]  # whose config is made last
-    command = [sys.executable, "-c", code, "extract", *tuned, "--r", "4"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "new")], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert "of the change kept" in done.stdout and "answers to the name" not in done.stdout
+    said = run(["-c", code, "extract", *tuned, "--r", 4, "--output", tmp_path / "new"])
+    assert "of the change kept" in said and "answers to the name" not in said
 
 
 def test_prompts_are_in_no_weight(tmp_path, capsys):

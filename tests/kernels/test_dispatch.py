@@ -1,28 +1,21 @@
 """Who runs: environment variable, device, compiler; and that nothing needs Triton until a kernel is launched."""
 
-import subprocess
-import sys
 import textwrap
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import ROOT, start
 
-import peftfast_kernels
 from peftfast_kernels import OPS, get_backend, lora_down, lora_gemm_t, op, set_backend, use_backend
 from peftfast_kernels.decode import dense
 
 
-def run_python(code, **environment):
-    import os
-
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    env.pop("TRITON_INTERPRET", None)
-    env.update(environment)
-    root = os.path.dirname(os.path.dirname(peftfast_kernels.__file__))
-    env["PYTHONPATH"] = root
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True)
+def run_python(code, **variables):
+    """Where there are the kernels, and nothing else of this repository."""
+    alone = {"PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": None}
+    return start(["-c", textwrap.dedent(code)], **{**alone, **variables})
 
 
 def test_import_loads_no_triton():

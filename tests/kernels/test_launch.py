@@ -4,9 +4,7 @@ and arguments. Nothing is compiled and nothing runs: Triton's driver and compile
 
 import gc
 import importlib
-import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +15,6 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench import stub_gpu  # noqa: E402
 from peftfast_kernels import OPS, launch, lora_down, use_backend  # noqa: E402
 from peftfast_kernels.launch import Launch, forget  # noqa: E402

@@ -2,13 +2,11 @@
 
 import importlib
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.utils.parametrize
+from processes import run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -169,14 +167,9 @@ def test_convolutions_dispatch_less(dtype):
 
 
 _HOST_SIDE = """
-import sys
-sys.path[:0] = {path!r}
-import importlib.util
 from triton.runtime.interpreter import InterpretedFunction
 InterpretedFunction.__getitem__ = lambda self, grid: lambda *args, **kwargs: None
-spec = importlib.util.spec_from_file_location("structure", {file!r})
-structure = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(structure)
+from lora import test_structure as structure
 for prob in (0.0, 0.1):
     for shape in structure.SHAPES:
         counts = []
@@ -191,11 +184,7 @@ for prob in (0.0, 0.1):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="counts the launches of Triton kernels")
 def test_dispatched_operations_around_triton_kernels():
     """What a GPU's host side dispatches: the launchers run, the kernels themselves are left out."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PEFTFAST_BACKEND": "triton"}
-    script = _HOST_SIDE.format(path=sys.path, file=__file__)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
+    print(run(["-c", _HOST_SIDE], TRITON_INTERPRET="1", PEFTFAST_BACKEND="triton"))
 
 
 class Doubled(nn.Module):

@@ -5,7 +5,6 @@ import copy
 import importlib
 import itertools
 import random
-import subprocess
 import sys
 import warnings
 from functools import partial
@@ -13,6 +12,7 @@ from functools import partial
 import oracle
 import pytest
 import torch
+from processes import run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -100,11 +100,8 @@ print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} - se
 
 def loaded_by(script):
     """Packages of which a process that has torch loads modules while it runs `script`."""
-    start = f"import sys; sys.path[:0] = {sys.path!r}\nimport torch; before = set(sys.modules)\n"
-    command = [sys.executable, "-c", f"{start}{script}{LOADED}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return set(ast.literal_eval(done.stdout))
+    start = "import sys, torch\nbefore = set(sys.modules)\n"
+    return set(ast.literal_eval(run(["-c", f"{start}{script}{LOADED}"])))
 
 
 def test_import_loads_nothing_but_its_own_modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import warnings
 import weakref
@@ -10,6 +9,7 @@ import weakref
 import pytest
 import torch
 from oracle import One, descend, gpt2, llama, llama_classifier, t5
+from processes import run
 from torch import nn
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -284,16 +284,7 @@ def test_dense_models_do_not_import_bitsandbytes():
         "m(torch.randn(2, 4)).sum().backward(); m.merge_adapter()\n"
         "assert 'bitsandbytes' not in sys.modules and 'triton' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
-    assert done.returncode == 0, done.stderr
-
-
-def _environment() -> dict[str, str]:
-    import os
-    from pathlib import Path
-
-    root = Path(__file__).resolve().parents[2]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    run(["-c", code])
 
 
 # ---- patch -----------------------------------------------------------------------------------------------------------

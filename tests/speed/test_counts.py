@@ -1,22 +1,16 @@
 """Launches, dispatched operations, bytes moved and kept, counted side by side with PEFT: bench/counts.py as a test."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import run
 
-ROOT = Path(__file__).parents[2]
 OURS = ("torch", "gpu", "fused", "gpu+blocks", "fused+blocks")
 
 
 SCRIPT = """
-import sys
-sys.path.insert(0, {root!r})
 from bench import counts
-for arguments in {runs!r}:
+for arguments in {}:
     counts.main(["--json", *arguments.split(", ")])
 """
 RUNS = (
@@ -29,13 +23,7 @@ RUNS = (
 @pytest.fixture(scope="module")
 def counted():
     """Rows by (scope, mode, dropout, contestant) of every run. In a process of its own: it leaves the kernels out."""
-    script = SCRIPT.format(root=str(ROOT), runs=RUNS)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    tables = map(json.loads, done.stdout.splitlines())
+    tables = map(json.loads, run(["-c", SCRIPT.format(RUNS)], timeout=600).splitlines())
     return [{(row["scope"], row["mode"], row["dropout"], row["contestant"]): row for row in table} for table in tables]
 
 

@@ -1,20 +1,16 @@
 """Measured tables: what is read from one, which entry a call takes, and that without one nothing changes."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import tune
 from torch import Tensor
 
 from peftfast_kernels import OPS, dispatch, lora_down, lora_gemm, lora_gemm_t
 from peftfast_kernels.decode import dense, random_operand
 from peftfast_kernels.dispatch import Point, Table, point_of
 from peftfast_kernels.row_norm import MAX_RANK
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import tune
 
 BF16 = torch.bfloat16
 

@@ -2,19 +2,15 @@
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
+import gpu_session
 import pytest
 import torch
+from gpu_session import Step, main, marked_files, run, steps, summary
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-import gpu_session  # noqa: E402
-from gpu_session import Step, main, marked_files, run, steps, summary  # noqa: E402
-
-from bench.gpu import FIELDS  # noqa: E402
+from bench.gpu import FIELDS
 
 
 def python(name, code, weight=1.0, **more):
@@ -131,7 +127,7 @@ def test_a_failure_is_told_at_once(tmp_path):
 
 def test_every_marked_test_is_in_the_files_that_are_run():
     chosen = marked_files()
-    assert "tests/kernels" in chosen and all((ROOT / one).exists() for one in chosen)
+    assert "tests/kernels" in chosen and all((gpu_session.ROOT / one).exists() for one in chosen)
     assert len(chosen) == len(set(chosen)) and "tests/lora/test_host_bound.py" in chosen
     assert not any(one.startswith("tests/kernels/") for one in chosen)
 

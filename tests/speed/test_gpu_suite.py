@@ -1,22 +1,18 @@
 """The GPU benchmark end to end at tiny sizes on the CPU, its gate, and the page it draws."""
 
 import csv
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-from bench import contestants as sides  # noqa: E402
-from bench import gpu, measure, report  # noqa: E402
-from bench.contestants import LIMIT, OURS, PEER, Contestant  # noqa: E402
-from bench.operands import BUILDERS, MODELS, TINY, Maker, Size, arguments  # noqa: E402
-from peftfast_kernels import OPS, dispatch  # noqa: E402
+from bench import contestants as sides
+from bench import gpu, measure, report
+from bench.contestants import LIMIT, OURS, PEER, Contestant
+from bench.operands import BUILDERS, MODELS, TINY, Maker, Size, arguments
+from peftfast_kernels import OPS, dispatch
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +20,10 @@ def dry(tmp_path_factory):
     """One dry run in a process of its own: (output, rows, page)."""
     folder = tmp_path_factory.mktemp("results")
     suites = [suite for suite in gpu.SHARES if suite != "tune"]
-    command = [sys.executable, str(ROOT / "bench/gpu.py"), "--dry-run", "--seconds", "400", "--out", str(folder)]
-    done = subprocess.run(
-        [*command, "--only", *suites], capture_output=True, text=True, timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [ROOT / "bench/gpu.py", "--dry-run", "--seconds", 400, "--out", folder, "--only", *suites]
+    output = run(command, timeout=500)
     (path,) = folder.glob("*.csv")
-    return done.stdout, report.read(path), path.with_suffix(".html").read_text()
+    return output, report.read(path), path.with_suffix(".html").read_text()
 
 
 def test_every_suite_runs(dry):

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import answer
 from safetensors.torch import load_file
 from torch import nn
-from training.launcher import answer
 from training.tiny import batch, checkpoint, llama, rows
 
 import peftfast

@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from processes import launch
 from training import deepspeed_workers as workers
-from training.launcher import launch
 
 pytest.importorskip("deepspeed")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
 from training import workers
-from training.launcher import launch
 from training.tiny import batch
 
 import peftfast

@@ -10,8 +10,6 @@ import copy
 import importlib.util
 import inspect
 import json
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -19,11 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run
 from training.tiny import batch, fill, gradients, largest_difference, llama, lora, wrapped
 
 import peftfast
-
-ROOT = Path(__file__).parents[2]
 
 
 # ---- the stand-in ----------------------------------------------------------------------------------------------------
@@ -513,13 +510,8 @@ def test_without_the_package(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 def test_the_real_kernels_in_the_interpreter():
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("liger_script.py"))],
-        env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    results = json.loads(run.stdout.splitlines()[-1])
+    said = run([Path(__file__).with_name("liger_script.py")], TRITON_INTERPRET="1")
+    results = json.loads(said.splitlines()[-1])
     for kind, found in results.items():
         assert found["loss"] <= 1e-5 and found["gradients"] <= 1e-4, (kind, found)
         last = ["fused linear cross-entropy: on"] * (kind == "all")

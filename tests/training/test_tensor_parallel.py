@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
-from training.launcher import launch
+from processes import launch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")

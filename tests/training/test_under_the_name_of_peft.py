@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run, start
 from safetensors.torch import load_file
-from training.launcher import ROOT, run
 from training.tiny import files, largest_difference
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -29,14 +26,14 @@ def both(script: str, folder: Path, *arguments: str) -> tuple[dict, dict]:
     return found[0], found[1]
 
 
-def same_adapters(folder: Path, tolerance: float = 1e-3) -> None:
+def same_adapters(folder: Path) -> None:
     theirs, ours = (folder / name for name in ("peft", "peftfast"))
     saved = {f for f in files(theirs) if f.endswith("adapter_model.safetensors")}
     assert saved
     assert saved == {f for f in files(ours) if f.endswith("adapter_model.safetensors")}
     assert not [f for f in files(ours) if f.rpartition("/")[2] == "model.safetensors"] or files(ours) == files(theirs)
     for name in saved:
-        assert largest_difference(load_file(ours / name), load_file(theirs / name)) < tolerance
+        assert largest_difference(load_file(ours / name), load_file(theirs / name)) < 1e-3
         configs = [json.loads((place / name).with_name("adapter_config.json").read_text()) for place in (theirs, ours)]
         for config in configs:
             config["target_modules"] = sorted(config["target_modules"])
@@ -294,9 +291,7 @@ except NotImplementedError as e:
 
 @pytest.mark.parametrize("script", [["nowhere.py"], ["-m", "nowhere.deep"]])
 def test_run_refuses_a_missing_script(script, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-    done = subprocess.run([sys.executable, "-m", "peftfast", "run", *script], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
+    done = start(["-m", "peftfast", "run", *script], tmp_path)
     assert done.returncode == 2
     assert script[-1] in done.stderr and done.stderr.count("\n") == 1
 
@@ -308,11 +303,7 @@ def test_run_finds_what_is_beside_a_script_that_a_link_leads_to(tmp_path):
     (tmp_path / "real" / "script.py").write_text("import beside_it, peft\nprint(peft.__name__, beside_it.__name__)\n")
     link = tmp_path / "link.py"
     link.symlink_to(tmp_path / "real" / "script.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-    done = subprocess.run([sys.executable, "-m", "peftfast", "run", str(link)], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("beside_it\n")
+    assert run(["-m", "peftfast", "run", link], tmp_path).endswith("beside_it\n")
 
 
 STARTS_OTHERS = """
@@ -333,8 +324,5 @@ if __name__ == "__main__":
 
 def test_run_serves_processes_that_import_the_script_anew(tmp_path):
     (tmp_path / "script.py").write_text(STARTS_OTHERS)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-    done = subprocess.run([sys.executable, "-m", "peftfast", "run", "script.py"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(f"{number} peft True\n" for number in range(3))
+    said = run(["-m", "peftfast", "run", "script.py"], tmp_path)
+    assert said == "".join(f"{number} peft True\n" for number in range(3))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import peft
 import pytest
-from training.launcher import run
+from processes import run
 
 from peftfast.interop import absent, alias, early
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import answer
 from torch.utils._python_dispatch import TorchDispatchMode
-from training.launcher import answer
 from training.nf4 import quantise
 from training.tiny import batch, checkpoint, fill, llama, lora
 

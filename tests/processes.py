@@ -8,17 +8,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
-def run(arguments: list, folder: Path, timeout: int = 280, **variables: str) -> str:
-    """What `python *arguments`, started in `folder`, prints.
+def start(arguments: list, folder: Path | None = None, timeout: int = 280, **variables: str | None) -> Any:
+    """`python *arguments` when it has ended: its `returncode`, `stdout` and `stderr`.
 
     Args:
-        variables: of the environment.
+        folder: it is started in; None: in that of the tests.
+        variables: of the environment; None: without it.
     """
-    environment = {
+    command = [sys.executable, *map(str, arguments)]
+    own = environment(**variables)
+    return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=timeout)
+
+
+def environment(**variables: str | None) -> dict[str, str]:
+    """In which everything of this repository can be imported. One thread: tests run side by side, and threads that wait
+    for a core spin."""
+    settings = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
         "OMP_NUM_THREADS": "1",
@@ -26,10 +36,12 @@ def run(arguments: list, folder: Path, timeout: int = 280, **variables: str) -> 
         "PYTHONWARNINGS": "ignore",
         **variables,
     }
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=timeout,
-    )  # fmt: skip
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def run(arguments: list, folder: Path | None = None, timeout: int = 280, **variables: str | None) -> str:
+    """What `start` of the same prints, which must succeed."""
+    done = start(arguments, folder, timeout, **variables)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 
