@@ -10,7 +10,8 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,12 @@ def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return call(*args, **kwargs)
+
+
+def at_once(function: Callable[[Any], Any], arguments: Sequence[Any]) -> None:
+    """Call the function with each of these in a thread of its own. What one of them raises is raised here."""
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        list(pool.map(function, arguments))
 
 
 # ---- training -----------------------------------------------------------------------

@@ -170,11 +170,7 @@ def test_a_request_waits_for_its_own_loads_only():
     # two that want the same one read it once
     pool.register("twice", (cfg, Slow(tensors, 0.3)))
     reads = pool.statistics.reads
-    threads = [threading.Thread(target=lambda: pool(input_ids=ids_of(1), adapter_names=["twice"])) for _ in range(3)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    oracle.at_once(lambda name: pool(input_ids=ids_of(1), adapter_names=[name]), ["twice"] * 3)
     assert pool.statistics.reads == reads + 1 and pool.pinned == 0
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import threading
 
 import pytest
 import torch
+from oracle import at_once
 from trust.attacks import base, quiet, trained
 
 import peftfast
@@ -39,20 +39,13 @@ def test_threads_with_adapters_of_their_own():
     with torch.no_grad():
         expected = {n: model(base.inputs(), adapter_names=[n] * rows) for n in names}
     assert len({tuple(e.flatten().tolist()) for e in expected.values()}) == len(names)
-    wrong: list[str] = []
 
     def work(name: str) -> None:
         with torch.no_grad():
             for _ in range(40):
-                if not torch.equal(model(base.inputs(), adapter_names=[name] * rows), expected[name]):
-                    wrong.append(name)
+                assert torch.equal(model(base.inputs(), adapter_names=[name] * rows), expected[name])
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in names]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    at_once(work, names)
 
 
 def test_threads_save_and_load_one_folder(tmp_path):
@@ -60,25 +53,15 @@ def test_threads_save_and_load_one_folder(tmp_path):
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = model(base.inputs())
-    failed: list[str] = []
 
-    def save() -> None:
+    def work(saves: bool) -> None:
         for _ in range(15):
-            model.save_pretrained(tmp_path)
+            if saves:
+                model.save_pretrained(tmp_path)
+                continue
+            loaded = peftfast.PeftModel.from_pretrained(base.Tiny(), tmp_path)
+            with torch.no_grad():
+                assert torch.equal(loaded(base.inputs()), expected)
 
-    def load() -> None:
-        for _ in range(15):
-            try:
-                loaded = peftfast.PeftModel.from_pretrained(base.Tiny(), tmp_path)
-                with torch.no_grad():
-                    assert torch.equal(loaded(base.inputs()), expected)
-            except Exception as e:
-                failed.append(repr(e))
-
-    threads = [threading.Thread(target=t) for t in (save, load, save, load)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not failed
+    at_once(work, [True, False, True, False])
     assert not hasattr(fresh, "peft_config")
