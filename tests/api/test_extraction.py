@@ -211,8 +211,8 @@ def test_refusals_of_conversion():
 
 
 # ---- of two models ---------------------------------------------------------------------------------------------------
-def tuned(make, rank=2, also=("norm", "bias")):
-    """The model after a training that changed its matrices by `rank`, and other things."""
+def tuned(make, also=("norm", "bias")):
+    """The model after a training that changed its matrices by rank 2, and other things."""
     model = make()
     generator = torch.Generator().manual_seed(5)
 
@@ -224,7 +224,7 @@ def tuned(make, rank=2, also=("norm", "bias")):
             if any(word in name for word in also):
                 p.add_(0.1 * noise(*p.shape))
             elif p.dim() == 2:
-                p.add_(0.1 * noise(p.shape[0], rank) @ noise(rank, p.shape[1]))
+                p.add_(0.1 * noise(p.shape[0], 2) @ noise(2, p.shape[1]))
     return model
 
 

@@ -34,8 +34,8 @@ def mine_did_something(call):
 class Pair:
     """One model here and one in PEFT; whatever is called on one is called on the other."""
 
-    def __init__(self, options=FIRST, make=oracle.llama, name="default", **wrap):
-        twins = oracle.Twins(make, options, adapter_name=name, **wrap)
+    def __init__(self, options=FIRST, make=oracle.llama, **wrap):
+        twins = oracle.Twins(make, options, **wrap)
         self.ours, self.theirs = twins.ours, twins.theirs
 
     def both(self, call):

@@ -5,7 +5,6 @@ import copy
 import importlib
 import itertools
 import random
-import sys
 import warnings
 from functools import partial
 
@@ -372,20 +371,7 @@ def test_modules_that_are_called_as_ours_are(place, tmp_path):
     torch.testing.assert_close(loaded(x), models[0](x))
 
 
-def all_calls(function):
-    """Of Python's functions and of built-ins."""
-    count = 0
-
-    def counting(frame, event, arg):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(counting)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
+all_calls = partial(oracle.python_calls, events=("call", "c_call"))
 
 
 def test_the_cost_of_matching_grows_with_the_model_and_not_with_its_square():

@@ -37,7 +37,7 @@ def make(side, storage="fp32", library=peftfast, **changes):
         return randomised(library.get_peft_model(make_base(storage), config(library, side, **changes)))
 
 
-def as_plain(model, side, name="default", **changes):
+def as_plain(model, side, **changes):
     """A plain LoRA with the same factors, whole."""
     base = copy.deepcopy(model.get_base_model())
     layer = base.m
@@ -47,7 +47,7 @@ def as_plain(model, side, name="default", **changes):
     own = plain.base_model.model.m
     with torch.no_grad():
         for slot in ("lora_A", "lora_B"):
-            packed = getattr(layer, slot)[name].weight
+            packed = getattr(layer, slot).default.weight
             whole = torch.block_diag(*packed.chunk(BLOCKS)) if slot == f"lora_{side.upper()}" else packed
             getattr(own, slot).default.weight.copy_(whole)
     return plain

@@ -41,9 +41,9 @@ def layer(model, name="q_proj"):
     return model.base_model.model.model.layers[0].self_attn.get_submodule(name)
 
 
-def base_logits(make=llama):
+def base_logits():
     with torch.no_grad():
-        return logits(make())
+        return logits(llama())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -31,9 +31,9 @@ class Chatting:
     __call__ = staticmethod(tokenizer)
 
 
-def prefixed(family="llama", library=peftfast, model=None, tokens=4, **options):
-    config = library.PrefixTuningConfig(task_type=TASKS.get(family, "CAUSAL_LM"), num_virtual_tokens=tokens, **options)
-    return library.get_peft_model(base(family) if model is None else model, config).eval()
+def prefixed(family="llama", library=peftfast, **options):
+    config = library.PrefixTuningConfig(task_type=TASKS.get(family, "CAUSAL_LM"), num_virtual_tokens=4, **options)
+    return library.get_peft_model(base(family), config).eval()
 
 
 @pytest.mark.parametrize("family", CAUSAL)

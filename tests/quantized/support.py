@@ -26,12 +26,12 @@ BASES = {
 FOUR_BIT = [name for name in BASES if "4" in name]
 
 
-def quantised_linear(base: str, n: int = 48, k: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0, bias=True):
+def quantised_linear(base: str, n: int = 48, k: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0):
     """A bitsandbytes linear layer over a random weight."""
     g = torch.Generator().manual_seed(seed)
     kind, options = BASES[base]
     weight = (torch.randn(n, k, generator=g) / k**0.5).to(dtype)
-    return quantizer(kind).module(weight, torch.randn(n, generator=g).to(dtype) if bias else None, **options)
+    return quantizer(kind).module(weight, torch.randn(n, generator=g).to(dtype), **options)
 
 
 def stored_bytes(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -6,9 +6,7 @@ import torch
 from torch import nn
 
 
-def quantise(
-    model: nn.Module, compute_dtype: torch.dtype = torch.float32, storage: torch.dtype = torch.uint8
-) -> nn.Module:
+def quantise(model: nn.Module, storage: torch.dtype = torch.uint8) -> nn.Module:
     """Every linear layer but the head as bitsandbytes' Linear4bit, on the CPU."""
     from bitsandbytes.nn import Linear4bit
     from portable_bitsandbytes import evaluate_exactly
@@ -17,7 +15,7 @@ def quantise(
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             packed = Linear4bit(
-                module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=compute_dtype,
+                module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=torch.float32,
                 quant_type="nf4", quant_storage=storage,
             )  # fmt: skip
             packed.load_state_dict(module.state_dict())
