@@ -274,13 +274,24 @@ def at_once(function: Callable[[Any], Any], arguments: Sequence[Any]) -> None:
 
 
 # ---- training -----------------------------------------------------------------------
-def randomised(model: nn.Module, scale: float = 0.2, seed: int = 3) -> nn.Module:
-    """The model with random numbers in every factor, the same in every library and dtype."""
+def randomised(model: nn.Module, scale: float = 0.2, seed: int = 3, only: str = "lora_") -> nn.Module:
+    """The model with random numbers in every factor, or in those with `only` in their names, the same in every library
+    and dtype."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if "lora_" in name:
+            if only in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def moved(model: nn.Module, scale: float = 0.1, seed: int = 3) -> nn.Module:
+    """The model with what trains some way from where it started, as after some steps, the same in every library."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 
 

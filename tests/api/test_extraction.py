@@ -24,13 +24,7 @@ def adapted(make=oracle.llama, config=None, library=peftfast, **options):
     """A model with an adapter that does something."""
     torch.manual_seed(1)
     config = config or library.LoraConfig(**{"r": 4, "target_modules": LINEARS, **options})
-    model = library.get_peft_model(make(), config).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
+    return oracle.moved(library.get_peft_model(make(), config).eval())
 
 
 def loaded(make, config, tensors, library=peftfast):

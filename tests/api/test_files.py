@@ -231,10 +231,7 @@ def test_state_dicts_as_functions():
 def test_names_of_the_model_are_read_as_well(options, tmp_path):
     """What a script has picked out of `model.state_dict()` itself, and saved."""
     trained = oracle.quietly(peftfast.get_peft_model, oracle.llama(), LoraConfig(**{**OPTIONS, **options}))
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.rand_like(parameter))
+    oracle.moved(trained)
     live = {n: p.detach().clone() for n, p in trained.named_parameters() if p.requires_grad}
     trained.save_pretrained(tmp_path)
     save_file(live, tmp_path / "adapter_model.safetensors")
@@ -716,10 +713,7 @@ def test_reloading_weights_into_a_present_adapter(tmp_path):
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
     model.save_pretrained(tmp_path)
     expected = logits(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(1)
+    oracle.moved(model)
     trainable = [p.requires_grad for p in model.parameters()]
     result = model.load_adapter(tmp_path, "default", is_trainable=True)
     assert result.missing_keys == [] and result.unexpected_keys == []
@@ -1017,10 +1011,7 @@ def test_biases_are_loaded_whatever_the_config_says(kind, tmp_path):
     """They were trained with the factors; a config that forgets them is worth a word, not another output."""
     options = {**OPTIONS, "bias": kind}
     trained = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**options))
-    with torch.no_grad():
-        for name, parameter in trained.named_parameters():
-            if name.endswith(".bias") and parameter.requires_grad:
-                parameter.fill_(1.25)
+    oracle.moved(trained, 1.0)
     expected = logits(trained)
     fresh = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**OPTIONS))
     result = peftfast.set_peft_model_state_dict(fresh, peftfast.get_peft_model_state_dict(trained))
@@ -1043,10 +1034,7 @@ def test_biases_are_loaded_whatever_the_config_says(kind, tmp_path):
 def test_an_adapter_with_biases_beside_others_without(kind, tmp_path):
     """PEFT loads it, biases and all, and trains no biases with it."""
     trained = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**{**OPTIONS, "bias": kind}))
-    with torch.no_grad():
-        for name, parameter in trained.named_parameters():
-            if name.endswith(".bias") and parameter.requires_grad:
-                parameter.fill_(1.25)
+    oracle.moved(trained, 1.0)
     trained.save_pretrained(tmp_path)
     trainable = []
     for library in (peftfast, peft):
@@ -1064,10 +1052,7 @@ def test_biases_beside_layers_of_other_adapters(kind, tmp_path):
     """The file names them as they are without the other adapter, and loads with and without it."""
     model = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**{**OPTIONS, "bias": kind}))
     alone = set(peftfast.get_peft_model_state_dict(model))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".bias") and parameter.requires_grad:
-                parameter.fill_(1.25)
+    oracle.moved(model, 1.0)
     other = LoraConfig(target_modules=["down_proj"])
     model.add_adapter("other", other)
     expected = logits(model)

@@ -28,12 +28,7 @@ def adapted(make, ranks=(4, 4, 4), **options):
             model = peftfast.get_peft_model(model, config, "a")
         else:
             model.add_adapter(name, config)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for key, parameter in sorted(model.named_parameters()):
-            if ".lora_" in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.eval()
+    return oracle.randomised(model).eval()
 
 
 def factors(layer, name):

@@ -18,20 +18,12 @@ peft = importlib.import_module("peft")
 OPTIONS = {"r": 4, "target_parameters": moe.BOTH, "target_modules": ["q_proj"]}
 
 
-def fill(model, seed=3):
-    with torch.no_grad():
-        for i, (_, parameter) in enumerate(sorted((n, p) for n, p in model.named_parameters() if ".lora_" in n)):
-            generator = torch.Generator().manual_seed(1000 * seed + i)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
-
-
 def adapted(library=peftfast, make=moe.qwen3_moe, names=("a",), **changes):
     options = {**OPTIONS, **changes}
     model = oracle.quietly(library.get_peft_model, make(), library.LoraConfig(**options), names[0])
     for i, name in enumerate(names[1:]):
         model.add_adapter(name, library.LoraConfig(**{**options, "r": 3 + i}))
-    return fill(model).eval()
+    return oracle.randomised(model, 0.3).eval()
 
 
 def close(value, expected):
@@ -72,7 +64,7 @@ def test_gradients_of_several():
     for model in (ours, theirs):
         model.base_model.set_adapter(["a", "b"])
         oracle.logits(model).pow(2).mean().backward()
-    grads = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    grads = oracle.gradients(theirs)
     assert any(".b." in n for n in grads)
     for name, parameter in ours.named_parameters():
         if name in grads:
@@ -89,7 +81,7 @@ def test_other_parameters_once_the_first_adapter_is_gone(tmp_path):
     model.set_adapter("b")
     model.delete_adapter("a")
     model.add_adapter("c", peftfast.LoraConfig(target_parameters=["down_proj"], target_modules=["q_proj"]))
-    fill(model).base_model.set_adapter(["c"])
+    oracle.randomised(model, 0.3).base_model.set_adapter(["c"])
     expected = oracle.logits(model)
     model.save_pretrained(tmp_path, selected_adapters=["c"])
     moe.needs_peft_to_load()
@@ -136,7 +128,7 @@ def test_what_training_changed_as_an_adapter_of_its_own(transposed, tmp_path):
     base = list(moe.plain(transposed).parameters())
     model.save_pretrained(tmp_path / "initial")
     at_first = change_of(model)
-    trained = change_of(fill(model, 4))
+    trained = change_of(oracle.randomised(model, 0.3, 4))
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     found = change_of(peftfast.PeftModel.from_pretrained(moe.plain(transposed), tmp_path / "plain"))
     for name, change in found.items():
@@ -145,7 +137,7 @@ def test_what_training_changed_as_an_adapter_of_its_own(transposed, tmp_path):
 
 def test_injected(tmp_path):
     model = peftfast.inject_adapter_in_model(peftfast.LoraConfig(**OPTIONS), moe.qwen3_moe())
-    fill(model)
+    oracle.randomised(model, 0.3)
     state = peftfast.get_peft_model_state_dict(model)
     fresh = peftfast.inject_adapter_in_model(peftfast.LoraConfig(**OPTIONS), moe.qwen3_moe())
     peftfast.set_peft_model_state_dict(fresh, state)
@@ -186,7 +178,7 @@ def test_checkpointing(reentrant):
     for model in (plain, checked):
         model.train()
         oracle.logits(model).pow(2).mean().backward()
-    grads = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    grads = oracle.gradients(plain)
     assert any("experts" in n for n in grads)
     for name, parameter in checked.named_parameters():
         if name in grads:

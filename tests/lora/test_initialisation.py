@@ -124,22 +124,12 @@ def test_pissa_takes_the_largest_singular_values():
         torch.testing.assert_close(left[0], torch.linalg.svdvals(weight)[4], rtol=1e-3, atol=1e-4)
 
 
-def trained(model):
-    """The factors after some steps."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if "lora_" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model
-
-
 @pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora"])
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_saved_and_loaded_both_ways(init, low_cpu_mem_usage, tmp_path):
     """Loading repeats the initialisation, because the base changed with it."""
     for source in (peftfast, peft):
-        model = trained(wrap(source, init))
+        model = oracle.moved(wrap(source, init), 0.05)
         model.save_pretrained(tmp_path / source.__name__)
         expected = logits(model)
         for target in (peftfast, peft):
@@ -192,7 +182,7 @@ def test_no_more_directions_than_the_weight_has(init, extra, tmp_path):
     if init == "pissa_niter_4":
         return  # random, also when it is repeated on loading
     for source, model in ((peftfast, ours), (peft, theirs)):
-        trained(model).save_pretrained(tmp_path / source.__name__)
+        oracle.moved(model, 0.05).save_pretrained(tmp_path / source.__name__)
         live = model(X)
         for target in (peftfast, peft):
             loaded = target.PeftModel.from_pretrained(Narrow(), tmp_path / source.__name__)
@@ -246,7 +236,7 @@ def test_conversion_to_a_plain_lora(init, extra, tmp_path):
         model.peft_config["default"].init_lora_weights = True  # the folder is read as it is, not initialised again
         model.save_pretrained(initial)
         model.peft_config["default"].init_lora_weights = init
-        expected = logits(trained(model))
+        expected = logits(oracle.moved(model, 0.05))
         target = tmp_path / library.__name__ / "plain"
         model.save_pretrained(target, path_initial_model_for_weight_conversion=str(initial))
         config = oracle.saved_config(target)
@@ -269,10 +259,7 @@ def test_conversion_where_a_layer_has_fewer_directions_than_the_rank(init, tmp_p
     options = {"r": 4, "target_modules": ["0", "2", "3"], "rank_pattern": {"2": 6}, "init_lora_weights": init}
     model = peftfast.get_peft_model(base, peftfast.LoraConfig(**options))
     model.save_pretrained(tmp_path / "initial")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1 * p.requires_grad)
-    expected = model(x)
+    expected = oracle.moved(model)(x)
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     for reader in (peftfast, peft):
         loaded = reader.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "plain")
@@ -316,7 +303,7 @@ def test_a_start_that_fails_half_way_says_what_it_has_written(monkeypatch):
 
 def test_a_randomised_start_is_the_same_at_every_loading(tmp_path):
     """What loading takes out of the base is what was taken out for the training, whatever the seeds are."""
-    model = trained(wrap(peftfast, "pissa_niter_1", seed=1))
+    model = oracle.moved(wrap(peftfast, "pissa_niter_1", seed=1), 0.05)
     model.save_pretrained(tmp_path)
     torch.manual_seed(2)
     state = torch.get_rng_state()
@@ -397,7 +384,7 @@ def test_mica_trains_the_down_factor_on_minor_directions(make, targets, tmp_path
     assert trainable(ours) == trainable(theirs) and not trainable(ours) & ups[0].keys()
     oracle.logits(ours).square().mean().backward()
     assert all((p.grad is not None) == p.requires_grad for p in ours.parameters())
-    trained(ours).save_pretrained(tmp_path / "mica")
+    oracle.moved(ours, 0.05).save_pretrained(tmp_path / "mica")
     for library in (peftfast, peft):
         loaded = library.PeftModel.from_pretrained(make(), tmp_path / "mica", is_trainable=True).eval()
         torch.testing.assert_close(logits(loaded), logits(ours), rtol=1e-3, atol=1e-3)

@@ -248,10 +248,7 @@ def test_biases_are_combined_too(first):
     options = {"r": 2, "target_modules": ["q_proj"]}
     model = peftfast.get_peft_model(oracle.llama(bias=True), LoraConfig(**options, lora_bias=first))
     model.add_adapter("two", LoraConfig(**options, lora_bias=True, lora_alpha=16))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+    oracle.randomised(model, 1.0, only="lora_B")
     model.eval().base_model.add_weighted_adapter(["default", "two"], [0.5, 2.0], "mix", combination_type="cat")
     with torch.no_grad():
         outputs = {}
@@ -382,10 +379,7 @@ def test_an_adapter_that_ties_the_head_and_one_that_does_not(names, tmp_path):
     config = {"r": 4, "target_modules": ["embed_tokens"]}
     model = peftfast.get_peft_model(make(), LoraConfig(**config, ensure_weight_tying=True), "tied").eval()
     model.add_adapter("own", LoraConfig(**config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1)
+    oracle.randomised(model, 0.1)
     model.base_model.add_weighted_adapter(names, [1.0, 1.0], "sum", "cat")
     model.base_model.set_adapter(list(dict.fromkeys(names)))
     if names[0] == names[1]:

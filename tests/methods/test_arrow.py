@@ -23,12 +23,7 @@ IDS = torch.randint(1, oracle.VOCABULARY, (3, 9), generator=torch.Generator().ma
 def save_expert(folder, seed: int, **options) -> str:
     torch.manual_seed(seed)
     config = LoraConfig(**{"r": 3, "target_modules": TARGETS, "init_lora_weights": False, **options})
-    model = peftfast.get_peft_model(oracle.llama(), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
+    oracle.randomised(peftfast.get_peft_model(oracle.llama(), config), 0.3, seed).save_pretrained(folder)
     return str(folder)
 
 

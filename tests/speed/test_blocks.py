@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import Twins, assert_no_further, copy_parameters, inputs, llama
+from oracle import Twins, assert_no_further, copy_parameters, gradients, inputs, llama, moved, randomised
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -95,7 +95,7 @@ def test_one_block_is_no_further_than_peft(which, dtype, autocast):
         weights = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
         loss = sum((out.double() * weights[..., : out.shape[-1]].to(base)).sum() for out in outs)
         loss.backward()
-        grads = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+        grads = gradients(layer)
         return {**{f"y{i}": out.detach() for i, out in enumerate(outs)}, "x": x.grad, **grads}
 
     truth = results(copy.deepcopy(twins.theirs).double(), None)
@@ -114,11 +114,7 @@ def test_singular_values_between_the_factors(autocast):
         config = library.AdaLoraConfig(target_modules=ALL, init_r=4, target_r=2, total_step=10, lora_alpha=8)
         models.append(library.get_peft_model(llama(), config).eval())
     ours, theirs = models
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
-    copy_parameters(theirs, ours)
+    copy_parameters(moved(theirs), ours)
     blocks = attached(ours)
     assert kinds(blocks) == FUSED, blocks.report()
     truth = run(copy.deepcopy(theirs).double())
@@ -567,11 +563,8 @@ def test_calls_in_which_an_adapter_is_more_than_a_lora(what):
             m.train().zero_grad()
             torch.manual_seed(1)
             m(input_ids=ids, labels=ids).loss.backward()
-            found.append({n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None})
-            with torch.no_grad():
-                for n, p in m.named_parameters():
-                    if "lora_B" in n:
-                        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n))) * 0.3)
+            found.append(gradients(m))
+            randomised(m, 0.3, only="lora_B")
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from training.tiny import batch, fill, gradients, largest_difference, llama, lora
+from oracle import gradients
+from training.tiny import batch, fill, largest_difference, llama, lora
 
 import peftfast
 

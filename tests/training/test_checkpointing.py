@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from training.tiny import batch, checkpoint, gradients, largest_difference, llama, lora, wrapped
+from oracle import gradients
+from training.tiny import batch, checkpoint, fill, largest_difference, llama, lora, wrapped
 
 import peftfast
 from peftfast.training.checkpointing import require_input_gradients
@@ -77,8 +78,6 @@ def test_injected_adapters(order):
         if checkpointing == "before":
             checkpoint(model, True)
         peftfast.inject_adapter_in_model(lora(peftfast), model)
-        from training.tiny import fill
-
         fill(model)
         if checkpointing == "after":
             checkpoint(model, True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import gradients
 from torch._dynamo.testing import CompileCounterWithBackend
 from training.nf4 import quantise
-from training.tiny import batch, checkpoint, fill, gradients, largest_difference, llama, lora, wrapped
+from training.tiny import batch, checkpoint, fill, largest_difference, llama, lora, wrapped
 
 import peftfast
 from peftfast.ops.host_bound import host_bound_up_to

@@ -10,12 +10,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
+from oracle import gradients
 from packaging import version
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training.nf4 import quantise
-from training.tiny import batch, factors, fill, gradients, llama, lora, wrapped
+from training.tiny import batch, factors, fill, llama, lora, wrapped
 
 import peftfast
 from peftfast.ops import host_bound

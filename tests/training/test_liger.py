@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import gradients
 from processes import run
-from training.tiny import batch, fill, gradients, largest_difference, llama, lora, wrapped
+from training.tiny import batch, fill, largest_difference, llama, lora, wrapped
 
 import peftfast
 

@@ -8,9 +8,10 @@ import pickle
 import peft
 import pytest
 import torch
+from oracle import gradients
 from safetensors.torch import load_file
 from training.nf4 import quantise
-from training.tiny import batch, checkpoint, fill, gradients, largest_difference, llama, lora, wrapped
+from training.tiny import batch, checkpoint, fill, largest_difference, llama, lora, wrapped
 
 import peftfast
 
