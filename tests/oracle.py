@@ -364,22 +364,36 @@ def python_calls(call: Callable[[], Any], events: Sequence[str] = ("call",)) -> 
     return count
 
 
-class Made(TorchDispatchMode):
-    """The tensors that operations make, views and inputs aside: their shapes, and the elements of the largest."""
+class Operations(TorchDispatchMode):
+    """The operations of torch under it.
 
-    def __init__(self):
+    Attributes:
+        names: of all of them. launched: without those that launch nothing on a GPU, views and what is left empty.
+        shapes: of the tensors that they make, views and inputs aside. elements: of the largest of these.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.elements, self.shapes = 0, []
+        self.names: list[str] = []
+        self.launched: list[str] = []
+        self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        self.names.append(name)
+        if not func.is_view and name not in ("_unsafe_view", "empty", "new_empty", "empty_like"):
+            self.launched.append(name)
         known = {a.untyped_storage().data_ptr() for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)}
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
                 self.shapes.append(tuple(t.shape))
-                self.elements = max(self.elements, t.numel())
         return out
+
+    @property
+    def elements(self) -> int:
+        return max(map(math.prod, self.shapes), default=0)
 
 
 def rms_error(value: Tensor, oracle: Tensor) -> float:

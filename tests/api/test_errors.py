@@ -492,7 +492,7 @@ def test_values_are_looked_at_where_they_are(saved):
     """Once each: what a large adapter has is written to no tensor of that size on the way into the model."""
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
     tensors = load_file(saved / WEIGHTS)
-    with oracle.Made() as made:
+    with oracle.Operations() as made:
         peftfast.set_peft_model_state_dict(model, tensors)
     assert made.elements <= 1, made.shapes
 

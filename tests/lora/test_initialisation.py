@@ -284,7 +284,7 @@ def test_a_start_takes_out_of_the_weight_where_it_lies(dtype, copies):
     """What is as large as the weight takes longer at real sizes than the randomised decomposition."""
     model, shape = oracle.llama(layers=1).to(dtype), (32, 64)
     config = LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights="pissa_niter_1")
-    with oracle.Made() as made:
+    with oracle.Operations() as made:
         peftfast.get_peft_model(model, config)
     assert made.shapes.count(shape) == copies, made.shapes
 

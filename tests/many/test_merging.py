@@ -370,7 +370,7 @@ def test_merging_for_good_makes_at_most_one_weight(kind, dtype):
     config = copy.deepcopy(kind)
     config.target_modules = {"0"}
     model = random_adapters(peftfast.get_peft_model(nn.Sequential(nn.Linear(k, n, bias=False, dtype=dtype)), config))
-    with oracle.Made() as made:
+    with oracle.Operations() as made:
         model.base_model.model[0].merge(keep=False)
     wider = [(n, k)] if dtype.itemsize < 4 else []
     assert [shape for shape in made.shapes if math.prod(shape) >= n * k] == wider

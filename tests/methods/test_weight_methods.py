@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Made, One, stored
+from oracle import One, Operations, stored
 from torch import nn
 
 import peftfast
@@ -342,7 +342,7 @@ def test_dora_makes_nothing_of_the_weights_size():
     counts = []
     for model in (ours, theirs):
         x = torch.randn(8, 2048, requires_grad=True)
-        with Made() as largest:
+        with Operations() as largest:
             model(x).sum().backward()
         counts.append(largest.elements)
     print(f"largest allocation: {counts[0]} elements here, {counts[1]} in PEFT; the weight has {2048 * 3072}")

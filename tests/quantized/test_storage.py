@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracle import Made, One
+from oracle import One, Operations
 from torch import nn
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -82,10 +82,10 @@ def test_int8_is_decoded_and_quantised_in_one_place_each():
     """On a CPU every further tensor of a large weight's size takes longer than what is computed in it."""
     weight = base_weight(quantised_linear("int8"))
     whole = tuple(weight.shape)
-    with Made() as made:
+    with Operations() as made:
         exact = weight.dense(torch.float32)
     assert made.shapes.count(whole) == 1, made.shapes
-    with Made() as made:
+    with Operations() as made:
         weight.assign(exact)
     assert made.shapes.count(whole) == 2, made.shapes  # and the codes
 

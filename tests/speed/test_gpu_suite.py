@@ -3,10 +3,10 @@
 import csv
 import sys
 
+import oracle
 import pytest
 import torch
 from processes import ROOT, run
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import contestants as sides
 from bench import gpu, measure, report
@@ -68,26 +68,18 @@ def test_a_page_of_a_run_that_ended_early(tmp_path):
 
 def test_a_pass_computes_gradients_and_adds_to_none():
     """What is added to the gradients of the pass before would be timed with the layer."""
-    names = []
-
-    class Operations(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
     frozen, *others = sides.linear(Size(8, 16, 24, 2), "cpu")
     frozen.call()
-    with Operations():
+    with oracle.Operations() as seen:
         y, dx = frozen.call()
-    assert names.count("mm") == 2 and not {"add", "add_"} & set(names)
+    assert seen.names.count("mm") == 2 and not {"add", "add_"} & set(seen.names)
     assert y.shape == (8, 16) and dx.shape == (8, 24)
     for other in others:
         other.call()
-        names.clear()
-        with Operations():
+        with oracle.Operations() as seen:
             other.call()
         # an update may be added to what it updates, forward and backward
-        assert sum(name.startswith("add") for name in names) <= 4, (other.name, names)
+        assert sum(name.startswith("add") for name in seen.names) <= 4, (other.name, seen.names)
 
 
 def test_unsloths_formula_is_right():
