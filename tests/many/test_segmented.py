@@ -46,11 +46,11 @@ def mixed(model, names, inputs, numbers):
 
 
 @pytest.mark.parametrize("numbers", [False, True])
-@pytest.mark.parametrize("batch", [3, 6])  # row by row and by tiles: 48 and 96 rows
-def test_a_mixed_batch_is_what_its_samples_are_alone(launched, numbers, batch):
+@pytest.mark.parametrize("batch, length", [(3, 4), (6, 16)])  # row by row and by tiles: 12 and 96 rows
+def test_a_mixed_batch_is_what_its_samples_are_alone(launched, numbers, batch, length):
     model = three()
     names = MIX[:batch]
-    inputs = oracle.inputs(model, batch=batch)
+    inputs = oracle.inputs(model, batch, length)
     with torch.no_grad():
         alone = model(**inputs, adapter_names=names).logits
         with use_backend("triton"), mixed(model, names, inputs, numbers):
@@ -70,7 +70,7 @@ def test_one_sort_a_forward_whatever_the_number_of_layers(monkeypatch, numbers):
 
     monkeypatch.setattr(routed, "make_route", counted)
     model = three()
-    inputs = oracle.inputs(model, batch=3)
+    inputs = oracle.inputs(model, batch=3, length=4)
     with torch.no_grad(), use_backend("triton"), mixed(model, ["one", "three", "two"], inputs, numbers):
         model(**inputs)
     # q_proj has all three adapters, v_proj and down_proj have one each; both blocks of the model share the routes
@@ -110,7 +110,7 @@ def test_a_pool_runs_them(launched):
 
 def test_a_number_that_no_adapter_has_is_loud():
     model = three()
-    inputs = oracle.inputs(model, batch=3)
+    inputs = oracle.inputs(model, batch=3, length=4)
     with torch.no_grad(), use_backend("triton"), mixed(model, ["one", "two", BASE], inputs, True) as routing:
         routing.index[1] = len(routing.names)  # what the table of numbers says of one that was never given
         logits = model(**inputs).logits
@@ -134,7 +134,7 @@ def test_one_compiled_graph_serves_every_mix(training):
     model = three().train(training)
     model.set_requires_grad(["one", "two", "three"])
     call, counter = compiled(model, "aot_eager")
-    inputs = {**oracle.inputs(model, batch=3), "use_cache": False}
+    inputs = {**oracle.inputs(model, batch=3, length=4), "use_cache": False}
     for mix in (["one", "two", BASE], ["three"] * 3, ["two", BASE, "two"]):
         numbers = model.base_model.adapter_numbers(mix)
         with torch.set_grad_enabled(training):
