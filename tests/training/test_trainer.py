@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import peft
 import pytest
 import torch
 import transformers
+from oracle import saved_config
 from packaging import version
 from safetensors.torch import load_file
 from training.tiny import batch, files, largest_difference, llama, rows, wrapped
@@ -57,22 +56,14 @@ def test_twenty_steps_checkpoint_and_resume_equal_peft(tmp_path):
     assert len(losses(ours)) == 20
     assert losses(ours) == pytest.approx(losses(theirs), rel=2e-5)
 
-    checkpoint = tmp_path / "peftfast" / "checkpoint-10"
-    there = files(tmp_path / "peft" / "checkpoint-10")
+    checkpoint, theirs_there = (tmp_path / library / "checkpoint-10" for library in ("peftfast", "peft"))
+    there = files(theirs_there)
     assert files(checkpoint) == there
     assert there >= ADAPTER
     assert "model.safetensors" not in there
-    mine, other = (
-        load_file(p / "adapter_model.safetensors") for p in (checkpoint, tmp_path / "peft" / "checkpoint-10")
-    )
+    mine, other = (load_file(folder / "adapter_model.safetensors") for folder in (checkpoint, theirs_there))
     assert largest_difference(mine, other) < 1e-4
-    configs = [
-        json.loads((tmp_path / lib / "checkpoint-10" / "adapter_config.json").read_text())
-        for lib in ("peft", "peftfast")
-    ]
-    for config in configs:
-        config["target_modules"] = sorted(config["target_modules"])
-    assert configs[0] == configs[1]
+    assert saved_config(checkpoint) == saved_config(theirs_there)
 
     resumed = train(peftfast, tmp_path / "again", resume=str(checkpoint))
     assert losses(resumed)[10:] == losses(ours)[10:]
