@@ -2,11 +2,10 @@
 
 import ast
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import start
 
 import peftfast
 
@@ -49,13 +48,8 @@ def test_a_type_checker_knows_names_fields_and_results(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     paths = os.pathsep.join(map(str, (PACKAGE.parent, PACKAGE.parent / "kernels")))
-    run = subprocess.run(
-        [sys.executable, "-m", "mypy", "--follow-imports=silent", f"--cache-dir={tmp_path}/cache", program],
-        cwd=tmp_path,
-        env={**os.environ, "MYPYPATH": paths},
-        capture_output=True,
-        text=True,
-    )
+    command = ["-m", "mypy", "--follow-imports=silent", f"--cache-dir={tmp_path}/cache", program]
+    run = start(command, tmp_path, MYPYPATH=paths)
     said = dict(line.split(":", 2)[1:] for line in run.stdout.splitlines() if line.startswith("program.py"))
     expected = {str(i): line.split("  # ")[1] for i, line in enumerate(PROGRAM.splitlines(), 1) if "  # " in line}
     assert said.keys() == expected.keys(), run.stdout + run.stderr

@@ -1,35 +1,28 @@
 """tools/aot.py finds nothing wrong with the kernels, and does find what it is there to find."""
 
-import importlib.util
+import importlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import ROOT, start
 
 pytest.importorskip("triton")
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "aot.py"
 
 
 def run(*arguments):
     """Python, where Triton compiles."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    return start(arguments, timeout=900, TRITON_INTERPRET=None)
 
 
 def run_tool(*arguments):
-    return run(TOOL, *arguments)
+    return run(ROOT / "tools" / "aot.py", *arguments)
 
 
 @pytest.fixture(scope="module")
 def aot():
     before = os.environ.get("TRITON_INTERPRET")  # the module clears it for its own process
-    spec = importlib.util.spec_from_file_location("aot_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("aot")
     if before is not None:
         os.environ["TRITON_INTERPRET"] = before
     return module

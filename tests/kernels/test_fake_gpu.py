@@ -1,18 +1,14 @@
 """tools/fake_gpu: what it computes, where PyTorch is a CUDA build; what it says where it is not."""
 
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "fake_gpu"
+from processes import ROOT, start
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, timeout=300)
+    return start([ROOT / "tools" / "fake_gpu", *arguments])
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch is a CUDA build")

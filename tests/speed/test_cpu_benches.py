@@ -1,15 +1,14 @@
 """The benches of times on a CPU, at sizes at which times mean nothing: they come to the end of their tables."""
 
-import importlib.util
+import importlib
 import sys
-from pathlib import Path
 
 import oracle
 import pytest
+from processes import ROOT
 
 from peftfast.ops import composed
 
-BENCH = Path(__file__).parents[2] / "bench"
 SMALL = {
     "train_step": "--hidden 64 --layers 1 --tokens 16 --dtype fp32 autocast --rounds 1",
     "decode_step": "--hidden 64 --layers 1 --batch 1 --context 4 --tokens 2 --rounds 1",
@@ -24,16 +23,9 @@ SMALL = {
 @pytest.fixture
 def load(monkeypatch):
     """A script by its name, whose folder is on the path as if it were run."""
-    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.syspath_prepend(ROOT / "bench")
     monkeypatch.setattr(composed, "SMALL", composed.SMALL)  # which one of them replaces
-
-    def loaded(name):
-        spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return loaded
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -6,7 +6,6 @@ left another model behind.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -22,13 +21,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from trust.golden import model as base
 
 import peftfast
 from peftfast.files.io import read_adapter, save_adapter
-
-_spec = importlib.util.spec_from_file_location("golden_model", Path(__file__).parent / "golden" / "model.py")
-base = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(base)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: What a caller can act on. Anything else that comes out of a load is a failure.

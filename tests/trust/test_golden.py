@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import warnings
@@ -12,15 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load as load_safetensors
+from trust.golden import model as base
 
 import peftfast
 from peftfast.files.migrate import expert_layout, migrate_config, migrate_keys
 
 GOLDEN = Path(__file__).parent / "golden"
-_spec = importlib.util.spec_from_file_location("golden_model", GOLDEN / "model.py")
-base = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(base)
-
 ARCHIVE = zipfile.ZipFile(io.BytesIO((GOLDEN / "adapters.zip").read_bytes()))
 CASES = sorted({tuple(name.split("/")[:2]) for name in ARCHIVE.namelist() if name.count("/") == 2})
 RELEASES = sorted({release for release, _ in CASES}, key=lambda v: [int(x) for x in v.split(".")])
