@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.sites import Site, Slot
 from peftfast.sites.called import CalledSite, Holders
-from peftfast.watch import Entry
+from peftfast.watch import Place
 
 if TYPE_CHECKING:
     from peftfast.layers.layer import BaseTunerLayer
@@ -98,7 +98,7 @@ class Adapter:
         # parametrised or sharded modules keep the tensor elsewhere and answer by attribute
         return getattr(owner, key) if value is None else value
 
-    def places(self) -> Iterator[Entry]:
+    def places(self) -> Iterator[Place]:
         """Where its Parameters hang, and what hangs there; None where that is not where they are kept."""
         for where in tuple(self._where):
             parameters, key, owner = self._found(where)

@@ -19,7 +19,7 @@ GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
 )
 
 #: A dict, a key, and what has to be there; None: nothing.
-Entry = tuple[Mapping[Any, Any], Any, Any]
+Place = tuple[Mapping[Any, Any], Any, Any]
 
 _VERSION = attrgetter("_version")
 
@@ -30,7 +30,7 @@ class Watch:
 
     __slots__ = ("entries", "modules")
 
-    def __init__(self, entries: Iterable[Entry], modules: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, entries: Iterable[Place], modules: Iterable[nn.Module] = ()) -> None:
         self.entries = tuple({(id(kept), key): (kept, key, value) for kept, key, value in entries}.values())
         self.modules = tuple([module.__dict__ for module in modules])
 
@@ -80,7 +80,7 @@ class ContentWatch(Watch):
 
     __slots__ = ("content",)
 
-    def __init__(self, entries: Iterable[Entry], content: TensorWatch) -> None:
+    def __init__(self, entries: Iterable[Place], content: TensorWatch) -> None:
         super().__init__(entries)
         self.content = content
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftfast.base.rounding import drawn
 from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, comes_from, frozen, kept_copy, register_format
-from peftfast.watch import Entry
+from peftfast.watch import Place
 from peftfast_kernels.decode import Operand, block_scales, dequantize, levels_of
 
 _TYPES = ("nf4", "fp4")
@@ -141,7 +141,7 @@ class Bnb4Weight(BnbWeight):
         state = self._state()
         return None if self._is_turned(state) else self._operand(state, dtype)
 
-    def lasting(self, w: Operand) -> list[Entry] | None:
+    def lasting(self, w: Operand) -> list[Place] | None:
         own, state = self.module, self._find_state()
         weight = own._parameters.get("weight")
         if weight is None or not w.tensors[0].is_cuda:  # on a CPU, bitsandbytes repacks weights where they are

@@ -9,7 +9,7 @@ from peftfast.base.offload import stored_weight
 from peftfast.base.parameter import ParameterWeight
 from peftfast.base.weight import comes_from, register_format
 from peftfast.sharding import whole_shape
-from peftfast.watch import Entry
+from peftfast.watch import Place
 from peftfast_kernels.decode import Operand
 
 
@@ -70,7 +70,7 @@ class DenseWeight(ParameterWeight):
             self._last = made
         return made
 
-    def lasting(self, w: Operand) -> list[Entry] | None:
+    def lasting(self, w: Operand) -> list[Place] | None:
         own = self.module._parameters
         return [(own, "weight", w.tensors[0])] if own.get("weight") is w.tensors[0] else None
 

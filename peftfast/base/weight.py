@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.offload import device_of
-from peftfast.watch import Entry
+from peftfast.watch import Place
 from peftfast_kernels.decode import Operand
 
 
@@ -56,7 +56,7 @@ class UsualWeight:
     def operand(self, x: Tensor, autocast: torch.dtype | None) -> Operand | None:
         return None  # only the module multiplies by W
 
-    def lasting(self, w: Operand) -> list[Entry] | None:
+    def lasting(self, w: Operand) -> list[Place] | None:
         return None
 
     def seen(self) -> Tensor:
@@ -104,7 +104,7 @@ class BaseWeight(Protocol):
         only it may multiply by W."""
         ...
 
-    def lasting(self, w: Operand) -> list[Entry] | None:
+    def lasting(self, w: Operand) -> list[Place] | None:
         """What `operand` made `w` of: as long as all of it stays, w does. None: it has to be asked every time."""
         ...
 

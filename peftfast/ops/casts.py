@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.ops.function import as_dtype
-from peftfast.watch import Entry, Watch
+from peftfast.watch import Place, Watch
 
 _current = threading.local()
 _PLAIN = (Tensor, nn.Parameter)
 _NONE = (None, None)
-Find = Callable[[], tuple[Sequence[Tensor], Sequence[Entry]]]
+Find = Callable[[], tuple[Sequence[Tensor], Sequence[Place]]]
 _LOOKS = attrgetter("dtype", "shape", "device")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.ops.gate import gated
 from peftfast.sites.site import Site, composed_magnify
-from peftfast.watch import Entry, Watch
+from peftfast.watch import Place, Watch
 
 _PLAIN = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dropout, nn.Identity)}
 
@@ -40,7 +40,7 @@ class Holders:
         modules = [one[name] for one in kept]
         added = [one[name] for one in biased]
         self.places = tuple([(one, name, module) for one, module in zip(kept, modules, strict=True)])
-        self.entries: list[Entry] = [*self.places]
+        self.entries: list[Place] = [*self.places]
         self.entries += [(module._parameters, "bias", None) for module in modules if module not in added]
         self.modules = modules
         self.watch = Watch(self.entries, modules)

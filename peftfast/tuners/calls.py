@@ -17,7 +17,7 @@ from peftfast.method import Call, method_for
 from peftfast.ops.casts import CastStore
 from peftfast.rows.routing import BASE
 from peftfast.training.checkpointing import is_checkpointing, require_input_gradients
-from peftfast.watch import Entry
+from peftfast.watch import Place
 from peftfast.wrapping.inventory import Inventory
 
 #: What may be passed as `alora_offsets`: a number of tokens for every sample.
@@ -192,7 +192,7 @@ class CalledModel:
             return nullcontext()
         return self._casts.window(self.inventory.active, self._active_factors, torch.get_autocast_dtype(device))
 
-    def _active_factors(self) -> tuple[list[Tensor], list[Entry]]:
+    def _active_factors(self) -> tuple[list[Tensor], list[Place]]:
         """The factors, and what has to stay for them to be these."""
         names = self.inventory.active
         adapters = [
