@@ -24,9 +24,13 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable:
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    wanted = [n for n in named.split(",") if n] if named is not None else list(block_class_names(model))
     found = {type(m).__name__: type(m) for m in model.modules()}
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    if named is None:  # parts of a model may name blocks of their own, and blocks that this one has not
+        blocks = {n for m in model.modules() for n in getattr(m, "_no_split_modules", None) or ()}
+        wanted = [n for n in found if n in blocks]
+    else:
+        wanted = [n for n in named.split(",") if n]
     missing = [n for n in wanted if n not in found]
     if missing:
         raise TypeError(f"Could not find the transformer layer class to wrap in the model: {', '.join(missing)}")
@@ -48,16 +52,3 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable:
             functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={found[n] for n in wanted}),
         ],
     )
-
-
-def block_class_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classes that transformers models ask not to be split: their blocks."""
-    names: dict[str, None] = {}
-    for module in model.modules():
-        names.update(
-            dict.fromkeys(
-                module.__dict__.get("_no_split_modules") or getattr(type(module), "_no_split_modules", None) or ()
-            )
-        )
-    present = {type(m).__name__ for m in model.modules()}
-    return tuple(n for n in names if n in present)
