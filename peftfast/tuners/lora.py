@@ -33,5 +33,4 @@ class LoraModel(PeftSteps, BaseTuner):
     def _adapters_of(self, names: str | Sequence[str] | None) -> list[Adapter]:
         """These adapters, or the active ones, in every layer that has them."""
         names = self.active_adapters if names is None else [names] if isinstance(names, str) else names
-        layers = self.inventory.layers.values()
-        return [layer.adapters[name] for layer in layers for name in names if name in layer.adapters]
+        return [adapter for name in names for adapter in self.inventory.adapters(name)]
