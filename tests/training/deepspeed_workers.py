@@ -18,7 +18,7 @@ import torch.distributed as dist
 from processes import answer
 from safetensors.torch import load_file
 from torch import nn
-from training.tiny import batch, checkpoint, llama, rows
+from training.tiny import batch, checkpoint, largest_difference, llama, rows
 
 import peftfast
 
@@ -158,11 +158,6 @@ class Alone:
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
 
 
-def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    assert set(found) == set(expected) and expected, set(found) ^ set(expected)
-    return max(((found[k].double() - e).abs().max() / e.abs().max()).item() for k, e in expected.items())
-
-
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -182,7 +177,7 @@ def train(kind: str, folder: Path) -> dict:
     engine, alone = engine_of(model, kind), Alone(model_of(kind.partition("+")[0]))
     parts = 2 if "accumulation" in flags else 1
     losses = [abs(step(engine, i, parts) / alone.step(i) - 1) for i in range(STEPS)]
-    result = {"losses": max(losses), "weights": error(trained(model), alone.trained())}
+    result = {"losses": max(losses), "weights": largest_difference(trained(model), alone.trained())}
     engine.destroy()
     return result
 
@@ -210,11 +205,11 @@ def init(kind: str, folder: Path) -> dict:
     first = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     # B of LoRA starts at zero
     expected = {n: p for n, p in alone.trained().items() if p.any()}
-    result = {"first": error({n: first[n] for n in expected}, expected)}
+    result = {"first": largest_difference({n: first[n] for n in expected}, expected)}
     engine = engine_of(model.train(), kind)
     alone.model.train()
     result["losses"] = max(abs(step(engine, i) / alone.step(i) - 1) for i in range(2))
-    result["weights"] = error({n: t for n, t in trained(model).items() if n in expected}, expected)
+    result["weights"] = largest_difference({n: t for n, t in trained(model).items() if n in expected}, expected)
     engine.destroy()
     return result
 
@@ -296,7 +291,7 @@ def several(kind: str, folder: Path) -> dict:
     errors = {"both": abs(step(engine, 0) / alone.step(0) - 1)}
     names = ["default", "other"]
     errors["mixed"] = abs(step(engine, 1, adapter_names=names) / alone.step(1, adapter_names=[*names, *names]) - 1)
-    errors["weights"] = error(trained(model), alone.trained())
+    errors["weights"] = largest_difference(trained(model), alone.trained())
     inputs = batch(2, 9)
     with torch.no_grad():
         for who in (model, alone.model):
@@ -405,11 +400,11 @@ def trainer(kind: str, folder: Path) -> dict:
         alone.optimizer.step()
         alone.optimizer.zero_grad()
     result = {
-        "weights": error(whole, peftfast.get_peft_model_state_dict(alone.model)),
-        "checkpoint": error(load_file(folder / "checkpoint-4" / TENSORS), whole),
+        "weights": largest_difference(whole, peftfast.get_peft_model_state_dict(alone.model)),
+        "checkpoint": largest_difference(load_file(folder / "checkpoint-4" / TENSORS), whole),
     }
     trained_model(str(folder / "checkpoint-2"))
-    return {**result, "resumed": error(load_file(folder / "final" / TENSORS), whole)}
+    return {**result, "resumed": largest_difference(load_file(folder / "final" / TENSORS), whole)}
 
 
 RUNS = {f.__name__: f for f in (train, init, past, files, several, refused, schedule, trainer)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from processes import answer
 from torch.utils._python_dispatch import TorchDispatchMode
 from training.nf4 import quantise
-from training.tiny import batch, checkpoint, fill, llama, lora
+from training.tiny import batch, checkpoint, fill, largest_difference, llama, lora
 
 import peftfast
 from peftfast.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
@@ -43,9 +43,9 @@ def draw(kind: str) -> int:
     return sum(int(flag) for flag in kind.split("+") if flag.isdigit())
 
 
-def share(kind: str, rank: int, world: int) -> dict[str, torch.Tensor]:
+def share(kind: str) -> dict[str, torch.Tensor]:
     """This process's part of the batch of eight."""
-    return {k: v.chunk(world)[rank] for k, v in batch(8, 2 + draw(kind)).items()}
+    return {k: v.chunk(dist.get_world_size())[dist.get_rank()] for k, v in batch(8, 2 + draw(kind)).items()}
 
 
 def single(kind: str) -> dict[str, torch.Tensor]:
@@ -53,6 +53,24 @@ def single(kind: str) -> dict[str, torch.Tensor]:
     model = model_of(kind)
     model(**batch(8, 2 + draw(kind))).loss.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def take_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int], parts: int) -> None:
+    """Each on a batch of its own, of which this process has one of so many parts."""
+    for step in steps:
+        model(**{k: v.chunk(parts)[dist.get_rank() % parts] for k, v in batch(4, step).items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def shard(model: torch.nn.Module, **options) -> torch.nn.Module:
+    """By FSDP2, block by block."""
+    from torch.distributed.fsdp import fully_shard
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    for block in [m for m in model.modules() if isinstance(m, LlamaDecoderLayer)]:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
 
 
 class Traffic:
@@ -98,14 +116,6 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    assert set(found) == set(expected), set(found) ^ set(expected)
-    return max(
-        ((found[k].double() - e.double()).abs().max() / e.double().abs().max().clamp_min(1e-12)).item()
-        for k, e in expected.items()
-    )
-
-
 def spread(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The error of all tensors together: for comparing precisions, where the largest single error is chance."""
     squares = [(found[k].double() - e.double()).square().sum() / e.double().square().sum() for k, e in expected.items()]
@@ -113,22 +123,22 @@ def spread(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 
 
 def ddp(kind: str, folder: Path) -> dict:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     model = model_of(kind)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     traffic = Traffic()
     wrapped.register_comm_hook(None, traffic.reduce)
-    wrapped(**share(kind, rank, world)).loss.backward()
+    wrapped(**share(kind)).loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     if "+peft" not in kind:
         model.save_pretrained(folder, is_main_process=rank == 0)
-    return {"error": error(found, single(kind)), "bytes": traffic.bytes, "trained": trained}
+    return {"error": largest_difference(found, single(kind)), "bytes": traffic.bytes, "trained": trained}
 
 
 def fsdp2(kind: str, folder: Path) -> dict:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
     from torch.distributed.tensor import DTensor
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -138,9 +148,7 @@ def fsdp2(kind: str, folder: Path) -> dict:
     offload = CPUOffloadPolicy(pin_memory=False) if "+offload" in kind else OffloadPolicy()
     if "+checkpointing" in kind:
         checkpoint(model)
-    for block in model.get_base_model().model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     assert "+peft" in kind or isinstance(model, peftfast.PeftModel)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(isinstance(p, DTensor) for p in trained)
@@ -152,11 +160,11 @@ def fsdp2(kind: str, folder: Path) -> dict:
         sizes["blocks" if ".layers." in name else "rest"] += size
         sizes["trained"] += size * p.requires_grad
     with Collectives() as traffic:
-        loss = model(**share(kind, rank, world)).loss
+        loss = model(**share(kind)).loss
         loss.backward()
     found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
     expected = single(kind)
-    result = {"error": error(found, expected), "spread": spread(found, expected), "loss": loss.item()}
+    result = {"error": largest_difference(found, expected), "spread": spread(found, expected), "loss": loss.item()}
     result |= {**sizes, **traffic.bytes, "unknown": sorted(traffic.unknown)}
     optimizer.step()
     if "+peft" not in kind:
@@ -183,19 +191,19 @@ def fsdp1(kind: str, folder: Path) -> dict:
 
     from peftfast.training.fsdp import fsdp_auto_wrap_policy
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     model = model_of(kind)
     expected = single(kind)
     wrapped = FSDP(
         model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=True, device_id=torch.device("cpu")
     )
-    loss = wrapped(**share(kind, rank, world)).loss
+    loss = wrapped(**share(kind)).loss
     loss.backward()
     with FSDP.summon_full_params(wrapped, with_grads=True, writeback=False):
         names = {n.replace("_fsdp_wrapped_module.", ""): p for n, p in wrapped.named_parameters()}
         found = {n: p.grad.clone() for n, p in names.items() if p.requires_grad}
         model.save_pretrained(folder, is_main_process=rank == 0)
-    return {"error": error(found, expected), "loss": loss.item()}
+    return {"error": largest_difference(found, expected), "loss": loss.item()}
 
 
 def adalora(kind: str, folder: Path) -> dict:
@@ -203,9 +211,8 @@ def adalora(kind: str, folder: Path) -> dict:
     those of a single process, and which ranks are left."""
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    from torch.distributed.fsdp import fully_shard
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
 
     def prepared(sharded: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         config = peftfast.AdaLoraConfig(
@@ -215,39 +222,29 @@ def adalora(kind: str, folder: Path) -> dict:
         model = peftfast.get_peft_model(llama(), config)
         fill(model)
         if sharded:
-            for layer in model.get_base_model().model.layers:
-                fully_shard(layer)
-            fully_shard(model)
+            shard(model)
         return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
 
-    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, parts: int) -> None:
-        for step in range(first, last):
-            rows = {k: v.chunk(parts)[rank % parts] for k, v in batch(4, seed=step).items()}
-            model(**rows).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
     alone, optimizer = prepared(False)
-    train(alone, optimizer, 0, 8, 1)
+    take_steps(alone, optimizer, range(8), 1)
     model, optimizer = prepared(True)
-    train(model, optimizer, 0, 4, world)
+    take_steps(model, optimizer, range(4), world)
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     checkpoint.save(states, checkpoint_id=folder)
     model, optimizer = prepared(True)
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     checkpoint.load(states, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
-    train(model, optimizer, 4, 8, world)
+    take_steps(model, optimizer, range(4, 8), world)
     found = {n: p.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
     expected = {n: p for n, p in alone.named_parameters() if p.requires_grad}
     ranks = [m.base_model.history[-1].ranks for m in (model, alone)]
-    return {"error": error(found, expected), "ranks": ranks}
+    return {"error": largest_difference(found, expected), "ranks": ranks}
 
 
 def evaluated(kind: str, folder: Path) -> dict:
     """What is done to a model by FSDP2 after an evaluation, which leaves the root's parameters whole for a time:
     how far each thing is from the same in one process."""
-    from torch.distributed.fsdp import fully_shard
 
     rank, world = dist.get_rank(), dist.get_world_size()
     options = {
@@ -265,12 +262,6 @@ def evaluated(kind: str, folder: Path) -> dict:
                 for i, (_, p) in enumerate(sorted((n, p) for n, p in model.named_parameters() if p.requires_grad)):
                     p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)), alpha=0.1)
         return model
-
-    def sharded() -> torch.nn.Module:
-        model = build()
-        for layer in model.get_base_model().model.layers:
-            fully_shard(layer)
-        return fully_shard(model)
 
     def run(model: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
@@ -339,8 +330,8 @@ def evaluated(kind: str, folder: Path) -> dict:
     dist.barrier()
     results = {}
     for what in (off, switched, read, loaded, merged, unmerged, gone, unloaded):
-        ours = sharded()
-        results[what.__name__] = error(what(ours), what(build()))
+        ours = shard(build())
+        results[what.__name__] = largest_difference(what(ours), what(build()))
     return results
 
 
@@ -357,15 +348,14 @@ def prompt(kind: str, folder: Path) -> dict:
         return peftfast.get_peft_model(llama(), config)
 
     model, expected = fully_shard(build()), peftfast.get_peft_model_state_dict(build())
-    found = error(peftfast.get_peft_model_state_dict(model), expected)
+    found = largest_difference(peftfast.get_peft_model_state_dict(model), expected)
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    return {"error": max(found, error(peftfast.get_peft_model_state_dict(model, whole), expected))}
+    return {"error": max(found, largest_difference(peftfast.get_peft_model_state_dict(model, whole), expected))}
 
 
 def late(kind: str, folder: Path) -> dict:
     """Adapters that come to a model which FSDP2 has sharded and evaluated: how far outputs are from those of one
     process, and what is trainable then."""
-    from torch.distributed.fsdp import fully_shard
 
     options = {"target_modules": ["q_proj"], "init_lora_weights": False}
     kinds = {"plain": {}, "tokens": {"trainable_token_indices": [3, 5]}, "saved": {"modules_to_save": ["lm_head"]}}
@@ -388,9 +378,7 @@ def late(kind: str, folder: Path) -> dict:
             yield run(model)
 
     base, trainable = llama(), []
-    for layer in base.model.layers:
-        fully_shard(layer)
-    run(fully_shard(base))
+    run(shard(base))
     for changes in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
         with pytest.raises(RuntimeError, match="Add it before fully_shard"):
             peftfast.get_peft_model(base, lora(peftfast, **changes))
@@ -400,7 +388,7 @@ def late(kind: str, folder: Path) -> dict:
         warnings.filterwarnings("error", message=".*fully_shard")
         expected = list(outputs(llama()))
     assert trainable[0] == trainable[1]
-    return {"error": error(dict(enumerate(found)), dict(enumerate(expected)))}
+    return {"error": largest_difference(dict(enumerate(found)), dict(enumerate(expected)))}
 
 
 def units(kind: str, folder: Path) -> dict:
@@ -410,7 +398,7 @@ def units(kind: str, folder: Path) -> dict:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.fsdp.wrap import CustomPolicy
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
     model = model_of("plain")
     expected = single("plain")
     holders = [m for n, m in model.named_modules() if ".lora_" in n and n.endswith(".default") and m._parameters]
@@ -419,25 +407,24 @@ def units(kind: str, folder: Path) -> dict:
         mesh = init_device_mesh("cpu", (world,))
         for module in (*holders, model):
             fully_shard(module, mesh=mesh)
-        model(**share("plain", rank, world)).loss.backward()
+        model(**share("plain")).loss.backward()
         found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
     else:
         policy = CustomPolicy(lambda module: any(module is one for one in holders))
         wrapped = FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
-        wrapped(**share("plain", rank, world)).loss.backward()
+        wrapped(**share("plain")).loss.backward()
         with FSDP.summon_full_params(wrapped, with_grads=True, writeback=False):
             names = {n.replace("_fsdp_wrapped_module.", ""): p for n, p in wrapped.named_parameters()}
             found = {n: p.grad.clone() for n, p in names.items() if p.requires_grad}
-    return {"error": error(found, expected)}
+    return {"error": largest_difference(found, expected)}
 
 
 def optimizers(kind: str, folder: Path) -> dict:
     """Steps of an optimizer that knows the factors apart and was made before the model was sharded by FSDP2, by
     Accelerate, which gives it the shards in the place of its parameters: how far the parameters are from those of one
     process."""
-    from torch.distributed.fsdp import fully_shard
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
 
     def prepared() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         model = model_of("plain")
@@ -446,22 +433,16 @@ def optimizers(kind: str, folder: Path) -> dict:
         return model, create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-1)
 
     def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int) -> dict[str, torch.Tensor]:
-        for step in range(3):
-            rows = {k: v.chunk(parts)[rank % parts] for k, v in batch(4, seed=step).items()}
-            model(**rows).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        take_steps(model, optimizer, range(3), parts)
         return {n: put_together(p) for n, p in model.named_parameters() if p.requires_grad}
 
     expected = train(*prepared(), 1)
     model, optimizer = prepared()
     names = {p: n for n, p in model.named_parameters()}
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    shard(model)
     for group in optimizer.param_groups:
         group["params"] = [model.get_parameter(names[p]) for p in group["params"]]
-    return {"error": error(train(model, optimizer, world), expected)}
+    return {"error": largest_difference(train(model, optimizer, world), expected)}
 
 
 RUNS = {
