@@ -27,6 +27,13 @@ SAVED = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "init_lor
 TOKENS = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4], "init_lora_weights": False}
 
 
+def layer_by_layer(model, method, *args):
+    """Call it on every layer, as libraries do that know no model of ours."""
+    for module in model.modules():
+        if hasattr(module, "adapter_layer_names"):
+            getattr(module, method)(*args)
+
+
 def mine_did_something(call):
     return {"merge_and_unload", "unmerge_adapter"} & set(call.__code__.co_names)
 
@@ -130,18 +137,12 @@ def test_several_active():
 
 
 def test_layers_by_themselves():
-    """As libraries call them that know no model of ours."""
     pair = Pair()
     for name in ("other", "third", "another"):
         pair.add(name)
 
     def each(method, *args):
-        def call(model, library):
-            for layer in model.modules():
-                if hasattr(layer, "adapter_layer_names"):
-                    getattr(layer, method)(*args)
-
-        pair.both(call)
+        pair.both(lambda model, _: layer_by_layer(model, method, *args))
         pair.check()
 
     each("merge")
@@ -281,9 +282,7 @@ def test_what_layers_were_told_one_by_one_counts(deleted, acts):
 
     def tell(name):
         for model, _ in models:
-            for module in model.modules():
-                if hasattr(module, "adapter_layer_names"):
-                    module.set_adapter(name)
+            layer_by_layer(model, "set_adapter", name)
 
     tell("b")
     for model, functions in models:
@@ -324,9 +323,7 @@ def test_adapters_that_others_delete_layer_by_layer_can_come_again():
                            model, name)  # fmt: skip
             models.append(model)
             if len(models) % 3 == 1:
-                for module in model.modules():
-                    if hasattr(module, "adapter_layer_names"):
-                        module.delete_adapter(name)
+                layer_by_layer(model, "delete_adapter", name)
                 del model.peft_config[name]
     ours, theirs = models[0], models[-1]
     oracle.copy_parameters(theirs, ours)
@@ -411,24 +408,22 @@ def test_disable(options):
 
 
 @pytest.mark.parametrize("options", [FIRST, SAVED, TOKENS], ids=["lora", "modules_to_save", "tokens"])
-@pytest.mark.parametrize("layer_by_layer", [False, True])
-def test_what_is_switched_while_adapters_are_off_is_what_trains_afterwards(options, layer_by_layer):
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_what_is_switched_while_adapters_are_off_is_what_trains_afterwards(options, by_layer):
     """And the adapters that were active before are frozen, then and by the next `set_adapter`."""
     pair = Pair(options)
     pair.add("other", {**SECOND, **{k: v for k, v in options.items() if k == "modules_to_save"}})
 
     def switch(model, name):
         with model.disable_adapter():
-            if layer_by_layer:
-                for module in model.modules():
-                    if hasattr(module, "adapter_layer_names"):
-                        module.set_adapter(name)
+            if by_layer:
+                layer_by_layer(model, "set_adapter", name)
             else:
                 model.set_adapter(name)
 
     for name in ("other", "default"):
         pair.both(lambda m, _, name=name: switch(m, name))
-        if layer_by_layer:
+        if by_layer:
             trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (pair.ours, pair.theirs)]
             assert trained[0] == trained[1] and trained[0]
         else:
@@ -481,16 +476,10 @@ def test_adapters_that_others_have_switched_off_layer_by_layer_are_off_where_one
     """As transformers' `disable_adapters` does it; some of the new one's layers are new."""
     model = oracle.llama().eval()
     peftfast.inject_adapter_in_model(peftfast.LoraConfig(**FIRST), model, "first")
-
-    def switch(enabled):
-        for module in model.modules():
-            if hasattr(module, "adapter_layer_names"):
-                module.enable_adapters(enabled)
-
-    switch(False)
+    layer_by_layer(model, "enable_adapters", False)
     peftfast.inject_adapter_in_model(peftfast.LoraConfig(**SECOND), model, "second")
     assert torch.equal(oracle.logits(model), oracle.logits(oracle.llama()))
-    switch(True)
+    layer_by_layer(model, "enable_adapters", True)
     found = oracle.logits(model)
     peftfast.functional.set_adapter(model, "second")
     assert torch.equal(oracle.logits(model), found)
