@@ -16,6 +16,7 @@ Triton, big ones in cuBLAS; `fused`: big ones in Triton too), and with `+blocks`
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 import os
@@ -23,6 +24,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,23 +172,29 @@ def running_as(contestant: str) -> Iterator[None]:
 
 # ---- what is counted -------------------------------------------------------------------------------------------------
 class OneLinear(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, k: int, n: int) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(*LINEAR[1:], bias=False)
+        self.q_proj = nn.Linear(k, n, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.q_proj(x)
 
 
-def built(scope: str, contestant: str, mode: str, dropout: float) -> nn.Module:
+@lru_cache(maxsize=1)  # one after the other, contestants have the same
+def base(scope: str, mode: str, k: int, n: int) -> nn.Module:
     dtype, _, storage = MODES[mode]
     layers = 1 if scope == "layer" else 2
-    model = OneLinear().to(dtype) if scope == "linear" else llama(SHAPE, layers, dtype, "cpu", vocabulary=96)
+    model = OneLinear(k, n).to(dtype) if scope == "linear" else llama(SHAPE, layers, dtype, "cpu", vocabulary=96)
     if storage == "nf4":
         import peftfast
 
         skip = None if scope == "linear" else ["lm_head"]
         peftfast.quantize_model(model, "nf4", compute_dtype=dtype, skip=skip)
+    return model
+
+
+def built(scope: str, contestant: str, mode: str, dropout: float) -> nn.Module:
+    model = copy.deepcopy(base(scope, mode, *LINEAR[1:]))
     if contestant == "frozen":
         return model.requires_grad_(False)
     import importlib
@@ -286,21 +294,22 @@ def measure(scope: str, contestant: str, mode: str, dropout: float) -> dict[str,
             _attach_blocks(model)
         forward, backward, inputs = passes(scope, model, mode)
         for _ in range(2):  # caches, optimizer state
-            with nullcontext() if Trace.products else Trace():
+            with Trace():
                 backward(forward())
         with Trace() as first:
             y = forward()
         with Trace() as second:
             backward(y)
         tensors = [*inputs, *model.parameters(), *model.buffers()]
-        for holder in model.modules():  # what quantised weights keep beside the Parameter
-            state = getattr(holder, "quant_state", None)
+        for parameter in model.parameters():  # what quantised weights keep beside the Parameter
+            state = getattr(parameter, "quant_state", None)
             tensors += [t for t in vars(state).values() if isinstance(t, Tensor)] if state is not None else []
             inner = getattr(state, "state2", None)
             tensors += [t for t in vars(inner).values() if isinstance(t, Tensor)] if inner is not None else []
         casts = getattr(getattr(model, "base_model", None), "_casts", None)
         tensors += casts.copies if casts is not None else []
-        kept = kept_bytes(forward, tensors)
+        with Trace():
+            kept = kept_bytes(forward, tensors)
     one, two = first.count(), second.count()
     return {
         "scope": scope, "mode": mode, "dropout": dropout, "contestant": contestant,
