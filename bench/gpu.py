@@ -174,6 +174,7 @@ class Bench:
                 if is_lost(self.device):
                     raise Lost(suite, position) from None
             gc.collect()
+            gc.freeze()  # modules that the case was the first to import take as long to look through as its comparison
             if self.clock.on_gpu:
                 torch.cuda.empty_cache()
         done = sum(row["suite"] == suite for row in self.rows)
@@ -275,6 +276,7 @@ class Bench:
 
         def measure(case: tuple) -> None:
             torch.compiler.reset()  # there is a limit to how often one code is compiled before it is left as it is
+            gc.unfreeze()  # what was compiled before is garbage now
             (one_layer if len(case) == 2 else one_linear)(case)
 
         linears = [case for case in linear_cases(True, self.dry) if case[2].format != "int8"]
