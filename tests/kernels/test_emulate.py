@@ -1,34 +1,23 @@
 """tools/emulate.py runs compiled kernels right, and does find what it is there to find."""
 
-import os
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
+from ptx import multiprocessor
+from ptx.program import parse
+from ptx.traffic import Traffic
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-@pytest.fixture(scope="module")
-def ptx():
-    """Module of tools/ptx, by name."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        from ptx import multiprocessor, program, traffic
-    finally:
-        sys.path.remove(str(TOOLS))
-    return {"multiprocessor": multiprocessor, "program": program, "traffic": traffic}
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "emulate.py"
 
 
 def emulate(*arguments):
+    """The tool, where Triton compiles."""
     pytest.importorskip("triton")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, TOOLS / "emulate.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return processes.start([TOOL, *arguments], TRITON_INTERPRET=None)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +69,13 @@ HEAD = """
 TAIL = "\tret;\n}\n"
 
 
-def launch(ptx, body, values, threads=64, **options):
+def launch(body, values, threads=64, **options):
     """Runs the body on an array: %rd2 is the thread's place in it, %r5 in shared memory, %r6 that of the other warp."""
     array = np.array(values, np.uint32)
-    program = ptx["program"].parse(HEAD + body + TAIL)
+    program = parse(HEAD + body + TAIL)
     arguments = [struct.pack("<Q", array.ctypes.data), struct.pack("<i", 7)]
     ranges = [(array.ctypes.data, array.ctypes.data + array.nbytes)]
-    ptx["multiprocessor"].run(program, arguments, (1, 1, 1), threads, 4 * threads, ranges, **options)
+    multiprocessor.run(program, arguments, (1, 1, 1), threads, 4 * threads, ranges, **options)
     return array
 
 
@@ -109,14 +98,14 @@ NUMBERS = np.arange(64, dtype=np.uint32)
 EXCHANGED = np.roll(NUMBERS, 32)
 
 
-def test_threads_exchange_numbers(ptx):
-    assert (launch(ptx, EXCHANGE.format("bar.sync 	0;"), NUMBERS) == EXCHANGED).all()
+def test_threads_exchange_numbers():
+    assert (launch(EXCHANGE.format("bar.sync 	0;"), NUMBERS) == EXCHANGED).all()
     for eager in (False, True):
         body = COPY.format("cp.async.wait_group 	0;")
-        assert (launch(ptx, body, NUMBERS, eager=eager) == EXCHANGED).all()
+        assert (launch(body, NUMBERS, eager=eager) == EXCHANGED).all()
 
 
-def test_threads_part_and_meet(ptx):
+def test_threads_part_and_meet():
     """A loop whose end each thread reaches in its own time."""
     body = """
 	and.b32 	%r7, %r2, 3;
@@ -131,58 +120,58 @@ $L__BB0_3:
 	add.s32 	%r8, %r8, %r1;
 	st.global.b32 	[%rd2], %r8;
 """
-    assert (launch(ptx, body, NUMBERS) == NUMBERS % 4 + 7).all()
+    assert (launch(body, NUMBERS) == NUMBERS % 4 + 7).all()
 
 
-def fault(ptx, body, values=NUMBERS, **options):
-    with pytest.raises(ptx["multiprocessor"].Fault) as caught:
-        launch(ptx, body, values, **options)
+def fault(body, values=NUMBERS, **options):
+    with pytest.raises(multiprocessor.Fault) as caught:
+        launch(body, values, **options)
     return str(caught.value)
 
 
-def test_races_are_found(ptx):
-    assert "another warp wrote since the last barrier\n    ld.shared" in fault(ptx, EXCHANGE.format(""))
+def test_races_are_found():
+    assert "another warp wrote since the last barrier\n    ld.shared" in fault(EXCHANGE.format(""))
     late = EXCHANGE.format("bar.sync 	0;") + "\tst.shared.b32 	[%r5], %r8;\n"
-    assert "another warp read since the last barrier\n    st.shared" in fault(ptx, late)
+    assert "another warp read since the last barrier\n    st.shared" in fault(late)
     together = "\tst.shared.b32 	[%r4], %r2;\n"
-    assert "two warps write other values" in fault(ptx, together)
-    assert (launch(ptx, "\tst.shared.b32 	[%r4], %r1;\n", NUMBERS) == NUMBERS).all()  # the same value: nobody minds
+    assert "two warps write other values" in fault(together)
+    assert (launch("\tst.shared.b32 	[%r4], %r1;\n", NUMBERS) == NUMBERS).all()  # the same value: nobody minds
 
 
-def test_copies_that_nobody_waits_for_are_late(ptx):
+def test_copies_that_nobody_waits_for_are_late():
     """What is read is what shared memory starts with: NaN."""
-    assert (launch(ptx, COPY.format(""), NUMBERS) == 0xFFFFFFFF).all()
+    assert (launch(COPY.format(""), NUMBERS) == 0xFFFFFFFF).all()
 
 
-def test_accesses_outside_and_misaligned_are_found(ptx):
+def test_accesses_outside_and_misaligned_are_found():
     store = "\tst.global.b32 	[%rd2+{}], %r1;\n"
-    assert (launch(ptx, store.format(0), NUMBERS) == 7).all()
-    assert "4 bytes at 256 of a tensor of 256 bytes" in fault(ptx, store.format(4))
-    assert "4 bytes at -4 of a tensor" in fault(ptx, store.format(-4))
-    assert "no multiple of 4" in fault(ptx, store.format(2))
-    assert "of 256 bytes shared" in fault(ptx, "\tst.shared.b32 	[%r5+4], %r1;\n")
+    assert (launch(store.format(0), NUMBERS) == 7).all()
+    assert "4 bytes at 256 of a tensor of 256 bytes" in fault(store.format(4))
+    assert "4 bytes at -4 of a tensor" in fault(store.format(-4))
+    assert "no multiple of 4" in fault(store.format(2))
+    assert "of 256 bytes shared" in fault("\tst.shared.b32 	[%r5+4], %r1;\n")
 
 
-def test_a_barrier_for_some_is_found(ptx):
+def test_a_barrier_for_some_is_found():
     body = "\tsetp.lt.s32 	%p1, %r2, 32;\n\t@%p1 bar.sync 	0;\n"
-    assert "a part of the threads of a program at a barrier" in fault(ptx, body)
+    assert "a part of the threads of a program at a barrier" in fault(body)
 
 
-def test_registers_that_nobody_wrote_are_found(ptx):
-    assert "%r9 is read before it is written" in fault(ptx, "\tst.global.b32 	[%rd2], %r9;\n")
+def test_registers_that_nobody_wrote_are_found():
+    assert "%r9 is read before it is written" in fault("\tst.global.b32 	[%rd2], %r9;\n")
 
 
-def test_instructions_that_are_not_known_are_refused(ptx):
+def test_instructions_that_are_not_known_are_refused():
     with pytest.raises(NotImplementedError, match="tcgen05"):
-        launch(ptx, "\ttcgen05.mma 	%r7, %r8;\n", NUMBERS)
+        launch("\ttcgen05.mma 	%r7, %r8;\n", NUMBERS)
 
 
 @pytest.mark.parametrize(("stride", "cycles"), [(4, 1), (8, 2), (128, 32)])
-def test_conflicts_of_banks_are_counted(ptx, stride, cycles):
-    traffic = ptx["traffic"].Traffic()
+def test_conflicts_of_banks_are_counted(stride, cycles):
+    traffic = Traffic()
     body = f"\tmul.lo.s32 	%r7, %r2, {stride};\n\tst.shared.b32 	[%r7], %r1;\n"
     array = np.zeros(32 * 32, np.uint32)
-    program = ptx["program"].parse(HEAD + body + TAIL)
+    program = parse(HEAD + body + TAIL)
     arguments = [struct.pack("<Q", array.ctypes.data), struct.pack("<i", 7)]
-    ptx["multiprocessor"].run(program, arguments, (1, 1, 1), 32, 4096, traffic=traffic)
+    multiprocessor.run(program, arguments, (1, 1, 1), 32, 4096, traffic=traffic)
     assert [counts[1:] for counts in traffic.counts.values()] == [[cycles, 1]]
