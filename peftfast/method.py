@@ -119,10 +119,14 @@ class Parametric(Protocol):
 
 
 class Additive(Protocol):
-    """Optional, known by its one function: adapters that add a matrix to the weight, as a plain LoRA could."""
+    """Optional, known by its first function: adapters that add a matrix to the weight, as a plain LoRA could."""
 
     def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
         """The down and the up factor of what merging adds, scaling included; None where it has none."""
+        ...
+
+    def merged_together(self, site: Site, dense: Dense, adapters: Sequence[Adapter]) -> Dense:
+        """Optional: `merged` for several that have a product, in one step, rounded once if `dense` is `spare`."""
         ...
 
 

@@ -13,6 +13,7 @@ from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
 from peftfast.errors import no_such_adapter, warn
 from peftfast.layers.walk import base_modules, base_parameters
+from peftfast.ops.finite import is_finite
 from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
 from peftfast.sites import Dense, bias_of
 
@@ -260,17 +261,20 @@ class Merger:
                 "beside it, or name other modules in target_modules."
             )
 
-    def _steps(self, base: Dense, names: Sequence[str]) -> Iterator[tuple[str, Dense]]:
-        """The adapters, each with the weight that it and those before it are in."""
+    def _steps(self, base: Dense, names: Sequence[str]) -> Iterator[tuple[list[str], Dense]]:
+        """The adapters, each, or all together, with the weight that it and those before it are in."""
         layer = self.layer
         adapters = [layer.adapters[name] for name in names]
+        if base.spare and len(adapters) > 1:
+            yield list(names), adapters[0].method.merged_together(layer.site, base, adapters)
+            return
         dense = base
         for method in dict.fromkeys(adapter.method for adapter in adapters):
             if hasattr(type(method), "before_merging"):
                 dense = method.before_merging(layer.site, dense, [one for one in adapters if one.method is method])
         for adapter in adapters:
             dense = adapter.method.merged(layer.site, dense, adapter, base)
-            yield adapter.name, dense
+            yield [adapter.name], dense
 
     def _check_together(self, names: Sequence[str]) -> None:
         """ValueError if these cannot be in one weight beside what is in it."""
@@ -284,15 +288,15 @@ class Merger:
         """The base with these adapters, wide, with `in_place` in the place of the base where that is as wide;
         ValueError, if `check`, for one that makes a value not finite."""
         weight = self.layer.site.weight
-        dtype, once = weight.merge_dtype, len(names) == 1 and self._in_one_step(names[0])
+        dtype, once = weight.merge_dtype, self._in_one_step(names)
         if once:  # which rounds once
             dtype = torch.promote_types(weight.compute_dtype, torch.float32)
         base = dense = self._dense(dtype, self._stored(dtype) if in_place and once and not check else None)
         if once and not is_distributed(dense.weight):
             base = dense._replace(spare=True)
-        for name, dense in self._steps(base, names):
+        for inside, dense in self._steps(base, names):
             if check:
-                self._check_finite(dense, name)
+                self._check_finite(dense, inside)
         return dense
 
     def _stored(self, dtype: torch.dtype) -> Tensor | None:
@@ -303,11 +307,21 @@ class Merger:
         seen = weight.seen()
         return seen if seen.data_ptr() == self._parameter.data_ptr() else None
 
-    def _in_one_step(self, name: str) -> bool:
-        """Whether an adapter adds one product of factors, or scales the weight."""
-        adapter = self.layer.adapters[name]
-        as_product = getattr(adapter.method, "as_product", None)
-        return hasattr(adapter.method, "scales") or as_product is not None and as_product(adapter) is not None
+    def _in_one_step(self, names: Sequence[str]) -> bool:
+        """Whether these add products of factors that are one product together, or one scales the weight."""
+        adapters = [self.layer.adapters[name] for name in names]
+        methods = {adapter.method for adapter in adapters}
+        if len(methods) != 1:
+            return False
+        (method,) = methods
+        if len(adapters) > 1:
+            together = hasattr(method, "merged_together") and not hasattr(method, "before_merging")
+            if not together or is_distributed(self._parameter):
+                return False
+        elif hasattr(method, "scales"):
+            return True
+        as_product = getattr(method, "as_product", None)
+        return as_product is not None and all(as_product(adapter) is not None for adapter in adapters)
 
     def _dense(self, dtype: torch.dtype, weight: Tensor | None = None) -> Dense:
         """The base layer as it is; of the weight a copy, if it is not given."""
@@ -315,21 +329,24 @@ class Merger:
         weight = self.layer.site.weight.dense(dtype) if weight is None else weight
         return Dense(weight, None if bias is None else bias.detach().to(dtype))
 
-    def _check_finite(self, dense: Dense, name: str) -> None:
+    def _check_finite(self, dense: Dense, names: Sequence[str]) -> None:
         """ValueError for values that are not finite, or that storing would make infinite."""
         layer = self.layer
-        is_broken = not all(torch.isfinite(t).all() for t in layer.adapters[name].parameters().values())
-        found = [t for t in (dense.weight, dense.bias) if t is not None]
-        if any(t.isnan().any() or is_broken and t.isinf().any() for t in found):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         dtypes = {"weights": layer.site.weight.compute_dtype}
         if dense.bias is not None:
             dtypes["bias"] = layer.base_layer.bias.dtype
         for (what, dtype), tensor in zip(dtypes.items(), dense, strict=False):
-            if (tensor.abs() > torch.finfo(dtype).max).any():
-                raise ValueError(
-                    f"NaNs detected in the merged {what}: with the adapter {name} they exceed what {dtype} can hold"
-                )
+            if is_finite(tensor, dtype):
+                continue
+            factors = {n: layer.adapters[n].parameters().values() for n in names}
+            broken = [n for n in names if not all(torch.isfinite(t).all() for t in factors[n])]
+            if tensor.isnan().any() or broken and tensor.isinf().any():
+                named = ", ".join(broken or names)
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {named} seems to be broken")
+            raise ValueError(
+                f"NaNs detected in the merged {what}: with the adapter {', '.join(names)} they exceed what {dtype} can "
+                "hold"
+            )
 
     @torch.no_grad()
     def _store(self, dense: Dense, rounding: str, apart: bool = False) -> None:

@@ -25,6 +25,7 @@ from peftfast.sites.bound import BoundLora, BoundRuns, Weighted
 from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot, UsualSite, bias_of, is_plain, is_untouched, probe_of, register_site
 from peftfast_kernels.decode import Operand
+from peftfast_kernels.op import row_chunks
 
 if TYPE_CHECKING:
     from peftfast.rows.routing import Rows
@@ -217,7 +218,12 @@ class LinearSite(UsualSite):
         return b @ a
 
     def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
-        return (weight.addmm_ if in_place else weight.addmm)(b, a, alpha=scale)
+        if a.dtype is weight.dtype:
+            return (weight.addmm_ if in_place else weight.addmm)(b, a, alpha=scale)
+        out = weight if in_place else torch.empty_like(weight)
+        for rows in row_chunks(*weight.shape, 1 << 18, weight.device):
+            out[rows] = weight[rows].to(a.dtype).addmm_(b[rows], a, alpha=scale)
+        return out
 
     def vector_shape(self, side: str) -> tuple[int, ...]:
         n, k = self.weight.shape

@@ -214,7 +214,7 @@ class Site(Protocol):
 
     def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
         """W + scale · B A for W [N, K], which may be written to if `in_place`: what merging makes; errors as in
-        `delta`."""
+        `delta`. Factors wider than W are for a sum as wide as they are."""
         ...
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:

@@ -363,16 +363,24 @@ def test_a_layer_merged_by_itself_says_nothing_of_the_others(call):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("kind", [LoraConfig(), peftfast.AdaLoraConfig(total_step=10)], ids=["lora", "adalora"])
-def test_merging_for_good_makes_at_most_one_weight(kind, dtype):
-    """A wider one, where the sum would be rounded otherwise."""
+@pytest.mark.parametrize(
+    "kind, count",
+    [(LoraConfig(), 1), (LoraConfig(lora_bias=True), 3), (peftfast.AdaLoraConfig(total_step=10), 1)],
+    ids=["lora", "three", "adalora"],
+)
+@pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
+def test_merging_for_good_makes_at_most_one_weight(kind, count, dtype, safe):
+    """A wider one, where the sum would be rounded otherwise, or one to be looked at before it is stored."""
     n, k = 192, 4096
     config = copy.deepcopy(kind)
     config.target_modules = {"0"}
-    model = random_adapters(peftfast.get_peft_model(nn.Sequential(nn.Linear(k, n, bias=False, dtype=dtype)), config))
+    model = peftfast.get_peft_model(nn.Sequential(nn.Linear(k, n, dtype=dtype)), config, "n0")
+    for i in range(1, count):
+        model.add_adapter(f"n{i}", config)
+    random_adapters(model)
     with oracle.Operations() as made:
-        model.base_model.model[0].merge(keep=False)
-    wider = [(n, k)] if dtype.itemsize < 4 else []
+        model.base_model.model[0].merge(safe, list(model.peft_config), keep=False)
+    wider = [(n, k)] if safe or dtype.itemsize < 4 else []
     assert [shape for shape in made.shapes if math.prod(shape) >= n * k] == wider
 
 

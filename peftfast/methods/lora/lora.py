@@ -210,14 +210,27 @@ class Lora:
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = (f.to(dense.weight.dtype) for f in self.pair(adapter))
-        weight = site.with_delta(dense.weight, a, b, float(adapter.scale), dense.spare)
-        dense = dense._replace(weight=weight)
-        if not adapter.cfg.lora_bias:
-            return dense
-        if dense.bias is None:
-            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-        bias = up_bias(adapter).to(dense.bias.dtype)
-        return dense._replace(bias=dense.bias + adapter.scale * bias)
+        bias = adapter.scale * up_bias(adapter).to(dense.weight.dtype) if adapter.cfg.lora_bias else None
+        return _added(site, dense, a, b, float(adapter.scale), bias)
+
+    def merged_together(self, site: Site, dense: Dense, adapters: Sequence[Adapter]) -> Dense:
+        """See `Additive`."""
+        wide = site.weight.merge_dtype
+        pairs = [tuple(f.to(wide) for f in self.pair(adapter)) for adapter in adapters]
+        rank = sum(len(a) for a, _ in pairs) // site.experts
+        one = combined(site, adapters, pairs, [1.0] * len(adapters), Combination("cat"), rank)
+        down, up = adapters[0].pair
+        return _added(site, dense, one[down], one[up], 1.0, one.get(f"{up}.bias"))
+
+
+def _added(site: Site, dense: Dense, a: Tensor, b: Tensor, scale: float, bias: Tensor | None) -> Dense:
+    """A weight with the product of factors, and a bias with another one."""
+    dense = dense._replace(weight=site.with_delta(dense.weight, a, b, scale, dense.spare))
+    if bias is None:
+        return dense
+    if dense.bias is None:
+        raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+    return dense._replace(bias=dense.bias + bias)
 
 
 def widened(x: Tensor, y: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
