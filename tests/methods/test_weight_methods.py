@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracle import One, Operations, stored
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import peftfast
 
@@ -362,6 +363,15 @@ def test_dora_norm_is_the_direct_one(kind, storage, factors):
     a, b = (adapter[s].detach().double() for s in adapter.slots if s.endswith(("_A", "_B")))
     direct = layer.site.output_norm(layer.site.weight.dense(torch.float64) + 2.0 * layer.site.delta(a, b))
     torch.testing.assert_close(_norm(layer.site, adapter).double(), direct, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(64, 48), nn.Conv2d(64, 48, 1, groups=4), nn.Embedding(64, 48)])
+def test_dora_starts_without_the_product_of_its_factors(base):
+    """Which is zero, and of a high rank takes longer than the norm."""
+    config = peftfast.LoraConfig(r=32, target_modules=["m"], use_dora=True)
+    with FlopCounterMode(display=False) as counted:
+        peftfast.get_peft_model(One(base), config)
+    assert counted.get_total_flops() <= 2 * 64 * 48
 
 
 @pytest.mark.parametrize("storage", FORMATS)

@@ -79,8 +79,10 @@ class Dora(Lora):
 
     def init(self, site: Site, adapter: Adapter) -> None:
         initialise(site, *factors(adapter), adapter)
-        norm = _norm(site, adapter)
-        adapter[MAGNITUDE].copy_(norm.view(adapter[MAGNITUDE].shape))
+        a, b = (f.detach() for f in factors(adapter))
+        if b.is_cpu and not (b.any() and a.any()):  # one rank is as zero as all; a GPU would compile a kernel for it
+            a, b = a[: site.groups], b[:, :1]
+        adapter[MAGNITUDE].copy_(site.adapted_norm(a, b, adapter.scale).view(adapter[MAGNITUDE].shape))
 
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         for adapter in active:
