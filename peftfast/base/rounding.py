@@ -72,12 +72,13 @@ def store(weight: BaseWeight, exact: Tensor, rounding: str = "auto") -> Rounded 
         weight.assign(exact)
         return None
     exact = exact.to(weight.device)
-    chunks = _looked_at(exact, 1 if weight.quantization else _SAMPLED)
+    as_kept = exact.t() if weight.transposed else exact
+    chunks = _looked_at(as_kept, 1 if weight.quantization else _SAMPLED)
     base = [rows if weight.quantization else rows.clone() for rows in _rows(weight, chunks)]
     draws = weight.draws and rounding != "nearest"
     before = weight.snapshot() if draws and weight.quantization else None  # whose scales are drawn with
     weight.assign(exact)
-    rounded = _compare(base, exact, weight, chunks)
+    rounded = _compare(base, as_kept, weight, chunks)
     lost = (rounded.kept - 1).abs() > 1 - ENOUGH  # not where infinities make it NaN, which are to stay
     if not draws or rounding == "auto" and not bool(lost):
         return rounded
@@ -85,7 +86,7 @@ def store(weight: BaseWeight, exact: Tensor, rounding: str = "auto") -> Rounded 
         weight.restore(before)
     seed = zlib.crc32(weight.name.encode())
     weight.assign_stochastic(exact, torch.Generator(exact.device).manual_seed(seed))
-    return _compare(base, exact, weight, chunks)._replace(nearest=rounded.kept)
+    return _compare(base, as_kept, weight, chunks)._replace(nearest=rounded.kept)
 
 
 def _looked_at(exact: Tensor, every: int) -> list[slice]:
@@ -95,7 +96,9 @@ def _looked_at(exact: Tensor, every: int) -> list[slice]:
 
 
 def _rows(weight: BaseWeight, chunks: Iterable[slice]) -> list[Tensor]:
+    """As they lie in memory, where a copy of some is one of what is together."""
     seen = weight.seen()
+    seen = seen.t() if weight.transposed else seen
     return [seen[rows] for rows in chunks]
 
 

@@ -219,7 +219,7 @@ class LinearSite(UsualSite):
 
     def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
         if a.dtype is weight.dtype:
-            return (weight.addmm_ if in_place else weight.addmm)(b, a, alpha=scale)
+            return (weight if in_place else weight.clone()).addmm_(b, a, alpha=scale)  # as the weight lies in memory
         out = weight if in_place else torch.empty_like(weight)
         for rows in row_chunks(*weight.shape, 1 << 18, weight.device):
             out[rows] = weight[rows].to(a.dtype).addmm_(b[rows], a, alpha=scale)

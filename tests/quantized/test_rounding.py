@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import One, rms_error
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -164,6 +165,30 @@ def test_what_a_part_of_a_large_weight_shows_is_true_of_all(size):
     seen = change.numel() / 5
     deviation = lost.std() * seen**0.5 / (seen * change.square().mean())
     assert 0 < abs(found.kept - kept) < 5 * deviation
+
+
+class Scattered(TorchDispatchMode):
+    """The operations that copy numbers, of weights or parts of them, that do not lie together."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        copied = args[:2] if func is torch.ops.aten.copy_.default else args[:1] * ("clone" in str(func))
+        if any(t.numel() >= 1 << 14 and not (t.is_contiguous() or t.mT.is_contiguous()) for t in copied):
+            self.found.append((func, args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_a_weight_kept_the_other_way_round_is_read_as_it_lies(use_dora):
+    """Numbers of which each is in another line of memory take many times as long."""
+    config = peftfast.LoraConfig(target_modules=["m"], use_dora=use_dora)
+    model = peftfast.get_peft_model(One(Conv1D(256, 1024).bfloat16()), config)
+    with Scattered() as scattered:
+        model.base_model.model.m.merge()
+    assert not scattered.found
 
 
 def test_no_change_changes_nothing():
