@@ -73,11 +73,11 @@ class ConvSite(UsualSite):
             b = b.reshape(*b.shape, *self._ones)
         return self._conv(t, b, groups=self.module.groups)
 
-    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if self.module.groups > 1:
             # every output channel sees all input channels through A, which a grouped weight has no place for
             raise NotImplementedError("Merging is not supported for _ConvNd layers with groups > 1!")
-        return b.flatten(1) @ a.flatten(1)
+        return b.flatten(1), a.flatten(1)
 
     def _per_channel(self, s: Tensor) -> Tensor:
         return s.reshape(-1, *self._ones)

@@ -140,8 +140,8 @@ class EmbeddingSite(UsualSite):
     def drop(self, x: Tensor, dropout: float) -> Tensor:
         return x  # token ids: nothing to drop, as in PEFT
 
-    def delta(self, a: Tensor, b: Tensor) -> Tensor:
-        return (b @ a).t()
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.t(), b.t()
 
     def scale_input(self, x: Tensor, s: Tensor) -> Tensor:
         raise ValueError("An embedding has no input features to scale")

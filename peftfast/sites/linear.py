@@ -25,7 +25,6 @@ from peftfast.sites.bound import BoundLora, BoundRuns, Weighted
 from peftfast.sites.holders import linear_holder
 from peftfast.sites.site import Slot, UsualSite, bias_of, is_plain, is_untouched, probe_of, register_site
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.op import row_chunks
 
 if TYPE_CHECKING:
     from peftfast.rows.routing import Rows
@@ -214,16 +213,8 @@ class LinearSite(UsualSite):
     def up(self, t: Tensor, b: Tensor) -> Tensor:
         return F.linear(t, b)
 
-    def delta(self, a: Tensor, b: Tensor) -> Tensor:
-        return b @ a
-
-    def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
-        if a.dtype is weight.dtype:
-            return (weight if in_place else weight.clone()).addmm_(b, a, alpha=scale)  # as the weight lies in memory
-        out = weight if in_place else torch.empty_like(weight)
-        for rows in row_chunks(*weight.shape, 1 << 18, weight.device):
-            out[rows] = weight[rows].to(a.dtype).addmm_(b[rows], a, alpha=scale)
-        return out
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return b, a
 
     def vector_shape(self, side: str) -> tuple[int, ...]:
         n, k = self.weight.shape

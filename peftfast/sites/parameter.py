@@ -75,6 +75,9 @@ class ParameterSite(UsualSite):
         left, right = self.factors(a, b)
         return (left @ right).flatten(0, 1)
 
+    def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
+        return (weight.add_ if in_place else weight.add)(self.delta(a, b), alpha=scale)
+
     def split(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of every expert, [E, r, K] and [E, N, r]."""
         return per_expert(a, b, self.experts)

@@ -16,6 +16,7 @@ from peftfast.ops.function import as_dtype
 from peftfast.ops.gate import gated
 from peftfast.ops.scale import scale_features
 from peftfast.watch import GLOBAL_HOOKS
+from peftfast_kernels.op import row_chunks
 
 if TYPE_CHECKING:
     from peftfast.sites.bound import BoundLora
@@ -101,8 +102,19 @@ class UsualSite:
     def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.module(x, *args, **kwargs)
 
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        left, right = self.factors(a, b)
+        return left @ right
+
     def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
-        return (weight.add_ if in_place else weight.add)(self.delta(a, b), alpha=scale)
+        left, right = self.factors(a, b)
+        if left.dtype is weight.dtype:
+            # a copy lies in memory as the weight does
+            return (weight if in_place else weight.clone()).addmm_(left, right, alpha=scale)
+        out = weight if in_place else torch.empty_like(weight)
+        for rows in row_chunks(*weight.shape, 1 << 18, weight.device):
+            out[rows] = weight[rows].to(left.dtype).addmm_(left[rows], right, alpha=scale)
+        return out
 
     def adapt(
         self,
@@ -204,17 +216,21 @@ class Site(Protocol):
         """t -> B t, shaped as the module's output."""
         ...
 
-    def delta(self, a: Tensor, b: Tensor) -> Tensor:
-        """B A as a change of W [N, K].
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices, or stacks of them, whose product B A is as a change of W [N, K].
 
         Raises:
             NotImplementedError: the product is no weight of this module (grouped convolutions).
         """
         ...
 
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        """B A as a change of W [N, K]; errors as in `factors`."""
+        ...
+
     def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
         """W + scale · B A for W [N, K], which may be written to if `in_place`: what merging makes; errors as in
-        `delta`. Factors wider than W are for a sum as wide as they are."""
+        `factors`. Factors wider than W are for a sum as wide as they are."""
         ...
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:

@@ -384,6 +384,23 @@ def test_merging_for_good_makes_at_most_one_weight(kind, count, dtype, safe):
     assert [shape for shape in made.shapes if math.prod(shape) >= n * k] == wider
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("base", [nn.Conv2d(256, 256, 3), nn.Embedding(2048, 512)], ids=["conv", "embedding"])
+def test_the_product_of_factors_is_added_where_it_is_made(base, count):
+    model = peftfast.get_peft_model(nn.Sequential(copy.deepcopy(base)), LoraConfig(r=4, target_modules=["0"]), "n0")
+    for i in range(1, count):
+        model.add_adapter(f"n{i}", LoraConfig(r=4, target_modules=["0"]))
+    layer = random_adapters(model).base_model.model[0]
+    exact = base.weight.detach().double()
+    for name in model.peft_config:
+        exact = exact + layer.double().get_delta_weight(name)
+    layer.float()
+    with oracle.Made() as made:
+        layer.merge(adapter_names=list(model.peft_config), keep=False)
+    torch.testing.assert_close(layer.weight, exact.float())
+    assert made.elements <= base.weight.numel() / 2
+
+
 def test_disabled_while_merged_and_merged_for_good():
     model = two()
     with torch.no_grad(), warnings.catch_warnings():
