@@ -3,8 +3,8 @@ up again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from operator import attrgetter
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,6 +68,10 @@ class TensorWatch:
         tensors = list(tensors)
         return None if any(t.is_inference() for t in tensors) else cls(tensors)
 
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the very tensors."""
+        return len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors))
+
     def holds(self) -> bool:
         return (
             list(map(_VERSION, self.tensors)) == self.versions
@@ -80,8 +84,8 @@ class ContentWatch(Watch):
 
     __slots__ = ("content",)
 
-    def __init__(self, entries: Iterable[Place], content: TensorWatch) -> None:
-        super().__init__(entries)
+    def __init__(self, entries: Iterable[Place], content: TensorWatch, modules: Iterable[nn.Module] = ()) -> None:
+        super().__init__(entries, modules)
         self.content = content
 
     def holds(self) -> bool:

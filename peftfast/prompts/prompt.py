@@ -16,7 +16,7 @@ from peftfast.config import PromptLearningConfig, TaskType
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import PeftWarning, warn
 from peftfast.sharding import copy_whole, is_distributed, put_together, whole_shape
-from peftfast.watch import TensorWatch
+from peftfast.watch import ContentWatch, TensorWatch
 
 Inputs = dict[str, Any]  # the keyword arguments of the base model's forward
 
@@ -83,7 +83,7 @@ class BasePromptEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: tuple[TensorWatch, Tensor] | None = None
+        self._kept: tuple[ContentWatch, Tensor] | None = None
 
     @property
     def has_network(self) -> bool:
@@ -120,19 +120,23 @@ class BasePromptEncoder(nn.Module):
 
     def virtual_tokens(self) -> Tensor:
         """`[rows, width]`: the virtual tokens. What a network makes is computed once and kept while no gradient is
-        wanted and no parameter changes; any forward with gradients forgets it."""
+        wanted and neither parameters nor modules change, nor any is hooked; any forward with gradients forgets it."""
         if not self.has_network:
             return self._compute()
-        parameters = list(self.parameters())
-        wants_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        wants_grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if wants_grad or self.training or torch.compiler.is_compiling():
             self._kept = None
             return self._compute()
         if self._kept is None or not self._kept[0].holds():
             with torch.inference_mode(False), torch.no_grad():  # a tensor that later forwards with gradients may use
                 tokens = self._compute()
-            watch = TensorWatch.of(parameters)
-            if watch is None:
+            content = TensorWatch.of(self.parameters())
+            if content is None:
+                return tokens
+            modules = list(self.modules())
+            held = [(kept, *item) for m in modules for kept in (m._parameters, m._modules) for item in kept.items()]
+            watch = ContentWatch(held, content, modules)
+            if not watch.holds():  # hooks have had a hand in this, and may be gone in the next call
                 return tokens
             self._kept = (watch, tokens)
         return self._kept[1]
@@ -181,6 +185,9 @@ class BasePromptEncoder(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._kept = None
         return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
 
 class PromptEncoders(nn.ModuleDict):

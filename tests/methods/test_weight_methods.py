@@ -449,6 +449,25 @@ def test_dora_caching_reads_the_weight_once():
         assert layer.lora_magnitude_vector["default"]._kept is None
 
 
+def test_dora_caching_sees_other_tensors_in_the_same_places():
+    from peftfast.helpers import DoraCaching
+
+    x = make_input("linear", "fp32")
+    model = make(peftfast, "dora", "linear", "fp32").eval()
+    layer = model.base_model.model.m
+    with torch.no_grad(), DoraCaching():
+        first, others = model(x), {n: 2 * p for n, p in model.named_parameters()}
+        called = torch.func.functional_call(model, others, (x,))
+        assert torch.equal(model(x), first)
+        for holder in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+            holder.weight = nn.Parameter(2 * holder.weight)
+            y, *_ = exact(model, "dora", "linear", x)
+            torch.testing.assert_close(model(x).double(), y, rtol=1e-5, atol=1e-5)
+        model.load_state_dict(others)
+        y, *_ = exact(model, "dora", "linear", x)
+        torch.testing.assert_close(called.double(), y, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("caching", [False, True])
 def test_dora_of_inference_tensors(caching):
     from peftfast.helpers import DoraCaching

@@ -3,6 +3,7 @@ checkpointing, in a mixed batch."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from oracle import python_calls
 from prompts.tiny import CAUSAL, METHODS, RECURRENT, assert_same, base, batch, config, gradients, ours, result
+from torch import Tensor, nn
 
 import peftfast
 
@@ -167,10 +169,8 @@ def test_network_runs_once_at_inference(method: str):
     model = double("llama", method).eval()
     inputs = {k: v for k, v in batch("llama").items() if k != "labels"}
     encoder = model.prompt_encoder["default"]
-    calls = [0]
-    next(iter(getattr(encoder, encoder.networks[-1]))).register_forward_hook(
-        lambda *_: calls.__setitem__(0, calls[0] + 1)
-    )
+    calls, compute = [0], encoder._compute
+    encoder._compute = lambda: (calls.__setitem__(0, calls[0] + 1), compute())[1]
     with torch.no_grad():
         first = result(model(**inputs))
         for _ in range(3):
@@ -190,6 +190,39 @@ def test_network_runs_once_at_inference(method: str):
         changed = result(model(**inputs))
         encoder._kept = None
         assert torch.equal(changed, result(model(**inputs)))
+
+
+@pytest.mark.parametrize("method", ["mlp", "lstm", "projected"])
+def test_kept_prompt_sees_other_parameters_modules_and_hooks(method: str):
+    """As PEFT does, which keeps nothing."""
+    model = double("llama", method).eval()
+    inputs = {k: v for k, v in batch("llama").items() if k != "labels"}
+    encoder = model.prompt_encoder["default"]
+    network = getattr(encoder, encoder.networks[-1])
+
+    @torch.no_grad()
+    def output(kept: bool) -> Tensor:
+        if not kept:
+            encoder._kept = None
+        return result(model(**inputs))
+
+    with torch.no_grad():
+        first, doubled = output(True), {n: 2 * p for n, p in model.named_parameters() if n.startswith("prompt_encoder")}
+        called = torch.func.functional_call(model, doubled, (), inputs)
+        assert torch.equal(output(True), first)
+        hook = network.register_forward_hook(lambda _module, _args, out: 2 * out)
+        assert not torch.equal(output(True), first)
+        hook.remove()
+        assert torch.equal(output(True), first)
+        assert copy.deepcopy(encoder)._kept is None
+        network[0] = copy.deepcopy(network[0])
+        network[0].weight.mul_(2)
+        assert torch.equal(output(True), output(False))
+        for name, tensor in doubled.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+        assert torch.equal(output(True), output(False))
+    assert torch.equal(result(called), output(False))
 
 
 def test_kept_prompt_from_inference_mode_can_be_trained_through():

@@ -141,11 +141,11 @@ def _kept_norm(site: Site, adapter: Adapter) -> Tensor:
     if holder.training:
         return _norm(site, adapter)
     kept, scale = holder._kept, adapter.scale
-    if kept is None or kept.scale is not scale or not kept.watch.holds():
+    read = [*factors(adapter), site.module.weight, *([scale] if isinstance(scale, Tensor) else [])]
+    if kept is None or kept.scale is not scale or not (kept.watch.is_of(read) and kept.watch.holds()):
         with torch.inference_mode(False), torch.no_grad():  # later forwards with gradients may use it
             norm = _norm(site, adapter)
-        written = [*factors(adapter), site.module.weight]
-        watch = TensorWatch.of([*written, scale] if isinstance(scale, Tensor) else written)
+        watch = TensorWatch.of(read)
         if watch is None:
             return norm
         holder.__dict__["_kept"] = kept = _Kept(norm, scale, watch)
