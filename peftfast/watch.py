@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -52,7 +53,8 @@ class Watch:
 
 class TensorWatch:
     """Tensors that nobody may write to or give other memory. Writing through `tensor.data` leaves no trace to see; none
-    of them may be an inference tensor, which does not count writes."""
+    of them may be an inference tensor, which does not count writes, or what functorch's transforms wrap one in, which
+    has no memory of its own."""
 
     __slots__ = ("tensors", "versions", "addresses", "_aliases")
 
@@ -66,7 +68,8 @@ class TensorWatch:
     def of(cls, tensors: Iterable[Tensor]) -> TensorWatch | None:
         """None where changes could not be seen."""
         tensors = list(tensors)
-        return None if any(t.is_inference() for t in tensors) else cls(tensors)
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        return None if any(t.is_inference() or wrapped(t) for t in tensors) else cls(tensors)
 
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the very tensors."""

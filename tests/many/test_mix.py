@@ -189,6 +189,19 @@ def test_what_optimizers_write_without_a_trace_is_seen(how):
     assert torch.equal(after, mixed(fresh)) and differing(before, after) == NAMES
 
 
+def test_a_mixed_batch_for_each_of_several_sets_of_factors():
+    """`vmap` over all Parameters, whose memory nobody can ask for."""
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = peftfast.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()), config, "a").eval()
+    model.add_adapter("b", config)
+    x, names = torch.randn(2, 8), {"adapter_names": ["a", "b"]}
+    many = {n: torch.stack([p.detach(), 2 * p.detach()]) for n, p in model.named_parameters()}
+    found = torch.vmap(lambda own: torch.func.functional_call(model, own, (x,), names))(many)
+    for i, one in enumerate(found):
+        own = {n: p[i] for n, p in many.items()}
+        torch.testing.assert_close(one, torch.func.functional_call(model, own, (x,), names))
+
+
 def test_a_new_adapter_of_an_old_name_acts_where_the_old_one_did_not():
     model = several()
     fewer = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)

@@ -225,6 +225,16 @@ def test_kept_prompt_sees_other_parameters_modules_and_hooks(method: str):
     assert torch.equal(result(called), output(False))
 
 
+def test_several_networks_at_once():
+    """`vmap` over a network's Parameters, whose memory nobody can ask for."""
+    model, inputs = double("llama", "mlp").eval(), {"input_ids": batch("llama")["input_ids"]}
+    model.get_base_model().set_attn_implementation("eager")
+    many = {n: torch.stack([p.detach(), 2 * p.detach()]) for n, p in model.named_parameters() if p.requires_grad}
+    found = torch.vmap(lambda own: result(torch.func.functional_call(model, own, (), inputs)))(many)
+    model.load_state_dict({n: p[1] for n, p in many.items()}, strict=False)
+    assert_same(found[1], result(model(**inputs)), 1e-12)
+
+
 def test_kept_prompt_from_inference_mode_can_be_trained_through():
     model = double("llama", "projected").eval()
     model.set_adapter("default", inference_mode=True)
