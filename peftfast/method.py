@@ -100,6 +100,8 @@ class Tieable(Protocol):
         differ, theirs transposed."""
         ...
 
+    # Optional: init_untied(site, adapter), as `init`, of a tied module's other slots, where a method has any.
+
 
 class Bindable(Protocol):
     """Optional, known by its one function: a call of few steps for the adapters that a layer usually has."""

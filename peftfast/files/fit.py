@@ -191,8 +191,7 @@ class Fit:
                 current = entry.tensor()
                 if current.is_meta:
                     entry.replace(torch.empty_like(current, device=layer.site.weight.device))
-            with torch.no_grad():
-                adapter.method.init(layer.site, adapter)
+            layer.initialise(adapter)
 
     def apply(self, model: nn.Module, assign: bool = False) -> None:
         """Copy the tensors in; tensors on the meta device are replaced."""

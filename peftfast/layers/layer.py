@@ -123,11 +123,24 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         adapter = Adapter(name, cfg, key, method, slots, self)
         adapter.locate()
         self.adapters[name] = adapter
-        if initialise and source is None and device.type != "meta":
-            with torch.no_grad(), self.whole_for(adapter):
-                method.init(self.site, adapter)
+        if initialise and device.type != "meta":
+            with self.whole_for(adapter):
+                self.initialise(adapter)
         self.changed(name)
         return adapter
+
+    @torch.no_grad()
+    def initialise(self, adapter: Adapter) -> None:
+        """Give an adapter's tensors their first values, all but those that it keeps in another layer."""
+        if adapter.name not in self.merger.sources:
+            adapter.method.init(self.site, adapter)
+        elif self.own_slots(adapter):
+            adapter.method.init_untied(self.site, adapter)
+
+    def own_slots(self, adapter: Adapter) -> set[str]:
+        """Those slots of an adapter that are not another layer's."""
+        tied = adapter.method.tied_slots(self.site) if adapter.name in self.merger.sources else ()
+        return {name for name, slot in adapter.slots.items() if name not in tied and slot.fill is None}
 
     def whole_for(self, adapter: Adapter) -> AbstractContextManager:
         """See `sharding.whole`: of the base and this adapter."""

@@ -129,9 +129,10 @@ class Merger:
         return self.kept is not None and self.kept["parameter"] is not None
 
     def follows(self, name: str) -> bool:
-        """Whether the weight is also that of the adapter's source, which merges it for both."""
-        source = self.sources.get(name)
-        return source is not None and source.base_layer.weight is self.layer.base_layer.weight
+        """Whether the weight is also that of the adapter's source, which merges it for both: the change is the same."""
+        source, layer = self.sources.get(name), self.layer
+        shared = source is not None and source.base_layer.weight is layer.base_layer.weight
+        return shared and not layer.own_slots(layer.adapters[name])
 
     def merge(
         self,

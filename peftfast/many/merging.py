@@ -68,13 +68,15 @@ def add_weighted_adapter(
     try:
         with torch.no_grad():
             for layer in [one for key in keys for one in (layers[key], *layers[key].inside().values())]:
-                if adapter_name in layer.merger.sources:
+                made = layer.adapters[adapter_name]
+                own = layer.own_slots(made)
+                if not own:
                     continue  # what it has is made where it is kept
                 parts = [(layer.adapters[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer.adapters]
-                made = layer.adapters[adapter_name]
                 tensors = method.combine(layer.site, [a for a, _ in parts], [w for _, w in parts], how, made)
                 for slot, tensor in tensors.items():
-                    made[slot].copy_(put_together(tensor))
+                    if slot.partition(".")[0] in own:
+                        made[slot].copy_(put_together(tensor))
             for wrapper in inventory.extras.values():
                 if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                     _combine_copies(wrapper, adapters, weights, adapter_name)

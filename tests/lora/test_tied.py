@@ -1,6 +1,7 @@
 """Modules that share one weight with the input embedding, rows of it that are trained, and what a config calls a head:
 the same modules, keys and logits as in PEFT."""
 
+import copy
 import importlib
 import warnings
 
@@ -403,6 +404,33 @@ def test_a_tied_embedding_is_matched(name, embedding, tmp_path):
         again = peftfast.PeftModel.from_pretrained(seeded(make), tmp_path, strict=True).eval()
     torch.testing.assert_close(logits(again), logits(model))
     expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make, targets",
+    [(lambda: oracle.llama(tied=True, pad_token_id=None), ["lm_head"]), (oracle.gpt2, ["wte"]), (t5, ["shared"])],
+    ids=["llama", "gpt2", "t5"],
+)
+def test_magnitudes_of_tied_modules_are_their_own(make, targets, tmp_path):
+    """Rows of a head's weight have magnitudes, and columns of the table, so that merged they are two weights."""
+    config = peftfast.LoraConfig(r=4, target_modules=targets, use_dora=True, ensure_weight_tying=True)
+    model = peftfast.get_peft_model(seeded(make), copy.deepcopy(config)).eval()
+    torch.testing.assert_close(logits(model), logits(seeded(make)))
+    head = model.get_base_model().lm_head
+    torch.testing.assert_close(head.lora_magnitude_vector["default"].weight, head.base_layer.weight.norm(dim=1))
+    randomise(model)
+    expected = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected) and head.weight is model.get_input_embeddings().weight
+    model.base_model.add_weighted_adapter(["default"], [1.0], "same")
+    model.set_adapter("same")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = peftfast.PeftModel.from_pretrained(seeded(make), tmp_path, strict=True).eval()
+    assert torch.equal(logits(again), expected)
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
 
 

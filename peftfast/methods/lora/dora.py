@@ -79,6 +79,10 @@ class Dora(Lora):
 
     def init(self, site: Site, adapter: Adapter) -> None:
         initialise(site, *factors(adapter), adapter)
+        self.init_untied(site, adapter)
+
+    def init_untied(self, site: Site, adapter: Adapter) -> None:
+        """See `Tieable`: rows of a table and rows of a head's weight are not the same features."""
         a, b = (f.detach() for f in factors(adapter))
         if b.is_cpu and not (b.any() and a.any()):  # one rank is as zero as all; a GPU would compile a kernel for it
             a, b = a[: site.groups], b[:, :1]
