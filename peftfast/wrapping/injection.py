@@ -194,6 +194,11 @@ def plan_injection(
     _complete(cfg, model, method, by_keys=keys is not None)
     always = getattr(method, "always_ties", False)
     tied, tied_saved = ([], []) if always else plan_tying(inventory, cfg, heads)
+    if tied and not hasattr(method, "tied_slots"):
+        raise ValueError(
+            f"{enumerate_some(tied)}: an adapter of {cfg.peft_type} is no module's that shares a weight with the input "
+            "embedding and is to share the adapter, too. Leave them out of target_modules, or ensure_weight_tying."
+        )
     matcher, matched = _match(cfg, model, names, renamed=by_config and not strict)
     if keys is not None:
         matched = _given(inventory, keys, matched)

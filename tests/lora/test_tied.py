@@ -434,6 +434,14 @@ def test_magnitudes_of_tied_modules_are_their_own(make, targets, tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_adalora_of_tied_modules_is_refused():
+    base = oracle.llama(tied=True)
+    config = peftfast.AdaLoraConfig(total_step=10, target_modules=["lm_head"], ensure_weight_tying=True)
+    with pytest.raises(ValueError, match="lm_head"):
+        peftfast.get_peft_model(base, config)
+    assert type(base.lm_head) is torch.nn.Linear
+
+
 @pytest.mark.parametrize("library", [peft, peftfast])
 def test_what_is_a_bias(library, tmp_path):
     """Parameters called `bias`, not whatever has the word in its name: T5's tables of positions stay frozen."""
