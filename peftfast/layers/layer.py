@@ -26,6 +26,10 @@ from peftfast.rows.control import Control
 from peftfast.sharding import GatheredAsOne, whole
 from peftfast.sites import Site, Slot, has_site, make_site
 
+#: What others keep on a module about this one and none around it, and look for before they take it off or put something
+#: in its place: hooks of accelerate and diffusers, torch's parametrizations.
+OF_ONE_MODULE = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook", "parametrizations"})
+
 #: A Parameter by the dict it is in and its key there, behind the dict, key and value its owner was found by.
 Place = tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]
 
@@ -410,7 +414,7 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         except AttributeError:
             # models read attributes of their own layers (embedding_dim, stride, ...), which only the base has
             base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name.startswith("__"):
+            if base is None or name.startswith("__") or name in OF_ONE_MODULE:
                 raise
             value = absent_in(self, name)
             return getattr(base, name) if value is None else value

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.base.weight import base_weight
 from peftfast.errors import enumerate_some
-from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.layer import OF_ONE_MODULE, BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.rows.control import Control
 from peftfast.rows.routing import Routing
@@ -51,7 +51,8 @@ class AuxiliaryTrainingWrapper(StandIn, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "_modules" not in self.__dict__ or not self._modules:
+            own = name.startswith("__") or name in OF_ONE_MODULE
+            if own or "_modules" not in self.__dict__ or not self._modules:
                 raise
             try:
                 standing_in = self._standing_in()

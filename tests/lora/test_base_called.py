@@ -339,6 +339,31 @@ def test_merging_into_an_offloaded_base(kind, tmp_path):
             torch.testing.assert_close(merged(X), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_others_keep_on_the_base_module_is_not_on_its_wrapper():
+    """For accelerate puts a hook in the place of one that is there, and who looks for hooks or parametrizations in all
+    modules takes them off each that has some."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    net = Net()
+    for module in (net.first, net.second):
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu"))
+        module._diffusers_hook = None
+    parametrizations.orthogonal(net.first)
+    cfg = peftfast.LoraConfig(target_modules=["first"], modules_to_save=["second"], init_lora_weights=False)
+    model = peftfast.get_peft_model(net, cfg)
+    expected = model(X)
+    for wrapper in (model.get_base_model().first, model.get_base_model().second):  # as `dispatch_model` does
+        hooks.add_hook_to_module(wrapper, hooks.AlignDevicesHook("cpu"))
+        assert not hasattr(wrapper, "_diffusers_hook")
+    assert torch.equal(model(X), expected)
+    hooks.remove_hook_from_submodules(model)
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+    assert not any(map(parametrize.is_parametrized, model.modules()))
+    torch.testing.assert_close(model(X), expected)
+
+
 def test_loading_onto_an_offloaded_base(tmp_path):
     torch.manual_seed(5)
     source = peft.get_peft_model(Net(), config(peft))
