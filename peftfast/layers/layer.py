@@ -164,6 +164,10 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         if known or name in ("_active_adapter", "_disable_adapters"):
             self.__dict__["_plan"] = None
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As by assignment; torch's own, `register_module` too, passes by that."""
+        setattr(self, name, module)
+
     def _look_at(self, module: nn.Module) -> None:
         """Compute with another base module from now on. Wrappers of the one before, which have its weight, leave it."""
         if not has_site(module):

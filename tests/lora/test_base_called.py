@@ -136,15 +136,16 @@ def test_unknown_subclass():
         torch.testing.assert_close(ours.merge_and_unload()(X), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("put", ["__setattr__", "register_module", "add_module"])
 @pytest.mark.parametrize("kind", [nn.Linear, Shifted])
 @pytest.mark.parametrize("dora", [False, True])
-def test_another_base_module_in_its_place(kind, dora):
+def test_another_base_module_in_its_place(kind, dora, put):
     ours, theirs = pair(Net, use_dora=dora)
     for model in (ours, theirs):
         model(X)
         torch.manual_seed(1)
         layer = model.base_model.model.first
-        layer.base_layer = kind(16, 24).requires_grad_(False)
+        getattr(layer, put)("base_layer", kind(16, 24).requires_grad_(False))
     agree(ours, theirs, X)
     if dora and kind is Shifted:
         return  # a shift of the output is not in the weight that the magnitudes multiply
