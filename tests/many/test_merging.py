@@ -395,7 +395,7 @@ def test_the_product_of_factors_is_added_where_it_is_made(base, count):
     for name in model.peft_config:
         exact = exact + layer.double().get_delta_weight(name)
     layer.float()
-    with oracle.Made() as made:
+    with oracle.Operations() as made:
         layer.merge(adapter_names=list(model.peft_config), keep=False)
     torch.testing.assert_close(layer.weight, exact.float())
     assert made.elements <= base.weight.numel() / 2
