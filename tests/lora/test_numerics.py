@@ -15,6 +15,7 @@ from torch import nn
 import peftfast
 from peftfast.ops import blocks, composed, dora, host_bound, scale, velora
 from peftfast.ops import lora as lora_ops
+from peftfast.ops.gate import gate_rows
 from peftfast.ops.plan import Part, plan_of
 from peftfast_kernels.decode import dense, random_operand
 from peftfast_kernels.keep_mask import keep_mask, keep_scale
@@ -447,6 +448,11 @@ def packed(part):
     return part._replace(w=w, plan=part.plan._replace(format=w.format))
 
 
+def gate_of(x, g):
+    """[..., 4], one number for every rank."""
+    return g[:4] * torch.ones_like(x[..., :4])
+
+
 #: name -> outputs [..., N] for x [..., K], a part of both, the output of a base module and N numbers
 WAYS = {
     "kernels": lambda x, part, y, g: [lora_ops.by_kernels(x, part)],
@@ -455,7 +461,11 @@ WAYS = {
     "gated MLP": lambda x, part, y, g: [blocks.gated_mlp(x, part, part, part, "silu")],
     "composed": lambda x, part, y, g: [composed.composed_lora(x, part)],
     "composed over packed weights": lambda x, part, y, g: [composed.composed_lora(x, packed(part))],
-    "on an output": lambda x, part, y, g: [lora_ops.lora_linear_add(y, x, part.a, part.b, 2.0, 0.0)],
+    "gated": lambda x, part, y, g: [lora_ops.by_kernels(x, part, gate_rows(gate_of(x, g)))],
+    "on an output": lambda x, part, y, g: [lora_ops.lora_linear_add(y, x, part.a, part.b, 2.0, part.plan.dropout)],
+    "gated on an output": lambda x, part, y, g: [
+        lora_ops.lora_linear_add(y, x, part.a, part.b, 2.0, part.plan.dropout, gate_of(x, g))
+    ],
     "DoRA": lambda x, part, y, g: [dora.dora_linear_add(y, x, part.a, part.b, g, part.bias, 2.0)],
     "VeLoRA": lambda x, part, y, g: [
         velora.velora_linear_add(y, x, part.a, part.b, 2.0, 0.0, lambda rows: velora.mean_direction(rows, 4), 1.0)
@@ -523,6 +533,17 @@ def test_a_graph_of_the_gradients_does_not_change_them(way):
         found.append(torch.autograd.grad(total, values, create_graph=graph, allow_unused=True))
     assert any(one is not None for one in found[0])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_do_not_depend_on_what_else_needs_one(way):
+    function, values = differentiated(way, 0.3)
+    whole = torch.autograd.grad(function(*values).square().sum(), values, allow_unused=True)
+    for i, expected in enumerate(whole):
+        alone = [value.detach().requires_grad_(k == i) for k, value in enumerate(values)]
+        if expected is not None:
+            (found,) = torch.autograd.grad(function(*alone).square().sum(), alone[i : i + 1])
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
