@@ -72,6 +72,18 @@ def test_groups_of_runs_and_without():
     assert Groups(torch.tensor([[0, 1]]), 4).hit[1] is None
 
 
+@pytest.mark.parametrize("x_dtype, w_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("rows, count", [(4, 4), (40, 20)], ids=["in step", "many runs"])
+def test_weights_of_another_dtype(rows, count, x_dtype, w_dtype):
+    """As under autocast."""
+    x, w = torch.randn(rows, 16).to(x_dtype), torch.randn(count, 16, 24).to(w_dtype)
+    groups = Groups((torch.arange(rows) % count)[:, None], count)
+    x = x[groups.order]
+    expected = torch.stack([one.double() @ w[e].to(x_dtype).double() for one, e in zip(x, groups.experts, strict=True)])
+    y = experts_linear(x, w, groups, None)
+    assert y.dtype == x_dtype and oracle.rms_error(y, expected) < 2 * torch.finfo(x_dtype).eps
+
+
 @pytest.mark.parametrize("count, factors", [(2, True), (12, True), (2, False)])
 def test_second_derivatives(count, factors):
     def draw(*shape):

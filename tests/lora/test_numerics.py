@@ -457,7 +457,7 @@ def gate_of(x, g):
 WAYS = {
     "kernels": lambda x, part, y, g: [lora_ops.by_kernels(x, part)],
     "host-bound": lambda x, part, y, g: [host_bound.host_bound_lora(x, part)],
-    "siblings": lambda x, part, y, g: blocks.lora_siblings(x, [part, part]),
+    "siblings": lambda x, part, y, g: blocks.lora_siblings(x, [part] * 3),
     "gated MLP": lambda x, part, y, g: [blocks.gated_mlp(x, part, part, part, "silu")],
     "composed": lambda x, part, y, g: [composed.composed_lora(x, part)],
     "composed over packed weights": lambda x, part, y, g: [composed.composed_lora(x, packed(part))],
@@ -502,7 +502,8 @@ def differentiated(way, dropout=0.0):
         part = Part(w, bias, a, b, plan_of(w, torch.float64, 2.0, dropout))
         if way == "IA3":  # whose product of equal dtypes is torch's
             return scale._ScaleFeatures.apply(y, g)
-        return sum(WAYS[way](x, part, y, g)[::2])  # of siblings, one that nobody asks
+        outputs = WAYS[way](x, part, y, g)
+        return outputs[len(outputs) // 2]  # of siblings, the one in the middle alone
 
     return function, values
 

@@ -94,6 +94,15 @@ def test_a_forward_keeps_its_copies_beside_another_threads(monkeypatch):
     assert torch.equal(copy, parameter.detach().bfloat16())
 
 
+def test_copies_follow_a_parameter_that_is_given_another_shape():
+    """As AdaLoRA's are where its ranks are cut."""
+    store, parameter = CastStore(), torch.nn.Parameter(torch.randn(3, 4))
+    for rank in (3, 2):
+        parameter.data = torch.randn(rank, 4)
+        ((_, copy),) = store.refreshed(["default"], lambda: ([parameter], []), torch.bfloat16).values()
+        assert torch.equal(copy, parameter.detach().bfloat16())
+
+
 @pytest.mark.parametrize("kind", ["lora", "host-bound", "dora", "velora", "fused"])
 def test_weights_that_are_others_in_a_forward_before_the_backward_pass(kind, monkeypatch):
     """An average of the weights for a teacher, say, put into the parameters' memory and out again."""
