@@ -128,11 +128,11 @@ class AdaLoraModel(PeftSteps, BaseTuner):
         return [a for a in self.inventory.adapters(name) if VALUES in a]  # others may be of another method
 
     def _allocator(self, name: str) -> RankAllocator:
-        allocator, cfg = self._allocators.get(name), self.peft_config[name]
-        if allocator is None or allocator.cfg is not cfg:
-            allocator = self._allocators[name] = RankAllocator(cfg, self._adapters(name))
-        if allocator.adapters is None:  # of a copy of the model
-            allocator.adapters = self._adapters(name)
+        allocator, cfg, adapters = self._allocators.get(name), self.peft_config[name], self._adapters(name)
+        if allocator is not None and allocator.adapters is None:  # of a copy of the model
+            allocator.adapters = adapters
+        if allocator is None or allocator.cfg is not cfg or allocator.adapters != adapters:  # deleted, and added anew
+            allocator = self._allocators[name] = RankAllocator(cfg, adapters)
         return allocator
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -775,6 +775,18 @@ def test_several_adapters_may_be_trained_one_after_the_other():
     assert steps == {"default": 5, "second": 3}
 
 
+def test_an_adapter_that_is_added_anew_begins_its_schedule_anew():
+    """Also of the same config, where the model's own method has not deleted the one before."""
+    cfg = peftfast.AdaLoraConfig(**OPTIONS)
+    ours = peftfast.get_peft_model(oracle.llama(), cfg)
+    train(ours, 5)
+    peftfast.functional.delete_adapter(ours, "default")
+    ours.add_adapter("default", cfg)
+    ours.set_adapter("default")
+    train(ours, 1)
+    assert ours.base_model.rankallocator.step == 1
+
+
 def test_a_copied_model_goes_on_by_itself():
     _, ours = pair()
     train(ours, 5)
