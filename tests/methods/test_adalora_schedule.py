@@ -1,6 +1,7 @@
 """AdaLoRA's schedule against PEFT's step by step, its automatic form, resuming, cutting, and what it costs."""
 
 import copy
+import pickle
 import warnings
 
 import oracle
@@ -511,8 +512,9 @@ def test_a_copy_of_the_model_saves_its_schedule(tmp_path):
 def test_files_go_both_ways_after_training(tmp_path, shrink):
     theirs, ours = pair()
     ours.base_model.shrink_after_final = shrink
-    train(ours, 14)
-    ours.save_pretrained(tmp_path / "ours")
+    for first, steps in ((1, 6), (7, 8)):  # in mid-schedule into the same folder
+        train(ours, steps, first=first)
+        ours.save_pretrained(tmp_path / "ours")
     assert (tmp_path / "ours" / "adalora_state.safetensors").exists() == (not shrink)  # what going on would need
     expected = ours.eval()(**batch(50, ours)).logits
     ranks = [len(v) for k, v in load_file(tmp_path / "ours" / "adapter_model.safetensors").items() if "lora_E" in k]
@@ -637,12 +639,14 @@ def test_state_dicts_carry_the_schedule(tmp_path, how, stop):
         torch.distributed.checkpoint.save(saved["model"], checkpoint_id=tmp_path, no_dist=True)
         saved["model"] = other.state_dict()
         torch.distributed.checkpoint.load(saved["model"], checkpoint_id=tmp_path, no_dist=True)
+    schedule = saved["model"]["base_model._extra_state"].clone()
     other.load_state_dict(saved["model"])
     assert other.peft_config["default"].rank_pattern == model.peft_config["default"].rank_pattern
     optimizer = torch.optim.AdamW(trainable(other), lr=5e-2)
     optimizer.load_state_dict(saved["optimizer"])
     train(other, 16 - stop, first=stop + 1, optimizer=optimizer)
     assert other.base_model.rankallocator.finished
+    assert torch.equal(saved["model"]["base_model._extra_state"], schedule)
     for name, parameter in other.named_parameters():
         assert torch.equal(parameter, expected[name]), name
     assert model.load_state_dict(pair()[0].state_dict()).missing_keys == []
@@ -787,10 +791,11 @@ def test_an_adapter_that_is_added_anew_begins_its_schedule_anew():
     assert ours.base_model.rankallocator.step == 1
 
 
-def test_a_copied_model_goes_on_by_itself():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copied_model_goes_on_by_itself(copied):
     _, ours = pair()
     train(ours, 5)
-    other = copy.deepcopy(ours)
+    other = copied(ours)
     assert train(other, 3, first=6)[0] != []
     assert (ours.base_model.rankallocator.step, other.base_model.rankallocator.step) == (5, 8)
 
