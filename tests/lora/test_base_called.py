@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 import peftfast
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.lora import Lora
+from peftfast_kernels import use_backend
 
 peft = importlib.import_module("peft")
 
@@ -201,12 +202,14 @@ def test_weight_norm():
     agree(*pair(base), X)
 
 
-def test_trained_base_weight_gets_its_gradient():
+@pytest.mark.parametrize("backend", ["auto", "torch"])  # few tokens, and as many take
+def test_trained_base_weight_gets_its_gradient(backend):
     ours, theirs = pair(Net)
     for model in (ours, theirs):
         model.base_model.model.first.base_layer.weight.requires_grad_(True)
         model.base_model.model.second.base_layer.bias.requires_grad_(True)
-    agree(ours, theirs, X)
+    with use_backend(backend):
+        agree(ours, theirs, X)
     for name in ("first.base_layer.weight", "second.base_layer.bias"):
         grads = [model.base_model.model.get_parameter(name).grad for model in (ours, theirs)]
         torch.testing.assert_close(*grads)

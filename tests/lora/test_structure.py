@@ -208,6 +208,7 @@ def test_the_short_call_sees_every_replacement(training):
 
     changes = {
         "scaling": lambda layer: layer.scaling.__setitem__("default", 7.0),
+        "another dict of scalings": lambda layer: setattr(layer, "scaling", {"default": 7.0}),
         "scaling as a tensor": lambda layer: layer.scaling.__setitem__("default", torch.tensor(7.0)),
         "set_scale": lambda layer: layer.set_scale("default", 3.0),
         "factor": lambda layer: setattr(layer.lora_A["default"], "weight", torch.nn.Parameter(torch.ones(4, 32))),

@@ -104,6 +104,16 @@ def test_a_layer_called_again_in_the_same_context_sees_what_changed_between():
     torch.testing.assert_close(second[2] - base, 3 * (first[2][2] - base))
 
 
+def test_a_hook_on_the_base_layer_acts_in_every_call():
+    model = several()
+    layer = layers(model)[0]
+    x = torch.randn(len(NAMES), 2, layer.in_features)
+    with torch.no_grad(), model.base_model.routed(NAMES):
+        first = [layer(x), layer(x)]
+        layer.base_layer.register_forward_hook(lambda module, args, out: out + 1)
+        torch.testing.assert_close(layer(x), first[1] + 1)
+
+
 def test_dropout_acts_while_training_without_gradients():
     model = several(dropout=0.5)
     layer = layers(model)[0]
