@@ -445,6 +445,11 @@ def test_dora_caching_reads_the_weight_once():
         layer.lora_A["default"].weight.mul_(3.0)
         y, *_ = exact(model, "dora", "linear", x)
         torch.testing.assert_close(model(x).double(), y, rtol=1e-5, atol=1e-5)
+        for change in (lambda: layer.set_scale("default", 2.0), lambda: layer.base_layer.weight.mul_(0.5)):
+            change()
+            with DoraCaching(False):
+                expected = model(x)
+            assert torch.equal(model(x), expected)
         model.train()
         assert layer.lora_magnitude_vector["default"]._kept is None
 

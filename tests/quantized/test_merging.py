@@ -226,6 +226,29 @@ def test_dense_copy_from_original_weights(how, tmp_path):
     assert not hasattr(merged.config, "quantization_config")
 
 
+@pytest.mark.parametrize("inner", ["the model", "the originals"])
+def test_original_weights_of_a_model_with_or_without_its_head(inner):
+    original, model = llama(hidden=64), llama(hidden=64)
+    source, model = (original, model.model) if inner == "the model" else (original.model, model)
+    peftfast.quantize_model(model, "nf4", skip=["lm_head"] if model.base_model is not model else [])
+    peftfast.dequantize_model(model, source)
+    for name, parameter in model.base_model.named_parameters():
+        assert torch.equal(parameter, original.model.get_parameter(name)), name
+
+
+def test_int8_codes_that_the_module_multiplies_by_are_merged_into_wherever_they_are():
+    model = peftfast.get_peft_model(
+        One(quantised_linear("int8")), peftfast.LoraConfig(r=4, target_modules=["m"], init_lora_weights=False)
+    )
+    base = model.m.base_layer
+    x = torch.randn(3, 64)
+    model(x)  # which moves them to the module's state
+    base.state.CB = base.weight.data.clone()
+    before = base.state.CB.clone()
+    model.merge_adapter()
+    assert torch.equal(base.state.CB, base.weight.data) and not torch.equal(base.state.CB, before)
+
+
 def test_merge_refusals_change_nothing():
     model = peftfast.patch(llama(hidden=64), peftfast.LoraConfig(target_modules="all-linear"), quantize="nf4")
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
