@@ -445,7 +445,12 @@ def test_dora_caching_reads_the_weight_once():
         layer.lora_A["default"].weight.mul_(3.0)
         y, *_ = exact(model, "dora", "linear", x)
         torch.testing.assert_close(model(x).double(), y, rtol=1e-5, atol=1e-5)
-        for change in (lambda: layer.set_scale("default", 2.0), lambda: layer.base_layer.weight.mul_(0.5)):
+        for change in (
+            lambda: layer.set_scale("default", 2.0),
+            lambda: layer.base_layer.weight.mul_(0.5),
+            lambda: setattr(layer.lora_B["default"], "weight", nn.Parameter(layer.lora_B["default"].weight * 2)),
+            lambda: setattr(layer, "base_layer", nn.Linear(layer.in_features, layer.out_features)),
+        ):
             change()
             with DoraCaching(False):
                 expected = model(x)

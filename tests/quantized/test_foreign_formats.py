@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 
 import peftfast
 from peftfast import IA3Config, LoraConfig
-from peftfast.base.weight import base_weight
+from peftfast.base.weight import base_weight, quantizer
+from peftfast.helpers import DoraCaching
 from peftfast.wrapping.model_merger import ModelMerger
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftfast.errors.PeftWarning")
@@ -318,6 +319,25 @@ def test_merging_rounds_once_and_goes_back(base):
         after = bytes_of(layer.base_layer)
         assert len(after) == len(before) and all(map(torch.equal, before, after))
     assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("base", [*WRITABLE, "nf4", "int8"])
+def test_norms_that_are_kept_are_those_of_the_weight_with_others_inside(base):
+    """`DoraCaching`'s, beside a LoRA that is merged and taken out."""
+    module = made(base) if base in BASES else quantizer(base).module(_weight(), None)
+    model = peftfast.get_peft_model(
+        One(module), LoraConfig(r=4, target_modules=["m"], init_lora_weights=False, use_dora=True)
+    )
+    model.add_adapter("lora", LoraConfig(r=4, target_modules=["m"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "lora"])
+    model.eval()
+    x = torch.randn(3, K)
+    with torch.no_grad(), DoraCaching():
+        for change in (lambda: None, lambda: model.merge_adapter(["lora"]), model.unmerge_adapter):
+            change()
+            with DoraCaching(False):
+                expected = model(x)
+            assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("base", READABLE)

@@ -20,9 +20,10 @@ from peftfast.methods.combination import Combination
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import initialise, rank_of_factors, wide_weight
 from peftfast.methods.lora.lora import Lora, factors
+from peftfast.methods.lora.stack import watch_of
 from peftfast.sharding import is_distributed
 from peftfast.sites import Dense, Site, Slot
-from peftfast.watch import TensorWatch
+from peftfast.watch import ContentWatch
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -31,8 +32,8 @@ class _Kept(NamedTuple):
     """A norm, and what it depends on."""
 
     norm: Tensor
-    scale: float | Tensor
-    watch: TensorWatch
+    module: nn.Module
+    watch: ContentWatch
 
 
 class _Magnitude(nn.Module):
@@ -144,13 +145,15 @@ def _kept_norm(site: Site, adapter: Adapter) -> Tensor:
     holder = adapter.setting(MAGNITUDE)
     if holder.training:
         return _norm(site, adapter)
-    kept, scale = holder._kept, adapter.scale
-    read = [*factors(adapter), site.module.weight, *([scale] if isinstance(scale, Tensor) else [])]
-    if kept is None or kept.scale is not scale or not (kept.watch.is_of(read) and kept.watch.holds()):
+    kept = holder._kept
+    if kept is None or kept.module is not site.module or not kept.watch.holds():
         with torch.inference_mode(False), torch.no_grad():  # later forwards with gradients may use it
             norm = _norm(site, adapter)
-        watch = TensorWatch.of(read)
+        base, own = site.module._parameters, adapter.kept
+        # merging into a packed weight leaves no other trace
+        more = [(base, "weight", base.get("weight")), (own, "_merged", own["_merged"])]
+        watch = watch_of([adapter], factors(adapter), [adapter.scale], more) if "weight" in base else None
         if watch is None:
             return norm
-        holder.__dict__["_kept"] = kept = _Kept(norm, scale, watch)
+        holder.__dict__["_kept"] = kept = _Kept(norm, site.module, watch)
     return kept.norm

@@ -16,7 +16,7 @@ from peftfast.rows.mix import Verdicts
 from peftfast.rows.routing import Routing, Rows
 from peftfast.sharding import is_distributed
 from peftfast.sites import Site
-from peftfast.watch import ContentWatch, TensorWatch
+from peftfast.watch import ContentWatch, Place, TensorWatch
 
 
 def factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -30,6 +30,22 @@ Pair = Callable[[Adapter], tuple[Tensor, Tensor]]
 
 #: Bytes of a layer's stacked factors up to which a second copy of them, in another order, is not missed.
 SMALL = 1 << 20
+
+
+def watch_of(
+    adapters: Sequence[Adapter], tensors: Sequence[Tensor], scales: Sequence[Any], more: Sequence[Place] = ()
+) -> ContentWatch | None:
+    """What sees changes of the factors of some adapters of one layer, which are `tensors` now, of their `scales`, and
+    of `more`; None where one is kept elsewhere or does not count writes."""
+    cells = [adapter.cell(slot) for adapter in adapters for slot in adapter.pair]
+    found = [*tensors, *scales, *(value for _, _, value in more)]
+    written = TensorWatch.of([one for one in found if isinstance(one, Tensor)])
+    if None in cells or written is None:
+        return None
+    scaling = adapters[0].settings_of("scaling")
+    kept = [(adapters[0].kept, "scaling", scaling), *((*c, t) for c, t in zip(cells, tensors, strict=True))]
+    named = [(scaling, a.name, s) for a, s in zip(adapters, scales, strict=True)]
+    return ContentWatch([*kept, *named, *more], written)
 
 
 class FactorStack(NamedTuple):
@@ -72,17 +88,6 @@ class Remembered:
     @property
     def quick(self) -> bool:
         return not (self.dropping and any(a.dropout for a in self.dropping)) and not runs_segmented(self.stack.a)
-
-    def watch_of(self, adapters: Sequence[Adapter]) -> ContentWatch | None:
-        """What sees changes of factors and scales; None where one is kept elsewhere or does not count writes."""
-        cells = [adapter.cell(slot) for adapter in adapters for slot in adapter.pair]
-        written = TensorWatch.of([*self.kept, *self.tensor_scales])
-        if None in cells or written is None:
-            return None
-        scaling = adapters[0].settings_of("scaling")
-        kept = [(adapters[0].kept, "scaling", scaling), *((*c, t) for c, t in zip(cells, self.kept, strict=True))]
-        scales = [(scaling, a.name, s) for a, s in zip(adapters, self.scales, strict=True)]
-        return ContentWatch([*kept, *scales], written)
 
     def short(self, site: Site, x: Tensor, routing: Routing) -> Tensor:
         if routing.order is not None and len(routing.host) == self.count and self._is_small():
@@ -143,7 +148,7 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None, pair: Pai
         adapters.kept = None  # of before the optimizer's step, which may leave no trace
         known.stack = known.build()
     else:
-        known.watch = known.watch_of(adapters)
+        known.watch = watch_of(adapters, known.kept, known.scales)
         with torch.inference_mode(False), torch.no_grad():
             known.stack = known.build()
         if known.watch is not None:
