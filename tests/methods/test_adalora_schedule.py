@@ -791,6 +791,15 @@ def test_an_adapter_that_is_added_anew_begins_its_schedule_anew():
     assert ours.base_model.rankallocator.step == 1
 
 
+def test_a_mixed_batch_has_the_loss_terms_of_its_own_adapters():
+    _, ours = pair()
+    ours.add_adapter("second", peftfast.AdaLoraConfig(**OPTIONS))
+    ours.set_requires_grad("second")
+    mixed = ours(**batch(1, ours), adapter_names=["second"] * 2).loss
+    ours.set_adapter("second")
+    torch.testing.assert_close(mixed, ours(**batch(1, ours)).loss, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copied_model_goes_on_by_itself(copied):
     _, ours = pair()
