@@ -495,9 +495,9 @@ def test_what_overflows_far_out_is_no_difference():
     assert state() == "on"
 
 
-@pytest.mark.parametrize("change", ["values", "adapter", "scale", "mode"])
+@pytest.mark.parametrize("change", ["values", "factor", "adapter", "scale", "mode", "input", "gradients"])
 def test_what_changes_between_siblings_is_seen(change):
-    """The second of two siblings is called with the very same tensor, when its adapter is not what it was."""
+    """The second of two siblings is called with the very same tensor, when it or the adapter is not what it was."""
     twins = Twins(llama, {"r": 4, "target_modules": ALL, "lora_dropout": 0.5})
     model = twins.ours
     model.add_adapter("other", peftfast.LoraConfig(r=4, target_modules=ALL, init_lora_weights=False))
@@ -509,19 +509,27 @@ def test_what_changes_between_siblings_is_seen(change):
         attention = m.get_base_model().model.layers[0].self_attn
         x = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
         m.train(change == "mode")
-        attention.q_proj(x)
-        if change == "values":
+        up = attention.k_proj.lora_B["default"]
+        if change == "factor":
+            up.weight = nn.Parameter(up.weight.detach().clone())  # written to as often as the next one
+        with torch.set_grad_enabled(change != "gradients"):
+            attention.q_proj(x)
+        if change in ("values", "input"):
             with torch.no_grad():
-                attention.k_proj.lora_B["default"].weight.add_(1)
+                (up.weight if change == "values" else x).add_(1)
+        elif change == "factor":
+            up.weight = nn.Parameter(torch.ones_like(up.weight))
         elif change == "adapter":
             m.set_adapter("other")
         elif change == "scale":
             attention.k_proj.scale_layer(3.0)
-        else:
+        elif change == "mode":
             m.eval()
         return attention.k_proj(x)
 
-    torch.testing.assert_close(second(model), second(plain))
+    found, expected = second(model), second(plain)
+    torch.testing.assert_close(found, expected)
+    assert found.requires_grad == expected.requires_grad
 
 
 @pytest.mark.parametrize("which", ["q_proj", "v_proj"])
