@@ -534,7 +534,11 @@ def test_safe_merge_refuses_and_leaves_everything():
     with torch.no_grad():
         model.base_model.model.model.layers[1].self_attn.v_proj.lora_A["default"].weight[0, 0] = float("nan")
     before = {n: p.clone() for n, p in model.named_parameters()}
-    for call in (lambda: model.merge_adapter(safe_merge=True), lambda: model.merge_and_unload(safe_merge=True)):
+    for call in (
+        lambda: model.merge_adapter(safe_merge=True),
+        lambda: model.merge_adapter(safe_merge=True, keep=False),
+        lambda: model.merge_and_unload(safe_merge=True),
+    ):
         with pytest.raises(
             ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"
         ):

@@ -564,6 +564,13 @@ def test_an_adapter_beside_one_that_ties_is_merged_where_it_is(first, active):
             torch.testing.assert_close(oracle.logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_weight_that_nothing_is_merged_into_stays_that_of_several_modules():
+    model = peftfast.get_peft_model(oracle.llama(tied=True), LoraConfig(r=2, target_modules=["embed_tokens"]), "table")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    merged = model.merge_and_unload(adapter_names=["other"])
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
 def test_one_of_several_modules_that_share_a_weight_has_another_adapter_too():
     from transformers import BartConfig, BartForConditionalGeneration
 
