@@ -134,6 +134,7 @@ def test_eva_without_an_adapter_and_with_components_that_are_exact():
 
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(600, 24, generator=generator) * torch.logspace(0, -2, 24) + 3.0
+    x[:, 0] += torch.linspace(-1, 1, 600)  # every batch has a mean of its own
     running = RunningComponents(4)
     for part in x.split(100):
         assert running.update(part, 0.99)

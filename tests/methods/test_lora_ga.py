@@ -102,6 +102,17 @@ def test_gradients_are_the_mean_and_no_further_from_fp64_than_pefts(dtype):
     assert all(ours[n] <= 0.05 * float(g.norm()) for n, g in exact.items())
 
 
+def test_many_gradients_are_summed_in_fp32():
+    """A sum in bf16 stands still as soon as it is 256 times what is added."""
+    base, x = nn.Sequential(nn.Linear(8, 4)).bfloat16(), torch.randn(5, 8).bfloat16()
+    cfg = config(peftfast, target_modules=["0"])
+    found = []
+    for count in (1, 600):
+        peftfast.preprocess_loraga(base, cfg, lambda n=count: [base(x).square().sum().backward() for _ in range(n)])
+        found.append(getattr(base[0], GRADIENT).float())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
+
+
 def test_zeroing_gradients_between_batches_loses_none():
     one, two = oracle.llama(), oracle.llama()
     peftfast.preprocess_loraga(one, config(peftfast), steps(one))
