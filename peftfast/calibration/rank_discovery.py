@@ -153,11 +153,12 @@ def _gradients(
     sketches: dict[str, Tensor] = {}
     random: dict[str, Tensor] = {}
     for name, module in modules.items():
-        n, k = base_weight(module).shape
+        weight = base_weight(module)
+        n, k = weight.shape
         q = min(limits[name] + OVERSAMPLING, n, k)
         basis, _ = torch.linalg.qr(torch.randn(k, q, generator=generator))
-        random[name] = (basis * (k / q) ** 0.5).to(module.weight.device)
-        sketches[name] = torch.zeros(n, q, device=module.weight.device)
+        random[name] = (basis * (k / q) ** 0.5).to(weight.device)
+        sketches[name] = torch.zeros(n, q, device=weight.device)
 
     def watch(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:

@@ -291,6 +291,15 @@ def test_dora_is_the_paper_s(base):
     assert rms_error(model(x), want) < 2e-6
 
 
+@pytest.mark.parametrize("by", ["variance", "gradient"])
+@pytest.mark.parametrize("base", ["fp8-blocks", "hqq-8", "opaque"])
+def test_ranks_are_found_for_them(base, by):
+    cfg = LoraConfig(r=4, target_modules=["m"])
+    ranks = peftfast.discover_ranks(One(made(base)), cfg, [x_of(40)], by=by, loss_fn=lambda y: y.square().mean(),
+                                    forward_fn=lambda model, x: model(x))  # fmt: skip
+    assert ranks == {"m": 4}
+
+
 def test_all_linear_finds_them():
     class Block(nn.Module):
         def __init__(self) -> None:
