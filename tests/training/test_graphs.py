@@ -186,10 +186,12 @@ def test_gradients_are_overwritten_or_added_up():
 
     model = wrapped(peftfast)
     step = peftfast.capture_training_step(model, one)
+    losses = []
     for which in (one, two, one):
-        step(which)
+        losses.append(step(which))
         expected = alone(which)
         assert all(torch.equal(g, expected[n]) for n, g in gradients(model).items())
+    assert losses[0] == losses[2] != losses[1]  # which later steps leave alone
 
     model = wrapped(peftfast)
     step = peftfast.capture_training_step(model, one, accumulate=True)
@@ -201,6 +203,10 @@ def test_gradients_are_overwritten_or_added_up():
         assert where == {n: p.grad.data_ptr() for n, p in model.named_parameters() if p.requires_grad}
         expected = {n: g + alone(two)[n] for n, g in alone(one).items()}
         assert all(torch.equal(g, expected[n]) for n, g in gradients(model).items())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None  # in the place of what a step has written
+    step(two)
+    assert all(torch.equal(g, 1 + alone(two)[n]) for n, g in gradients(model).items())
 
 
 class Elsewhere(torch.Tensor):
