@@ -3,8 +3,8 @@ up again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter, is_
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -70,10 +70,6 @@ class TensorWatch:
         tensors = list(tensors)
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor
         return None if any(t.is_inference() or wrapped(t) for t in tensors) else cls(tensors)
-
-    def is_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the very tensors."""
-        return len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors))
 
     def holds(self) -> bool:
         return (
