@@ -151,10 +151,14 @@ def rank_tile(rank: int, largest: int = MAX_RANK_TILE) -> int:
     return max(16, min(largest, 1 << (rank - 1).bit_length() if rank > 1 else 1))
 
 
+#: What `tiles.exact_product` makes of a bfloat16 operand and an fp32 one.
+PARTS = "parts"
+
+
 def _takes_registers(chip: str, precision: str) -> bool:
     """Whether fp32 operands are multiplied in three matrix products or in none, for which NVIDIA's chips need many
     registers; never of half-precision ones."""
-    return chip.startswith("sm_") and precision != "tf32"
+    return chip.startswith("sm_") and precision not in ("tf32", PARTS)
 
 
 def expand_ranks(rank: int, largest: int, chip: str, precision: str) -> int:
@@ -163,8 +167,8 @@ def expand_ranks(rank: int, largest: int, chip: str, precision: str) -> int:
 
 
 def held_ranks(ranks: int, chip: str, precision: str) -> int:
-    """Ranks as registers count them."""
-    return ranks * (2 if _takes_registers(chip, precision) else 1)
+    """Ranks as registers and shared memory count them."""
+    return ranks * (2 if chip.startswith("sm_") and precision != "tf32" else 1)
 
 
 def rank_warps(warps: int, ranks: int, chip: str, precision: str, few: int = 32) -> int:
@@ -251,6 +255,12 @@ def dot_precision(chip: str, *dtypes: torch.dtype) -> str:
         return "tf32x3"  # wide: x is exact in TF32, only the fp32 factor needs the extra products
     # `allow_tf32` raises once the setting was made by its newer name
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def exact_precision(chip: str, activations: torch.dtype, factors: torch.dtype) -> str:
+    """The same where `tiles.exact_product` multiplies them."""
+    precision = dot_precision(chip, activations, factors)
+    return PARTS if precision == "tf32x3" and activations is torch.bfloat16 else precision
 
 
 def update_precision(chip: str, activations: torch.dtype, factors: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from peftfast_kernels.configs import (
     cdiv,
     chip_of,
     depth,
-    dot_precision,
+    exact_precision,
     held_ranks,
     owned,
     rank_tile,
@@ -24,7 +24,7 @@ from peftfast_kernels.configs import (
 )
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.tiles import keep_tile, narrow, operand, row_keys
+from peftfast_kernels.tiles import exact_product, keep_tile, narrow, operand, row_keys
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, NO_MATRIX, WIDTH, Variant
 
 
@@ -69,10 +69,10 @@ def strip(
                 other=0.0,
             )
             a = operand(a, INTERP)
-            kept = x.to(a.dtype)
+            kept = x
             if DROP:
                 kept = tl.where(keep_tile(keys[i], cols, thresholds[i]), kept, 0.0)
-            sums = sums + (tl.dot(kept, a, accs[i], input_precision=PRECISION),)
+            sums = sums + (exact_product(kept, a, accs[i], PRECISION, INTERP),)
         accs = sums
     for i in tl.static_range(len(a_ptrs)):
         R = RS[i] // UNIT * UNIT
@@ -112,7 +112,10 @@ def _plan(
     rank_tiles = cdiv(r, br)
     bm = owned(config.BM, lambda size: cdiv(m, size) * rank_tiles)
     # Of the lowest strips a processor has one or two, which wait for memory alone: more of their steps are under way.
-    more = 2 if bm == 16 and chip.startswith("sm_") else 0
+    lowest = bm == 16 and chip.startswith("sm_")
+    drops, warps = threshold(prob) > 0, rank_warps(config.warps, br, chip, precision)
+    if lowest and br == 16 and precision != "ieee" and not drops:
+        warps //= 2  # which have one matrix instruction each; others would only read x once more
     return Launch(
         down_kernel,
         (cdiv(m, bm), rank_tiles),
@@ -125,14 +128,14 @@ def _plan(
         stride_ak=stride_ak,
         threshold=threshold(prob),
         scale=scale * keep_scale(prob),
-        DROP=threshold(prob) > 0,
+        DROP=drops,
         BM=bm,
         BR=br,
         BK=depth(config.BK, bm, held_ranks(br, chip, precision), single),
         UNIT=unit(r, stride_ak),
         PRECISION=precision,
-        num_warps=rank_warps(config.warps, br, chip, precision),
-        num_stages=config.stages + more,
+        num_warps=warps,
+        num_stages=config.stages + 2 * lowest,
     )
 
 
@@ -147,7 +150,7 @@ def _launch(
     chip = chip_of(x.device)
     launch = _plan(
         chip, m, k, r, *x.stride(), stride_ar, stride_ak, a.dtype is torch.float32,
-        dot_precision(chip, x.dtype, a.dtype), prob, scale,
+        exact_precision(chip, x.dtype, a.dtype), prob, scale,
     )  # fmt: skip
     launch(x, a, seed_or(seed, prob, x), t)
     return t
@@ -186,7 +189,7 @@ def variants(chip: str):
     # `lora_dt` drops nothing; on some chips the largest strip is not so large, and points coincide
     calls = [(*point, False) for point in points] + [(x, a, rank, False, bm, True) for x, a, rank, _, bm in points]
     for x, a, rank, drop, bm, turned in dict.fromkeys(calls):
-        precision = dot_precision(chip, DTYPES[x], DTYPES[a])
+        precision = exact_precision(chip, DTYPES[x], DTYPES[a])
         a_strides = (1, rank) if turned else (WIDTH, 1)
         launch = _plan(
             chip, PROGRAMS * bm, WIDTH, rank, WIDTH, 1, *a_strides, a == "fp32", precision, 0.1 * drop, 2.0

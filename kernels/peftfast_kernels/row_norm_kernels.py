@@ -10,21 +10,8 @@ from peftfast_kernels.decode import Operand
 from peftfast_kernels.decode_kernels import Stored, decode_arguments, stored, stored_variant
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.row_norm import MAX_RANK
+from peftfast_kernels.tiles import exact_product
 from peftfast_kernels.variants import ANY_MATRIX, WIDTH, Variant
-
-
-@triton.jit
-def factor_product(w, a, acc, PRECISION: tl.constexpr, INTERP: tl.constexpr):
-    """acc + w a, a fp32: as good as in fp32. A bfloat16 w is multiplied as it is, by the three parts of a that hold its
-    24 bits; as fp32 it would be taken apart as well, and go through shared memory in twice as many bytes."""
-    if w.dtype == tl.bfloat16 and not INTERP:
-        high = a.to(tl.bfloat16)
-        rest = tl.where(a == high, 0.0, a - high)  # of inf there is none
-        middle = rest.to(tl.bfloat16)
-        acc = tl.dot(w, (rest - middle).to(tl.bfloat16), acc)
-        acc = tl.dot(w, middle, acc)
-        return tl.dot(w, high, acc)
-    return tl.dot(w.to(tl.float32), a, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -71,7 +58,7 @@ def norm_kernel(
             mask=(ranks[None, :] < R) & (cols[:, None] < K),
             other=0.0,
         ).to(tl.float32)
-        product = factor_product(w, a, product, PRECISION, INTERP)
+        product = exact_product(w, a, product, PRECISION, INTERP)
         squares = add_squares(w, squares, BY_ONES)
     b = tl.load(
         b_ptr + rows[:, None] * stride_bn + ranks[None, :] * stride_br,

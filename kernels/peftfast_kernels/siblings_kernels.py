@@ -20,6 +20,7 @@ from peftfast_kernels.configs import (
     chip_of,
     depth,
     dot_precision,
+    exact_precision,
     held_ranks,
     owned,
     rank_tile,
@@ -176,7 +177,7 @@ def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs:
     seed_pointers = seeds_or(seeds, probs, x)
     if m:
         chip = chip_of(device)
-        precision = dot_precision(chip, x.dtype, dtype)
+        precision = dot_precision(chip, x.dtype, dtype)  # as much as the tiles of several take
         launch = _down_plan(chip, m, k, ranks, x.stride(), dtype is torch.float32, precision, tuple(probs))
         launch(x, contiguous(a), seed_pointers, tuple(ts))
     return ts
@@ -220,7 +221,7 @@ def siblings_dt(dys: list[Tensor], b: list[Tensor], scales: list[float]) -> list
     if m:
         chip = chip_of(device)
         rows, strides = row_major(dys)
-        precision = dot_precision(chip, dys[0].dtype, dtype)
+        precision = exact_precision(chip, dys[0].dtype, dtype)
         launch = _dt_plan(chip, m, widths, ranks, strides, dtype is torch.float32, precision, tuple(scales))
         launch(rows, contiguous(b), tuple(ps))
     return ps
@@ -310,22 +311,23 @@ def variants(chip: str):
         (3, 64, True, 32, "fp32"),
         (2, 64, True, largest, "fp32"),
     ):
-        wide, precision = f == "fp32", dot_precision(chip, torch.bfloat16, DTYPES[f])
+        wide, dtypes = f == "fp32", (torch.bfloat16, DTYPES[f])
         ranks, factors, rank_tiles = (rank,) * members, (f,) * members, cdiv(rank, _shared_tile((rank,) * members))
         name = f"M{bm} R{rank}x{members}{' drop' * drop}{' wide' * wide}"
         m, probs = cdiv(PROGRAMS, rank_tiles) * bm, (0.1 * drop,) * members
         yield Variant(
             f"siblings_down bf16 {name}",
-            _down_plan(chip, m, WIDTH, ranks, (WIDTH, 1), wide, precision, probs),
+            _down_plan(chip, m, WIDTH, ranks, (WIDTH, 1), wide, dot_precision(chip, *dtypes), probs),
             {"x_ptr": "bf16", "a_ptrs": factors, "seed_ptrs": ("i64",) * members, "t_ptrs": factors},
             matrix=ANY_MATRIX,
             quick=members == 3 and drop and not wide,
         )  # fmt: skip
         if not drop or wide:
-            widths = (WIDTH,) * members
+            widths, rows = (WIDTH,) * members, cdiv(PROGRAMS, members) * bm
+            precision = exact_precision(chip, *dtypes)
             yield Variant(
                 f"siblings_dt bf16 {name}",
-                _dt_plan(chip, cdiv(PROGRAMS, members) * bm, widths, ranks, widths, wide, precision, (2.0,) * members),
+                _dt_plan(chip, rows, widths, ranks, widths, wide, precision, (2.0,) * members),
                 {"dy_ptrs": ("bf16",) * members, "b_ptrs": factors, "p_ptrs": factors},
                 matrix=ANY_MATRIX,
             )

@@ -133,3 +133,22 @@ def grouped_order(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     first = pid // per_group * GROUP
     size = tl.minimum(tiles_m - first, GROUP)
     return first + pid % per_group % size, pid % per_group // size
+
+
+@triton.jit
+def exact_product(left, right, acc, PRECISION: tl.constexpr, INTERP: tl.constexpr):
+    """acc + left right, right fp32 and left of any dtype: as good as in fp32.
+
+    A bfloat16 left is multiplied as it is, by the three parts of right that hold its 24 bits; as fp32 it would be taken
+    apart as well, and go through shared memory in twice as many bytes.
+    """
+    if left.dtype == tl.bfloat16 and right.dtype == tl.float32 and not INTERP:
+        high = right.to(tl.bfloat16)
+        rest = tl.where(right == high, 0.0, right - high)  # of inf there is none
+        middle = rest.to(tl.bfloat16)
+        sum = tl.dot(left, (rest - middle).to(tl.bfloat16))
+        sum = tl.dot(left, middle, sum)
+        acc += tl.dot(left, high, sum)  # rounded once a step, not with every instruction
+    else:
+        acc = tl.dot(left.to(right.dtype), right, acc, input_precision=PRECISION)
+    return acc
