@@ -21,7 +21,7 @@ from peftfast.methods.lora.combine import svd_of_sum
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.lora import Lora
 from peftfast.methods.lora.settings import ArrowConfig
-from peftfast.methods.lora.stack import Remembered, as_tensor
+from peftfast.methods.lora.stack import Remembered, as_tensor, watch_of
 from peftfast.ops.similarity import similarities
 from peftfast.sites import Dense, Site
 from peftfast.sites.bound import BoundLora
@@ -133,7 +133,7 @@ def _experts(router: Adapter) -> _Experts:
     if known.wants_grad():
         return _made(known, experts, present, how)
     if not compiling:
-        known.watch = known.watch_of([*experts, *general])
+        known.watch = watch_of([*experts, *general], known.kept, known.scales)
     with torch.inference_mode(False), torch.no_grad():
         made = _made(known, experts, present, how)
     if known.watch is not None:
