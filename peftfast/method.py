@@ -296,7 +296,13 @@ def chooses_targets(method: AdapterMethod) -> bool:
 
 def changes_base(cfg: PeftConfig) -> bool:
     """Whether initialising an adapter of this config writes to the base weight."""
-    return getattr(method_for(cfg), "changes_base", lambda _: False)(cfg)
+    return rewrites(method_for(cfg), cfg)
+
+
+def rewrites(method: AdapterMethod, cfg: PeftConfig) -> bool:
+    """`changes_base`, where the config's method is known."""
+    asked = getattr(method, "changes_base", None)
+    return asked is not None and asked(cfg)
 
 
 def repeats_init(cfg: PeftConfig) -> bool:

@@ -23,7 +23,7 @@ from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, without_adapters
 from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import outer_modules
-from peftfast.method import changes_base
+from peftfast.method import rewrites
 from peftfast.prompts.prompt import PromptEncoders
 
 #: Key of the metadata.
@@ -158,7 +158,7 @@ def _sample(module: nn.Module) -> Sample | None:
     layer = module if isinstance(module, BaseTunerLayer) else None
     module = without_adapters(module)
     weight = module._parameters["weight"]
-    if layer is not None and any(changes_base(a.cfg) for a in layer.adapters.values()):
+    if layer is not None and any(rewrites(a.method, a.cfg) for a in layer.adapters.values()):
         return None
     if weight.is_meta or weight.numel() == 0 or hasattr(weight, "full_tensor"):
         return None
