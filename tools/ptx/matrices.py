@@ -42,11 +42,15 @@ def _matrix_addresses(machine: Any, get: Any, warps: np.ndarray, number: int) ->
     return get(machine).reshape(-1, 32)[warps][:, 8 * number : 8 * number + 8].astype(np.int64)
 
 
+def _operands(instruction: Any, memory: int) -> tuple[bool, list[str], Callable[[Any], np.ndarray]]:
+    """Whether matrices are transposed, the registers, and the addresses, which are this operand."""
+    registers = instruction.operands[1 - memory]
+    registers = registers if isinstance(registers, list) else [registers]
+    return "trans" in instruction.name, registers, address(instruction.operands[memory])
+
+
 def ldmatrix(instruction: Any) -> Step:
-    transposed = "trans" in instruction.name
-    to = instruction.operands[0]
-    to = to if isinstance(to, list) else [to]
-    get = address(instruction.operands[1])
+    transposed, to, get = _operands(instruction, 1)
 
     def step(machine: Any, lanes: Any) -> None:
         warps = whole_warps(machine, lanes)
@@ -65,10 +69,7 @@ def ldmatrix(instruction: Any) -> Step:
 
 
 def stmatrix(instruction: Any) -> Step:
-    transposed = "trans" in instruction.name
-    given = instruction.operands[1]
-    given = given if isinstance(given, list) else [given]
-    get = address(instruction.operands[0])
+    transposed, given, get = _operands(instruction, 0)
 
     def step(machine: Any, lanes: Any) -> None:
         warps = whole_warps(machine, lanes)
