@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from peftfast.autocast import autocast_dtype
 from peftfast.config import PromptLearningConfig, TaskType
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import PeftWarning, warn
@@ -83,7 +84,7 @@ class BasePromptEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: tuple[ContentWatch, Tensor] | None = None
+        self._kept: tuple[torch.dtype | None, ContentWatch, Tensor] | None = None
 
     @property
     def has_network(self) -> bool:
@@ -120,14 +121,16 @@ class BasePromptEncoder(nn.Module):
 
     def virtual_tokens(self) -> Tensor:
         """`[rows, width]`: the virtual tokens. What a network makes is computed once and kept while no gradient is
-        wanted and neither parameters nor modules change, nor any is hooked; any forward with gradients forgets it."""
+        wanted and neither parameters, modules nor what autocast wants change, nor any is hooked; any forward with
+        gradients forgets it."""
         if not self.has_network:
             return self._compute()
         wants_grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if wants_grad or self.training or torch.compiler.is_compiling():
             self._kept = None
             return self._compute()
-        if self._kept is None or not self._kept[0].holds():
+        kept, autocast = self._kept, autocast_dtype(self.embedding.weight)
+        if kept is None or kept[0] is not autocast or not kept[1].holds():
             with torch.inference_mode(False), torch.no_grad():  # a tensor that later forwards with gradients may use
                 tokens = self._compute()
             content = TensorWatch.of(self.parameters())
@@ -138,8 +141,8 @@ class BasePromptEncoder(nn.Module):
             watch = ContentWatch(held, content, modules)
             if not watch.holds():  # hooks have had a hand in this, and may be gone in the next call
                 return tokens
-            self._kept = (watch, tokens)
-        return self._kept[1]
+            self._kept = kept = autocast, watch, tokens
+        return kept[2]
 
     def _compute(self) -> Tensor:
         # through the modules' own forward, where sharding engines gather their weights

@@ -225,6 +225,16 @@ def test_kept_prompt_sees_other_parameters_modules_and_hooks(method: str):
     assert torch.equal(result(called), output(False))
 
 
+@pytest.mark.parametrize("method", ["mlp", "lstm", "projected"])
+def test_kept_prompt_is_of_this_precision(method: str):
+    """As in PEFT: a forward under autocast computes the network in half precision, one without it does not."""
+    encoder = double("llama", method).float().eval().prompt_encoder["default"]
+    with torch.no_grad():
+        for half in (False, True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                assert torch.equal(encoder.virtual_tokens(), copy.deepcopy(encoder).virtual_tokens())
+
+
 def test_several_networks_at_once():
     """`vmap` over a network's Parameters, whose memory nobody can ask for."""
     model, inputs = double("llama", "mlp").eval(), {"input_ids": batch("llama")["input_ids"]}
