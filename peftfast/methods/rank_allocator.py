@@ -52,7 +52,7 @@ class RankAllocator:
         self.step = 0
         self.counts = False
         # an adapter that was saved after its cut has nothing left to decide
-        self.finished = cfg.rank_pattern is not None
+        self.finished = bool(cfg.rank_pattern)
         self.history: list[Allocation] = []
         self._sizes = [len(a[VALUES]) for a in self.adapters]
         self.init_bgt = sum(self._sizes)

@@ -357,6 +357,14 @@ def test_there_is_no_schedule_where_no_adapter_is_trained(mixed):
         tuner.update_and_allocate(1)
 
 
+def test_an_empty_rank_pattern_is_none():
+    """As in PEFT; scripts that fill in every field of a LoRA give one."""
+    theirs, ours = pair(rank_pattern={})
+    train(theirs, 6, manual=True)
+    train(ours, 6)
+    assert masks(ours) == masks(theirs) and not all(map(all, masks(ours).values()))
+
+
 def test_cutting_does_not_change_the_output():
     _, ours = pair()
     train(ours, 12)
