@@ -300,9 +300,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parameters to `dtype`, trainable ones to fp32: what mixed-precision training with a loss scaler needs."""
+    """Frozen parameters to `dtype`, trainable ones to fp32: what mixed-precision training with a loss scaler needs.
+    Packed weights stay as they are."""
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.to(dtype)
-        elif parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.to(torch.float32)
+        packed = parameter.element_size() == 1 or hasattr(parameter, "quant_state")
+        if parameter.is_floating_point() and not packed:
+            parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)

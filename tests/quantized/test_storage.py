@@ -250,6 +250,19 @@ def test_offloaded_weights_are_not_changed_in_passing(base):
     assert not model.m.merged
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_mixed_precision_leaves_packed_weights_as_they_are(base):
+    """PEFT's casts the bytes; and makes fp32 of all that trains, as here."""
+    config = peftfast.LoraConfig(r=4, target_modules=["m"])
+    model = peftfast.get_peft_model(One(quantised_linear(base)), config)
+    model.m.lora_A.double()
+    packed = model.m.base_layer.weight.detach().clone()
+    peftfast.cast_mixed_precision_params(model, torch.float16)
+    assert model.m.base_layer.weight.dtype is packed.dtype and torch.equal(model.m.base_layer.weight, packed)
+    assert model.m.base_layer.bias.dtype is torch.float16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
 # ---- copies ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("base", ["nf4-nested", "int8"])
 def test_copies_are_independent(base):
