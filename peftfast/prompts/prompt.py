@@ -129,19 +129,19 @@ class BasePromptEncoder(nn.Module):
         if wants_grad or self.training or torch.compiler.is_compiling():
             self._kept = None
             return self._compute()
-        kept, autocast = self._kept, autocast_dtype(self.embedding.weight)
-        if kept is None or kept[0] is not autocast or not kept[1].holds():
+        kept = self._kept
+        if kept is None or kept[0] is not autocast_dtype(kept[2]) or not kept[1].holds():
             with torch.inference_mode(False), torch.no_grad():  # a tensor that later forwards with gradients may use
                 tokens = self._compute()
             content = TensorWatch.of(self.parameters())
             if content is None:
                 return tokens
             modules = list(self.modules())
-            held = [(kept, *item) for m in modules for kept in (m._parameters, m._modules) for item in kept.items()]
+            held = [(own, *item) for m in modules for own in (m._parameters, m._modules) for item in own.items()]
             watch = ContentWatch(held, content, modules)
             if not watch.holds():  # hooks have had a hand in this, and may be gone in the next call
                 return tokens
-            self._kept = kept = autocast, watch, tokens
+            self._kept = kept = autocast_dtype(tokens), watch, tokens
         return kept[2]
 
     def _compute(self) -> Tensor:
