@@ -182,7 +182,9 @@ def size_name(size: Size) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chip", default="sm_90")
+    parser.add_argument(
+        "--chip", default="sm_90", choices=("sm_80", "sm_86", "sm_90"), help="whose instructions are known"
+    )
     parser.add_argument("--match", default="", help="a regular expression: only cases in whose name it is found")
     parser.add_argument("--sizes", action="store_true", help="at sizes of layers instead of the operations' own cases")
     parser.add_argument(

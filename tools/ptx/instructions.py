@@ -33,7 +33,10 @@ def _nothing(machine: Any, lanes: Any) -> None:
 
 
 def _type(instruction: Instruction) -> str:
-    return next(part for part in reversed(instruction.name) if part in TYPES)
+    for part in reversed(instruction.name):
+        if part in TYPES:
+            return part
+    raise NotImplementedError(f"PTX instruction of a type that is not known: {instruction.text}")
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------------
