@@ -19,7 +19,6 @@ class Instruction:
     operands: list  # strings, or lists of strings where they are in braces
     guard: str | None = None
     negated: bool = False
-    line: int = 0
     source: str = ""  # "tiles.py:35", of what it was compiled from
 
     @property
@@ -50,9 +49,8 @@ class Program:
     def widths(self) -> dict[str, int]:
         """Bytes of each register."""
         names = {name for block in self.blocks for one in block.instructions for name in one.registers}
-        return {
-            name: self.kinds[re.sub(r"\d+$", "", name)] for name in names if re.sub(r"\d+$", "", name) in self.kinds
-        }
+        kinds = {name: name.rstrip("0123456789") for name in names}
+        return {name: self.kinds[kind] for name, kind in kinds.items() if kind in self.kinds}
 
 
 def parse(text: str) -> Program:
@@ -73,7 +71,7 @@ def parse(text: str) -> Program:
             pointers.append(i)
     kinds = {name: WIDTH[bits] for bits, name in re.findall(r"\.reg \.b(\d+)\s+(%\w+)<", rest)}
     blocks, labels, source = [Block()], {}, ""
-    for number, line in enumerate(rest.splitlines()):
+    for line in rest.splitlines():
         line, _, comment = (part.strip() for part in line.partition("//"))
         if line.startswith(".loc"):
             source = ":".join(comment.split(":")[:2])
@@ -85,9 +83,9 @@ def parse(text: str) -> Program:
         for statement in _statements(line):
             if statement.startswith("."):
                 continue
-            blocks[-1].instructions.append(_instruction(statement, number))
-            blocks[-1].instructions[-1].source = source
-            if blocks[-1].instructions[-1].name[0] in ("bra", "ret", "exit"):
+            instruction = _instruction(statement, source)
+            blocks[-1].instructions.append(instruction)
+            if instruction.name[0] in ("bra", "ret", "exit"):
                 blocks.append(Block())
     return Program(name[1], blocks, labels, parameters, pointers, kinds)
 
@@ -100,13 +98,13 @@ def _statements(line: str) -> list[str]:
     return [one.strip() for one in line.split(";") if one.strip() not in ("", "}")]
 
 
-def _instruction(text: str, line: int) -> Instruction:
+def _instruction(text: str, source: str) -> Instruction:
     found = re.match(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", text)
     if found is None:
-        raise ValueError(f"line {line}: {text!r}")
+        raise ValueError(f"no instruction of PTX: {text!r}")
     negated, guard, name, operands = found.groups()
-    parts = tuple(part for part in name.replace("::", "__").split("."))
-    return Instruction(text, parts, _operands(operands), guard, bool(negated), line)
+    parts = tuple(name.replace("::", "__").split("."))
+    return Instruction(text, parts, _operands(operands), guard, bool(negated), source)
 
 
 def _operands(text: str) -> list:

@@ -27,10 +27,9 @@ class Traffic:
         steps = np.arange(len(lanes)) // group if len(np.unique(lanes)) < len(lanes) else lanes // group
         words = address[:, None] // 4 + np.arange(max(size // 4, 1))
         keys = np.unique(np.stack([np.repeat(steps, words.shape[1]), words.ravel() % 32, words.ravel()], 1), axis=0)
-        _, per_bank = np.unique(keys[:, 0] * 32 + keys[:, 1], return_counts=True)
-        of_step = np.unique(keys[:, 0] * 32 + keys[:, 1]) // 32
-        cycles = sum(int(per_bank[of_step == step].max()) for step in np.unique(of_step))
-        self._add(machine, "shared", cycles, len(np.unique(of_step)))
+        banks, words_asked = np.unique(keys[:, 0] * 32 + keys[:, 1], return_counts=True)
+        taken = [int(words_asked[banks // 32 == step].max()) for step in np.unique(banks // 32)]
+        self._add(machine, "shared", sum(taken), len(taken))
 
     def global_(self, machine: Any, address: np.ndarray, lanes: np.ndarray, size: int) -> None:
         if not len(address):
