@@ -70,15 +70,19 @@ def variants_of(chip):
 
 
 def compile_variant(variant, chip):
+    return compile_source(variant.launch.kernel, variant.source, variant.options, chip)
+
+
+def compile_source(kernel, source, options, chip):
+    """What Triton compiles of a kernel for a chip. source: types, constants and hints of its arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, hints = variant.source
-    source = ASTSource(variant.launch.kernel, signature=signature, constexprs=constants, attrs=hints)
+    described = ASTSource(kernel, signature=source.signature, constexprs=source.constants, attrs=source.hints)
     hip = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if hip else GPUTarget("cuda", int(chip[3:]), 32)
-    return triton.compile(source, target=target, options=variant.options)
+    return triton.compile(described, target=target, options=options)
 
 
 def disassemble(cubin):

@@ -29,7 +29,7 @@ for path in (ROOT, ROOT / "kernels", ROOT / "tools"):
 os.environ.pop("TRITON_INTERPRET", None)  # decided when Triton is imported
 
 import torch  # noqa: E402
-from aot import compile_variant  # noqa: E402
+from aot import compile_source  # noqa: E402
 from ptx.multiprocessor import run  # noqa: E402
 from ptx.program import parse  # noqa: E402
 from ptx.traffic import Traffic  # noqa: E402
@@ -85,53 +85,42 @@ class Emulator:
         self._contexts.close()
 
     def launch(self, launch: Any, pointers: tuple) -> None:
-        names = launch.kernel.arg_names[: len(pointers)]
-        variant, values = self._described(launch, dict(zip(names, pointers, strict=True)))
-        key = (launch.kernel.__name__, repr(variant.source), repr(sorted(variant.options.items())))
+        kernel = launch.kernel
+        source, options, values = _described(launch, dict(zip(kernel.arg_names, pointers, strict=False)))
+        key = (kernel.__name__, repr(source), repr(sorted(options.items())))
         if key not in self.programs:
-            compiled = compile_variant(variant, self.chip)
+            compiled = compile_source(kernel, source, options, self.chip)
             self.programs[key] = parse(compiled.asm["ptx"]), compiled.metadata
         program, metadata = self.programs[key]
-        tensors = [t for one in pointers for t in (one if isinstance(one, tuple) else (one,))]
-        storages = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
-        ranges = [(start, start + size) for start, size in storages if size]
+        storages = [t.untyped_storage() for one in pointers for t in _each(one)]
+        ranges = {(one.data_ptr(), one.data_ptr() + one.nbytes()) for one in storages if one.nbytes()}
         values += [b"\0" * 8] * (len(program.parameters) - len(values))  # Triton's own scratch
         grid = (*launch.grid, 1, 1)[:3]
         threads = 32 * metadata.num_warps
         run(program, values, grid, threads, metadata.shared, ranges, eager=self.eager, traffic=self.traffic)
 
-    @staticmethod
-    def _described(launch: Any, pointers: dict[str, Any]) -> tuple[Any, list[bytes]]:
-        """What is compiled for a launch, and its arguments as a GPU gets them."""
 
-        def each(value: Any) -> tuple:
-            return value if isinstance(value, tuple) else (value,)
-
-        kinds = {
-            name: tuple(TYPES[t.dtype] for t in value) if isinstance(value, tuple) else TYPES[value.dtype]
-            for name, value in pointers.items()
-        }
-        planned = Variant(launch.kernel.__name__, launch, kinds)
-        source = planned.source
-        values, hints = [], dict(source.hints)
-        for i, parameter in enumerate(launch.kernel.params):
-            given = pointers.get(parameter.name, launch.arguments.get(parameter.name))
-            for j, value in enumerate(each(given)):
-                place = (i, j) if isinstance(given, tuple) and not parameter.is_constexpr else (i,)
-                if place in source.constants:
-                    continue
-                if isinstance(value, Tensor):
-                    values.append(struct.pack("<Q", value.data_ptr()))
-                    if value.data_ptr() % 16:
-                        hints.pop(place, None)
-                else:
-                    values.append(struct.pack("<f" if isinstance(value, float) else "<i", value))
-        found = Source(source.signature, source.constants, hints)
-
-        class Described(Variant):  # with the hints of these tensors
-            source = property(lambda self: found)  # type: ignore[assignment]
-
-        return Described(*planned), values
+def _described(launch: Any, pointers: dict[str, Any]) -> tuple[Source, dict[str, Any], list[bytes]]:
+    """What is compiled for a launch, how, and its arguments as a GPU gets them."""
+    kinds = {
+        name: tuple(TYPES[t.dtype] for t in value) if isinstance(value, tuple) else TYPES[value.dtype]
+        for name, value in pointers.items()
+    }
+    planned = Variant(launch.kernel.__name__, launch, kinds)
+    source, values = planned.source, []
+    for i, parameter in enumerate(launch.kernel.params):
+        given = pointers.get(parameter.name, launch.arguments.get(parameter.name))
+        for j, value in enumerate(_each(given)):
+            place = (i, j) if isinstance(given, tuple) and not parameter.is_constexpr else (i,)
+            if place in source.constants:
+                continue
+            if isinstance(value, Tensor):
+                values.append(struct.pack("<Q", value.data_ptr()))
+                if value.data_ptr() % 16:  # for a launch that is planned they are multiples
+                    source.hints.pop(place, None)
+            else:
+                values.append(struct.pack("<f" if isinstance(value, float) else "<i", value))
+    return source, planned.options, values
 
 
 def problem_of(op: Any, kwargs: dict[str, Any]) -> str:

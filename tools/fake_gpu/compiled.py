@@ -30,7 +30,8 @@ def install(*, eager: bool, traffic: bool) -> None:
             programs[self.function] = parse(self.asm["ptx"])
 
     CompiledKernel._init_handles = loaded
-    driver = ctypes.CDLL("libcuda.so.1")
+    driver, runtime = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL(os.environ["LD_PRELOAD"])
+    runtime.fake_gpu_block.restype = ctypes.c_size_t
     counted = Traffic() if traffic else None
     if counted is not None:
         atexit.register(lambda: print(counted.table(), file=sys.stderr))
@@ -41,7 +42,7 @@ def install(*, eager: bool, traffic: bool) -> None:
             program = programs[function]
             sizes_of = [end - start for start, end in program.parameters.values()]
             given = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes_of)]
-            blocks = _blocks(int.from_bytes(given[place], "little") for place in program.pointers)
+            blocks = _blocks(runtime, *(int.from_bytes(given[place], "little") for place in program.pointers))
             grid, threads = tuple(sizes[:3]), sizes[3] * sizes[4] * sizes[5]
             multiprocessor.run(program, given, grid, threads, sizes[6], blocks, eager=eager, traffic=counted)
         except Exception as error:  # nothing may be raised through the driver, whose caller raises this
@@ -53,10 +54,8 @@ def install(*, eager: bool, traffic: bool) -> None:
     driver.fake_gpu_run_by(run)
 
 
-def _blocks(pointers: Any) -> set[tuple[int, int]]:
+def _blocks(runtime: Any, *pointers: int) -> set[tuple[int, int]]:
     """(start, end) of the blocks of memory that these point into."""
-    runtime = ctypes.CDLL(os.environ["LD_PRELOAD"])
-    runtime.fake_gpu_block.restype = ctypes.c_size_t
     found = set()
     for pointer in pointers:
         start = ctypes.c_void_p()
