@@ -4,7 +4,6 @@ A chip is named as compilers name it (``sm_90``, ``gfx942``). A chip that is not
 its family; the shared-memory limits that force smaller tiles on some chips are in `SHARED_MEMORY`.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -38,8 +37,18 @@ SHARED_MEMORY = {
 _INTERPRETER = "interpreter"
 
 TILES: dict[str, dict[str, Tile]] = {
-    # t = drop(x) aᵀ, p = s dy b: at most BM rows a program, BK of the contraction (see `depth`)
+    # t = x aᵀ, p = s dy b: at most BM rows a program, BK of the contraction (see `depth`)
     "lora_down": {
+        _INTERPRETER: Tile(32, 0, 32),
+        "sm_80": Tile(128, 0, 128, 4, 4),
+        "sm_86": Tile(64, 0, 64, 4, 3),
+        "sm_90": Tile(128, 0, 128, 4, 4),
+        "sm_100": Tile(128, 0, 128, 4, 5),
+        "sm_120": Tile(64, 0, 64, 4, 3),
+        "gfx942": Tile(64, 0, 64, 4, 2),
+    },
+    # t = drop(x) aᵀ, where making masks takes longer than reading factors
+    "lora_down_masked": {
         _INTERPRETER: Tile(32, 0, 32),
         "sm_80": Tile(64, 0, 128, 4, 4),
         "sm_86": Tile(64, 0, 64, 4, 3),
@@ -85,10 +94,10 @@ TILES: dict[str, dict[str, Tile]] = {
     # db = s dyᵀ t and da = pᵀ drop(x): at most BN columns a program, BK rows at a time (see `depth`)
     "lora_grad": {
         _INTERPRETER: Tile(16, 32, 32),
-        "sm_80": Tile(16, 64, 64, 4, 4),
+        "sm_80": Tile(16, 128, 64, 4, 4),
         "sm_86": Tile(16, 64, 64, 4, 3),
-        "sm_90": Tile(16, 64, 64, 4, 5),
-        "sm_100": Tile(16, 64, 64, 4, 5),
+        "sm_90": Tile(16, 128, 64, 4, 5),
+        "sm_100": Tile(16, 128, 64, 4, 5),
         "sm_120": Tile(16, 64, 64, 4, 3),
         "gfx942": Tile(16, 64, 64, 4, 2),
     },
@@ -151,6 +160,11 @@ def rank_tile(rank: int, largest: int = MAX_RANK_TILE) -> int:
     return max(16, min(largest, 1 << (rank - 1).bit_length() if rank > 1 else 1))
 
 
+def shared_tile(rank: int, linears: int) -> int:
+    """The rank tile where one program holds a tile of several linears: all of them together fill the usual one."""
+    return rank_tile(rank, MAX_RANK_TILE >> (linears - 1).bit_length())
+
+
 #: What `tiles.exact_product` makes of a bfloat16 operand and an fp32 one.
 PARTS = "parts"
 
@@ -178,16 +192,43 @@ def rank_warps(warps: int, ranks: int, chip: str, precision: str, few: int = 32)
 
 PROGRAMS = 128  # about as many as a large GPU has processors
 
+#: Sums of one program of a skinny product above which it has twice the warps, each with half of them in registers.
+MANY_SUMS = 1 << 13
 
-def owned(largest: int, programs: Callable[[int], int]) -> int:
-    """How much of the output one program owns where it walks the whole contraction alone.
+#: Bytes a cycle out of the second-level cache to all of a large GPU, and out of memory; and cycles in which a processor
+#: makes one element of a dropout mask. Predictions, from published measurements of H100s and from the mask's
+#: instructions: nothing was measured here.
+_TO_ALL, _OUT_OF_MEMORY, _MASK = 3072, 2400, 0.2
 
-    The largest power of two from 16 to `largest` that leaves `PROGRAMS` programs, of which there are programs(size);
-    16 where none does. A function of the shape alone, so that results are the same on every GPU of a kind.
+#: Bytes a cycle to one processor, by the same, and by the cycles of its shared memory (`tools/emulate.py --traffic`):
+#: where matrix instructions read out of that themselves, and where warps do for them.
+_TO_ONE, _TO_ONE_BY_WARPS = 48, 32
+
+
+def waiting(
+    programs: int, moved: float, once: float, masked: float = 0, masking: int | None = None, by_warps: bool = True
+) -> tuple[float, float]:
+    """Cycles that programs take, by prediction, which each read so many bytes: for all of these, which often are the
+    same, for `once`, what comes out of memory, or for what one processor has to do alone. Then the bytes it reads.
+
+    `masking` of the programs, None means all, make so many elements of a mask besides; by_warps: see
+    `fed_by_warps`. A function of shape and kind of chip alone, so that results are the same on every GPU of a kind.
     """
-    while largest > 16 and programs(largest) < PROGRAMS:
-        largest //= 2
-    return largest
+    alone = cdiv(programs, PROGRAMS) * moved
+    masks = cdiv(programs if masking is None else masking, PROGRAMS) * masked
+    to_one = _TO_ONE_BY_WARPS if by_warps else _TO_ONE
+    return max(programs * moved / _TO_ALL, once / _OUT_OF_MEMORY, alone / to_one, masks * _MASK), alone
+
+
+def fed_by_warps(chip: str, rows: int) -> bool:
+    """Whether matrix instructions with so many rows on their left take operands that warps have read: all but the large
+    ones of data centres' Hopper and Blackwell."""
+    return rows < 64 or not chip.startswith(("sm_90", "sm_10"))
+
+
+def powers(largest: int) -> list[int]:
+    """The powers of two from 16, what a matrix instruction needs, to `largest`."""
+    return [1 << bits for bits in range(4, largest.bit_length())]
 
 
 def parts(programs: int, steps: int) -> int:

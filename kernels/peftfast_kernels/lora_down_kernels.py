@@ -1,8 +1,10 @@
 """Triton: t = drop(x) aᵀ and p = s dy b. The mask is applied to x in registers, scales to the fp32 sum.
 
-Every strip of rows has one owner, which walks the whole contraction: one launch, nothing to add up afterwards.
+Every strip of rows and ranks has one owner, which walks the whole contraction: one launch, nothing to add up
+afterwards.
 """
 
+from itertools import product
 from math import gcd
 
 import torch
@@ -11,21 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels.configs import (
-    PROGRAMS,
+    MANY_SUMS,
+    Tile,
     cdiv,
     chip_of,
     depth,
     exact_precision,
+    fed_by_warps,
     held_ranks,
-    owned,
-    rank_tile,
+    powers,
     rank_warps,
+    shared_tile,
     tile,
+    waiting,
 )
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.tiles import exact_product, keep_tile, narrow, operand, row_keys
-from peftfast_kernels.variants import ANY_MATRIX, DTYPES, NO_MATRIX, WIDTH, Variant
+from peftfast_kernels.variants import ANY_MATRIX, DTYPES, NO_MATRIX, ROWS, WIDTH, Variant
 
 
 @triton.jit
@@ -101,24 +106,49 @@ def unit(rank: int, stride: int) -> int:
     return gcd(gcd(rank, stride), 16)
 
 
+def strip_tile(
+    chip: str, m: int, r: int, sizes: tuple[int, int], precision: str, drops: bool = False, among: int = 1,
+    shared: int = 1, few: int = 32,
+) -> Tile:  # fmt: skip
+    """The tile of one program, of m rows and r ranks, its columns: small where a processor would have much to read
+    alone, large where programs would read the same again and again.
+
+    Args:
+        sizes: bytes of an element of the activations, and of the factor.
+        among: linears whose programs run beside each other. shared: linears of which one program has the ranks.
+        few: see `rank_warps`.
+    """
+    config = tile("lora_down_masked" if drops else "lora_down", chip)
+
+    def taken(strip: tuple[int, int]) -> tuple[float, float]:
+        rows, ranks = strip
+        moved = min(rows, m) * sizes[0] + min(ranks, r) * sizes[1] * shared
+        programs = cdiv(m, rows) * cdiv(r, ranks) * among
+        once, masked = m * sizes[0] * among, rows * drops * shared
+        return waiting(programs, moved, once, masked, by_warps=fed_by_warps(chip, rows))
+
+    highest = min(config.BM, max(16, 1 << (m - 1).bit_length()))
+    rows, ranks = min(product(powers(highest), powers(shared_tile(r, shared))), key=taken)
+    sums = ranks * shared
+    warps = 2 * config.warps if rows * sums > MANY_SUMS else rank_warps(config.warps, sums, chip, precision, few)
+    return config._replace(BM=rows, BN=ranks, warps=warps)
+
+
 @planned
 def _plan(
     chip: str, m: int, k: int, r: int, stride_xm: int, stride_xk: int, stride_ar: int, stride_ak: int,
-    single: bool, precision: str, prob: float, scale: float,
+    sizes: tuple[int, int], precision: str, prob: float, scale: float,
 ) -> Launch:  # fmt: skip
     """A 2D grid (row strips, rank tiles)."""
-    config = tile("lora_down", chip)
-    br = rank_tile(r)
-    rank_tiles = cdiv(r, br)
-    bm = owned(config.BM, lambda size: cdiv(m, size) * rank_tiles)
+    drops = threshold(prob) > 0
+    bm, br, bk, warps, stages = strip_tile(chip, m, r, sizes, precision, drops)
     # Of the lowest strips a processor has one or two, which wait for memory alone: more of their steps are under way.
     lowest = bm == 16 and chip.startswith("sm_")
-    drops, warps = threshold(prob) > 0, rank_warps(config.warps, br, chip, precision)
     if lowest and br == 16 and precision != "ieee" and not drops:
         warps //= 2  # which have one matrix instruction each; others would only read x once more
     return Launch(
         down_kernel,
-        (cdiv(m, bm), rank_tiles),
+        (cdiv(m, bm), cdiv(r, br)),
         M=m,
         K=k,
         R=r,
@@ -131,11 +161,11 @@ def _plan(
         DROP=drops,
         BM=bm,
         BR=br,
-        BK=depth(config.BK, bm, held_ranks(br, chip, precision), single),
+        BK=depth(bk, bm, held_ranks(br, chip, precision), sizes[1] == 4),
         UNIT=unit(r, stride_ak),
         PRECISION=precision,
         num_warps=warps,
-        num_stages=config.stages + 2 * lowest,
+        num_stages=stages + 2 * lowest,
     )
 
 
@@ -149,7 +179,7 @@ def _launch(
         return t
     chip = chip_of(x.device)
     launch = _plan(
-        chip, m, k, r, *x.stride(), stride_ar, stride_ak, a.dtype is torch.float32,
+        chip, m, k, r, *x.stride(), stride_ar, stride_ak, (x.dtype.itemsize, a.dtype.itemsize),
         exact_precision(chip, x.dtype, a.dtype), prob, scale,
     )  # fmt: skip
     launch(x, a, seed_or(seed, prob, x), t)
@@ -169,33 +199,37 @@ def lora_dt(dy: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def variants(chip: str):
     """What `lora_down` and `lora_dt` launch, for ahead-of-time checks."""
-    largest = tile("lora_down", chip).BM
     points = (
         ("bf16", "bf16", 16, False, 16),
         ("bf16", "bf16", 16, True, 16),
-        ("bf16", "bf16", 16, True, 32),
-        ("bf16", "bf16", 16, True, largest),
-        ("fp16", "fp16", 64, False, largest),
+        ("bf16", "bf16", 16, True, 4096),
+        ("bf16", "bf16", 16, True, ROWS),
+        ("fp16", "fp16", 64, False, ROWS),
+        ("bf16", "bf16", 64, False, 2048),
         ("bf16", "bf16", 128, True, 16),
-        ("bf16", "bf16", 128, True, largest),
+        ("bf16", "bf16", 128, True, ROWS),
+        ("bf16", "bf16", 256, True, 2048),
         ("bf16", "fp32", 16, True, 16),
-        ("bf16", "fp32", 16, True, largest),
-        ("bf16", "fp32", 64, True, largest),
-        ("bf16", "fp32", 128, True, largest),
+        ("bf16", "fp32", 16, True, ROWS),
+        ("bf16", "fp32", 64, True, ROWS),
+        ("bf16", "fp32", 128, True, ROWS),
         ("fp32", "fp32", 16, False, 16),
-        ("fp32", "fp32", 16, False, largest),
-        ("fp32", "fp32", 64, True, largest),
+        ("fp32", "fp32", 16, False, ROWS),
+        ("fp32", "fp32", 64, True, ROWS),
+        ("fp32", "fp32", 256, False, ROWS),
     )
-    # `lora_dt` drops nothing; on some chips the largest strip is not so large, and points coincide
-    calls = [(*point, False) for point in points] + [(x, a, rank, False, bm, True) for x, a, rank, _, bm in points]
-    for x, a, rank, drop, bm, turned in dict.fromkeys(calls):
-        precision = exact_precision(chip, DTYPES[x], DTYPES[a])
+    # `lora_dt` drops nothing
+    calls = [(*point, False) for point in points] + [(x, a, rank, False, rows, True) for x, a, rank, _, rows in points]
+    for x, a, rank, drop, rows, turned in dict.fromkeys(calls):
+        x_dtype, a_dtype = DTYPES[x], DTYPES[a]
         a_strides = (1, rank) if turned else (WIDTH, 1)
         launch = _plan(
-            chip, PROGRAMS * bm, WIDTH, rank, WIDTH, 1, *a_strides, a == "fp32", precision, 0.1 * drop, 2.0
+            chip, rows, WIDTH, rank, WIDTH, 1, *a_strides, (x_dtype.itemsize, a_dtype.itemsize),
+            exact_precision(chip, x_dtype, a_dtype), 0.1 * drop, 2.0,
         )  # fmt: skip
+        size = f"{launch.arguments['BM']}x{launch.arguments['BR']}"
         yield Variant(
-            f"{'lora_dt' if turned else 'lora_down'} {x} M{bm} R{rank}{' drop' * drop}{' wide' * (x != a)}",
+            f"{'lora_dt' if turned else 'lora_down'} {x} M{rows} R{rank} {size}{' drop' * drop}{' wide' * (x != a)}",
             launch,
             {"x_ptr": x, "a_ptr": a, "seed_ptr": "i64", "t_ptr": a},
             matrix=NO_MATRIX if x == "fp32" else ANY_MATRIX,

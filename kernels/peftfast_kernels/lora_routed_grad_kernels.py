@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.configs import cdiv, chip_of, dot_precision, rank_tile, rank_warps, tile
+from peftfast_kernels.configs import cdiv, chip_of, exact_precision, rank_tile, rank_warps, tile
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.lora_routed_kernels import shrink
-from peftfast_kernels.tiles import narrow, operand
+from peftfast_kernels.tiles import exact_product, narrow, operand
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, WIDTH, Variant
 
 
@@ -20,7 +20,7 @@ def routed_outer_kernel(
     SCALED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
     INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j, g) owns BC columns and BR ranks of adapter g: the sum over its rows of p_m x_mᵀ, in their order.
+    """Program (i, j, g) owns BC columns and BR ranks of adapter g: the sum over its rows of x_m p_mᵀ, in their order.
 
     x_ptr: [M, C]; p_ptr: [M, R]; out_ptr: [G, R, C] through strides.
     """
@@ -30,26 +30,26 @@ def routed_outer_kernel(
     first = tl.load(starts_ptr + g)
     last = tl.load(starts_ptr + g + 1)
     wide_cols = cols.to(tl.int64)
-    acc = tl.zeros((BR, BC), tl.float32)
+    acc = tl.zeros((BC, BR), tl.float32)
     for m in range(first, last, BM):
         places = m + tl.arange(0, BM)
         rows = tl.load(order_ptr + places, mask=places < last, other=0).to(tl.int64)
+        # Read transposed, as in `column_gradient`.
         x = tl.load(
-            x_ptr + rows[:, None] * stride_xm + wide_cols[None, :] * stride_xc,
-            mask=(places[:, None] < last) & (cols[None, :] < C),
+            x_ptr + rows[None, :] * stride_xm + wide_cols[:, None] * stride_xc,
+            mask=(places[None, :] < last) & (cols[:, None] < C),
             other=0.0,
         )
         p = tl.load(
-            p_ptr + rows[None, :] * stride_pm + ranks[:, None] * stride_pr,
-            mask=(places[None, :] < last) & (ranks[:, None] < R),
+            p_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr,
+            mask=(places[:, None] < last) & (ranks[None, :] < R),
             other=0.0,
         )
-        p = operand(p, INTERP)
-        acc = tl.dot(p, operand(x, INTERP).to(p.dtype), acc, input_precision=PRECISION)
+        acc = exact_product(operand(x, INTERP), operand(p, INTERP), acc, PRECISION, INTERP)
     if SCALED:
         acc = acc * tl.load(scales_ptr + g)
-    offsets = g.to(tl.int64) * stride_og + ranks[:, None].to(tl.int64) * stride_or + wide_cols[None, :] * stride_oc
-    inside = (ranks[:, None] < R) & (cols[None, :] < C)
+    offsets = g.to(tl.int64) * stride_og + ranks[None, :].to(tl.int64) * stride_or + wide_cols[:, None] * stride_oc
+    inside = (ranks[None, :] < R) & (cols[:, None] < C)
     tl.store(out_ptr + offsets, narrow(acc, out_ptr.dtype.element_ty, INTERP), mask=inside)
 
 
@@ -89,7 +89,7 @@ def _outer(x: Tensor, p: Tensor, order: Tensor, starts: Tensor, scales: Tensor |
     adapters, rank, c = out.shape
     launch = _outer_plan(
         chip, adapters, c, rank, x.stride(), p.stride(), out.stride(), scales is not None,
-        dot_precision(chip, x.dtype, p.dtype),
+        exact_precision(chip, x.dtype, p.dtype),
     )  # fmt: skip
     launch(x, p, order, starts, starts if scales is None else scales.contiguous(), out)
 
@@ -124,7 +124,7 @@ def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
     pointers = {"x_ptr": "bf16", "order_ptr": "i32", "starts_ptr": "i32", "scales_ptr": "fp32", "out_ptr": "fp32"}
     for rank, factors in ((16, "bf16"), (64, "bf16"), (64, "fp32")):
-        precision = dot_precision(chip, torch.bfloat16, DTYPES[factors])
+        precision = exact_precision(chip, torch.bfloat16, DTYPES[factors])
         launch = _outer_plan(
             chip, 8, WIDTH, rank, (WIDTH, 1), (rank, 1), (rank * WIDTH, WIDTH, 1), False, precision
         )  # fmt: skip

@@ -13,16 +13,18 @@ from peftfast_kernels.configs import (
     Tile,
     cdiv,
     chip_of,
-    dot_precision,
+    exact_precision,
     expand_ranks,
+    powers,
     rank_tile,
     rank_warps,
     tile,
     update_precision,
+    waiting,
 )
 from peftfast_kernels.launch import Launch, planned
 from peftfast_kernels.op import is_interpreting
-from peftfast_kernels.tiles import narrow, operand
+from peftfast_kernels.tiles import exact_product, narrow, operand
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
 
 
@@ -68,8 +70,7 @@ def routed_shrink_kernel(
                 mask=(ranks[None, :] < R) & (cols[:, None] < C),
                 other=0.0,
             )
-            f = operand(f, INTERP)
-            acc = tl.dot(operand(x, INTERP).to(f.dtype), f, acc, input_precision=PRECISION)
+            acc = exact_product(operand(x, INTERP), operand(f, INTERP), acc, PRECISION, INTERP)
         if SCALED:
             acc = acc * tl.load(scales_ptr + g)
         total = tl.where(mine[:, None], acc, total)  # not a sum: another adapter's factors may hold infinities
@@ -194,13 +195,14 @@ def row_columns(config: Tile, ranks: int) -> int:
 
 @planned
 def _shrink_plan(
-    chip: str, m: int, c: int, rank: int, x_strides: tuple[int, ...], f_strides: tuple[int, ...], scaled: bool,
-    precision: str,
+    chip: str, m: int, c: int, rank: int, x_strides: tuple[int, ...], f_strides: tuple[int, ...],
+    sizes: tuple[int, int], scaled: bool, precision: str,
 ) -> tuple[Launch, bool]:  # fmt: skip
     """A 2D grid (rows or tiles of sorted rows, rank tiles), and whether it is rows."""
     config = tile("routed", chip)
-    br = rank_tile(rank, 64)
-    row_by_row = _row_by_row(m)
+    row_by_row, br = _row_by_row(m), rank_tile(rank, 64)
+    if row_by_row:  # few rows have few programs, each with less of its adapter to read
+        br = min(powers(br), key=lambda ranks: waiting(m * cdiv(rank, ranks), sizes[0] + ranks * sizes[1], 0))
     arguments = {
         "C": c,
         "R": rank,
@@ -229,8 +231,11 @@ def shrink(x: Tensor, rows: Tensor, order: Tensor, factors: Tensor, scales: Tens
     if m == 0:
         return t
     chip = chip_of(x.device)
-    precision = dot_precision(chip, x.dtype, factors.dtype)
-    launch, by_row = _shrink_plan(chip, m, c, rank, x.stride(), factors.stride(), scales is not None, precision)
+    precision = exact_precision(chip, x.dtype, factors.dtype)
+    launch, by_row = _shrink_plan(
+        chip, m, c, rank, x.stride(), factors.stride(), (x.dtype.itemsize, factors.dtype.itemsize),
+        scales is not None, precision,
+    )  # fmt: skip
     scale_pointer = rows if scales is None else scales.contiguous()
     if by_row:
         launch(x, rows, factors, scale_pointer, t)
@@ -296,14 +301,15 @@ def variants(chip: str):
     """What the launchers above run, for ahead-of-time checks."""
     indices = {"rows_ptr": "i32", "order_ptr": "i32", "scales_ptr": "fp32"}
     for rank, factors in ((16, "bf16"), (64, "bf16"), (32, "fp32"), (64, "fp32")):
-        precisions = [choose(chip, torch.bfloat16, DTYPES[factors]) for choose in (dot_precision, update_precision)]
+        precisions = [choose(chip, torch.bfloat16, DTYPES[factors]) for choose in (exact_precision, update_precision)]
         shrunk = {**indices, "x_ptr": "bf16", "f_ptr": factors, "t_ptr": factors}
         expanded = {**indices, "y_ptr": "bf16", "t_ptr": factors, "b_ptr": factors, "out_ptr": "bf16"}
-        for rows, kind in ((ROWS, "routed"), (ROW_BY_ROW, "row")):
-            name = f"R{rank}{' wide' * (factors == 'fp32')}"
+        for rows, kind in ((ROWS, "routed"), (ROW_BY_ROW, "row"), (4, "row")):
+            name = f"M{rows} R{rank}{' wide' * (factors == 'fp32')}"
             by_row = {"quick": rank == 16} if kind == "row" else {"matrix": ANY_MATRIX}
             launch, _ = _shrink_plan(
-                chip, rows, WIDTH, rank, (WIDTH, 1), (rank * WIDTH, WIDTH, 1), False, precisions[0]
+                chip, rows, WIDTH, rank, (WIDTH, 1), (rank * WIDTH, WIDTH, 1), (2, DTYPES[factors].itemsize), False,
+                precisions[0],
             )  # fmt: skip
             yield Variant(f"{kind}_shrink {name}", launch, shrunk, **by_row)
             launch, _ = _add_plan(

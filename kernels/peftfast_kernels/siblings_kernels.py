@@ -14,23 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels.configs import (
-    MAX_RANK_TILE,
-    PROGRAMS,
     cdiv,
     chip_of,
     depth,
     dot_precision,
     exact_precision,
     held_ranks,
-    owned,
     rank_tile,
-    rank_warps,
-    tile,
+    shared_tile,
 )
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.lora_down_kernels import strip
-from peftfast_kernels.lora_grad_kernels import column_gradient, grad_warps
+from peftfast_kernels.lora_down_kernels import strip, strip_tile
+from peftfast_kernels.lora_grad_kernels import column_gradient, gradient_tile
 from peftfast_kernels.siblings import drops
 from peftfast_kernels.tiles import owner, pick, tile_counts
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
@@ -119,11 +115,6 @@ def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple([one.contiguous() for one in tensors])
 
 
-def _shared_tile(ranks: Sequence[int]) -> int:
-    """The rank tile where one program holds a tile of every sibling: all of them together fill the usual one."""
-    return rank_tile(max(ranks), MAX_RANK_TILE >> (len(ranks) - 1).bit_length())
-
-
 def seeds_or(seeds: Sequence[Tensor | None], probs: Sequence[float], stand_in: Tensor) -> tuple[Tensor, ...]:
     """The seeds; a sibling without dropout takes another's, and drops nothing."""
     some = next((seed for seed in seeds if seed is not None), stand_in)
@@ -141,18 +132,17 @@ def keep_scales(probs: Sequence[float]) -> tuple[float, ...]:
 
 @planned
 def _down_plan(
-    chip: str, m: int, k: int, ranks: tuple[int, ...], x_strides: tuple[int, ...], single: bool, precision: str,
-    probs: tuple[float, ...],
+    chip: str, m: int, k: int, ranks: tuple[int, ...], x_strides: tuple[int, ...], sizes: tuple[int, int],
+    precision: str, probs: tuple[float, ...],
 ) -> Launch:  # fmt: skip
     """A 2D grid (row strips, rank tiles)."""
-    config = tile("lora_down", chip)
-    br = _shared_tile(ranks)
-    rank_tiles = cdiv(max(ranks), br)
-    bm = owned(config.BM, lambda size: cdiv(m, size) * rank_tiles)
+    bm, br, bk, warps, stages = strip_tile(
+        chip, m, max(ranks), sizes, precision, drops(probs), shared=len(ranks), few=64
+    )  # fmt: skip
     held = (br + bm * drops(probs)) * len(ranks)  # the tiles of all factors, and x once more for every mask
     return Launch(
         siblings_down_kernel,
-        (cdiv(m, bm), rank_tiles),
+        (cdiv(m, bm), cdiv(max(ranks), br)),
         M=m,
         K=k,
         RS=ranks,
@@ -162,10 +152,10 @@ def _down_plan(
         **masks(probs),
         BM=bm,
         BR=br,
-        BK=depth(config.BK, bm, held, single),
+        BK=depth(bk, bm, held, sizes[1] == 4),
         PRECISION=precision,
-        num_warps=rank_warps(config.warps, br * len(ranks), chip, precision, 64),
-        num_stages=config.stages,
+        num_warps=warps,
+        num_stages=stages,
     )
 
 
@@ -178,25 +168,23 @@ def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs:
     if m:
         chip = chip_of(device)
         precision = dot_precision(chip, x.dtype, dtype)  # as much as the tiles of several take
-        launch = _down_plan(chip, m, k, ranks, x.stride(), dtype is torch.float32, precision, tuple(probs))
+        sizes = x.dtype.itemsize, dtype.itemsize
+        launch = _down_plan(chip, m, k, ranks, x.stride(), sizes, precision, tuple(probs))
         launch(x, contiguous(a), seed_pointers, tuple(ts))
     return ts
 
 
 @planned
 def _dt_plan(
-    chip: str, m: int, widths: tuple[int, ...], ranks: tuple[int, ...], strides: tuple[int, ...], single: bool,
-    precision: str, scales: tuple[float, ...],
+    chip: str, m: int, widths: tuple[int, ...], ranks: tuple[int, ...], strides: tuple[int, ...],
+    sizes: tuple[int, int], precision: str, scales: tuple[float, ...],
 ) -> Launch:  # fmt: skip
     """A 2D grid (row strips, siblings x rank tiles)."""
-    config = tile("lora_down", chip)
-    br = rank_tile(max(ranks))
+    bm, br, bk, warps, stages = strip_tile(chip, m, max(ranks), sizes, precision, among=len(ranks))
     rank_tiles = cdiv(max(ranks), br)
-    programs = rank_tiles * len(ranks)
-    bm = owned(config.BM, lambda size: cdiv(m, size) * programs)
     return Launch(
         siblings_dt_kernel,
-        (cdiv(m, bm), programs),
+        (cdiv(m, bm), rank_tiles * len(ranks)),
         M=m,
         NS=widths,
         RS=ranks,
@@ -205,11 +193,11 @@ def _dt_plan(
         rank_tiles=rank_tiles,
         BM=bm,
         BR=br,
-        BK=depth(config.BK, bm, held_ranks(br, chip, precision), single),
+        BK=depth(bk, bm, held_ranks(br, chip, precision), sizes[1] == 4),
         UNIT=gcd(16, *ranks),
         PRECISION=precision,
-        num_warps=rank_warps(config.warps, br, chip, precision),
-        num_stages=config.stages,
+        num_warps=warps,
+        num_stages=stages,
     )
 
 
@@ -222,7 +210,8 @@ def siblings_dt(dys: list[Tensor], b: list[Tensor], scales: list[float]) -> list
         chip = chip_of(device)
         rows, strides = row_major(dys)
         precision = exact_precision(chip, dys[0].dtype, dtype)
-        launch = _dt_plan(chip, m, widths, ranks, strides, dtype is torch.float32, precision, tuple(scales))
+        sizes = dys[0].dtype.itemsize, dtype.itemsize
+        launch = _dt_plan(chip, m, widths, ranks, strides, sizes, precision, tuple(scales))
         launch(rows, contiguous(b), tuple(ps))
     return ps
 
@@ -230,15 +219,15 @@ def siblings_dt(dys: list[Tensor], b: list[Tensor], scales: list[float]) -> list
 @planned
 def _grads_plan(
     chip: str, m: int, widths: tuple[int, ...], k: int, ranks: tuple[int, ...], dy_strides: tuple[int, ...],
-    t_strides: tuple[int, ...], x_strides: tuple[int, ...], p_strides: tuple[int, ...], single: bool, precision: str,
-    probs: tuple[float, ...], scales: tuple[float, ...],
+    t_strides: tuple[int, ...], x_strides: tuple[int, ...], p_strides: tuple[int, ...], sizes: tuple[int, int],
+    precision: str, probs: tuple[float, ...], scales: tuple[float, ...],
 ) -> Launch:  # fmt: skip
     """A 1D grid: (column tiles of every dy) x (rank tiles), then (column tiles of x) x (rank tiles). k: 0 without x."""
-    config = tile("lora_grad", chip)
-    brt, brp = rank_tile(max(ranks)), _shared_tile(ranks)
+    brt, brp = rank_tile(max(ranks)), shared_tile(max(ranks), len(ranks))
     rank_tiles, shared_tiles = cdiv(max(ranks), brt), cdiv(max(ranks), brp)
-    bc = owned(
-        config.BN, lambda size: sum(cdiv(n, size) for n in widths) * rank_tiles + cdiv(k, size) * shared_tiles
+    bm, bc, _, warps, stages = gradient_tile(
+        chip, lambda size: (sum(cdiv(n, size) for n in widths) * rank_tiles, cdiv(k, size) * shared_tiles),
+        sum(widths) + k, max(brt, brp * len(ranks)), sizes, precision, len(ranks) * drops(probs),
     )  # fmt: skip
     db_tiles, da_tiles = sum(cdiv(n, bc) for n in widths), cdiv(k, bc)
     return Launch(
@@ -260,15 +249,15 @@ def _grads_plan(
         da_scales=keep_scales(probs),
         **masks(probs),
         DA=k > 0,
-        BM=depth(config.BK, bc, max(brt, brp * len(ranks)), single),
+        BM=bm,
         BC=bc,
         BRT=brt,
         BRP=brp,
         UNIT_T=gcd(16, *ranks, *t_strides),
         UNIT_P=gcd(16, *ranks, *p_strides),
         PRECISION=precision,
-        num_warps=grad_warps(config.warps, single),
-        num_stages=config.stages,
+        num_warps=warps,
+        num_stages=stages,
     )
 
 
@@ -291,8 +280,8 @@ def siblings_factor_grads(
     chip = chip_of(device)
     (dy_rows, dy_strides), (t_rows, t_strides), (p_rows, p_strides) = row_major(dys), row_major(t), row_major(p)
     launch = _grads_plan(
-        chip, m, widths, k, ranks, dy_strides, t_strides, x_strides, p_strides, dtype is torch.float32,
-        dot_precision(chip, first.dtype, dtype), tuple(probs), tuple(scales),
+        chip, m, widths, k, ranks, dy_strides, t_strides, x_strides, p_strides, (first.dtype.itemsize, dtype.itemsize),
+        exact_precision(chip, first.dtype, dtype), tuple(probs), tuple(scales),
     )  # fmt: skip
     launch(dy_rows, t_rows, tuple(dbs), first if x is None else x, p_rows, tuple(das or dbs), seed_pointers)
     return [*dbs, *das]
@@ -300,60 +289,62 @@ def siblings_factor_grads(
 
 def variants(chip: str):
     """What these launchers launch, for ahead-of-time checks: q, k and v, and gate and up."""
-    largest = tile("lora_down", chip).BM
-    for members, rank, drop, bm, f in (
+    for members, rank, drop, rows, f in (
         (3, 16, False, 16, "bf16"),
         (3, 16, True, 16, "bf16"),
-        (3, 16, True, largest, "bf16"),
-        (2, 64, True, largest, "bf16"),
-        (3, 128, False, largest, "bf16"),
-        (3, 16, True, largest, "fp32"),
-        (3, 64, True, 32, "fp32"),
-        (2, 64, True, largest, "fp32"),
+        (3, 16, True, ROWS, "bf16"),
+        (2, 64, True, ROWS, "bf16"),
+        (3, 128, False, ROWS, "bf16"),
+        (3, 16, True, ROWS, "fp32"),
+        (3, 64, True, 2048, "fp32"),
+        (2, 64, True, ROWS, "fp32"),
     ):
         wide, dtypes = f == "fp32", (torch.bfloat16, DTYPES[f])
-        ranks, factors, rank_tiles = (rank,) * members, (f,) * members, cdiv(rank, _shared_tile((rank,) * members))
-        name = f"M{bm} R{rank}x{members}{' drop' * drop}{' wide' * wide}"
-        m, probs = cdiv(PROGRAMS, rank_tiles) * bm, (0.1 * drop,) * members
+        ranks, factors, widths, probs = (rank,) * members, (f,) * members, (WIDTH,) * members, (0.1 * drop,) * members
+        name, sizes = f"R{rank}x{members}{' drop' * drop}{' wide' * wide}", (2, dtypes[1].itemsize)
+        launch = _down_plan(chip, rows, WIDTH, ranks, (WIDTH, 1), sizes, dot_precision(chip, *dtypes), probs)
         yield Variant(
-            f"siblings_down bf16 {name}",
-            _down_plan(chip, m, WIDTH, ranks, (WIDTH, 1), wide, dot_precision(chip, *dtypes), probs),
+            f"siblings_down bf16 M{rows} {_size(launch)} {name}",
+            launch,
             {"x_ptr": "bf16", "a_ptrs": factors, "seed_ptrs": ("i64",) * members, "t_ptrs": factors},
             matrix=ANY_MATRIX,
             quick=members == 3 and drop and not wide,
-        )  # fmt: skip
+        )
         if not drop or wide:
-            widths, rows = (WIDTH,) * members, cdiv(PROGRAMS, members) * bm
             precision = exact_precision(chip, *dtypes)
+            launch = _dt_plan(chip, rows, widths, ranks, widths, sizes, precision, (2.0,) * members)
             yield Variant(
-                f"siblings_dt bf16 {name}",
-                _dt_plan(chip, rows, widths, ranks, widths, wide, precision, (2.0,) * members),
+                f"siblings_dt bf16 M{rows} {_size(launch)} {name}",
+                launch,
                 {"dy_ptrs": ("bf16",) * members, "b_ptrs": factors, "p_ptrs": factors},
                 matrix=ANY_MATRIX,
             )
-    largest = tile("lora_grad", chip).BN
-    for members, rank, drop, bc, f in (
-        (3, 16, False, largest, "bf16"),
-        (3, 16, True, largest, "bf16"),
-        (3, 16, True, 16, "bf16"),
-        (2, 64, True, largest, "bf16"),
-        (3, 128, True, largest, "bf16"),
-        (3, 16, True, largest, "fp32"),
+    for members, rank, drop, width, f in (
+        (3, 16, False, WIDTH, "bf16"),
+        (3, 16, True, WIDTH, "bf16"),
+        (3, 16, True, 512, "bf16"),
+        (2, 64, True, WIDTH, "bf16"),
+        (3, 128, True, WIDTH, "bf16"),
+        (3, 16, True, WIDTH, "fp32"),
     ):
-        precision = dot_precision(chip, torch.bfloat16, DTYPES[f])
-        width = cdiv(PROGRAMS, members + 1) * bc
+        dtypes = torch.bfloat16, DTYPES[f]
         ranks, widths, factors = (rank,) * members, (width,) * members, (f,) * members
         launch = _grads_plan(
-            chip, ROWS, widths, width, ranks, widths, ranks, (width, 1), ranks, f == "fp32", precision,
-            (0.1 * drop,) * members, (2.0,) * members,
+            chip, ROWS, widths, width, ranks, widths, ranks, (width, 1), ranks, (2, dtypes[1].itemsize),
+            exact_precision(chip, *dtypes), (0.1 * drop,) * members, (2.0,) * members,
         )  # fmt: skip
+        name = f"R{rank}x{members}{' drop' * drop}{' wide' * (f == 'fp32')}"
         yield Variant(
-            f"siblings_factor_grads C{bc} R{rank}x{members}{' drop' * drop}{' wide' * (f == 'fp32')}",
+            f"siblings_factor_grads N{width} C{launch.arguments['BC']} {name}",
             launch,
             {
                 "dy_ptrs": ("bf16",) * members, "t_ptrs": factors, "db_ptrs": ("fp32",) * members, "x_ptr": "bf16",
                 "p_ptrs": factors, "da_ptrs": ("fp32",) * members, "seed_ptrs": ("i64",) * members,
             },
             matrix=ANY_MATRIX,
-            quick=drop and rank == 16 and bc == largest and f == "bf16",
+            quick=drop and rank == 16 and width == WIDTH and f == "bf16",
         )  # fmt: skip
+
+
+def _size(launch: Launch) -> str:
+    return f"{launch.arguments['BM']}x{launch.arguments['BR']}"

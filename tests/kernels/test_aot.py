@@ -72,7 +72,7 @@ def test_a_table_in_global_memory_is_found(aot, monkeypatch):
 LOOKS = """
 from peftfast_kernels.siblings_kernels import variants
 
-(variant,) = [one for one in variants("sm_90") if one.name == "siblings_down bf16 M64 R16x3 drop"]
+(variant,) = [one for one in variants("sm_90") if one.name == "siblings_down bf16 M8192 64x16 R16x3 drop"]
 signature, constants, hints = variant.source
 at = {name: i for i, name in enumerate(variant.launch.kernel.arg_names)}
 assert signature["a_ptrs"] == ("*bf16",) * 3 and signature["scales"] == ("fp32",) * 3

@@ -47,10 +47,14 @@ def test_one_launch_each(launches, shape, rank):
     (down, first), (back, second), (both, third) = launches
     for grid, arguments, columns in ((down, first, k), (back, second, n)):
         assert grid[0] * arguments["BM"] >= m and grid[1] * arguments["BR"] >= rank and arguments["K"] == columns
-        # higher strips than 16 rows only where enough of them remain
-        assert grid[0] * grid[1] >= min(configs.PROGRAMS, -(-m // 16))
+        read = grid[0] * grid[1] * (arguments["BM"] + min(rank, arguments["BR"]))
+        if m >= 2048:  # the same factors, and the same rows where there are many ranks, are read again and again
+            assert read <= 9 * m
+        else:  # and few rows leave a processor little to read alone
+            assert grid[0] * grid[1] >= configs.PROGRAMS // 3 or arguments["BM"] == arguments["BR"] == 16
     tiles = -(-n // third["BC"]) + -(-k // third["BC"])
-    assert both == (tiles * -(-rank // third["BRT"]),) and both[0] >= configs.PROGRAMS
+    assert both == (tiles * -(-rank // third["BRT"]),) and both[0] >= configs.PROGRAMS // 2
+    assert both[0] * (third["BC"] + min(rank, third["BRT"])) <= 6 * (n + k)
     assert second["UNIT"] == third["UNIT_T"] == third["UNIT_P"] == (16 if rank == 16 else 8) and first["UNIT"] == 1
 
 
@@ -153,7 +157,7 @@ def test_only_fp32_takes_more_registers(launches, activations, factors, request)
     nvidia = not request.node.callspec.params["launches"].startswith("gfx")
     heavy = nvidia and factors is torch.float32
     precision = "ieee" if not nvidia or activations is torch.float32 else "tf32x3" if heavy else "tf32"
-    m, n, k, rank, count = 2048, 4096, 1024, 64, 3
+    m, n, k, rank, count = 8192, 4096, 1024, 64, 3
     x, y, t = meta(m, k, dtype=activations), meta(m, n, dtype=activations), meta(m, rank, dtype=factors)
     a, b = meta(count, rank, k, dtype=factors), meta(count, n, rank, dtype=factors)
     route = [meta(size, dtype=torch.int32) for size in (m, m, count + 1)]
@@ -167,13 +171,11 @@ def test_only_fp32_takes_more_registers(launches, activations, factors, request)
     OPS["routed_add"].launch(y, t, *route, b, scales)
     OPS["routed_up_grad"].launch(y, t, *route, b, scales, torch.float32)
     first, *expanded, down, add, shrink, outer = [found for _, found in launches]
-    assert {found["PRECISION"] for found in (down, shrink, outer)} == {precision}
-    assert first["PRECISION"] == {"tf32x3": configs.PARTS}.get(precision, precision)  # and there no more of them
+    exact = {"tf32x3": configs.PARTS}.get(precision, precision)  # and there no more of them
+    assert {found["PRECISION"] for found in (first, down, shrink, outer)} == {exact}
     # what is rounded to half precision is not worth TF32's way through shared memory
     assert {found["PRECISION"] for found in (*expanded, add)} == {{"tf32x3": "bf16x3"}.get(precision, precision)}
     heavier = heavy and activations is torch.float32
-    assert [found["num_warps"] for found in (first, down, add, outer)] == [
-        8 if heavier else 4,
-        *[8 if heavy else 4] * 3,
-    ]
+    warps = [found["num_warps"] for found in (first, down, outer, add)]
+    assert warps == [*[8 if heavier else 4] * 3, 8 if heavy else 4]
     assert [found["BR"] == 16 for found in expanded] == [heavy] * 3
