@@ -197,11 +197,10 @@ class HasFiles:
                 model, stored.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
                 strict=strict is True, initialise=False,
             )  # fmt: skip
-            wrapped._load_tensors(stored, adapter_name, strict, ignore_mismatched_sizes, True)
-        if not is_trainable:
-            wrapped.eval()
-        else:
-            wrapped._tuner.after_load(adapter_name, _finder(model_id, kwargs))
+            wrapped.load_adapter(  # what others put in its place, a subclass or NVIDIA's ModelOpt, counts here too
+                model_id, adapter_name, is_trainable=is_trainable,
+                strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, _stored=stored, **kwargs,
+            )  # fmt: skip
         return wrapped
 
     @classmethod
@@ -246,20 +245,23 @@ class HasFiles:
         strict: bool | str = False,
         ignore_mismatched_sizes: bool = False,
         num_virtual_tokens: int | None = None,
+        _stored: Stored | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load an adapter beside the present ones, inactive; or, for a name that is present, its weights again.
-        Arguments as of `from_pretrained`.
+        Arguments as of `from_pretrained`, which gives what it has read (`_stored`) for the adapter that it made.
 
         Returns:
             (missing_keys, unexpected_keys) of this adapter only; what is missing by its name in the model.
         """
-        new = adapter_name not in self.peft_config
-        present = None if new else self.peft_config[adapter_name]
-        check_arguments(HasFiles.load_adapter, kwargs, strict)
-        stored = _read(
-            model_id, self.get_base_model(), key_mapping, strict, kwargs, present=present, device=torch_device
-        )
+        new, empty = adapter_name not in self.peft_config, _stored is not None
+        stored = _stored
+        if stored is None:
+            present = None if new else self.peft_config[adapter_name]
+            check_arguments(HasFiles.load_adapter, kwargs, strict)
+            stored = _read(
+                model_id, self.get_base_model(), key_mapping, strict, kwargs, present=present, device=torch_device
+            )
         if new:
             stored = _for_adding(stored, is_trainable, num_virtual_tokens)
             warn_beside_others([stored.config, *self.peft_config.values()])
@@ -275,7 +277,7 @@ class HasFiles:
                 strict=strict is True, initialise=False,
             )  # fmt: skip
         try:
-            fit = self._load_tensors(stored, adapter_name, strict, ignore_mismatched_sizes, new)
+            fit = self._load_tensors(stored, adapter_name, strict, ignore_mismatched_sizes, new or empty)
         except BaseException:
             if new:
                 self.delete_adapter(adapter_name)

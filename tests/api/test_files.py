@@ -833,6 +833,22 @@ def test_loading_a_second_adapter(is_trainable, tmp_path):
     assert list(twins.ours.active_adapters) == list(twins.theirs.active_adapters) == ["default"]
 
 
+def test_a_model_is_loaded_by_what_its_class_makes_of_load_adapter(tmp_path):
+    """As in PEFT: NVIDIA's ModelOpt reads there what it has saved beside the adapter."""
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
+    model.save_pretrained(tmp_path)
+
+    class Model(peftfast.PeftModel):
+        def load_adapter(self, model_id, adapter_name, is_trainable=False, **kwargs):
+            self.asked = model_id, adapter_name, is_trainable, list(self.peft_config)
+            return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+
+    for is_trainable in (False, True):
+        loaded = Model.from_pretrained(oracle.llama(), tmp_path, "first", is_trainable, subfolder=None)
+        assert loaded.asked == (tmp_path, "first", is_trainable, ["first"])
+        assert all(p.requires_grad == (is_trainable and "lora_" in name) for name, p in loaded.named_parameters())
+
+
 def test_an_empty_selection_is_refused_and_leaves_nothing(tmp_path):
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS))
     with pytest.raises(ValueError, match=r"selected_adapters=\[\] .* \['default'\]"):
