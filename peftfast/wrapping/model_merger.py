@@ -123,16 +123,16 @@ class ModelMerger:
         return {n for layer in self.inventory.mergeable().values() for n in layer.merged_adapters}
 
     def _unmerged(self, adapter_names: list[str] | None) -> tuple[list[Work], list[Work]]:
-        """The layers that have adapters to merge, and those among the layers that a user has written: a layer that was
-        merged by itself says nothing of the others."""
+        """The layers that have adapters to merge, and those of them whose `merge` is not this library's, but of a layer
+        that a user has written, or of a class that another library has made of one here (NVIDIA's ModelOpt): a layer
+        that was merged by itself says nothing of the others."""
         found: tuple[list[Work], list[Work]] = [], []
-        for layers, work in zip((self.inventory.mergeable().values(), self.inventory.own_layers()), found, strict=True):
-            for layer in layers:
-                asked = layer.active_adapters if adapter_names is None else adapter_names
-                present = layer._get_available_adapters()
-                wanted = [n for n in asked if n in present and n not in layer.merged_adapters]
-                if wanted:
-                    work.append((layer, wanted))
+        for layer in (*self.inventory.mergeable().values(), *self.inventory.own_layers()):
+            asked = layer.active_adapters if adapter_names is None else adapter_names
+            present = layer._get_available_adapters()
+            wanted = [n for n in asked if n in present and n not in layer.merged_adapters]
+            if wanted:
+                found[type(layer).merge is not BaseTunerLayer.merge].append((layer, wanted))
         return found
 
     def active(self) -> list[str]:

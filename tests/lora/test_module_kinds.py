@@ -4,6 +4,7 @@ more than a table are no targets, linear layers and convolutions are not merged 
 from __future__ import annotations
 
 import copy
+import functools
 
 import oracle
 import pytest
@@ -165,6 +166,33 @@ def test_what_merging_would_change_is_not_merged_into(made, changes, call):
     assert torch.equal(model(x), y) and torch.equal(model.base_model.model.second.weight, weight)
     assert not any(layer.merged for layer in model.base_model.inventory.layers.values())
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_class_that_another_library_makes_of_a_layer_merges_in_its_own_way(call):
+    model, x = two(Ternary(16, 8)), torch.randn(3, 16)
+    layer = model.base_model.model.second
+    base = layer.weight.clone()
+
+    class Rounded(type(layer)):
+        """As NVIDIA's ModelOpt makes them: what is rounded is the weight with the adapter inside."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            step = self.step
+            weight = self.weight if self.merged else self.weight + self.get_delta_weight("default")
+            return nn.functional.linear(x, (weight / step).round() * step, self.base_layer.bias)
+
+        def merge(self, *args, **kwargs) -> None:
+            super().merge(*args, **kwargs)
+            self.get_base_layer().forward = functools.partial(Rounded.forward, self)
+
+    layer.__class__, layer.step = Rounded, 0.25
+    y = model(x)
+    merged = getattr(model, call)() or model
+    assert torch.allclose(merged(x), y)
+    if call == "merge_adapter":
+        model.unmerge_adapter()
+        assert torch.equal(model(x), y) and torch.equal(layer.weight, base)
 
 
 def test_a_forward_of_one_s_own_that_is_the_product_is_merged_into():
