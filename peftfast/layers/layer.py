@@ -169,8 +169,9 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         setattr(self, name, module)
 
     def _look_at(self, module: nn.Module) -> None:
-        """Compute with another base module from now on. Wrappers of the one before, which have its weight, leave it."""
+        """Compute with another base module from now on. What has no weight of its own is around the one before."""
         if not has_site(module):
+            self.site.put_around(module)
             return
         if self.merged_adapters:
             raise RuntimeError(

@@ -30,7 +30,7 @@ class ConvSite(UsualSite):
     def probe(self) -> Tensor | None:
         m = self.module
         sizes = [2 * d * (k - 1) + 2 for k, d in zip(m.kernel_size, m.dilation, strict=True)]
-        return probe_of(m, self.weight.quantization is not None, 1, m.in_channels, *sizes)
+        return probe_of(self, 1, m.in_channels, *sizes)
 
     def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
         m = self.module

@@ -75,7 +75,8 @@ class EmbeddingSite(UsualSite):
 
     def probe(self) -> Tensor | None:
         m = self.module
-        if m.max_norm is None or m.weight.is_meta or not is_plain(m.weight) or not is_untouched(m):
+        usual = m.max_norm is None and self.around is None
+        if usual or m.weight.is_meta or not is_plain(m.weight) or not is_untouched(m):
             return None
         # rows longer than that are shortened where they are looked up, also with adapters inside
         return torch.arange(len(m.weight), device=m.weight.device)

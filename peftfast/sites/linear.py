@@ -67,6 +67,10 @@ class LinearSite(UsualSite):
             type(module).__name__ == "Conv1D" and is_conv1d(module)
         )
 
+    def put_around(self, module: nn.Module) -> None:
+        super().put_around(module)
+        self._known_forward = False
+
     def low_rank_slots(self, rank: int, bias: bool = False) -> Mapping[str, Slot]:
         n, k = self.weight.shape
         return {
@@ -75,7 +79,7 @@ class LinearSite(UsualSite):
         }
 
     def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.module(x, *args, **kwargs)
+        y = (self.module if self.around is None else self.around)(x, *args, **kwargs)
         if not isinstance(y, Tensor):  # routers of some models derive from nn.Linear
             kind = type(self.module).__name__
             raise TypeError(
@@ -148,12 +152,13 @@ class LinearSite(UsualSite):
 
     def bind_runs(self, a: Tensor, b: Tensor, scale: Tensor | float) -> BoundRuns:
         """`adapt_each` of the module's own output with these factors, without gradients."""
-        return BoundRuns(self, self.module._parameters if type(self.module) is nn.Linear else {}, a, b, scale)
+        usual = self._known_forward and type(self.module) is nn.Linear
+        return BoundRuns(self, self.module._parameters if usual else {}, a, b, scale)
 
     def probe(self) -> Tensor | None:
         if self._known_forward:
             return None
-        return probe_of(self.module, self.weight.quantization is not None, 2, self.weight.shape[1])
+        return probe_of(self, 2, self.weight.shape[1])
 
     def product(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Operand, Tensor | None] | None:
         """Weight and bias, if calling the module with x, under autocast to `autocast`, is x Wᵀ + bias and no more."""

@@ -82,6 +82,7 @@ class UsualSite:
         experts: of how many matrices the weight is a stack, whose factors are in one pair of tensors.
         parts: names of children that are adapted with the module and never by themselves; `part(name)` is the site of
             one.
+        around: what is called in the module's place, which is inside it; None: the module itself.
     """
 
     parameter: str = "weight"
@@ -91,6 +92,7 @@ class UsualSite:
     groups: int = 1
     experts: int = 1
     parts: tuple[str, ...] = ()
+    around: nn.Module | None = None
 
     def bind(self, adapter: Any, *how: Any, **more: Any) -> BoundLora | None:
         """`adapt` of one adapter with its lookups done beforehand, see `LinearSite`; None: not here."""
@@ -99,8 +101,12 @@ class UsualSite:
         """The module's own output with `adapt_each` of these factors, without gradients, as a function of the input."""
         return lambda x: self.adapt_each(x, self.base(x), a, b, scale)
 
+    def put_around(self, module: nn.Module) -> None:
+        """Call `module`, which has this one inside, in its place from now on."""
+        self.around = module
+
     def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.module(x, *args, **kwargs)
+        return (self.module if self.around is None else self.around)(x, *args, **kwargs)
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         left, right = self.factors(a, b)
@@ -349,11 +355,13 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
-def probe_of(module: nn.Module, quantised: bool, *shape: int) -> Tensor | None:
-    """Random numbers of this shape for a module that has a forward of its own kind; None for torch's own, and where a
-    call would mean more than a product (hooks, sharded weights) or less (none on the meta device)."""
+def probe_of(site: Site, *shape: int) -> Tensor | None:
+    """Random numbers of this shape for a module that has a forward of its own kind, or another around it; None for
+    torch's own, and where a call would mean more than a product (hooks, sharded weights) or less (none on the meta
+    device)."""
+    module, quantised = site.module, site.weight.quantization is not None
     usual = type(module).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    if usual or quantised or not is_untouched(module):
+    if usual and site.around is None or quantised or not is_untouched(module):
         return None
     weight = module.weight
     if weight.is_meta or not is_plain(weight):

@@ -1,6 +1,7 @@
 """The base layer is called as the module it is, wherever calling it means more than one product."""
 
 import importlib
+from functools import partial
 
 import oracle
 import pytest
@@ -158,6 +159,38 @@ def test_another_base_module_in_its_place(kind, dora, put):
         torch.testing.assert_close(ours(X), expected, rtol=1e-4, atol=1e-4)
         ours.unmerge_adapter()
         torch.testing.assert_close(ours(X), expected, rtol=1e-4, atol=1e-4)
+
+
+class Around(nn.Module):
+    """As Kronfluence puts one around every linear layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * 2
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.Linear, ()), (partial(nn.Conv1d, kernel_size=3, padding=1), (5,))])
+def test_a_module_around_the_base_module_is_called(kind, shape):
+    ours, theirs = pair(partial(Net, kind))
+    x = X.view(3, 16, *([1] * len(shape))).expand(3, 16, *shape).contiguous()
+    for model in (ours, theirs):
+        model(x)
+        layer = model.base_model.model.first
+        layer.base_layer = Around(layer.base_layer)
+    agree(ours, theirs, x)
+    with torch.no_grad():
+        if kind is nn.Linear:  # PEFT's convolutions know no mixed batches
+            mixed = [model.eval()(x, adapter_names=["default", "__base__", "default"]) for model in (ours, theirs)]
+            torch.testing.assert_close(*mixed, rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match="computes something else"):
+            ours.merge_adapter()
+    for model in (ours, theirs):
+        layer = model.base_model.model.first
+        layer.base_layer = layer.base_layer.inner
+    agree(ours, theirs, x)
 
 
 @pytest.mark.parametrize("name", ["lora_A", "lora_B", "lora_dropout"])
