@@ -27,8 +27,7 @@ from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora.lora import factors
 from peftfast.methods.rank_allocator import Allocation, RankAllocator, held_by, put_back, replace
 from peftfast.sharding import check_not_partitioned, is_stepped_by_deepspeed, put_together, whole_shape
-from peftfast.tuners.steps import PeftSteps
-from peftfast.tuners.tuner import BaseTuner
+from peftfast.tuners.lora import LoraModel
 
 STATE_FILE = "adalora_state.safetensors"
 
@@ -87,7 +86,7 @@ def _is_trial(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], kn
     return not any(put_together(g).any() for g in gradients)
 
 
-class AdaLoraModel(PeftSteps, BaseTuner):
+class AdaLoraModel(LoraModel):
     """A model with AdaLoRA adapters.
 
     Attributes:
@@ -98,7 +97,6 @@ class AdaLoraModel(PeftSteps, BaseTuner):
             fits: averages of the weights (EMA), state dicts, other optimizers. False keeps them masked, as PEFT does.
     """
 
-    prefix = "lora_"
     _checked = False  # whether a forward has found the factors within the schedule's reach
     _said = False  # whether it was said that their importance cannot be known
 

@@ -190,6 +190,7 @@ for name, module in (("Linear", torch.nn.Linear(4, 4)), ("Conv2d", torch.nn.Conv
     for kind in (getattr(peft.tuners.lora, name), peft.tuners.lora.LoraLayer, peft.tuners.tuners_utils.BaseTunerLayer):
         assert isinstance(layer, kind), (name, kind)
 assert not isinstance(layer, peft.tuners.lora.Linear) and not isinstance(module, peft.tuners.lora.LoraLayer)
+assert issubclass(peft.AdaLoraModel, peft.LoraModel) and issubclass(peft.AdaLoraConfig, peft.LoraConfig)
 missing = [n for n in {sorted(peft.__all__)!r} if not hasattr(peft, n)]
 assert all(n.endswith("_MAPPING") for n in missing), missing
 settings = {{"task_type": "CAUSAL_LM"}}
