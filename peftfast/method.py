@@ -127,15 +127,19 @@ class Additive(Protocol):
         """The down and the up factor of what merging adds, scaling included; None where it has none."""
         ...
 
-    def merged_together(self, site: Site, dense: Dense, adapters: Sequence[Adapter]) -> Dense:
-        """Optional: `merged` for several that have a product, in one step, rounded once if `dense` is `spare`."""
-        ...
-
 
 class Scaling(Protocol):
     """Optional, known by its one attribute: adapters that multiply features of the weight, and change nothing else."""
 
     scales: ClassVar[bool]
+
+
+class Joint(Protocol):
+    """Optional, known by its one function: adapters that have a product, or scale, and that are merged in one step."""
+
+    def merged_together(self, site: Site, dense: Dense, adapters: Sequence[Adapter]) -> Dense:
+        """`merged` for several, rounded once if `dense` is `spare`."""
+        ...
 
 
 class Routable(Protocol):

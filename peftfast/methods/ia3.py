@@ -149,11 +149,11 @@ class IA3:
         return "; ".join(said)
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
-        side, s = _side(adapter), adapter[VECTOR].to(dense.weight.dtype)
-        dense = dense._replace(weight=site.scale_weight(dense.weight, s, side, dense.spare))
-        if side == "input" or dense.bias is None:
-            return dense
-        return dense._replace(bias=dense.bias * s.flatten())
+        return _multiplied(site, dense, [adapter], dense.weight.dtype)
+
+    def merged_together(self, site: Site, dense: Dense, adapters: Sequence[Adapter]) -> Dense:
+        """See `Joint`."""
+        return _multiplied(site, dense, adapters, site.weight.merge_dtype)
 
     def combined_fields(self, adapters: Sequence[Sequence[Adapter]], how: Combination) -> Mapping[str, Any]:
         together = named_together([layers[0].cfg.feedforward_modules for layers in adapters])
@@ -175,12 +175,21 @@ class IA3:
         return {VECTOR: sum(w * a[VECTOR].detach() for a, w in zip(adapters, weights, strict=True))}
 
 
+def _multiplied(site: Site, dense: Dense, adapters: Sequence[Adapter], dtype: torch.dtype) -> Dense:
+    """A weight and a bias with what all of the adapters multiply them by, in this dtype."""
+    products = {side: _product(adapters, side, dtype) for side in dict.fromkeys(map(_side, adapters))}
+    dense = dense._replace(weight=site.scale_weight(dense.weight, products, dense.spare))
+    if dense.bias is None or "output" not in products:
+        return dense
+    return dense._replace(bias=dense.bias * products["output"].flatten())
+
+
 def _side(adapter: Adapter) -> str:
     return adapter.setting("scaled_side")
 
 
-def _product(active: Sequence[Adapter], side: str) -> Tensor | None:
-    vectors = [a[VECTOR] for a in active if _side(a) == side]
+def _product(active: Sequence[Adapter], side: str, dtype: torch.dtype | None = None) -> Tensor | None:
+    vectors = [a[VECTOR] if dtype is None else a[VECTOR].to(dtype) for a in active if _side(a) == side]
     return reduce(torch.mul, vectors) if vectors else None
 
 

@@ -93,14 +93,13 @@ class ConvSite(UsualSite):
     def vector_shape(self, side: str) -> tuple[int, ...]:
         return (1, self.module.in_channels if side == "input" else self.module.out_channels, *self._ones)
 
-    def scale_weight(self, weight: Tensor, s: Tensor, side: str, in_place: bool = False) -> Tensor:
-        multiply = weight.mul_ if in_place else weight.mul
+    def on_weight(self, s: Tensor, side: str) -> Tensor:
         if side != "input":
-            return multiply(s.reshape(-1, 1))
+            return s.reshape(-1, 1)
         m = self.module
         # every output channel sees the input channels of its own group
         per_row = s.reshape(m.groups, 1, -1).expand(-1, m.out_channels // m.groups, -1).reshape(m.out_channels, -1)
-        return multiply(per_row.repeat_interleave(weight.shape[1] // per_row.shape[1], dim=1))
+        return per_row.repeat_interleave(self.weight.shape[1] // per_row.shape[1], dim=1)
 
     def adapted_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         if self.module.groups == 1:

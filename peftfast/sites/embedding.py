@@ -152,8 +152,8 @@ class EmbeddingSite(UsualSite):
             raise ValueError("An embedding has no input features to scale; take it out of feedforward_modules")
         return (self.weight.shape[1],)
 
-    def scale_weight(self, weight: Tensor, s: Tensor, side: str, in_place: bool = False) -> Tensor:
-        return (weight.mul_ if in_place else weight.mul)(s.reshape(1, -1))
+    def on_weight(self, s: Tensor, side: str) -> Tensor:
+        return s.reshape(1, -1)
 
     def adapted_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         n, k = self.weight.shape

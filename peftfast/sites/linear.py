@@ -225,8 +225,8 @@ class LinearSite(UsualSite):
         n, k = self.weight.shape
         return {"input": (1, k), "output": (n, 1), "magnitude": (n,)}[side]
 
-    def scale_weight(self, weight: Tensor, s: Tensor, side: str, in_place: bool = False) -> Tensor:
-        return (weight.mul_ if in_place else weight.mul)(s.reshape(1, -1) if side == "input" else s.reshape(-1, 1))
+    def on_weight(self, s: Tensor, side: str) -> Tensor:
+        return s.reshape(1, -1) if side == "input" else s.reshape(-1, 1)
 
     def magnify(
         self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -120,6 +121,17 @@ class UsualSite:
         out = weight if in_place else torch.empty_like(weight)
         for rows in row_chunks(*weight.shape, 1 << 18, weight.device):
             out[rows] = weight[rows].to(left.dtype).addmm_(left[rows], right, alpha=scale)
+        return out
+
+    def scale_weight(self, weight: Tensor, vectors: Mapping[str, Tensor], in_place: bool = False) -> Tensor:
+        factors = [self.on_weight(s, side) for side, s in vectors.items()]
+        wide = factors[0].dtype
+        if wide is weight.dtype:
+            return reduce(Tensor.mul_ if in_place else Tensor.mul, factors, weight)
+        out = weight if in_place else torch.empty_like(weight)
+        for rows in row_chunks(*weight.shape, 1 << 16, weight.device):
+            own = (factor if len(factor) == 1 else factor[rows] for factor in factors)
+            out[rows] = reduce(Tensor.mul_, own, weight[rows].to(wide))
         return out
 
     def adapt(
@@ -259,9 +271,15 @@ class Site(Protocol):
         """Shape in which a per-feature vector is kept for the "input" or the "output" side, or a "magnitude"."""
         ...
 
-    def scale_weight(self, weight: Tensor, s: Tensor, side: str, in_place: bool = False) -> Tensor:
-        """W [N, K], which may be written to if `in_place`, with the features of one side multiplied by s: what scaling
-        the input or the output amounts to."""
+    def on_weight(self, s: Tensor, side: str) -> Tensor:
+        """A vector of one side's features as what scaling that side multiplies W [N, K] by: [N, K], or with 1 in the
+        place of either."""
+        ...
+
+    def scale_weight(self, weight: Tensor, vectors: Mapping[str, Tensor], in_place: bool = False) -> Tensor:
+        """W [N, K], which may be written to if `in_place`, with the features of every side that is named multiplied by
+        its vector: what scaling the input or the output amounts to. Vectors wider than W are for a product as wide as
+        they are."""
         ...
 
     def magnify(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import mmap
 import pickle
+import re
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import oracle
 import pytest
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
+from transformers.pytorch_utils import Conv1D
 
 import peftfast
 from peftfast import LoraConfig
@@ -126,6 +130,31 @@ def test_a_merged_weight_is_within_half_an_ulp_of_the_fp64_merge(dtype, scale):
         out = merged(torch.eye(512, dtype=torch.float64)) - merged.base_layer.bias
     assert ((out.t() - exact).abs() <= summed + half * (1 + 1e-6) + 1e-12).all()
     assert not torch.equal(weight.double(), exact)
+
+
+@pytest.mark.parametrize(
+    "base", [nn.Linear(96, 64), Conv1D(64, 96), nn.Conv2d(16, 24, 3, groups=2)], ids=["linear", "conv1d", "conv2d"]
+)
+def test_several_scalings_are_within_half_an_ulp_of_the_fp64_merge(base):
+    def config(inputs):
+        how = {"target_modules": ["m"], "fan_in_fan_out": isinstance(base, Conv1D)}
+        return peftfast.IA3Config(feedforward_modules=["m"] if inputs else [], **how)
+
+    nn.init.normal_(base.bias)
+    model = peftfast.get_peft_model(oracle.One(base), config(False), "a")
+    for name, inputs in zip("bc", (True, False), strict=True):
+        model.add_adapter(name, config(inputs))
+    layer = oracle.randomised(model, 1.0, only="ia3_").base_model.model.m
+    weight, bias, names = base.weight.detach().double(), base.bias.detach().double(), list(model.peft_config)
+    one = copy.deepcopy(model).double()
+    for name in names:
+        one.base_model.merge_adapter([name])
+        changed = one.base_model.model.m.base_layer
+        weight, bias = weight * changed.weight / base.weight, bias * changed.bias / base.bias
+        one.base_model.unmerge_adapter()
+    layer.merge(adapter_names=names)
+    for merged, exact in ((base.weight, weight), (base.bias, bias)):
+        assert ((merged.double() - exact).abs() / half_ulp(exact, torch.float32)).max() <= 1 + 1e-6
 
 
 def test_merged_experts_are_within_half_an_ulp_of_the_fp64_merge():
@@ -362,11 +391,32 @@ def test_a_layer_merged_by_itself_says_nothing_of_the_others(call):
     assert all(layer.merged_adapters == [n for n in layer.adapters if n == "default"] for layer in layers)
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has one size of pages")
+def test_what_is_kept_of_a_large_weight_lies_in_large_pages():
+    """New memory in pages of 4 KiB took longer to get than merging an adapter."""
+    base = nn.Linear(1 << 10, (1 << 10) + 1, bias=False)
+    model = wrapped(base, 1)
+    before = base.weight.detach().clone()
+    model.base_model.merge_adapter()
+    kept = model.base_model.model.m.merger.kept["weight"]
+    assert torch.equal(kept, before) and kept.shape == before.shape
+    maps = re.findall(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: ([a-z ]*)$", Path("/proc/self/smaps").read_text(), re.S | re.M
+    )
+    flags = next(f for start, end, f in maps if int(start, 16) <= kept.data_ptr() < int(end, 16))
+    assert "hg" in flags.split()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     "kind, count",
-    [(LoraConfig(), 1), (LoraConfig(lora_bias=True), 3), (peftfast.AdaLoraConfig(total_step=10), 1)],
-    ids=["lora", "three", "adalora"],
+    [
+        (LoraConfig(), 1),
+        (LoraConfig(lora_bias=True), 3),
+        (peftfast.AdaLoraConfig(total_step=10), 1),
+        (peftfast.IA3Config(feedforward_modules=[]), 3),
+    ],
+    ids=["lora", "three", "adalora", "three ia3"],
 )
 @pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
 def test_merging_for_good_makes_at_most_one_weight(kind, count, dtype, safe):

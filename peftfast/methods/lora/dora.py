@@ -125,7 +125,7 @@ class Dora(Lora):
         if dense is not base:
             changed = site.with_delta(dense.weight, a, b, float(adapter.scale))
         g = adapter[MAGNITUDE].flatten().to(norm) / norm
-        return dense._replace(weight=site.scale_weight(changed, g, "output", not is_distributed(changed)))
+        return dense._replace(weight=site.scale_weight(changed, {"output": g}, not is_distributed(changed)))
 
 
 def _norm(site: Site, adapter: Adapter) -> Tensor:

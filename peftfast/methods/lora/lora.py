@@ -214,7 +214,7 @@ class Lora:
         return _added(site, dense, a, b, float(adapter.scale), bias)
 
     def merged_together(self, site: Site, dense: Dense, adapters: Sequence[Adapter]) -> Dense:
-        """See `Additive`."""
+        """See `Joint`."""
         wide = site.weight.merge_dtype
         pairs = [tuple(f.to(wide) for f in self.pair(adapter)) for adapter in adapters]
         rank = sum(len(a) for a, _ in pairs) // site.experts
