@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,8 @@ class Merger:
             if not first:
                 self._restore(kept)
             try:
-                self._store(self.merged([*inside, *own], safe_merge, in_place=not apart), rounding, apart)
+                check = safe_merge and not self._surely_finite([*inside, *own])
+                self._store(self.merged([*inside, *own], check, in_place=not apart), rounding, apart)
             except BaseException:
                 if keep or not first:  # there may have been memory to write to the weight, and none to look at it
                     self._restore_weight(kept)
@@ -330,6 +332,32 @@ class Merger:
         bias = bias_of(self.layer.base_layer)
         weight = self.layer.site.weight.dense(dtype) if weight is None else weight
         return Dense(weight, None if bias is None else bias.detach().to(dtype))
+
+    def check_values(self, names: Sequence[str]) -> None:
+        """ValueError where merging these beside what is merged gives values that are not finite."""
+        names = [*self.layer.merged_adapters, *names]
+        if not self._surely_finite(names):
+            self.merged(names, check=True)
+
+    @torch.no_grad()
+    def _surely_finite(self, names: Sequence[str]) -> bool:
+        """Whether the largest weight and the longest rows of factors are too small for a value that is not finite: no
+        number of a product is larger than its row and its column are long."""
+        layer, weight = self.layer, self.layer.site.weight
+        bias, bound = bias_of(layer.base_layer), 0.0
+        if weight.quantization or is_distributed(self._parameter) or bias is not None and not is_finite(bias):
+            return False
+        for adapter in (layer.adapters[name] for name in names):
+            as_product = getattr(adapter.method, "as_product", None)
+            pair = None if as_product is None else as_product(adapter)
+            if pair is None or bias is not None and adapter.parameters().keys() != set(adapter.pair):
+                return False  # what is more than a pair may change the bias
+            left, right = (factor.float() for factor in layer.site.factors(*pair))
+            lengths = torch.linalg.vector_norm(left, dim=-1), torch.linalg.vector_norm(right, dim=-2)
+            bound += math.prod(float(some.max()) for some in lengths)
+        stored = weight.seen()
+        bound += max(abs(float(value)) for value in torch.aminmax(stored)) if stored.numel() else 0.0
+        return bound < 0.9 * torch.finfo(weight.compute_dtype).max
 
     def _check_finite(self, dense: Dense, names: Sequence[str]) -> None:
         """ValueError for values that are not finite, or that storing would make infinite."""

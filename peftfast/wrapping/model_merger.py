@@ -72,7 +72,7 @@ class ModelMerger:
         if not keep:  # there is no way back, so nothing may fail half-way
             self._check(work)
             for layer, wanted in work if safe_merge else ():
-                layer.merger.merged([*layer.merged_adapters, *wanted], check=True)
+                layer.merger.check_values(wanted)
         shared = self._weights_of_others(work)
         before: list[tuple[BaseTunerLayer, list[str], bool]] = []
         own: list[LoraLayer] = []
@@ -105,8 +105,7 @@ class ModelMerger:
         if not merged:
             self._untie_one_sided(names)
         if not merged or any(self._unmerged(adapter_names)):
-            # a check that may refuse half-way needs the bytes to go back to
-            self._merge(adapter_names, safe_merge, bool(merged) or safe_merge, rounding, progress)
+            self._merge(adapter_names, safe_merge, bool(merged), rounding, progress)
 
     def check(self) -> None:
         """Raise what merging the active adapters would raise for their kind, without merging any."""

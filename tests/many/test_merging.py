@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftfast
 from peftfast import LoraConfig
+from peftfast.base.dense import DenseWeight
 from peftfast.layers import merger
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -255,6 +256,37 @@ def test_nothing_is_half_done_where_memory_ends_with_a_weight_written(monkeypatc
     assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
 
 
+@pytest.mark.parametrize("kind", [LoraConfig(), peftfast.AdaLoraConfig(total_step=10)], ids=["lora", "adalora"])
+def test_a_safe_merge_for_good_copies_no_weight(kind, monkeypatch):
+    """Where sizes of factors say that all is finite; a copy of the base was kept until the last layer was merged."""
+    config = copy.deepcopy(kind)
+    config.target_modules = {"0", "1"}
+    base = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False))
+    model = random_adapters(peftfast.get_peft_model(base, config))
+    expected = copy.deepcopy(model).merge_and_unload()
+    for name in ("snapshot", "dense"):
+        monkeypatch.setattr(DenseWeight, name, lambda *_: pytest.fail("a weight was copied"))
+    merged = model.merge_and_unload(safe_merge=True)
+    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in merged.state_dict().items())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_safe_merge_refuses_what_its_dtype_cannot_hold_and_nothing_else(sign, keep):
+    base = nn.Sequential(nn.Linear(8, 8, bias=False, dtype=torch.float16), nn.Linear(8, 8, bias=False))
+    model = peftfast.get_peft_model(base, LoraConfig(r=2, lora_alpha=2, target_modules=["0", "1"]))
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.weight[3, 5] = 60000.0
+        layer.lora_A["default"].weight[:, 5], layer.lora_B["default"].weight[3] = 100.0, sign * 50.0
+    before = weights(model)
+    with pytest.raises(ValueError, match="exceed what torch.float16 can hold") if sign > 0 else nullcontext():
+        model.base_model.merge_adapter(safe_merge=True, keep=keep)
+    assert all(torch.equal(v, before[k]) for k, v in weights(model).items()) == (sign > 0)
+    if sign < 0:
+        assert layer.weight[3, 5] == 50000.0
+
+
 def test_merging_for_good_is_checked_before_anything_is_written():
     model = two()
     before = weights(model)
@@ -420,7 +452,8 @@ def test_what_is_kept_of_a_large_weight_lies_in_large_pages():
 )
 @pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
 def test_merging_for_good_makes_at_most_one_weight(kind, count, dtype, safe):
-    """A wider one, where the sum would be rounded otherwise, or one to be looked at before it is stored."""
+    """A wider one, where the sum would be rounded otherwise, or one to be looked at before it is stored, if sizes of
+    factors do not say that it is finite (of a bias, nobody asks them)."""
     n, k = 192, 4096
     config = copy.deepcopy(kind)
     config.target_modules = {"0"}
@@ -430,7 +463,8 @@ def test_merging_for_good_makes_at_most_one_weight(kind, count, dtype, safe):
     random_adapters(model)
     with oracle.Operations() as made:
         model.base_model.model[0].merge(safe, list(model.peft_config), keep=False)
-    wider = [(n, k)] if safe or dtype.itemsize < 4 else []
+    sure = type(kind) is LoraConfig and not kind.lora_bias
+    wider = [(n, k)] if safe and not sure or dtype.itemsize < 4 else []
     assert [shape for shape in made.shapes if math.prod(shape) >= n * k] == wider
 
 
