@@ -261,6 +261,12 @@ def counting(cache: Any, count: int) -> AbstractContextManager[None]:
     return replacing(cache, crop=lambda length: crop(length + count if length > 0 else length))
 
 
+def length_without(cache: Any, count: int) -> AbstractContextManager[None]:
+    """A context of `cache.get_seq_length()` that does not count `count` virtual tokens."""
+    length = cache.get_seq_length
+    return replacing(cache, get_seq_length=lambda *args, **kwargs: length(*args, **kwargs) - count)
+
+
 def take_cache(inputs: dict[str, Any], model: nn.Module) -> tuple[str, Any]:
     """The name under which `model` takes a cache, and the cache, taken out of `inputs` whatever it was called there.
 

@@ -16,7 +16,16 @@ from peftfast.errors import PeftWarning, warn
 from peftfast.files.beside import KeepsBeside
 from peftfast.many.router import check_names, copies_of_a_sample, resolve
 from peftfast.method import method_for
-from peftfast.prompts.prefix_cache import CACHE_NAMES, STATE_NAMES, cache_name, counting, empty_cache, replacing
+from peftfast.prompts.prefix_cache import (
+    CACHE_NAMES,
+    STATE_NAMES,
+    cache_name,
+    counting,
+    empty_cache,
+    holds_tokens,
+    length_without,
+    replacing,
+)
 from peftfast.prompts.prompt import (
     BasePromptEncoder,
     Inputs,
@@ -263,18 +272,25 @@ class PromptTuner(KeepsBeside):
                     warn("`encoder_outputs` should not be passed to `generate` when using prompt tuning. Ignoring it.")
                 kwargs = method.attach(encoder, cfg, kwargs, self.model)
                 return self.model.generate(*args, **kwargs)
-        with self._prepared_by(source):
+        with self._prepared_by(source, next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)):
             return self.model.generate(*args, **kwargs)
 
     @contextmanager
-    def _prepared_by(self, source: Source) -> Iterator[None]:
+    def _prepared_by(self, source: Source, given: Any) -> Iterator[None]:
         """`generate` takes the inputs of every step from the model's `prepare_inputs_for_generation`; for as long as
-        it runs, that puts the virtual tokens in."""
+        it runs, that puts the virtual tokens in.
+
+        Args:
+            given: the cache of a generation before; by its length `generate` knows how many of the user's tokens it has.
+        """
         original = self.model.prepare_inputs_for_generation
-        caches = ExitStack()
+        caches, before = ExitStack(), ExitStack()
+        if holds_tokens(given):
+            before.enter_context(length_without(given, source[2].num_virtual_tokens))
 
         @functools.wraps(original)  # generate reads the signature
         def prepare(*args: Any, **kwargs: Any) -> Inputs:
+            before.close()
             inputs = self._prepared(source, original(*args, **kwargs), kwargs)
             cache = next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
             if cache is None and inputs.get("use_cache") and self.model._supports_default_dynamic_cache():
@@ -284,7 +300,7 @@ class PromptTuner(KeepsBeside):
                 caches.enter_context(counting(cache, source[2].num_virtual_tokens))
             return inputs
 
-        with replacing(self.model, prepare_inputs_for_generation=prepare), caches:
+        with replacing(self.model, prepare_inputs_for_generation=prepare), caches, before:
             yield
 
     # ---- what PeftModel answers for prompts --------------------------------------------------------------------------

@@ -141,6 +141,26 @@ def test_own_cache_is_filled_in_place():
     assert out.past_key_values is cache and cache.get_seq_length() == 3 + 7
 
 
+@pytest.mark.parametrize("how", ["dynamic", "chunks", "static"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_the_next_turn_of_a_conversation_goes_on_with_the_cache(method: str, how: str):
+    """The whole conversation is given again, with the cache of the turn before: `generate` leaves out as many tokens
+    as that holds, and virtual ones are none of them."""
+    from transformers import StaticCache
+
+    model, ids = double("llama", method).eval(), batch("llama", "none")["input_ids"]
+    every = {"max_new_tokens": 3, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+    first = {"past_key_values": StaticCache(model.config, max_cache_len=20)} if how == "static" else {}
+    turn = model.generate(ids, attention_mask=torch.ones_like(ids), **every, **first)
+    cache, ids = turn.past_key_values, torch.cat((turn.sequences, ids[:, :4]), 1)
+    assert cache.get_seq_length() == 3 + 7 + 2
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **every}
+    chunks = {"prefill_chunk_size": 2} if how == "chunks" else {}
+    got = model.generate(**inputs, past_key_values=cache, **chunks)
+    assert_same(torch.stack(got.logits), torch.stack(model.generate(**inputs).logits))
+    assert cache.get_seq_length() == 3 + 14 + 2 and "get_seq_length" not in cache.__dict__
+
+
 def test_generate_leaves_nothing_behind():
     model = ours("llama", "prompt").eval()
     inputs = batch("llama")
