@@ -246,9 +246,13 @@ class PromptTuner(KeepsBeside):
     def _prepared(self, source: Source, inputs: Inputs, given: Inputs) -> Inputs:
         method, encoder, cfg = source
         for name in ("attention_mask", "decoder_attention_mask"):
-            if isinstance(inputs.get(name), dict) or getattr(inputs.get(name), "ndim", 2) == 4:
+            mask, tokens = inputs.get(name), given.get(name)
+            if isinstance(mask, dict) or getattr(mask, "ndim", 2) == 4:
                 # made for a cache of fixed length, without the virtual tokens; the model makes its own from this
-                inputs = {**inputs, name: given.get(name)}
+                inputs = {**inputs, name: tokens}
+            elif mask is not None and tokens is not None and holds_tokens(_cache_in(inputs)):
+                # one that is as long as a cache of fixed length (BLOOM's) has places for the virtual tokens by now
+                inputs = {**inputs, name: mask[:, : max(tokens.shape[1], mask.shape[1] - cfg.num_virtual_tokens)]}
         if inputs.get("use_cache") is False:
             # every step sees all tokens again; a cache that comes back is that of the step before
             inputs = {k: v for k, v in inputs.items() if k not in STATE_NAMES}
@@ -272,7 +276,7 @@ class PromptTuner(KeepsBeside):
                     warn("`encoder_outputs` should not be passed to `generate` when using prompt tuning. Ignoring it.")
                 kwargs = method.attach(encoder, cfg, kwargs, self.model)
                 return self.model.generate(*args, **kwargs)
-        with self._prepared_by(source, next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)):
+        with self._prepared_by(source, _cache_in(kwargs)):
             return self.model.generate(*args, **kwargs)
 
     @contextmanager
@@ -281,7 +285,7 @@ class PromptTuner(KeepsBeside):
         it runs, that puts the virtual tokens in.
 
         Args:
-            given: the cache of a generation before; by its length `generate` knows how many of the user's tokens it has.
+            given: the cache of a generation before, by whose length `generate` knows which tokens are new.
         """
         original = self.model.prepare_inputs_for_generation
         caches, before = ExitStack(), ExitStack()
@@ -292,7 +296,7 @@ class PromptTuner(KeepsBeside):
         def prepare(*args: Any, **kwargs: Any) -> Inputs:
             before.close()
             inputs = self._prepared(source, original(*args, **kwargs), kwargs)
-            cache = next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
+            cache = _cache_in(inputs)
             if cache is None and inputs.get("use_cache") and self.model._supports_default_dynamic_cache():
                 # transformers below 5.4 leaves it to the model to make one, which could not be counted in
                 cache = inputs[cache_name(self.model) or CACHE_NAMES[0]] = empty_cache(self.model)
@@ -347,6 +351,11 @@ class PromptTuner(KeepsBeside):
                 "weights; there is nothing to merge, unmerge or combine. get_base_model() is the unchanged base model."
             )
         return getattr(self.model, name)
+
+
+def _cache_in(inputs: Inputs) -> Any:
+    """The cache among the inputs of a model, None if there is none."""
+    return next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
 
 
 def _only_once(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *details: Any) -> None:

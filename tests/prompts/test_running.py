@@ -110,7 +110,7 @@ def test_state_space_models_keep_the_prompt_in_their_state(family: str, method: 
     {"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 2},
 ], ids=lambda c: "-".join(str(v) for v in next(iter(c.items()))))  # fmt: skip
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "bloom", "t5"])
 def test_cache_classes(family: str, method: str, cache: dict):
     if family == "t5" and "prefill_chunk_size" in cache:
         pytest.skip("transformers' own T5 gives other tokens so")

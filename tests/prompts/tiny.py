@@ -75,6 +75,13 @@ def _opt() -> Any:
     )  # fmt: skip
 
 
+def _bloom() -> Any:
+    return t.BloomForCausalLM(
+        t.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1,
+                      eos_token_id=2)
+    )  # fmt: skip
+
+
 def _mamba(kind: str) -> Any:
     more = {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4} if kind == "Mamba2" else {}
     return getattr(t, f"{kind}ForCausalLM")(
@@ -106,6 +113,7 @@ MODELS = {
     "gemma4": _gemma4,
     "gpt2": _gpt2,
     "opt": _opt,
+    "bloom": _bloom,
     "t5": _t5,
     "bert": lambda: _bert("BertModel"),
     "bert-seq": lambda: _bert("BertForSequenceClassification"),
