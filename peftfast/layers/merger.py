@@ -187,6 +187,7 @@ class Merger:
             "parameter": self._parameter if untie else None,
             "weight": layer.site.weight.snapshot(host) if keep and not untie else None,
             "bias": kept_copy(bias, host) if keep and bias is not None else None,
+            "format": type(layer.site.weight),
         }
 
     @torch.no_grad()
@@ -392,8 +393,14 @@ class Merger:
     def _restore_weight(self, kept: dict[str, Any]) -> None:
         if kept["parameter"] is not None:
             self._parameter = kept["parameter"]
-        else:
-            self.layer.site.weight.restore(kept["weight"])
+            return
+        weight = self.layer.site.weight
+        if type(weight) is not kept["format"]:
+            raise RuntimeError(
+                f"{weight.name}: the weight was quantised with adapters {self.layer.merged_adapters} inside, which "
+                "cannot be taken out of it again"
+            )
+        weight.restore(kept["weight"])
 
     @torch.no_grad()
     def _restore(self, kept: dict[str, Any]) -> None:

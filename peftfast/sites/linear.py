@@ -86,7 +86,7 @@ class LinearSite(UsualSite):
                 f"{kind} is a torch.nn.Linear whose output is no tensor but a {type(y).__name__}, which an adapter "
                 "cannot change: leave modules of this class out of target_modules, for example with exclude_modules."
             )
-        if self.weight.cuts_gradients and not y.requires_grad and x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled() and self.weight.cuts_gradients:
             warn(
                 f"{self.weight.name or type(self.module).__name__}: this {self.weight.quantization} weight multiplies "
                 "without a derivative, so that what comes before it gets the gradient of the adapter alone, not that "

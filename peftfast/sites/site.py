@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfast.base.weight import BaseWeight
+from peftfast.base.weight import BaseWeight, base_weight
 from peftfast.errors import enumerate_some
 from peftfast.ops.function import as_dtype
 from peftfast.ops.gate import gated
 from peftfast.ops.scale import scale_features
+from peftfast.sharding import is_distributed
 from peftfast.watch import GLOBAL_HOOKS
 from peftfast_kernels.op import row_chunks
 
@@ -94,6 +95,26 @@ class UsualSite:
     experts: int = 1
     parts: tuple[str, ...] = ()
     around: nn.Module | None = None
+
+    @property
+    def weight(self) -> BaseWeight:
+        """How the adapted Parameter is stored; other libraries change that in place (torchao's `quantize_`)."""
+        if type(self.module._parameters.get("weight")) is not self._stored_as:
+            self._look_again()
+        return self._weight
+
+    @weight.setter
+    def weight(self, stored: BaseWeight) -> None:
+        self._weight, self._stored_as = stored, type(self.module._parameters.get("weight"))
+
+    def _look_again(self) -> None:
+        now = self.module._parameters.get("weight")
+        if now is None or is_distributed(now) or not self.adapts_output:
+            return
+        stored, self._stored_as = base_weight(self.module), type(now)
+        if type(stored) is not type(self._weight):
+            stored.name = self._weight.name
+            self._weight = stored
 
     def bind(self, adapter: Any, *how: Any, **more: Any) -> BoundLora | None:
         """`adapt` of one adapter with its lookups done beforehand, see `LinearSite`; None: not here."""
@@ -394,6 +415,15 @@ def is_plain(*tensors: Tensor | None) -> bool:
         if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
             return torch.compiler.is_compiling()
     return True
+
+
+def is_foreign(*tensors: Tensor) -> bool:
+    """Whether one is made of others in a way of another library's, which may know no more of it than a linear layer's
+    product (torchao's, where a model was quantised with its adapters)."""
+    for t in tensors:
+        if type(t) is not nn.Parameter and hasattr(t, "__tensor_flatten__") and not is_distributed(t):
+            return not torch.compiler.is_compiling()
+    return False
 
 
 def composed_magnify(

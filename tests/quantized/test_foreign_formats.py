@@ -310,6 +310,70 @@ def test_all_linear_finds_them():
     assert sorted(model.base_model.inventory.layers) == ["one", "two"]
 
 
+# ---- quantised in place, with the adapters that are there ------------------------------------------------------------
+def quantised_in_place(model: nn.Module, library: str, only_the_base: bool = True) -> nn.Module:
+    wanted = "base_layer" if only_the_base else ""
+    if library == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        linear = lambda m, name: isinstance(m, nn.Linear) and name.endswith(wanted)  # noqa: E731
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=linear)
+    else:
+        quanto = pytest.importorskip("optimum.quanto")
+        quanto.quantize(model, weights=quanto.qint8, include=f"*{wanted}")
+        model(x_of())  # not frozen yet: the weight is a dense one still
+        quanto.freeze(model)
+    return model
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("library", ["torchao", "quanto"])
+def test_a_base_that_is_quantised_after_adapters_were_added(library, dora):
+    """What merging changed was lost in quanto's weights, without a word; the rest failed."""
+    module, x = nn.Linear(K, N), x_of()
+    module.weight.data.copy_(_weight())
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["m"], init_lora_weights=False, use_dora=dora)
+    model = peftfast.get_peft_model(One(module), config)
+    before = model(x)
+    quantised_in_place(model, library)
+    y = model(x)
+    assert 0 < rms_error(y, before) < 0.02
+    layer = model.base_model.model.m
+    kept, exact = bytes_of(layer.base_layer), layer.site.weight.dense(torch.float32) + layer.get_delta_weight("default")
+    model.merge_adapter()
+    assert rms_error(layer.site.weight.dense(torch.float32), exact) < 0.02 and layer.merge_error > 0
+    model.unmerge_adapter()
+    assert torch.equal(model(x), y) and all(map(torch.equal, bytes_of(layer.base_layer), kept))
+
+
+@pytest.mark.parametrize("case", ["lora", "dora", "two", "rows"])
+def test_factors_that_torchao_has_quantised(case):
+    """Of these, only linear layers' products are known, which PEFT makes do with."""
+    peft = pytest.importorskip("peft")
+
+    def run(library):
+        torch.manual_seed(0)
+        config = library.LoraConfig(r=8, target_modules=["m"], init_lora_weights=False, use_dora=case == "dora")
+        model = library.get_peft_model(One(nn.Linear(K, N)), config)
+        model.add_adapter("b", config)
+        if case == "two":
+            model.base_model.set_adapter(["default", "b"])
+        names = {"adapter_names": ["default", "b", "__base__", "b", "b"]} if case == "rows" else {}
+        model.eval()(x_of(), **names)
+        return quantised_in_place(model, "torchao", only_the_base=False)(x_of(), **names)
+
+    assert rms_error(run(peftfast), run(peft)) < 1e-5
+
+
+def test_a_weight_that_is_quantised_with_adapters_inside_is_not_unmerged():
+    model = peftfast.get_peft_model(One(nn.Linear(K, N)), LoraConfig(target_modules=["m"], init_lora_weights=False))
+    model.merge_adapter()
+    quantised_in_place(model, "torchao")
+    kept = bytes_of(model.base_model.model.m.base_layer)
+    with pytest.raises(RuntimeError, match="m: the weight was quantised with adapters .'default'. inside"):
+        model.unmerge_adapter()
+    assert all(map(torch.equal, bytes_of(model.base_model.model.m.base_layer), kept))
+
+
 # ---- merging ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("base", WRITABLE)
 def test_merging_rounds_once_and_goes_back(base):

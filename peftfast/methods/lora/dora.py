@@ -23,6 +23,7 @@ from peftfast.methods.lora.lora import Lora, factors
 from peftfast.methods.lora.stack import watch_of
 from peftfast.sharding import is_distributed
 from peftfast.sites import Dense, Site, Slot
+from peftfast.sites.site import is_foreign
 from peftfast.watch import ContentWatch
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -130,7 +131,8 @@ class Dora(Lora):
 
 def _norm(site: Site, adapter: Adapter) -> Tensor:
     """‖W + s B A‖ per output feature, in fp32 or wider, without a graph."""
-    return site.adapted_norm(*(f.detach() for f in factors(adapter)), adapter.scale)
+    a, b = (f.dequantize() if is_foreign(f) else f.detach() for f in factors(adapter))
+    return site.adapted_norm(a, b, adapter.scale)
 
 
 @torch.no_grad()

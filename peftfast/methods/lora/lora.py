@@ -19,7 +19,7 @@ from peftfast.methods.combination import Combination
 from peftfast.methods.lora.combine import combined, combined_fields, rank_keeping, svd_of_sum
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import check_ready, initialise, rank_of_factors, restarted, start_bias
-from peftfast.methods.lora.stack import apply_stack, factors, remembered
+from peftfast.methods.lora.stack import Pair, apply_stack, factors, remembered
 from peftfast.ops.composed import composed_lora
 from peftfast.ops.experts import LowRank
 from peftfast.ops.plan import Part
@@ -27,6 +27,7 @@ from peftfast.rows.routing import Rows
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
 from peftfast.sites.parameter import ParameterSite
+from peftfast.sites.site import is_foreign
 from peftfast.wrapping import default_targets
 from peftfast.wrapping.expert_targets import retarget_experts
 from peftfast.wrapping.patterns import pattern_value
@@ -111,8 +112,8 @@ class Lora:
         if len(active) == 1:
             (adapter,) = active
             y = sites[0].adapt(x, y, *self.pair(adapter), adapter.scale, adapter.dropout)
-        elif site.groups == 1 and _stackable(active) and all(own is site for own in sites):
-            y = site.adapt(x, y, *_stacked([self.pair(adapter) for adapter in active], active))
+        elif site.groups == 1 and all(own is site for own in sites) and (one := _stacked(self.pair, active)):
+            y = site.adapt(x, y, *one)
         else:
             y = self.one_by_one(site, sites, x, y, active)
         return y
@@ -277,23 +278,25 @@ def _same_scale(adapters: Sequence[Adapter]) -> bool:
     return not any(isinstance(scale, Tensor) for scale in scales) and len(set(scales)) == 1
 
 
-def _stackable(adapters: Sequence[Adapter]) -> bool:
-    """Not where every adapter drops inputs of its own, nor where scaling B first would round half-precision factors."""
+def _stacked(pair: Pair, adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor, float, float] | None:
+    """Arguments of `site.adapt` for the sum of several: A stacked on the rank; scales that differ go into B. None where
+    every adapter drops inputs of its own, where scaling B first would round half-precision factors, and where factors
+    cannot be stacked."""
     if any(adapter.dropout for adapter in adapters):
-        return False
-    return factors(adapters[0])[1].dtype.itemsize >= 4 or _same_scale(adapters)
-
-
-def _stacked(
-    pairs: Sequence[tuple[Tensor, Tensor]], adapters: Sequence[Adapter]
-) -> tuple[Tensor, Tensor, float, float]:
-    """Arguments of `site.adapt` for the sum of several: A stacked on the rank; scales that differ go into B."""
-    scales = [adapter.scale for adapter in adapters]
+        return None
+    pairs, alike = [pair(adapter) for adapter in adapters], _same_scale(adapters)
+    if not alike and pairs[0][1].dtype.itemsize < 4 or any(is_foreign(*both) for both in pairs):
+        return None
     with without_autocast(pairs[0][0]):  # which refuses to put tensors of another half precision together
         a = torch.cat([a for a, _ in pairs], dim=0)
-        if _same_scale(adapters):
-            return a, torch.cat([b for _, b in pairs], dim=1), scales[0], 0.0
-        return a, torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], dim=1), 1.0, 0.0
+        if alike:
+            return a, torch.cat([b for _, b in pairs], dim=1), adapters[0].scale, 0.0
+        return (
+            a,
+            torch.cat([b * adapter.scale for (_, b), adapter in zip(pairs, adapters, strict=True)], dim=1),
+            1.0,
+            0.0,
+        )
 
 
 def _with_bias(adapter: Adapter, part: Part) -> Part | None:

@@ -16,6 +16,7 @@ from peftfast.rows.mix import Verdicts
 from peftfast.rows.routing import Routing, Rows
 from peftfast.sharding import is_distributed
 from peftfast.sites import Site
+from peftfast.sites.site import is_foreign
 from peftfast.watch import ContentWatch, Place, TensorWatch
 
 
@@ -67,13 +68,14 @@ class Remembered:
         self._pairs: list[tuple[Tensor, Tensor]] | None = pairs  # until the stack is made of them
         first, second = pairs[0]
         #: Whether one batched product can do it: one dtype and device, no bias, ranks that zeros can be added to (the
-        #: up factor of a grouped convolution has the rank of one group).
+        #: up factor of a grouped convolution has the rank of one group), tensors that can be put together.
         self.alike = all(
             a.dtype == first.dtype
             and b.dtype == second.dtype
             and a.device == first.device
             and len(a) == b.shape[1]
             and is_distributed(a) == is_distributed(b)
+            and not is_foreign(a, b)
             for a, b in pairs
         ) and not any(adapter.cfg.lora_bias for adapter in adapters)
         self.dropping = [adapter for adapter in adapters if isinstance(adapter.setting("lora_dropout"), nn.Dropout)]
