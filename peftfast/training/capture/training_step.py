@@ -53,6 +53,7 @@ class CapturedTrainingStep(Captured):
             self.index = self._chosen(batch, choice)
         self.inputs = buffers_for(batch, self.device)
         self.loss: Tensor | None = None
+        self._gradients = Gradients([], accumulate)
         self._start()
 
     def _check_optimizer(self) -> None:
@@ -84,6 +85,7 @@ class CapturedTrainingStep(Captured):
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("The model has no trainable parameter; activate an adapter with set_adapter first")
+        self._gradients.before_backward()  # what no longer trains has none
         self._gradients = gradients = Gradients(parameters, self.accumulate)
         self._recording = Recording(self._run, self.model, self.device, self.warmup, before=gradients.before_recording)
         if self.optimizer is not None and self._graphs:
@@ -203,7 +205,8 @@ def capture_training_step(
         model: any, on one device.
         batch: keyword arguments of the model; gives keys, shapes and dtypes, the values do not matter. Anything but a
             tensor is a constant. With `adapter_names`, names or numbers, every sample trains an adapter of its own, and
-            one recording serves every mix; which of them are trainable is fixed.
+            one recording serves every mix; which of them are trainable is fixed. One that no sample of a batch has gets
+            a gradient of zero from it, which an optimizer with weight decay or momentum does not pass over.
         optimizer: part of the step. On a GPU it must have been made with `capturable=True`; its learning rate becomes
             a tensor, which schedulers write into. None: the caller calls `optimizer.step()` after a step.
         autocast: dtype of autocast inside the step; None: none, whatever the surroundings say.
