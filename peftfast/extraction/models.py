@@ -44,10 +44,10 @@ def extract_lora(
         Config and tensors in fp32, as `convert_to_lora` gives them.
 
     Raises:
-        ValueError: a rank that is none; adapters in one of the two; nothing differs; a tensor has another shape in
-            `tuned` (of a resized vocabulary: resize the base first) or values that are not finite; a bias beside a
-            quantised weight differs. KeyError: a tensor of `base` is missing in `tuned`. TypeError, FileNotFoundError:
-            `tuned` is nothing of the above.
+        ValueError: a rank that is none; adapters in one of the two; nothing differs, or everything is kept whole; a
+            tensor has another shape in `tuned` (of a resized vocabulary: resize the base first) or values that are not
+            finite; a bias beside a quantised weight differs. KeyError: a tensor of `base` is missing in `tuned`.
+        TypeError, FileNotFoundError: `tuned` is nothing of the above.
     """
     check_rank(rank)
     for model in (base, tuned):
@@ -57,6 +57,7 @@ def extract_lora(
     sites, whole, tied = _differences(base, source)
     if not sites and not whole:
         raise ValueError("The two models do not differ in any tensor, so there is nothing to extract")
+    sites = sites or _unchanged(base, source, whole)
 
     def changes() -> Iterator[Change]:
         for name, (site, tensor) in sites.items():
@@ -74,8 +75,7 @@ def extract_lora(
             tensors[f"{PREFIX}{head}.{own}"] = tensors[f"{PREFIX}{table}.{theirs}"].t().contiguous()
     names = [name for name, _ in base.named_modules() if name]
     config.modules_to_save = sorted(whole) or None
-    if sites:
-        set_targets(config, list(sites), names, shortest_suffixes(sites, names))
+    set_targets(config, list(sites), names, shortest_suffixes(sites, names))
     config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     config.fan_in_fan_out = any(site.weight.transposed for site, _ in sites.values())
     for name in (n for n in names if n.endswith(tuple(whole))):
@@ -129,6 +129,20 @@ def _differences(base: nn.Module, source: Originals) -> tuple[dict[str, tuple[Si
                 break
     tied = {head: table for head, table in tied.items() if head in sites and table in sites}
     return sites, whole, tied
+
+
+def _unchanged(base: nn.Module, source: Originals, whole: set[str]) -> dict[str, tuple[Site, Tensor]]:
+    """A module for a LoRA that changes nothing, as a config has to name one. ValueError: all are kept whole."""
+    found = {}
+    for name, module in base.named_modules():
+        if name and not name.endswith(tuple(whole)) and whole.isdisjoint(starts_of(name)):
+            site = None if read_by_parent(base, name) else _site_of(module)
+            if site is not None:
+                found[name] = site
+    if not found:
+        raise ValueError(f"No module is left for a LoRA to be in; all are kept whole: {enumerate_some(whole)}")
+    name = min(found, key=lambda n: found[n].looks_up)  # the first linear layer, if there is one
+    return {name: (found[name], source.tensor(f"{name}.weight"))}
 
 
 def _site_of(module: nn.Module) -> Site | None:

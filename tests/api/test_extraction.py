@@ -245,6 +245,24 @@ def test_a_training_of_the_whole_model_as_an_adapter(kind, library):
     assert not torch.allclose(oracle.logits(make()), oracle.logits(after), rtol=1e-2, atol=1e-1)
 
 
+@pytest.mark.parametrize("library", [peftfast, peft], ids=["peftfast", "peft"])
+@pytest.mark.parametrize("make", [oracle.bert, MODELS["llama, biases"]], ids=["bert", "llama"])
+def test_where_all_that_differs_is_kept_whole_a_lora_is_somewhere(make, library):
+    """A config without targets is one of the default targets, and all of these were among the modules kept whole."""
+    after = make()
+    with torch.no_grad():
+        for name, p in after.named_parameters():
+            if name.endswith("bias"):
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
+    config, tensors = peftfast.extract_lora(make(), after, 4)
+    if library is peft:
+        config = peft.LoraConfig(**{k: v for k, v in config.to_dict().items() if k in peft.LoraConfig().to_dict()})
+    model = loaded(make, config, tensors, library)
+    torch.testing.assert_close(oracle.logits(model), oracle.logits(after))
+    with pytest.raises(ValueError, match="No module is left for a LoRA to be in; all are kept whole: '0'"):
+        peftfast.extract_lora(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4)), 2)
+
+
 def test_a_tied_head_stays_tied():
     def make():
         return oracle.llama(tied=True)
