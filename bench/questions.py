@@ -75,7 +75,7 @@ def _skinny(size: Size) -> Question:
         return _paths("lora_down", kwargs, device)
 
     moved = 2.0 * (size.m * size.k + size.r * (size.m + size.k))
-    text = f"down-projection to {size.r}{' with dropout' * bool(size.dropout)}: bandwidth"
+    text = f"down-projection of {size.m} rows to {size.r}{' with dropout' * bool(size.dropout)}: bandwidth"
     return Question(text, size, make, 2.0 * size.m * size.k * size.r, moved)
 
 
@@ -160,8 +160,10 @@ def _gradients(size: Size) -> Question:
         return _paths("lora_factor_grads", arguments("lora_factor_grads", size, device), device)
 
     columns = size.n + size.k
-    moved = 2.0 * size.m * (columns + 2 * size.r) + 4.0 * size.r * columns
-    return Question("db and da in one launch: bandwidth", size, make, 2.0 * size.m * columns * size.r, moved)
+    factors = 2 * size.m * size.r * (4 if size.wide else 2)
+    moved = 2.0 * size.m * columns + factors + 4.0 * size.r * columns
+    text = f"db and da of rank {size.r}{' in fp32' * size.wide} in one launch: bandwidth"
+    return Question(text, size, make, 2.0 * size.m * columns * size.r, moved)
 
 
 def all_questions(dry: bool) -> list[Question]:
@@ -175,7 +177,9 @@ def all_questions(dry: bool) -> list[Question]:
     nf4 = q._replace(format="nf4")
     return [
         _padded(q), _padded(gate), _update(q), _order(q), _order(gate),
-        _skinny(q), _skinny(q._replace(r=48)), _skinny(q._replace(dropout=0.1)),
+        _skinny(q), _skinny(q._replace(r=48)), _skinny(q._replace(r=256)), _skinny(q._replace(dropout=0.1)),
+        _skinny(q._replace(m=16, r=64)), _skinny(q._replace(m=2048, r=64)),
         _fused(q), _fused(gate), _decode(nf4), *(_fused(nf4._replace(m=m)) for m in (16, 64, 128, 256, 512, 2048)),
         _back(q), _back(gate), _gradients(q), _gradients(gate), _gradients(q._replace(dropout=0.1)),
+        _gradients(q._replace(r=256)), _gradients(q._replace(r=64, wide=True)),
     ]  # fmt: skip
