@@ -16,7 +16,6 @@ from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, plain_name
 from peftfast.method import method_for
 from peftfast.sites import Site, make_site
-from peftfast.sites.site import is_untouched
 
 _log = logging.getLogger(__name__)
 _MARK = "_peftfast_takeover"
@@ -161,7 +160,7 @@ class _Fast:
             if known is not holder:  # new, or deleted and added again
                 adapter = self._view(layer, name)
                 self._views[name] = (holder, adapter)
-            if adapter is None or not is_untouched(holder) or not is_untouched(layer.lora_B._modules[name]):
+            if adapter is None:
                 return None
             found.append(adapter)
         return found
@@ -187,7 +186,6 @@ class _Fast:
 
     def __deepcopy__(self, memo: dict) -> _Fast:
         new = _Fast.__new__(_Fast)
-        memo[id(self)] = new
         new.key, new.configs, new._views = self.key, copy.deepcopy(self.configs, memo), {}
         new.site = copy.deepcopy(self.site, memo)
         return new

@@ -126,6 +126,10 @@ def test_lifecycle_after_the_patch(monkeypatch):
         lambda m: m.base_model.enable_adapter_layers(),
         lambda m: m.set_adapter("default"),
         lambda m: m.delete_adapter("other"),
+        lambda m: m.add_adapter("other", lora(peft, use_dora=True)),
+        lambda m: m.set_adapter("other"),
+        lambda m: fill(m, 10),
+        lambda m: m.delete_adapter("other"),
         lambda m: m.add_adapter("other", lora(peft, r=6)),
         lambda m: m.set_adapter("other"),
         lambda m: fill(m, 11),
@@ -165,8 +169,52 @@ def test_nothing_to_take_is_an_error_that_changes_nothing():
         peftfast.patch(llama())
 
 
-def test_a_variant_that_we_lack_goes_to_peft(monkeypatch):
-    model = peft.get_peft_model(llama(), lora(peft, alora_invocation_tokens=[5, 6]))
+def test_patched_again_and_after_unpatching(monkeypatch):
+    model = peftfast.patch(wrapped(peft))
+    report = peftfast.patch_report(model)
+    assert peftfast.patch_report(peftfast.patch(model)) == report
+    peftfast.unpatch(model)
+    with pytest.raises(ValueError, match="was not called"):
+        peftfast.patch_report(model)
+    with pytest.raises(ValueError, match="taken over"):
+        peftfast.unpatch(model)
+    assert peftfast.patch_report(peftfast.patch(model)) == report
+    assert by_peft(model, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True, "lora_dropout": 0.3}], ids=str)
+def test_what_others_put_there_acts(options):
+    """Hooks on the modules of factors and of dropout, and forwards that somebody has replaced."""
+    twin, model = wrapped(peft, **options), wrapped(peft, **options)
+    for m in (twin, model):
+        for name, module in m.named_modules():
+            if name.endswith("0.self_attn.q_proj"):
+                module.forward = lambda x, forward=module.forward: 2 * forward(x)
+    peftfast.patch(model)
+    assert list(peftfast.patch_report(model).left) == ["base_model.model.model.layers.0.self_attn.q_proj"]
+    for place in ("q_proj.lora_A.default", "v_proj.lora_B.default", "q_proj.lora_dropout.default"):
+        found = []
+        for m in (twin, model):
+            holder = next(module for name, module in m.named_modules() if name.endswith(f"1.self_attn.{place}"))
+            holder.register_forward_hook(lambda module, args, out: 3 * out)
+            torch.manual_seed(0)
+            found.append(step(m))
+        assert (found[1][0] - found[0][0]).abs().max() <= 1e-4 * found[0][0].abs().max()
+        assert largest_difference(found[1][1], found[0][1]) <= 1e-4
+
+
+def test_adapters_of_some_layers(monkeypatch):
+    model = peftfast.patch(wrapped(peft))
+    model.add_adapter("few", lora(peft, target_modules=["v_proj"]))
+    model.base_model.set_adapter(["default", "few"])
+    assert by_peft(model, monkeypatch) == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"alora_invocation_tokens": [5, 6]}, {"kasa_config": peft.KasaConfig()}], ids=["alora", "kasa"]
+)
+def test_a_variant_that_we_lack_goes_to_peft(options, monkeypatch):
+    model = peft.get_peft_model(llama(), lora(peft, **options))
     fill(model)
     expected = model(**batch()).logits
     peftfast.patch(model)
@@ -179,12 +227,18 @@ def test_copies_and_pickles(monkeypatch):
     logits, grads = step(model)
     other = copy.deepcopy(model)
     fill(model, 99)
+    with torch.no_grad():
+        for parameter in model.get_base_model().parameters():
+            parameter.zero_()
     copied, copied_grads = step(other)
     assert torch.equal(copied, logits) and largest_difference(copied_grads, grads) == 0.0
     assert by_peft(other, monkeypatch) == 0
     read = pickle.loads(pickle.dumps(other))
     torch.testing.assert_close(step(read)[0], logits, rtol=1e-5, atol=1e-5)
     assert by_peft(read, monkeypatch) > 0
+    other.add_adapter("late", lora(peft))
+    other.set_adapter("late")
+    assert by_peft(other, monkeypatch) == 0
 
 
 def test_dropout_and_checkpointing():
