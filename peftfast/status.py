@@ -25,8 +25,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         if count == 0 and hasattr(parameter, "ds_numel"):
             count = parameter.ds_numel
         if type(parameter).__name__ == "Params4bit":
-            storage = getattr(parameter, "quant_storage", None)
-            count = count * 2 * (storage.itemsize if storage is not None else parameter.element_size())
+            count = count * 2 * parameter.element_size()
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
@@ -115,7 +114,7 @@ def _layer_status(model: nn.Module, caller: str) -> list[TunerLayerStatus]:
                 enabled=not module.disable_adapters,
                 active_adapters=module.active_adapters,
                 merged_adapters=list(getattr(module, "merged_adapters", [])),
-                requires_grad={n: _agreed([p.requires_grad for p in ps] or [False]) for n, ps in parameters.items()},
+                requires_grad={n: _agreed([p.requires_grad for p in ps]) for n, ps in parameters.items() if ps},
                 available_adapters=sorted(parameters),
                 devices={n: sorted({str(p.device.type) for p in ps}) for n, ps in parameters.items()},
                 quantization_backend=getattr(module, "quantization_backend", None),
@@ -156,7 +155,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         active_adapters=_agreed([layer.active_adapters for layer in layers]),
         merged_adapters=_merged(layers),
         requires_grad={
-            n: _agreed([layer.requires_grad[n] for layer in layers if n in layer.requires_grad]) for n in names
+            n: _agreed(said)
+            for n in names
+            if (said := [layer.requires_grad[n] for layer in layers if n in layer.requires_grad])
         },
         available_adapters=names,
         devices={n: sorted({d for layer in layers for d in layer.devices.get(n, [])}) for n in names},

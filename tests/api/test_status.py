@@ -78,6 +78,19 @@ def test_what_trains_is_said_as_in_peft(kind):
     assert found[0][1] == {"default": "irregular" if kind == "mica" else True}
 
 
+@pytest.mark.parametrize(("make", "target"), [(oracle.llama, "q_proj"), (lambda: nn.Sequential(nn.Linear(4, 4)), "0")])
+def test_models_without_a_wrapper(make, target):
+    found = []
+    for library in (peftfast, peft):
+        for function in (library.get_layer_status, library.get_model_status):
+            with pytest.raises(ValueError, match="No adapter layers found"):
+                function(make())
+        config = library.LoraConfig(target_modules=[target], modules_to_save=["act_fn"])
+        model = library.inject_adapter_in_model(config, make())
+        found.append(dataclasses.asdict(library.get_model_status(model)))
+    assert found[0] == found[1]
+
+
 def test_prompts_adapt_no_layer():
     config = peftfast.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     model = peftfast.get_peft_model(oracle.llama(), config)
