@@ -38,7 +38,7 @@ def test_a_folder_comes_back_as_it_was(active, enabled, tmp_path):
     assert (tmp_path / ACTIVATION_NAME).exists() == ((active, enabled) != (["default"], True))
     loaded = peftfast.PeftModel.from_folder(llama(), tmp_path)
     assert list(loaded.peft_config) == ["default", "a", "b"] and loaded.active_adapters == active
-    assert loaded.get_model_status().enabled is enabled
+    assert loaded.get_model_status().enabled is loaded.has_active_enabled_adapter is enabled
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=0)
     loaded.base_model.enable_adapter_layers()

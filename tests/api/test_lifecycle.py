@@ -579,6 +579,7 @@ def test_the_model_around_an_unloaded_one_goes_on(merge, options, tmp_path):
         with pair.ours.disable_adapter():
             assert torch.equal(oracle.logits(outer), want)
     assert pair.ours.active_adapters == [] and pair.ours.active_adapter == pair.theirs.active_adapter
+    assert not pair.ours.has_active_enabled_adapter
     assert oracle.quietly(pair.ours.merge_adapter) == {}
     assert len(set(pair.both(lambda m, _: m.get_nb_trainable_parameters()))) == 1
     with pytest.raises(ValueError, match="no adapter to save"):

@@ -299,6 +299,13 @@ def test_patch_quantises_and_trains(kind):
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_patch_says_once_what_it_says_of_a_config():
+    config = peftfast.LoraConfig(target_modules=["q_proj", "nothing"])
+    with pytest.warns(peftfast.PeftWarning) as caught:
+        peftfast.patch(llama(hidden=64), config, quantize="nf4")
+    assert sum("nothing" in str(w.message) for w in caught) == 1
+
+
 def test_patch_refuses_before_it_quantises():
     model = llama(hidden=64)
     for config, error in (
@@ -311,6 +318,11 @@ def test_patch_refuses_before_it_quantises():
             assert kinds(model) == {nn.Linear} and config.target_modules == {"nothing"}
         else:
             peftfast.patch(model, config, quantize="nf4")
+    model, config = llama(hidden=64), peftfast.LoraConfig(target_modules=["up_proj"])
+    config.r = 0
+    with pytest.raises(ValueError, match="r must be"):
+        peftfast.patch(model, config, quantize="nf4")
+    assert kinds(model) == {nn.Linear}
     with pytest.raises(ValueError, match="quantize='nf4'"):
         peftfast.patch(llama(hidden=64), peftfast.LoraConfig(), quantize_options={"double_quant": True})
 

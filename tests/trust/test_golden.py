@@ -71,6 +71,22 @@ def test_keys_under_two_names_are_refused():
         migrate_keys(tensors)
 
 
+def test_weights_and_biases_of_adapted_modules():
+    """Which before 0.6 were the base's own."""
+    old = ("e.lora_embedding_A", "e.weight", "q.ia3_l", "q.bias", "q.ia3_l.more", "other.weight", "q2.bias")
+    new = [{"e.weight": "e.base_layer.weight", "q.bias": "q.base_layer.bias"}.get(key, key) for key in old]
+    tensors = {key: torch.full((1,), float(i)) for i, key in enumerate(old)}
+    assert {key: int(t) for key, t in migrate_keys(tensors).items()} == {key: i for i, key in enumerate(new)}
+
+
+def test_a_schedule_without_an_end():
+    """What AdaLoRA's configs might be up to 0.13."""
+    for fields in ({}, {"tfinal": 5}, {"tinit": 200}, {"tinit": 200, "tfinal": 100}):
+        config = peftfast.PeftConfig.from_dict(migrate_config({"peft_type": "ADALORA", "total_step": None, **fields}))
+        assert config.total_step == sum(fields.values()) + 1
+    assert migrate_config({"peft_type": "ADALORA", "total_step": 7, "tinit": 1})["total_step"] == 7
+
+
 def test_configs_of_0_2_are_refused_by_name():
     with pytest.raises(ValueError, match="enable_lora"):
         migrate_config({"peft_type": "LORA", "enable_lora": [True, False, True]})

@@ -96,6 +96,36 @@ def test_tied_weights_count_once(changes):
     assert plan.total_parameters == total
 
 
+def test_factors_in_the_dtype_of_the_base():
+    model = base.Tiny().to(torch.bfloat16)
+    plan = plan_adapter(model, LoraConfig(r=2, target_modules=TARGETS), autocast_adapter_dtype=False)
+    assert plan.memory["weights"] == 2 * plan.trainable_parameters > 0
+
+
+def test_packed_weights_count_as_what_they_stand_for():
+    pytest.importorskip("bitsandbytes")
+    model = oracle.llama(hidden=64)
+    total = plan_adapter(model, LoraConfig(target_modules=["q_proj"])).total_parameters
+    peftfast.quantize_model(model, "nf4")
+    assert plan_adapter(model, LoraConfig(target_modules=["q_proj"])).total_parameters == total
+
+
+def test_targets_that_the_model_chooses():
+    for config, name in ((LoraConfig(), "default: q_proj, v_proj"), (LoraConfig(target_modules="all-linear"), None)):
+        (target,) = plan_adapter(oracle.llama(), config).targets
+        patched = peftfast.patch(oracle.llama(), config)
+        assert target.name == (name or "all-linear") and target.status == "matched"
+        assert set(target.adapted) == set(patched.base_model.inventory.layers)
+
+
+def test_notes_are_of_the_plan_whatever_is_shown():
+    config = LoraConfig(target_modules=[*TARGETS, "nothing"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        notes = plan_adapter(base.Tiny(), config).notes
+    assert any("nothing" in note for note in notes)
+
+
 def test_targets_matched_partly_and_not_at_all():
     cfg = LoraConfig(target_modules=["q_proj", "v_proj", "down_prj"], exclude_modules=r".*layers\.0\.v_proj")
     plan = plan_adapter(base.Tiny(), cfg)

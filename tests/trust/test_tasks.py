@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import warnings
 
+import oracle
 import pytest
 import torch
+from torch import nn
 from trust.attacks import CONFIG, base, state, trained
 
 import peftfast
@@ -75,6 +77,29 @@ def test_a_task_that_fits_loads_without_a_word(tmp_path, model, task):
 class TakesPixels(base.Tiny):
     def forward(self, pixel_values, scale=1.0):
         return super().forward(pixel_values) * scale
+
+
+class TakesNames(nn.Module):
+    """A wrapper around a model, which does not say what that takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = oracle.llama()
+
+    def forward(self, **kwargs):
+        return self.inner(**kwargs)
+
+
+@pytest.mark.parametrize("model", [oracle.llama, TakesNames])
+def test_arguments_by_position_are_in_the_tasks_order(model):
+    """Not in that of Llama's own forward, whose third argument are positions."""
+    config = peftfast.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    wrapped, ids = peftfast.get_peft_model(model(), config), torch.arange(8).view(2, 4)
+    mask = (ids > 0).long()
+    found = wrapped(ids, mask, None, ids)
+    assert torch.equal(found.loss, wrapped(input_ids=ids, attention_mask=mask, labels=ids).loss)
+    with pytest.raises(TypeError, match="'input_ids' by position and by name"):
+        wrapped(ids, input_ids=ids)
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"])
