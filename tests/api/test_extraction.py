@@ -179,6 +179,17 @@ def test_convolutions_and_names_that_end_alike():
         peftfast.convert_to_lora(grouped, 2)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
+def test_factors_of_half_precision():
+    config = peftfast.LoraConfig(r=4, target_modules=["q_proj"], use_rslora=True, init_lora_weights=False)
+    model = peftfast.get_peft_model(oracle.llama().bfloat16(), config, autocast_adapter_dtype=False)
+    _, tensors = peftfast.convert_to_lora(model, 4)
+    for key, change in changes(model).items():
+        a, b = (tensors[f"base_model.model.{key}.lora_{side}.weight"] for side in "AB")
+        assert a.dtype is b.dtype is torch.bfloat16
+        assert oracle.rms_error(b.double() @ a.double(), change) < 0.01
+
+
 def test_refusals_of_conversion():
     model = adapted()
     with pytest.raises(TypeError, match="Could not detect any layer that supports LoRA conversion"):
@@ -273,9 +284,31 @@ def test_a_tied_head_stays_tied():
         tensors["base_model.model.lm_head.lora_A.weight"],
         tensors["base_model.model.model.embed_tokens.lora_embedding_B"].t(),
     )
+    state = {key: value for key, value in after.state_dict().items() if key != "lm_head.weight"}  # as files have it
+    assert all(torch.equal(value, tensors[key]) for key, value in peftfast.extract_lora(make(), state, 4)[1].items())
     merged = loaded(make, config, tensors).merge_and_unload()
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     torch.testing.assert_close(oracle.logits(merged), oracle.logits(after), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("differs", ["weight", "bias"])
+def test_a_head_that_is_tied_in_the_base_and_learnt_something_of_its_own(differs):
+    def make():
+        model = oracle.llama(tied=True)
+        torch.manual_seed(0)
+        model.lm_head = torch.nn.Linear(32, oracle.VOCABULARY)
+        model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    after = tuned(make, also=())
+    with torch.no_grad():
+        if differs == "weight":  # by no more than the rank has room for
+            more = torch.randn(oracle.VOCABULARY, 1) @ torch.randn(1, 32)
+            after.lm_head.weight = torch.nn.Parameter(after.lm_head.weight + more)
+        else:
+            after.lm_head.bias += 1
+    model = loaded(make, *peftfast.extract_lora(make(), after, 4))
+    torch.testing.assert_close(oracle.logits(model), oracle.logits(after), rtol=1e-3, atol=1e-3)
 
 
 def test_what_was_merged_comes_out_again(tmp_path):
@@ -335,6 +368,35 @@ def test_weights_that_are_read_past_an_adapter_are_kept_whole(make, library):
     if library is peft:
         config = peft.LoraConfig(**{k: v for k, v in config.to_dict().items() if k in peft.LoraConfig().to_dict()})
     torch.testing.assert_close(loaded(lambda: base, config, tensors, library)(x), after(x))
+
+
+class Others(nn.Module):
+    """What can carry no LoRA of any rank, and two layers of one weight."""
+
+    def __init__(self):
+        from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3, padding=1, groups=4)
+        self.positions = OPTLearnedPositionalEmbedding(6, 8)
+        self.one, self.two, self.narrow = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        x = self.conv(x.mT).mT + self.positions(torch.ones(x.shape[:2]), 0)
+        return self.narrow(self.two(self.one(x)))
+
+
+def test_modules_that_can_carry_no_lora_are_kept_whole():
+    base, x = Others(), torch.randn(2, 3, 8)
+    after = copy.deepcopy(base)
+    with torch.no_grad():
+        for p in after.parameters():
+            p += torch.randn(p.shape) * (p.dim() > 1)
+    config, tensors = peftfast.extract_lora(base, after, 8)
+    assert config.modules_to_save == ["conv", "positions"]
+    assert config.target_modules == {"one", "two", "narrow"} and config.rank_pattern == {"narrow": 2}
+    torch.testing.assert_close(loaded(lambda: base, config, tensors)(x), after(x), rtol=1e-4, atol=1e-4)
 
 
 def test_what_only_the_trained_model_has_is_named():

@@ -172,7 +172,16 @@ def test_small_functions_do_as_those_of_peft():
     ):
         config = include(library.LoraConfig(target_modules="all-linear"), oracle.llama())
         found.append(config.target_modules)
+        assert include(library.LoraConfig(target_modules=".*q_proj"), oracle.llama()).target_modules == ".*q_proj"
     assert found[0] == found[1] and "lm_head" not in found[0]
+    for bool_of in both("peft.utils.other", "str_to_bool"):
+        assert [bool_of(word) for word in ("Yes", "on", "1", "FALSE", "n")] == [1, 1, 1, 0, 0]
+        with pytest.raises(ValueError, match="invalid truth value maybe"):
+            bool_of("maybe")
+    theirs, ours = both("peft.utils", "infer_device")
+    assert theirs() == ours()
+    theirs, ours = both("peft.tuners.tuners_utils", "get_device_map")
+    assert theirs(oracle.llama()) == ours(oracle.llama())
     theirs, ours = both("peft.utils", "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING")
     assert theirs == ours
     for name in ("is_bnb_available", "is_bnb_4bit_available", "is_hqq_available", "is_torchao_available"):
@@ -206,6 +215,12 @@ def test_merge_utils_give_the_numbers_of_peft(name):
         torch.manual_seed(0)
         results.append(combine(tensors, weights, *arguments))
     torch.testing.assert_close(results[0], results[1])
+    if "ties" in name:
+        results = []
+        for combine in both("peft.utils.merge_utils", name):
+            torch.manual_seed(0)
+            results.append(combine(tensors, weights, *arguments, "frequency"))
+        torch.testing.assert_close(results[0], results[1])
     for prune in ("magnitude", "random"):
         pruned = []
         for function in both("peft.utils.merge_utils", "prune"):
