@@ -142,6 +142,9 @@ class ModelMerger:
     def _weights_of_others(self, work: list[Work]) -> set[BaseTunerLayer]:
         """Which of these layers have a weight that another module uses as its own and is to keep."""
         owners = _owners(self.inventory.model)
+        for layer in self.inventory.mergeable().values():
+            if layer.merger.is_apart:  # for now: it goes back to a weight that it shares
+                owners.setdefault(id(layer.merger.kept["parameter"]), []).append((layer.get_base_layer(), ""))
         inside = {layer: {*layer.merged_adapters, *wanted} for layer, wanted in work}
         tied = _tied(inside)
         found: set[BaseTunerLayer] = set()

@@ -518,6 +518,31 @@ def test_a_saved_head_that_shares_the_trained_rows_is_refused():
     assert model.state_dict().keys() == oracle.llama(tied=True).state_dict().keys()
 
 
+@pytest.mark.parametrize("names", [("default", "b"), ("b", "default")], ids="+".join)
+@pytest.mark.parametrize("other", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("ensure", [False, True])
+def test_merged_one_after_the_other(ensure, other, names):
+    """Whose weight is its own while it is merged goes back to the one that it shared, which others leave alone."""
+    both = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": ensure}
+    config = peftfast.LoraConfig(init_lora_weights=False, **both)
+    model = peftfast.get_peft_model(oracle.llama(tied=True), config).eval()
+    model.add_adapter("b", peftfast.LoraConfig(target_modules=[other], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "b"])
+    expected = oracle.logits(model)
+    if ensure and names[0] == "default":
+        with pytest.raises(ValueError, match="share a weight that has adapters inside"):
+            for name in names:
+                model.merge_adapter([name])
+        return
+    for name in names:
+        oracle.quietly(model.merge_adapter, [name])
+    torch.testing.assert_close(oracle.logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(oracle.logits(model), expected)
+    base = model.get_base_model()
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+
+
 def test_rows_that_two_adapters_replace_are_not_merged_together():
     """Whichever came last would win, and nobody could say what unmerging one of them means."""
     config = {"target_modules": ["q_proj"], "init_lora_weights": False}
