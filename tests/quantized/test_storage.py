@@ -239,6 +239,15 @@ def test_unquantised_modules_are_refused():
         peftfast.get_peft_model(One(module), peftfast.LoraConfig(target_modules=["m"]))(torch.randn(2, 64))
 
 
+def test_a_weight_that_is_quantised_anew_in_every_forward_is_dense():
+    model = One(bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=True))
+    model = peftfast.get_peft_model(model, peftfast.LoraConfig(target_modules=["m"], init_lora_weights=False))
+    layer, before = model.base_model.model.m, model.base_model.model.m.weight.detach().clone()
+    assert model.get_layer_status()[0].quantization_backend is None
+    model.merge_adapter()
+    torch.testing.assert_close(layer.weight.detach(), before + layer.get_delta_weight("default").detach())
+
+
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_offloaded_weights_are_not_changed_in_passing(base):
     """While accelerate keeps a weight elsewhere, its place is empty: a merge would be lost."""

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
-from oracle import gradients
+from oracle import VOCABULARY, gpt2, gradients
 from packaging import version
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -426,6 +426,17 @@ def test_padding_and_ends():
         found = decode.generate(ids, 40, attention_mask=mask, eos_token_id=ends, pad_token_id=0)
         assert torch.equal(found, expected)
     assert expected.shape[1] < free.shape[1]  # all three ended
+
+
+def test_padding_where_positions_are_looked_up():
+    config = peftfast.LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
+    model = peftfast.get_peft_model(gpt2(), config).eval()
+    model.get_base_model().generation_config.eos_token_id = None
+    ids = prompts(length=6) % VOCABULARY
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    found = peftfast.capture_decoding(model, 3, 40).generate(ids, 8, attention_mask=mask)
+    assert torch.equal(found, generated(model, ids, 8, attention_mask=mask))
 
 
 def test_sampling():

@@ -281,6 +281,10 @@ def test_logits_are_there_where_they_are_wanted(calls):
         torch.testing.assert_close(found.loss, expected.loss)
     found = model.train()(input_ids=batch()["input_ids"])
     torch.testing.assert_close(found.logits, expected.logits)
+    few = {**batch(), "labels": batch()["labels"][:, -5:], "logits_to_keep": 5}
+    found, last = model(**few), reference(**few)
+    torch.testing.assert_close(found.logits, last.logits)
+    torch.testing.assert_close(found.loss, last.loss)
     liger.remove()
     # from logits: the gradient that Liger writes over its input does not reach the output
     peftfast.use_liger(model, fused_linear_cross_entropy=False)
