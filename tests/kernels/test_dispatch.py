@@ -157,6 +157,22 @@ def test_opcheck(name, device):
         opcheck(getattr(torch.ops.peftfast, name).default, tuple(args))
 
 
+@pytest.mark.parametrize("name", ["lora_down", "lora_gemm", "dora_add"])
+def test_the_opaque_operator_takes_arguments_by_name(name, device):
+    op = OPS[name]
+    case = list(op.cases())[1].make(device)
+    first = len(case) // 2
+    found = op.opaque(*list(case.values())[:first], **dict(list(case.items())[first:]))
+    torch.testing.assert_close(found, op(**case))
+
+
+def test_where_there_is_no_gpu_for_triton_torch_computes():
+    """On the meta device, for one."""
+    x, a = torch.ones(4, 8, device="meta"), torch.ones(2, 8, device="meta")
+    assert not lora_down.runs_triton(x, a, None, 0.0)
+    assert lora_down(x, a, None, 0.0).shape == (4, 2)
+
+
 def test_eager_paths_are_traced_through(device):
     """Under torch.compile on the CPU the graph holds plain aten operations and no break."""
     if device != "cpu":

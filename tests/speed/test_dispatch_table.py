@@ -114,6 +114,9 @@ def test_relatives_share_a_table(tables):
     assert dispatch.table_of("sm_86").chip == "sm_90"
     assert dispatch.table_of("gfx942") is None
     assert dispatch.table_of("interpreter") is None
+    (tables / "sm_80.json").write_text(json.dumps({"chip": "sm_80", "entries": []}))
+    dispatch.table_of.cache_clear()
+    assert [dispatch.table_of(chip).chip for chip in ("sm_86", "sm_89", "sm_100")] == ["sm_80", "sm_90", "sm_90"]
 
 
 def test_until_when_the_host_is_waited_for(tables, gpu):
@@ -166,6 +169,16 @@ def test_calls_follow_the_table(tables, gpu):
     for rows, fused in ((2048, False), (16, True)):
         call = (gpu(rows, 4096), large, gpu(rows, 16), a, seed, 0.1)
         assert lora_gemm_t.runs_triton(*call) and dispatch.fuses("lora_gemm_t", *call) is fused
+
+
+def test_siblings_follow_what_was_measured_of_the_group(gpu, monkeypatch):
+    plain = dense(gpu(256, 64))
+    members = [(gpu(16, 64), plain, None, gpu(16, 4), gpu(256, 4), 1.0)] * 2
+    for found, fused in (("triton", True), ("torch", False), (None, False)):
+        monkeypatch.setattr(
+            dispatch, "measured", lambda op, device, args, found=found: {"siblings_gemm": found}.get(op)
+        )
+        assert dispatch.fuses_together("siblings_gemm", [members], "lora_gemm", members) is fused
 
 
 def test_without_a_table_the_rules_hold(tmp_path, monkeypatch, gpu):
