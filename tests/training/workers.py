@@ -21,7 +21,7 @@ from training.tiny import batch, checkpoint, fill, largest_difference, llama, lo
 
 import peftfast
 from peftfast.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
-from peftfast.sharding import put_together
+from peftfast.sharding import is_distributed, put_together
 
 
 def base(kind: str) -> torch.nn.Module:
@@ -252,9 +252,10 @@ def evaluated(kind: str, folder: Path) -> dict:
         "ends": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
         "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     }[kind]
+    tied = kind == "tokens"
 
     def build() -> torch.nn.Module:
-        model = peftfast.get_peft_model(llama(), lora(peftfast, **options))
+        model = peftfast.get_peft_model(llama(tied=tied), lora(peftfast, **options))
         model.add_adapter("second", lora(peftfast, **options))
         for name in ("second", "default"):
             model.set_adapter(name)
@@ -316,10 +317,17 @@ def evaluated(kind: str, folder: Path) -> dict:
 
     def gone(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         run(model)
-        return {"gone": run(model.merge_and_unload())}
+        left = model.merge_and_unload()
+        assert (left.lm_head.weight is left.model.embed_tokens.weight) == tied
+        return {"gone": run(left)}
 
     def unloaded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        return {"unloaded": run(model.unload())}
+        left = model.unload()
+        trainable = {n for n, p in left.named_parameters() if p.requires_grad}
+        assert trainable == ({"lm_head.weight"} if kind == "saved" else set())  # the copy, as in PEFT
+        apart = {n for n, p in left.named_parameters() if is_distributed(p)}
+        assert model is not ours or apart == {n for n, _ in left.named_parameters() if ".layers." in n}
+        return {"unloaded": run(left)}
 
     other = build()
     with torch.no_grad():
@@ -356,6 +364,7 @@ def prompt(kind: str, folder: Path) -> dict:
 def late(kind: str, folder: Path) -> dict:
     """Adapters that come to a model which FSDP2 has sharded and evaluated: how far outputs are from those of one
     process, and what is trainable then."""
+    from torch.distributed.fsdp import FSDPModule
 
     options = {"target_modules": ["q_proj"], "init_lora_weights": False}
     kinds = {"plain": {}, "tokens": {"trainable_token_indices": [3, 5]}, "saved": {"modules_to_save": ["lm_head"]}}
@@ -376,6 +385,7 @@ def late(kind: str, folder: Path) -> dict:
             model.add_weighted_adapter(["default", "second"], [0.5, 0.4], "both", "cat")
             model.set_adapter("both")
             yield run(model)
+        assert is_distributed(model.unload().model.norm.weight) == isinstance(base, FSDPModule)
 
     base, trainable = llama(), []
     run(shard(base))
