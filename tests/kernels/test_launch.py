@@ -259,6 +259,18 @@ def test_this_triton_launches_as_expected(monkeypatch):
     assert not look()
 
 
+def test_each_pointer_is_looked_at_by_itself(driver, through_triton):
+    """A kernel that was compiled for one that is no multiple of 16 reads the others in larger pieces; and one of
+    fp16 would take bfloat16 for it."""
+    made, pointers = down()
+    made(*pointers)
+    for i in range(len(pointers)):
+        made(*[shifted(one) if i == j else one for j, one in enumerate(pointers)])
+    for dtype in (torch.float16, torch.bfloat16):
+        made(*[one.to(dtype) for one in pointers])
+    assert len(through_triton) == len(made._compiled) == 3 + len(pointers)
+
+
 def test_arguments_have_to_follow_the_pointers(driver):
     kernel = importlib.import_module("peftfast_kernels.lora_down_kernels").down_kernel
     with pytest.raises(ValueError, match="down_kernel"):
