@@ -25,6 +25,7 @@ from peftfast.layers.walk import base_of
 from peftfast.method import changes_base, method_for
 from peftfast.mixed_model import PeftMixedModel
 from peftfast.model import PeftModel, refuse_peft_model
+from peftfast.sharding import copy_whole
 from peftfast.tasks import model_class
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
 from peftfast.tuners.tuner import adapted_modules
@@ -290,10 +291,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
         }
         said = "; ".join(f"{part}: {', '.join(keys)}" for part, keys in parts.items() if keys)
         raise RuntimeError(f"Error(s) in loading base weights. {said}")
-    with torch.no_grad():
-        for key, tensor in mine.items():
-            if key in state_dict:
-                tensor.copy_(state_dict[key])
+    for key, tensor in mine.items():
+        if key in state_dict:
+            copy_whole(tensor, state_dict[key])
     for layer in layers:
         layer.changed()
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)

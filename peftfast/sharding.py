@@ -35,7 +35,7 @@ def _from_zero3(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def copy_whole(target: Tensor, source: Tensor) -> None:
-    """Write a whole tensor into one that may be sharded; every process has `source`."""
+    """Write a tensor into one that may be sharded; every process has all of `source`, or its shard if that is too."""
     with torch.no_grad(), whole([target]):
         if is_distributed(target):
             source = taken_apart(source.to(device=target.device, dtype=target.dtype), target)
@@ -54,8 +54,8 @@ def put_together(tensor: Tensor) -> Tensor:
 
 
 def taken_apart(source: Tensor, like: Tensor | None) -> Tensor:
-    """A whole tensor, which every process has, sharded as `like` is if that is."""
-    if not is_distributed(like):
+    """A whole tensor, which every process has, sharded as `like` is if that is; one that is sharded as it is."""
+    if not is_distributed(like) or is_distributed(source):
         return source
     from torch.distributed.tensor import distribute_tensor
 

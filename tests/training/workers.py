@@ -329,6 +329,11 @@ def evaluated(kind: str, folder: Path) -> dict:
         assert model is not ours or apart == {n for n, _ in left.named_parameters() if ".layers." in n}
         return {"unloaded": run(left)}
 
+    def rebased(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        run(model)
+        peftfast.set_base_model_state_dict(model, llama(1, tied=tied).state_dict())
+        return later(model, "rebased")
+
     other = build()
     with torch.no_grad():
         for p in other.parameters():
@@ -337,7 +342,7 @@ def evaluated(kind: str, folder: Path) -> dict:
     other.save_pretrained(folder, is_main_process=rank == 0)
     dist.barrier()
     results = {}
-    for what in (off, switched, read, loaded, merged, unmerged, gone, unloaded):
+    for what in (off, switched, read, loaded, merged, unmerged, gone, unloaded, rebased):
         ours = shard(build())
         results[what.__name__] = largest_difference(what(ours), what(build()))
     return results
