@@ -571,6 +571,21 @@ def test_a_small_change_of_a_large_weight(options, dtype, size):
     assert oracle.rms_error(change, exact) <= torch.finfo(dtype).eps * (1e4 if options and dtype.itemsize == 8 else 2)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_dora_scales_all_but_the_bias(trained):
+    model = adapted(peftfast, lambda: nn.Linear(64, 48), torch.float64, True, use_dora=True)
+    layer, x = model.base_model.model.m, torch.randn(6, 64, dtype=torch.float64)
+    layer.base_layer.bias.requires_grad_(trained)
+    a, b, m = (getattr(layer, n)["a0"].weight for n in ("lora_A", "lora_B", "lora_magnitude_vector"))
+    changed = layer.base_layer.weight + layer.scaling["a0"] * b @ a
+    expected = x @ changed.t() * (m / changed.norm(dim=1).detach()) + layer.base_layer.bias
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    leaves = [a, b, m, *[layer.base_layer.bias] * trained]
+    found = [torch.autograd.grad(y.square().sum(), leaves) for y in (model(x), expected)]
+    torch.testing.assert_close(*found)
+
+
 def test_dora_scales_a_branch_of_autocast_in_fp32(size):
     """So that the output is rounded once: y = g (base - bias + s branch) + bias of what autocast gives of the two."""
     if size != "small":

@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import peftfast
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.ops import composed
 from peftfast.ops.blocks import lora_siblings
+from peftfast.ops.lora import draw_seeds
 from peftfast.ops.plan import Part, plan_of
 from peftfast.training.blocks import GatedMlp, Siblings
 from peftfast_kernels.decode import dense
@@ -185,6 +187,15 @@ def test_dropout_has_masks_of_its_own_per_layer():
         ops.draw_seeds = draw
     drawn = [s.item() for each in seeds for s in each]
     assert len(drawn) == 2 * 6 and len(set(drawn)) == len(drawn)
+
+
+def test_a_seed_for_each_that_drops():
+    for dropouts in ((0.0, 0.0), (0.0, 0.3, 0.0), (0.3, 0.0, 0.1)):
+        plans = [SimpleNamespace(dropout=dropout) for dropout in dropouts]
+        seeds = draw_seeds(torch.zeros(1), plans)
+        assert [seed is not None for seed in seeds] == [dropout > 0 for dropout in dropouts]
+        drawn = [seed.item() for seed in seeds if seed is not None]
+        assert len(set(drawn)) == len(drawn)
 
 
 def test_frozen_factors_cost_nothing(monkeypatch):
