@@ -32,9 +32,7 @@ class _Orthogonality(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, downs: int, *factors: Tensor) -> Tensor:
         ctx.groups, ctx.downs, kept, norms = by_shape(factors), downs, [], []
-        # a factor may share its shape with one of the other side; then they are multiplied apart
-        ctx.groups = [[i for i in g if (i < downs) == side] for g in ctx.groups for side in (True, False)]
-        ctx.groups = [g for g in ctx.groups if g]
+        # a factor of the shape of one of the other side is square: P Pᵀ and Pᵀ P have the same distance, and gradient
         for group in ctx.groups:
             p = _stacked(factors, group, downs)
             gap = torch.bmm(p, p.mT)

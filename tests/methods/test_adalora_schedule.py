@@ -134,6 +134,21 @@ def test_second_derivatives_of_the_loss_term():
     assert torch.autograd.gradgradcheck(lambda *all: orthogonality(all[:2], all[2:]), factors, fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_regulariser_of_factors_of_many_shapes(dtype):
+    """Square ones of both sides among them; of half precision it is computed in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 4), (4, 6), (4, 6), (4, 4), (6, 4)]
+    factors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    wide = [f.detach().double().requires_grad_() for f in factors]
+    gaps = [p @ p.mT - torch.eye(4) for p in (*wide[:3], *(b.mT for b in wide[3:]))]
+    results = orthogonality(factors[:3], factors[3:]), torch.stack([gap.norm() for gap in gaps]).mean()
+    torch.testing.assert_close(results[0].double(), results[1], rtol=1e-5, atol=0)
+    grads = [torch.autograd.grad(*pair) for pair in zip(results, (factors, wide), strict=True)]
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected.to(dtype))
+
+
 def test_loss_term_and_its_gradients_are_no_further_from_the_oracle_than_pefts():
     theirs, ours = pair(orth_reg_weight=0.7)
     for model in (theirs, ours):
