@@ -321,6 +321,27 @@ def test_an_adapter_without_values_gets_tensors_of_its_own_in_its_dtype(dtype):
     assert all(found[k].dtype == torch.float32 and torch.equal(found[k], t) for k, t in expected.items())
 
 
+def test_the_base_that_a_config_names():
+    model = oracle.llama()
+    model.name_or_path = "new"
+    config = LoraConfig(**OPTIONS, base_model_name_or_path="old")
+    with pytest.warns(UserWarning, match="renamed from 'old' to 'new'"):
+        peftfast.get_peft_model(model, config, revision="abc")
+    assert (config.base_model_name_or_path, config.revision) == ("new", "abc")
+    refused = LoraConfig(target_modules=["nothing"], base_model_name_or_path="old", revision="mine")
+    with pytest.warns(UserWarning, match="renamed"), pytest.raises(ValueError, match="nothing"):
+        peftfast.get_peft_model(oracle.llama(), refused, revision="abc")
+    assert (refused.base_model_name_or_path, refused.revision) == ("old", "mine")
+
+
+def test_base_state_dicts_leave_out_rows_of_tokens():
+    config = LoraConfig(target_modules=["embed_tokens", "q_proj"])
+    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    for own in (config, rows):
+        found = peftfast.get_base_model_state_dict(peftfast.get_peft_model(oracle.llama(), own))
+        assert found.keys() == oracle.llama().state_dict().keys()
+
+
 def test_base_state_dicts():
     twins = oracle.Twins(oracle.llama, {**OPTIONS, "modules_to_save": ["lm_head"]})
     mine, other = (lib.get_base_model_state_dict(m) for lib, m in ((peftfast, twins.ours), (peft, twins.theirs)))
