@@ -45,6 +45,7 @@ from peftfast_kernels.variants import MODULES, Source, Variant  # noqa: E402
 for module in MODULES:
     importlib.import_module(f"peftfast_kernels.{module}")
 
+CHIPS = ("sm_80", "sm_86", "sm_90", "sm_120")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 #: Layers large enough for every tile, small enough for a host; a row, a strip, a tile, several of them.
 SIZES = (
@@ -171,9 +172,7 @@ def size_name(size: Size) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--chip", default="sm_90", choices=("sm_80", "sm_86", "sm_90"), help="whose instructions are known"
-    )
+    parser.add_argument("--chip", default="sm_90", choices=CHIPS, help="whose instructions are known")
     parser.add_argument("--match", default="", help="a regular expression: only cases in whose name it is found")
     parser.add_argument("--sizes", action="store_true", help="at sizes of layers instead of the operations' own cases")
     parser.add_argument(

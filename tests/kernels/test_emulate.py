@@ -24,6 +24,7 @@ def emulate(*arguments):
     ("chip", "cases"),
     [
         ("sm_90", "keep_mask-M3-|^lora_down-M37-.*bfloat16|^lora_gemm(_t)?-nf4-M37-.*bfloat16|routed_add-M33"),
+        ("sm_120", "dequantize-nf4-N40|^lora_down-M50-.*wide|^gated_add-M33-.*bfloat16"),
         ("sm_80", "lora_gemm_t-dense-M37-.*bfloat16|lora_factor_grads-M37-.*float16|gated_grad-M33-.*float16"),
     ],
 )
@@ -121,6 +122,46 @@ $L__BB0_3:
 	st.global.b32 	[%rd2], %r8;
 """
     assert (launch(body, NUMBERS) == NUMBERS % 4 + 7).all()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f32x2", np.float32), ("f16x2", np.float16)])
+def test_several_numbers_in_a_register_are_computed_each(kind, dtype):
+    bits = 16 * np.dtype(dtype).itemsize
+    body = f"""
+	mul.wide.u32 	%rd3, %r2, {bits // 8};
+	add.s64 	%rd3, %rd3, %rd1;
+	ld.global.b{bits} 	%rd4, [%rd3];
+	fma.rn.{kind} 	%rd4, %rd4, %rd4, %rd4;
+	st.global.b{bits} 	[%rd3], %rd4;
+"""
+    numbers = np.linspace(-2, 2, 128).astype(dtype)
+    expected = (numbers.astype(np.float64) ** 2 + numbers).astype(dtype)
+    assert (launch(body, numbers.view(np.uint32)).view(dtype) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("instruction", "result"),
+    [
+        ("add.rn.f32.bf16 	%r7, %rs1, 0f40000000", 3.5),
+        ("sub.rn.f32.f16 	%r7, %rs2, 0f40000000", -0.5),
+        ("fma.rn.f32.bf16 	%r7, %rs1, %rs1, 0f40000000", 4.25),
+        ("max.f32 	%r7, 0f7FC00000, 0f40000000", 2),
+        ("max.NaN.f32 	%r7, 0f7FC00000, 0f40000000", np.nan),
+    ],
+)
+def test_single_instructions(instruction, result):
+    body = f"""
+	mov.b16 	%rs1, 0x3FC0;
+	mov.b16 	%rs2, 0x3E00;
+	{instruction};
+	st.global.b32 	[%rd2], %r7;
+"""
+    np.testing.assert_array_equal(launch(body, NUMBERS).view(np.float32), np.float32(result))
+
+
+def test_a_half_that_nobody_reads_need_not_be_written():
+    body = "\tmov.b64 	%rd3, {%r1, %r9};\n\tmov.b64 	{%r7, %r8}, %rd3;\n\tst.global.b32 	[%rd2], %r7;\n"
+    assert (launch(body, NUMBERS) == 7).all()
 
 
 def fault(body, values=NUMBERS, **options):

@@ -32,29 +32,17 @@ def _nothing(machine: Any, lanes: Any) -> None:
     pass
 
 
-def _type(instruction: Instruction) -> str:
-    for part in reversed(instruction.name):
-        if part in TYPES:
-            return part
+def _types(instruction: Instruction) -> list[str]:
+    if found := [part for part in instruction.name if part in TYPES]:
+        return found
     raise NotImplementedError(f"PTX instruction of a type that is not known: {instruction.text}")
 
 
+def _type(instruction: Instruction) -> str:
+    return _types(instruction)[-1]
+
+
 # ---- arithmetic --------------------------------------------------------------------------------------------------
-def elementwise(function: Callable[..., Any]) -> Callable[[Instruction], Step]:
-    def make(instruction: Instruction) -> Step:
-        dtype = TYPES[_type(instruction)]
-        to, *rest = instruction.operands
-        sources = [source(one, dtype) for one in rest]
-
-        def step(machine: Any, lanes: Any) -> None:
-            value = function(*[get(machine) for get in sources])
-            machine.write(to, np.asarray(value).astype(dtype, copy=False), lanes)
-
-        return step
-
-    return make
-
-
 def rounded_bf16(x: np.ndarray) -> np.ndarray:
     bits = np.asarray(x, np.float32).view(np.uint32)
     up = ((bits >> 16) & 1) + np.uint32(0x7FFF)
@@ -65,32 +53,51 @@ def from_bf16(x: np.ndarray) -> np.ndarray:
     return (np.asarray(x, np.uint32) << 16).view(np.float32)
 
 
+#: The numbers in registers of these types. NumPy has no bf16: it is computed in fp32, and rounded.
+NUMBERS = {"bf16": np.uint16, "bf16x2": np.uint16, "f16x2": np.float16, "f32x2": np.float32}
+
+
+def _by_number(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """Of whole registers, what the function makes of each number in them."""
+    of_registers = TYPES[kind]
+
+    def apply(*registers: Any) -> np.ndarray:
+        numbers = [np.atleast_1d(one)[:, None].view(NUMBERS[kind]) for one in registers]
+        if kind.startswith("bf16"):
+            value = rounded_bf16(function(*[from_bf16(one) for one in numbers]))
+        else:
+            value = function(*numbers)
+        return np.ascontiguousarray(value).view(of_registers)[:, 0]
+
+    return apply
+
+
+def elementwise(function: Callable[..., Any]) -> Callable[[Instruction], Step]:
+    def make(instruction: Instruction) -> Step:
+        kind, *narrower = _types(instruction)
+        compute, dtype = _by_number(function, kind) if kind in NUMBERS else function, TYPES[kind]
+        to, *rest = instruction.operands
+        sources = [source(one, dtype) for one in rest]
+        if narrower:  # "add.f32.bf16": of all but the last operand
+            sources[:-1] = [_widened(one, narrower[0]) for one in rest[:-1]]
+
+        def step(machine: Any, lanes: Any) -> None:
+            value = compute(*[get(machine) for get in sources])
+            machine.write(to, np.asarray(value).astype(dtype, copy=False), lanes)
+
+        return step
+
+    return make
+
+
+def _widened(text: str, kind: str) -> Callable[[Any], Any]:
+    """An operand of 16 bits in fp32."""
+    get = source(text, TYPES[kind])
+    return lambda machine: from_bf16(get(machine)) if kind == "bf16" else get(machine).astype(np.float32)
+
+
 def _fma(a: Any, b: Any, c: Any) -> Any:
-    if np.asarray(a).dtype == np.float32:
-        return (a.astype(np.float64) * b + c).astype(np.float32)  # exact but for one rounding more
-    return a * b + c
-
-
-def _add_or_fma(instruction: Instruction) -> Step:
-    packed = {"bf16x2": 2, "bf16": 1}.get(instruction.name[-1])
-    functions = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": _fma}
-    function = functions[instruction.name[0]]
-    if packed is None:
-        return elementwise(function)(instruction)
-    dtype = np.uint32 if packed == 2 else np.uint16
-    to, *rest = instruction.operands
-    sources = [source(one, dtype) for one in rest]
-
-    def step(machine: Any, lanes: Any) -> None:
-        values = [np.asarray(get(machine)) for get in sources]
-        low = rounded_bf16(function(*[from_bf16(v.astype(np.uint16)) for v in values]))
-        if packed == 1:
-            machine.write(to, low, lanes)
-            return
-        high = rounded_bf16(function(*[from_bf16((v >> 16).astype(np.uint16)) for v in values]))
-        machine.write(to, low.astype(np.uint32) | high.astype(np.uint32) << 16, lanes)
-
-    return step
+    return (a.astype(np.float64) * b + c).astype(a.dtype)  # exact but for one rounding more
 
 
 def _multiply(instruction: Instruction) -> Step:
@@ -98,7 +105,7 @@ def _multiply(instruction: Instruction) -> Step:
     mode = next((part for part in instruction.name if part in ("lo", "hi", "wide")), None)
     plus = instruction.name[0] == "mad"
     if mode is None:
-        return elementwise(_fma)(instruction) if plus else _add_or_fma(instruction)
+        return elementwise(_fma if plus else np.multiply)(instruction)
     dtype = TYPES[_type(instruction)]
     to, left, right, *third = instruction.operands
     result = WIDER[dtype] if mode == "wide" else dtype
@@ -218,7 +225,7 @@ def _mov(instruction: Instruction) -> Step:
     dtype = np.dtype(TYPES[_type(instruction)])
     if isinstance(given, list):  # into one
         part = 8 * dtype.itemsize // len(given)
-        sources = [source(one, TYPES[f"u{part}"]) for one in given]
+        sources = [source(one, TYPES[f"u{part}"], part=True) for one in given]
 
         def gather(machine: Any, lanes: Any) -> None:
             value = np.zeros((), dtype)
@@ -494,18 +501,16 @@ def _absolute(x: Any) -> Any:
     return np.abs(x)
 
 
-def _minimum(a: Any, b: Any) -> Any:
-    return np.fmin(a, b) if np.asarray(a).dtype.kind == "f" else np.minimum(a, b)
-
-
-def _maximum(a: Any, b: Any) -> Any:
-    return np.fmax(a, b) if np.asarray(a).dtype.kind == "f" else np.maximum(a, b)
+def _extreme(of_numbers: Any, of_all: Any) -> Callable[[Instruction], Step]:
+    """``min`` and ``max``: NaN is passed over but where the instruction says otherwise."""
+    return lambda instruction: elementwise(of_all if "NaN" in instruction.name else of_numbers)(instruction)
 
 
 MAKERS: dict[str, Callable[[Instruction], Step]] = {
-    "add": _add_or_fma, "sub": _add_or_fma, "fma": _add_or_fma, "mul": _multiply, "mad": _multiply,
+    "add": elementwise(np.add), "sub": elementwise(np.subtract), "fma": elementwise(_fma),
+    "mul": _multiply, "mad": _multiply,
     "div": elementwise(_toward_zero), "rem": elementwise(_remainder),
-    "min": elementwise(_minimum), "max": elementwise(_maximum),
+    "min": _extreme(np.fmin, np.minimum), "max": _extreme(np.fmax, np.maximum),
     "abs": elementwise(_absolute), "neg": elementwise(np.negative),
     "ex2": elementwise(np.exp2), "lg2": elementwise(np.log2), "sqrt": elementwise(np.sqrt),
     "rsqrt": elementwise(lambda x: 1 / np.sqrt(x)), "rcp": elementwise(lambda x: 1 / x),

@@ -117,10 +117,13 @@ class Multiprocessor:
         return Fault(f"{self.program.name}: {message}{where or ''}")
 
     # ---- registers -------------------------------------------------------------------------------------------
-    def read(self, name: str, dtype: Any = None) -> np.ndarray:
-        """A register of all threads, as numbers of this type; of its own bits without one."""
+    def read(self, name: str, dtype: Any = None, part: bool = False) -> np.ndarray:
+        """A register of all threads, as numbers of this type; of its own bits without one. part: it becomes a part of a
+        larger one, so that nobody may have written it, if nobody reads that part."""
         self.products.read(name)
         found = self.registers.get(name)
+        if found is None and part:
+            return np.full(self.lanes, UNWRITTEN, np.uint64).astype(dtype)
         if found is None:
             raise self.fault(f"{name} is read before it is written")
         if dtype is None or found.dtype == dtype:

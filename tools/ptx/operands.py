@@ -12,7 +12,7 @@ TYPES = {
     "s8": np.int8, "u8": np.uint8, "b8": np.uint8, "s16": np.int16, "u16": np.uint16, "b16": np.uint16,
     "s32": np.int32, "u32": np.uint32, "b32": np.uint32, "f32": np.float32, "s64": np.int64, "u64": np.uint64,
     "b64": np.uint64, "f64": np.float64, "f16": np.float16, "pred": np.bool_,
-    "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32,
+    "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32, "f32x2": np.uint64,
 }  # fmt: skip
 
 
@@ -32,13 +32,13 @@ def immediate(text: str, dtype: Any) -> Any:
     return np.array(number % (1 << 8 * dtype.itemsize), f"u{dtype.itemsize}").view(dtype)[()]
 
 
-def source(text: str, dtype: Any) -> Callable[[Any], Any]:
-    """Reads an operand: a register, a number, or the start of shared memory."""
+def source(text: str, dtype: Any, part: bool = False) -> Callable[[Any], Any]:
+    """Reads an operand: a register, a number, or the start of shared memory. part: of a larger one."""
     if text.startswith("!"):
         inner = source(text[1:], dtype)
         return lambda machine: ~inner(machine)
     if text.startswith("%"):
-        return lambda machine: machine.read(text, dtype)
+        return lambda machine: machine.read(text, dtype, part)
     if text.startswith("global_smem"):
         offset = int(text.partition("+")[2] or 0)
         value = np.array(offset, dtype or np.uint32)[()]
