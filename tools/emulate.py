@@ -45,7 +45,7 @@ from peftfast_kernels.variants import MODULES, Source, Variant  # noqa: E402
 for module in MODULES:
     importlib.import_module(f"peftfast_kernels.{module}")
 
-CHIPS = ("sm_80", "sm_86", "sm_90", "sm_120")
+CHIPS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 #: Layers large enough for every tile, small enough for a host; a row, a strip, a tile, several of them.
 SIZES = (

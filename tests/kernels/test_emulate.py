@@ -24,6 +24,7 @@ def emulate(*arguments):
     ("chip", "cases"),
     [
         ("sm_90", "keep_mask-M3-|^lora_down-M37-.*bfloat16|^lora_gemm(_t)?-nf4-M37-.*bfloat16|routed_add-M33"),
+        ("sm_100", "^dora_add-M37-.*shift|lora_gemm-dense-M50-.*bfloat16-wide|^lora_gemm-nf4-M37-.*bfloat16"),
         ("sm_120", "dequantize-nf4-N40|^lora_down-M50-.*wide|^gated_add-M33-.*bfloat16"),
         ("sm_80", "lora_gemm_t-dense-M37-.*bfloat16|lora_factor_grads-M37-.*float16|gated_grad-M33-.*float16"),
     ],
@@ -70,13 +71,13 @@ HEAD = """
 TAIL = "\tret;\n}\n"
 
 
-def launch(body, values, threads=64, **options):
+def launch(body, values, threads=64, shared=256, **options):
     """Runs the body on an array: %rd2 is the thread's place in it, %r5 in shared memory, %r6 that of the other warp."""
     array = np.array(values, np.uint32)
     program = parse(HEAD + body + TAIL)
     arguments = [struct.pack("<Q", array.ctypes.data), struct.pack("<i", 7)]
     ranges = [(array.ctypes.data, array.ctypes.data + array.nbytes)]
-    multiprocessor.run(program, arguments, (1, 1, 1), threads, 4 * threads, ranges, **options)
+    multiprocessor.run(program, arguments, (1, 1, 1), threads, shared, ranges, **options)
     return array
 
 
@@ -122,6 +123,25 @@ $L__BB0_3:
 	st.global.b32 	[%rd2], %r8;
 """
     assert (launch(body, NUMBERS) == NUMBERS % 4 + 7).all()
+
+
+def test_warps_that_parted_meet_at_a_barrier():
+    """The first one goes through what lies behind the barrier in the text, and back."""
+    body = """
+	setp.lt.u32 	%p1, %r2, 32;
+	@%p1 bra 	$L__BB0_2;
+$L__BB0_1:
+	bar.sync 	0;
+	ld.shared.b32 	%r8, [%r6];
+	st.global.b32 	[%rd2], %r8;
+	ret;
+$L__BB0_2:
+	st.shared.b32 	[%r5], %r1;
+	st.shared.b32 	[%r6], %r2;
+	bra.uni 	$L__BB0_1;
+"""
+    assert (launch(body, NUMBERS) == [*NUMBERS[:32], *[7] * 32]).all()
+    assert "wait for others that never come\n    bar.sync" in fault(body.replace("bra.uni 	$L__BB0_1", "ret"))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("f32x2", np.float32), ("f16x2", np.float16)])
@@ -205,6 +225,110 @@ def test_registers_that_nobody_wrote_are_found():
 def test_instructions_that_are_not_known_are_refused():
     with pytest.raises(NotImplementedError, match="tcgen05"):
         launch("\ttcgen05.mma 	%r7, %r8;\n", NUMBERS)
+
+
+# ---- tensor memory: each thread's row of A [128, 16] in bfloat16 becomes the first 16 columns of its row of A Aᵀ
+ROWS = """
+	mad.wide.u32 	%rd3, %r2, 64, %rd1;
+	ld.global.v4.b32 	{{%r7, %r8, %r9, %r10}}, [%rd3];
+	ld.global.v4.b32 	{{%r11, %r12, %r13, %r14}}, [%rd3+16];
+	shr.u32 	%r15, %r2, 3;
+	shl.b32 	%r15, %r15, 7;
+	shl.b32 	%r16, %r2, 4;
+	add.s32 	%r15, %r15, %r16;
+	st.shared.v4.b32 	[%r15], {{%r7, %r8, %r9, %r10}};
+	st.shared.v4.b32 	[%r15+128], {{%r11, %r12, %r13, %r14}};
+	setp.lt.u32 	%p1, %r2, 32;
+	mov.b32 	%r17, 4096;
+	@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r17], 32;
+	elect.sync 	%r18|%p2, -1;
+	and.pred 	%p2, %p1, %p2;
+	@%p2 mbarrier.init.shared::cta.b64 [%r17+8], 1;
+	fence.proxy.async.shared::cta;
+	bar.sync 	0;
+	ld.shared.b32 	%r19, [%r17];
+	shr.u32 	%r20, %r2, 5;
+	shl.b32 	%r20, %r20, 21;
+	add.s32 	%r20, %r20, %r19;
+	mov.b64 	%rd4, 70437464178688;
+	mov.b32 	%r21, 134481040;
+	mov.pred 	%p3, 0;
+	{product}
+	{wait}
+	tcgen05.ld.sync.aligned.32x32b.x8.b32 {{%r30, %r31, %r32, %r33, %r34, %r35, %r36, %r37}}, [%r20 + 0];
+	tcgen05.ld.sync.aligned.32x32b.x8.b32 {{%r38, %r39, %r40, %r41, %r42, %r43, %r44, %r45}}, [%r20 + 8];
+	tcgen05.wait::ld.sync.aligned;
+	st.global.v4.b32 	[%rd3], {{%r30, %r31, %r32, %r33}};
+	st.global.v4.b32 	[%rd3+16], {{%r34, %r35, %r36, %r37}};
+	st.global.v4.b32 	[%rd3+32], {{%r38, %r39, %r40, %r41}};
+	st.global.v4.b32 	[%rd3+48], {{%r42, %r43, %r44, %r45}};
+	bar.sync 	0;
+	{end}
+"""
+PRODUCT = """
+	@%p2 tcgen05.mma.cta_group::1.kind::f16 [ %r19 + 0 ], %rd4, %rd4, %r21, %p3;
+	@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r17+8];
+"""
+WAIT = """
+{
+	.reg .pred complete;
+	waitLoop:
+	mbarrier.try_wait.parity.shared::cta.b64 complete, [%r17+8], 0;
+	@!complete bra.uni waitLoop;
+}
+"""
+END = "@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r19, 32;"
+
+
+def products(product=PRODUCT, wait=WAIT, end=END, **options):
+    rows = np.zeros((128, 32), np.float32)
+    rows[:, :16] = np.random.default_rng(0).integers(-8, 8, (128, 16))
+    packed = (rows.view(np.uint32) >> 16).astype(np.uint16)  # small whole numbers: exact in bfloat16
+    body = ROWS.format(product=product, wait=wait, end=end)
+    found = launch(body, packed.view(np.uint32), threads=128, shared=4112, **options)
+    return found.view(np.float32) == rows[:, :16] @ rows[:16, :16].T
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_matrix_products_in_tensor_memory(eager):
+    assert products(eager=eager).all()
+    first_warp = "setp.ge.u32 %p0, %r2, 32;\n@%p0 bra $L_1;\n" + WAIT + "$L_1:\nbar.sync 0;\n"
+    assert products(wait=first_warp, eager=eager).all()
+    again = WAIT + PRODUCT.replace("%p3", "%p1") + WAIT.replace(", 0;", ", 1;")  # added to the first one
+    assert not products(wait=again, eager=eager).any(1).all()
+    # what is overwritten while a product may read it is wrong in late ones
+    assert products(PRODUCT + "st.shared.b32 [%r15], %r1;", eager=eager).all() == eager
+
+
+STORE = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r20 + {}], {{%r2}};\n"
+UNAWAITED = "that this warp did not wait for\n    {}"
+FOREVER = "wait for others that never come\n    mbarrier.try_wait"
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        (UNAWAITED.format("tcgen05.ld"), {"wait": ""}),
+        (UNAWAITED.format("tcgen05.st"), {"wait": STORE.format(0)}),
+        (FOREVER, {"product": PRODUCT.partition("@%p2 tcgen05.commit")[0]}),
+        (FOREVER, {"wait": WAIT + WAIT.replace(", 0;", ", 1;")}),
+        (
+            "columns 512 to 528 of tensor memory are not allocated",
+            {"product": PRODUCT.replace("%r19 + 0", "%r19 + 32")},
+        ),
+        ("tensor memory is read that nobody wrote", {"product": PRODUCT.replace("%p3", "%p1")}),
+        ("lanes of tensor memory that are out of reach", {"wait": WAIT + "mov.b32 %r20, %r19;"}),
+        ("another warp was since the last barrier\n    @%p2 tcgen05.mma", {"product": STORE.format(0) + PRODUCT}),
+        ("that nobody waited for\n    @%p2 tcgen05.mma", {"product": STORE.format(8) + "bar.sync 0;" + PRODUCT}),
+        ("another warp wrote since the last barrier", {"product": "st.shared.b32 [%r15], %r1;" + PRODUCT}),
+        ("more than one thread of a program asks", {"product": PRODUCT.replace("@%p2", "@%p1")}),
+        ("ends without freeing tensor memory", {"end": ""}),
+    ],
+)
+def test_faults_with_tensor_memory_are_found(message, changes):
+    with pytest.raises(multiprocessor.Fault) as caught:
+        products(**changes)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(("stride", "cycles"), [(4, 1), (8, 2), (128, 32)])

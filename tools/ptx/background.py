@@ -1,6 +1,7 @@
-"""What runs beside the threads that ask for it: copies into shared memory, and Hopper's matrix products.
+"""What runs beside the threads that ask for it: copies into shared memory, Hopper's and Blackwell's matrix products,
+loads and stores of tensor memory.
 
-A GPU may do both at any time until somebody waits for them. Here they take place when they are waited for, so that
+A GPU may do these at any time until somebody waits for them. Here they take place when they are waited for, so that
 what is read before is wrong; or, if ``eager``, when they are asked for, so that what was still being read is.
 """
 
@@ -61,41 +62,48 @@ class Copies:
         self.groups = [group for group in still if group[0].any()]
 
 
-class Product(NamedTuple):
-    """``wgmma``: what computes it, and the registers that it writes."""
+class Work(NamedTuple):
+    """A matrix product, or what else is done by groups: how, the registers that it writes, and what asked for it."""
 
-    compute: Callable[[], None]
+    do: Callable[[], None]
     registers: Sequence[str]
     instruction: Any
 
 
-class Products:
-    """Matrix products by groups."""
+class Groups:
+    """Work by groups, done in the order in which it was asked for."""
 
     def __init__(self, machine: Any) -> None:
         self.machine = machine
-        self.groups: list[list[Product]] = [[]]  # the last one is not committed
-        self.registers: set[str] = set()  # written by those under way
+        self.groups: list[list[Work]] = [[]]  # the last one is not committed
 
-    def ask(self, product: Product) -> None:
+    def ask(self, work: Work) -> None:
         if self.machine.eager:
-            product.compute()
+            work.do()
         else:
-            self.groups[-1].append(product)
-            self.registers.update(product.registers)
+            self.groups[-1].append(work)
+            self.machine.awaited.update(dict.fromkeys(work.registers, self))
 
     def commit(self) -> None:
         self.groups.append([])
 
     def wait(self, left: int) -> None:
         """Until at most ``left`` committed groups are under way."""
+        done: set[str] = set()
         while len(self.groups) - 1 > left:
-            for product in self.groups.pop(0):
-                self.machine.at(product.instruction, product.compute)
-        self.registers = {name for group in self.groups for product in group for name in product.registers}
+            for work in self.groups.pop(0):
+                self.machine.at(work.instruction, work.do)
+                done.update(work.registers)
+        for register in done.difference(*(work.registers for group in self.groups for work in group)):
+            self.machine.awaited.pop(register, None)
 
-    def read(self, register: str) -> None:
+    def wait_for_one(self) -> bool:
+        """For the oldest of the committed groups, if there is one."""
+        found = len(self.groups) > 1
+        self.wait(max(len(self.groups) - 2, 0))
+        return found
+
+    def finish(self) -> None:
         """A register that is read ends what writes it, as the assembler would have it."""
-        if register in self.registers:
-            self.commit()
-            self.wait(0)
+        self.commit()
+        self.wait(0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx import matrices
+from ptx import matrices, mbarriers, tcgen05
 from ptx.background import Copy
 from ptx.operands import TYPES, address, lanes_of, source
 from ptx.program import WIDTH, Instruction
@@ -26,6 +26,20 @@ def compiled(instruction: Instruction) -> Step:
     if kind not in MAKERS:
         raise NotImplementedError(f"PTX instruction {'.'.join(instruction.name)}: {instruction.text}")
     return MAKERS[kind](instruction)
+
+
+def gate(instruction: Instruction) -> Callable[[Any, np.ndarray], np.ndarray] | None:
+    """``able(machine, lanes)``: which of these threads need not wait for others here, where one may have to."""
+    if instruction.guard is not None:
+        return None
+    if instruction.name[:2] == ("mbarrier", "try_wait"):
+        return mbarriers.completed(instruction)
+    return _arrived if instruction.name[0] in ("bar", "barrier") and instruction.name[1] != "warp" else None
+
+
+def _arrived(machine: Any, lanes: np.ndarray) -> np.ndarray:
+    whole = lanes.reshape(machine.count, -1).all(1)
+    return lanes if whole.all() else np.repeat(whole, machine.threads)
 
 
 def _nothing(machine: Any, lanes: Any) -> None:
@@ -414,6 +428,21 @@ def _redux(instruction: Instruction) -> Step:
     return step
 
 
+def _elect(instruction: Instruction) -> Step:
+    """Its first thread of a warp's."""
+    number, _, chosen = instruction.operands[0].partition("|")
+    if int(instruction.operands[1], 0) != -1:
+        raise NotImplementedError(instruction.text)
+
+    def step(machine: Any, lanes: Any) -> None:
+        warps = (np.ones(machine.lanes, bool) if lanes is None else lanes).reshape(-1, 32)
+        first = np.repeat(warps.argmax(1), 32)
+        machine.write(number, first.astype(np.uint32), lanes)
+        machine.write(chosen, np.arange(machine.lanes) % 32 == first, lanes)
+
+    return step
+
+
 # ---- memory ------------------------------------------------------------------------------------------------------
 def _vector(instruction: Instruction) -> int:
     return next((int(part[1:]) for part in instruction.name if re.fullmatch(r"v\d", part)), 1)
@@ -516,9 +545,10 @@ MAKERS: dict[str, Callable[[Instruction], Step]] = {
     "rsqrt": elementwise(lambda x: 1 / np.sqrt(x)), "rcp": elementwise(lambda x: 1 / x),
     "and": elementwise(np.bitwise_and), "or": elementwise(np.bitwise_or), "xor": elementwise(np.bitwise_xor),
     "not": elementwise(np.invert), "shl": _shift, "shr": _shift, "bfe": _bfe, "prmt": _prmt, "lop3": _lop3, "shf": _shf,
-    "setp": _setp, "selp": _selp, "mov": _mov, "cvt": _convert, "shfl": _shfl, "redux": _redux,
+    "setp": _setp, "selp": _selp, "mov": _mov, "cvt": _convert, "shfl": _shfl, "redux": _redux, "elect": _elect,
     "ld": _load, "st": _store, "cp": _cp, "bar": _barrier, "barrier": _barrier,
     "ldmatrix": matrices.ldmatrix, "stmatrix": matrices.stmatrix, "mma": matrices.mma, "wgmma": matrices.wgmma,
+    "tcgen05": tcgen05.tcgen05, "mbarrier": mbarriers.mbarrier,
     "fence": lambda instruction: _nothing, "membar": lambda instruction: _nothing,
     "cvta": _mov,
 }  # fmt: skip

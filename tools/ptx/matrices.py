@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx.background import Product
+from ptx.background import Work
 from ptx.operands import address, source
 
 Step = Callable[[Any, Any], None]
@@ -26,11 +26,11 @@ def whole_warps(machine: Any, lanes: Any) -> np.ndarray:
     return np.flatnonzero(warps.any(1))
 
 
-def _threads(warps: np.ndarray) -> np.ndarray:
+def threads_of(warps: np.ndarray) -> np.ndarray:
     return (warps[:, None] * 32 + LANE).ravel()
 
 
-def _write(machine: Any, register: str, threads: np.ndarray, values: np.ndarray, lanes: Any) -> None:
+def write(machine: Any, register: str, threads: np.ndarray, values: np.ndarray, lanes: Any) -> None:
     """One number of each of these threads."""
     whole = np.zeros(machine.lanes, values.dtype)
     whole[threads] = values
@@ -54,7 +54,7 @@ def ldmatrix(instruction: Any) -> Step:
 
     def step(machine: Any, lanes: Any) -> None:
         warps = whole_warps(machine, lanes)
-        threads = _threads(warps)
+        threads = threads_of(warps)
         for number, register in enumerate(to):
             rows = _matrix_addresses(machine, get, warps, number)
             first = np.repeat(warps * 32, 8)
@@ -63,7 +63,7 @@ def ldmatrix(instruction: Any) -> Step:
             values = values.transpose(0, 2, 1) if transposed else values
             # a thread's register: row lane / 4, columns 2 (lane % 4) and the next
             pair = np.ascontiguousarray(values.reshape(-1, 32, 2)).view(np.uint32).ravel()
-            _write(machine, register, threads, pair, lanes)
+            write(machine, register, threads, pair, lanes)
 
     return step
 
@@ -73,7 +73,7 @@ def stmatrix(instruction: Any) -> Step:
 
     def step(machine: Any, lanes: Any) -> None:
         warps = whole_warps(machine, lanes)
-        threads = _threads(warps)
+        threads = threads_of(warps)
         for number, register in enumerate(given):
             rows = _matrix_addresses(machine, get, warps, number)
             values = np.ascontiguousarray(machine.read(register, np.uint32)[threads]).view(np.uint16).reshape(-1, 8, 8)
@@ -85,7 +85,7 @@ def stmatrix(instruction: Any) -> Step:
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
-def _unpack(values: np.ndarray, kind: str) -> np.ndarray:
+def unpacked(values: np.ndarray, kind: str) -> np.ndarray:
     """Registers [..., n] as numbers [..., n * how many are in one], in fp32."""
     if kind == "bf16":
         return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -115,7 +115,7 @@ def _places(kind: str, rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 def _fragment(machine: Any, registers: list[str], threads: np.ndarray, kind: str) -> np.ndarray:
     """What each thread has of a matrix: [warps, 32, numbers]."""
     raw = np.stack([machine.read(register, np.uint32)[threads] for register in registers], 1)
-    return _unpack(raw, kind).reshape(len(threads) // 32, 32, -1)
+    return unpacked(raw, kind).reshape(len(threads) // 32, 32, -1)
 
 
 def mma(instruction: Any) -> Step:
@@ -135,7 +135,7 @@ def mma(instruction: Any) -> Step:
 
     def step(machine: Any, lanes: Any) -> None:
         warps = whole_warps(machine, lanes)
-        threads = _threads(warps)
+        threads = threads_of(warps)
 
         x, y = np.zeros((len(warps), m, k), np.float32), np.zeros((len(warps), n, k), np.float32)
         x[:, rows_a, k_a] = _fragment(machine, a, threads, left)
@@ -143,13 +143,13 @@ def mma(instruction: Any) -> Step:
         product = np.matmul(x, y.transpose(0, 2, 1))[:, rows_c, cols_c].reshape(len(threads), -1)
         out = product + np.stack([machine.read(one, np.float32)[threads] for one in c], 1)
         for i, register in enumerate(to):
-            _write(machine, register, threads, out[:, i], lanes)
+            write(machine, register, threads, out[:, i], lanes)
 
     return step
 
 
 # ---- wgmma -------------------------------------------------------------------------------------------------------
-def _described(descriptors: np.ndarray, rows: int, k: int, size: int, by_rows: bool) -> np.ndarray:
+def described(descriptors: np.ndarray, rows: int, k: int, size: int, by_rows: bool) -> np.ndarray:
     """Where the matrices of these descriptors lie in shared memory: [descriptors, rows, k], ``size`` bytes a number.
     PTX ISA, "Asynchronous warpgroup level matrix shared memory layout"."""
 
@@ -159,11 +159,11 @@ def _described(descriptors: np.ndarray, rows: int, k: int, size: int, by_rows: b
     start = field(0, 14) * 16
     layouts = np.unique(np.stack([field(16, 14) * 16, field(32, 14) * 16, field(49, 3), field(62, 2)]), axis=1)
     if layouts.shape[1] > 1:
-        raise NotImplementedError("wgmma: other layouts in other warpgroups")
+        raise NotImplementedError("descriptors of other layouts in other programs or warpgroups")
     leading, stride, base, swizzle = (int(one) for one in layouts[:, 0])
     span = {0: 16, 1: 128, 2: 64, 3: 32}[swizzle]  # bytes of a row of the layout's atom
     if base or by_rows and swizzle and k * size > span:
-        raise NotImplementedError("wgmma: a base offset, or rows that are longer than an atom")
+        raise NotImplementedError("a descriptor with a base offset, or of rows that are longer than an atom")
     r, c = np.arange(rows)[:, None], np.arange(k)[None, :]
     if by_rows:  # k is contiguous: atoms of 8 rows
         along = c * size
@@ -204,7 +204,7 @@ def wgmma(instruction: Any) -> Step:
         warps = whole_warps(machine, lanes).reshape(-1, 4)
         if (warps[:, 0] % 4).any() or (np.diff(warps) != 1).any():
             raise machine.fault("wgmma of a part of a warpgroup")
-        threads = _threads(warps.ravel())
+        threads = threads_of(warps.ravel())
 
         def uniform(get: Any) -> np.ndarray:
             values = np.broadcast_to(get(machine), machine.lanes)[threads].reshape(len(warps), -1)
@@ -219,9 +219,9 @@ def wgmma(instruction: Any) -> Step:
             fragment = _fragment(machine, a, threads, kind).reshape(len(warps), 4, 32, -1)
 
         def load(descriptor: np.ndarray, rows: int, transposed: int) -> np.ndarray:
-            places = _described(descriptor, rows, k, size, not transposed)
+            places = described(descriptor, rows, k, size, not transposed)
             raw = machine.shared.load(places.ravel(), np.repeat(warps[:, 0] * 32, rows * k), size, 1)[0]
-            return _unpack(raw, kind).reshape(len(warps), rows, k)
+            return unpacked(raw, kind).reshape(len(warps), rows, k)
 
         def compute() -> None:
             y = load(descriptors[1], n, turned[1])
@@ -239,8 +239,8 @@ def wgmma(instruction: Any) -> Step:
             for i, register in enumerate(to):
                 old = machine.registers.get(register)
                 before = np.zeros(len(threads), np.float32) if old is None else old.view(np.float32)[threads]
-                _write(machine, register, threads, np.where(accumulates, before + out[:, i], out[:, i]), lanes)
+                write(machine, register, threads, np.where(accumulates, before + out[:, i], out[:, i]), lanes)
 
-        machine.products.ask(Product(compute, to, machine.instruction))
+        machine.products.ask(Work(compute, to, machine.instruction))
 
     return step

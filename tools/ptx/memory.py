@@ -75,13 +75,20 @@ class SharedMemory:
 
     def load(self, address: np.ndarray, lanes: np.ndarray, size: int, count: int) -> list[np.ndarray]:
         """``count`` numbers of ``size`` bytes from each address on, in the programs of these threads."""
-        at = self._places(address, lanes, size * count) // size
+        at = self.places(address, lanes, size * count) // size
         for watched in self.races:
             watched.read(address, lanes, size * count)
         return [self.views[size][at + i] for i in range(count)]
 
+    def lend(self, address: np.ndarray, lanes: np.ndarray, size: int) -> np.ndarray:
+        """Places in `views` of numbers that these threads have others read, from now on until somebody waits for it."""
+        at = self.places(address, lanes, size) // size
+        for watched in self.races:
+            watched.read(address, lanes, size, lent=True)
+        return at
+
     def store(self, address: np.ndarray, lanes: np.ndarray, size: int, values: Sequence[np.ndarray]) -> None:
-        at = self._places(address, lanes, size * len(values)) // size
+        at = self.places(address, lanes, size * len(values)) // size
         bytes_ = np.stack(values, 1).view(np.uint8)
         for watched in self.races:
             watched.write(address, lanes, bytes_)
@@ -90,7 +97,8 @@ class SharedMemory:
         for watched in self.races:
             watched.written(address, lanes, bytes_)
 
-    def _places(self, address: np.ndarray, lanes: np.ndarray, size: int) -> np.ndarray:
+    def places(self, address: np.ndarray, lanes: np.ndarray, size: int) -> np.ndarray:
+        """In `bytes`."""
         if address.size and ((address % size).any() or address.min() < 0 or address.max() + size > self.size):
             raise self.fault(f"{size} bytes at {address.min()} to {address.max()} of {self.size} bytes shared")
         return address + lanes // self.threads * self.pitch
@@ -119,10 +127,12 @@ class _Races:
     def _by_others(self, when: np.ndarray, who: np.ndarray, at: np.ndarray, warps: np.ndarray) -> np.ndarray:
         return (when[at] == self.epoch) & (who[at] != warps)
 
-    def read(self, address: np.ndarray, lanes: np.ndarray, size: int) -> None:
+    def read(self, address: np.ndarray, lanes: np.ndarray, size: int, lent: bool = False) -> None:
         for _, at, warps in self._own(address, lanes, size):
             if self._by_others(self.written_in, self.writer, at, warps).any():
                 raise self.memory.fault("reads shared memory that another warp wrote since the last barrier")
+            if lent:
+                continue
             several = self._by_others(self.read_in, self.reader, at, warps)
             self.read_in[at], self.reader[at] = self.epoch, warps
             self.reader[at[several | (self.reader[at] != warps)]] = SEVERAL

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ptx.background import Copies, Copy, Products
-from ptx.instructions import compiled
+from ptx.background import Copies, Copy, Groups
+from ptx.instructions import compiled, gate
 from ptx.memory import UNSIGNED, GlobalMemory, SharedMemory
 from ptx.program import Instruction, Program
+from ptx.tensor_memory import TensorMemory
 from ptx.traffic import Traffic
 
 BATCH = 1 << 14  # threads that are run together
@@ -39,7 +40,8 @@ def run(
     if threads % 32:
         raise Fault(f"{program.name}: {threads} threads are no whole warps")
     for block in program.blocks:
-        block.steps = block.steps or [compiled(one) for one in block.instructions]
+        if block.instructions and not block.steps:
+            block.steps, block.able = [compiled(one) for one in block.instructions], gate(block.instructions[0])
     total, together = grid[0] * grid[1] * grid[2], max(1, BATCH // threads)
     with np.errstate(all="ignore"):
         for first in range(0, total, together):
@@ -63,7 +65,9 @@ class Multiprocessor:
         self.instruction: Instruction | None = None
         self.memory = GlobalMemory(ranges, self.fault)
         self.shared = SharedMemory(self.count, threads, shared, self.fault)
-        self.traffic, self.copies, self.products = traffic, Copies(self), Products(self)
+        self.traffic, self.copies, self.products = traffic, Copies(self), Groups(self)
+        self.awaited: dict[str, Groups] = {}  # registers that work under way is to write
+        self.tensor: TensorMemory | None = None
         thread = np.tile(np.arange(threads, dtype=np.uint32), self.count)
         self.registers: dict[str, np.ndarray] = {"%tid.x": thread, "%laneid": thread % 32}
         self.registers["%tid.y"] = self.registers["%tid.z"] = np.zeros_like(thread)
@@ -74,16 +78,35 @@ class Multiprocessor:
 
     # ---- running ---------------------------------------------------------------------------------------------
     def run(self) -> None:
-        """Threads that are furthest behind go first, so that those that parted meet again."""
+        """Threads that are furthest behind go first, so that those that parted meet again; but those that wait for
+        others."""
         waiting = {0: np.ones(self.lanes, bool)}
         while waiting:
-            number = min(waiting)
-            active = waiting.pop(number)
+            number, active = self._next(waiting)
             for target, lanes in self._run_block(number, active):
                 if lanes.any():
                     waiting[target] = waiting[target] | lanes if target in waiting else lanes
         if any(self.products.groups):
             raise self.fault("ends while matrix products are under way")
+        if self.tensor is not None:
+            self.tensor.end()
+
+    def _next(self, waiting: dict[int, np.ndarray]) -> tuple[int, np.ndarray]:
+        """Takes threads that can go on from those that wait: the block that they are at, and which they are."""
+        for number in sorted(waiting):
+            block, active = self.program.blocks[number], waiting[number]
+            if block.able is None:
+                return number, waiting.pop(number)
+            self.instruction = block.instructions[0]
+            able = block.able(self, active)
+            self.instruction = None
+            if able.any():
+                waiting[number] = active & ~able
+                if able is active or not waiting[number].any():
+                    del waiting[number]
+                return number, able
+        self.instruction = self.program.blocks[min(waiting)].instructions[0]
+        raise self.fault("threads wait for others that never come")
 
     def _run_block(self, number: int, active: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Which blocks come next, for which threads."""
@@ -120,7 +143,8 @@ class Multiprocessor:
     def read(self, name: str, dtype: Any = None, part: bool = False) -> np.ndarray:
         """A register of all threads, as numbers of this type; of its own bits without one. part: it becomes a part of a
         larger one, so that nobody may have written it, if nobody reads that part."""
-        self.products.read(name)
+        if name in self.awaited:
+            self.awaited[name].finish()
         found = self.registers.get(name)
         if found is None and part:
             return np.full(self.lanes, UNWRITTEN, np.uint64).astype(dtype)
@@ -195,3 +219,5 @@ class Multiprocessor:
             if (arrived.any(1) != arrived.all(1)).any():
                 raise self.fault("a part of the threads of a program at a barrier")
         self.shared.barrier(lanes)
+        if self.tensor is not None:
+            self.tensor.barrier(lanes)

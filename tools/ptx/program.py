@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 #: Bytes of a register by the letters and digits that its kind ends in.
 WIDTH = {"8": 1, "16": 2, "32": 4, "64": 8}
+#: Where threads may wait for others.
+WAITS = ("bar", "barrier", "mbarrier")
 
 
 @dataclass
@@ -28,10 +31,11 @@ class Instruction:
 
 @dataclass
 class Block:
-    """Instructions that are run one after the other; only the last one may be a branch."""
+    """Instructions that are run one after the other; only the last one may be a branch, only the first one a wait."""
 
     instructions: list[Instruction] = field(default_factory=list)
     steps: list = field(default_factory=list)  # what runs them
+    able: Any = None  # which of the threads at the first one need not wait for others, where it is a wait
 
 
 @dataclass
@@ -59,7 +63,6 @@ def parse(text: str) -> Program:
     if name is None:
         raise ValueError("no kernel in this PTX")
     head, _, rest = text[name.end() :].partition("{")
-    rest = rest.partition("\n}")[0]
     parameters, pointers, end = {}, [], 0
     declared = re.findall(r"\.param\s+\.(\w+)([^,)]*?)\s(\w+)(?:\[(\d+)\])?\s*(?=[,)])", head)
     for i, (kind, attributes, parameter, length) in enumerate(declared):
@@ -71,20 +74,31 @@ def parse(text: str) -> Program:
             pointers.append(i)
     kinds = {name: WIDTH[bits] for bits, name in re.findall(r"\.reg \.b(\d+)\s+(%\w+)<", rest)}
     blocks, labels, source = [Block()], {}, ""
+    depth, inner = 0, {}  # braces within the kernel's own; labels in them, which are seen only there
     for line in rest.splitlines():
         line, _, comment = (part.strip() for part in line.partition("//"))
         if line.startswith(".loc"):
             source = ":".join(comment.split(":")[:2])
+        if line in ("{", "}"):
+            depth, inner = depth + (1 if line == "{" else -1), {}
+            if depth < 0:
+                break
         if label := re.match(r"([$\w]+):$", line):
             if blocks[-1].instructions:
                 blocks.append(Block())
-            labels[label[1]] = len(blocks) - 1
+            if depth:
+                inner[label[1]] = f"{label[1]} {len(blocks)}"
+            labels[inner.get(label[1], label[1])] = len(blocks) - 1
             continue
         for statement in _statements(line):
             if statement.startswith("."):
                 continue
             instruction = _instruction(statement, source)
+            if instruction.name[0] in WAITS and instruction.guard is None and blocks[-1].instructions:
+                blocks.append(Block())
             blocks[-1].instructions.append(instruction)
+            if instruction.name[0] == "bra":
+                instruction.operands[0] = inner.get(instruction.operands[0], instruction.operands[0])
             if instruction.name[0] in ("bra", "ret", "exit"):
                 blocks.append(Block())
     return Program(name[1], blocks, labels, parameters, pointers, kinds)
