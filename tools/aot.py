@@ -101,24 +101,43 @@ def disassemble(cubin):
 
 
 def parse_sass(sass):
-    """(instructions, loops): loops are (first, last) instruction indices of backward branches."""
+    """(instructions, branches): which of them goes to which other, by their indices."""
     labels, instructions = {}, []
     for line in sass.splitlines():
         if found := re.match(r"\s*(\.L_x?\w*):", line):
             labels[found[1]] = len(instructions)
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             instructions.append(found[1])
-    loops = []
+    found = {index: re.search(r"\bBRA\b.*?`\((\.L_x?\w*)\)", text) for index, text in enumerate(instructions)}
+    return instructions, {index: labels[one[1]] for index, one in found.items() if one and one[1] in labels}
+
+
+def repeated(instructions, branches):
+    """Indices of instructions that a thread may run again. Not all before a branch backwards: what goes on waiting for
+    an mbarrier stands behind the kernel's end, and goes back from there."""
+    ends = r"(?:BRA(?:\.\w+)* `|EXIT|RET)"  # without a condition
+    after, before = ([[] for _ in instructions] for _ in range(2))
     for index, text in enumerate(instructions):
-        found = re.search(r"\bBRA\b.*?`\((\.L_x?\w*)\)", text)
-        # A branch to itself is the padding after EXIT, not a loop.
-        if found and labels.get(found[1], index + 1) < index:
-            loops.append((labels[found[1]], index))
-    return instructions, loops
+        ended = re.match(ends, text) or index + 1 == len(instructions)
+        for target in {branches.get(index), None if ended else index + 1} - {None}:
+            after[index].append(target)
+            before[target].append(index)
+
+    def reached(start, steps):
+        found, left = set(), [start]
+        while left:
+            if (one := left.pop()) not in found:
+                found.add(one)
+                left += steps[one]
+        return found
+
+    backwards = [(first, last) for last, first in branches.items() if first < last]
+    return set().union(*(reached(first, after) & reached(last, before) for first, last in backwards))
 
 
-def main_loop(instructions, loops):
+def main_loop(instructions, branches):
     """The longest innermost loop; the whole kernel where there is none."""
+    loops = [(first, last) for last, first in branches.items() if first < last]  # one to itself is padding after EXIT
     inner = [
         one for one in loops if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in loops)
     ]
@@ -130,19 +149,18 @@ def main_loop(instructions, loops):
 
 def inspect_nvidia(compiled, variant, chip):
     sass, usage = disassemble(compiled.asm["cubin"])
-    instructions, loops = parse_sass(sass)
+    instructions, branches = parse_sass(sass)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     registers, stack, local = (int(group) for group in found.groups())
     # Frame bytes that nothing touches (a 16-byte ABI frame on some chips) are no spill; loads and stores to it are.
     spilling = [index for index, text in enumerate(instructions) if re.search(SPILL, text)]
-    hot = sum(any(first <= index <= last for first, last in loops) for index in spilling)
-    spills = len(spilling)
+    hot, spills = len(repeated(instructions, branches).intersection(spilling)) if spilling else 0, len(spilling)
     problems = []
     if hot or spills > MAX_COLD_SPILLS:
         problems.append(f"{spills} spill instructions, {hot} of them in a loop; stack {stack}, local {local}")
     if len(instructions) < 32 and any("BPT.TRAP" in text for text in instructions):
         problems.append("compiled into a trap")
-    loop, per_weight = main_loop(instructions, loops), 0.0
+    loop, per_weight = main_loop(instructions, branches), 0.0
     counts = [sum(bool(re.search(pattern, text)) for text in loop) for pattern in (WIDE, GLOBAL)]
     if variant.weights:
         each = variant.weights / (32 * variant.options["num_warps"])  # weights of one thread

@@ -47,14 +47,27 @@ def test_spills_in_loops_are_found(aot, monkeypatch):
         + [f"  /*{16 * i:04x}*/  {text} ;" for i, text in enumerate(["LDL R1, [R2]", "FADD R1, R1, R3"])]
         + ["  /*0020*/  @P0 BRA `(.L_x_0) ;", ".L_x_1:", "  /*0030*/  BRA `(.L_x_1);"]
     )
-    instructions, loops = aot.parse_sass(sass)
-    assert len(instructions) == 4 and loops == [(0, 2)]  # the padding branch is no loop
-    assert aot.main_loop(instructions, loops) == instructions[:3]
+    instructions, branches = aot.parse_sass(sass)
+    assert len(instructions) == 4 and branches == {2: 0, 3: 3}
+    assert aot.main_loop(instructions, branches) == instructions[:3]  # the padding branch is no loop
 
     compiled, variant = SimpleNamespace(asm={"cubin": b""}), SimpleNamespace(weights=0)
     monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:8 SHARED:0 LOCAL:0"))
     registers, spills, *_, problems = aot.inspect_nvidia(compiled, variant, "sm_90")
     assert (registers, spills) == (40, 1) and "1 of them in a loop" in problems[0]
+
+
+def test_spills_before_a_wait_behind_the_end_are_in_no_loop(aot, monkeypatch):
+    """Waiting for an mbarrier goes on there, and back to where it began: that is run once."""
+    texts = ["@!P0 BRA `(.L_x_2)", "STL [R1], R0", "LDL R0, [R1]", "EXIT",
+             "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR7], R4", "@!P0 BRA `(.L_x_2)", "BRA `(.L_x_1)"]  # fmt: skip
+    lines = [f"  /*{16 * i:04x}*/  {text} ;" for i, text in enumerate(texts)]
+    sass = "\n".join([lines[0], ".L_x_1:", *lines[1:4], ".L_x_2:", *lines[4:]])
+    assert aot.repeated(*aot.parse_sass(sass)) == {4, 5}
+    variant = SimpleNamespace(weights=0)
+    monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:8 SHARED:0 LOCAL:0"))
+    registers, spills, *_, problems = aot.inspect_nvidia(SimpleNamespace(asm={"cubin": b""}), variant, "sm_100")
+    assert spills == 2 and not problems
 
 
 def test_a_table_in_global_memory_is_found(aot, monkeypatch):
