@@ -149,9 +149,9 @@ def mma(instruction: Any) -> Step:
 
 
 # ---- wgmma -------------------------------------------------------------------------------------------------------
-def described(descriptors: np.ndarray, rows: int, k: int, size: int, by_rows: bool) -> np.ndarray:
-    """Where the matrices of these descriptors lie in shared memory: [descriptors, rows, k], ``size`` bytes a number.
-    PTX ISA, "Asynchronous warpgroup level matrix shared memory layout"."""
+def _described(descriptors: np.ndarray, slow: int, fast: int) -> np.ndarray:
+    """Where the matrices of these descriptors lie in shared memory, by pieces of 16 of their ``fast`` bytes:
+    [descriptors, slow, pieces]. PTX ISA, "Asynchronous warpgroup level matrix shared memory layout"."""
 
     def field(start: int, bits: int) -> np.ndarray:
         return ((descriptors >> np.uint64(start)) & np.uint64((1 << bits) - 1)).astype(np.int64)
@@ -161,18 +161,28 @@ def described(descriptors: np.ndarray, rows: int, k: int, size: int, by_rows: bo
     if layouts.shape[1] > 1:
         raise NotImplementedError("descriptors of other layouts in other programs or warpgroups")
     leading, stride, base, swizzle = (int(one) for one in layouts[:, 0])
-    span = {0: 16, 1: 128, 2: 64, 3: 32}[swizzle]  # bytes of a row of the layout's atom
-    if base or by_rows and swizzle and k * size > span:
-        raise NotImplementedError("a descriptor with a base offset, or of rows that are longer than an atom")
-    r, c = np.arange(rows)[:, None], np.arange(k)[None, :]
-    if by_rows:  # k is contiguous: atoms of 8 rows
-        along = c * size
-        offset = (r // 8) * stride + (r % 8) * span + (along // span) * leading + along % span
-    else:  # rows are contiguous: atoms of 8 k
-        along = r * size
-        offset = (c // 8) * stride + (c % 8) * span + (along // span) * leading + along % span
-    places = start[:, None, None] + offset
+    span = {0: 16, 1: 128, 2: 64, 3: 32}[swizzle]  # bytes of a row of the layout's atom, of which there are 8
+    if base:
+        raise NotImplementedError("a descriptor with a base offset")
+    row, along = np.arange(slow)[:, None], np.arange(0, fast, 16)
+    places = start[:, None, None] + (row // 8) * stride + (row % 8) * span + (along // span) * leading + along % span
     return places ^ (((places >> 7) & {0: 0, 1: 7, 2: 3, 3: 1}[swizzle]) << 4)
+
+
+def lent(
+    machine: Any, descriptors: np.ndarray, lanes: np.ndarray, rows: int, k: int, kind: str, turned: int, known: bool
+) -> Callable[[], np.ndarray]:
+    """Of matrices that a product reads in shared memory for these threads: what gives them at its end, in fp32
+    [descriptors, rows, k]. turned: whether k is the slower place. known: see `SharedMemory.lend`."""
+    slow, fast = (k, rows) if turned else (rows, k)
+    places = _described(descriptors, slow, fast * 4 // PER_REGISTER[kind])
+    pieces = machine.shared.lend(places.ravel(), np.repeat(lanes, places[0].size), known)
+
+    def matrices() -> np.ndarray:
+        found = unpacked(pieces().view(np.uint32), kind).reshape(-1, slow, fast)
+        return found.transpose(0, 2, 1) if turned else found
+
+    return matrices
 
 
 def wgmma(instruction: Any) -> Step:
@@ -198,13 +208,12 @@ def wgmma(instruction: Any) -> Step:
     at_b = source(b, np.uint64)
     at_a = None if isinstance(a, list) else source(a, np.uint64)
     rows_a, k_a = _places(kind, 16, k)
-    size = 4 // PER_REGISTER[kind]  # bytes of a number
 
     def step(machine: Any, lanes: Any) -> None:
         warps = whole_warps(machine, lanes).reshape(-1, 4)
         if (warps[:, 0] % 4).any() or (np.diff(warps) != 1).any():
             raise machine.fault("wgmma of a part of a warpgroup")
-        threads = threads_of(warps.ravel())
+        threads, first = threads_of(warps.ravel()), warps[:, 0] * 32
 
         def uniform(get: Any) -> np.ndarray:
             values = np.broadcast_to(get(machine), machine.lanes)[threads].reshape(len(warps), -1)
@@ -212,21 +221,18 @@ def wgmma(instruction: Any) -> Step:
                 raise machine.fault("a descriptor or flag that is not the same in all of a warpgroup")
             return values[:, 0]
 
-        descriptors = (None if at_a is None else uniform(at_a), uniform(at_b))
         adds = uniform(keep)
         fragment = None
         if at_a is None:
             fragment = _fragment(machine, a, threads, kind).reshape(len(warps), 4, 32, -1)
 
-        def load(descriptor: np.ndarray, rows: int, transposed: int) -> np.ndarray:
-            places = described(descriptor, rows, k, size, not transposed)
-            raw = machine.shared.load(places.ravel(), np.repeat(warps[:, 0] * 32, rows * k), size, 1)[0]
-            return unpacked(raw, kind).reshape(len(warps), rows, k)
+        left = None if at_a is None else lent(machine, uniform(at_a), first, 64, k, kind, turned[0], False)
+        right = lent(machine, uniform(at_b), first, n, k, kind, turned[1], False)
 
         def compute() -> None:
-            y = load(descriptors[1], n, turned[1])
-            if fragment is None:
-                x = load(descriptors[0], 64, turned[0])
+            y = right()
+            if left is not None:
+                x = left()
             else:
                 x = np.zeros((len(warps), 4, 16, k), np.float32)
                 x[:, :, rows_a, k_a] = fragment

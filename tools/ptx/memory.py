@@ -80,12 +80,26 @@ class SharedMemory:
             watched.read(address, lanes, size * count)
         return [self.views[size][at + i] for i in range(count)]
 
-    def lend(self, address: np.ndarray, lanes: np.ndarray, size: int) -> np.ndarray:
-        """Places in `views` of numbers that these threads have others read, from now on until somebody waits for it."""
-        at = self.places(address, lanes, size) // size
-        for watched in self.races:
-            watched.read(address, lanes, size, lent=True)
-        return at
+    def lend(self, address: np.ndarray, lanes: np.ndarray, known: bool) -> Callable[[], np.ndarray]:
+        """Of 16 bytes from each address on, which a matrix product may read for these threads from now on: what gives
+        them, as two numbers each, at its end, when they must be what they are now. known: not only these threads know
+        of the end before the next barrier."""
+        at = self.places(address, lanes, 16) // 16
+        for watched in self.races if known else ():
+            watched.read(address, lanes, 16, lent=True)
+        pieces = self.bytes.view(np.uint64).reshape(-1, 2)
+        before = pieces[at]
+
+        def now() -> np.ndarray:
+            if not known:
+                for watched in self.races:
+                    watched.read(address, lanes, 16)
+            found = pieces[at]
+            if not np.array_equal(found, before):
+                raise self.fault("shared memory changes while a matrix product may read it")
+            return found
+
+        return now
 
     def store(self, address: np.ndarray, lanes: np.ndarray, size: int, values: Sequence[np.ndarray]) -> None:
         at = self.places(address, lanes, size * len(values)) // size

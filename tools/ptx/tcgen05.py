@@ -9,7 +9,7 @@ import numpy as np
 
 from ptx import mbarriers
 from ptx.background import Work
-from ptx.matrices import PER_REGISTER, described, threads_of, unpacked, whole_warps, write
+from ptx.matrices import PER_REGISTER, lent, threads_of, unpacked, whole_warps, write
 from ptx.operands import address, lanes_of, source
 from ptx.tensor_memory import TensorMemory
 
@@ -170,8 +170,7 @@ def _mma(instruction: Any) -> Step:
         if len(shapes) > 1:
             raise NotImplementedError(f"other shapes in other programs: {instruction.text}")
         m, n, kind, turned = _shape(int(shapes[0]), TYPES[instruction.name[3]], instruction.text)
-        size, adds = 4 // PER_REGISTER[kind], own(get_keep)
-        k = 32 // size
+        k, adds = 8 * PER_REGISTER[kind], own(get_keep)
         tensor.products += 1
 
         def tensor_part(get: Any, columns: int, stores: bool) -> list[tuple[Any, tuple]]:
@@ -185,27 +184,25 @@ def _mma(instruction: Any) -> Step:
                 parts.append((slice(None) if everywhere else some, where))
             return parts
 
-        def shared_part(get: Any, rows: int, turned: int) -> np.ndarray:
+        def shared_part(get: Any, rows: int, turned: int) -> Callable[[], np.ndarray]:
             descriptors = own(get)
             if (descriptors >> np.uint64(46) & np.uint64(0x8047) != 1).any():
                 raise NotImplementedError(f"descriptors of matrices: {instruction.text}")
-            places = described(descriptors, rows, k, size, not turned)
-            return machine.shared.lend(places.ravel(), np.repeat(chosen, rows * k), size)
+            return lent(machine, descriptors, chosen, rows, k, kind, turned, True)
 
         results = tensor_part(at_d, n, True)
         left = tensor_part(at_a, 8, False) if from_tensor else shared_part(at_a, m, turned[0])
         right = shared_part(at_b, n, turned[1])
 
         def do() -> None:
-            y = unpacked(machine.shared.views[size][right], kind).reshape(-1, n, k)
             if from_tensor:
                 raw = np.empty((len(chosen), 4, m // 4, 8), np.uint32)
                 for some, where in left:
                     raw[some] = tensor.read(where)
+                x = unpacked(raw, kind).reshape(-1, m, k)
             else:
-                raw = machine.shared.views[size][left]
-            x = unpacked(raw, kind).reshape(-1, m, k)
-            product = np.matmul(x, y.transpose(0, 2, 1)).reshape(-1, 4, m // 4, n)
+                x = left()
+            product = np.matmul(x, right().transpose(0, 2, 1)).reshape(-1, 4, m // 4, n)
             for some, where in results:
                 value, adding = product[some], adds[some]
                 if adding.all():
