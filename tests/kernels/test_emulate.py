@@ -321,6 +321,7 @@ FOREVER = "wait for others that never come\n    mbarrier.try_wait"
         ("that nobody waited for\n    @%p2 tcgen05.mma", {"product": STORE.format(8) + "bar.sync 0;" + PRODUCT}),
         ("changes while a matrix product may read it", {"product": PRODUCT + "st.shared.b32 [%r15], %r1;"}),
         ("another warp wrote since the last barrier", {"product": "st.shared.b32 [%r15], %r1;" + PRODUCT}),
+        ("after the last fence", {"product": "st.shared.b32 [%r15], %r1;\nbar.sync 0;" + PRODUCT}),
         ("more than one thread of a program asks", {"product": PRODUCT.replace("@%p2", "@%p1")}),
         ("ends without freeing tensor memory", {"end": ""}),
     ],

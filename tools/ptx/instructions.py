@@ -526,6 +526,12 @@ def _barrier(instruction: Instruction) -> Step:
     return lambda machine, lanes: machine.barrier(lanes)
 
 
+def _fence(instruction: Instruction) -> Step:
+    if instruction.name[1:3] == ("proxy", "async"):
+        return lambda machine, lanes: machine.shared.fence(lanes)
+    return _nothing
+
+
 def _absolute(x: Any) -> Any:
     return np.abs(x)
 
@@ -549,6 +555,6 @@ MAKERS: dict[str, Callable[[Instruction], Step]] = {
     "ld": _load, "st": _store, "cp": _cp, "bar": _barrier, "barrier": _barrier,
     "ldmatrix": matrices.ldmatrix, "stmatrix": matrices.stmatrix, "mma": matrices.mma, "wgmma": matrices.wgmma,
     "tcgen05": tcgen05.tcgen05, "mbarrier": mbarriers.mbarrier,
-    "fence": lambda instruction: _nothing, "membar": lambda instruction: _nothing,
+    "fence": _fence, "membar": lambda instruction: _nothing,
     "cvta": _mov,
 }  # fmt: skip

@@ -157,8 +157,8 @@ def _described(descriptors: np.ndarray, slow: int, fast: int) -> np.ndarray:
         return ((descriptors >> np.uint64(start)) & np.uint64((1 << bits) - 1)).astype(np.int64)
 
     start = field(0, 14) * 16
-    layouts = np.unique(np.stack([field(16, 14) * 16, field(32, 14) * 16, field(49, 3), field(62, 2)]), axis=1)
-    if layouts.shape[1] > 1:
+    layouts = np.stack([field(16, 14) * 16, field(32, 14) * 16, field(49, 3), field(62, 2)])
+    if (layouts != layouts[:, :1]).any():
         raise NotImplementedError("descriptors of other layouts in other programs or warpgroups")
     leading, stride, base, swizzle = (int(one) for one in layouts[:, 0])
     span = {0: 16, 1: 128, 2: 64, 3: 32}[swizzle]  # bytes of a row of the layout's atom, of which there are 8

@@ -1,7 +1,8 @@
 """Global and shared memory, as a kernel's threads see them.
 
 Faults: an access outside of what the kernel was given, or whose address is no multiple of its size; two warps at one
-byte of shared memory between two barriers, one of them writing something else than what is there.
+byte of shared memory between two barriers, one of them writing something else than what is there; a matrix product that
+reads what was written there after the last fence, or what changes before its end.
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ class SharedMemory:
         them, as two numbers each, at its end, when they must be what they are now. known: not only these threads know
         of the end before the next barrier."""
         at = self.places(address, lanes, 16) // 16
-        for watched in self.races if known else ():
-            watched.read(address, lanes, 16, lent=True)
+        for watched in self.races:
+            if known:
+                watched.read(address, lanes, 16, lent=True)
+            watched.check_fence(address, lanes)
         pieces = self.bytes.view(np.uint64).reshape(-1, 2)
         before = pieces[at]
 
@@ -122,6 +125,12 @@ class SharedMemory:
             if lanes is None or lanes[watched.first]:
                 watched.epoch += 1
 
+    def fence(self, lanes: np.ndarray | None) -> None:
+        """What these threads wrote can be read by others than threads."""
+        for watched in self.races:
+            if lanes is None or lanes[watched.first : watched.first + self.threads].any():
+                watched.fence += 1
+
 
 class _Races:
     """Who was at each byte of one program's shared memory since its last barrier."""
@@ -130,6 +139,7 @@ class _Races:
         self.memory, self.first, self.epoch = memory, program * memory.threads, 0
         self.bytes = memory.bytes[program * memory.pitch :][: memory.pitch]
         self.written_in, self.writer, self.read_in, self.reader = (np.full(memory.pitch, -1) for _ in range(4))
+        self.fence, self.written_after = 0, np.full(memory.pitch // 16, -1)  # which fence 16 bytes were written after
 
     def _own(self, address: np.ndarray, lanes: np.ndarray, size: int) -> Iterator[Any]:
         """Of the accesses of this program: which they are, every byte, and the warp that is at it."""
@@ -151,6 +161,11 @@ class _Races:
             self.read_in[at], self.reader[at] = self.epoch, warps
             self.reader[at[several | (self.reader[at] != warps)]] = SEVERAL
 
+    def check_fence(self, address: np.ndarray, lanes: np.ndarray) -> None:
+        for _, at, _ in self._own(address, lanes, 1):
+            if (self.written_after[at // 16] == self.fence).any():
+                raise self.memory.fault("a matrix product reads what was written to shared memory after the last fence")
+
     def write(self, address: np.ndarray, lanes: np.ndarray, bytes_: np.ndarray) -> None:
         """``bytes_`` [accesses, bytes] are about to be written. Warps may write what others wrote."""
         for mine, at, warps in self._own(address, lanes, bytes_.shape[1]):
@@ -160,6 +175,7 @@ class _Races:
             if (self.bytes[at] != bytes_[mine].ravel())[again].any():
                 raise self.memory.fault("writes shared memory that another warp wrote since the last barrier")
             self.written_in[at], self.writer[at] = self.epoch, warps
+            self.written_after[address[mine] // 16] = self.fence
 
     def written(self, address: np.ndarray, lanes: np.ndarray, bytes_: np.ndarray) -> None:
         for mine, at, warps in self._own(address, lanes, bytes_.shape[1]):
