@@ -30,6 +30,9 @@ def emulate(*arguments):
     ],
 )
 def test_compiled_kernels_are_right(chip, cases):
+    if chip in ("sm_90", "sm_100"):
+        # those before leave out the fence between copies and the products that read them
+        pytest.importorskip("triton", minversion="3.8")
     done = emulate("--chip", chip, "--match", cases)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\n[3-9] cases on sm_\d+, 0 with problems", done.stdout)
