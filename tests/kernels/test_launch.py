@@ -180,7 +180,7 @@ def down():
     """A launch, its pointers."""
     x, a = torch.ones(4, 32), torch.ones(8, 32)
     module = importlib.import_module("peftfast_kernels.lora_down_kernels")
-    made = module._plan("sm_90", 4, 32, 8, 32, 1, 32, 1, True, "ieee", 0.0, 1.0)
+    made = module._plan("sm_90", 4, 32, 8, 32, 1, 32, 1, (4, 4), "ieee", 0.0, 1.0)
     return made, (x, a, x, torch.empty(4, 8))
 
 
