@@ -37,25 +37,16 @@ SHARED_MEMORY = {
 _INTERPRETER = "interpreter"
 
 TILES: dict[str, dict[str, Tile]] = {
-    # t = x aᵀ, p = s dy b: at most BM rows a program, BK of the contraction (see `depth`)
+    # t = drop(x) aᵀ, p = s dy b: at most BM rows a program, or BN where x is masked, which takes longer than to read
+    # factors again; BK of the contraction (see `depth`)
     "lora_down": {
-        _INTERPRETER: Tile(32, 0, 32),
-        "sm_80": Tile(128, 0, 128, 4, 4),
-        "sm_86": Tile(64, 0, 64, 4, 3),
-        "sm_90": Tile(128, 0, 128, 4, 4),
-        "sm_100": Tile(128, 0, 128, 4, 5),
-        "sm_120": Tile(64, 0, 64, 4, 3),
-        "gfx942": Tile(64, 0, 64, 4, 2),
-    },
-    # t = drop(x) aᵀ, where making masks takes longer than reading factors
-    "lora_down_masked": {
-        _INTERPRETER: Tile(32, 0, 32),
-        "sm_80": Tile(64, 0, 128, 4, 4),
-        "sm_86": Tile(64, 0, 64, 4, 3),
-        "sm_90": Tile(64, 0, 128, 4, 4),
-        "sm_100": Tile(32, 0, 128, 4, 5),  # with 64 rows the mask and tcgen05 together spill
-        "sm_120": Tile(64, 0, 64, 4, 3),
-        "gfx942": Tile(64, 0, 64, 4, 2),
+        _INTERPRETER: Tile(32, 32, 32),
+        "sm_80": Tile(128, 64, 128, 4, 4),
+        "sm_86": Tile(64, 64, 64, 4, 3),
+        "sm_90": Tile(128, 64, 128, 4, 4),
+        "sm_100": Tile(128, 32, 128, 4, 5),  # with 64 rows the mask and tcgen05 together spill
+        "sm_120": Tile(64, 64, 64, 4, 3),
+        "gfx942": Tile(64, 64, 64, 4, 2),
     },
     # y = x Wᵀ + s t bᵀ and its transpose: BM rows, BN output columns, BK of the contraction
     "lora_gemm": {
@@ -190,10 +181,17 @@ def rank_warps(warps: int, ranks: int, chip: str, precision: str, few: int = 32)
     return warps * (2 if ranks > few and _takes_registers(chip, precision) else 1)
 
 
-PROGRAMS = 128  # about as many as a large GPU has processors
-
 #: Sums of one program of a skinny product above which it has twice the warps, each with half of them in registers.
 MANY_SUMS = 1 << 13
+
+
+def skinny_warps(warps: int, owned: int, ranks: int, chip: str, precision: str, few: int = 32) -> int:
+    """The warps of a program that owns so many rows, or columns, and has their sums for so many ranks; `few`: see
+    `rank_warps`."""
+    return 2 * warps if owned * ranks > MANY_SUMS else rank_warps(warps, ranks, chip, precision, few)
+
+
+PROGRAMS = 128  # about as many as a large GPU has processors
 
 #: Bytes a cycle out of the second-level cache to all of a large GPU, and out of memory; and cycles in which a processor
 #: makes one element of a dropout mask. Predictions, from published measurements of H100s and from the mask's

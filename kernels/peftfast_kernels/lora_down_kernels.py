@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels.configs import (
-    MANY_SUMS,
     Tile,
     cdiv,
     chip_of,
@@ -22,8 +21,8 @@ from peftfast_kernels.configs import (
     fed_by_warps,
     held_ranks,
     powers,
-    rank_warps,
     shared_tile,
+    skinny_warps,
     tile,
     waiting,
 )
@@ -118,7 +117,7 @@ def strip_tile(
         among: linears whose programs run beside each other. shared: linears of which one program has the ranks.
         few: see `rank_warps`.
     """
-    config = tile("lora_down_masked" if drops else "lora_down", chip)
+    config = tile("lora_down", chip)
 
     def taken(strip: tuple[int, int]) -> tuple[float, float]:
         rows, ranks = strip
@@ -127,10 +126,9 @@ def strip_tile(
         once, masked = m * sizes[0] * among, rows * drops * shared
         return waiting(programs, moved, once, masked, by_warps=fed_by_warps(chip, rows))
 
-    highest = min(config.BM, max(16, 1 << (m - 1).bit_length()))
+    highest = min(config.BN if drops else config.BM, max(16, 1 << (m - 1).bit_length()))
     rows, ranks = min(product(powers(highest), powers(shared_tile(r, shared))), key=taken)
-    sums = ranks * shared
-    warps = 2 * config.warps if rows * sums > MANY_SUMS else rank_warps(config.warps, sums, chip, precision, few)
+    warps = skinny_warps(config.warps, rows, ranks * shared, chip, precision, few)
     return config._replace(BM=rows, BN=ranks, warps=warps)
 
 
@@ -197,6 +195,10 @@ def lora_dt(dy: Tensor, b: Tensor, scale: float) -> Tensor:
     return _launch(dy, b, b.shape[1], stride_r, stride_n, None, 0.0, scale)
 
 
+def strip_name(launch: Launch) -> str:
+    return f"{launch.arguments['BM']}x{launch.arguments['BR']}"
+
+
 def variants(chip: str):
     """What `lora_down` and `lora_dt` launch, for ahead-of-time checks."""
     points = (
@@ -227,9 +229,9 @@ def variants(chip: str):
             chip, rows, WIDTH, rank, WIDTH, 1, *a_strides, (x_dtype.itemsize, a_dtype.itemsize),
             exact_precision(chip, x_dtype, a_dtype), 0.1 * drop, 2.0,
         )  # fmt: skip
-        size = f"{launch.arguments['BM']}x{launch.arguments['BR']}"
+        name = f"{x} M{rows} R{rank} {strip_name(launch)}{' drop' * drop}{' wide' * (x != a)}"
         yield Variant(
-            f"{'lora_dt' if turned else 'lora_down'} {x} M{rows} R{rank} {size}{' drop' * drop}{' wide' * (x != a)}",
+            f"{'lora_dt' if turned else 'lora_down'} {name}",
             launch,
             {"x_ptr": x, "a_ptr": a, "seed_ptr": "i64", "t_ptr": a},
             matrix=NO_MATRIX if x == "fp32" else ANY_MATRIX,

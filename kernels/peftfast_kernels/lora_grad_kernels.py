@@ -17,7 +17,7 @@ from peftfast_kernels.configs import (
     fed_by_warps,
     powers,
     rank_tile,
-    rank_warps,
+    skinny_warps,
     tile,
     waiting,
 )
@@ -38,8 +38,8 @@ def column_gradient(
     """scale_i * drop_i(x)ᵀ f_i for BC columns and BR ranks, for every factor of a tuple: x_ptr [M, C], read once for
     all; f_ptrs [M, R_i]; out_ptrs [C, R_i], all with the same strides.
 
-    R_i and strides_fm are multiples of UNIT. The columns are on the left, because large matrix instructions want 64
-    there and 8 on the right, and because of x three parts would be none (see `exact_product`).
+    R_i and strides_fm are multiples of UNIT. The columns are on the left: large matrix instructions want 64 there, and
+    no more than 8 on the right, and `exact_product` takes what is on the left as it is.
     """
     cols = first_col + tl.arange(0, BC)
     ranks = first_rank + tl.arange(0, BR)
@@ -130,8 +130,7 @@ def gradient_tile(
     # more sums do not fit into registers, of fp32 factors half as many
     highest = min(config.BN, 4 * MANY_SUMS // (ranks * sizes[1]))
     columns = min(powers(highest), key=taken)
-    many = columns * ranks > MANY_SUMS
-    warps = 2 * config.warps if many else rank_warps(config.warps, ranks, chip, precision, 0)
+    warps = skinny_warps(config.warps, columns, ranks, chip, precision, 0)
     return config._replace(BM=depth(config.BK, columns, ranks, sizes[1] == 4), BN=columns, warps=warps)
 
 

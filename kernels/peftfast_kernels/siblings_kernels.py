@@ -25,7 +25,7 @@ from peftfast_kernels.configs import (
 )
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.lora_down_kernels import strip, strip_tile
+from peftfast_kernels.lora_down_kernels import strip, strip_name, strip_tile
 from peftfast_kernels.lora_grad_kernels import column_gradient, gradient_tile
 from peftfast_kernels.siblings import drops
 from peftfast_kernels.tiles import owner, pick, tile_counts
@@ -304,7 +304,7 @@ def variants(chip: str):
         name, sizes = f"R{rank}x{members}{' drop' * drop}{' wide' * wide}", (2, dtypes[1].itemsize)
         launch = _down_plan(chip, rows, WIDTH, ranks, (WIDTH, 1), sizes, dot_precision(chip, *dtypes), probs)
         yield Variant(
-            f"siblings_down bf16 M{rows} {_size(launch)} {name}",
+            f"siblings_down bf16 M{rows} {strip_name(launch)} {name}",
             launch,
             {"x_ptr": "bf16", "a_ptrs": factors, "seed_ptrs": ("i64",) * members, "t_ptrs": factors},
             matrix=ANY_MATRIX,
@@ -314,7 +314,7 @@ def variants(chip: str):
             precision = exact_precision(chip, *dtypes)
             launch = _dt_plan(chip, rows, widths, ranks, widths, sizes, precision, (2.0,) * members)
             yield Variant(
-                f"siblings_dt bf16 M{rows} {_size(launch)} {name}",
+                f"siblings_dt bf16 M{rows} {strip_name(launch)} {name}",
                 launch,
                 {"dy_ptrs": ("bf16",) * members, "b_ptrs": factors, "p_ptrs": factors},
                 matrix=ANY_MATRIX,
@@ -344,7 +344,3 @@ def variants(chip: str):
             matrix=ANY_MATRIX,
             quick=drop and rank == 16 and width == WIDTH and f == "bf16",
         )  # fmt: skip
-
-
-def _size(launch: Launch) -> str:
-    return f"{launch.arguments['BM']}x{launch.arguments['BR']}"
