@@ -288,15 +288,10 @@ def _stacked(pair: Pair, adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor, f
     if not alike and pairs[0][1].dtype.itemsize < 4 or any(is_foreign(*both) for both in pairs):
         return None
     with without_autocast(pairs[0][0]):  # which refuses to put tensors of another half precision together
-        a = torch.cat([a for a, _ in pairs], dim=0)
-        if alike:
-            return a, torch.cat([b for _, b in pairs], dim=1), adapters[0].scale, 0.0
-        return (
-            a,
-            torch.cat([b * adapter.scale for (_, b), adapter in zip(pairs, adapters, strict=True)], dim=1),
-            1.0,
-            0.0,
-        )
+        downs, ups = zip(*pairs, strict=True)
+        if not alike:
+            ups = [b * adapter.scale for b, adapter in zip(ups, adapters, strict=True)]
+        return torch.cat(downs, dim=0), torch.cat(ups, dim=1), adapters[0].scale if alike else 1.0, 0.0
 
 
 def _with_bias(adapter: Adapter, part: Part) -> Part | None:
