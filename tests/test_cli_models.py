@@ -165,9 +165,11 @@ def test_merge_into_an_empty_folder_whatever_its_name(kind, adapter, tmp_path, m
         assert "config.json" in os.listdir(".")
 
 
-def test_who_reads_a_part_of_the_output_gets_it(adapter):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_who_reads_a_part_of_the_output_gets_it(adapter, unbuffered):
     command = [sys.executable, "-m", "peftfast", "inspect", str(adapter)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == BROKEN_PIPE
 

@@ -68,6 +68,17 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # what is left would fail when Python ends, where nobody could answer it
+    except BrokenPipeError:  # whoever reads the output, `head` perhaps, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     where = "peftfast"
     try:
         parser = make_parser()
@@ -80,9 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{error.command or where}: error: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # whoever reads the output, `head` perhaps, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
     except KeyboardInterrupt:
         print(f"{where}: interrupted", file=sys.stderr)
         return INTERRUPTED
