@@ -224,9 +224,9 @@ def fed_by_warps(chip: str, rows: int) -> bool:
     return rows < 64 or not chip.startswith(("sm_90", "sm_10"))
 
 
-def powers(largest: int) -> list[int]:
-    """The powers of two from 16, what a matrix instruction needs, to `largest`."""
-    return [1 << bits for bits in range(4, largest.bit_length())]
+def powers(largest: int, smallest: int = 16) -> list[int]:
+    """The powers of two from `smallest`, by default what a matrix instruction needs, to `largest`."""
+    return [1 << bits for bits in range(smallest.bit_length() - 1, largest.bit_length())]
 
 
 def parts(programs: int, steps: int) -> int:

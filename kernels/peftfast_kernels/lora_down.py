@@ -72,6 +72,7 @@ def lora_cases(build):
         (37, 80, 16, 0.2, torch.bfloat16, False, False),
         (50, 66, 5, 0.2, torch.bfloat16, True, False),
         (34, 70, 8, 0.0, torch.float16, True, True),
+        (9, 300, 20, 0.0, torch.bfloat16, True, False),
         (600, 20, 7, 0.2, torch.float32, False, False),  # several parts of the rows
         (5, 600, 6, 0.2, torch.float16, False, False),  # several parts of the columns
     ):

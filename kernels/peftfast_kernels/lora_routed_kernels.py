@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels.configs import (
-    Tile,
     cdiv,
     chip_of,
     exact_precision,
@@ -23,6 +22,7 @@ from peftfast_kernels.configs import (
     waiting,
 )
 from peftfast_kernels.launch import Launch, planned
+from peftfast_kernels.lora_down_kernels import row_columns, row_sums
 from peftfast_kernels.op import is_interpreting
 from peftfast_kernels.tiles import exact_product, narrow, operand
 from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
@@ -129,20 +129,10 @@ def row_shrink_kernel(
     own = tl.load(rows_ptr + m)
     g = tl.maximum(own, 0)
     last = tl.where(own >= 0, C, 0)
-    base = f_ptr + tl.cast(g, tl.int64) * stride_fg
-    acc = tl.zeros((BR, BC), tl.float32)
-    for c in range(0, last, BC):
-        cols = c + tl.arange(0, BC)
-        wide = cols.to(tl.int64)
-        inside = cols < last
-        x = tl.load(x_ptr + m * stride_xm + wide * stride_xc, mask=inside, other=0.0)
-        f = tl.load(
-            base + ranks[:, None].to(tl.int64) * stride_fr + wide[None, :] * stride_fc,
-            mask=(ranks[:, None] < R) & inside[None, :],
-            other=0.0,
-        )
-        acc += operand(f, INTERP).to(tl.float32) * operand(x, INTERP).to(tl.float32)[None, :]
-    t = tl.sum(acc, axis=1)
+    t = row_sums(
+        x_ptr + m * stride_xm, f_ptr + tl.cast(g, tl.int64) * stride_fg, ranks, last, R,
+        stride_xc, stride_fr, stride_fc, BR, BC, INTERP,
+    )  # fmt: skip
     if SCALED:
         t = t * tl.load(scales_ptr + g)
     tl.store(t_ptr + m * R + ranks, narrow(t, t_ptr.dtype.element_ty, INTERP), mask=ranks < R)
@@ -188,11 +178,6 @@ def _row_by_row(rows: int) -> bool:
     return rows <= (ROW_BY_ROW_INTERPRETED if is_interpreting() else ROW_BY_ROW)
 
 
-def row_columns(config: Tile, ranks: int) -> int:
-    """Columns a program of one row holds at a time, of so many ranks each: registers for 64 sums a thread."""
-    return max(config.BN, config.warps * 32 * 64 // ranks)
-
-
 @planned
 def _shrink_plan(
     chip: str, m: int, c: int, rank: int, x_strides: tuple[int, ...], f_strides: tuple[int, ...],
@@ -202,7 +187,7 @@ def _shrink_plan(
     config = tile("routed", chip)
     row_by_row, br = _row_by_row(m), rank_tile(rank, 64)
     if row_by_row:  # few rows have few programs, each with less of its adapter to read
-        br = min(powers(br), key=lambda ranks: waiting(m * cdiv(rank, ranks), sizes[0] + ranks * sizes[1], 0))
+        br = min(powers(br, 1), key=lambda ranks: waiting(m * cdiv(rank, ranks), sizes[0] + ranks * sizes[1], 0))
     arguments = {
         "C": c,
         "R": rank,
@@ -213,7 +198,7 @@ def _shrink_plan(
         "stride_fc": f_strides[2],
         "SCALED": scaled,
         "BR": br,
-        "BC": row_columns(config, br) if row_by_row else config.BK,
+        "BC": row_columns(c, br, config.warps) if row_by_row else config.BK,
         "num_warps": config.warps,
     }
     if row_by_row:
@@ -258,7 +243,7 @@ def _add_plan(
     config = tile("routed", chip)
     row_by_row = _row_by_row(m)
     br = rank_tile(rank, 32) if row_by_row else expand_ranks(rank, 32, chip, precision)
-    bn = row_columns(config, br) if row_by_row else config.BN
+    bn = row_columns(n, br, config.warps) if row_by_row else config.BN
     arguments = {
         "N": n,
         "R": rank,

@@ -44,6 +44,8 @@ def siblings_cases(build: Callable[..., dict]):
         (37, 80, (70, 33), (16, 8), (0.2, 0.2), torch.bfloat16, False, False),
         (50, 66, (40, 20, 20), (5, 5, 5), (0.2, 0.0, 1.0), torch.bfloat16, True, False),
         (34, 70, (60, 60), (8, 8), (0.0, 0.0), torch.float16, True, True),
+        (9, 300, (40, 33), (20, 3), (0.0, 0.0), torch.bfloat16, True, False),
+        (140, 50, (33, 40), (20, 36), (0.0, 0.0), torch.float16, False, False),
     ):
         marks = f"{str(dtype)[6:]}{'-wide' * wide}{'-strided' * strided}"
         name = f"M{rows}-K{cols}-N{'.'.join(map(str, widths))}-R{'.'.join(map(str, ranks))}-p{max(probs)}-{marks}"

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels.configs import (
+    Tile,
     cdiv,
     chip_of,
     depth,
@@ -25,11 +26,11 @@ from peftfast_kernels.configs import (
 )
 from peftfast_kernels.keep_mask import keep_scale, seed_or, threshold
 from peftfast_kernels.launch import Launch, planned
-from peftfast_kernels.lora_down_kernels import strip, strip_name, strip_tile
+from peftfast_kernels.lora_down_kernels import apart_pointers, row_launch, strip, strip_name, strip_tile
 from peftfast_kernels.lora_grad_kernels import column_gradient, gradient_tile
 from peftfast_kernels.siblings import drops
 from peftfast_kernels.tiles import owner, pick, tile_counts
-from peftfast_kernels.variants import ANY_MATRIX, DTYPES, ROWS, WIDTH, Variant
+from peftfast_kernels.variants import ANY_MATRIX, DTYPES, NO_MATRIX, ROWS, WIDTH, Variant
 
 
 @triton.jit
@@ -47,22 +48,23 @@ def siblings_down_kernel(
 
 
 @triton.jit
-def siblings_dt_kernel(
-    dy_ptrs, b_ptrs, p_ptrs, M, NS, RS, strides_m, scales, rank_tiles,
-    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    INTERP: tl.constexpr,
+def siblings_apart_kernel(
+    x_ptrs, f_ptrs, t_ptrs, M, CS, RS, strides_m, scales, rank_tiles,
+    TURNED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j) computes BM rows and BR ranks of the p of sibling j // rank_tiles.
+    """Program (i, j) computes BM rows and BR ranks of the t of sibling j // rank_tiles, without dropout.
 
-    dy_ptrs: [M, N_i], rows strides_m apart; b_ptrs: [N_i, R_i] and p_ptrs: [M, R_i] contiguous.
+    x_ptrs: [M, C_i], rows strides_m apart; f_ptrs: [R_i, C_i], or [C_i, R_i] where TURNED, and t_ptrs: [M, R_i],
+    contiguous.
     """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     which = tl.program_id(1) // rank_tiles
-    R = pick(RS, which)
-    dy_ptr = pick(dy_ptrs, which)
+    R, C = pick(RS, which), pick(CS, which)
+    x_ptr = pick(x_ptrs, which)
     strip(
-        rows, tl.program_id(1) % rank_tiles * BR, dy_ptr, (pick(b_ptrs, which),), (dy_ptr,), (pick(p_ptrs, which),),
-        M, pick(NS, which), (R,), pick(strides_m, which), 1, 1, R, (0,), (pick(scales, which),),
+        rows, tl.program_id(1) % rank_tiles * BR, x_ptr, (pick(f_ptrs, which),), (x_ptr,), (pick(t_ptrs, which),),
+        M, C, (R,), pick(strides_m, which), 1, 1 if TURNED else C, R if TURNED else 1, (0,), (pick(scales, which),),
         False, BM, BR, BK, UNIT, PRECISION, INTERP,
     )  # fmt: skip
 
@@ -130,17 +132,53 @@ def keep_scales(probs: Sequence[float]) -> tuple[float, ...]:
     return tuple([keep_scale(prob) for prob in probs])
 
 
+def _apart_launch(
+    config: Tile, chip: str, m: int, columns: tuple[int, ...], ranks: tuple[int, ...], strides: tuple[int, ...],
+    scales: tuple[float, ...], factor_size: int, precision: str, turned: bool,
+) -> Launch:  # fmt: skip
+    """A 2D grid (row strips, siblings x rank tiles)."""
+    bm, br, bk, warps, stages = config
+    rank_tiles = cdiv(max(ranks), br)
+    return Launch(
+        siblings_apart_kernel,
+        (cdiv(m, bm), rank_tiles * len(ranks)),
+        M=m,
+        CS=columns,
+        RS=ranks,
+        strides_m=strides,
+        scales=scales,
+        rank_tiles=rank_tiles,
+        TURNED=turned,
+        BM=bm,
+        BR=br,
+        BK=depth(bk, bm, held_ranks(br, chip, precision), factor_size == 4),
+        UNIT=gcd(16, *ranks) if turned else 1,
+        PRECISION=precision,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
 @planned
 def _down_plan(
     chip: str, m: int, k: int, ranks: tuple[int, ...], x_strides: tuple[int, ...], sizes: tuple[int, int],
     precision: str, probs: tuple[float, ...],
-) -> Launch:  # fmt: skip
-    """A 2D grid (row strips, rank tiles)."""
-    bm, br, bk, warps, stages = strip_tile(
-        chip, m, max(ranks), sizes, precision, drops(probs), shared=len(ranks), few=64
+) -> tuple[Launch, bool]:  # fmt: skip
+    """Strips of all siblings, strips of one sibling each, or single rows, and whether each is one sibling's."""
+    many = len(ranks)
+    shares = (many, 1) if x_strides[1] == 1 and not drops(probs) else (many,)
+    config, share = strip_tile(
+        chip, m, max(ranks), sizes, precision, drops(probs), many, 1, shares, alone=not drops(probs)
     )  # fmt: skip
-    held = (br + bm * drops(probs)) * len(ranks)  # the tiles of all factors, and x once more for every mask
-    return Launch(
+    scales = keep_scales(probs)
+    if config.BM == 1:
+        return row_launch(config, m, k, ranks, x_strides, (k,) * many, scales), True
+    if share == 1:
+        columns, strides = (k,) * many, x_strides[:1] * many
+        return _apart_launch(config, chip, m, columns, ranks, strides, scales, sizes[1], precision, False), True
+    bm, br, bk, warps, stages = config
+    held = (br + bm * drops(probs)) * many  # the tiles of all factors, and x once more for every mask
+    launch = Launch(
         siblings_down_kernel,
         (cdiv(m, bm), cdiv(max(ranks), br)),
         M=m,
@@ -148,7 +186,7 @@ def _down_plan(
         RS=ranks,
         stride_xm=x_strides[0],
         stride_xk=x_strides[1],
-        scales=keep_scales(probs),
+        scales=scales,
         **masks(probs),
         BM=bm,
         BR=br,
@@ -157,6 +195,7 @@ def _down_plan(
         num_warps=warps,
         num_stages=stages,
     )
+    return launch, False
 
 
 def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs: list[float]) -> list[Tensor]:
@@ -169,8 +208,11 @@ def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs:
         chip = chip_of(device)
         precision = dot_precision(chip, x.dtype, dtype)  # as much as the tiles of several take
         sizes = x.dtype.itemsize, dtype.itemsize
-        launch = _down_plan(chip, m, k, ranks, x.stride(), sizes, precision, tuple(probs))
-        launch(x, contiguous(a), seed_pointers, tuple(ts))
+        launch, apart = _down_plan(chip, m, k, ranks, x.stride(), sizes, precision, tuple(probs))
+        if apart:
+            launch((x,) * len(a), contiguous(a), tuple(ts))
+        else:
+            launch(x, contiguous(a), seed_pointers, tuple(ts))
     return ts
 
 
@@ -179,26 +221,10 @@ def _dt_plan(
     chip: str, m: int, widths: tuple[int, ...], ranks: tuple[int, ...], strides: tuple[int, ...],
     sizes: tuple[int, int], precision: str, scales: tuple[float, ...],
 ) -> Launch:  # fmt: skip
-    """A 2D grid (row strips, siblings x rank tiles)."""
-    bm, br, bk, warps, stages = strip_tile(chip, m, max(ranks), sizes, precision, among=len(ranks))
-    rank_tiles = cdiv(max(ranks), br)
-    return Launch(
-        siblings_dt_kernel,
-        (cdiv(m, bm), rank_tiles * len(ranks)),
-        M=m,
-        NS=widths,
-        RS=ranks,
-        strides_m=strides,
-        scales=tuple(map(float, scales)),
-        rank_tiles=rank_tiles,
-        BM=bm,
-        BR=br,
-        BK=depth(bk, bm, held_ranks(br, chip, precision), sizes[1] == 4),
-        UNIT=gcd(16, *ranks),
-        PRECISION=precision,
-        num_warps=warps,
-        num_stages=stages,
-    )
+    many = len(ranks)
+    config, _ = strip_tile(chip, m, max(ranks), sizes, precision, linears=many, inputs=many)
+    scales = tuple(map(float, scales))
+    return _apart_launch(config, chip, m, widths, ranks, strides, scales, sizes[1], precision, True)
 
 
 def siblings_dt(dys: list[Tensor], b: list[Tensor], scales: list[float]) -> list[Tensor]:
@@ -291,24 +317,27 @@ def variants(chip: str):
     """What these launchers launch, for ahead-of-time checks: q, k and v, and gate and up."""
     for members, rank, drop, rows, f in (
         (3, 16, False, 16, "bf16"),
+        (3, 16, False, 256, "bf16"),
         (3, 16, True, 16, "bf16"),
         (3, 16, True, ROWS, "bf16"),
         (2, 64, True, ROWS, "bf16"),
         (3, 128, False, ROWS, "bf16"),
         (3, 16, True, ROWS, "fp32"),
         (3, 64, True, 2048, "fp32"),
+        (3, 64, False, 256, "fp32"),
         (2, 64, True, ROWS, "fp32"),
     ):
         wide, dtypes = f == "fp32", (torch.bfloat16, DTYPES[f])
         ranks, factors, widths, probs = (rank,) * members, (f,) * members, (WIDTH,) * members, (0.1 * drop,) * members
         name, sizes = f"R{rank}x{members}{' drop' * drop}{' wide' * wide}", (2, dtypes[1].itemsize)
-        launch = _down_plan(chip, rows, WIDTH, ranks, (WIDTH, 1), sizes, dot_precision(chip, *dtypes), probs)
+        launch, apart = _down_plan(chip, rows, WIDTH, ranks, (WIDTH, 1), sizes, dot_precision(chip, *dtypes), probs)
+        strips = {"x_ptr": "bf16", "a_ptrs": factors, "seed_ptrs": ("i64",) * members, "t_ptrs": factors}
         yield Variant(
             f"siblings_down bf16 M{rows} {strip_name(launch)} {name}",
             launch,
-            {"x_ptr": "bf16", "a_ptrs": factors, "seed_ptrs": ("i64",) * members, "t_ptrs": factors},
-            matrix=ANY_MATRIX,
-            quick=members == 3 and drop and not wide,
+            apart_pointers("bf16", factors) if apart else strips,
+            matrix=ANY_MATRIX if "BM" in launch.arguments else NO_MATRIX,
+            quick=members == 3 and (drop or rows == 16) and not wide,
         )
         if not drop or wide:
             precision = exact_precision(chip, *dtypes)
@@ -316,7 +345,7 @@ def variants(chip: str):
             yield Variant(
                 f"siblings_dt bf16 M{rows} {strip_name(launch)} {name}",
                 launch,
-                {"dy_ptrs": ("bf16",) * members, "b_ptrs": factors, "p_ptrs": factors},
+                apart_pointers("bf16", factors),
                 matrix=ANY_MATRIX,
             )
     for members, rank, drop, width, f in (

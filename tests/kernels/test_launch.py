@@ -161,7 +161,7 @@ def test_what_is_remembered_is_what_would_be_planned(name, compared):
 
 
 def test_settings_are_part_of_a_plan(compared):
-    x, a = torch.ones(4, 32), torch.ones(8, 32)
+    x, a = torch.ones(400, 32), torch.ones(8, 32)
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
@@ -178,10 +178,10 @@ def test_settings_are_part_of_a_plan(compared):
 
 def down():
     """A launch, its pointers."""
-    x, a = torch.ones(4, 32), torch.ones(8, 32)
+    x, a = torch.ones(400, 32), torch.ones(8, 32)
     module = importlib.import_module("peftfast_kernels.lora_down_kernels")
-    made = module._plan("sm_90", 4, 32, 8, 32, 1, 32, 1, (4, 4), "ieee", 0.0, 1.0)
-    return made, (x, a, x, torch.empty(4, 8))
+    made, _ = module._plan("sm_90", 400, 32, 8, 32, 1, 32, 1, (4, 4), "ieee", 0.0, 1.0)
+    return made, (x, a, x, torch.empty(400, 8))
 
 
 def test_stream_and_device_are_the_current_ones(driver, through_triton, monkeypatch):
