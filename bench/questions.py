@@ -178,7 +178,7 @@ def all_questions(dry: bool) -> list[Question]:
     return [
         _padded(q), _padded(gate), _update(q), _order(q), _order(gate),
         _skinny(q), _skinny(q._replace(r=48)), _skinny(q._replace(r=256)), _skinny(q._replace(dropout=0.1)),
-        _skinny(q._replace(m=16, r=64)), _skinny(q._replace(m=2048, r=64)),
+        *(_skinny(q._replace(m=m, r=r)) for m, r in ((1, 16), (16, 64), (128, 16), (2048, 64))),
         _fused(q), _fused(gate), _decode(nf4), *(_fused(nf4._replace(m=m)) for m in (16, 64, 128, 256, 512, 2048)),
         _back(q), _back(gate), _gradients(q), _gradients(gate), _gradients(q._replace(dropout=0.1)),
         _gradients(q._replace(r=256)), _gradients(q._replace(r=64, wide=True)),
