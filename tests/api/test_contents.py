@@ -96,7 +96,8 @@ def test_a_stack_of_experts(tmp_path):
     [
         {}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"v_proj": 4}}, {"alpha_pattern": {"v_proj": 9}},
         {"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"trainable_token_indices": [1]}, {"r": 32},
-        {"init_lora_weights": "pissa"}, {"use_rslora": True},
+        {"init_lora_weights": "pissa"}, {"use_rslora": True}, {"modules_to_save": ["input_layernorm"]},
+        {"target_modules": ["embed_tokens", "up_proj"]}, {"target_modules": ".*_proj"}, {"use_qalora": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -107,16 +108,39 @@ def test_what_servers_do_with_a_saved_adapter_is_what_was_planned(options, tmp_p
     assert peftfast.adapter_contents(tmp_path).servers == planned and len(planned) == 4
 
 
+def servers(folder):
+    return [v.verdict for v in peftfast.adapter_contents(folder).servers]
+
+
 def test_what_servers_do_with_what_only_files_show(tmp_path):
     with pytest.warns(UserWarning, match="save_embedding_layers"):
         saved(tmp_path / "e", peftfast.LoraConfig(r=2, target_modules=["embed_tokens"]))
-    vllm = peftfast.adapter_contents(tmp_path / "e").servers[0]
-    assert vllm.verdict == "refuses" and vllm.reasons == (
-        "supports no modules_to_save, this has ['model.embed_tokens.base_layer']",
-    )
+    assert servers(tmp_path / "e") == [
+        "loads",
+        "loads",
+        "needs conversion",
+        "needs conversion",
+    ]  # base's own are ignored
     saved(tmp_path / "p", peftfast.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     verdicts = peftfast.adapter_contents(tmp_path / "p").servers
     assert {v.reasons[0] for v in verdicts} == {"knows LORA only, this is PROMPT_TUNING"}
+
+
+def test_servers_take_some_modules_only_with_others_and_some_saved_modules(tmp_path):
+    def verdicts(make=oracle.llama, **options):
+        saved(tmp_path, peftfast.LoraConfig(r=2, **options), make)
+        return servers(tmp_path)
+
+    assert verdicts(target_modules=["k_proj", "o_proj"])[1] == "refuses"
+    assert verdicts(target_modules=["q_proj", "v_proj", "o_proj", "gate_proj"])[1] == "loads"
+    assert verdicts(target_modules=["up_proj"])[1] == "not known"
+    assert verdicts(oracle.gpt2, target_modules=["c_attn"])[2] == "refuses"
+    rest = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["model.norm"]}
+    assert verdicts(**rest) == ["refuses", "loads, wrong output", "loads, wrong output", "refuses"]
+    rest["modules_to_save"] = ["input_layernorm"]
+    assert verdicts(**rest) == ["refuses", "refuses", "loads, wrong output", "refuses"]
+    head = {"target_modules": ["q_proj", "v_proj"], "task_type": "SEQ_CLS"}
+    assert verdicts(oracle.llama_classifier, **head) == ["loads", "loads, wrong output", "refuses", "refuses"]
 
 
 def test_at_the_command_line(tmp_path, capsys):

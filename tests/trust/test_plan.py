@@ -13,7 +13,7 @@ from trust.attacks import base, state
 import peftfast
 from peftfast import IA3Config, LoraConfig, TrainableTokensConfig, plan_adapter
 from peftfast.cli import main
-from peftfast.interop.servers import SERVERS
+from peftfast.interop.servers import CONVERT, LOADS, REFUSES, SERVERS, WRONG
 from peftfast.layers.layer import BaseTunerLayer
 
 TARGETS = ["q_proj", "v_proj"]
@@ -169,15 +169,23 @@ def test_on_a_model_with_adapters():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, ("loads", "loads", "needs conversion", "needs conversion")),
-        ({"use_rslora": True}, ("loads", "loads, wrong output", "loads, wrong output", "needs conversion")),
-        ({"use_dora": True}, ("refuses", "not known", "refuses", "needs conversion")),
-        ({"r": 64}, ("refuses", "loads", "needs conversion", "needs conversion")),
-        ({"modules_to_save": ["head"]}, ("refuses", "not known", "refuses", "needs conversion")),
-        ({"bias": "lora_only"}, ("refuses", "not known", "refuses", "needs conversion")),
-        ({"rank_pattern": {"q_proj": 2}}, ("loads, wrong output", "refuses", "needs conversion", "refuses")),
-        ({"rank_pattern": {"q_proj": 8}}, ("loads", "loads", "needs conversion", "needs conversion")),
-        ({"alpha_pattern": {"q_proj": 2}}, ("loads, wrong output", "refuses", "loads, wrong output", "refuses")),
+        ({}, (LOADS, LOADS, CONVERT, CONVERT)),
+        ({"use_rslora": True}, (LOADS, WRONG, WRONG, CONVERT)),
+        ({"use_dora": True}, (REFUSES, REFUSES, REFUSES, CONVERT)),
+        ({"r": 64}, (REFUSES, LOADS, CONVERT, CONVERT)),
+        ({"modules_to_save": ["head"]}, (REFUSES, WRONG, REFUSES, REFUSES)),
+        ({"bias": "lora_only"}, (REFUSES, WRONG, REFUSES, REFUSES)),
+        ({"lora_bias": True}, (REFUSES, WRONG, REFUSES, REFUSES)),
+        ({"trainable_token_indices": [1]}, (REFUSES, WRONG, REFUSES, REFUSES)),
+        ({"rank_pattern": {"q_proj": 2}}, (LOADS, REFUSES, CONVERT, REFUSES)),
+        ({"rank_pattern": {"q_proj": 17}}, (REFUSES, REFUSES, CONVERT, REFUSES)),
+        ({"rank_pattern": {"q_proj": 8}}, (LOADS, LOADS, CONVERT, CONVERT)),
+        ({"alpha_pattern": {"q_proj": 2}}, (LOADS, WRONG, WRONG, REFUSES)),
+        ({"target_modules": ["q_proj"]}, (LOADS, REFUSES, CONVERT, CONVERT)),
+        ({"target_modules": ".*[qv]_proj"}, (LOADS, REFUSES, CONVERT, CONVERT)),
+        ({"use_qalora": True, "qalora_group_size": 4}, (REFUSES, REFUSES, REFUSES, REFUSES)),
+        ({"use_bdlora": peftfast.BdLoraConfig(target_modules_bd_a=TARGETS)}, (REFUSES, REFUSES, REFUSES, REFUSES)),
+        ({"velora_config": peftfast.VeloraConfig(num_groups=4)}, (REFUSES, REFUSES, REFUSES, REFUSES)),
     ],
 )
 def test_servers(changes, expected):
@@ -198,10 +206,11 @@ def test_servers_leave_the_base_as_it_was(init):
         config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init, **own)
     plan = plan_adapter(base.Tiny(), config)
     if init in ("eva", "mica"):
-        assert not any(v.verdict == "loads, wrong output" for v in plan.servers)
+        assert not any(v.verdict == WRONG for v in plan.servers)
     else:
-        assert {v.verdict for v in plan.servers} == {"loads, wrong output"}
-        assert all(f"before init_lora_weights={init!r}; convert it" in v.reasons[0] for v in plan.servers)
+        verdicts = [v.verdict for v in plan.servers]
+        assert verdicts == [WRONG if init == "lora_ga" else REFUSES, WRONG, WRONG, WRONG]
+        assert all(f"before init_lora_weights={init!r}; convert it" in str(v.reasons) for v in plan.servers)
 
 
 PRESENT = {
