@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftfast.config import PeftConfig, plain_name
+from peftfast.errors import grouped
 from peftfast.method import changes_base
 
 REFUSES, WRONG, UNKNOWN = "refuses", "loads, wrong output", "not known"
@@ -78,15 +79,15 @@ class Facts:
 
     @property
     def saved_not_heads(self) -> list[str]:
-        return [name for name in self.saved if name.rpartition(".")[2] not in ("classifier", "score")]
+        return grouped(name for name in self.saved if name.rpartition(".")[2] not in ("classifier", "score"))
 
     @property
     def saved_not_norms(self) -> list[str]:
-        return [name for name in self.saved if "_layernorm" not in name and ".norm" not in f".{name}"]
+        return grouped(name for name in self.saved if "_layernorm" not in name and ".norm" not in f".{name}")
 
     @property
     def saved_in_layers(self) -> list[str]:
-        return [name for name in self.saved if re.search(r"layers\.\d+\.", name)]
+        return grouped(name for name in self.saved if re.search(r"layers\.\d+\.", name))
 
     def without(self, kinds: Sequence[str], needed: Sequence[str]) -> list[str]:
         """Adapted modules of these kinds beside which one that is `needed` is not adapted."""
@@ -201,7 +202,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     # alora_invocation_tokens (set_gguf_parameters). src/llama-adapter.cpp: shapes, and norms, which it skips
     "llama.cpp": (
         *_EVERYWHERE,
-        Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved}"),
+        Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved_not_norms}"),
         Rule(REFUSES, lambda f: f.tokens, "its converter takes factors only, this trains single tokens"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "its converter takes factors only, DoRA has magnitudes"),
         Rule(REFUSES, lambda f: f.field("lora_bias"), "its converter takes factors only, this has lora_bias"),

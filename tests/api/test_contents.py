@@ -139,6 +139,7 @@ def test_servers_take_some_modules_only_with_others_and_some_saved_modules(tmp_p
     assert verdicts(**rest) == ["refuses", "loads, wrong output", "loads, wrong output", "refuses"]
     rest["modules_to_save"] = ["input_layernorm"]
     assert verdicts(**rest) == ["refuses", "refuses", "loads, wrong output", "refuses"]
+    assert "this has ['model.layers.{0-1}.input_layernorm']" in str(peftfast.adapter_contents(tmp_path))
     head = {"target_modules": ["q_proj", "v_proj"], "task_type": "SEQ_CLS"}
     assert verdicts(oracle.llama_classifier, **head) == ["loads", "loads, wrong output", "refuses", "refuses"]
 
