@@ -119,6 +119,12 @@ _OTHERS = Rule(
 
 _FUSED = Rule(UNKNOWN, lambda f: f.parameters, "adapters of Parameters: the models that take them differ by release")
 
+_STACKED_EXPERTS = Rule(
+    REFUSES,
+    lambda f: f.parameters and any("experts" in name for name in f.modules),
+    "takes adapters of one expert each, not of their stacks",
+)
+
 # but for vLLM, which refuses it, none reads this; of what follows, llama.cpp reads the invocation tokens
 _STACKED = Rule(WRONG, lambda f: f.field("layer_replication"), "leaves the base's layers as they are; serve it merged")
 
@@ -174,6 +180,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     # first factor is taken for the second one, which in the file comes behind biases and before all else
     "SGLang": (
         *_EVERYWHERE,
+        _STACKED_EXPERTS,
         _INVOKED,
         Rule(REFUSES, lambda f: f.uneven_rank, "has one rank for all layers, this has a rank_pattern"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "supports no DoRA"),
@@ -202,6 +209,7 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
     # alora_invocation_tokens (set_gguf_parameters). src/llama-adapter.cpp: shapes, and norms, which it skips
     "llama.cpp": (
         *_EVERYWHERE,
+        _STACKED_EXPERTS,
         Rule(REFUSES, lambda f: f.saved_not_norms, "its converter takes factors only, this saves {f.saved_not_norms}"),
         Rule(REFUSES, lambda f: f.tokens, "its converter takes factors only, this trains single tokens"),
         Rule(REFUSES, lambda f: f.field("use_dora"), "its converter takes factors only, DoRA has magnitudes"),

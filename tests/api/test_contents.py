@@ -86,8 +86,12 @@ def test_a_stack_of_experts(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=4, **sizes)
     adapter = peftfast.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    planned = peftfast.plan_adapter(MixtralForCausalLM(config), adapter).servers
     peftfast.get_peft_model(MixtralForCausalLM(config), adapter).save_pretrained(tmp_path)
-    assert set(peftfast.adapter_contents(tmp_path).lines.values()) == {"rank 2 in each of 4 matrices"}
+    contents = peftfast.adapter_contents(tmp_path)
+    assert set(contents.lines.values()) == {"rank 2 in each of 4 matrices"}
+    assert servers(tmp_path) == ["not known", "refuses", "refuses", "not known"]
+    assert contents.servers == planned
 
 
 @pytest.mark.filterwarnings("ignore")

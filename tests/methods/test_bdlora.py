@@ -298,7 +298,7 @@ def test_a_plain_lora_for_servers_and_what_they_do(tmp_path):
     torch.testing.assert_close(oracle.logits(loaded), oracle.logits(model), rtol=1e-3, atol=1e-4)
     plan = peftfast.plan_adapter(oracle.llama(), config(peftfast, "a", ["down_proj"]))
     assert plan.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert {v.server: v.verdict for v in plan.servers}["vLLM"] == "not known"
+    assert {v.server: v.verdict for v in plan.servers}["vLLM"] == "refuses"
     model.save_pretrained(tmp_path / "own")
     said = str(peftfast.adapter_contents(tmp_path / "own"))
     assert f"rank {R}, change of norm" in said and f"A in {BLOCKS} blocks" in said
