@@ -13,7 +13,7 @@ from peftfast.config import PeftType, plain_name
 from peftfast.errors import no_such_adapter
 from peftfast.many.merging import add_weighted_adapter
 from peftfast.methods.combination import Combination
-from peftfast.methods.lora.combine import svd_of_sum
+from peftfast.methods.lora.combine import padded, svd_of_sum
 from peftfast.methods.lora.stack import factors
 from peftfast.sites import Site
 
@@ -78,8 +78,8 @@ def reduce_intruder_dimension(
             count, pair = _reduced(layer.site, old, top_k, threshold_epsilon, mitigation_lambda)
             log(f"{key}: Intruders: {count}" if count else f"{key}: No intruders")
             new = layer.adapters[new_adapter_name]
-            for slot, value in zip(new.pair, pair or factors(new), strict=True):
-                new[slot].data = value.to(old[slot].dtype)
+            for axis, (slot, value) in enumerate(zip(new.pair, pair or factors(new), strict=True)):
+                new[slot].data = padded(value, axis, new[slot].shape[axis]).to(old[slot].dtype)
             layer.changed(new_adapter_name)
     except BaseException:
         inventory.delete(new_adapter_name)
@@ -91,7 +91,8 @@ def reduce_intruder_dimension(
 def _reduced(
     site: Site, adapter: Adapter, top_k: int, threshold: float, kept: float
 ) -> tuple[int, tuple[Tensor, Tensor] | None]:
-    """How many intruders there are, and factors with scaling 1 in which they are weaker, None where there are none."""
+    """How many intruders there are, and factors with scaling 1 in which they are weaker, of the adapter's rank or the
+    weight's if that is smaller; None where there are none."""
     a, b = (f.float() for f in factors(adapter))
     site.delta(a, b)  # raises where the product of the factors is no weight
     weight = site.weight.dense(torch.float32)
@@ -105,4 +106,4 @@ def _reduced(
     u, s, vh = svd_of_sum([(down, up), (vh[found], u[:, found] * s[found])], [1.0, kept - 1.0])
     root = s[: len(a)].sqrt()
     new_a, new_b = root[:, None] * vh[: len(a)], u[:, : len(a)] * root
-    return len(found), (new_a.reshape(a.shape), new_b.reshape(b.shape))
+    return len(found), (new_a.unflatten(1, a.shape[1:]), new_b.unflatten(1, (-1, *b.shape[2:])))

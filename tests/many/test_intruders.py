@@ -82,6 +82,18 @@ def test_without_intruders_the_copy_is_the_adapter():
         torch.testing.assert_close(oracle.logits(model), before, rtol=1e-5, atol=1e-5)
 
 
+def test_ranks_below_the_largest_and_above_the_weights(tmp_path):
+    """A combination has one rank for all layers, and its file says that one."""
+    model = trained(oracle.llama, ["q_proj", "down_proj"], r=50, rank_pattern={"q_proj": 3}).ours
+    peftfast.reduce_intruder_dimension(model, "default", "fewer", threshold_epsilon=0.8, logging_sink=None)
+    with torch.no_grad():
+        expected = oracle.logits(model)
+    model.save_pretrained(tmp_path, selected_adapters=["fewer"])
+    loaded = peftfast.PeftModel.from_pretrained(oracle.llama(), tmp_path / "fewer")
+    with torch.no_grad():
+        torch.testing.assert_close(oracle.logits(loaded), expected)
+
+
 def test_the_copy_has_the_adapters_dtype():
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     base = oracle.llama().to(torch.bfloat16)
