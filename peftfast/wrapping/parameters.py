@@ -49,7 +49,7 @@ def plan_parameters(
     _check_others(inventory, wanted)
     found = matching_parameters(inventory, wanted)
     if found:
-        _check_settings(cfg, method)
+        _check_settings(cfg, method, modules)
     check_adaptable(inventory, found, modules, saved)
     return found
 
@@ -95,11 +95,13 @@ def _parameters(inventory: Inventory) -> Iterator[tuple[str, str]]:
             yield key, name
 
 
-def _check_settings(cfg: PeftConfig, method: AdapterMethod) -> None:
+def _check_settings(cfg: PeftConfig, method: AdapterMethod, modules: Sequence[str]) -> None:
     if not hasattr(method, "changes"):
         raise ValueError(f"target_parameters: {type(cfg).__name__} has no adapters of Parameters, only LoRA has")
     for field, idle in _IDLE.items():
         value = getattr(cfg, field)
+        if field == "fan_in_fan_out" and modules:
+            continue  # says how their weights lie, and is corrected where it does not
         if value not in idle:
             raise ValueError(
                 f"lora.ParamWrapper does not work with {field}={value!r} (a Parameter is adapted, not a module's "

@@ -111,6 +111,20 @@ def test_loaded_beside_another_and_unloaded(tmp_path):
     assert [n for n, _ in base.named_modules()] == [n for n, _ in moe.qwen3_moe().named_modules()]
 
 
+def test_beside_layers_that_set_fan_in_fan_out(tmp_path):
+    """PEFT fails here. The field follows from the layers and says nothing of the Parameters."""
+    config = peftfast.LoraConfig(r=4, target_modules=["c_attn"], target_parameters=["c_fc.weight"])
+    model = oracle.randomised(oracle.quietly(peftfast.get_peft_model, oracle.gpt2(), config), 0.3)
+    assert model.peft_config["default"].fan_in_fan_out
+    model.base_model.add_weighted_adapter(["default"], [2.0], "twice")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        close(oracle.logits(peftfast.PeftModel.from_pretrained(oracle.gpt2(), tmp_path)), oracle.logits(model))
+    with pytest.raises(ValueError, match="does not work with fan_in_fan_out=True"):
+        alone = peftfast.LoraConfig(target_modules=[], target_parameters=["c_fc.weight"], fan_in_fan_out=True)
+        peftfast.get_peft_model(oracle.gpt2(), alone)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_what_training_changed_as_an_adapter_of_its_own(transposed, tmp_path):
     """Every expert has its own ranks, so its initial factors go beside its own."""
