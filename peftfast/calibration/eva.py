@@ -414,8 +414,8 @@ def initialize_lora_eva_weights(
     longer adapted. Arguments as in `get_eva_state_dict`, or its result as `eva_state_dict`.
 
     Raises:
-        ValueError: no adapter, several active ones, another initialisation, neither data nor state, or a state that
-            does not fit. Nothing is changed then.
+        ValueError: no adapter, several active ones, another initialisation, one that is merged, neither data nor state,
+            or a state that does not fit. Nothing is changed then.
     """
     if not hasattr(model, "peft_config"):
         raise ValueError("model must be a PeftModel")
@@ -432,6 +432,7 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs, show_progress_bar,
         )  # fmt: skip
     inventory = model.base_model.inventory
+    inventory.check_not_merged(adapter_name, "initialise")
     found = {in_base(name): part for name, part in eva_state_dict.items()}
     keys = [k for k, layer in inventory.layers.items() if adapter_name in layer.adapters]
     _check_components(found, {k: inventory.layers[k].adapters[adapter_name] for k in keys})

@@ -271,6 +271,22 @@ def test_eva_states_that_do_not_fit_change_nothing():
         peftfast.initialize_lora_eva_weights(model, eva_state_dict=misnamed)
 
 
+def test_eva_does_not_begin_inside_the_weights():
+    """Of what is merged the ranks cannot change, and new factors would not arrive."""
+    model = initialised(peftfast)
+    before = copy.deepcopy(model.peft_config["default"])
+    with torch.no_grad():
+        model.merge_adapter()
+        expected = oracle.logits(model)
+        for rank in (4, 5):
+            state = {f"model.layers.0.self_attn.{name}": torch.ones(rank, 32) for name in ("q_proj", "k_proj")}
+            with pytest.raises(ValueError, match="Cannot initialise adapter default while it is merged"):
+                peftfast.initialize_lora_eva_weights(model, eva_state_dict=state)
+        assert model.peft_config["default"] == before and torch.equal(oracle.logits(model), expected)
+        model.unmerge_adapter()
+        torch.testing.assert_close(oracle.logits(model), expected)
+
+
 # ---- CorDA -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 @pytest.mark.parametrize("model", [oracle.llama, oracle.gpt2])
