@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
+from peftfast.files.state import without_places
+from peftfast.layers.walk import base_of
 from peftfast.wrapping.targets import linear_modules
 
 #: How the names of Parameters end that hold the weights of all experts of a layer.
@@ -27,7 +29,8 @@ class KappaTuneSelector:
     """Condition numbers of a model's weights, computed once, when first asked for.
 
     Args:
-        model: a base model; quantised weights count as what they stand for.
+        model: a base model, or one with adapters, which count for nothing; quantised weights count as what they stand
+            for.
         max_dim_size_to_analyze: larger matrices are left out.
         moe_param_suffixes: how the names of Parameters of fused experts end.
         show_progress: with a progress bar; singular values of a large model take minutes.
@@ -40,7 +43,7 @@ class KappaTuneSelector:
         moe_param_suffixes: tuple[str, ...] | None = None,
         show_progress: bool = True,
     ) -> None:
-        self.model, self.largest, self.show_progress = model, max_dim_size_to_analyze, show_progress
+        self.model, self.largest, self.show_progress = base_of(model), max_dim_size_to_analyze, show_progress
         self.suffixes = tuple(moe_param_suffixes or EXPERTS)
         self._modules: dict[str, float] | None = None
         self._parameters: dict[str, float] | None = None
@@ -70,7 +73,7 @@ class KappaTuneSelector:
         if self._parameters is None:
             stacks = [
                 (name, parameter)
-                for name, parameter in self.model.named_parameters()
+                for name, parameter in ((without_places(n), p) for n, p in self.model.named_parameters())
                 if name.endswith(self.suffixes) and parameter.dim() == 3 and self._is_analysed(*parameter.shape[1:])
             ]
             with torch.no_grad():

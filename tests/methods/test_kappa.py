@@ -28,6 +28,20 @@ def test_the_same_targets_as_peft(make):
     peftfast.get_peft_model(model, peftfast.LoraConfig(**peftfast.find_kappa_target_modules(model, 0.5)))
 
 
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (oracle.llama, {"target_modules": ["q_proj"]}),
+        (qwen3_moe, {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    ],
+)
+def test_an_adapted_model_has_the_targets_of_its_base(make, options):
+    """PEFT names the adapter's own matrices here."""
+    expected = peftfast.find_kappa_target_modules(make(), 0.5, show_progress=False)
+    model = peftfast.get_peft_model(make(), peftfast.LoraConfig(r=2, init_lora_weights=False, **options))
+    assert peftfast.find_kappa_target_modules(model, 0.5, show_progress=False) == expected
+
+
 def test_a_lost_rank_comes_last():
     lost = torch.ones(4, 4)
     assert condition_number(torch.eye(4)) == 1.0
