@@ -226,6 +226,12 @@ class Unpadded(Protocol):
     pads: ClassVar[bool]  # False; methods without it can be padded
 
 
+class NeverIdle(Protocol):
+    """Optional, known by its attribute: adapters that change the output also where all their tensors are zero."""
+
+    acts_when_zero: ClassVar[bool]
+
+
 class Rewriting(Protocol):
     """Optional, known by its one function: adapters whose `init` may write to the base weight, so that loading has to
     repeat it."""

@@ -61,9 +61,9 @@ def hotswap_adapter(
 ) -> None:
     """Put a saved LoRA into the place of adapter `adapter_name`; the name stays.
 
-    Where the new one has no weights the old ones become zero; a smaller rank is padded with zeros. A larger rank makes
-    new tensors, which a compiled model notices: see `prepare_model_for_compiled_hotswap`. Of Parameters
-    (`target_parameters`) the new one adapts the same or none.
+    Where the new one has no weights the old ones become zero (those of DoRA and KaSA, which act with zeros too, are
+    refused); a smaller rank is padded with zeros. A larger rank makes new tensors, which a compiled model notices: see
+    `prepare_model_for_compiled_hotswap`. Of Parameters (`target_parameters`) the new one adapts the same or none.
 
     Args:
         torch_device: of the tensors while they are read.
@@ -144,7 +144,7 @@ def _swap(
     given = {k: v for k, v in given.items() if k in entries}
     for key, new in given.items():
         _check_shape(key, entries[key], new.shape, adapter_name)
-    _check_writable(entries, given)
+    _check_writable(entries, given, adapter_name)
     _check_pairs(entries, given, adapter_name)
     with torch.no_grad():
         for key, entry in entries.items():
@@ -173,7 +173,7 @@ def _check_shape(key: str, entry: Entry, new: torch.Size, adapter_name: str) -> 
         raise ValueError(f"{what} {tuple(new)} is no whole rank for each of {experts} experts.")
 
 
-def _check_writable(entries: Mapping[str, Entry], given: Mapping[str, Tensor]) -> None:
+def _check_writable(entries: Mapping[str, Entry], given: Mapping[str, Tensor], adapter_name: str) -> None:
     """ValueError for tensors that cannot become what is given."""
     for key, entry in entries.items():
         old, new = entry.tensor(), given.get(key)
@@ -183,6 +183,12 @@ def _check_writable(entries: Mapping[str, Entry], given: Mapping[str, Tensor]) -
                 "it; load_adapter may do"
             )
         if new is None:
+            method = entry.layer.adapters[adapter_name].method
+            if getattr(method, "acts_when_zero", False):
+                raise ValueError(
+                    f"The new adapter has no {key}, and {type(method).__name__} of zeros has an effect: delete "
+                    f"{adapter_name} and load the new one in its place"
+                )
             continue
         if not is_alike(old, new):
             raise ValueError(f"{key} has {new.dtype} numbers, {entry.live} is {old.dtype}")

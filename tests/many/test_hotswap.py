@@ -174,6 +174,26 @@ def test_adapters_that_keep_more_than_factors_by_their_rank_get_no_room(config):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"kasa_config": peftfast.KasaConfig()}], ids=["dora", "kasa"])
+def test_what_acts_with_zeros_is_not_put_to_zero(options, tmp_path):
+    """Magnitudes of zero leave nothing of the layer, and what KaSA leaves out of the base stays out. PEFT swaps none
+    of the two."""
+    paths = {}
+    for targets in (["q_proj"], ["q_proj", "v_proj"]):
+        config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options)
+        model = peftfast.get_peft_model(oracle.llama(), config)
+        model.save_pretrained(tmp_path / targets[-1])
+        paths[targets[-1]] = str(tmp_path / targets[-1])
+    with torch.no_grad():
+        expected = oracle.logits(model)
+        with pytest.raises(ValueError, match="has no .*v_proj.lora_A.weight.*load the new one"):
+            hotswap.hotswap_adapter(model, paths["q_proj"], "default")
+        assert torch.equal(oracle.logits(model), expected)
+        other = peftfast.get_peft_model(oracle.llama(), config)
+        hotswap.hotswap_adapter(other, paths["v_proj"], "default")
+        torch.testing.assert_close(oracle.logits(other), expected)
+
+
 def test_from_a_state_dict_and_into_an_injected_model(tmp_path):
     first, _ = saved(tmp_path, "first", r=4)
     path, logits = saved(tmp_path, "second", r=2)

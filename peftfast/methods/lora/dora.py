@@ -70,6 +70,7 @@ class Dora(Lora):
     """Several active adapters act one after the other, each on the output so far."""
 
     variant: ClassVar[str | None] = "use_dora"
+    acts_when_zero: ClassVar[bool] = True
     routed = sample_by_sample
 
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:

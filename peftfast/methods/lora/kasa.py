@@ -66,6 +66,7 @@ class Kasa(Lora):
 
     variant: ClassVar[str | None] = "kasa_config"
     pads: ClassVar[bool] = False
+    acts_when_zero: ClassVar[bool] = True
     routed = sample_by_sample
 
     def settings(self, site: Site, cfg: LoraConfig, key: str) -> Mapping[str, Any]:
