@@ -232,6 +232,14 @@ class NeverIdle(Protocol):
     acts_when_zero: ClassVar[bool]
 
 
+class Based(Protocol):
+    """Optional, known by its one function: adapters that keep something of the base weight."""
+
+    def base_replaced(self, adapter: Adapter) -> None:
+        """The weight may be another one by now, or be it as soon as nothing is merged."""
+        ...
+
+
 class Rewriting(Protocol):
     """Optional, known by its one function: adapters whose `init` may write to the base weight, so that loading has to
     repeat it."""

@@ -382,9 +382,22 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         return self.merger.change(adapter)
 
     def changed(self, adapter_name: str | None = None) -> None:
-        """Something other than training wrote to an adapter, with None to any: nothing that was made of it holds."""
+        """Something other than training wrote to an adapter, with None to any or to the base: nothing that was made of
+        it holds."""
         self.derived.clear()
         self.control.forget(self, adapter_name)
+        if adapter_name is None:
+            self._base_replaced()
+
+    def _base_replaced(self) -> None:
+        for adapter in self.adapters.values():
+            if hasattr(type(adapter.method), "base_replaced"):
+                adapter.method.base_replaced(adapter)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+            self._base_replaced()
 
     # ---- the wrapped module, as others see it ------------------------------------------------------------------------
     def counterparts(self) -> tuple[str, ...]:

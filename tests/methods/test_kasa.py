@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import oracle
 import peft
@@ -325,17 +326,36 @@ def test_what_is_said_of_it(tmp_path):
     assert (verdicts["vLLM"], verdicts["llama.cpp"]) == ("refuses", "refuses")
 
 
-def test_other_base_weights_have_other_components():
+@pytest.mark.parametrize("by", ["set_base_model_state_dict", "load_state_dict"])
+def test_other_base_weights_have_other_components(by):
     """What is left out of the base is that of the weights that are there."""
-    model, fresh = adapted(), adapted()
-    other = {name: 1.5 * tensor for name, tensor in peftfast.get_base_model_state_dict(model).items()}
+
+    def other_base():
+        torch.manual_seed(5)
+        base = llama()
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        return base
+
+    model, fresh = adapted(), adapted(make=other_base)
     with torch.no_grad():
-        logits(model)  # what is left out is kept from here on
-        for m in (model, fresh):
-            peftfast.set_base_model_state_dict(m, other)
-        torch.testing.assert_close(logits(model), logits(fresh))
-    model.merge_adapter()
-    with pytest.raises(RuntimeError, match=r"\['default'\] are inside the base weights"):
-        peftfast.set_base_model_state_dict(model, other)
-    model.unmerge_adapter()
-    torch.testing.assert_close(logits(model), logits(fresh))
+        fresh.load_state_dict({n: p for n, p in model.named_parameters() if "lora_" in n}, strict=False)
+        mine, expected = logits(model), logits(fresh)
+        own = copy.deepcopy(model.state_dict())
+        model.merge_adapter()
+        inside = logits(model)
+        if by == "load_state_dict":
+            model.load_state_dict(copy.deepcopy(model.state_dict()))
+            load, other = model.load_state_dict, fresh.state_dict()
+        else:
+            load, other = partial(peftfast.set_base_model_state_dict, model), other_base().state_dict()
+            with pytest.raises(RuntimeError, match=r"\['default'\] are inside the base weights"):
+                load(other)
+        assert torch.equal(logits(model), inside)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model), mine)
+        load(other)
+        torch.testing.assert_close(logits(model), expected)
+        model.load_state_dict(own)
+        torch.testing.assert_close(logits(model), mine)

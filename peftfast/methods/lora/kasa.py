@@ -46,7 +46,13 @@ Components = tuple[Tensor, Tensor]
 
 class _Dropped(nn.Module):
     """Keeps `Components` and moves them with the model. They are no buffers, which data-parallel training would send to
-    all processes in every step and state dicts would have to hold."""
+    all processes in every step and state dicts would have to hold.
+
+    Attributes:
+        stale: they are of a base weight that another one has taken the place of.
+    """
+
+    stale = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +102,10 @@ class Kasa(Lora):
         diagonal.copy_(torch.randn(diagonal.shape, dtype=drawn_through(site, diagonal), device=site.weight.device))
         adapter.setting(DROPPED).__dict__["components"] = None  # an initialisation may have changed the base
         _components(site, adapter)
+
+    def base_replaced(self, adapter: Adapter) -> None:
+        """See `Based`."""
+        adapter.setting(DROPPED).__dict__["stale"] = True
 
     def pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         a, b = factors(adapter)
@@ -203,7 +213,8 @@ def _components(site: Site, adapter: Adapter, weight: Tensor | None = None) -> C
         RuntimeError: the base's weight has no values yet, or has other adapters inside.
     """
     keeper = adapter.setting(DROPPED)
-    if keeper.components is not None:
+    # while adapters are inside, what came in the weight's place is theirs, and goes when they are taken out
+    if keeper.components is not None and (not keeper.stale or weight is None and adapter.merged):
         return keeper.components
     if weight is None:
         if adapter.merged:
@@ -218,7 +229,7 @@ def _components(site: Site, adapter: Adapter, weight: Tensor | None = None) -> C
         r = int(adapter.setting("r"))
         components = vh[-r:].to(dtype).contiguous(), (u[:, -r:] * -s[-r:]).to(dtype).contiguous()
     if type(components[0]) is Tensor and not components[0].is_meta:
-        keeper.__dict__["components"] = components
+        keeper.__dict__.update(components=components, stale=False)
     return components
 
 
