@@ -11,7 +11,7 @@ from torch import nn
 
 from peftfast.config import CONFIG_NAME
 from peftfast.errors import PeftWarning, enumerate_some, warn
-from peftfast.methods.lora.arrow import GENERAL
+from peftfast.methods.lora.arrow import GENERAL, check_expert
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.settings import ArrowConfig
 from peftfast.model import PeftModel
@@ -39,7 +39,7 @@ def create_arrow_model(
         adapter_kwargs: of `PeftModel.from_pretrained`.
 
     Raises:
-        ValueError: no adapters; adapters of different ranks or for different modules.
+        ValueError: no adapters; adapters of different ranks or for different modules, or that are no plain LoRAs.
         TypeError: adapters of other modules than linear layers.
     """
     if isinstance(task_specific_adapter_paths, str) or not task_specific_adapter_paths:
@@ -107,6 +107,9 @@ def _common(model: PeftModel, names: Sequence[str]) -> tuple[list[str], int]:
             f"LoRA adapters must only target Linear-like layers, as Arrow compares the features of tokens. Found: "
             f"{', '.join(kinds)} ({enumerate_some(wrong)})"
         )
+    for name in names:
+        for layer in layers[name].values():
+            check_expert(layer.adapters[name])
     first, *others = names
     reference = layers[first]
     for name in others:

@@ -304,11 +304,13 @@ def test_creation_refuses_and_leaves_the_base_model_alone(paths, general, tmp_pa
     wider = save_expert(tmp_path / "wider", 1, r=5)
     others = save_expert(tmp_path / "others", 1, target_modules=["k_proj"])
     table = save_expert(tmp_path / "table", 1, target_modules=["embed_tokens"])
+    dora = save_expert(tmp_path / "dora", 1, use_dora=True)
     (tmp_path / "empty").mkdir()
     cases = [
         (ValueError, "rank mismatch: 5 != 3", [*paths, wider], {}),
         (ValueError, "target_modules mismatch.*k_proj", [paths[0], others], {}),
         (TypeError, "only target Linear-like layers.*Embedding", [table], {}),
+        (ValueError, "experts are plain LoRAs.*task_4 at .* is Dora", [*paths, dora], {}),
         (ValueError, "at least one adapter path", [], {}),
         (ValueError, "does not contain", [str(tmp_path / "empty")], {}),
         (ValueError, "general LoRA paths", paths, {"use_gks": True}),

@@ -103,6 +103,16 @@ def is_general(name: str, cfg: ArrowConfig) -> bool:
     return name in (cfg.gks_adapter_names or ()) or name.startswith(GENERAL) and name[len(GENERAL) :].isdigit()
 
 
+def check_expert(adapter: Adapter) -> None:
+    """ValueError for what cannot be an expert, nor of general knowledge: more than a pair of factors."""
+    if type(adapter.method) is not Lora or adapter.cfg.lora_bias:
+        raise ValueError(
+            f"Arrow's experts are plain LoRAs without lora_bias; {adapter.name} at {adapter.key} is "
+            f"{type(adapter.method).__name__}{' with lora_bias' * bool(getattr(adapter.cfg, 'lora_bias', False))}. "
+            "Delete it, or the router"
+        )
+
+
 def _gate(x: Tensor, experts: _Experts, cfg: ArrowConfig) -> Tensor:
     """[..., R]: for every rank the coefficient of its expert, scaling included."""
     count = experts.prototypes.shape[0]
@@ -151,12 +161,7 @@ def _listed(router: Adapter, cfg: ArrowConfig) -> tuple[list[Adapter], list[Adap
     general = [a for a in others if is_general(a.name, cfg)]
     experts = [a for a in others if a not in general]
     for adapter in [*experts, *general] if cfg.use_gks else experts:
-        if type(adapter.method) is not Lora or adapter.cfg.lora_bias:
-            raise ValueError(
-                f"Arrow's experts are plain LoRAs without lora_bias; {adapter.name} at {adapter.key} is "
-                f"{type(adapter.method).__name__}{' with lora_bias' * bool(getattr(adapter.cfg, 'lora_bias', False))}. "
-                "Delete it, or the router"
-            )
+        check_expert(adapter)
     if not experts:
         raise ValueError(
             f"{router.name} has no adapters to choose from at {router.key}. Present: {', '.join(router.others)}"
