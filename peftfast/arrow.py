@@ -85,7 +85,7 @@ def source_of(path: str | os.PathLike) -> tuple[str, str | None]:
             raise ValueError(f"Local adapter path '{path}' does not contain '{CONFIG_NAME}'.")
         return path, None
     owner, slash, rest = path.strip("/").partition("/")
-    if not slash:
+    if not slash or os.path.isabs(path):
         return path, None
     repository, _, folder = rest.partition("/")
     return f"{owner}/{repository}", folder or None

@@ -313,6 +313,7 @@ def test_creation_refuses_and_leaves_the_base_model_alone(paths, general, tmp_pa
         (ValueError, "experts are plain LoRAs.*task_4 at .* is Dora", [*paths, dora], {}),
         (ValueError, "at least one adapter path", [], {}),
         (ValueError, "does not contain", [str(tmp_path / "empty")], {}),
+        (ValueError, "neither an existing folder", [paths[0], str(tmp_path / "nowhere")], {}),
         (ValueError, "general LoRA paths", paths, {"use_gks": True}),
     ]
     for error, message, given, options in cases:
