@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peftfast.base.offload import device_of, stored_weight
 from peftfast.base.rounding import drawn_float
 from peftfast.base.weight import UsualWeight, kept_copy
+from peftfast.devices import widest
 from peftfast.sharding import is_distributed, whole_shape
 from peftfast_kernels.decode import Operand
 
@@ -85,8 +86,7 @@ class ParameterWeight(UsualWeight):
     @property
     def merge_dtype(self) -> torch.dtype:
         """Wide enough for the one rounding at the end to be the only one that shows."""
-        narrow = self.compute_dtype in (torch.float16, torch.bfloat16) or self.device.type == "mps"
-        return torch.float32 if narrow else torch.float64
+        return torch.float32 if self.compute_dtype in (torch.float16, torch.bfloat16) else widest(self.device)
 
     def snapshot(self, host: bool = False) -> Tensor:
         return kept_copy(stored_weight(self.module, self.parameter, write=True), host)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.calibration.ranks import drop_adapter, resize_adapter
+from peftfast.devices import widest
 from peftfast.errors import PeftWarning, close_matches, enumerate_some, no_such_adapter, warn
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
@@ -48,9 +49,10 @@ class RunningComponents:
         if len(x) < self.count:
             return False
         x = x.float()
-        mean, total = x.mean(0, dtype=torch.float64), self.seen + len(x)
+        wide = widest(x.device)
+        mean, total = x.mean(0, dtype=wide), self.seen + len(x)
         centred = x - mean.float()
-        scatter = centred.double().square().sum()
+        scatter = centred.to(wide).square().sum()
         if self.seen:
             shift = self.mean - mean
             weight = (self.seen / total * len(x)) ** 0.5
@@ -67,7 +69,7 @@ class RunningComponents:
         before, new = self.components, (v * largest.sign())[: self.count]
         self.components, self.singular_values = new, s[: self.count]
         # rows that are all alike have no variance to explain
-        self.explained = self.singular_values.double().square() / scatter.clamp(min=torch.finfo(scatter.dtype).tiny)
+        self.explained = self.singular_values.to(wide).square() / scatter.clamp(min=torch.finfo(scatter.dtype).tiny)
         self.mean, self.scatter, self.seen = mean, scatter, total
         self.converged = None if before is None else torch.cosine_similarity(new, before) >= threshold
         return True

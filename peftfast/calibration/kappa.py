@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
+from peftfast.devices import singular_values
 from peftfast.files.state import without_places
 from peftfast.layers.walk import base_of
 from peftfast.wrapping.targets import linear_modules
@@ -21,7 +22,7 @@ EXPERTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
 def condition_number(weight: Tensor) -> float:
     """Largest over smallest singular value, the mean over the matrices of a stack; infinite for a lost rank."""
-    values = torch.linalg.svdvals(weight.float())
+    values = singular_values(weight.float())
     return (values[..., 0] / values[..., -1]).nan_to_num(nan=math.inf, posinf=math.inf).mean().item()
 
 

@@ -20,6 +20,7 @@ from peftfast.calibration.eva import (
 )
 from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.config import PeftType
+from peftfast.devices import singular_values
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
@@ -194,4 +195,4 @@ def _gradients(
     broken = [n for n, s in sketches.items() if not is_finite(s)]
     if broken:
         raise ValueError(f"The gradients of these weights hold NaN or infinite values: {enumerate_some(broken)}")
-    return {n: torch.linalg.svdvals(s / count).square() for n, s in sketches.items()}
+    return {n: singular_values(s / count).square() for n, s in sketches.items()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType
 from peftfast.errors import enumerate_some, no_such_adapter, warn
-from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, matrix, svd
+from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, energy_of, matrix, svd
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.io import save_adapter, vocabulary_changed
 from peftfast.files.state import adapter_entries, adapter_state_dict, wrapped_modules
@@ -139,6 +139,6 @@ def _svd_of(adapter: Adapter, layer: BaseTunerLayer, decomposed: Callable[[Tenso
     if pair is not None:
         a, b = (f.flatten(1).to(torch.promote_types(f.dtype, torch.float32)) for f in pair)
         u, s, vh = svd_of_sum([(a, b)], [1.0])
-        return Svd(u, s, vh, (s.double() ** 2).sum())
+        return Svd(u, s, vh, energy_of(s))
     change = matrix(layer.site, layer.get_delta_weight(adapter.name))
     return decomposed(change.t() if layer.site.looks_up else change)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peftfast.base.dense import was_conv1d
 from peftfast.config import PeftConfig
+from peftfast.devices import widest
 from peftfast.keys import PREFIX
 from peftfast.methods.lora.combine import padded, rank_keeping
 from peftfast.methods.lora.config import LoraConfig
@@ -73,10 +74,15 @@ def matrix(site: Site, stored: Tensor) -> Tensor:
     return stored.t() if site.weight.transposed or was_conv1d(site.module) else stored.reshape(shape)
 
 
+def energy_of(s: Tensor) -> Tensor:
+    """The sum of squares of singular values."""
+    return (s.to(widest(s.device)) ** 2).sum()
+
+
 def svd(change: Tensor, rank: int | float) -> Svd:
     """All of a change [N, K], or for a rank that is small beside it twice that many directions, by subspace iteration
     (Halko et al., arXiv 0909.4061). What those leave is at most 0.1 % more than what the best leave, also of noise."""
-    energy = torch.linalg.vector_norm(change).double() ** 2
+    energy = energy_of(torch.linalg.vector_norm(change))
     least = min(change.shape)
     if isinstance(rank, float) or least < LARGE or 8 * rank > least:
         return Svd(*torch.linalg.svd(change, full_matrices=False), energy)
@@ -98,7 +104,7 @@ def as_lora(
     for name, site, (u, s, vh, energy), dtype, bias in changes:
         most = min(site.weight.shape)
         r = rank_keeping(s, rank) if isinstance(rank, float) else min(rank, most) if limited else rank
-        kept.append(float((s[:r].double() ** 2).sum() / energy) if energy else 1.0)
+        kept.append(float(energy_of(s[:r]) / energy) if energy else 1.0)
         pair = (padded(vh[:r], 0, r), padded(u[:, :r] * s[:r], 1, r))
         for (slot_name, slot), factor in zip(site.low_rank_slots(r).items(), pair, strict=True):
             key = f"{PREFIX}{name}.{slot_name}" + (".weight" if slot.holder is not None else "")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
+from peftfast.devices import widest
 from peftfast.errors import no_such_adapter, warn
 from peftfast.layers.calls import CalledLayer
 from peftfast.layers.walk import base_modules, base_parameters
@@ -475,7 +476,7 @@ class Merger:
             if pair is not None:
                 change = layer.site.delta(*(factor.to(wide) for factor in pair))
             else:  # a small change of a large weight is lost in the difference of two fp32 sums
-                base = self._dense(torch.float32 if layer.site.weight.device.type == "mps" else torch.float64)
+                base = self._dense(widest(layer.site.weight.device))
                 ((_, dense),) = self._steps(base, [adapter])
                 change = (dense.weight - base.weight).to(wide)
         stored = getattr(layer.get_base_layer(), layer.site.parameter, change)  # some formats have no such Parameter

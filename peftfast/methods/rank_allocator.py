@@ -17,6 +17,7 @@ from peftfast.adapter import Adapter
 from peftfast.errors import PeftWarning, warn
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora.lora import factors
+from peftfast.ops.function import set_anew
 from peftfast.ops.orthogonality import by_shape
 from peftfast.sharding import put_together, taken_apart
 
@@ -426,8 +427,4 @@ def cut(parameter: Tensor, where: Tensor, dim: int, state: Any = None) -> None:
 def replace(parameter: Tensor, value: Tensor) -> None:
     """Give a Parameter other contents of another shape, without its gradient."""
     parameter.grad = None
-    # A loss of the last step that is still alive keeps the Parameter's accumulator, which checks gradients against the
-    # old shape. Assigning data of another type makes autograd forget it.
-    other = torch.float32 if value.dtype == torch.float64 else torch.float64
-    parameter.data = torch.empty(0, dtype=other, device=value.device)
-    parameter.data = value
+    set_anew(parameter, value)  # a loss of the last step that is still alive checks gradients against the old shape

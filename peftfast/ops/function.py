@@ -23,6 +23,14 @@ def fresh_if_compiled(y: Tensor) -> Tensor:
     return fresh(y) if torch.compiler.is_compiling() else y
 
 
+def set_anew(parameter: Tensor, value: Tensor) -> None:
+    """`parameter.data = value`, after which autograd awaits gradients anew, as if no graph that still is had used it:
+    data of another dtype in between makes it forget where it did."""
+    other = torch.float16 if value.dtype is torch.float32 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=value.device)
+    parameter.data = value
+
+
 class Apart:
     """The context of a Function whose gradients are to be differentiated: what is saved is there as often as it is
     asked for, and every tensor by itself, although one may be made of another, as where a layer is called twice."""

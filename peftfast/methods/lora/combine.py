@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftfast.adapter import Adapter
+from peftfast.devices import widest
 from peftfast.methods.combination import Combination, split_weight
 from peftfast.sites import Site
 
@@ -141,5 +142,5 @@ def rank_keeping(s: Tensor, share: float) -> int:
     first."""
     if not len(s):  # AdaLoRA has taken all ranks away
         return 1
-    energy = torch.cumsum(s.double() ** 2, 0)
+    energy = torch.cumsum(s.to(widest(s.device)) ** 2, 0)
     return min(int(torch.searchsorted(energy, share * energy[-1])) + 1, len(s))

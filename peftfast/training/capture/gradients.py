@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from peftfast.ops.function import set_anew
+
 
 class Gradients:
     """The gradients of the parameters that a step trains.
@@ -76,6 +78,4 @@ def _await_anew(parameters: Sequence[nn.Parameter]) -> None:
         return
     for p in parameters:
         if type(p) is nn.Parameter:
-            kept = p.data
-            p.data = kept.new_empty(0, dtype=torch.float32 if p.dtype is torch.float64 else torch.float64)
-            p.data = kept  # data of another dtype in between makes autograd forget
+            set_anew(p, p.data)

@@ -1,0 +1,131 @@
+"""Devices that lack what CPUs and CUDA have, as Apple's GPUs and some of Intel's do: here a CPU that refuses it."""
+
+import warnings
+
+import oracle
+import pytest
+import torch
+from oracle import TorchDispatchMode, inputs, llama, moved, randomised
+
+import peftfast
+from peftfast import devices
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+class Narrow(TorchDispatchMode):
+    """No operation makes a tensor in fp64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float64, torch.complex128):
+                raise TypeError(f"{func} makes {tensor.dtype}, which this device has not")
+        return out
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setattr(devices, "_WITH_FP64", ())
+    return Narrow()
+
+
+def adapted(**changes):
+    config = peftfast.LoraConfig(**{"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **changes})
+    return randomised(peftfast.get_peft_model(llama(), config))
+
+
+def logits(model):
+    return model(**inputs(model)).logits
+
+
+def merged(**changes):
+    def merge():
+        model = adapted(**changes)
+        before = logits(model)
+        changed = model.base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("default")
+        model.merge_adapter(safe_merge=True)
+        after = logits(model)
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), before)
+        return after, changed, logits(model.merge_and_unload())
+
+    merge.__name__ = " ".join(["merged", *changes])
+    return merge
+
+
+def adalora():
+    config = peftfast.AdaLoraConfig(
+        target_modules=TARGETS, task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=5, tinit=1, tfinal=2
+    )
+    model = moved(peftfast.get_peft_model(llama(), config))
+    model.base_model.shrink_after_final = True
+    return (torch.tensor(oracle.descend(model.train(), 6)),)
+
+
+def change(tensors):
+    return [tensors[k.replace("lora_A", "lora_B")] @ tensors[k] for k in sorted(tensors) if "lora_A" in k]
+
+
+def extracted():
+    tuned = adapted().merge_and_unload()
+    return [part for rank in (4, 0.9) for part in change(peftfast.extract_lora(llama(), tuned, rank=rank)[1])]
+
+
+def converted():
+    models = adapted(), adapted(use_dora=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [part for m in models for rank in (4, 0.9) for part in change(peftfast.convert_to_lora(m, rank)[1])]
+
+
+def calibrated():
+    model = llama()
+    ids = inputs(model)["input_ids"]
+    data = [{"input_ids": part, "labels": part} for part in ids.chunk(2)]
+    settings = {"init_lora_weights": "eva", "eva_config": peftfast.EvaConfig()}
+    config = peftfast.LoraConfig(r=4, target_modules=TARGETS, **settings)
+    ranks = [peftfast.discover_ranks(model, config, data, by=by) for by in ("variance", "gradient")]
+    state = peftfast.get_eva_state_dict(peftfast.get_peft_model(model, config), data, show_progress_bar=False)
+    return [torch.tensor([list(found.values()) for found in ranks]), *(part.abs() for part in state.values())]
+
+
+def captured():
+    model = adapted().train()
+    ids = inputs(model)["input_ids"]
+    batch = {"input_ids": ids, "labels": ids}
+    step = peftfast.capture_training_step(model, batch)
+    return (step(batch),)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        merged(use_dora=True), merged(trainable_token_indices=[1, 2]), adalora, extracted, converted, calibrated,
+        captured,
+    ],
+    ids=lambda run: run.__name__,
+)  # fmt: skip
+def test_what_is_computed_in_fp64_has_a_way_without(run, narrow):
+    torch.manual_seed(0)
+    expected = run()
+    torch.manual_seed(0)
+    with narrow:
+        found = run()
+    torch.testing.assert_close(list(found), list(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_singular_values_that_a_device_does_not_find_are_found_by_the_host(monkeypatch):
+    own, asked = torch.linalg.svdvals, []
+
+    def svdvals(matrix):
+        asked.append(matrix)
+        if len(asked) == 1:
+            raise NotImplementedError(
+                "The operator 'aten::_linalg_svd.U' is not currently implemented for the MPS device"
+            )
+        return own(matrix)
+
+    monkeypatch.setattr(torch.linalg, "svdvals", svdvals)
+    assert torch.equal(devices.singular_values(torch.diag(torch.tensor([1.0, 3.0]))), torch.tensor([3.0, 1.0]))
+    assert len(asked) == 2
