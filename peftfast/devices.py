@@ -1,6 +1,9 @@
-"""What not every device has: fp64, and every decomposition."""
+"""What not every device has: fp64, every decomposition, and random numbers that PyTorch keeps apart by itself."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,3 +25,18 @@ def singular_values(matrix: Tensor) -> Tensor:
         return torch.linalg.svdvals(matrix)
     except NotImplementedError:
         return torch.linalg.svdvals(matrix.cpu()).to(matrix.device)
+
+
+@contextmanager
+def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Afterwards the random numbers of the host and of this device go on as if none had been drawn.
+
+    Args:
+        seed: where those of the device begin inside; `torch.manual_seed` would begin those of all devices anew.
+    """
+    apart = [] if device.type in ("cpu", "meta") else [device]
+    with torch.random.fork_rng(apart, device_type=device.type if apart else None):
+        if seed is not None:
+            state = torch.Generator(*apart).manual_seed(seed).get_state()
+            (torch.get_device_module(device) if apart else torch).set_rng_state(state, *apart)
+        yield

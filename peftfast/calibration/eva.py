@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.calibration.ranks import drop_adapter, resize_adapter
-from peftfast.devices import widest
+from peftfast.devices import forked, widest
 from peftfast.errors import PeftWarning, close_matches, enumerate_some, no_such_adapter, warn
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
@@ -61,8 +61,7 @@ class RunningComponents:
             )
             scatter = scatter + self.scatter + weight**2 * shift.square().sum()
             mean = mean + shift * (self.seen / total)
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            torch.manual_seed(42)  # the same data gives the same components
+        with forked(x.device, 42):  # the same data gives the same components
             _, s, v = torch.svd_lowrank(centred, q=min(2 * self.count, *centred.shape), niter=4)
         v = v.t()
         largest = v.gather(1, v.abs().argmax(1, keepdim=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftfast.base.dense import was_conv1d
 from peftfast.config import PeftConfig
-from peftfast.devices import widest
+from peftfast.devices import forked, widest
 from peftfast.keys import PREFIX
 from peftfast.methods.lora.combine import padded, rank_keeping
 from peftfast.methods.lora.config import LoraConfig
@@ -86,8 +86,7 @@ def svd(change: Tensor, rank: int | float) -> Svd:
     least = min(change.shape)
     if isinstance(rank, float) or least < LARGE or 8 * rank > least:
         return Svd(*torch.linalg.svd(change, full_matrices=False), energy)
-    with torch.random.fork_rng(devices=[change.device] if change.is_cuda else []):
-        torch.manual_seed(0)
+    with forked(change.device, 0):
         u, s, v = torch.svd_lowrank(change, q=2 * rank, niter=ITERATIONS)
     return Svd(u, s, v.mT, energy)
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.devices import forked
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.ops.blocks import fit_together, gated_mlp, lora_siblings
 from peftfast.ops.composed import composes
@@ -296,7 +297,7 @@ class GatedMlp:
         if not 0.0 < least < math.inf:  # all are alike there
             return
         inputs = [x, x * max(1.0, FAR / least)]
-        with without_dropout(*layers), uncounted(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        with without_dropout(*layers), uncounted(), forked(x.device):
             truths = [self._plain(x.clone()) for x in inputs]  # which may write to its input
         for names in self.candidates:
             parts = self._fitting(x, names, dropout=False)

@@ -9,6 +9,7 @@ from oracle import TorchDispatchMode, inputs, llama, moved, randomised
 
 import peftfast
 from peftfast import devices
+from peftfast.extraction.factors import svd
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -129,3 +130,19 @@ def test_singular_values_that_a_device_does_not_find_are_found_by_the_host(monke
     monkeypatch.setattr(torch.linalg, "svdvals", svdvals)
     assert torch.equal(devices.singular_values(torch.diag(torch.tensor([1.0, 3.0]))), torch.tensor([3.0, 1.0]))
     assert len(asked) == 2
+
+
+def test_what_is_drawn_from_a_seed_of_its_own_moves_no_device(monkeypatch):
+    """`torch.manual_seed` begins the random numbers of all devices anew, of which one alone is restored."""
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(9)
+    seeded = torch.rand(2)
+    torch.manual_seed(3)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("it begins those of other devices anew"))
+    with devices.forked(torch.device("cpu"), 9):
+        assert torch.equal(torch.rand(2), seeded)
+    components = peftfast.calibration.eva.RunningComponents(2)
+    components.update(torch.eye(8, 4), 0.9)
+    svd(torch.eye(600), 4)
+    assert torch.equal(torch.rand(2), expected)
