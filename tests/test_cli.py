@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from oracle import llama
 from processes import environment, run
 from safetensors.torch import load_file
 
-from peftfast.cli import INTERRUPTED, USAGE_ERROR, _checks, _data, _loop, _settings, main
+from peftfast.cli import INTERRUPTED, USAGE_ERROR, UserError, _checks, _data, _loop, _settings, _setup, main
 from peftfast.cli._data import IGNORED, Corpus, Document, Row
 
 BASE = _settings.EMBEDDED_BASE
@@ -212,6 +213,37 @@ def test_env(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert "peftfast" in out and torch.__version__ in out and out.isascii()
+
+
+def test_intels_gpus_are_found(monkeypatch, capsys):
+    gpu = SimpleNamespace(name="Arc", total_memory=2**34, has_fp64=False)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert [_setup.choose_device(name) for name in (None, "xpu", "xpu:1", "cpu")] == ["xpu", "xpu", "xpu:1", "cpu"]
+    with pytest.raises(UserError, match="'xpu:2' is not available here; choose from xpu:0, xpu:1, "):
+        _setup.choose_device("xpu:2")
+    assert main(["env"]) == 0
+    assert "GPU 1 " in (out := capsys.readouterr().out) and "Arc, 16.0 GiB, fp64: False" in out
+
+
+def test_other_devices_are_waited_for_and_keep_their_random_numbers(monkeypatch):
+    waited, states = [], {"mps": torch.tensor([1])}
+    module = SimpleNamespace(
+        get_rng_state=states.get, set_rng_state=lambda state, device: states.update({device: state})
+    )
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: waited.append(device.type))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    _loop.synchronize("mps")
+    _loop.synchronize("cpu")
+    assert waited == ["mps"]
+    kept = _loop.random_numbers("mps")
+    states["mps"] = torch.tensor([2])
+    for other in (None, ("cuda", torch.tensor([3]))):
+        _loop.set_random_numbers("mps", other)
+    assert states["mps"] == 2 and _loop.random_numbers("cpu") is None
+    _loop.set_random_numbers("mps", kept)
+    assert states["mps"] == 1
 
 
 @pytest.mark.parametrize("options", [["--help"], ["--version"], ["train", "--help"]])

@@ -150,7 +150,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.device.startswith("cuda") else [],
+            "random_device": random_numbers(self.device),
             "random_own": {n: m.random_state() for n, m in self.samplers()},
         }
         with writing(self.folder):
@@ -192,8 +192,7 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         torch.set_rng_state(state["random"])
-        if self.device.startswith("cuda") and len(state["random_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        set_random_numbers(self.device, state["random_device"])
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -221,7 +220,20 @@ def evaluate(model: torch.nn.Module, rows: Sequence[Row], pad: int, batch_size: 
     return total / count
 
 
+def random_numbers(device: str) -> tuple[str, torch.Tensor] | None:
+    """The type of a device and where its own random numbers are; None for the CPU, whose are torch's."""
+    if device == "cpu":
+        return None
+    return torch.device(device).type, torch.get_device_module(device).get_rng_state(device)
+
+
+def set_random_numbers(device: str, kept: tuple[str, torch.Tensor] | None) -> None:
+    """Go on where they were, on a device of the type that they are of."""
+    if kept is not None and kept[0] == torch.device(device).type:
+        torch.get_device_module(device).set_rng_state(kept[1], device)
+
+
 def synchronize(device: str) -> None:
     """Wait for the device, so that the clock measures work and not its queue."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+    if device != "cpu":
+        torch.accelerator.synchronize(torch.device(device))

@@ -139,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize", choices=("none", "nf4", "fp4", "int8"), help="store the base model so, with bitsandbytes (none)"
     )
-    group.add_argument("--device", help="for example cpu, cuda, cuda:1, mps (the fastest there is)")
+    group.add_argument("--device", help="for example cpu, cuda, cuda:1, xpu, mps (the fastest there is)")
 
     add_adapter(parser)
 

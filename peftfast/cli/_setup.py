@@ -44,12 +44,12 @@ def choose_device(name: str | None) -> str:
     """`name` if it can be used here, or the fastest device there is."""
     import torch
 
-    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found = [f"{kind}:{i}" for kind in ("cuda", "xpu") for i in range(torch.get_device_module(kind).device_count())]
     found += ["mps"] if torch.backends.mps.is_available() else []
     found.append("cpu")
     if name is None:
         return found[0].removesuffix(":0")
-    if name not in found and not (name == "cuda" and "cuda:0" in found):
+    if name not in found and f"{name}:0" not in found:
         raise UserError(f"--device {name!r} is not available here; choose from {', '.join(found)}")
     return name
 

@@ -59,7 +59,10 @@ def facts() -> list[tuple[str, str]]:
                 f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, compute capability {gpu.major}.{gpu.minor}",
             )
         )
-    if not torch.cuda.device_count():
+    for index in range(torch.xpu.device_count()):
+        gpu = torch.xpu.get_device_properties(index)
+        rows.append((f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, fp64: {gpu.has_fp64}"))
+    if not torch.cuda.device_count() + torch.xpu.device_count():
         rows.append(("GPU", "Apple MPS" if torch.backends.mps.is_available() else "none found"))
     rows += sorted((k, v) for k, v in os.environ.items() if k.startswith(("PEFTFAST_", "TRITON_INTERPRET")))
     return rows
