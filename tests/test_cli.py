@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -213,6 +214,15 @@ def test_env(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert "peftfast" in out and torch.__version__ in out and out.isascii()
+
+
+def test_letters_that_the_output_has_not_are_written_as_numbers(monkeypatch):
+    """What is redirected on Windows has an encoding of few letters."""
+    written = io.BytesIO()
+    monkeypatch.setenv("PEFTFAST_TABLES", "a folder \N{HIRAGANA LETTER A}")
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    assert main(["env"]) == 0
+    assert rb"a folder \u3042" in written.getvalue()
 
 
 def test_intels_gpus_are_found(monkeypatch, capsys):

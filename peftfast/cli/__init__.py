@@ -68,6 +68,8 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if hasattr(sys.stdout, "reconfigure"):  # what is redirected on Windows has an encoding of few letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             return _run(argv)
