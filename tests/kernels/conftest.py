@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.path.parent == HERE and "device" in item.fixturenames:
                 item.add_marker(pytest.mark.cuda)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """There is no Triton on Windows and macOS: tests that fail for want of it are skipped there."""
+    try:
+        return (yield)
+    except (ModuleNotFoundError, RuntimeError) as error:
+        if find_spec("triton") is not None or "triton" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ def test_without_a_compiler_for_triton_torch_computes(monkeypatch):
 def test_gpus_without_matrix_units_that_triton_uses_are_left_to_torch(monkeypatch, capability, usable):
     """Each by itself: there may be several kinds in a machine."""
     monkeypatch.setattr(op, "_usable", {0: True})
+    monkeypatch.setattr(op, "has_triton", lambda: True)
     monkeypatch.setattr(op, "_has_driver", lambda: True)
     monkeypatch.setattr(op, "is_interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

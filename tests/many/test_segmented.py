@@ -16,6 +16,8 @@ from peftfast.many.router import resolve
 from peftfast.ops import routed
 from peftfast_kernels import OPS, make_route, use_backend
 
+pytest.importorskip("triton")
+
 MIX = ["one", "two", BASE, "one", "three", "three"]
 
 
