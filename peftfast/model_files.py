@@ -21,7 +21,7 @@ from peftfast.files.fit import Fit, fit_state_dict, judge
 from peftfast.files.hub import upload
 from peftfast.files.io import (
     Stored,
-    adapter_folder,
+    adapter_folders,
     auto_mapping_of,
     check_arguments,
     check_folder,
@@ -100,17 +100,17 @@ class HasFiles:
                 "Modules that modules_to_save names are.",
                 PeftWarning,
             )
-        os.makedirs(save_directory, exist_ok=True)
+        folders = adapter_folders(save_directory, names)
         # what was rewritten is for the weights before the initialisation, which are not here
         base_record = "" if start is not None else fingerprint(self.get_base_model())
         for name, cfg, tensors in prepared:
             base = cfg.base_model_name_or_path or getattr(self.get_base_model(), "name_or_path", None) or None
             cfg.base_model_name_or_path = base
             save_adapter(
-                adapter_folder(save_directory, name), cfg, tensors,
+                folders[name], cfg, tensors,
                 auto_mapping=auto_mapping_of(self.get_base_model(), cfg), safe=safe_serialization, base=base_record,
             )  # fmt: skip
-            self._tuner.save_beside(name, adapter_folder(save_directory, name))
+            self._tuner.save_beside(name, folders[name])
         activation = Activation(list(self.active_adapters), self._tuner.inventory.enabled)
         write_activation(Path(save_directory), activation)
         self.create_or_update_model_card(save_directory)

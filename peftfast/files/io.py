@@ -32,10 +32,26 @@ from peftfast.keys import PREFIX
 
 
 # ---- writing --------------------------------------------------------------------------------------------
-def adapter_folder(save_directory: str | os.PathLike, adapter_name: str) -> Path:
-    """Where an adapter of this name is saved: the folder itself for "default", a sub-folder for any other."""
-    folder = Path(save_directory)
-    return folder if adapter_name == "default" else folder / adapter_name
+def adapter_folders(save_directory: str | os.PathLike, adapter_names: Iterable[str]) -> dict[str, Path]:
+    """Where adapters of these names are saved, made if need be: the folder itself for "default", a sub-folder for any
+    other.
+
+    Raises:
+        ValueError: two names are one folder, as "A" and "a" are on macOS and Windows.
+    """
+    folders: dict[str, Path] = {}
+    owners: dict[tuple[int, int], str] = {}
+    for name in adapter_names:
+        folder = folders[name] = Path(save_directory) if name == "default" else Path(save_directory, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = folder.stat()
+        other = owners.setdefault((found.st_dev, found.st_ino), name)
+        if other != name:
+            raise ValueError(
+                f"The adapters {other!r} and {name!r} have one folder here, {str(folder)!r}: one would be written over "
+                "the other. Save them to different folders (selected_adapters=)"
+            )
+    return folders
 
 
 def check_folder(save_directory: str | os.PathLike) -> None:

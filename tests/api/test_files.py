@@ -43,6 +43,20 @@ def from_folder(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_names_that_are_one_folder_are_refused(tmp_path):
+    """As "A" and "a" are on macOS and Windows; here a link makes them one."""
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(**OPTIONS), adapter_name="a")
+    model.add_adapter("A", LoraConfig(**OPTIONS))
+    (tmp_path / "a").mkdir()
+    if not (tmp_path / "A").exists():
+        (tmp_path / "A").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match="'a' and 'A' have one folder here, .*A.: .*selected_adapters"):
+        model.save_pretrained(tmp_path)
+    assert not files(tmp_path)
+    model.save_pretrained(tmp_path, selected_adapters=["A"])
+    assert "a/adapter_model.safetensors" in files(tmp_path)
+
+
 def test_sub_folders_of_several_adapters(tmp_path):
     twins = oracle.Twins(oracle.llama, OPTIONS)
     for model, library in ((twins.ours, peftfast), (twins.theirs, peft)):
