@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -107,7 +107,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     there = path.is_dir()
     parent = path if there else path.parent
     parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}.", suffix=".tmp"))
+    room = _room(parent, path.name)
     moved = []
     try:
         yield room
@@ -119,7 +119,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 moved.append(one.rename(path / one.name))
             room.rmdir()
         else:
-            os.chmod(room, 0o777 & ~_UMASK)
             with suppress(FileNotFoundError):
                 path.rmdir()
             os.rename(room, path)
@@ -210,12 +209,20 @@ def _unfinished(folder: Path, name: str) -> str | None:
     return None
 
 
+def _room(parent: Path, name: str) -> Path:
+    """A new folder for what is to become `name`. One of `tempfile`'s is its user's alone, and so is, on Windows, what
+    was written in there."""
+    room = parent / f".{name}.{secrets.token_hex(8)}.tmp"
+    os.mkdir(room)
+    return room
+
+
 def _write_beside(path: Path, content: Content) -> Path:
     """Write to a temporary file, down to the disk; returns its path. It is alone in a folder beside `path`, because
     safetensors writes temporary files of its own next to it, under names that nobody could tell from a user's."""
     room = None
     try:
-        room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        room = _room(path.parent, path.name)
         temporary = room / path.name
         if callable(content):
             content(str(temporary))

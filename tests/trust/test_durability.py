@@ -15,7 +15,7 @@ import pytest
 import torch
 from trust.attacks import CONFIG, WEIGHTS, trained, versions, whole
 
-from peftfast.files.atomic import _digest
+from peftfast.files.atomic import _digest, whole_folder
 from peftfast.files.io import save_adapter, write_safetensors
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and resource limits")
@@ -50,6 +50,18 @@ def in_a_process(act) -> None:
             os._exit(1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_is_saved_is_for_whom_other_files_are(folder, monkeypatch):
+    """From Python 3.12.4 on, what is moved out of a folder of mode 0o700 stays its user's alone on Windows."""
+    modes, make = [], os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777, **more: (modes.append(mode), make(path, mode, **more))[1])
+    save_adapter(folder, *versions()[1], auto_mapping=None)
+    with whole_folder(folder.parent / "new"):
+        assert modes and set(modes) == {0o777}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (folder.parent / "new").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
