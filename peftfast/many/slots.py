@@ -160,9 +160,9 @@ class Slots:
             # of a stack of experts each one's ranks are padded by themselves
             experts = self._inventory.layers[key].site.experts
             rows, r = a[index].unflatten(0, (experts, -1)), down.shape[0] // experts
-            rows[:, :r].copy_(down.unflatten(0, (experts, -1)), non_blocking=True)
+            rows[:, :r].copy_(down.unflatten(0, (experts, -1)), non_blocking=a.is_cuda)
             rows[:, r:].zero_()
-            b[index][:, : up.shape[1]].copy_(up, non_blocking=True)
+            b[index][:, : up.shape[1]].copy_(up, non_blocking=b.is_cuda)
             b[index][:, up.shape[1] :].zero_()
             scale[index] = value
 

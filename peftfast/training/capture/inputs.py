@@ -39,7 +39,7 @@ def copy_batch(inputs: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
     """A batch that fits, into the buffers."""
     for name, buffer in inputs.items():
         if isinstance(buffer, Tensor):
-            buffer.copy_(batch[name], non_blocking=True)
+            buffer.copy_(batch[name], non_blocking=buffer.is_cuda)
 
 
 def _short(value: Any) -> str:
