@@ -145,7 +145,7 @@ def kept_copy(tensor: Tensor, host: bool) -> Tensor:
     """A copy beside the tensor, or in host memory (pinned, where that makes the way back faster)."""
     if not host or tensor.device.type == "cpu":
         return _copy(tensor.detach())
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
     return copy.copy_(tensor.detach())
 
 

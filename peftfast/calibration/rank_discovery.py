@@ -157,7 +157,7 @@ def _gradients(
         weight = base_weight(module)
         n, k = weight.shape
         q = min(limits[name] + OVERSAMPLING, n, k)
-        basis, _ = torch.linalg.qr(torch.randn(k, q, generator=generator))
+        basis, _ = torch.linalg.qr(torch.randn(k, q, device="cpu", generator=generator))
         random[name] = (basis * (k / q) ** 0.5).to(weight.device)
         sketches[name] = torch.zeros(n, q, device=weight.device)
 

@@ -269,7 +269,7 @@ def _count(shape: Sequence[int]) -> int:
 
 
 def _for_host(tensor: Tensor, like: Tensor) -> Tensor:
-    copy = torch.empty(tensor.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+    copy = torch.empty(tensor.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
     return copy.copy_(tensor)
 
 

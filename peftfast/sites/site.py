@@ -405,7 +405,7 @@ def probe_of(site: Site, *shape: int) -> Tensor | None:
     weight = module.weight
     if weight.is_meta or not is_plain(weight):
         return None
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    numbers = torch.randn(shape, device="cpu", generator=torch.Generator().manual_seed(0))
     return numbers.to(device=weight.device, dtype=weight.dtype)
 
 

@@ -244,7 +244,7 @@ class AdaLoraModel(LoraModel):
         from matplotlib.figure import Figure
 
         names = list(history[0].ranks)
-        table = torch.tensor([[entry.ranks[n] for n in names] for entry in history]).t()
+        table = torch.tensor([[entry.ranks[n] for n in names] for entry in history], device="cpu").t()
         figure = Figure(figsize=(8, max(3.0, 0.22 * len(names))), layout="constrained")
         axes = figure.subplots()
         steps = [entry.step for entry in history]

@@ -1,5 +1,6 @@
 """Devices that lack what CPUs and CUDA have, as Apple's GPUs and some of Intel's do: here a CPU that refuses it."""
 
+import copy
 import warnings
 
 import oracle
@@ -12,6 +13,7 @@ from peftfast import devices
 from peftfast.extraction.factors import svd
 
 TARGETS = ["q_proj", "down_proj"]
+FACTORS = {"A": (2, 24), "B": (16, 2)}
 
 
 class Narrow(TorchDispatchMode):
@@ -169,3 +171,33 @@ def test_copies_to_devices_other_than_cuda_are_waited_for(tmp_path):
         step(batch)
         pool(**inputs(model), adapter_names=["one", "one"])
     pool.close()
+
+
+class Own(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_what_the_host_makes_is_there_whatever_the_default_device_is():
+    """As after `torch.set_default_device("cuda")`; the default here holds no numbers."""
+    layer, x = Own(24, 16), torch.randn(4, 24)
+    config = peftfast.LoraConfig(r=2, target_modules=["m"], init_lora_weights="pissa_niter_2")
+    factors = {f"base_model.model.m.lora_{side}.weight": torch.randn(shape) for side, shape in FACTORS.items()}
+
+    def run():
+        base = oracle.One(copy.deepcopy(layer))
+        how = {"by": "gradient", "forward_fn": lambda model, batch: model(batch), "loss_fn": torch.sum}
+        yield peftfast.discover_ranks(base, peftfast.LoraConfig(r=2, target_modules=["m"]), [x], **how)
+        pool = peftfast.AdapterPool(base, 1, target_modules=["m"])
+        pool.register("one", (peftfast.LoraConfig(r=2, target_modules=["m"]), factors))
+        yield pool(x, adapter_names=["one"] * 4)
+        pool.close()
+        adapted = peftfast.get_peft_model(oracle.One(copy.deepcopy(layer)), config)
+        yield adapted.base_model.model.m.weight
+        adapted.merge_adapter()  # which tries modules that have a forward of their own
+        yield adapted(x)
+
+    expected = list(run())
+    with torch.device("meta"):
+        found = list(run())
+    torch.testing.assert_close(found, expected)

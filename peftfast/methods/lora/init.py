@@ -277,7 +277,7 @@ def _pissa(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
         u, s, vh = u[:, :r], s[:r], vh[:r]
     else:
         # always the same numbers, on every device: who loads the adapter has to take out of the base what was taken
-        start = torch.randn(weight.shape[1], r, generator=torch.Generator().manual_seed(0)).to(weight)
+        start = torch.randn(weight.shape[1], r, device="cpu", generator=torch.Generator().manual_seed(0)).to(weight)
         basis = torch.linalg.qr(weight @ start).Q
         for _ in range(int(choice.rpartition("_")[2])):
             basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.t() @ basis).Q).Q

@@ -177,7 +177,7 @@ class MontecloraSampler(nn.Module):
                 self.__dict__["_ahead"] = _Ahead(self)
             z, draw = self._ahead.take()
         else:
-            seed = int(torch.randint(2**62, ()))  # from the host's stream, so that a GPU is not waited for
+            seed = int(torch.randint(2**62, (), device="cpu"))  # so that a GPU is not waited for
             generator = torch.Generator(device).manual_seed(seed)
             draw = Draw(
                 _wishart_diagonal(self.out_features, device, generator),

@@ -84,5 +84,5 @@ def same(ours: Callable[..., Any], theirs: Callable[..., Any], *inputs: Tensor) 
 
 def probe(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers that do not come from, and do not advance, the random generator."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(shape, device="cpu", generator=torch.Generator().manual_seed(0))
     return values.to(device=like.device, dtype=dtype or like.dtype)
