@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,8 @@ class Adapter:
         slots: Mapping[str, Slot],
         layer: BaseTunerLayer,
     ) -> None:
-        self.name, self.cfg, self.key, self.method, self.slots, self._layer = name, cfg, key, method, slots, layer
+        self.name, self.cfg, self.key, self.method, self.slots = name, cfg, key, method, slots
+        self._layer = weakref.ref(layer)  # an `Owner` in fewer steps
         # of every slot: the dict and key of its Parameter, the module of that dict, and the dict and key of this module
         self._where: dict[str, tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]] = {}
         self._dropouts: Mapping[str, nn.Module] = {}
@@ -51,7 +53,7 @@ class Adapter:
     def locate(self) -> None:
         """Find the Parameters' places anew, after modules were added or replaced."""
         self._where.clear()
-        kept = self._layer._modules
+        kept = self._layer()._modules
         self._dropouts = kept["lora_dropout"]._modules if "lora_dropout" in kept else {}
         held, biased = [], []
         for slot_name, slot in self.slots.items():
@@ -78,16 +80,16 @@ class Adapter:
             return site
         if holders.replaced:
             self.locate()
-            self._layer._plan = None
+            self._layer()._plan = None
             holders = self.holders
-        return site if holders.are_products() else CalledSite(site, holders, self._layer.cast_input_dtype_enabled)
+        return site if holders.are_products() else CalledSite(site, holders, self._layer().cast_input_dtype_enabled)
 
     def _found(self, slot: str) -> tuple[dict[str, Any], str, nn.Module]:
         """Where a slot's Parameter is kept now: others may have put another module there."""
         parameters, key, owner, above, name = self._where[slot]
         if above.get(name) is not owner:
             self.locate()
-            self._layer._plan = None
+            self._layer()._plan = None
             parameters, key, owner, _, _ = self._where[slot]
         return parameters, key, owner
 
@@ -105,7 +107,7 @@ class Adapter:
             yield parameters, key, parameters.get(key)
             slot_name, _, leaf = where.partition(".")
             if not leaf and self.slots[slot_name].holder is not None:
-                yield getattr(self._layer, slot_name)._modules, self.name, owner
+                yield getattr(self._layer(), slot_name)._modules, self.name, owner
 
     def __contains__(self, slot: str) -> bool:
         return slot in self._where
@@ -121,55 +123,55 @@ class Adapter:
 
     def settings_of(self, name: str) -> Mapping[str, Any]:
         """What the layer keeps under `name` for every adapter."""
-        return getattr(self._layer, name)
+        return getattr(self._layer(), name)
 
     @property
     def kept(self) -> Mapping[str, Any]:
-        """All that the layer keeps besides tensors, by name. Others may put a new dict in the place of one in it."""
-        return self._layer.__dict__
+        """What the layer keeps besides tensors and others may put something new in the place of, by name."""
+        return self._layer().replaceable
 
     def setting(self, name: str) -> Any:
         """What the layer keeps for this adapter under `name`: a rank, a scaling, a dropout module."""
-        return getattr(self._layer, name)[self.name]
+        return getattr(self._layer(), name)[self.name]
 
     def change(self, name: str, value: Any) -> None:
         """Write what the layer keeps under `name`."""
-        getattr(self._layer, name)[self.name] = value
+        getattr(self._layer(), name)[self.name] = value
 
     @property
     def others(self) -> Mapping[str, Adapter]:
         """All adapters here by name, this one among them, live."""
-        return self._layer.adapters
+        return self._layer().adapters
 
     @property
     def merged(self) -> list[Adapter]:
         """Those of `others` that are inside the weight."""
-        return [self._layer.adapters[name] for name in self._layer.__dict__["_merged"]]
+        return [self._layer().adapters[name] for name in self._layer().__dict__["_merged"]]
 
     @property
     def site(self) -> Site:
         """Where it is."""
-        return self._layer.site
+        return self._layer().site
 
     @property
     def training(self) -> bool:
         """Whether its layer is training."""
-        return self._layer.training
+        return self._layer().training
 
     @property
     def derived(self) -> dict[Any, Any]:
         """What methods make of the adapters here and keep from call to call; emptied when something other than training
         wrote to one, and never copied or saved."""
-        return self._layer.derived
+        return self._layer().derived
 
     @property
     def noted(self) -> Any:
         """What its method noted of the call of the model under way; None: nothing, see `Noting`."""
-        return self._layer.control.noted(self.name)
+        return self._layer().control.noted(self.name)
 
     @property
     def scale(self) -> float:
-        return self._layer.scaling[self.name]
+        return self._layer().scaling[self.name]
 
     @property
     def dropout(self) -> float:
@@ -179,7 +181,7 @@ class Adapter:
 
     def __reduce__(self) -> tuple:
         # the layer, which is still being unpickled, runs `locate` when it has everything
-        return Adapter, (self.name, self.cfg, self.key, self.method, self.slots, self._layer)
+        return Adapter, (self.name, self.cfg, self.key, self.method, self.slots, self._layer())
 
     def __deepcopy__(self, memo: dict) -> Adapter:
         import copy
@@ -190,5 +192,5 @@ class Adapter:
             self.key,
             self.method,
             self.slots,
-            copy.deepcopy(self._layer, memo),
+            copy.deepcopy(self._layer(), memo),
         )

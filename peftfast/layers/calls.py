@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +66,9 @@ class CalledLayer:
             mix = Mix(self.adapters, routing.names, tuple)
         else:
             verdicts = self.control.verdicts(routing)
-            mix = verdicts.mixes.get(self)
+            mix = verdicts.mixes.get(ref(self))
             if mix is None:
-                mix = verdicts.mixes[self] = Mix(self.adapters, routing.names)
+                mix = verdicts.mixes[ref(self)] = Mix(self.adapters, routing.names)
             elif mix.single is not None and routing.arranges(x) and not args and not kwargs:
                 y = self._short(routing, x, mix.single, verdicts)
                 if y is not None:

@@ -64,6 +64,9 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merger = Merger(self)
+        #: What others may put something new in the place of, for those who watch: the dict of all attributes, held by
+        #: one of them, would keep the layer until the collector comes.
+        self.replaceable: dict[str, Any] = {}
         self.merged_adapters = []
         self._initial_scaling: dict[str, float] = {}
         # not submodules: views and helpers that hold no parameter of their own
@@ -157,6 +160,8 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         if known and name == "base_layer":
             self._look_at(value)
         super().__setattr__(name, value)
+        if name == "scaling":
+            self.replaceable[name] = value
         if known:
             for adapter in self.adapters.values():
                 adapter.locate()
@@ -332,7 +337,8 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
 
     @merged_adapters.setter
     def merged_adapters(self, names: Sequence[str]) -> None:
-        self.__dict__["_merged"] = list(names)  # torch 2.11 compiles no property that reads its own name there
+        # torch 2.11 compiles no property that reads its own name there
+        self.__dict__["_merged"] = self.replaceable["_merged"] = list(names)
         self._plan = None
         if not names:
             self.merger.forget()

@@ -17,6 +17,7 @@ from peftfast.errors import no_such_adapter, warn
 from peftfast.layers.calls import CalledLayer
 from peftfast.layers.walk import base_modules, base_parameters
 from peftfast.ops.finite import is_finite
+from peftfast.owner import Owner
 from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
 from peftfast.sites import Dense, bias_of
 
@@ -107,16 +108,21 @@ class Merger:
     """Merges into one layer's base weight and restores it. Which adapters are inside is `layer.merged_adapters`.
 
     Attributes:
+        layer: which has this merger.
         kept: bytes of the base while adapters are merged; None while nothing is, or where it was merged for good.
         rounded: what became of the weight, where storing it rounds.
         sources: adapter -> the layer whose factors it shares, and which merges a weight that both have.
     """
 
     def __init__(self, layer: BaseTunerLayer) -> None:
-        self.layer = layer
+        self._here = Owner(layer)
         self.kept: dict[str, Any] | None = None
         self.rounded: Rounded | None = None
         self.sources: dict[str, BaseTunerLayer] = {}
+
+    @property
+    def layer(self) -> BaseTunerLayer:
+        return self._here()
 
     @property
     def _parameter(self) -> nn.Parameter:

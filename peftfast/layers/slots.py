@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfast.owner import Owner
 from peftfast.sites.site import Slot
 
 if TYPE_CHECKING:
@@ -124,12 +125,12 @@ class TransposedView(nn.Module):
 
     def __init__(self, source: BaseTunerLayer, slot: str, adapter: str) -> None:
         super().__init__()
-        self.__dict__["_source"] = (source, slot, adapter)
+        self.__dict__["_source"] = (Owner(source), slot, adapter)  # whose batches' factors may be this one's
 
     @property
     def weight(self) -> Tensor:
         source, slot, adapter = self.__dict__["_source"]
-        return source.adapters[adapter][slot].t()
+        return source().adapters[adapter][slot].t()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)

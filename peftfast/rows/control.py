@@ -171,14 +171,14 @@ class Control:
 
     def kept(self, layer: Any) -> list[Kept | None]:
         """What methods keep for a layer."""
-        own = [mixes[layer] for mixes in self._mixes.values() if layer in mixes]
+        own = [mixes[here] for mixes in self._mixes.values() if (here := weakref.ref(layer)) in mixes]
         return [step.adapters.kept for mix in own for step in mix.steps]
 
     def forget(self, layer: Any, name: str | None = None) -> None:
         """Keep nothing for a layer that adapter `name` is part of; None: nothing at all."""
         for names, mixes in self._mixes.items():
             if name is None or name in names:
-                mixes.pop(layer, None)
+                mixes.pop(weakref.ref(layer), None)
 
     def outdate(self) -> None:
         """Keep nothing that was made of factors, which may have been written to without a trace."""

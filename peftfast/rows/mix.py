@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import ref
 
 from torch import Tensor
 
@@ -96,8 +97,8 @@ def _order(group: tuple[AdapterMethod, Any]) -> int:
     return getattr(group[0], "order", 0)
 
 
-#: The mixes of all layers of a model for one set of adapters, by layer.
-Mixes = dict[Any, Mix]
+#: The mixes of all layers of a model for one set of adapters, by layer; the layers have what these are kept in.
+Mixes = dict[ref[Any], Mix]
 
 
 def groups_of(mixes: Mixes) -> list[Group]:

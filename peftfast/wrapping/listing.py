@@ -14,6 +14,7 @@ from peftfast.layers.parameter import ParameterLayer
 from peftfast.layers.saved_modules import TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import outer_modules, put
+from peftfast.owner import Owner
 from peftfast.rows.control import Control
 from peftfast.sites.parameter import ParameterSite
 
@@ -26,7 +27,7 @@ class Listing:
 
     Attributes:
         model: the base model, changed in place.
-        names: of every base module -> where it hangs.
+        names: of every base module -> where it hangs; None: in the model itself.
         layers: module name -> the layer that replaced it.
         extras: module name -> what else stands there: a module saved beside the adapter, a layer that a user wrote.
         active: names of the adapters that act in every layer.
@@ -34,16 +35,20 @@ class Listing:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._root = Owner(model)
         self.layers: dict[str, BaseTunerLayer] = {}
         self.extras: dict[str, StandIn] = {}
         self.active: list[str] = []
         self.control = Control()
         self._list()
 
+    @property
+    def model(self) -> nn.Module:
+        return self._root()
+
     def _list(self) -> None:
         """Find every module of the model, and the layers that are there already."""
-        self.names: dict[str, list[tuple[nn.Module, str]]] = {}
+        self.names: dict[str, list[tuple[nn.Module | None, str]]] = {}
         self._inner: dict[str, list[tuple[nn.Module, str]]] = {}  # layers inside layers: where those hang
         first_place: dict[int, str] = {}
         seen: dict[str, nn.Module] = {}
@@ -52,7 +57,7 @@ class Listing:
             if not name:
                 continue
             parent_name, _, attribute = name.rpartition(".")
-            parent = seen[parent_name]
+            parent = seen[parent_name] if parent_name else None
             if isinstance(module, ParameterLayer):
                 self._list_nest(name, module.nest())
             elif isinstance(module, BaseTunerLayer):
@@ -82,7 +87,8 @@ class Listing:
         self.layers[name] = layer
 
     def _hangs(self, name: str) -> list[tuple[nn.Module, str]]:
-        return self.names[name] if name in self.names else self._inner[name]
+        hangs = self.names[name] if name in self.names else self._inner[name]
+        return [(self.model if parent is None else parent, attribute) for parent, attribute in hangs]
 
     def module(self, name: str) -> nn.Module:
         """What stands at `name` now: the module, or what replaced it."""

@@ -381,6 +381,51 @@ def test_the_config_of_a_deleted_adapter_is_kept_nowhere():
     assert [config() for config in configs] == [None, None]
 
 
+QV = ["q_proj", "v_proj"]
+EVERYWHERE = ["embed_tokens", *QV, "lm_head"]
+LIVES = {
+    "lora": peftfast.LoraConfig(target_modules="all-linear", lora_dropout=0.1),
+    "dora": peftfast.LoraConfig(target_modules=EVERYWHERE, use_dora=True, ensure_weight_tying=True),
+    "saved": peftfast.LoraConfig(target_modules=QV, modules_to_save=["lm_head"]),
+    "tokens": peftfast.LoraConfig(target_modules=QV, trainable_token_indices=[3, 4]),
+    "parameters": peftfast.LoraConfig(target_modules=[], target_parameters=["q_proj.weight"]),
+    "invoked": peftfast.LoraConfig(target_modules=QV, alora_invocation_tokens=[5], task_type="CAUSAL_LM"),
+    "replicated": peftfast.LoraConfig(target_modules=QV, layer_replication=[(0, 1), (0, 1)]),
+    "kasa": peftfast.LoraConfig(target_modules=QV, kasa_config=peftfast.KasaConfig()),
+    "monteclora": peftfast.LoraConfig(target_modules=QV, monteclora_config=peftfast.MontecloraConfig()),
+    "adalora": peftfast.AdaLoraConfig(target_modules=QV, total_step=10),
+    "ia3": peftfast.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "prefix": peftfast.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("name", LIVES)
+def test_a_model_is_gone_with_the_last_reference_to_it(name):
+    """Its memory is wanted for the next model, long before Python looks for cycles; PEFT's have none."""
+    gc.disable()
+    try:
+        model = oracle.quietly(peftfast.get_peft_model, oracle.llama(tied="dora" in name, layers=1), LIVES[name])
+        oracle.logits(model.train(), labels=oracle.inputs(model)["input_ids"]).sum().backward()
+        model.eval()
+        with peftfast.helpers.DoraCaching(), torch.no_grad():
+            oracle.logits(model)
+        oracle.quietly(model.add_adapter, "second", dataclasses.replace(LIVES[name]))
+        if name not in ("parameters", "prefix"):
+            for _ in range(2):
+                with torch.no_grad():
+                    oracle.logits(model, adapter_names=["default", "second"])
+        with model.disable_adapter():
+            oracle.logits(model)
+        if name not in ("prefix", "invoked"):
+            oracle.quietly(model.merge_adapter)
+            oracle.logits(model)
+        held = [weakref.ref(thing) for thing in (*model.modules(), *model.parameters())]
+        del model
+        assert [thing() for thing in held if thing() is not None] == []
+    finally:
+        gc.enable()
+
+
 def test_deleting_the_last_adapter_leaves_the_base():
     model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
     expected = oracle.logits(oracle.llama())
