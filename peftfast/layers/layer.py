@@ -249,7 +249,7 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
     @property
     def is_needed(self) -> bool:
         """Whether it has an adapter, or slots of a pool."""
-        return bool(self.adapters) or "slots" in self.store
+        return bool(self.adapters or self.store.get("slots"))
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)

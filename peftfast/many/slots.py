@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class Slots:
         for key, stack in self._stacks.items():
             store = self._inventory.wrap(key).store
             store["slot key"] = key
-            store.setdefault("slots", set()).add(self)  # other pools may have theirs here
+            store.setdefault("slots", WeakSet()).add(self)  # other pools may have theirs here
             if self._inventory.is_nested(key):
                 self._changes[key] = [LowRank(*each) for each in zip(*stack[:3], strict=True)]
         return total

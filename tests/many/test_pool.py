@@ -8,6 +8,7 @@ import random
 import threading
 import time
 import warnings
+import weakref
 
 import oracle
 import pytest
@@ -424,6 +425,23 @@ def test_of_two_pools_of_a_model_one_goes_on_where_the_other_is_closed(first):
     torch.testing.assert_close(got, expected([f"a{1 - first}", BASE], ids), rtol=1e-4, atol=1e-5)
     pools[1 - first].close()
     assert not any(hasattr(m, "base_layer") for m in model.modules())
+
+
+@torch.no_grad()
+def test_slots_are_gone_with_their_pool_and_all_with_the_model():
+    gc.disable()
+    try:
+        model = oracle.llama()
+        pool = AdapterPool(model, slots=2, target_modules=TARGETS, max_rank=8)
+        pool.register("a", adapter(0))
+        pool(input_ids=ids_of(2), adapter_names=["a", BASE])
+        slots = [weakref.ref(stack.a) for stack in pool._places._stacks.values()]
+        del pool
+        assert [one() for one in slots if one() is not None] == []
+        model = weakref.ref(model)
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("end", ["unload", "merge_and_unload"])
