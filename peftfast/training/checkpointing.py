@@ -13,21 +13,27 @@ from torch import Tensor, nn
 from peftfast.embeddings import input_embeddings
 
 _SWITCH = "gradient_checkpointing"
-_DONE = "_peftfast_inputs_require_gradients"
 
 
 def require_input_gradients(model: nn.Module) -> None:
-    """Make what enters the first block of `model` require gradients, once, if the model has an input embedding.
+    """Make what enters the first block of `model` require gradients, if the model has an input embedding.
 
     Frozen weights stay frozen: nothing but the graph begins earlier.
     """
     # a compiler takes neither a flag set on an intermediate nor the reentrant way, and the other way needs no flag
-    if model.__dict__.get(_DONE) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return
-    embedding = input_embeddings(model)
-    if embedding is not None:
+    embedding = input_embeddings(model)  # which adapters stand around, or no longer do
+    if embedding is not None and _require_gradient not in embedding._forward_hooks.values():
         embedding.register_forward_hook(_require_gradient)
-        model.__dict__[_DONE] = True  # not the hook's handle: a compiler can read a flag
+
+
+def leave_input_gradients(model: nn.Module) -> None:
+    """Undo `require_input_gradients`."""
+    embedding = input_embeddings(model)
+    hooks = {} if embedding is None else embedding._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _require_gradient]:
+        del hooks[key]
 
 
 class _Beginning(torch.autograd.Function):

@@ -20,7 +20,7 @@ from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
 from peftfast.quantization.quantize import dequantize_model, name_dense_layers
 from peftfast.sharding import GatheredAsOne
-from peftfast.training.checkpointing import checkpointing_switches
+from peftfast.training.checkpointing import checkpointing_switches, leave_input_gradients
 from peftfast.tuners.calls import CalledModel
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import KEPT, Inventory
@@ -281,6 +281,7 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, nn.Module):
         self.router = None  # there is nothing left to choose from
         say_if_untied(model)
         name_dense_layers(model)
+        leave_input_gradients(model)
         model.__dict__.pop(KEPT, None)
         if hasattr(model, "peft_config"):
             del model.peft_config

@@ -89,6 +89,19 @@ def test_injected_adapters(order):
     assert largest_difference(found, expected) == 0.0
 
 
+def test_again_after_an_adapter_of_the_embedding_was_unloaded():
+    """What makes inputs require gradients hung on the layer around it, and is needed again."""
+    model = wrapped(peftfast, base := llama(), target_modules=["embed_tokens"])
+    checkpoint(model, True)
+    base.disable_input_require_grads()  # transformers' own, of newer releases
+    step(model)
+    model.unload()
+    assert not base.get_input_embeddings()._forward_hooks  # a pickle of it would need this library
+    model = wrapped(peftfast, base)
+    fill(model)
+    assert all(found.abs().sum() for found in step(model)[1].values())
+
+
 def test_masks_differ_between_steps_and_agree_between_passes():
     model = wrapped(peftfast, lora_dropout=0.5)
     checkpoint(model, False)
