@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 try:
     import fcntl
@@ -32,7 +33,17 @@ class _FolderLock:
         self.depth = 0
 
 
-_locks: dict[str, _FolderLock] = {}
+def _no_locks() -> None:
+    """At the beginning, and in a child process, where no thread is left that would give back what others had."""
+    global _locks, _looking
+    _locks, _looking = WeakValueDictionary(), threading.Lock()
+
+
+_locks: WeakValueDictionary[str, _FolderLock]  # of folders that somebody has locked or waits for
+_looking: threading.Lock
+_no_locks()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_no_locks)
 
 #: Of two forms of a first file, the one that readers prefer; removing it is what makes the other one valid.
 _READ_BEFORE = {WEIGHTS_NAME: SAFETENSORS_WEIGHTS_NAME}
@@ -133,19 +144,22 @@ def locked(folder: str | os.PathLike, exclusive: bool = False) -> Iterator[None]
     """Keep writers of a folder out, and with `exclusive` its readers too, in this process and in others. Where the
     file system has no locks, only this process's threads are kept out."""
     path = os.path.realpath(folder)
-    lock = _locks.setdefault(path, _FolderLock())
+    with _looking:
+        lock = _locks.setdefault(path, _FolderLock())
     with lock.threads:
         handle = None
-        if fcntl is not None and lock.depth == 0:
-            with suppress(OSError):
-                handle = os.open(path, os.O_RDONLY)
-                fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         lock.depth += 1
         try:
+            if fcntl is not None and lock.depth == 1:
+                with suppress(OSError):
+                    handle = os.open(path, os.O_RDONLY)
+                    fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
             yield
         finally:
             lock.depth -= 1
             if handle is not None:
+                with suppress(OSError):
+                    fcntl.flock(handle, fcntl.LOCK_UN)  # a child forked meanwhile has the file open as well
                 os.close(handle)
 
 

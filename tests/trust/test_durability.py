@@ -6,8 +6,10 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from trust.attacks import CONFIG, WEIGHTS, trained, versions, whole
 
+from peftfast.files import atomic
 from peftfast.files.atomic import _digest, whole_folder
 from peftfast.files.io import save_adapter, write_safetensors
 
@@ -169,3 +172,44 @@ def test_large_files_are_told_apart_by_their_ends(folder, monkeypatch, safe):
         digests.append(_digest(folder / (WEIGHTS if safe else PICKLE)))
     assert digests[0] != digests[1]
     assert sum(read) == 2 * 2 * 2**21
+
+
+def test_a_process_forked_while_a_thread_writes_shares_no_lock(folder):
+    """Workers of a DataLoader that are started while a checkpoint is written: neither they nor the next writer wait for
+    a lock that nobody has."""
+    written, inside = threading.Event(), threading.Event()
+
+    def write():
+        with atomic.locked(folder, exclusive=True):
+            inside.set()
+            written.wait()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    inside.wait()
+    end, begin = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        with atomic.locked(folder):
+            os.write(begin, b"read")
+        signal.pause()
+    os.close(begin)
+    written.set()
+    writer.join()
+    try:
+        assert os.read(end, 4) == b"read"  # nothing where the alarm has ended the child
+        with atomic.locked(folder, exclusive=True):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    finally:
+        os.close(end)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_no_trace_of_a_folder_is_left(folder):
+    """A server reads adapters from ever new ones."""
+    before, opened = len(atomic._locks), len(os.listdir("/dev/fd"))
+    with atomic.locked(folder, exclusive=True), atomic.locked(folder):
+        assert len(atomic._locks) == before + 1
+    assert len(atomic._locks) == before and len(os.listdir("/dev/fd")) == opened
