@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from peftfast.ops.composed import composes
 from peftfast.ops.host_bound import ELEMENTS, host_bound_lora, is_host_bound
 from peftfast.ops.lora import by_kernels, lora_part
 from peftfast.ops.plan import Part
+from peftfast.owner import Owner
 from peftfast.sites.bound import BoundLora
 from peftfast.sites.site import is_untouched
 from peftfast.training.comparing import agree, without_dropout
@@ -102,11 +103,16 @@ class Siblings:
     kind = "shared input"
 
     def __init__(self, names: Sequence[str], layers: Sequence[BaseTunerLayer]) -> None:
-        self.names, self.layers = list(names), list(layers)
+        self.names = list(names)
+        self._layers: list[Callable[[], BaseTunerLayer]] = list(map(weakref.ref, layers))  # see `Owner`
         self.state = "new"
         #: The input, how often it was written to, whether with gradients; of every layer but the first, its output and
         #: the values that went into it.
         self._ready: tuple[Tensor, int, bool, dict[int, tuple[Tensor, tuple]]] | None = None
+
+    @property
+    def layers(self) -> list[BaseTunerLayer]:
+        return [layer() for layer in self._layers]
 
     def attach(self) -> None:
         for layer in self.layers:
@@ -114,7 +120,7 @@ class Siblings:
 
     def detach(self) -> None:
         self._ready = None
-        for layer in self.layers:
+        for layer in filter(None, self.layers):
             if layer.__dict__.get("block") is self:
                 layer.__dict__["block"] = None
 
@@ -132,10 +138,10 @@ class Siblings:
                     return y
             else:
                 self._ready = None
-        if layer is not self.layers[0] or x.is_inference():
+        if layer is not self._layers[0]() or x.is_inference():
             return None
-        parts, values = [], []
-        for member in self.layers:
+        parts, values, layers = [], [], self.layers
+        for member in layers:
             if member._forward_pre_hooks:  # which may give it another input than the others
                 return None
             bound = bound_of(member)
@@ -155,7 +161,7 @@ class Siblings:
         if self.state == "new" and not self._check(x):
             return None
         ys = lora_siblings(x, parts)
-        others = zip(map(id, self.layers[1:]), zip(ys[1:], values[1:], strict=True), strict=True)
+        others = zip(map(id, layers[1:]), zip(ys[1:], values[1:], strict=True), strict=True)
         self._ready = (x, x._version, torch.is_grad_enabled(), dict(others))
         return ys[0]
 
@@ -163,8 +169,8 @@ class Siblings:
     def _check(self, x: Tensor) -> bool:
         if _in_backward():  # a recomputation must do what the forward pass did
             return False
-        parts = _parts(self.layers, [x] * len(self.layers), dropout=False)
-        alone = [lora_part(x, p) for l, p in zip(self.layers, parts, strict=True)]
+        parts = _parts(self.layers, [x] * len(self._layers), dropout=False)
+        alone = [lora_part(x, p) for p in parts]
         if all(map(agree, lora_siblings(x, parts), alone)):
             self.state = "on"
             return True
@@ -174,7 +180,7 @@ class Siblings:
         return False
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_ready": None}
+        return {**self.__dict__, "_ready": None, "_layers": list(map(Owner, self.layers))}
 
 
 class Watcher:
@@ -182,7 +188,7 @@ class Watcher:
 
     def __init__(self, blocks: Blocks, names: dict[int, str]) -> None:
         self.blocks, self.names = blocks, names
-        self.runs: list[list[BaseTunerLayer]] = []
+        self.runs: list[list[weakref.ref[BaseTunerLayer]]] = []
         self.seen: set[int] = set()
         self._last: tuple[weakref.ref, int, str] | None = None
 
@@ -190,7 +196,7 @@ class Watcher:
         if torch.compiler.is_compiling() or _in_backward() or _uncounted:
             return
         if id(layer) in self.seen:  # the second pass has begun
-            self.blocks.form(self.runs)
+            self.blocks.form([[layer() for layer in run] for run in self.runs])
             return
         self.seen.add(id(layer))
         if x.is_inference() or id(layer) not in self.names:
@@ -198,9 +204,9 @@ class Watcher:
         parent = self.names[id(layer)].rpartition(".")[0]
         last = self._last
         if last is not None and last[0]() is x and last[1] == x._version and last[2] == parent:
-            self.runs[-1].append(layer)
+            self.runs[-1].append(weakref.ref(layer))
         else:
-            self.runs.append([layer])
+            self.runs.append([weakref.ref(layer)])
         self._last = (weakref.ref(x), x._version, parent)
 
     def __reduce__(self) -> tuple:
@@ -213,22 +219,24 @@ class GatedMlp:
     kind = "gated MLP"
 
     def __init__(self, name: str, module: nn.Module, candidates: Sequence[tuple[str, str, str]], act: str) -> None:
-        self.names, self.module, self.candidates = [name], module, list(candidates)
+        self.names, self.candidates = [name], list(candidates)
+        self._module: Callable[[], nn.Module] = weakref.ref(module)  # see `Owner`
         self.act_name, self.act = act, module._modules[act]
         self.activation: str | None = None
         self.state = "new"
         self.in_training = False  # whether it has been compared in training, where a forward may drop something
 
     def attach(self) -> None:
-        self.module.__dict__["forward"] = self.forward
+        self._module().__dict__["forward"] = self.forward
 
     def detach(self) -> None:
-        mine = self.module.__dict__.get("forward")
-        if getattr(mine, "__self__", None) is self:
-            del self.module.__dict__["forward"]
+        own = getattr(self._module(), "__dict__", {})  # nothing of a module that is gone
+        if getattr(own.get("forward"), "__self__", None) is self:
+            del own["forward"]
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
+        module = self._module()
+        return type(module).forward(module, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, by its own forward where the call does not fit."""
@@ -251,7 +259,7 @@ class GatedMlp:
     def _waits(self, x: Tensor) -> bool:
         """Whether `forward` would leave x to the layers in the end, by what they have looked up before."""
         for name in self.candidates[0][:2]:
-            layer = self.module._modules.get(name)
+            layer = self._module()._modules.get(name)
             bound = bound_of(layer) if isinstance(layer, BaseTunerLayer) else None
             plan = None if bound is None else bound.plan
             if plan is None or not is_host_bound(x, plan):
@@ -259,10 +267,10 @@ class GatedMlp:
         return x.numel() <= ELEMENTS  # up to which it is the same with dropout, which may be another by now
 
     def _is_unsure(self) -> bool:
-        return self.state == "new" or self.state == "on" and self.module.training and not self.in_training
+        return self.state == "new" or self.state == "on" and self._module().training and not self.in_training
 
     def _fitting(self, x: Tensor, names: tuple[str, str, str], dropout: bool = True) -> list[Part] | None:
-        children = self.module._modules
+        children = self._module()._modules
         act, layers = children.get(self.act_name), [children.get(name) for name in names]
         if act is not self.act or not all(isinstance(child, BaseTunerLayer) for child in layers):
             return None
@@ -291,7 +299,7 @@ class GatedMlp:
         if self.activation is None:
             self._give_up(f"its activation {type(self.act).__name__} is not known")
             return
-        layers = [self.module._modules[name] for name in self.candidates[0]]
+        layers = [self._module()._modules[name] for name in self.candidates[0]]
         first = [part for layer in layers if layer.in_features == x.shape[-1] if (part := part_of(layer, x, False))]
         least = min(float(lora_part(x, part).abs().max()) for part in first)
         if not 0.0 < least < math.inf:  # all are alike there
@@ -305,9 +313,12 @@ class GatedMlp:
                 isinstance(truth, Tensor) and agree(gated_mlp(x, *parts, self.activation), truth)
                 for x, truth in zip(inputs, truths, strict=True)
             ):
-                self.candidates, self.state, self.in_training = [names], "on", self.module.training
+                self.candidates, self.state, self.in_training = [names], "on", self._module().training
                 return
         self._give_up("it computes something else")
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_module": Owner(self._module())}
 
     def _give_up(self, why: str) -> None:
         self.state = f"off: {why}"
@@ -358,9 +369,9 @@ class Blocks:
                 found.attach()
                 self.groups.append(found)
         self._names = {id(layer): name for name, layer in layers.items()}
-        self._layers = list(layers.values())
+        self._layers = list(map(weakref.ref, layers.values()))
         self._watcher: Watcher | None = Watcher(self, self._names)
-        for layer in self._layers:
+        for layer in layers.values():
             layer.__dict__["block"] = self._watcher
 
     def form(self, runs: Sequence[Sequence[BaseTunerLayer]]) -> None:
@@ -373,7 +384,7 @@ class Blocks:
                 self.groups.append(siblings)
 
     def _stop_watching(self) -> None:
-        for layer in self._layers:
+        for layer in filter(None, [layer() for layer in self._layers]):
             if layer.__dict__.get("block") is self._watcher:
                 layer.__dict__["block"] = None
         self._watcher = None

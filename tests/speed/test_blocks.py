@@ -1,8 +1,10 @@
 """Blocks: outputs and all gradients against fp64, next to PEFT; what they keep; when they stay out of the way."""
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -622,6 +624,22 @@ def test_pickled_with_its_blocks():
     loaded = torch.load(buffer, weights_only=False)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs(loaded)).logits, model(**inputs(model)).logits)
+
+
+@pytest.mark.parametrize("passes", [0, 1, 3])
+def test_a_model_is_gone_with_the_last_reference_to_it(passes):
+    gc.disable()
+    try:
+        model = peftfast.get_peft_model(llama(), peftfast.LoraConfig(target_modules=ALL))
+        blocks = peftfast.fuse_blocks(model)
+        for _ in range(passes):
+            model(**inputs(model))
+        held = [weakref.ref(parameter) for parameter in model.parameters()]
+        del model
+        assert [parameter() for parameter in held if parameter() is not None] == []
+        blocks.remove()
+    finally:
+        gc.enable()
 
 
 def test_refusals():
