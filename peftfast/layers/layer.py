@@ -454,6 +454,8 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        if self.merger.layer is not self:
+            self.__dict__["copied"] = self.merger.layer  # whose adapters a shallow copy has
         for adapter in self.adapters.values():
             adapter.locate()
 

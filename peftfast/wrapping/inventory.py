@@ -399,7 +399,9 @@ def find_inventory(model: nn.Module) -> tuple[Inventory | None, str]:
     if inventory is not None:
         return inventory, "model." if tuner is model else PREFIX
     inventory = model.__dict__.get(KEPT)
-    if inventory is not None and not inventory.stands():  # something else may stand around them: an engine's wrapper
+    if inventory is None or inventory.model is None:  # of a model that is gone, and this one a shallow copy of it
+        return None, ""
+    if not inventory.stands():  # something else may stand around them: an engine's wrapper
         present = {id(module) for module in model.modules()}
         if not all(id(wrapper) in present for _, wrapper in inventory.wrappers()):
             inventory = None

@@ -426,6 +426,19 @@ def test_a_model_is_gone_with_the_last_reference_to_it(name):
         gc.enable()
 
 
+def test_a_shallow_copy_of_a_model_that_is_gone():
+    model = peftfast.inject_adapter_in_model(peftfast.LoraConfig(**FIRST), oracle.llama())
+    expected, copied = oracle.logits(model), copy.copy(model)
+    del model
+    peftfast.inject_adapter_in_model(peftfast.LoraConfig(**SECOND), copied, adapter_name="second")
+    assert not torch.equal(oracle.logits(copied), expected)
+    assert peftfast.functional.delete_adapter(copied, "second") == ["default"]
+    assert torch.equal(oracle.logits(copied), expected)
+    layer, x = copied.model.layers[0].self_attn.q_proj, torch.randn(2, 32)
+    expected, layer, copied = layer(x), copy.copy(layer), None
+    assert torch.equal(layer(x), expected)
+
+
 def test_deleting_the_last_adapter_leaves_the_base():
     model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(**FIRST))
     expected = oracle.logits(oracle.llama())
