@@ -398,6 +398,7 @@ def test_batches_are_passes_over_the_data():
         (["--set", "init_lora_weights=eva"], ["init_lora_weights=eva", "peftfast.initialize_lora_eva_weights"]),
         (["--seq-len", "100000"], ["100000", "512"]),
         (["--prompt", ""], ["--prompt", "empty"]),
+        (["--prompt", os.fsdecode(b"\xff")], ["--prompt", "udcff"]),  # a byte that is no UTF-8
         (["--resume"], ["--resume", "training_state.pt"]),
         (["--bogus"], ["--bogus"]),
     ],
@@ -430,6 +431,9 @@ def test_unknown_command_names_the_others(capsys):
         ('{"messages": [{"role": "user", "content": "a"}]}\n{"text": "a"}', ["line 1", "assistant"]),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n' * 2, ["chat template"]),
         ("[1, 2", ["not JSON"]),
+        ("[" * 200_000, ["not JSON"]),
+        ('{"text": ' + "9" * 5000 + "}", ["line 1", "not JSON"]),
+        ('{"text": "a"}\n{"text": "half a character: \\ud83d"}', ["line 2", "ud83d"]),
     ],
 )
 def test_wrong_data_names_the_line(tmp_path, capsys, content, parts):
@@ -442,12 +446,22 @@ def test_wrong_data_names_the_line(tmp_path, capsys, content, parts):
     assert not (tmp_path / "a").exists()
 
 
-def test_data_that_is_no_text(tmp_path, capsys):
-    (tmp_path / "d.txt").write_bytes(b"\xff\xfe\x00")
-    assert train(tmp_path / "a", "--data", tmp_path / "d.txt") == USAGE_ERROR
-    assert train(tmp_path / "a", "--data", tmp_path) == USAGE_ERROR
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("d.txt", b"\xff\xfe\x00", "UTF-8"),
+        ("d.txt", "UTF-16 without a mark\n".encode("utf-16-le") * 200, "UTF-8"),
+        ("d.csv", b"prompt,completion\n" + b"1 plus 1 is,2\n" * 200, "JSONL"),
+        ("", None, "is a folder"),
+    ],
+)
+def test_data_that_is_no_text(tmp_path, capsys, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert train(tmp_path / "a", *QUICK, "--data", tmp_path / name) == USAGE_ERROR
     err = capsys.readouterr().err
-    assert "UTF-8" in err and "is a folder" in err
+    assert err.count("\n") == 1 and said in err, err
+    assert not (tmp_path / "a").exists()
 
 
 def test_hub_data_without_the_package(tmp_path, capsys, monkeypatch):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that cross-entropy skips
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
+TABLES = {".csv", ".tsv"}
 FORMS = "text, prompt and completion, or messages"
 PROMPT_TOKENS = 32
 
@@ -75,10 +76,14 @@ def read(data: str, seed: int) -> Corpus:
     if path.is_dir():
         raise UserError(f"--data {data!r} is a folder; name one text or JSONL file")
     if path.is_file():
+        if path.suffix.lower() in TABLES:
+            raise UserError(f"--data {data!r} is a table, which is not read: give its rows as JSONL with {FORMS}")
         try:
             text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
         except UnicodeDecodeError as error:
-            raise UserError(f"--data {data!r} is not UTF-8 text: {error}") from None
+            raise UserError(f"--data {data!r} is not UTF-8 text: {error}; text and JSONL are read") from None
+        if "\0" in text:
+            raise UserError(f"--data {data!r} is not UTF-8 text: it has zero bytes, as UTF-16 has")
         if not text.strip():
             raise UserError(f"--data {data!r} is empty")
         if path.suffix.lower() in JSON_LINES:
@@ -94,7 +99,7 @@ def json_documents(text: str, name: str) -> list[Document]:
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--data {name!r} is not JSON: {error}") from None
         return [document(value, f"{name}, item {i}") for i, value in enumerate(values, 1)]
     documents = []
@@ -103,7 +108,7 @@ def json_documents(text: str, name: str) -> list[Document]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"--data {name!r}, line {number}: not JSON: {error}") from None
             documents.append(document(value, f"{name}, line {number}"))
     return documents
@@ -226,7 +231,7 @@ def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seq_len: int, p
             )
     text = prompt if prompt is not None else corpus.prompt
     if text is not None:
-        start = tokenizer(text)["input_ids"]
+        start = encode(text, tokenizer, "--prompt")
         start = start[:-1] if start and start[-1] == tokenizer.eos_token_id and len(start) > 1 else start
     else:
         first = held[0]
@@ -246,7 +251,7 @@ def to_rows(
     cut = empty = 0
     for doc in documents:
         if doc.text is not None:
-            stream += ended(tokenizer(doc.text)["input_ids"], tokenizer)
+            stream += ended(encode(doc.text, tokenizer, f"--data {doc.where}"), tokenizer)
             continue
         row = masked_row(pieces(doc, tokenizer))
         cut += len(row.ids) > seq_len
@@ -266,6 +271,15 @@ def to_rows(
     return rows + [Row(b, list(b)) for b in blocks if len(b) > 1]
 
 
+def encode(text: str, tokenizer: PreTrainedTokenizerBase, where: str, **options: bool) -> list[int]:
+    """The ids of a text without halves of characters, which JSON and command lines can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is not all text: {error}") from None
+    return tokenizer(text, **options)["input_ids"]
+
+
 def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     end = tokenizer.eos_token_id
     return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
@@ -273,16 +287,17 @@ def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def pieces(doc: Document, tokenizer: PreTrainedTokenizerBase) -> Iterable[tuple[list[int], bool]]:
     """(ids, learned) in order. Prompt and answer are tokenized apart, because that is how they meet in generation."""
+    where = f"--data {doc.where}"
     if doc.messages is None:
-        prompt = tokenizer(doc.prompt)["input_ids"]
+        prompt = encode(doc.prompt, tokenizer, where)
         if prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
             prompt = prompt[:-1]
         yield prompt, False
-        yield ended(tokenizer(doc.completion, add_special_tokens=False)["input_ids"], tokenizer), True
+        yield ended(encode(doc.completion, tokenizer, where, add_special_tokens=False), tokenizer), True
         return
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
-            f"--data {doc.where}: messages need a chat template and this model's tokenizer has none; give text, or "
+            f"{where}: messages need a chat template and this model's tokenizer has none; give text, or "
             "prompt and completion, or a --model with a chat template"
         )
     done = ""
@@ -316,7 +331,7 @@ def advance(doc: Document, tokenizer: PreTrainedTokenizerBase, done: str, longer
             f"--data {doc.where}: the model's chat template rewrites earlier turns, so that answers cannot be told "
             "apart; give one turn per line, as prompt and completion"
         )
-    return tokenizer(longer[len(done) :], add_special_tokens=False)["input_ids"]
+    return encode(longer[len(done) :], tokenizer, f"--data {doc.where}", add_special_tokens=False)
 
 
 def masked_row(parts: Iterable[tuple[list[int], bool]]) -> Row:
