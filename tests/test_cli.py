@@ -486,6 +486,19 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
     assert "nothing there is overwritten" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no other")
+def test_a_folder_that_nothing_can_be_made_in_is_refused_before_training(capsys):
+    assert train("/proc/a", *QUICK) == USAGE_ERROR
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1 and "cannot write to '/proc'" in said.err
+
+
+def test_a_link_to_a_folder_that_is_not_there_yet(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "a")
+    assert train(tmp_path / "link", *QUICK) == 0
+    assert (tmp_path / "new" / "a" / "adapter_model.safetensors").is_file() and (tmp_path / "link").is_symlink()
+
+
 def test_an_adapter_is_replaced_and_is_no_base_model(tmp_path, capsys):
     assert train(tmp_path / "a", *QUICK) == 0
     assert train(tmp_path / "a", *QUICK, "--r", 2) == 0

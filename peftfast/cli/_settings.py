@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,8 +226,10 @@ def check_output(folder: Path, resume: bool) -> None:
             "a new folder, an empty one, or one that holds an adapter"
         )
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--output {str(folder)!r}: cannot write to {str(existing)!r}")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=existing))  # permissions are not all: there are quotas, for one
+    except OSError as error:
+        raise UserError(f"--output {str(folder)!r}: cannot write to {str(existing)!r}: {error.strerror}") from None
 
 
 def check_new(folder: Path) -> None:
