@@ -388,6 +388,10 @@ def test_batches_are_passes_over_the_data():
         (["--device", "tpu"], ["'tpu'", "cpu"]),
         (["--model", "./nowhere"], ["'./nowhere'", "Hub id"]),
         (["--data", "nowhere.txt"], ["'nowhere.txt'", "no such file"]),
+        (["--data", "long" * 100], ["--data", "longlong"]),  # than any file's name
+        (["--model", "~no-such-user/model"], ["--model", "'~no-such-user/model'", "home"]),
+        (["--seed", str(2**64)], ["--seed", str(2**64), "at most"]),
+        (["--set", "inference_mode=true"], ["inference_mode"]),
         (["--target", ","], ["--target", "all-linear"]),
         (["--target", "all-linear,q_proj"], ["--target", "stands alone"]),
         (["--target", "q_prj"], ["q_prj"]),
@@ -482,6 +486,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
     assert train(tmp_path, *QUICK) == USAGE_ERROR
     assert train(tmp_path / "thesis.txt", *QUICK) == USAGE_ERROR
     assert train(tmp_path / "thesis.txt" / "a", *QUICK) == USAGE_ERROR
+    assert train("~no-such-user/a", *QUICK) == train(tmp_path / ("long" * 100), *QUICK) == USAGE_ERROR
     assert os.listdir(tmp_path) == ["thesis.txt"]
     assert "nothing there is overwritten" in capsys.readouterr().err
 
@@ -588,6 +593,13 @@ def test_resume_refuses_another_run(tmp_path, capsys):
     data.write_text("The dog sat on the mat.\n" * 200)
     assert train(tmp_path / "a", "--resume", "--steps", 4) == USAGE_ERROR
     assert "no longer holds" in capsys.readouterr().err
+    state = torch.load(tmp_path / "a" / "training_state.pt")
+    for name in ("settings", "optimizer"):  # as an older version has written it
+        torch.save({k: v for k, v in state.items() if k != name}, tmp_path / "a" / "training_state.pt")
+        data.write_text("The cat sat on the mat.\n" * 200)
+        assert train(tmp_path / "a", "--resume", "--steps", 4) == USAGE_ERROR
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "training_state.pt" in err and name in err
     (tmp_path / "a" / "training_state.pt").write_bytes(b"broken")
     assert train(tmp_path / "a", "--resume") == USAGE_ERROR
     assert "cannot be read" in capsys.readouterr().err

@@ -9,11 +9,10 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftfast.cli import UserError
-from peftfast.cli._settings import EMBEDDED, looks_like_a_path
+from peftfast.cli._settings import EMBEDDED, looks_like_a_path, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +71,7 @@ class Rows:
 def read(data: str, seed: int) -> Corpus:
     if data == EMBEDDED:
         return topics()
-    path = Path(data).expanduser()
+    path = place(data, "--data")
     if path.is_dir():
         raise UserError(f"--data {data!r} is a folder; name one text or JSONL file")
     if path.is_file():
@@ -82,6 +81,8 @@ def read(data: str, seed: int) -> Corpus:
             text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
         except UnicodeDecodeError as error:
             raise UserError(f"--data {data!r} is not UTF-8 text: {error}; text and JSONL are read") from None
+        except OSError as error:
+            raise UserError(f"--data {data!r} cannot be read: {error}") from None
         if "\0" in text:
             raise UserError(f"--data {data!r} is not UTF-8 text: it has zero bytes, as UTF-16 has")
         if not text.strip():

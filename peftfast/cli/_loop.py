@@ -197,7 +197,8 @@ class Run:
 
 def load_state(folder: Path) -> dict[str, Any]:
     try:
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        return {**state, "settings": dict(state["settings"])}
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
         raise UserError(f"--resume: {str(folder / STATE_FILE)!r} cannot be read: {error}") from None
 

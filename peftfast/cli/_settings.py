@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -48,14 +49,15 @@ FREE_ON_RESUME = {"steps", "output", "device", "save_every", "prompt", "resume"}
 EMBEDDED_LR, OTHER_LR = 1e-2, 2e-4
 
 
-def whole(minimum: int) -> Callable[[str], int]:
+def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, got {text!r}")
+        if value < minimum or (maximum is not None and value > maximum):
+            most = "" if maximum is None else f" and at most {maximum}"
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}{most}, got {text!r}")
         return value
 
     return parse
@@ -74,6 +76,7 @@ def real(expects: str, valid: Callable[[float], bool]) -> Callable[[str], float]
     return parse
 
 
+SEED = whole(0, 2**64 - 1)
 POSITIVE = real("a number above 0", lambda v: 0 < v < math.inf)
 
 
@@ -152,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lr", type=POSITIVE, help=f"highest learning rate ({OTHER_LR:g}; {EMBEDDED_LR:g} for the embedded model)"
     )
-    group.add_argument("--seed", type=whole(0), metavar="N", help="of initialisation, order, dropout and sampling (0)")
+    group.add_argument("--seed", type=SEED, metavar="N", help="of initialisation, order, dropout and sampling (0)")
     group.add_argument(
         "--gradient-checkpointing",
         action="store_true",
@@ -188,11 +191,22 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         values["target"] = "all-linear" if names == ["all-linear"] else names
     for name in ("model", "data"):
         # Absolute, so that a run can be resumed from another folder.
-        if name in values and Path(values[name]).expanduser().exists():
-            values[name] = str(Path(values[name]).expanduser().resolve())
+        if name in values and (path := place(values[name], f"--{name}")).exists():
+            values[name] = str(path.resolve())
     if "set" in values:
         values["set"] = dict(values["set"])
     return values
+
+
+def place(text: str, option: str) -> Path:
+    """The path that an option means; whether something is there can be asked of it."""
+    try:
+        path = Path(text).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, RuntimeError) as error:  # too long a name, a folder that is closed, a home that nobody knows
+        raise UserError(f"{option} {text!r}: {error}") from None
+    return path
 
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +257,7 @@ def check_new(folder: Path) -> None:
 
 def check_adapter(adapter: str) -> str:
     """The folder of a saved adapter."""
-    path = Path(adapter).expanduser()
+    path = place(adapter, "the adapter")
     if not (path / ADAPTER_CONFIG).is_file():
         raise UserError(f"{adapter!r} holds no {ADAPTER_CONFIG}; name the folder that an adapter was saved to")
     return str(path)
@@ -253,7 +267,7 @@ def base_of(adapter: str) -> str:
     """The base model that an adapter's config names."""
     try:
         name = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{adapter!r}: its {ADAPTER_CONFIG} is damaged: {error}") from error
     if not isinstance(name, str) or not name:
         raise UserError(f"the adapter in {adapter!r} does not name its base model: give --model")
@@ -264,7 +278,7 @@ def check_model(model: str, option: str = "--model") -> str:
     """Where to load the model from: the embedded folder, a folder, or a Hub id."""
     if model == EMBEDDED:
         return str(EMBEDDED_BASE)
-    path = Path(model).expanduser()
+    path = place(model, option)
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = "; it holds an adapter: name its base model" if (path / ADAPTER_CONFIG).is_file() else ""

@@ -73,6 +73,8 @@ _FROM_DATA = {
 
 def check_trainable(config: PeftConfig) -> None:
     """Refuse what a command that trains does not do, where the adapter would start, and be saved, as another."""
+    if config.inference_mode:
+        raise UserError("--set inference_mode=true leaves nothing to train")
     init = getattr(config, "init_lora_weights", None)
     if init in _FROM_DATA:
         raise UserError(

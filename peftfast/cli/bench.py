@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, xpu, mps (the fastest there is)")
     parser.add_argument("--seconds", type=_settings.real("a number above 0", lambda v: v > 0), default=20.0,
                         help="budget for each of the two measurements (%(default)g)")  # fmt: skip
-    parser.add_argument("--seed", type=_settings.whole(0), help="of factors and tokens (0)")
+    parser.add_argument("--seed", type=_settings.SEED, help="of factors and tokens (0)")
 
 
 def run(args: argparse.Namespace) -> int:

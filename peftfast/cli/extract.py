@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    output = Path(args.output).expanduser()
+    output = _settings.place(args.output, "--output")
     _settings.check_new(output)
     adapter = args.adapter and _settings.check_adapter(args.adapter)
     if not args.model and not adapter:

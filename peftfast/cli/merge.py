@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    adapter, output = _settings.check_adapter(args.adapter), Path(args.output).expanduser()
+    adapter, output = _settings.check_adapter(args.adapter), _settings.place(args.output, "--output")
     _settings.check_new(output)
     name = args.model or _settings.base_of(adapter)
     source = _settings.check_model(name)

@@ -32,7 +32,7 @@ add_arguments = _settings.add_arguments
 
 def run(args: argparse.Namespace) -> int:
     given = _settings.given(args)
-    folder = Path(given.get("output", _settings.DEFAULTS["output"])).expanduser()
+    folder = _settings.place(given.get("output", _settings.DEFAULTS["output"]), "--output")
     # What needs no library comes first: a wrong path should not cost the seconds it takes to import torch.
     _settings.check_output(folder, bool(given.get("resume")))
     _settings.check_model(given.get("model", EMBEDDED))
@@ -124,7 +124,11 @@ def train(given: dict[str, Any], folder: Path) -> int:
         model = get_peft_model(base, job.config)
     run = Run(model, job.rows.train, job.pad, settings, job.rows.digest(), folder)
     if job.state:
-        run.restore(job.state)
+        try:
+            run.restore(job.state)
+        except KeyError as error:
+            path = str(folder / _settings.STATE_FILE)
+            raise UserError(f"--resume: {path!r} is of another version of this command: it has no {error}") from None
     sites = announce(job, run)
     print(f"  loss on held-out text without the adapter: {before:.4f} nats/token", flush=True)
 
