@@ -371,6 +371,32 @@ def test_batches_are_passes_over_the_data():
     assert seen[:7] != seen[7:14]
 
 
+@pytest.fixture(scope="module")
+def short_model(tmp_path_factory, tokenizer):
+    """A folder with a very small model that has 40 positions, and a row of its table for each."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("short")
+    tokenizer.save_pretrained(folder)
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 40, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_samples_fit_into_the_models_positions(tmp_path, short_model, capsys):
+    data = lines(tmp_path / "d.jsonl", [{"prompt": f"{i} and " * 12, "completion": " so on"} for i in range(4)])
+    options = ["--model", short_model, "--data", data, "--steps", 1, "--batch-size", 2, "--seq-len", 40]
+    assert train(tmp_path / "a", *options) == 0
+    assert train(tmp_path / "b", *options, "--prompt", "and so on " * 40) == 0
+    assert "the last 36 of the prompt's" in capsys.readouterr().out
+    virtual = ["--method", "prompt_tuning", "--set", "num_virtual_tokens=5"]
+    assert train(tmp_path / "c", *options, *virtual, "--seq-len", 35, "--prompt", "and so on " * 40) == 0
+    assert "the last 31 of the prompt's" in capsys.readouterr().out
+    assert train(tmp_path / "d", *options, *virtual) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--seq-len 40" in err and "5 virtual" in err and "40 positions" in err
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "parts"),

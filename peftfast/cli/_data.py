@@ -62,6 +62,15 @@ class Rows:
     prompt: list[int]
     notes: list[str] = field(default_factory=list)
 
+    def keep_of_prompt(self, tokens: int) -> None:
+        """Samples start from so many tokens at most."""
+        if len(self.prompt) > tokens:
+            self.notes.append(
+                f"samples start from the last {tokens} of the prompt's {len(self.prompt)} tokens: this model has no "
+                "positions for more"
+            )
+            self.prompt = self.prompt[-tokens:]
+
     def digest(self) -> str:
         """Identifies the data, so that a run is not resumed on something else."""
         return hashlib.sha256(repr([(r.ids, r.labels) for r in self.train]).encode()).hexdigest()

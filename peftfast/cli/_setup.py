@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
@@ -203,11 +204,14 @@ def writing(folder: Path) -> Iterator[None]:
         raise UserError(f"--output {str(folder)!r} could not be written: {error}", exit_code=1) from error
 
 
-def check_length(model: PreTrainedModel, tokens: int) -> None:
-    """Refuse sequences that are longer than the model has positions."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and tokens > longest:
-        raise UserError(f"--seq-len {tokens}: this model has {longest} positions at most")
+def check_length(model: PreTrainedModel, tokens: int, virtual: int = 0) -> int:
+    """Refuse sequences that are longer than the model has positions, of which virtual tokens take some; returns how
+    many are left for tokens of a text."""
+    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if tokens + virtual > longest:
+        more = f" and {virtual} virtual tokens" if virtual else ""
+        raise UserError(f"--seq-len {tokens}{more}: this model has {longest} positions at most")
+    return longest - virtual
 
 
 @contextlib.contextmanager

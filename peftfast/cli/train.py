@@ -67,7 +67,7 @@ class Prepared:
 
 def prepare(given: dict[str, Any], folder: Path) -> Prepared:
     from peftfast import plan_adapter
-    from peftfast.cli import _setup
+    from peftfast.cli import _checks, _setup
     from peftfast.cli._data import read, tokenize
     from peftfast.cli._loop import load_state
 
@@ -86,7 +86,8 @@ def prepare(given: dict[str, Any], folder: Path) -> Prepared:
     tokenizer = _setup.load_tokenizer(source, settings["model"])
     rows = tokenize(corpus, tokenizer, settings["seq_len"], settings["prompt"])
     base = _setup.load_base(source, settings)
-    _setup.check_length(base, settings["seq_len"])
+    room = _setup.check_length(base, settings["seq_len"], getattr(config, "num_virtual_tokens", None) or 0)
+    rows.keep_of_prompt(max(1, room - _checks.SAMPLE_TOKENS))
     with _setup.one_line("the adapter does not fit this model"):
         plan = None if config.is_prompt_learning else plan_adapter(base, config)
     if plan is not None and plan.refusal is not None:
