@@ -174,6 +174,18 @@ def test_who_reads_a_part_of_the_output_gets_it(adapter, unbuffered):
     assert process.stderr.read() == b"" and process.wait() == BROKEN_PIPE
 
 
+def test_where_there_is_nobody_to_say_it_to(adapter, monkeypatch):
+    """A daemon's output is closed."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["inspect", str(adapter)]) == 0
+
+
+def test_what_a_terminal_cannot_show_is_escaped(adapter, tmp_path):
+    (tmp_path / "é").symlink_to(adapter)
+    said = run(["-m", "peftfast", "merge", "é", "--output", "ü"], tmp_path, PYTHONIOENCODING="ascii")
+    assert "\\xfc" in said and "\\xe9" in said and (tmp_path / "ü" / "config.json").is_file()
+
+
 def test_where_peft_is_not_installed_the_share_is_still_said(adapter, tmp_path):
     """Something else is logged then."""
     code = "import sys, training.hide_peft as h; h.hide(); from peftfast.cli import main; sys.exit(main(sys.argv[1:]))"

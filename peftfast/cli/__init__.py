@@ -61,8 +61,8 @@ def make_parser() -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        sub.set_defaults(run=module.run, escapes=True)
         module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
     return parser
 
 
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # what is left would fail when Python ends, where nobody could answer it
+            if sys.stdout is not None:  # a daemon's may be closed
+                sys.stdout.flush()  # what is left would fail when Python ends, where nobody could answer it
     except BrokenPipeError:  # whoever reads the output, `head` perhaps, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
@@ -89,6 +90,8 @@ def _run(argv: Sequence[str] | None) -> int:
             parser.print_help()
             return USAGE_ERROR
         where = f"peftfast {args.command}"
+        if args.escapes and hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names need not be in what a terminal can show
         return args.run(args)
     except UserError as error:
         print(f"{error.command or where}: error: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", dest="is_module", action="store_true", help="the script is the name of a module")
     parser.add_argument("script", help="path of the script, or name of the module with -m")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's arguments")
+    parser.set_defaults(escapes=False)  # what is printed is the script's
 
 
 class _FirstOfAll:
