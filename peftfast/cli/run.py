@@ -49,9 +49,15 @@ def serve_spawned_processes() -> None:
 def _check_module(name: str) -> None:
     from peftfast.cli import UserError
 
-    package = name.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"-m {name}: there is no module {package!r}")
+    parts = name.split(".")
+    for deep in range(1, len(parts) + 1):
+        module = ".".join(parts[:deep])
+        if (found := importlib.util.find_spec(module)) is None:
+            raise UserError(f"-m {name}: there is no module {module!r}")
+        if found.submodule_search_locations is None and deep < len(parts):
+            raise UserError(f"-m {name}: the module {module!r} is no package")
+    if found.submodule_search_locations is not None and importlib.util.find_spec(f"{name}.__main__") is None:
+        raise UserError(f"-m {name}: this is a package without a __main__ to run")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -290,11 +290,16 @@ except NotImplementedError as e:
     run(["-c", code], tmp_path)
 
 
-@pytest.mark.parametrize("script", [["nowhere.py"], ["-m", "nowhere.deep"]])
+@pytest.mark.parametrize("script", [["nowhere.py"], *(["-m", n] for n in ("nowhere.deep", "json.deep", "json"))])
 def test_run_refuses_a_missing_script(script, tmp_path):
     done = start(["-m", "peftfast", "run", *script], tmp_path)
     assert done.returncode == 2
     assert script[-1] in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_run_leaves_the_output_to_the_script(tmp_path):
+    (tmp_path / "script.py").write_text("import sys; print(sys.stdout.errors)")
+    assert run(["-m", "peftfast", "run", "script.py"], tmp_path, PYTHONIOENCODING="ascii") == "strict\n"
 
 
 def test_run_finds_what_is_beside_a_script_that_a_link_leads_to(tmp_path):
