@@ -19,7 +19,18 @@ from oracle import llama
 from processes import environment, run
 from safetensors.torch import load_file
 
-from peftfast.cli import INTERRUPTED, USAGE_ERROR, UserError, _checks, _data, _loop, _settings, _setup, main
+from peftfast.cli import (
+    INTERRUPTED,
+    USAGE_ERROR,
+    UserError,
+    _checks,
+    _data,
+    _loop,
+    _settings,
+    _setup,
+    main,
+    make_parser,
+)
 from peftfast.cli._data import IGNORED, Corpus, Document, Row
 
 BASE = _settings.EMBEDDED_BASE
@@ -364,6 +375,88 @@ def test_long_and_empty_examples_are_reported(tokenizer):
     assert any("were cut" in n for n in rows.notes) and any("left out" in n for n in rows.notes)
 
 
+class Ending:
+    """A tokenizer that makes a word its length, and ends every text, as some do."""
+
+    eos_token_id: int | None = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = [len(word) for word in text.split()]
+        return {"input_ids": [*ids, self.eos_token_id] if add_special_tokens and self.eos_token_id is not None else ids}
+
+
+class Endless(Ending):
+    eos_token_id = None
+
+
+def test_texts_end_once():
+    asked, texts = Document("d", prompt="a bb", completion="ccc"), [Document("d", text=t) for t in ("a bb", "dddd")]
+    rows = _data.tokenize(Corpus("d", [asked, *texts], [asked]), Ending(), 3, None)
+    assert [(row.ids, row.labels) for row in rows.train] == [([1, 2, 3], [IGNORED] * 2 + [3])] + [
+        (ids, ids) for ids in ([1, 2, 0], [4, 0])
+    ]
+    assert rows.prompt == [1, 2]
+    assert _data.tokenize(Corpus("d", [asked], [asked]), Ending(), 3, "a bb ccc").prompt == [1, 2, 3]
+    assert _data.tokenize(Corpus("d", [asked], [asked]), Ending(), 9, None).train[0].ids == [1, 2, 3, 0]
+
+
+def test_rows_without_anything_to_predict_are_left_out():
+    nothing = Document("d", prompt="", completion="a")  # the first token is never predicted
+    rows = _data.tokenize(Corpus("d", [nothing, Document("d", text="a bb ccc")], [Document("d", text="a bb")]),
+                          Endless(), 2, None)  # fmt: skip
+    assert [row.ids for row in rows.train] == [[1, 2]] and rows.prompt == [1]
+    other = _data.Rows([Row(rows.train[0].ids, [IGNORED, 2])], rows.held_out, rows.prompt)
+    assert other.digest() != rows.digest()
+
+
+def test_padding_is_neither_read_nor_learned():
+    batch = {
+        name: t.tolist() for name, t in _data.collate([Row([5, 6], [IGNORED, 6]), Row([7], [7])], 9, "cpu").items()
+    }
+    assert batch == {"input_ids": [[5, 6], [7, 9]], "attention_mask": [[1, 1], [1, 0]],
+                     "labels": [[IGNORED, 6], [7, IGNORED]]}  # fmt: skip
+
+
+def test_what_is_held_out_is_not_trained_on():
+    documents = [Document(f"d{i}", prompt="a", completion="b") for i in range(3000)]
+    for count, held in ((2, 1), (40, 4), (3000, 200)):
+        corpora = [_data.split("d", documents[:count], seed) for seed in (0, 0, 1)]
+        names = [[d.where for d in corpus.held_out] for corpus in corpora]
+        assert len(names[0]) == held and names[0] == names[1] and (count == 2 or names[0] != names[2])
+        assert sorted(d.where for d in (*corpora[0].train, *corpora[0].held_out)) == sorted(
+            d.where for d in documents[:count]
+        )
+    for text in ("one line\n" * 21, "word " * 40, "one line\n" * 20 + "and a long one" * 9 + "\n"):
+        corpus = _data.split("d", [Document("d", text=text)], 0)
+        train, held = corpus.train[0].text, corpus.held_out[0].text
+        assert train + held == text and len(train) >= len(text) * 0.9 - 1 and held
+        assert "long" in text or train.endswith(text[-1])  # no line is cut
+
+
+def test_a_line_of_json_ends_where_json_says(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "a\u2028b"}\n{"text": "c\x85d"}', encoding="utf-8")
+    corpus = _data.read(str(tmp_path / "d.jsonl"), 0)
+    assert {d.text for d in (*corpus.train, *corpus.held_out)} == {"a\u2028b", "c\x85d"}
+
+
+@pytest.mark.parametrize("parts", [("test", "train"), ("validation", "train"), ("train",), ("all",)])
+def test_a_dataset_of_the_hub(parts, monkeypatch):
+    class Rows(list):
+        def take(self, count: int) -> list:
+            return self[:count]
+
+    stored = {part: Rows({"text": f"{part} {i}"} for i in range(300)) for part in parts}
+    library = SimpleNamespace(load_dataset=lambda name: stored, __spec__=object())
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    corpus = _data.read("owner/name", 0)
+    train, held = ([d.text for d in documents] for documents in (corpus.train, corpus.held_out))
+    if len(parts) == 2:
+        assert train == [row["text"] for row in stored["train"]]
+        assert held == [row["text"] for row in stored[parts[0]]][:200]
+    else:
+        assert len(held) == 30 and sorted(train + held) == sorted(row["text"] for row in stored[parts[0]])
+
+
 def test_batches_are_passes_over_the_data():
     rows = [Row([i], [i]) for i in range(7)]
     seen = [r.ids[0] for step in range(7) for r in _data.batch_of_step(rows, step, 3, seed=5)]
@@ -443,6 +536,22 @@ def test_wrong_options_are_refused_in_one_line(tmp_path, capsys, options, parts)
     assert not (tmp_path / "a").exists()
 
 
+def test_a_run_is_continued_from_another_folder_and_elsewhere(tmp_path, monkeypatch):
+    """Where its data lies is kept, and what does not change the run may be given anew."""
+
+    def given(*options):
+        return _settings.given(make_parser().parse_args(["train", *options]))
+
+    (tmp_path / "d.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    saved = _settings.with_defaults(given("--data", "d.txt", "--target", "q_proj, v_proj"))
+    assert saved["data"] == str(tmp_path / "d.txt") and saved["target"] == ["q_proj", "v_proj"]
+    anew = given("--data", "d.txt", "--device", "cpu", "--prompt", "a", "--save-every", "3", "--steps", "9")
+    assert _settings.continued(anew, saved) == {**saved, **anew}
+    with pytest.raises(UserError, match="--seed 4: the run to resume has 0"):
+        _settings.continued(given("--seed", "4"), saved)
+
+
 def test_unknown_command_names_the_others(capsys):
     assert main(["trian"]) == USAGE_ERROR
     err = capsys.readouterr().err
@@ -460,6 +569,7 @@ def test_unknown_command_names_the_others(capsys):
         ('{"prompt": "a", "completion": "b"}', ["at least 2"]),
         ('{"messages": [{"role": "user", "content": "a"}]}\n{"text": "a"}', ["line 1", "assistant"]),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n' * 2, ["chat template"]),
+        ('{"messages": [{"role": "assistant"}]}\n', ["line 1", "role and content"]),
         ("[1, 2", ["not JSON"]),
         ("[" * 200_000, ["not JSON"]),
         ('{"text": ' + "9" * 5000 + "}", ["line 1", "not JSON"]),

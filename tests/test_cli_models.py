@@ -104,7 +104,10 @@ def test_an_adapter_with_more_tokens(tmp_path, capsys):
     "options, parts",
     [
         (["merge", "ADAPTER", "--output", "FULL"], ["FULL", "nothing is overwritten"]),
+        (["merge", "ADAPTER", "--output", "FULL/notes.txt"], ["notes.txt", "nothing is overwritten"]),
+        (["merge", "ADAPTER", "--output", "FULL/notes.txt/new"], ["cannot write to", "notes.txt"]),
         (["merge", "FULL", "--output", "new"], ["FULL", "adapter_config.json"]),
+        (["merge", "NAMELESS", "--output", "new"], ["NAMELESS", "give --model"]),
         (["merge", "ADAPTER", "--output", "new", "--model", "./nowhere"], ["'./nowhere'"]),
         (["extract", "--adapter", "ADAPTER", "--output", "new"], ["--r", "--keep"]),
         (["extract", "--adapter", "ADAPTER", "--keep", "2", "--output", "new"], ["--keep", "'2'"]),
@@ -119,12 +122,15 @@ def test_refusals_in_one_line(adapter, tmp_path, capsys, options, parts, monkeyp
     full = tmp_path / "FULL"
     full.mkdir()
     (full / "notes.txt").write_text("mine")
+    nameless = tmp_path / "NAMELESS"
+    nameless.mkdir()
+    (nameless / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
     options = [str(adapter) if o == "ADAPTER" else o for o in options]
     assert main(options) == USAGE_ERROR
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and all(part in err for part in parts), err
     assert err.startswith(f"peftfast {options[0]}: error: ")
-    assert os.listdir(tmp_path) == ["FULL"] and os.listdir(full) == ["notes.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["FULL", "NAMELESS"] and os.listdir(full) == ["notes.txt"]
 
 
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(adapter, tmp_path, capsys, monkeypatch):
