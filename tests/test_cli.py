@@ -32,6 +32,7 @@ from peftfast.cli import (
     make_parser,
 )
 from peftfast.cli._data import IGNORED, Corpus, Document, Row
+from peftfast.errors import warn
 
 BASE = _settings.EMBEDDED_BASE
 #: Small enough for a second or two; sampling is most of it.
@@ -181,6 +182,9 @@ def test_quantised_on_a_cpu_that_bitsandbytes_repacks_for(tmp_path, kind, monkey
 
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
     assert train(tmp_path, *QUICK, "--quantize", kind) == 0
+    settings = {**_settings.DEFAULTS, "dtype": "bf16", "quantize": kind, "device": "cpu"}
+    layers = [m for m in _setup.load_base(str(BASE), settings).modules() if isinstance(m, modules.Linear4bit)]
+    assert {(m.support_avx512bf16_for_cpu, m.compute_dtype) for m in layers} == {(False, torch.bfloat16)}
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
@@ -373,6 +377,50 @@ def test_long_and_empty_examples_are_reported(tokenizer):
     rows = _data.tokenize(Corpus("d", docs, docs[1:]), tokenizer, 16, None)
     assert len(rows.train) == 1 and len(rows.train[0].ids) == 16
     assert any("were cut" in n for n in rows.notes) and any("left out" in n for n in rows.notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+        ({"alpha": 0.5}, {"lora_alpha": 0.5}),
+        ({"method": "AdaLoRA", "r": 5}, {"init_r": 5, "total_step": 120}),
+        ({"method": "adalora", "set": {"init_r": 5, "total_step": 300}}, {"init_r": 5, "total_step": 300}),
+        ({"method": "ia3", "r": 5}, "--r: IA3Config has no field r"),
+        ({"method": "ia3", "dropout": 0.1}, "--dropout: IA3Config has no field lora_dropout"),
+        (
+            {"method": "prompt_tuning", "set": {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a",
+                                                "tokenizer_name_or_path": "mine", "num_virtual_tokens": 2}},
+            {"tokenizer_name_or_path": "mine"},
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_options_make_of_a_config(given, found):
+    settings = _settings.with_defaults(given)
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            _setup.make_config(settings)
+    else:
+        config = _setup.make_config(settings)
+        values = {name: getattr(config, name) for name in found}
+        assert values == found and {type(v) for v in values.values()} == {type(v) for v in found.values()}
+
+
+def test_device_and_learning_rate_that_were_not_given(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert [_setup.choose_device(name) for name in (None, "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
+    for model, lr in (("embedded", 1e-2), ("owner/name", 2e-4)):
+        settings = _settings.with_defaults({"model": model})
+        _setup.complete(settings)
+        assert (settings["device"], settings["dtype"], settings["lr"]) == ("cuda", "bf16", lr)
+
+
+def test_warnings_are_lines_of_the_output(capsys):
+    with _setup.quiet_libraries():
+        warn("of two\nlines")
+    assert capsys.readouterr() == ("  warning: of two lines\n", "")
 
 
 class Ending:
@@ -669,6 +717,7 @@ def stop_after(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
     real = _loop.Run.one_step
 
     def one_step(self):
+        assert all(module.training for module in self.model.modules())  # evaluating comes before it
         if self.step == step - 1:
             os.kill(os.getpid(), number)
         return real(self)
@@ -700,6 +749,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys, monkeypatch
         assert train(tmp_path / "parts", *options) == INTERRUPTED
     out = capsys.readouterr().out
     assert "stopped by Ctrl-C after step 3 of 5" in out and "--resume" in out
+    state = torch.load(tmp_path / "parts" / "training_state.pt")
+    assert bool(state["scaler"]) == ("fp16" in extra)
     torch.manual_seed(123)  # the continuation must not depend on the state it starts in
     assert train(tmp_path / "parts", "--resume") == 0
     whole, parts = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("whole", "parts"))
