@@ -221,11 +221,12 @@ def test_merge_utils_give_the_numbers_of_peft(name):
             torch.manual_seed(0)
             results.append(combine(tensors, weights, *arguments, "frequency"))
         torch.testing.assert_close(results[0], results[1])
-    for prune in ("magnitude", "random"):
+    for prune, density, rescale in (("magnitude", 0.3, True), ("random", 0.3, True), ("magnitude", 0, True),
+                                    ("random", 0, False)):  # fmt: skip
         pruned = []
         for function in both("peft.utils.merge_utils", "prune"):
             torch.manual_seed(0)
-            pruned.append(function(tensors[0], 0.3, prune, rescale=True))
+            pruned.append(function(tensors[0], density, prune, rescale=rescale))
         assert torch.equal(*pruned)
 
 

@@ -203,15 +203,23 @@ def test_trainer_mixin():
     class Trainer:
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             outputs = model(inputs)
-            return (outputs.sum(), outputs) if return_outputs else outputs.sum()
+            loss = 0 * outputs.sum()  # beside which what is added can be seen
+            return (loss, outputs) if return_outputs else loss
 
     class Both(MontecloraTrainerMixin, Trainer):
         pass
 
     model, x = one(peftfast), make_input()
     loss, outputs = Both().compute_loss(model, x, return_outputs=True)
-    torch.testing.assert_close(loss, outputs.sum() + model._get_monteclora_loss())
-    assert Both().compute_loss(model.eval(), x) == model(x).sum()
+    torch.testing.assert_close(loss, model._get_monteclora_loss())
+    assert outputs.shape == model(x).shape and loss != 0
+    two = torch.nn.ModuleList([model, one(peftfast, r=2)])
+    two.forward = lambda x: torch.stack([model(x) for model in two])
+    loss = Both().compute_loss(two, x)
+    terms = [model._get_monteclora_loss() for model in two]
+    assert abs(terms[0] - terms[1]) > 0.01 * abs(terms[0])
+    torch.testing.assert_close(loss, (terms[0] + terms[1]) / 2)
+    assert Both().compute_loss(model.eval(), x) == 0
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

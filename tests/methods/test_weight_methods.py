@@ -433,6 +433,7 @@ def test_dora_combination_of_one_is_that_one(kind):
 
 def test_dora_caching_reads_the_weight_once():
     from peftfast.helpers import DoraCaching
+    from peftfast.methods.lora.dora import cache_norms
 
     x = make_input("linear", "fp32")
     model = make(peftfast, "dora", "linear", "fp32").eval()
@@ -455,6 +456,12 @@ def test_dora_caching_reads_the_weight_once():
             with DoraCaching(False):
                 expected = model(x)
             assert torch.equal(model(x), expected)
+        cache = DoraCaching()
+        with cache, DoraCaching(False):
+            with cache:
+                pass
+            assert not cache_norms(False)  # each gives back what was before it
+        assert cache_norms(True)
         model.train()
         assert layer.lora_magnitude_vector["default"]._kept is None
 

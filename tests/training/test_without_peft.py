@@ -172,7 +172,7 @@ def test_what_is_bound_in_a_module_that_looked_early(module):
         """
 from typing import TYPE_CHECKING
 if is_peft_available() and True:
-    import peft
+    import peft.utils, peft_like
     import peft.utils.other as other, json, peft.no_such_module as no_module
     from peft import (
         LoraConfig as Config,
@@ -182,6 +182,13 @@ if is_peft_available() and True:
     from peft.no_such_module import Nothing
     if True:
         from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft_like import Thing
+    try:
+        import no_such_module
+    except ImportError:
+        from peft import IA3Config
+    with suppress(ImportError):
+        from peft import AdaLoraConfig
 elif TYPE_CHECKING:
     from .peft import AnotherLibrary
 else:
@@ -209,6 +216,8 @@ class C:
         "PeftModel": peft.PeftModel,
         "PeftMixedModel": peft.PeftMixedModel,
         "BaseTunerLayer": peft.tuners.tuners_utils.BaseTunerLayer,
+        "IA3Config": peft.IA3Config,
+        "AdaLoraConfig": peft.AdaLoraConfig,
     }
     assert unknown.pop("no_module") is absent.placeholder("peft.no_such_module")
     assert unknown == {name: absent.placeholder(name) for name in unknown}
@@ -237,7 +246,9 @@ def test_answers_are_forgotten(module):
 
 def test_a_question_of_another_kind_is_not_asked_twice(module):
     module("", is_peft_available=lambda model: False)
-    assert "looked_early" not in early.denying()
+    assert not early.denying()
+    module("", is_peft_available=lambda: False)
+    assert early.denying() == [__name__]
 
 
 def test_the_name_is_not_vacant_here(caplog):
