@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
 
 import peftfast  # noqa: E402
+from peftfast.interop import kinds  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -195,7 +197,7 @@ def test_layers_are_of_the_kinds_of_peft(base, folder):
     from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
     from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 
-    from peftfast.interop import kinds, utilities
+    from peftfast.interop import utilities
 
     ours, theirs = (
         library.get_peft_model(load(folder, base), library.LoraConfig(target_modules=TARGETS))
@@ -214,3 +216,39 @@ def test_layers_are_of_the_kinds_of_peft(base, folder):
     ):
         assert mine.dtype == other.dtype
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("library", "methods", "kind"),
+    [
+        ("gptqmodel", ["gptq"], "GPTQLoraLinear"),
+        ("gptqmodel", ["awq"], "AwqLoraLinear"),
+        ("gptqmodel", [SimpleNamespace(value="awq")], "AwqLoraLinear"),
+        ("aqlm", [], "AqlmLoraLinear"),
+        ("eetq", [], "EetqLoraLinear"),
+        ("hqq", [], "HqqLoraLinear"),
+        ("mine", ["awq"], None),
+    ],
+)
+def test_a_lora_layer_is_of_the_kind_of_its_module(library, methods, kind):
+    """As PEFT's classes are told apart; layers of other methods on such a module are none of them."""
+    names = [
+        "GPTQLoraLinear",
+        "AwqLoraLinear",
+        "AqlmLoraLinear",
+        "EetqLoraLinear",
+        "HqqLoraLinear",
+        "TorchaoLoraLinear",
+    ]
+    cls = type("QuantLinear", (nn.Linear,), {"__module__": f"{library}.nn_modules", "SUPPORTS_METHODS": methods})
+
+    def kinds_of(module):
+        return [name for name in [*names, "IA3Layer"] if isinstance(module, getattr(kinds, name))]
+
+    for config, found in (
+        (peftfast.LoraConfig(target_modules=["0"]), [kind] if kind else []),
+        (peftfast.IA3Config(target_modules=["0"], feedforward_modules=[]), ["IA3Layer"]),
+    ):
+        layer = peftfast.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).base_model.model[0]
+        layer.base_layer = cls(4, 4)
+        assert kinds_of(layer) == found and not kinds_of(layer.base_layer)
