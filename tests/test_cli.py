@@ -188,25 +188,41 @@ def test_quantised_on_a_cpu_that_bitsandbytes_repacks_for(tmp_path, kind, monkey
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
-def test_gradient_checkpointing_changes_no_number(tmp_path):
+def test_gradient_checkpointing_changes_no_number(tmp_path, monkeypatch):
+    repeated = []
+    real = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: repeated.append(1) or real(*a, **k))
     train(tmp_path / "a", *QUICK)
+    assert not repeated
     train(tmp_path / "b", *QUICK, "--gradient-checkpointing")
+    assert repeated
     a, b = (load_file(tmp_path / f / "adapter_model.safetensors") for f in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_logits_that_differ_fail_the_command(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("which", "said"), [(3, "reloaded NO, see above; merged yes"), (4, "reloaded yes; merged NO")])
+def test_logits_that_differ_fail_the_command(tmp_path, capsys, monkeypatch, which, said):
     real = _checks.logits
     calls = []
 
-    def wrong(model, batch):  # the fourth is the merged model's
+    def wrong(model, batch):  # the third is the reloaded model's, the fourth the merged one's
         calls.append(model)
-        return real(model, batch) + (0.1 if len(calls) == 4 else 0.0)
+        return real(model, batch) + (0.1 if len(calls) == which else 0.0)
 
     monkeypatch.setattr(_checks, "logits", wrong)
     assert train(tmp_path / "a", *QUICK) == 1
     out = capsys.readouterr().out
-    assert "EXCEEDS" in out and "reloaded yes; merged NO" in out
+    assert "EXCEEDS" in out and said in out
+
+
+def test_out_of_memory_is_one_line_that_says_what_needs_less(tmp_path, capsys, monkeypatch):
+    def too_much(self):
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    monkeypatch.setattr(_loop.Run, "one_step", too_much)
+    assert train(tmp_path / "a", *QUICK) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "3 GiB" in err and "smaller --batch-size" in err
 
 
 @pytest.mark.parametrize(

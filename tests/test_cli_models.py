@@ -73,6 +73,7 @@ def test_a_plain_lora_of_another_kind_and_of_the_merged_model(adapter, tmp_path,
     merged = ["merge", str(adapter), "--output", str(tmp_path / "model"), "--dtype", "fp32"]
     again = ["extract", "--tuned", str(tmp_path / "model"), "--model", "embedded", "--dtype", "fp32", "--r", "2"]
     assert main(merged) == 0 and main([*again, "--output", str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     model = peftfast.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     torch.testing.assert_close(logits(model), expected(adapter), rtol=1e-4, atol=1e-4)  # two are what pruning left
 

@@ -129,6 +129,7 @@ def test_lifecycle_after_the_patch(monkeypatch):
         lambda m: m.add_adapter("other", lora(peft, use_dora=True)),
         lambda m: m.set_adapter("other"),
         lambda m: fill(m, 10),
+        lambda m: m.base_model.set_adapter(["default", "other"]),  # of two methods
         lambda m: m.delete_adapter("other"),
         lambda m: m.add_adapter("other", lora(peft, r=6)),
         lambda m: m.set_adapter("other"),
@@ -145,6 +146,14 @@ def test_lifecycle_after_the_patch(monkeypatch):
     with torch.no_grad():
         mixed = [m(**batch(), adapter_names=names).logits for m in (model, twin)]
     assert torch.equal(*mixed)  # PEFT's own path
+
+
+def test_a_model_without_configs_computes_as_peft_does():
+    """Its inner model, of which nobody knows what its layers were asked to be."""
+    model = wrapped(peft)
+    expected = model(**batch()).logits
+    peftfast.patch(model.get_base_model().model)
+    assert torch.equal(model(**batch()).logits, expected)
 
 
 def test_what_is_left_is_named():
