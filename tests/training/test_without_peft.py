@@ -87,8 +87,9 @@ with open("model.pickle", "wb") as f:
 alias.uninstall()
 model()
 assert not served() and not transformers.utils.is_peft_available() and "peft" not in sys.modules
-import peftfast.as_peft
-assert served() and transformers.utils.is_peft_available()
+import peftfast.as_peft, peft
+alias.install()  # as a script does that `peftfast run` has started
+assert served() and transformers.utils.is_peft_available() and sys.modules["peft"] is peft
 """
     run(["-c", MODEL + code], tmp_path)
     run(["-c", MODEL + "import pickle; pickle.load(open('model.pickle', 'rb')); assert served()"], tmp_path)
