@@ -189,13 +189,16 @@ def test_quantised_on_a_cpu_that_bitsandbytes_repacks_for(tmp_path, kind, monkey
 
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_changes_no_number(tmp_path, monkeypatch):
-    repeated = []
-    real = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: repeated.append(1) or real(*a, **k))
+    real, on = _loop.Run.one_step, []
+
+    def one_step(self):
+        on.append(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
+        return real(self)
+
+    monkeypatch.setattr(_loop.Run, "one_step", one_step)
     train(tmp_path / "a", *QUICK)
-    assert not repeated
     train(tmp_path / "b", *QUICK, "--gradient-checkpointing")
-    assert repeated
+    assert on == [False, False, True, True]
     a, b = (load_file(tmp_path / f / "adapter_model.safetensors") for f in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
