@@ -103,6 +103,8 @@ def make_config(settings: dict[str, Any]) -> PeftConfig:
     cls = classes[method]
     names = {f.name: f.default for f in fields(cls)}
     values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if (task := settings["set"].get("task_type", "CAUSAL_LM")) != "CAUSAL_LM":
+        raise UserError(f"--set task_type={task}: this command trains models that write text, CAUSAL_LM")
     if "total_step" in names and "total_step" not in settings["set"] and "steps" in settings:
         values["total_step"] = settings["steps"]  # of a schedule: as long as the run
     starts_from_text = settings["set"].get("prompt_tuning_init") == "TEXT"
@@ -125,7 +127,7 @@ def make_config(settings: dict[str, Any]) -> PeftConfig:
     if "lora_alpha" in values and values["lora_alpha"] == int(values["lora_alpha"]):
         values["lora_alpha"] = int(values["lora_alpha"])  # as PEFT writes it
     with one_line(f"--method {method}"):
-        return cls(**values, **settings["set"])
+        return cls(**{**values, **settings["set"]})
 
 
 def load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
