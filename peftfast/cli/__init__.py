@@ -68,8 +68,6 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    if hasattr(sys.stdout, "reconfigure"):  # what is redirected on Windows has an encoding of few letters
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             return _run(argv)
@@ -91,7 +89,7 @@ def _run(argv: Sequence[str] | None) -> int:
             return USAGE_ERROR
         where = f"peftfast {args.command}"
         if args.escapes and hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # names need not be in what a terminal can show
+            sys.stdout.reconfigure(errors="backslashreplace")  # its encoding need not have a name's letters
         return args.run(args)
     except UserError as error:
         print(f"{error.command or where}: error: {error}", file=sys.stderr)
