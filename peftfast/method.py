@@ -134,6 +134,13 @@ class Scaling(Protocol):
     scales: ClassVar[bool]
 
 
+class Brief(Protocol):
+    """Optional, known by its attribute: adapters of which one is merged by writing three times to the weight, in its
+    place if it is `spare`; fp32 does for that, where more of them would round more often than PEFT."""
+
+    few_roundings: ClassVar[bool]
+
+
 class Joint(Protocol):
     """Optional, known by its one function: adapters that have a product, or scale, and that are merged in one step."""
 

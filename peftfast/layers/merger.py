@@ -320,7 +320,8 @@ class Merger:
         return seen if seen.data_ptr() == self._parameter.data_ptr() else None
 
     def _in_one_step(self, names: Sequence[str]) -> bool:
-        """Whether these add products of factors that are one product together, or all scale the weight."""
+        """Whether these add products of factors that are one product together, or all scale the weight, or are one that
+        rounds few times."""
         adapters = [self.layer.adapters[name] for name in names]
         methods = {adapter.method for adapter in adapters}
         if len(methods) != 1:
@@ -330,7 +331,7 @@ class Merger:
             together = hasattr(method, "merged_together") and not hasattr(method, "before_merging")
             if not together or is_distributed(self._parameter):
                 return False
-        if hasattr(method, "scales"):
+        if hasattr(method, "scales") or len(adapters) == 1 and hasattr(method, "few_roundings"):
             return True
         as_product = getattr(method, "as_product", None)
         return as_product is not None and all(as_product(adapter) is not None for adapter in adapters)

@@ -190,6 +190,8 @@ class UsualSite:
         return composed_magnify(self, x, y, a, b, g, scale, dropout)
 
     def output_norm(self, weight: Tensor) -> Tensor:
+        if weight.shape[1] % 64 == 0:  # long sums round more than sums of sums
+            weight = torch.linalg.vector_norm(weight.unflatten(1, (-1, 64)), dim=2)
         return torch.linalg.vector_norm(weight, dim=1)
 
     def segmented(self, x: Tensor) -> bool:

@@ -179,8 +179,9 @@ def test_merged_experts_are_within_half_an_ulp_of_the_fp64_merge():
     assert (error / half_ulp(exact, torch.float32)).max() <= 1 + 1e-9
 
 
-def test_outputs_do_not_change_and_pefts_error_is_no_smaller():
-    twins = oracle.Twins(lambda: oracle.llama(hidden=64).bfloat16(), {"r": 8, "target_modules": "all-linear"})
+@pytest.mark.parametrize("dtype, options", [(torch.bfloat16, {}), (torch.float32, {"use_dora": True})])
+def test_outputs_do_not_change_and_pefts_error_is_no_smaller(dtype, options):
+    twins = oracle.Twins(lambda: oracle.llama(hidden=64).to(dtype), {"r": 8, "target_modules": "all-linear"} | options)
     with torch.no_grad():
         truth = copy.deepcopy(twins.theirs).double()
         for model in (twins.ours, twins.theirs):
@@ -447,10 +448,11 @@ def test_what_is_kept_of_a_large_weight_lies_in_large_pages(monkeypatch):
     [
         (LoraConfig(), 1),
         (LoraConfig(lora_bias=True), 3),
+        (LoraConfig(use_dora=True), 1),
         (peftfast.AdaLoraConfig(total_step=10), 1),
         (peftfast.IA3Config(feedforward_modules=[]), 3),
     ],
-    ids=["lora", "three", "adalora", "three ia3"],
+    ids=["lora", "three", "dora", "adalora", "three ia3"],
 )
 @pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
 def test_merging_for_good_makes_at_most_one_weight(kind, count, dtype, safe):
@@ -465,7 +467,7 @@ def test_merging_for_good_makes_at_most_one_weight(kind, count, dtype, safe):
     random_adapters(model)
     with oracle.Operations() as made:
         model.base_model.model[0].merge(safe, list(model.peft_config), keep=False)
-    sure = type(kind) is LoraConfig and not kind.lora_bias
+    sure = type(kind) is LoraConfig and not kind.lora_bias and not kind.use_dora
     wider = [(n, k)] if safe and not sure or dtype.itemsize < 4 else []
     assert [shape for shape in made.shapes if math.prod(shape) >= n * k] == wider
 

@@ -71,6 +71,7 @@ class Dora(Lora):
 
     variant: ClassVar[str | None] = "use_dora"
     acts_when_zero: ClassVar[bool] = True
+    few_roundings: ClassVar[bool] = True
     routed = sample_by_sample
 
     def slots(self, site: Site, cfg: LoraConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:
@@ -121,7 +122,7 @@ class Dora(Lora):
 
     def merged(self, site: Site, dense: Dense, adapter: Adapter, base: Dense) -> Dense:
         a, b = (f.to(dense.weight.dtype) for f in factors(adapter))
-        changed = site.with_delta(base.weight, a, b, float(adapter.scale))
+        changed = site.with_delta(base.weight, a, b, float(adapter.scale), base.spare)
         # as in forward, the norm is that of the weight without other adapters
         norm = site.output_norm(changed)
         if dense is not base:
