@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels.configs import (
+    PROGRAMS,
     Tile,
     cdiv,
     chip_of,
@@ -175,10 +176,16 @@ def strip_tile(
     if alone:
         strips += [(1, ranks, 1) for ranks in powers(rank_tile(r), 1)]
     rows, ranks, share = min(strips, key=taken)
-    warps = config.warps
+    warps, stages = config.warps, config.stages
     if rows > 1:
         warps = skinny_warps(warps, rows, ranks * share, chip, precision, 64 if share > 1 else 32)
-    return config._replace(BM=rows, BN=ranks, warps=warps), share
+    # Of the lowest strips a processor has one or two, which wait for memory alone: more of their steps are under way.
+    programs = cdiv(m, rows) * cdiv(r, ranks) * (linears // share)
+    if rows == 16 and share == 1 and programs <= 2 * PROGRAMS and chip.startswith("sm_"):
+        stages += 2
+        if ranks == 16 and precision != "ieee" and not drops:
+            warps //= 2  # which have one matrix instruction each; others would only read x once more
+    return config._replace(BM=rows, BN=ranks, warps=warps, stages=stages), share
 
 
 def row_columns(columns: int, ranks: int, warps: int) -> int:
@@ -220,10 +227,6 @@ def _plan(
     if config.BM == 1:
         return row_launch(config, m, k, (r,), (stride_xm, stride_xk), (stride_ar,), (float(scale),)), True
     bm, br, bk, warps, stages = config
-    # Of the lowest strips a processor has one or two, which wait for memory alone: more of their steps are under way.
-    lowest = bm == 16 and chip.startswith("sm_")
-    if lowest and br == 16 and precision != "ieee" and not drops:
-        warps //= 2  # which have one matrix instruction each; others would only read x once more
     launch = Launch(
         down_kernel,
         (cdiv(m, bm), cdiv(r, br)),
@@ -243,7 +246,7 @@ def _plan(
         UNIT=unit(r, stride_ak),
         PRECISION=precision,
         num_warps=warps,
-        num_stages=stages + 2 * lowest,
+        num_stages=stages,
     )
     return launch, False
 
