@@ -10,6 +10,7 @@ from oracle import TorchDispatchMode, inputs, llama, moved, randomised
 
 import peftfast
 from peftfast import devices
+from peftfast.calibration.eva import RunningComponents
 from peftfast.extraction.factors import svd
 
 TARGETS = ["q_proj", "down_proj"]
@@ -144,7 +145,7 @@ def test_what_is_drawn_from_a_seed_of_its_own_moves_no_device(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("it begins those of other devices anew"))
     with devices.forked(torch.device("cpu"), 9):
         assert torch.equal(torch.rand(2), seeded)
-    components = peftfast.calibration.eva.RunningComponents(2)
+    components = RunningComponents(2)
     components.update(torch.eye(8, 4), 0.9)
     svd(torch.eye(600), 4)
     assert torch.equal(torch.rand(2), expected)
