@@ -35,6 +35,7 @@ def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
         seed: where those of the device begin inside; `torch.manual_seed` would begin those of all devices anew.
     """
     apart = [] if device.type in ("cpu", "meta") else [device]
+    # torch 2.11 wants a type also where it is of no device
     with torch.random.fork_rng(apart, device_type=device.type if apart else "cuda"):
         if seed is not None:
             state = torch.Generator(*apart).manual_seed(seed).get_state()

@@ -203,7 +203,6 @@ def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs:
     (m, k), dtype, device = x.shape, a[0].dtype, x.device
     ranks = tuple([one.shape[0] for one in a])
     ts = [torch.empty(m, r, dtype=dtype, device=device) for r in ranks]
-    seed_pointers = seeds_or(seeds, probs, x)
     if m:
         chip = chip_of(device)
         precision = dot_precision(chip, x.dtype, dtype)  # as much as the tiles of several take
@@ -212,7 +211,7 @@ def siblings_down(x: Tensor, a: list[Tensor], seeds: list[Tensor | None], probs:
         if apart:
             launch((x,) * len(a), contiguous(a), tuple(ts))
         else:
-            launch(x, contiguous(a), seed_pointers, tuple(ts))
+            launch(x, contiguous(a), seeds_or(seeds, probs, x), tuple(ts))
     return ts
 
 

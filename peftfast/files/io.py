@@ -43,7 +43,7 @@ def adapter_folders(save_directory: str | os.PathLike, adapter_names: Iterable[s
     owners: dict[tuple[int, int], str] = {}
     for name in adapter_names:
         folder = folders[name] = Path(save_directory) if name == "default" else Path(save_directory, name)
-        folder.resolve().mkdir(parents=True, exist_ok=True)  # resolved: also where a link leads that leads nowhere yet
+        _make(folder)
         found = folder.stat()
         other = owners.setdefault((found.st_dev, found.st_ino), name)
         if other != name:
@@ -52,6 +52,11 @@ def adapter_folders(save_directory: str | os.PathLike, adapter_names: Iterable[s
                 "the other. Save them to different folders (selected_adapters=)"
             )
     return folders
+
+
+def _make(folder: Path) -> None:
+    """Also where a link leads that leads nowhere yet."""
+    folder.resolve().mkdir(parents=True, exist_ok=True)
 
 
 def check_folder(save_directory: str | os.PathLike) -> None:
@@ -80,7 +85,7 @@ def save_adapter(
         OSError: disk full, folder read-only; the old adapter is as it was.
     """
     check_whole(tensors)
-    folder.resolve().mkdir(parents=True, exist_ok=True)  # resolved: also where a link leads that leads nowhere yet
+    _make(folder)
     tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     config, others = _config_files(cfg, auto_mapping)
     with locked(folder, exclusive=True):
