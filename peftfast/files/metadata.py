@@ -8,14 +8,18 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftfast.config import PeftConfig
 from peftfast.errors import AdapterLoadError, enumerate_some, every_name
 from peftfast.files.fingerprint import METADATA_KEY as BASE_KEY
 from peftfast.version import __version__
+
+_SHARED = 8 << 20  # bytes, from which on threads are worth their start
 
 CRC_KEY, CONFIG_KEY, VERSION_KEY = "peftfast.crc32", "peftfast.config", "peftfast.version"
 
@@ -34,7 +38,7 @@ def describe(tensors: Mapping[str, Tensor], config: str, base: str) -> dict[str,
     """
     data = {
         VERSION_KEY: __version__,
-        CRC_KEY: "".join(_crc(key, tensors[key]) for key in sorted(tensors)),
+        CRC_KEY: "".join(_crcs(tensors)),
         CONFIG_KEY: json.dumps(json.loads(config), separators=(",", ":")),
     }
     return {**data, BASE_KEY: base} if base else data
@@ -49,14 +53,13 @@ def verify(path: object, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
     saved = metadata.get(CRC_KEY)
     if saved is None:
         return
-    keys = sorted(tensors)
-    now = [_crc(key, tensors[key]) for key in keys]
+    now = _crcs(tensors)
     if saved == "".join(now):
         return
     then = [saved[i : i + 8] for i in range(0, len(saved), 8)]
     known = set(then)
-    changed = [key for key, crc in zip(keys, now, strict=True) if crc not in known]
-    what = every_name(changed) if changed else f"{len(keys)} tensors, where {len(then)} were saved"
+    changed = [key for key, crc in zip(sorted(tensors), now, strict=True) if crc not in known]
+    what = every_name(changed) if changed else f"{len(now)} tensors, where {len(then)} were saved"
     raise AdapterLoadError(
         f"{path} is damaged: its checksums do not agree with {what}. If a tool changed the file on purpose and kept "
         "its metadata, remove all that start with 'peftfast.' from them"
@@ -125,6 +128,16 @@ def check_sizes(cfg: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
         raise AdapterLoadError(
             f"The config says {enumerate_some(wrong)}, but no tensor in the file has a dimension above {largest}"
         )
+
+
+def _crcs(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Of all tensors, in the order of their names; of many megabytes by as many threads as torch uses."""
+    named = sorted(tensors.items())
+    workers = torch.get_num_threads()
+    if workers == 1 or sum(tensor.nbytes for tensor in tensors.values()) < _SHARED:
+        return [_crc(*one) for one in named]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(_crc, *zip(*named, strict=True)))
 
 
 def _crc(key: str, tensor: Tensor) -> str:
