@@ -168,22 +168,31 @@ class Merger:
             if first:
                 self._check_output(own)
             kept = self._snapshot(keep, untie) if first else self.kept
-            if not first:
-                self._restore(kept)
+            before = layer.merged_adapters
             try:
-                check = safe_merge and not self._surely_finite([*inside, *own])
-                self._store(self.merged([*inside, *own], check, in_place=not apart), rounding, apart)
-            except BaseException:
-                if keep or not first:  # there may have been memory to write to the weight, and none to look at it
-                    self._restore_weight(kept)
                 if not first:
-                    self._store(self.merged(inside, check=False), rounding, apart)
+                    self._restore(kept)
+                check = safe_merge and not self._surely_finite([*inside, *own])
+                self._put([*inside, *own], kept, rounding, apart, check)
+                self.kept = kept if keep or not first else None
+                layer.merged_adapters = [*before, *names]
+            except BaseException:  # of memory, of values, or Ctrl-C
+                if keep or not first:
+                    self._restore(kept)
+                    layer.merged_adapters = before
+                if first:
+                    self.kept = None
+                else:
+                    self._put(inside, kept, rounding, apart)
                 raise
-            self.kept = kept if keep or not first else None
-            if self.kept is not None and kept["bias"] is not None:
-                kept["stored_bias"] = kept_copy(layer.base_layer.bias, keep == "host")
-        if names:
+        elif names:
             layer.merged_adapters = [*layer.merged_adapters, *names]
+
+    def _put(self, names: Sequence[str], kept: dict[str, Any], rounding: str, apart: bool, check: bool = False) -> None:
+        """Write the base with these adapters in its place."""
+        self._store(self.merged(names, check, in_place=not apart), rounding, apart)
+        if kept["bias"] is not None:
+            kept["stored_bias"] = kept_copy(self.layer.base_layer.bias, kept["bias"].device.type == "cpu")
 
     def _snapshot(self, keep: bool | str, untie: bool) -> dict[str, Any]:
         """What `_restore` needs; of a tied weight the Parameter itself, which nobody writes to."""
@@ -416,6 +425,7 @@ class Merger:
         self._restore_weight(kept)
         if kept["bias"] is not None:
             kept["bias"] = self._bias_before(kept)
+            kept.pop("stored_bias", None)
             layer.base_layer.bias.copy_(kept["bias"])
 
     @torch.no_grad()

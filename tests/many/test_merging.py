@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import math
 import mmap
 import pickle
+import sys
 import warnings
 from contextlib import nullcontext
 
@@ -253,6 +256,55 @@ def test_nothing_is_half_done_where_memory_ends_with_a_weight_written(monkeypatc
         assert "two" not in merged
     model.base_model.unmerge_adapter()
     assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@pytest.mark.parametrize("again", [False, True])
+def test_nothing_is_half_done_wherever_ctrl_c_is_pressed(bias, again):
+    """Every line of the merger in turn: what is in the weight is what the layer says is in it."""
+    config = LoraConfig(target_modules=["0"], init_lora_weights=False)
+    model = peftfast.get_peft_model(nn.Sequential(nn.Linear(8, 8)), dataclasses.replace(config, bias=bias))
+    model.add_adapter("two", config)
+    layer = model.base_model.model[0]
+    original = every_byte(layer.base_layer)
+    lines, interrupted = itertools.count(1), True
+    while interrupted:
+        if again:
+            layer.merge(adapter_names=["two"])
+        state, inside = every_byte(layer.base_layer), layer.merged_adapters
+        interrupted = pressing_ctrl_c(next(lines), lambda: layer.merge(adapter_names=["default"]))
+        if interrupted:
+            assert same_bits(every_byte(layer.base_layer), state) and layer.merged_adapters == inside
+            assert (layer.merger.kept is None) == (not inside)
+        else:
+            assert "default" in layer.merged_adapters and not same_bits(every_byte(layer.base_layer), state)
+        if layer.merged:
+            layer.unmerge()
+        assert same_bits(every_byte(layer.base_layer), original)
+    assert next(lines) > 20
+
+
+def pressing_ctrl_c(at: int, merge) -> bool:
+    """Whether so many lines of the merger were run, at the last of which this interrupts it."""
+    left = at
+
+    def line(frame, event, _):
+        nonlocal left
+        if event == "line" and frame.f_code.co_filename == merger.__file__:
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return line
+
+    tracing = sys.gettrace()
+    sys.settrace(line)
+    try:
+        merge()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(tracing)
+    return False
 
 
 @pytest.mark.parametrize("kind", [LoraConfig(), peftfast.AdaLoraConfig(total_step=10)], ids=["lora", "adalora"])
