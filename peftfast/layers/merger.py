@@ -70,6 +70,11 @@ def _check_decodable(layer: BaseTunerLayer) -> None:
         )
 
 
+_UNSURE = (
+    "Whether its weight holds the adapters is not known, and no copy was kept (keep=False): load the base model again"
+)
+
+
 class MergedNames(list[str]):
     """`BaseTunerLayer.merged_adapters`; a change in place is an assignment."""
 
@@ -111,6 +116,7 @@ class Merger:
         layer: which has this merger.
         kept: bytes of the base while adapters are merged; None while nothing is, or where it was merged for good.
         rounded: what became of the weight, where storing it rounds.
+        unsure: a write to the weight has begun and is not recorded yet.
         sources: adapter -> the layer whose factors it shares, and which merges a weight that both have.
     """
 
@@ -118,6 +124,7 @@ class Merger:
         self._here = Owner(layer)
         self.kept: dict[str, Any] | None = None
         self.rounded: Rounded | None = None
+        self.unsure = False
         self.sources: dict[str, BaseTunerLayer] = {}
 
     @property
@@ -158,6 +165,8 @@ class Merger:
         if keep not in (True, False, "host"):
             raise ValueError(f"keep must be True, False or 'host', got {keep!r}")
         _check_decodable(layer)
+        if self.unsure:
+            raise RuntimeError(f"{layer.site.weight.name}: merging for good was interrupted here. {_UNSURE}")
         self._check_together(names)
         apart = untie or self.is_apart
         inside, own = ([n for n in some if apart or not self.follows(n)] for some in (layer.merged_adapters, names))
@@ -176,10 +185,15 @@ class Merger:
                 self._put([*inside, *own], kept, rounding, apart, check)
                 self.kept = kept if keep or not first else None
                 layer.merged_adapters = [*before, *names]
+                self.unsure = False
             except BaseException:  # of memory, of values, or Ctrl-C
                 if keep or not first:
                     self._restore(kept)
                     layer.merged_adapters = before
+                elif layer.merged_adapters != before:
+                    self.unsure = False
+                elif self.unsure:
+                    warn(f"{layer.site.weight.name}: merging {own} for good was interrupted. {_UNSURE}")
                 if first:
                     self.kept = None
                 else:
@@ -312,7 +326,9 @@ class Merger:
         dtype, once = weight.merge_dtype, self._in_one_step(names)
         if once:  # which rounds once
             dtype = torch.promote_types(weight.compute_dtype, torch.float32)
-        base = dense = self._dense(dtype, self._stored(dtype) if in_place and once and not check else None)
+        stored = self._stored(dtype) if in_place and once and not check else None
+        self.unsure |= stored is not None
+        base = dense = self._dense(dtype, stored)
         if once and not is_distributed(dense.weight):
             base = dense._replace(spare=True)
         for inside, dense in self._steps(base, names):
@@ -402,6 +418,7 @@ class Merger:
         layer = self.layer
         if apart:
             self._parameter = nn.Parameter(self._parameter.detach().clone(), requires_grad=False)
+        self.unsure = True
         self.rounded = store(layer.site.weight, dense.weight, rounding)
         if dense.bias is not None:
             layer.base_layer.bias.copy_(dense.bias)
@@ -427,6 +444,7 @@ class Merger:
             kept["bias"] = self._bias_before(kept)
             kept.pop("stored_bias", None)
             layer.base_layer.bias.copy_(kept["bias"])
+        self.unsure = False
 
     @torch.no_grad()
     def _bias_before(self, kept: dict[str, Any]) -> Tensor:
@@ -473,6 +491,7 @@ class Merger:
     def forget(self) -> None:
         """Nothing is inside the weight any more, whatever it holds now."""
         self.kept = self.rounded = None
+        self.unsure = False
 
     def change(self, adapter: str) -> Tensor:
         """See `BaseTunerLayer.get_delta_weight`."""

@@ -148,10 +148,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
         if adapter_name not in self._adapters:
             return
-        self._adapters.discard(adapter_name)
-        self.follows.discard(adapter_name)
-        del self.modules_to_save[adapter_name]
         self._activate_remaining([n for n in new_active_adapters or [] if n in self._adapters][:1])
+        self.follows.discard(adapter_name)
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        self._adapters.discard(adapter_name)  # last: until then all of it can be done again
 
     def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
         if adapter_name not in self._adapters:
@@ -288,9 +289,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
         if adapter_name not in self._adapters:
             return
-        self._adapters.discard(adapter_name)
-        self.token_adapter.forget(adapter_name)
         self._activate_remaining([n for n in new_active_adapters or [] if n in self._adapters])
+        self.token_adapter.forget(adapter_name)
+        self._adapters.discard(adapter_name)
 
     def adapter_parameters(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
         adapter = self.token_adapter.adapters.get(adapter_name)

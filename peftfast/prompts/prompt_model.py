@@ -68,9 +68,9 @@ class PromptInventory(Inventory):
         super().set_adapter(names, inference_mode)
 
     def _activate(self, names: list[str], inference_mode: bool = False) -> None:
-        super()._activate(names, inference_mode)
         for name, encoder in self.encoders.items():
             encoder.requires_grad_(name in names and not inference_mode)
+        super()._activate(names, inference_mode)
 
     def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
         kind = next((plain_name(cfg.peft_type) for cfg in self.configs.values()), "these")
@@ -83,17 +83,10 @@ class PromptInventory(Inventory):
         """The oldest one, as in PEFT, where adapters of weights are followed by the alphabetically first."""
         return others[0]
 
-    def delete(self, name: str) -> None:
-        # the parent switches to another adapter, so the encoder has to go first
-        encoder = self.encoders[name] if name in self.encoders else None
-        if encoder is not None:
+    def _forget(self, name: str, remaining: list[str]) -> None:
+        super()._forget(name, remaining)
+        if name in self.encoders:
             del self.encoders[name]
-        try:
-            super().delete(name)
-        except BaseException:
-            if encoder is not None:
-                self.encoders[name] = encoder
-            raise
 
     def eval(self) -> None:
         super().eval()

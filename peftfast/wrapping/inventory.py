@@ -162,6 +162,7 @@ class Inventory(Listing):
         if any(layer.merged for layer in self.layers.values()):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge()
+        self._say_if_steps_repeat([name for name in self._acting() if name not in names])
         self._activate(names, inference_mode)
 
     def _activate(self, names: list[str], inference_mode: bool = False) -> None:
@@ -169,9 +170,7 @@ class Inventory(Listing):
         not grow with their number."""
         to_shards(self.model)
         trainable = set() if inference_mode else set(names)
-        acting = self._acting()
-        self._say_if_steps_repeat([name for name in acting if name not in names])
-        for name in self._trainable.union(acting, names):
+        for name in self._trainable.union(self._acting(), names):
             if not _switch(self._places_of(name), name in trainable):
                 self._places.pop(name, None)
                 _switch(self._places_of(name), name in trainable)
@@ -266,13 +265,8 @@ class Inventory(Listing):
         trained = {
             where: p for w, names in looked_at.items() for where, p in _own_parameters(w, names) if p.requires_grad
         }
-        for wrapper, names in looked_at.items():
-            wrapper.set_requires_grad(names, False)
-            wrapper._disable_adapters = True
-        self.enabled = False
-        try:
-            yield
-        finally:
+
+        def restore() -> None:
             for wrapper in {**before, **{w: None for _, w in self.wrappers()}}:
                 wrapper._disable_adapters = before.get(wrapper, not enabled)  # others were made inside the block
             now = dict(found for w, names in looked_at.items() for found in _own_parameters(w, names))
@@ -284,6 +278,19 @@ class Inventory(Listing):
                 for p in (parameter, now.get(where, parameter)):  # FSDP2 may have put it together, see `to_shards`
                     p.requires_grad_(True)
             self.enabled = enabled
+
+        try:
+            try:
+                for wrapper, names in looked_at.items():
+                    wrapper.set_requires_grad(names, False)
+                    wrapper._disable_adapters = True
+                self.enabled = False
+                yield
+            finally:
+                restore()
+        except KeyboardInterrupt:  # perhaps while restoring, and nobody would see that adapters stay off, or frozen
+            restore()
+            raise
 
     # ---- deleting ----------------------------------------------------------------------------------------------------
     def check_deletable(self, names: Sequence[str]) -> None:
@@ -307,18 +314,21 @@ class Inventory(Listing):
         if name in acting and not remaining and others:
             remaining = [self.successor(others)]
             warn(f"Adapter {name} was active which is now deleted. Setting active adapter to {remaining[0]}.")
+        if name in acting:  # first: what ends in between can be done again as long as the name is known
+            self._activate(remaining)
+        self._forget(name, remaining)
+        self.active = remaining
+        del self.configs[name]
+
+    def _forget(self, name: str, remaining: list[str]) -> None:
         for layer in self.layers.values():
             layer.forget(name)
         for wrapper in self.extras.values():
             wrapper.delete_adapter(name, remaining)
-        del self.configs[name]
         self._methods.pop(name, None)
         self.numbers = {n: number for n, number in self.numbers.items() if n != name}
         self._places.pop(name, None)
         self._trainable.discard(name)
-        self.active = remaining
-        if name in acting:
-            self._activate(remaining)
 
     # ---- merging -----------------------------------------------------------------------------------------------------
     def supports_lora_conversion(self, name: str) -> bool:
@@ -371,9 +381,9 @@ class Inventory(Listing):
         for module in self.model.modules() if left else ():
             module._parameters.update({n: left[p] for n, p in module._parameters.items() if p in left})
         self.layers, self.extras, self._inner = {}, {}, {}
-        self.configs.clear()
         self._methods, self.numbers, self._number_tables, self._places = {}, {}, {}, {}
         self.active, self.enabled, self._trainable = [], True, set()
+        self.configs.clear()
         if self.replication is not None and merged:
             self.replication.part()
         elif self.replication is not None:

@@ -8,13 +8,13 @@ import itertools
 import math
 import mmap
 import pickle
-import sys
 import warnings
 from contextlib import nullcontext
 
 import oracle
 import pytest
 import torch
+from interrupting import pressing_ctrl_c
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
@@ -267,12 +267,11 @@ def test_nothing_is_half_done_wherever_ctrl_c_is_pressed(bias, again):
     model.add_adapter("two", config)
     layer = model.base_model.model[0]
     original = every_byte(layer.base_layer)
-    lines, interrupted = itertools.count(1), True
-    while interrupted:
+    for at in itertools.count(1):
         if again:
             layer.merge(adapter_names=["two"])
         state, inside = every_byte(layer.base_layer), layer.merged_adapters
-        interrupted = pressing_ctrl_c(next(lines), lambda: layer.merge(adapter_names=["default"]))
+        interrupted = pressing_ctrl_c(at, lambda: layer.merge(adapter_names=["default"]), merger) == at
         if interrupted:
             assert same_bits(every_byte(layer.base_layer), state) and layer.merged_adapters == inside
             assert (layer.merger.kept is None) == (not inside)
@@ -281,30 +280,32 @@ def test_nothing_is_half_done_wherever_ctrl_c_is_pressed(bias, again):
         if layer.merged:
             layer.unmerge()
         assert same_bits(every_byte(layer.base_layer), original)
-    assert next(lines) > 20
+        if not interrupted:
+            break
+    assert at > 20
 
 
-def pressing_ctrl_c(at: int, merge) -> bool:
-    """Whether so many lines of the merger were run, at the last of which this interrupts it."""
-    left = at
-
-    def line(frame, event, _):
-        nonlocal left
-        if event == "line" and frame.f_code.co_filename == merger.__file__:
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-        return line
-
-    tracing = sys.gettrace()
-    sys.settrace(line)
-    try:
-        merge()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(tracing)
-    return False
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_merge_for_good_that_ctrl_c_ends_is_not_repeated_on_top_of_itself(dtype):
+    unsure = 0
+    for at in itertools.count(1):
+        config = LoraConfig(target_modules=["0"], init_lora_weights=False)
+        model = peftfast.get_peft_model(nn.Sequential(nn.Linear(8, 8, dtype=dtype)), config)
+        layer = model.base_model.model[0]
+        before = every_byte(layer.base_layer)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            lines = pressing_ctrl_c(at, lambda layer=layer: layer.merge(keep=False), merger)
+        if lines < at:
+            break
+        if said:
+            assert "0: merging ['default'] for good was interrupted" in str(said[-1].message)
+            with pytest.raises(RuntimeError, match="load the base model again"):
+                model.merge_and_unload()
+            unsure += 1
+        else:
+            assert layer.merged != same_bits(every_byte(layer.base_layer), before)
+    assert layer.merged and not layer.merger.unsure and unsure > 3
 
 
 @pytest.mark.parametrize("kind", [LoraConfig(), peftfast.AdaLoraConfig(total_step=10)], ids=["lora", "adalora"])
