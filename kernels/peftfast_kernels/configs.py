@@ -113,10 +113,10 @@ TILES: dict[str, dict[str, Tile]] = {
         "sm_80": Tile(16, 64, 0, 4, 1),
         "gfx942": Tile(16, 64, 0, 4, 1),
     },
-    # norms: BM rows, BK of the contraction
+    # norms: up to BM rows, BK of the contraction
     "row_norm": {
         _INTERPRETER: Tile(32, 0, 32),
-        "sm_80": Tile(32, 0, 64, 4, 2),
+        "sm_80": Tile(128, 0, 64, 4, 2),
         "gfx942": Tile(32, 0, 64, 4, 1),
     },
     # standalone dequantisation: BM rows of BN weights

@@ -23,7 +23,7 @@ def _reference(w: Operand, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _cases():
-    """Formats, ranks up to nearly the largest, and dtypes."""
+    """Formats, ranks up to nearly the largest, dtypes, and columns in several parts."""
     for format, n, k, rank, stored, factors in (
         ("dense", 33, 70, 1, torch.float32, torch.float32),
         ("dense", 40, 64, MAX_RANK - 8, torch.float32, torch.float32),
@@ -32,6 +32,7 @@ def _cases():
         ("nf4", 37, 96, 16, torch.float16, torch.float32),
         ("fp4", 9, 35, 3, torch.float32, torch.float32),
         ("int8", 50, 66, 5, torch.bfloat16, torch.float32),
+        ("dense", 35, 515, 100, torch.bfloat16, torch.float32),
     ):
         name = f"{format}-N{n}-K{k}-R{rank}-{str(stored)[6:]}-{str(factors)[6:]}"
         yield Case(name, lambda device, c=(format, n, k, rank, stored, factors): _build(device, *c))

@@ -22,10 +22,8 @@ def launches(request, monkeypatch):
     made = []
 
     monkeypatch.setattr(Launch, "__call__", lambda self, *pointers: made.append((self.grid, self.arguments)))
-    modules = (
-        "lora_down lora_expand lora_gemm lora_grad lora_routed lora_routed_grad siblings siblings_gemm dora_add".split()
-    )
-    for module in modules:
+    skinny = "lora_down lora_expand lora_gemm lora_grad lora_routed lora_routed_grad siblings siblings_gemm"
+    for module in f"{skinny} dora_add row_norm".split():
         loaded = importlib.import_module(f"peftfast_kernels.{module}_kernels")
         monkeypatch.setattr(loaded, "chip_of", lambda device: request.param)
     return made
@@ -59,6 +57,24 @@ def test_one_launch_each(launches, shape, rank):
     assert both[0] * (third["BC"] + min(rank, third["BRT"])) <= 6 * (n + k)
     assert second["UNIT"] == third["UNIT_T"] == third["UNIT_P"] == (16 if rank == 16 else 8)
     assert first.get("UNIT", 1) == 1
+
+
+@pytest.mark.parametrize("rank", [8, 16, 64, 128])
+@pytest.mark.parametrize("n, k", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (40, 70)])
+@pytest.mark.parametrize("format", ["dense", "nf4"])
+def test_norms_take_all_of_a_large_gpu_and_read_a_wide_factor_seldom(launches, format, n, k, rank):
+    stored = [meta(n, k)] if format == "dense" else [meta(n * k // 2, dtype=torch.uint8), meta(-(-n * k // 64))]
+    a, b = meta(rank, k, dtype=torch.float32), meta(n, rank, dtype=torch.float32)
+    assert OPS["row_norm"].launch(Operand(format, stored, (n, k), BF16), a, b, 2.0).shape == (n,)
+    (grid, arguments), *sums = launches
+    parts = arguments["PARTS"]
+    assert grid == (-(-n // arguments["BN"]), max(1, parts)) and arguments["BR"] >= rank
+    assert [(one["PARTS"], where[0] * one["BN"] >= n) for where, one in sums] == [(parts, True)] * (parts > 0)
+    steps = k // arguments["BK"]
+    assert parts < 2 or steps // parts >= 4
+    assert grid[0] * grid[1] >= configs.PROGRAMS // 2 or steps < 8 * max(1, parts) or parts == 8
+    if n > 40 and arguments["PRECISION"] == "tf32x3":
+        assert arguments["BN"] >= min(rank, 64)
 
 
 @pytest.mark.parametrize("chip, heights", [("sm_90", (16, 64, 128, 128)), ("sm_80", (16, 64, 64, 64))])
