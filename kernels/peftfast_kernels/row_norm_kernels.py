@@ -141,12 +141,17 @@ def norm_tile(chip: str, w: Stored, r: int, size: int) -> tuple[Tile, int]:
     # what is read as it is takes no registers but the products': of few ranks, more of it can be under way
     bk, stages = (2 * config.BK, config.stages + 1) if _by_ones(chip, w, br) else (config.BK, config.stages)
 
+    # what `exact_product` does not take as it is counts more in registers, beside what is decoded most
+    held = br * (1 if w.dtype is torch.bfloat16 or not chip.startswith("sm_") else 2 if dense else 4)
+
     def columns(rows: int) -> int:
-        return max(16, min(bk, 4096 // max(br, rows)))  # which leaves wide ranks and many rows room in shared memory
+        return max(16, min(bk, 4096 // max(held, rows)))  # which leaves wide ranks and many rows room in shared memory
 
     def fits(rows: int, parts: int) -> bool:
         # the Gram matrix takes the registers of half the sums
-        return rows * br <= (MANY_SUMS if parts else MANY_SUMS // 2) and (parts < 2 or k >= 4 * parts * columns(rows))
+        most = MANY_SUMS if parts else MANY_SUMS // 2
+        low = rows * held <= most or rows == 32 and parts > 0
+        return low and (parts < 2 or k >= 4 * parts * columns(rows))
 
     def taken(strip: tuple[int, int]) -> tuple[float, float]:
         rows, parts = strip[0], max(1, strip[1])
@@ -159,8 +164,9 @@ def norm_tile(chip: str, w: Stored, r: int, size: int) -> tuple[Tile, int]:
 
     strips = [strip for strip in product(powers(config.BM, 32), (0, *powers(8, 1))) if fits(*strip)]
     rows, parts = min(strips, key=taken)
-    # twice as many where a program's ranks do not fit into the registers of few
-    warps = config.warps * (2 if chip.startswith("sm_") and rows * br >= MANY_SUMS // 2 else 1)
+    # twice as many where a program's sums, and what it decodes, do not fit into the registers of few
+    many = MANY_SUMS // (2 if dense else 4)
+    warps = config.warps * (2 if chip.startswith("sm_") and rows * held >= many else 1)
     return config._replace(BM=rows, BK=columns(rows), warps=warps, stages=stages), parts
 
 
