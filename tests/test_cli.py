@@ -303,6 +303,11 @@ def test_no_command_prints_help(capsys):
     assert "COMMAND" in capsys.readouterr().out
 
 
+def test_run_lacks_its_script_and_nothing_else(capsys):
+    assert main(["run"]) == USAGE_ERROR
+    assert capsys.readouterr().err == "peftfast run: error: the following arguments are required: script\n"
+
+
 def test_quantized_merging_is_not_called_equal(tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     assert train(tmp_path / "a", *QUICK, "--quantize", "nf4") == 0

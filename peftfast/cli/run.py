@@ -19,7 +19,8 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", dest="is_module", action="store_true", help="the script is the name of a module")
     parser.add_argument("script", help="path of the script, or name of the module with -m")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's arguments")
+    arguments = parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's arguments")
+    arguments.required = False  # older argparse calls them missing where the script is
     parser.set_defaults(escapes=False)  # what is printed is the script's
 
 
