@@ -505,6 +505,13 @@ def test_what_is_held_out_is_not_trained_on():
         assert "long" in text or train.endswith(text[-1])  # no line is cut
 
 
+def test_objects_of_several_lines_are_read_and_named_by_their_first():
+    documents = _data.json_documents('{\n "text": "a"\n}\n\n{ "text":\n "b"}\n[{"text": "c"}]', "d")
+    assert {d.where: d.text for d in documents} == {"d, line 1": "a", "d, line 5": "b", "d, line 7, item 1": "c"}
+    with pytest.raises(UserError, match="'d', line 4: not JSON: .* line 5 column 2"):
+        _data.json_documents('{\n "text": "a"\n}\n{\n text: "b"\n}', "d")
+
+
 def test_a_line_of_json_ends_where_json_says(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "a\u2028b"}\n{"text": "c\x85d"}', encoding="utf-8")
     corpus = _data.read(str(tmp_path / "d.jsonl"), 0)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that cross-entropy skips
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
+BLANK = re.compile(r"[ \t\r\n]*")  # between values of JSON, whose strings may hold U+2028 and its like
 TABLES = {".csv", ".tsv"}
 FORMS = "text, prompt and completion, or messages"
 PROMPT_TOKENS = 32
@@ -105,22 +106,20 @@ def read(data: str, seed: int) -> Corpus:
 
 
 def json_documents(text: str, name: str) -> list[Document]:
-    """One document per line; or a whole file that is one JSON list of objects."""
-    if text.lstrip().startswith("["):
+    """Objects one after another, as a rule each on a line of its own, or lists of them."""
+    documents, end, line, decoder = [], 0, 1, json.JSONDecoder()
+    while (start := BLANK.match(text, end).end()) < len(text):
+        line += text.count("\n", end, start)
         try:
-            values = json.loads(text)
+            value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"--data {name!r} is not JSON: {error}") from None
-        return [document(value, f"{name}, item {i}") for i, value in enumerate(values, 1)]
-    documents = []
-    # Not splitlines(): JSON strings may hold U+2028 and its like.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"--data {name!r}, line {number}: not JSON: {error}") from None
-            documents.append(document(value, f"{name}, line {number}"))
+            raise UserError(f"--data {name!r}, line {line}: not JSON: {error}") from None
+        where = f"{name}, line {line}"
+        if isinstance(value, list):
+            documents += [document(item, f"{where}, item {i}") for i, item in enumerate(value, 1)]
+        else:
+            documents.append(document(value, where))
+        line += text.count("\n", start, end)
     return documents
 
 
