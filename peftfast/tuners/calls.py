@@ -37,7 +37,7 @@ class CalledModel:
     router: Router | None
     _checkpointing: Any
     _casts: CastStore
-    _said_frozen: set[str]  # adapters of which was said that they are not trained
+    _said_frozen: set[int]  # numbers of adapters of which was said that they are not trained
 
     def forward(
         self, *args: Any, adapter_names: Choice | None = None, alora_offsets: Offsets | None = None, **kwargs: Any
@@ -144,8 +144,9 @@ class CalledModel:
     def _say_if_frozen(self, names: Sequence[str]) -> None:
         """Warn, once of each, of adapters that a batch names beside others that it trains, and that get no gradient."""
         frozen = [name for name in names if self.inventory.is_frozen(name)]
-        if len(frozen) < len(names) and not self._said_frozen.issuperset(frozen):
-            self._said_frozen.update(frozen)
+        numbers = self.inventory.numbers
+        if len(frozen) < len(names) and not self._said_frozen.issuperset(map(numbers.get, frozen)):
+            self._said_frozen = {*self._said_frozen.intersection(numbers.values()), *map(numbers.get, frozen)}
             warn(
                 f"adapter_names names {enumerate_some(frozen)} in training, whose parameters are frozen: they act, but "
                 f"learn nothing. model.set_requires_grad({frozen!r}) makes them trainable.",

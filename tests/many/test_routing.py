@@ -221,6 +221,11 @@ def test_adapters_that_learn_nothing_beside_others_are_named_once():
         oracle.logits(model, **batch, adapter_names=names)
         model.set_requires_grad(["one", "three"])
         oracle.logits(model, **batch, adapter_names=["one", "three", BASE])
+    model.delete_adapter("two")
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.warns(peftfast.PeftWarning, match="'two' in training"):  # another one, of the same name
+        oracle.logits(model.train(), **batch, adapter_names=names)
+    assert len(model.base_model._said_frozen) == 1
 
 
 def test_one_backward_through_two_mixes_is_refused_with_checkpointing():
