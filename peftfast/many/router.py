@@ -141,9 +141,8 @@ def _by_number(inventory: Inventory, numbers: Tensor, batch: Tensor | None, **sh
             )
         device = "cpu" if batch is None else batch.device
         shape["seen"] = Routing.by_name([known[n] for n in given], inventory.numbers, device, **shape)
-    last = table.shape[0] - 1  # stands for every number that no adapter ever had
-    inside = torch.where((numbers < -1) | (numbers >= last - 1), last, numbers + 1)
-    return Routing(names, table[inside.long()], None, **shape)
+    place = torch.searchsorted(table, numbers.long().contiguous())
+    return Routing(names, torch.where(table[place] == numbers, place - 1, len(names)), None, **shape)
 
 
 def copies_of_a_sample(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:

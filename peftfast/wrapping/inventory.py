@@ -27,8 +27,8 @@ class Inventory(Listing):
     Attributes:
         configs: adapter name -> config (the `peft_config` that everybody else sees).
         enabled: whether adapters act at all.
-        numbers: adapter name -> its number in tensors of adapter numbers, given once and never again. Another dict
-            whenever adapters come or go, because other threads read it meanwhile.
+        numbers: adapter name -> its number in tensors of adapter numbers, given once and never again, so that they are
+            in ascending order. Another dict whenever adapters come or go, because other threads read it meanwhile.
         replication: how the model's layers are stacked anew, if an adapter says so.
     """
 
@@ -65,8 +65,9 @@ class Inventory(Listing):
         return known[1]
 
     def _give_number(self, name: str) -> None:
-        number, self._next_number = self._next_number, self._next_number + 1
-        self.numbers = {**self.numbers, name: number}
+        others = {n: number for n, number in self.numbers.items() if n != name}  # it may have been deleted elsewhere
+        self.numbers = {**others, name: self._next_number}
+        self._next_number += 1
 
     def replicate_layers(self, replication: Replication) -> None:
         """Stack the model's layers anew; nothing may be adapted yet."""
@@ -81,15 +82,11 @@ class Inventory(Listing):
         self._list()
 
     def number_table(self, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
-        """The adapters' names, and [1 + numbers ever given + 1]: for number i, at place i + 1, the position among the
-        names; -1 at place 0; the count of names where there is no such adapter (any more)."""
+        """The adapters' names, and [1 + names + 1] ascending: -1, their numbers, and more than any."""
         numbers = self.numbers
         known = self._number_tables.get(device)
         if known is None or known[0] is not numbers:
-            values = [len(numbers)] * (self._next_number + 2)
-            values[0] = -1
-            for position, number in enumerate(numbers.values()):
-                values[number + 1] = position
+            values = [-1, *numbers.values(), torch.iinfo(torch.int64).max]
             known = (numbers, tuple(numbers), torch.tensor(values, dtype=torch.int64, device=device))
             self._number_tables = {**self._number_tables, device: known}
         return known[1:]

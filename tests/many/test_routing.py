@@ -424,7 +424,7 @@ def test_deleting_an_adapter_moves_no_other_number():
         torch.testing.assert_close(oracle.logits(model, **batch, adapter_names=numbers), before)
 
 
-def test_layers_keep_nothing_of_numbers_of_adapters_that_have_gone():
+def test_nothing_is_kept_of_numbers_of_adapters_that_have_gone():
     """By numbers that the host does not know, as on a GPU; a server goes through thousands of adapters."""
     model = many()
     inventory, batch = model.base_model.inventory, oracle.inputs(model, batch=2)
@@ -440,8 +440,9 @@ def test_layers_keep_nothing_of_numbers_of_adapters_that_have_gone():
                 got = oracle.logits(model, **batch)
             torch.testing.assert_close(got, loop(model, [name, "one"], batch), rtol=1e-5, atol=1e-5)
         model.delete_adapter(name)
-        kept.append(sum(len(layer.store) for layer in inventory.layers.values()))
-    assert kept[0] == kept[-1] > 0
+        _, table = inventory.number_table(torch.device("cpu"))
+        kept.append((len(table), sum(len(layer.store) for layer in inventory.layers.values())))
+    assert kept[0] == kept[-1] and all(kept[0])
 
 
 def test_adapters_come_and_go_while_another_thread_goes_through_their_numbers():
@@ -458,6 +459,19 @@ def test_adapters_come_and_go_while_another_thread_goes_through_their_numbers():
         by_name = oracle.logits(model, **batch, adapter_names=names)
         numbers = model.base_model.adapter_numbers(names)
         torch.testing.assert_close(oracle.logits(model, **batch, adapter_names=numbers), by_name)
+
+
+def test_an_adapter_that_others_have_deleted_gets_a_number_of_its_own():
+    """transformers and diffusers delete layer by layer, and the config."""
+    model = many()
+    for layer in model.base_model.inventory.layers.values():
+        layer.delete_adapter("one")
+    del model.peft_config["one"]
+    model.add_adapter("one", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    names, batch = ["two", "one", BASE], oracle.inputs(model, batch=3)
+    numbers = model.base_model.adapter_numbers(names)
+    routing = router.resolve(model.base_model.inventory, numbers, (), batch)
+    assert [routing.names[i] if i >= 0 else BASE for i in routing.index] == names
 
 
 def test_disabling_wins_over_names():
