@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
-from peftfast.method import Call, method_for
+from peftfast.method import Call
 from peftfast.ops.casts import CastStore
 from peftfast.rows.routing import BASE
 from peftfast.training.checkpointing import is_checkpointing, require_input_gradients
@@ -214,7 +214,7 @@ class CalledModel:
             return output
         routing = self.inventory.control.routing
         for name in self.inventory.active if routing is None else routing.names:
-            method = method_for(self.peft_config[name])
+            method = self.inventory.method_of(name)
             if hasattr(method, "loss_term"):  # asking the protocol takes as long as a small product
                 term = method.loss_term(self.inventory.adapters(name))
                 if term is not None:
@@ -223,7 +223,7 @@ class CalledModel:
 
     def read_from_outside(self) -> Iterator[nn.Parameter]:
         """What terms of the loss are made of."""
-        regularised = [name for name, cfg in self.peft_config.items() if hasattr(method_for(cfg), "loss_term")]
+        regularised = [name for name in self.peft_config if hasattr(self.inventory.method_of(name), "loss_term")]
         for layer in self.inventory.layers.values():
             for name in regularised:
                 if name in layer.adapters:

@@ -69,3 +69,11 @@ def test_listing_a_model_takes_few_steps_a_module():
     model = oracle.llama()
     count = len(list(model.modules()))
     assert oracle.python_calls(lambda: Listing(model)) < 5 * count
+
+
+def test_a_loss_asks_for_a_method_that_is_known():
+    """And not all methods one by one whether they are it."""
+    model = holding(1, CONFIG)
+    batch = oracle.inputs(model)
+    output = model(**batch, labels=batch["input_ids"])
+    assert oracle.python_calls(lambda: model.base_model._with_loss_terms(output)) < 12
