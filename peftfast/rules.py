@@ -152,7 +152,7 @@ def either(*rules: Rule) -> Rule:
     )
 
 
-def sequence(of: Rule) -> Rule:
+def sequence(of: Rule, distinct: bool = False) -> Rule:
     """A list, tuple or set; of other collections, as `dict.keys()`, a list is made."""
 
     def tidy(value: Any) -> Any:
@@ -163,10 +163,10 @@ def sequence(of: Rule) -> Rule:
         return value if same else kept
 
     return Rule(
-        f"a list in which each element is {of.expects}",
+        f"a list in which each element is {of.expects}{' and is named once' if distinct else ''}",
         lambda v: isinstance(v, (list, tuple, set, frozenset)) and all(of.typed(e) for e in v),
-        lambda v: all(of.valid(e) for e in v),
-        {"type": "array", "items": of.schema},
+        lambda v: all(of.valid(e) for e in v) and not (distinct and len(set(v)) < len(v)),
+        {"type": "array", "items": of.schema} | ({"uniqueItems": True} if distinct else {}),
         tidy=tidy,
     )
 

@@ -35,7 +35,7 @@ class TrainableTokensConfig(PeftConfig):
     init_weights: start from the base's rows; False: from random ones.
     """
 
-    token_indices: list[int] = setting(sequence(integer(0)), default=[])
+    token_indices: list[int] = setting(sequence(integer(0), distinct=True), default=[])
     target_modules: list[str] | str | None = setting(optional(either(text(), sequence(text()))), default=None)
     init_weights: bool = setting(boolean(), default=True)
 
@@ -85,8 +85,6 @@ class TrainableTokens:
                 f"trainable_token_indices {outside} are outside the embedding, which has rows 0 to {rows - 1}; "
                 "model.resize_token_embeddings(...) adds rows"
             )
-        if len(set(cfg.token_indices)) != len(cfg.token_indices):
-            raise ValueError(f"trainable_token_indices {cfg.token_indices} names a row twice")
         return {"token_indices": list(cfg.token_indices)}
 
     def slots(self, site: Site, cfg: TrainableTokensConfig, settings: Mapping[str, Any]) -> Mapping[str, Slot]:

@@ -90,6 +90,11 @@ def same_picture(model, before):
             ValueError,
             "already marked to be trained fully.*embed_tokens",
         ),
+        (  # found before an initialisation that changes the base
+            {"target_modules": QV, "trainable_token_indices": {"embed_tokens": [1, 1]}, "init_lora_weights": "pissa"},
+            ValueError,
+            r"trainable_token_indices.*\[1, 1\]",
+        ),
         ({"target_modules": ["lm_head"], "modules_to_save": ["layers"]}, TypeError, "ModuleList"),
         ({"target_modules": ["q_proj"], "r": 3, "init_lora_weights": "orthogonal"}, ValueError, "even.*3"),
         ({"target_modules": ["embed_tokens"], "lora_bias": True}, ValueError, "lora_bias.*Embedding"),

@@ -36,6 +36,7 @@ from peftfast.rules import (
 )
 
 _NAMES = optional(either(text(), sequence(text())))
+_ROWS = sequence(integer(0), distinct=True)
 _UNSUPPORTED = "peftfast does not implement this variant; train or run such adapters with PEFT itself"
 
 #: fields that hold a sub-config, which files have as dicts
@@ -131,7 +132,7 @@ class LoraConfig(PeftConfig):
     megatron_config: dict | None = setting(only(None, _UNSUPPORTED), default=None)
     megatron_core: str | None = setting(optional(text()), default="megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
-        optional(either(sequence(integer(0)), table(sequence(integer(0))))), default=None
+        optional(either(_ROWS, table(_ROWS))), default=None
     )
     loftq_config: LoftQConfig | dict = setting(optional(either(instance(LoftQConfig), table())), default={})
     eva_config: EvaConfig | None = setting(optional(instance(EvaConfig)), default=None)
