@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfast.adapter import Adapter
 from peftfast.base.weight import quantise_and_back
 from peftfast.errors import PeftWarning, warn
+from peftfast.methods.lora.combine import padded
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.init import check_finite, fill_as_identity, initialiser
 from peftfast.sites import Site
@@ -42,11 +43,7 @@ def best_factors(residual: Tensor, rank: int, scale: float) -> tuple[Tensor, Ten
     are zero."""
     u, s, vh = torch.linalg.svd(residual, full_matrices=False)
     root = (s[:rank] / scale).sqrt()
-    missing = rank - len(root)
-    return (
-        nn.functional.pad(root[:, None] * vh[:rank], (0, 0, 0, missing)),
-        nn.functional.pad(u[:, :rank] * root, (0, missing)),
-    )
+    return padded(root[:, None] * vh[:rank], 0, rank), padded(u[:, :rank] * root, 1, rank)
 
 
 def _check(site: Site, cfg: LoraConfig, r: int) -> None:
