@@ -20,6 +20,8 @@ STATE_FILE = "training_state.pt"
 EMBEDDED = "embedded"
 EMBEDDED_BASE = Path(__file__).resolve().parent.parent / "assets" / "base"
 
+#: `--dtype` -> torch's name
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: What an option that was not given means. `lr` and `dtype` follow from the model and the device, `r` and `target` from
 #: the method.
 DEFAULTS: dict[str, Any] = {
@@ -94,14 +96,21 @@ def add_model(group: argparse._ActionsContainer) -> None:
     group.add_argument("--model", metavar="PATH_OR_HUB_ID", help="causal language model (default: the embedded one)")
     group.add_argument(
         "--dtype",
-        choices=("fp32", "bf16", "fp16"),
+        choices=DTYPES,
         help="of the base model; the adapter stays in fp32 (fp32 on a CPU, else bf16 where the device has it)",
     )
 
 
+def add_storage(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--quantize", choices=("none", "nf4", "fp4", "int8"), help="store the base model so, with bitsandbytes (none)"
+    )
+    group.add_argument("--device", help="for example cpu, cuda, cuda:1, xpu, mps (the fastest there is)")
+
+
 def add_base(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"base model, a causal language model ({default})")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="that weights are loaded in (as they are)")
+    parser.add_argument("--dtype", choices=DTYPES, help="that weights are loaded in (as they are)")
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
@@ -140,10 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "completion, or messages; or a Hub dataset with such columns (default: pydoc's topics)",
     )
     group.add_argument("--seq-len", type=whole(2), metavar="N", help=f"tokens per sequence ({DEFAULTS['seq_len']})")
-    group.add_argument(
-        "--quantize", choices=("none", "nf4", "fp4", "int8"), help="store the base model so, with bitsandbytes (none)"
-    )
-    group.add_argument("--device", help="for example cpu, cuda, cuda:1, xpu, mps (the fastest there is)")
+    add_storage(group)
 
     add_adapter(parser)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftfast.cli import UserError, _settings
+from peftfast.cli._settings import DTYPES
 from peftfast.errors import close_matches
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from peftfast import PeftConfig
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: Option -> the config fields that it may set: the first that the method has. (AdaLoRA has an `r` that is not used.)
 FIELDS = {
     "r": ("init_r", "r"),

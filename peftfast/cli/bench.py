@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftfast.cli import _settings
-from peftfast.cli._settings import DEFAULTS, EMBEDDED
+from peftfast.cli._settings import DEFAULTS, DTYPES, EMBEDDED
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +27,15 @@ BASE, OURS, BLOCKS, PEFT = "frozen base", "peftfast", "peftfast, blocks", "PEFT"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = _settings.whole(1)
-    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="causal language model (default: the embedded one)")
+    _settings.add_model(parser)
+    _settings.add_storage(parser)
     parser.add_argument("--r", type=whole, help="rank of the LoRA (8)")
     parser.add_argument("--target", action="append", metavar="NAMES", help="module names, or all-linear (all-linear)")
     share = _settings.real("a number in [0, 1)", lambda v: 0 <= v < 1)
     parser.add_argument("--dropout", type=share, help="LoRA dropout (0)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the base (bf16 on GPUs that have it)")
-    parser.add_argument("--quantize", choices=["none", "nf4", "fp4", "int8"], help="storage of the base (none)")
     parser.add_argument("--batch-size", type=whole, help="sequences per step (2)")
     parser.add_argument("--seq-len", type=whole, help="tokens per sequence (128)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, xpu, mps (the fastest there is)")
-    parser.add_argument("--seconds", type=_settings.real("a number above 0", lambda v: v > 0), default=20.0,
+    parser.add_argument("--seconds", type=_settings.POSITIVE, default=20.0,
                         help="budget for each of the two measurements (%(default)g)")  # fmt: skip
     parser.add_argument("--seed", type=_settings.SEED, help="of factors and tokens (0)")
 
@@ -133,8 +131,6 @@ def _tokens(model: torch.nn.Module, settings: dict[str, Any]) -> torch.Tensor:
 
 def _autocast(settings: dict[str, Any]) -> Any:
     import torch
-
-    from peftfast.cli._setup import DTYPES
 
     half = settings["dtype"] != "fp32"
     dtype = getattr(torch, DTYPES[settings["dtype"]]) if half else torch.bfloat16

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftfast.cli import INTERRUPTED, UserError, _settings
-from peftfast.cli._settings import EMBEDDED
+from peftfast.cli._settings import DTYPES, EMBEDDED
 from peftfast.version import __version__
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def check_saved(job: Prepared, batch: dict, trained: torch.Tensor, effect: float
     from peftfast import PeftModel
     from peftfast.cli._checks import logits, tolerance
     from peftfast.cli._loop import evaluate
-    from peftfast.cli._setup import DTYPES, load_base
+    from peftfast.cli._setup import load_base
     from peftfast.wrapping.model_merger import ModelMerger
 
     settings = job.settings
