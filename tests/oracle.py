@@ -396,6 +396,11 @@ class Operations(TorchDispatchMode):
         return max(map(math.prod, self.shapes), default=0)
 
 
+def close(value: Any, expected: Any) -> None:
+    """The same but for the order in which fp32 numbers were added, over the few layers of a model here."""
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=2e-5)
+
+
 def rms_error(value: Tensor, oracle: Tensor) -> float:
     """Root mean square of the deviation from an fp64 tensor, relative to its own root mean square."""
     assert oracle.dtype == torch.float64 and value.shape == oracle.shape, (oracle.dtype, value.shape, oracle.shape)

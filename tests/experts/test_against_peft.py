@@ -65,10 +65,6 @@ def twins(request):
     return pair
 
 
-def close(value, expected):
-    torch.testing.assert_close(value, expected, rtol=1e-4, atol=2e-5)
-
-
 def plain_config(cfg):
     """As the file has it: in it the order of sets means nothing."""
     data = json.loads(cfg.to_json()) if hasattr(cfg, "to_json") else cfg.to_dict()
@@ -103,7 +99,7 @@ def test_logits_and_gradients(twins):
     for model in (twins.ours, twins.theirs):
         model.zero_grad()
     ours, theirs = oracle.logits(twins.ours), oracle.logits(twins.theirs)
-    close(ours, theirs)
+    oracle.close(ours, theirs)
     ours.pow(2).mean().backward()
     theirs.pow(2).mean().backward()
     grads = oracle.gradients(twins.theirs)
@@ -128,13 +124,13 @@ def test_files_both_ways(twins, tmp_path):
         expected = oracle.logits(twins.theirs)
         for folder in (theirs, ours):
             loaded = oracle.quietly(peftfast.PeftModel.from_pretrained, twins.make(), folder)
-            close(oracle.logits(loaded), expected)
+            oracle.close(oracle.logits(loaded), expected)
         strictly = peftfast.PeftModel.from_pretrained(twins.make(), ours, strict=True, low_cpu_mem_usage=True)
-        close(oracle.logits(strictly), expected)
+        oracle.close(oracle.logits(strictly), expected)
         if any("experts" in name for name, _ in twins.make().named_modules()):
             moe.needs_peft_to_load()
         loaded = oracle.quietly(twins.peft.PeftModel.from_pretrained, twins.make(), ours)
-        close(oracle.logits(loaded), expected)
+        oracle.close(oracle.logits(loaded), expected)
     here = oracle.quietly(peftfast.PeftModel.from_pretrained, twins.make(), theirs, is_trainable=True)
     there = oracle.quietly(twins.peft.PeftModel.from_pretrained, twins.make(), ours, is_trainable=True)
     oracle.same_live_state(here, there)
@@ -145,7 +141,7 @@ def test_changes_of_the_weights(twins):
     theirs = dict(twins.theirs.named_modules())
     for name, layer in layers.items():
         expected = theirs[name].get_delta_weight("default")
-        close(layer.get_delta_weight("default").reshape(expected.shape), expected)
+        oracle.close(layer.get_delta_weight("default").reshape(expected.shape), expected)
 
 
 def test_which_factor_goes_with_which_side(twins):
@@ -157,7 +153,7 @@ def test_which_factor_goes_with_which_side(twins):
         ours = layers[key]
         assert ours._did_swap_in_out_features is theirs._did_swap_in_out_features
         left, right, scale = ours.get_delta_factors("default")
-        close((left @ right * scale).reshape(ours.get_param().shape), theirs.get_delta_weight("default"))
+        oracle.close((left @ right * scale).reshape(ours.get_param().shape), theirs.get_delta_weight("default"))
 
 
 def test_merging(twins):
@@ -165,7 +161,7 @@ def test_merging(twins):
     with torch.no_grad():
         expected = oracle.logits(twins.theirs)
         twins.ours.merge_adapter()
-        close(oracle.logits(twins.ours), expected)
+        oracle.close(oracle.logits(twins.ours), expected)
         twins.ours.unmerge_adapter()
     for name, parameter in twins.ours.named_parameters():
         assert torch.equal(parameter, before[name]), name
@@ -176,7 +172,7 @@ def test_merge_and_unload(twins):
     with torch.no_grad():
         expected = oracle.logits(twins.theirs)
         ours = oracle.quietly(twins.ours.merge_and_unload, safe_merge=True)
-        close(oracle.logits(ours), expected)
+        oracle.close(oracle.logits(ours), expected)
     base = twins.make()
     assert [(n, type(m)) for n, m in ours.named_modules()] == [(n, type(m)) for n, m in base.named_modules()]
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in base.named_parameters()]

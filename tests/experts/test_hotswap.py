@@ -29,10 +29,6 @@ def saved(folder, name, make=moe.qwen3_moe, **changes):
         return str(folder / name), oracle.logits(model)
 
 
-def close(value, expected):
-    torch.testing.assert_close(value, expected, rtol=1e-4, atol=2e-5)
-
-
 #: ranks below, equal to and above the one that is there, and ranks and scalings of Parameters by themselves
 OTHERS = {
     "same": {"lora_alpha": 20},
@@ -52,19 +48,19 @@ def test_swapping_gives_the_other_adapter_whatever_its_rank(make, tmp_path):
         options = {**options, "rank_pattern": {}, "alpha_pattern": {}}
     first, expected = saved(tmp_path, "first", make, **options)
     model = peftfast.PeftModel.from_pretrained(make(), first)
-    close(oracle.logits(model), expected)
+    oracle.close(oracle.logits(model), expected)
     for name, changes in OTHERS.items():
         path, logits = saved(tmp_path, name, make, **{**changes, **options})
         peftfast.hotswap_adapter(model, path, "default")
-        close(oracle.logits(model), logits)
+        oracle.close(oracle.logits(model), logits)
         model.save_pretrained(tmp_path / "again")  # what is saved now is the adapter that was swapped in
         for library in (peftfast, peft):
             if library is peft and make is not moe.plain:
                 moe.needs_peft_to_load()
             again = oracle.quietly(library.PeftModel.from_pretrained, make(), tmp_path / "again")
-            close(oracle.logits(again), logits)
+            oracle.close(oracle.logits(again), logits)
     peftfast.hotswap_adapter(model, first, "default")
-    close(oracle.logits(model), expected)
+    oracle.close(oracle.logits(model), expected)
 
 
 @torch.no_grad()
@@ -73,13 +69,13 @@ def test_without_the_experts_and_from_a_state_dict(tmp_path):
     path, logits = saved(tmp_path, "of modules", target_parameters=None)
     model = peftfast.PeftModel.from_pretrained(moe.qwen3_moe(), first)
     peftfast.hotswap_adapter(model, path, "default")
-    close(oracle.logits(model), logits)
+    oracle.close(oracle.logits(model), logits)
     path, logits = saved(tmp_path, "second", r=2)
     state = {
         key.replace(".weight", ".default.weight"): tensor for key, tensor in peftfast.load_peft_weights(path).items()
     }
     peftfast.hotswap_adapter_from_state_dict(model, state, "default", peftfast.PeftConfig.from_pretrained(path))
-    close(oracle.logits(model), logits)
+    oracle.close(oracle.logits(model), logits)
 
 
 @torch.no_grad()
@@ -91,7 +87,7 @@ def test_files_of_earlier_releases(tmp_path):
     model = peftfast.get_peft_model(moe.mixtral(), config).eval()
     assert not torch.allclose(oracle.logits(model), oracle.logits(expected), atol=1e-2)
     peftfast.hotswap_adapter(model, tmp_path / "old", "default")
-    close(oracle.logits(model), oracle.logits(expected))
+    oracle.close(oracle.logits(model), oracle.logits(expected))
 
 
 @torch.no_grad()
@@ -101,7 +97,7 @@ def test_mixed_batches_and_kept_copies_see_the_swap(tmp_path):
     model = peftfast.PeftModel.from_pretrained(moe.qwen3_moe(), first)
     oracle.logits(model, adapter_names=["default", "default"])
     peftfast.hotswap_adapter(model, path, "default")
-    close(oracle.logits(model, adapter_names=["default", "default"]), logits)
+    oracle.close(oracle.logits(model, adapter_names=["default", "default"]), logits)
 
 
 @pytest.mark.parametrize("target_rank", [None, 6])
@@ -112,15 +108,15 @@ def test_compiled_models_keep_their_graph(tmp_path, target_rank):
     files = [saved(tmp_path, f"a{i}", make, r=r, lora_alpha=5 * i + 1) for i, r in enumerate(ranks)]
     model = peftfast.PeftModel.from_pretrained(make(), files[0][0])
     peftfast.prepare_model_for_compiled_hotswap(model, target_rank=target_rank, config=model.peft_config)
-    close(oracle.logits(model), files[0][1])
+    oracle.close(oracle.logits(model), files[0][1])
     counter = CompileCounterWithBackend("eager")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     batch = {**oracle.inputs(model), "use_cache": False}
     for path, logits in (*files, files[0]):
         peftfast.hotswap_adapter(compiled, path, "default")
-        close(compiled(**batch).logits, logits)
-        close(oracle.logits(model), logits)  # eagerly, where the scale is a tensor too
+        oracle.close(compiled(**batch).logits, logits)
+        oracle.close(oracle.logits(model), logits)  # eagerly, where the scale is a tensor too
     assert counter.frame_count == 1
 
 
@@ -152,7 +148,7 @@ def test_refusals_change_nothing(tmp_path):
 
     def unchanged():
         with torch.no_grad():
-            close(oracle.logits(model), expected)
+            oracle.close(oracle.logits(model), expected)
 
     with pytest.raises(ValueError, match=r"for target_parameters, .*down_proj.* != \['experts.gate_up_proj'\]"):
         peftfast.hotswap_adapter(model, fewer, "default")

@@ -26,10 +26,6 @@ def adapted(library=peftfast, make=moe.qwen3_moe, names=("a",), **changes):
     return oracle.randomised(model, 0.3).eval()
 
 
-def close(value, expected):
-    torch.testing.assert_close(value, expected, rtol=1e-4, atol=2e-5)
-
-
 @pytest.mark.parametrize("make", [moe.qwen3_moe, moe.gpt_oss, moe.plain], ids=lambda make: make.__name__)
 def test_several_adapters(make):
     changes = {"target_parameters": ["inner", "outer", "mix"], "target_modules": []} if make is moe.plain else {}
@@ -39,24 +35,24 @@ def test_several_adapters(make):
         for names in (["a"], ["b"], ["c", "a"], ["a", "b", "c"]):
             for model in (ours, theirs):
                 model.base_model.set_adapter(names)
-            close(oracle.logits(ours), oracle.logits(theirs))
+            oracle.close(oracle.logits(ours), oracle.logits(theirs))
         expected = oracle.logits(ours)
         before = {n: p.clone() for n, p in ours.named_parameters()}
         ours.merge_adapter(["a"])
         ours.merge_adapter(["c", "b"])
-        close(oracle.logits(ours), expected)
+        oracle.close(oracle.logits(ours), expected)
         assert ours.get_model_status().merged_adapters == ["a", "b", "c"]  # a call leaves them merged
         ours.unmerge_adapter()
         assert all(torch.equal(p, before[n]) for n, p in ours.named_parameters())
         ours.merge_adapter(["b"])
         with ours.disable_adapter():
-            close(oracle.logits(ours), oracle.logits(make()))
+            oracle.close(oracle.logits(ours), oracle.logits(make()))
         assert all(torch.equal(p, before[n]) for n, p in ours.named_parameters())
     for model in (ours, theirs):
         model.base_model.set_adapter("b")
         model.delete_adapter("a")
     oracle.same_live_state(ours, theirs)
-    close(oracle.logits(ours), oracle.logits(theirs))
+    oracle.close(oracle.logits(ours), oracle.logits(theirs))
 
 
 def test_gradients_of_several():
@@ -86,7 +82,7 @@ def test_other_parameters_once_the_first_adapter_is_gone(tmp_path):
     model.save_pretrained(tmp_path, selected_adapters=["c"])
     moe.needs_peft_to_load()
     theirs = oracle.quietly(peft.PeftModel.from_pretrained, moe.qwen3_moe(), tmp_path / "c")
-    close(oracle.logits(theirs), expected)  # on a model that never had another adapter
+    oracle.close(oracle.logits(theirs), expected)  # on a model that never had another adapter
 
 
 def test_a_failed_load_leaves_the_model(tmp_path):
@@ -105,7 +101,7 @@ def test_loaded_beside_another_and_unloaded(tmp_path):
     other = adapted(names=("x",))
     other.load_adapter(tmp_path / "a", "a")
     other.set_adapter("a")
-    close(oracle.logits(other), expected)
+    oracle.close(oracle.logits(other), expected)
     base = other.unload()
     assert torch.equal(oracle.logits(base), oracle.logits(moe.qwen3_moe()))
     assert [n for n, _ in base.named_modules()] == [n for n, _ in moe.qwen3_moe().named_modules()]
@@ -119,7 +115,7 @@ def test_beside_layers_that_set_fan_in_fan_out(tmp_path):
     model.base_model.add_weighted_adapter(["default"], [2.0], "twice")
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        close(oracle.logits(peftfast.PeftModel.from_pretrained(oracle.gpt2(), tmp_path)), oracle.logits(model))
+        oracle.close(oracle.logits(peftfast.PeftModel.from_pretrained(oracle.gpt2(), tmp_path)), oracle.logits(model))
     with pytest.raises(ValueError, match="does not work with fan_in_fan_out=True"):
         alone = peftfast.LoraConfig(target_modules=[], target_parameters=["c_fc.weight"], fan_in_fan_out=True)
         peftfast.get_peft_model(oracle.gpt2(), alone)
@@ -146,7 +142,7 @@ def test_what_training_changed_as_an_adapter_of_its_own(transposed, tmp_path):
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     found = change_of(peftfast.PeftModel.from_pretrained(moe.plain(transposed), tmp_path / "plain"))
     for name, change in found.items():
-        close(change, trained[name] - at_first[name])
+        oracle.close(change, trained[name] - at_first[name])
 
 
 def test_injected(tmp_path):
@@ -155,7 +151,7 @@ def test_injected(tmp_path):
     state = peftfast.get_peft_model_state_dict(model)
     fresh = peftfast.inject_adapter_in_model(peftfast.LoraConfig(**OPTIONS), moe.qwen3_moe())
     peftfast.set_peft_model_state_dict(fresh, state)
-    close(oracle.logits(fresh), oracle.logits(model))
+    oracle.close(oracle.logits(fresh), oracle.logits(model))
     with pytest.raises(ValueError, match="inject the adapter without the state_dict"):
         peftfast.inject_adapter_in_model(peftfast.LoraConfig(**OPTIONS), moe.qwen3_moe(), state_dict=state)
 
@@ -204,7 +200,7 @@ def test_compiled():
     model = adapted(make=moe.eager(moe.qwen3_moe, "batched_mm"))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        close(compiled(**oracle.inputs(model), use_cache=False).logits, oracle.logits(model))
+        oracle.close(compiled(**oracle.inputs(model), use_cache=False).logits, oracle.logits(model))
 
 
 # ---- what is not supported ------------------------------------------------------------------------------
@@ -243,9 +239,9 @@ def test_uniform_batches():
         model.set_adapter("b")
         expected = oracle.logits(model)
         model.set_adapter("a")
-        close(oracle.logits(model, adapter_names=["b", "b"]), expected)
+        oracle.close(oracle.logits(model, adapter_names=["b", "b"]), expected)
         assert torch.equal(oracle.logits(model, adapter_names=["__base__"] * 2), oracle.logits(moe.qwen3_moe()))
-        close(oracle.logits(model, adapter_names=["b", "b"]), expected)
+        oracle.close(oracle.logits(model, adapter_names=["b", "b"]), expected)
 
 
 def test_slots_of_modules_take_no_parameters(tmp_path):

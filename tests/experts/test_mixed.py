@@ -365,7 +365,7 @@ def test_an_adapter_without_experts_and_one_that_was_deleted():
     names, ids = ["linears", "c", BASE, "a"], ids_of(4)
     expected = alone(model, ids, names)
     for _ in range(2):
-        torch.testing.assert_close(model(input_ids=ids, adapter_names=names).logits, expected, rtol=1e-4, atol=2e-5)
+        oracle.close(model(input_ids=ids, adapter_names=names).logits, expected)
         if "b" in model.peft_config:
             model.delete_adapter("b")
     with model.disable_adapter():

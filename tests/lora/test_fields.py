@@ -114,10 +114,6 @@ def without(twins):
     return DIFFERENT if twins.name in TIED_FACTORS or "tokens" in twins.name else "$^"
 
 
-def close(value, expected):
-    torch.testing.assert_close(value, expected, rtol=1e-4, atol=2e-5)
-
-
 def test_live_names_and_trainability(twins):
     oracle.same_live_state(twins.ours, twins.theirs, without=without(twins))
     if twins.name not in TIED_FACTORS:
@@ -142,7 +138,7 @@ def test_warnings_alike(twins):
 
 def test_logits_and_gradients(twins):
     with torch.no_grad():
-        close(oracle.logits(twins.ours), oracle.logits(twins.theirs))
+        oracle.close(oracle.logits(twins.ours), oracle.logits(twins.theirs))
     if not any(p.requires_grad for p in twins.theirs.parameters()):
         return
     oracle.logits(twins.ours).pow(2).mean().backward()
@@ -172,7 +168,7 @@ def test_files_both_ways(twins, tmp_path):
         expected = oracle.logits(twins.theirs)
         for library, folder in ((twins.peft, ours), (peftfast, theirs), (peftfast, ours)):
             loaded = oracle.quietly(library.PeftModel.from_pretrained, twins.make(), folder)
-            close(oracle.logits(loaded), expected)
+            oracle.close(oracle.logits(loaded), expected)
             if library is peftfast:  # PEFT leaves the biases of an adapter that it loads for inference trainable
                 assert not any(p.requires_grad for p in loaded.parameters())
     here = oracle.quietly(peftfast.PeftModel.from_pretrained, twins.make(), theirs, is_trainable=True)
@@ -185,7 +181,7 @@ def test_low_cpu_mem_usage(twins, tmp_path):
     loaded = oracle.quietly(peftfast.PeftModel.from_pretrained, twins.make(), tmp_path, low_cpu_mem_usage=True)
     assert not any(p.is_meta for p in loaded.parameters())
     with torch.no_grad():
-        close(oracle.logits(loaded), oracle.logits(twins.theirs))
+        oracle.close(oracle.logits(loaded), oracle.logits(twins.theirs))
 
 
 def test_merge_and_unload(twins, tmp_path):
@@ -193,7 +189,7 @@ def test_merge_and_unload(twins, tmp_path):
     with torch.no_grad():
         expected = oracle.logits(twins.theirs)
         ours = oracle.quietly(twins.ours.merge_and_unload)
-        close(oracle.logits(ours), expected)
+        oracle.close(oracle.logits(ours), expected)
         theirs = oracle.quietly(twins.theirs.merge_and_unload)
     assert not any(isinstance(m, BaseTunerLayer) for m in ours.modules())
     assert [(n, type(m)) for n, m in ours.named_modules()] == [(n, type(m)) for n, m in theirs.named_modules()]

@@ -24,6 +24,7 @@ BASES = {
     "int8-no-outliers": ("int8", {"threshold": 0.0}),
 }
 FOUR_BIT = [name for name in BASES if "4" in name]
+IDS = torch.arange(1, 33).reshape(2, 16)
 
 
 def quantised_linear(base: str, n: int = 48, k: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -32,6 +33,11 @@ def quantised_linear(base: str, n: int = 48, k: int = 64, dtype: torch.dtype = t
     kind, options = BASES[base]
     weight = (torch.randn(n, k, generator=g) / k**0.5).to(dtype)
     return quantizer(kind).module(weight, torch.randn(n, generator=g).to(dtype), **options)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
 
 
 def stored_bytes(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -14,6 +14,8 @@ from torch import nn
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
 
+from quantized.support import IDS, logits  # noqa: E402
+
 import peftfast  # noqa: E402
 from peftfast.interop import kinds  # noqa: E402
 
@@ -26,7 +28,6 @@ BASES = {
     "int8": {"load_in_8bit": True},
 }
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-IDS = torch.arange(1, 33).reshape(2, 16)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +56,6 @@ def train(model: nn.Module, steps: int = 8, lr: float = 1e-2) -> list[float]:
     losses = descend(model.train(), steps, lr=lr, input_ids=IDS)
     model.eval()
     return losses
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def assert_identical(a: torch.Tensor, b: torch.Tensor) -> None:

@@ -15,18 +15,11 @@ from torch import nn
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
 
-from quantized.support import assert_same_bytes, bnb_weight, quantised_linear, stored_bytes  # noqa: E402
+from quantized.support import IDS, assert_same_bytes, bnb_weight, logits, quantised_linear, stored_bytes  # noqa: E402
 
 import peftfast  # noqa: E402
 from peftfast.base.weight import QUANTIZERS  # noqa: E402
 from peftfast.errors import PeftWarning  # noqa: E402
-
-IDS = torch.arange(1, 33).reshape(2, 16)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from training.tiny import batch, largest_difference, llama, rows
+from training.tiny import batch, factors, largest_difference, llama, rows
 
 import peftfast
 
@@ -87,10 +87,6 @@ def fit(lit, *, resume=None, epochs=2, validate=True, **options):
     return trainer
 
 
-def trained(lit):
-    return {n: p.detach().clone() for n, p in lit.named_parameters() if p.requires_grad}
-
-
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize(
     "options",
@@ -102,7 +98,7 @@ def test_training_and_validation_are_pefts(method, options):
     for lit in (ours, theirs):
         fit(lit, **options)
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
-    assert largest_difference(trained(ours), trained(theirs)) < 1e-4
+    assert largest_difference(factors(ours), factors(theirs)) < 1e-4
 
 
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "IA3", "AdaLoRA", "prompt tuning"])
@@ -121,9 +117,9 @@ def test_a_resumed_training_is_the_one_that_was_not_interrupted(method, tmp_path
     whole, resumed = module(peftfast, method), module(peftfast, method)
     fit(whole, epochs=3, callbacks=[callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)])
     fit(resumed, epochs=3, resume=tmp_path / "epoch=0.ckpt")
-    assert all(torch.equal(value, trained(resumed)[name]) for name, value in trained(whole).items())
+    assert all(torch.equal(value, factors(resumed)[name]) for name, value in factors(whole).items())
     loaded = Module.load_from_checkpoint(tmp_path / "epoch=2.ckpt", model=adapted(peftfast, method))
-    assert all(torch.equal(value, trained(loaded)[name]) for name, value in trained(whole).items())
+    assert all(torch.equal(value, factors(loaded)[name]) for name, value in factors(whole).items())
     if method == "AdaLoRA":
         assert resumed.model.base_model.rankallocator.finished
 
@@ -137,7 +133,7 @@ def test_a_search_for_the_learning_rate_leaves_adaloras_schedule_where_it_was(tm
     assert [entry.step for entry in searched.model.base_model.history] == [
         entry.step for entry in alone.model.base_model.history
     ]
-    assert all(torch.equal(value, trained(alone)[name]) for name, value in trained(searched).items())
+    assert all(torch.equal(value, factors(alone)[name]) for name, value in factors(searched).items())
 
 
 @pytest.mark.parametrize("average", ["EMAWeightAveraging", "StochasticWeightAveraging"])
@@ -148,7 +144,7 @@ def test_averages_of_the_weights_are_pefts(method, average):
         lit = module(library, method)
         options = {"decay": 0.5} if average.startswith("EMA") else {"swa_lrs": 0.05, "swa_epoch_start": 1}
         fit(lit, epochs=3, callbacks=[getattr(callbacks, average)(**options)])
-        found.append(trained(lit))
+        found.append(factors(lit))
     assert largest_difference(*found) < 1e-4
 
 
@@ -186,9 +182,9 @@ def test_two_processes(method):
     found = []
     for library in (peftfast, peft):
         lit = module(library, method)
-        before = trained(lit)
+        before = factors(lit)
         fit(lit, validate=False, devices=2, strategy="ddp_fork")
-        found.append(trained(lit))
+        found.append(factors(lit))
     assert largest_difference(*found) < 1e-4 < 1e-2 < largest_difference(found[0], before)
 
 
@@ -214,6 +210,6 @@ def test_fabric(precision, tmp_path):
                 fabric.save(tmp_path / "state.ckpt", {"model": wrapped, "optimizer": optimizer})
         fabric.load(tmp_path / "state.ckpt", {"model": wrapped, "optimizer": optimizer})
         wrapped.save_pretrained(tmp_path / library.__name__)  # what is not a module's goes to the model itself
-        found.append((losses, trained(model)))
+        found.append((losses, factors(model)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert largest_difference(found[0][1], found[1][1]) < 1e-4
