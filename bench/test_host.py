@@ -26,15 +26,6 @@ LIBRARIES = ("frozen", "peft", "peftfast", "peftfast + blocks")
 WIDTH = 64
 
 
-class One(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.q_proj(x)
-
-
 class _Bare(torch.autograd.Function):
     """Nothing but the products: what any autograd Function of a LoRA linear costs the host at least."""
 
@@ -103,7 +94,7 @@ def test_linear(benchmark, library, amp, what):
             pytest.skip("the floor is measured without casts")
         layer = Bare()
     else:
-        model = wrapped(library, One())
+        model = wrapped(library, nn.ModuleDict({"q_proj": nn.Linear(WIDTH, WIDTH, bias=False)}))
         layer = (model.get_base_model() if library != "frozen" else model).q_proj
     x, dy = torch.randn(4, WIDTH, requires_grad=True), torch.randn(4, WIDTH)
 
