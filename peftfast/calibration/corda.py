@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
-from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.errors import enumerate_some
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.corda import CordaEigens, oriented_eigens
+from peftfast.modes import in_mode, removed_after
 from peftfast.ops.finite import is_finite
 from peftfast.wrapping.patterns import pattern_value
 from peftfast.wrapping.targets import linear_targets

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.calibration.ranks import drop_adapter, resize_adapter
 from peftfast.devices import forked, widest
 from peftfast.errors import PeftWarning, close_matches, enumerate_some, no_such_adapter, warn
@@ -22,6 +21,7 @@ from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.settings import EvaConfig
+from peftfast.modes import in_mode, removed_after
 from peftfast.ops.finite import is_finite
 from peftfast.sites.linear import LinearSite
 from peftfast.wrapping.patterns import pattern_of, pattern_value

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
-from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.lora_ga import GRADIENT
+from peftfast.modes import in_mode, removed_after
 from peftfast.ops.finite import is_finite
 from peftfast.sites.site import has_site
 from peftfast.wrapping.targets import linear_targets, make_matcher

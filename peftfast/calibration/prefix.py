@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfast.calibration.modes import in_mode
 from peftfast.config import PeftConfig, plain_name
 from peftfast.method import method_for
 from peftfast.model import PeftModel
+from peftfast.modes import in_mode
 from peftfast.prompts.prompt_model import prompts_of
 
 States = list[tuple[Tensor, Tensor] | None]  # (keys, values) [heads, tokens, head size] of every layer that keeps some

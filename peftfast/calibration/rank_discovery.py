@@ -18,12 +18,12 @@ from peftfast.calibration.eva import (
     token_mask,
     token_rows,
 )
-from peftfast.calibration.modes import in_mode, removed_after
 from peftfast.config import PeftType
 from peftfast.devices import singular_values
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
+from peftfast.modes import in_mode, removed_after
 from peftfast.ops.finite import is_finite
 from peftfast.rules import integer
 from peftfast.wrapping.patterns import pattern_of, pattern_value

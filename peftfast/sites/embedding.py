@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
+from peftfast.modes import in_mode
 from peftfast.ops.dora import weight_norm
 from peftfast.ops.gate import gated
 from peftfast.sites.site import Slot, UsualSite, is_plain, is_untouched, register_site
@@ -53,15 +54,12 @@ class EmbeddingSite(UsualSite):
         if self.weight.quantization is not None or table.is_meta or not is_plain(table) or not is_untouched(m):
             return
         ids = torch.arange(min(8, len(table)), device=table.device)
-        want, training = scaled_by(self.module, table[ids]), m.training
+        want, found, why = scaled_by(m, table[ids]), None, "gives something else"
         try:
-            found = m.eval()(ids)
+            with in_mode(m, training=False):
+                found = m(ids)
         except Exception as e:
-            found, why = None, f"raises {type(e).__name__}"
-        else:
-            why = "gives something else"
-        finally:
-            m.train(training)
+            why = f"raises {type(e).__name__}"
         if (
             not isinstance(found, Tensor)
             or found.shape != want.shape

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from peftfast.devices import forked
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.modes import without_dropout
 from peftfast.ops.blocks import fit_together, gated_mlp, lora_siblings
 from peftfast.ops.composed import composes
 from peftfast.ops.host_bound import ELEMENTS, host_bound_lora, is_host_bound
@@ -33,7 +34,7 @@ from peftfast.ops.plan import Part
 from peftfast.owner import Owner
 from peftfast.sites.bound import BoundLora
 from peftfast.sites.site import is_untouched
-from peftfast.training.comparing import agree, without_dropout
+from peftfast.training.comparing import agree
 from peftfast_kernels.gated import ACTIVATIONS
 
 logger = logging.getLogger("peftfast")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def agree(ours: Tensor, theirs: Tensor) -> bool:
@@ -19,15 +16,3 @@ def agree(ours: Tensor, theirs: Tensor) -> bool:
     finite = ours.isfinite() & theirs.isfinite()
     ours, theirs = ours[finite].to(wide), theirs[finite].to(wide)
     return ours.numel() > 0 and bool(((ours - theirs).norm() <= limit * theirs.norm()).item())
-
-
-@contextmanager
-def without_dropout(*modules: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    try:
-        for m, _ in modes:
-            m.training = False
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training

@@ -17,6 +17,7 @@ from peftfast.keys import ends_of, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer, make_layer, site_of
 from peftfast.layers.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftfast.method import AdapterMethod, changes_base, chooses_targets, method_for, retarget
+from peftfast.modes import modes_kept
 from peftfast.sites import Site, bias_of
 from peftfast.wrapping.attention import plan_attention
 from peftfast.wrapping.inventory import Inventory
@@ -136,7 +137,8 @@ class Injection:
         wrapper = inventory.extras.get(key)
         if wrapper is None:
             wrapper = kind(inventory.module(key))
-            wrapper.train(wrapper.original_module.training)
+            with modes_kept(wrapper.original_module):
+                wrapper.train(wrapper.original_module.training)
             inventory.extras[key] = wrapper
             inventory.replace(key, wrapper)
         return wrapper

@@ -12,6 +12,7 @@ from peftfast.config import PeftConfig, plain_name
 from peftfast.errors import warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.own import LoraLayer
+from peftfast.modes import modes_kept
 from peftfast.sites.site import has_site
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.patterns import pattern_value
@@ -81,7 +82,8 @@ def add_to_own_layer(
         module = inventory.module(key)
         layer = cls(module, name, **settings_of(cfg, key))
         if not trains:
-            layer.train(module.training)
+            with modes_kept(module):
+                layer.train(module.training)
         inventory.extras[key] = layer
         inventory.replace(key, layer)
     else:

@@ -1,6 +1,7 @@
 """Adding, activating, freezing, disabling, merging and deleting adapters, in step with PEFT: after every call the same
 parameters are trainable, the same adapters active and merged, and the outputs equal."""
 
+import collections
 import copy
 import dataclasses
 import gc
@@ -14,6 +15,7 @@ import weakref
 import oracle
 import pytest
 import torch
+from torch import nn
 
 import peftfast
 from peftfast.layers.layer import BaseTunerLayer
@@ -985,6 +987,39 @@ def test_a_first_adapter_starts_in_training_mode(way, inference_mode):
         if library is peftfast:
             assert not any(m.training for n, m in model.named_modules() if n.endswith(".second"))
     assert found[peftfast] == (dict.fromkeys(found[peft], False) if inference_mode else found[peft])
+
+
+class Dropping(nn.Embedding):
+    """A table of somebody's own that consists of more than itself."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, ids):
+        return self.drop(super().forward(ids))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["table"]},
+        {"target_modules": ["linear"], "modules_to_save": ["head"]},
+        {"target_modules": ["linear"], "modules_to_save": ["table"]},
+    ],
+    ids=["adapted", "head saved", "table saved"],
+)
+def test_what_is_in_another_mode_than_its_module_stays_in_it(options):
+    """As with PEFT: a frozen normalisation inside a head that trains has to keep its statistics."""
+    found = []
+    for library in (peftfast, peft):
+        head = nn.Sequential(nn.BatchNorm1d(8).eval(), nn.Linear(8, 2))
+        parts = {"table": Dropping(10, 8), "linear": nn.Linear(8, 8), "head": head}
+        base = nn.Sequential(collections.OrderedDict(parts))
+        base.table.drop.eval()
+        model = library.get_peft_model(base, library.LoraConfig(r=2, **options))
+        found.append({n: m.training for n, m in model.named_modules() if isinstance(m, (nn.Dropout, nn.BatchNorm1d))})
+    assert found[0] == found[1] and not any(found[0].values())
 
 
 @pytest.mark.parametrize("given", ["model", "tuner", "base", "compiled"])

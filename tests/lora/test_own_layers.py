@@ -145,6 +145,15 @@ def test_the_life_of_an_own_layer_is_as_in_peft(tmp_path):
     assert isinstance(ours.unload().lstm, nn.LSTM)
 
 
+def test_what_is_in_an_own_layers_module_stays_in_its_mode():
+    base = Net()
+    base.lstm.dropped = nn.Dropout(0.5).eval()
+    config = peftfast.LoraConfig(target_modules=["lstm"], inference_mode=True)
+    config._register_custom_module({nn.LSTM: lstm_layer(LoraLayer)})
+    layer = peftfast.get_peft_model(base, config).base_model.model.lstm
+    assert layer.training and layer.base_layer.training and not layer.base_layer.dropped.training
+
+
 def test_what_an_own_layer_cannot_do_is_refused_before_anything_changes():
     model, _ = both()
     model.eval()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from peftfast.embeddings import output_embeddings
 from peftfast.layers.walk import name_of
+from peftfast.modes import without_dropout
 from peftfast.training.blocks import uncounted
-from peftfast.training.comparing import without_dropout
 from peftfast.training.liger.head import head_trouble
 from peftfast.training.liger.losses import other_loss, token_loss
 from peftfast.training.liger.part import Part
