@@ -4,6 +4,7 @@ import oracle
 import pytest
 
 import peftfast
+from peftfast.training.capture.mix import chosen_adapters
 from peftfast.wrapping.listing import Listing
 
 FEW, MANY = 3, 13
@@ -77,3 +78,10 @@ def test_a_loss_asks_for_a_method_that_is_known():
     batch = oracle.inputs(model)
     output = model(**batch, labels=batch["input_ids"])
     assert oracle.python_calls(lambda: model.base_model._with_loss_terms(output)) < 12
+
+
+def test_names_for_a_recording_are_looked_up_on_the_host():
+    tuner, (ids,) = holding(FEW, CONFIG).base_model, oracle.inputs(oracle.llama()).values()
+    with oracle.Operations() as operations:
+        places = chosen_adapters(tuner, ids, None, ["a2", "__base__"], ids.device)
+    assert places.tolist() == [2, -1] and not operations.launched

@@ -32,9 +32,10 @@ def chosen_adapters(
             raise ValueError(f"Several adapters are active ({', '.join(active)}): pass adapter_names=")
         choice = active * ids.shape[0]
     routing = resolve(tuner.inventory, choice, (ids,), {})
-    if not isinstance(choice, Tensor):  # places among all names, not among those that occur here
-        routing = resolve(tuner.inventory, tuner.adapter_numbers(list(choice), device), (ids,), {})
-    return routing.index
+    if isinstance(choice, Tensor):
+        return routing.index
+    places = {name: place for place, name in enumerate([BASE, *tuner.inventory.numbers], -1)}
+    return torch.tensor([places[name] for name in choice], dtype=torch.int64, device=device)
 
 
 def following(tuner: Any, index: Tensor, tokens: int | None, keeps: bool = True) -> AbstractContextManager[None]:
