@@ -8,21 +8,17 @@ import oracle
 import peft
 import pytest
 import torch
-from oracle import One, randomised, stored
+from methods.bases import N, make_base, make_input
+from oracle import One, randomised
 from torch import nn
 
 import peftfast
 from peftfast.methods.lora.bdlora import BlockDiagonalLinear
 from peftfast.ops.block_diagonal import by_blocks, spread
 
-N, K, R, BLOCKS = 48, 64, 8, 4
+R, BLOCKS = 8, 4
 FORMATS = ("fp32", "bf16", "nf4", "int8")
 SIDES = ("a", "b")
-
-
-def make_base(storage="fp32", bias=True):
-    torch.manual_seed(1)
-    return One(stored(nn.Linear(K, N, bias=bias), storage))
 
 
 def config(library, side, targets=("m",), **changes):
@@ -34,7 +30,7 @@ def config(library, side, targets=("m",), **changes):
 def make(side, storage="fp32", library=peftfast, **changes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return randomised(library.get_peft_model(make_base(storage), config(library, side, **changes)))
+        return randomised(library.get_peft_model(make_base(storage=storage), config(library, side, **changes)))
 
 
 def as_plain(model, side, **changes):
@@ -51,11 +47,6 @@ def as_plain(model, side, **changes):
             whole = torch.block_diag(*packed.chunk(BLOCKS)) if slot == f"lora_{side.upper()}" else packed
             getattr(own, slot).default.weight.copy_(whole)
     return plain
-
-
-def x_for(storage="fp32", shape=(4, 5, K)):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    return x.to(torch.bfloat16) if storage == "bf16" else x
 
 
 def gradients(model, x, go):
@@ -123,7 +114,10 @@ def test_a_seed_gives_pefts_random_bias():
 def test_outputs_and_gradients_are_those_of_the_whole_factors(side, storage, tokens):
     model = make(side, storage)
     plain = as_plain(model, side)
-    x, go = x_for(storage, (tokens, K)), torch.randn(tokens, N, generator=torch.Generator().manual_seed(4))
+    x, go = (
+        make_input(storage=storage, rows=(tokens,)),
+        torch.randn(tokens, N, generator=torch.Generator().manual_seed(4)),
+    )
     (y, dx, grads), (y0, dx0, grads0) = gradients(model, x, go), gradients(plain, x, go)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if storage != "bf16" else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(y, y0, **tolerance)
@@ -140,7 +134,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_factors(side, storage, tok
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 @pytest.mark.parametrize("side", SIDES)
 def test_no_further_from_fp64_than_peft(side, storage, tokens):
-    x = x_for(storage, (tokens, K))
+    x = make_input(storage=storage, rows=(tokens,))
     ours, theirs = (make(side, storage, library) for library in (peftfast, peft))
     exact = copy.deepcopy(ours).double()(x.double())
     error, peer = (float((m(x).double() - exact).norm()) for m in (ours, theirs))
@@ -150,7 +144,7 @@ def test_no_further_from_fp64_than_peft(side, storage, tokens):
 @pytest.mark.parametrize("storage", FORMATS)
 @pytest.mark.parametrize("side", SIDES)
 def test_merging_and_back(side, storage):
-    model, x = make(side, storage).eval(), x_for(storage)
+    model, x = make(side, storage).eval(), make_input(storage=storage)
     layer = model.base_model.model.m
     expected, before = model(x), copy.deepcopy(layer.base_layer.state_dict())
     delta = layer.get_delta_weight("default")
@@ -170,20 +164,20 @@ def test_merging_and_back(side, storage):
 def test_copies(conversion):
     model = make("b")
     again = conversion(model)
-    torch.testing.assert_close(again(x_for()), model(x_for()), rtol=0, atol=0)
+    torch.testing.assert_close(again(make_input()), model(make_input()), rtol=0, atol=0)
     randomised(again, seed=9)
-    assert not torch.allclose(again(x_for()), model(x_for()))
+    assert not torch.allclose(again(make_input()), model(make_input()))
 
 
-@pytest.mark.parametrize("shape", [(6, 3, K), (6, 400, K)])
+@pytest.mark.parametrize("rows", [(6, 3), (6, 400)])
 @pytest.mark.parametrize("grad", [False, True])
-def test_rows_of_several_adapters(shape, grad):
+def test_rows_of_several_adapters(rows, grad):
     model = make("a")
     model.add_adapter("other", config(peftfast, "b"))
     model.add_adapter("smaller", config(peftfast, "a", r=4, nblocks=2))
     randomised(model)
     model.train(grad)
-    x, names = x_for(shape=shape), ["other", "__base__", "default", "smaller", "other", "default"]
+    x, names = make_input(rows=rows), ["other", "__base__", "default", "smaller", "other", "default"]
     with torch.set_grad_enabled(grad):
         got = model(x, adapter_names=names)
         got = model(x, adapter_names=names)  # what was kept of the first
@@ -211,7 +205,7 @@ def test_beside_a_plain_lora_and_several_at_once():
     model.add_adapter("other", config(peftfast, "a", nblocks=2))
     model.add_adapter("plain", peftfast.LoraConfig(r=3, target_modules=["m"]))
     randomised(model)
-    x = x_for()
+    x = make_input()
     with model.disable_adapter():
         base = model(x)
     total = base.clone()
@@ -225,7 +219,7 @@ def test_beside_a_plain_lora_and_several_at_once():
 def test_dropout_autocast_checkpointing_and_hooks():
     model = make("b", lora_dropout=0.5)
     plain = as_plain(model, "b", lora_dropout=0.5)
-    x = x_for()
+    x = make_input(rows=(4, 5))
     torch.manual_seed(0)
     dropped = model(x)
     torch.manual_seed(0)
@@ -247,7 +241,7 @@ def test_dropout_autocast_checkpointing_and_hooks():
 
 
 def test_compiled():
-    model, x = make("b"), x_for(shape=(300, K))
+    model, x = make("b"), make_input(rows=(300,))
     expected = model(x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
@@ -306,21 +300,21 @@ def test_a_plain_lora_for_servers_and_what_they_do(tmp_path):
 
 def test_pool_and_hot_swap(tmp_path):
     model = make("b")
-    expected = model(x_for())
+    expected = model(make_input())
     model.save_pretrained(tmp_path / "one")
     other = make("b", r=4)
     other.save_pretrained(tmp_path / "smaller")
     pool = peftfast.AdapterPool(make_base(), slots=2, max_rank=R, target_modules=["m"])
     pool.register("one", tmp_path / "one")
-    torch.testing.assert_close(pool(x_for(), adapter_names=["one"] * 4), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pool(make_input(), adapter_names=["one"] * 4), expected, rtol=1e-4, atol=1e-5)
     pool.close()
     fresh = make("b")
     randomised(fresh, seed=8)
     peftfast.hotswap_adapter(fresh, str(tmp_path / "one"), "default")
-    torch.testing.assert_close(fresh(x_for()), expected, rtol=0, atol=0)
+    torch.testing.assert_close(fresh(make_input()), expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="cannot be padded"):
         peftfast.hotswap_adapter(fresh, str(tmp_path / "smaller"), "default")
-    torch.testing.assert_close(fresh(x_for()), expected, rtol=0, atol=0)
+    torch.testing.assert_close(fresh(make_input()), expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="cannot be padded"):
         peftfast.prepare_model_for_compiled_hotswap(fresh, target_rank=R)
     plain = peftfast.get_peft_model(make_base(), peftfast.LoraConfig(r=R, target_modules=["m"]))
@@ -334,14 +328,14 @@ def test_starts(side, start):
     model = peftfast.get_peft_model(make_base(), config(peftfast, side, init_lora_weights=start, r=16))
     layer = model.base_model.model.m
     with model.disable_adapter():
-        base = model(x_for())
-    assert torch.equal(model(x_for()), base) is (start is not False)
+        base = model(make_input())
+    assert torch.equal(model(make_input()), base) is (start is not False)
     if start == "gaussian":
         assert 0.7 / 16 < float(layer.lora_A.default.weight.std()) < 1.3 / 16
 
 
 def test_lora_bias_beside_a_block_diagonal_a():
-    model, x = make("a", lora_bias=True), x_for()
+    model, x = make("a", lora_bias=True), make_input()
     plain = as_plain(model, "a", lora_bias=True)
     bias = model.base_model.model.m.lora_B.default.bias
     assert bool(bias.any())

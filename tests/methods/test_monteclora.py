@@ -10,7 +10,7 @@ import oracle
 import peft
 import pytest
 import torch
-from methods.test_weight_methods import K, make_base
+from methods.bases import K, make_base, make_input
 from oracle import descend, llama, logits, quietly, same_gradients_checkpointed, same_live_state
 from torch.distributions import Dirichlet, MultivariateNormal, Wishart, kl_divergence
 
@@ -38,11 +38,6 @@ def adapted(library=peftfast, make=llama, **changes):
 def one(library, kind="linear", storage="fp32", **changes):
     torch.manual_seed(1)
     return quietly(library.get_peft_model, make_base(kind, storage), options(library, ["m"], **changes)).train()
-
-
-def make_input(storage="fp32"):
-    x = torch.randn(4, 16, K, generator=torch.Generator().manual_seed(2))
-    return x.to(torch.bfloat16) if storage == "bf16" else x
 
 
 def run(model, x):
@@ -78,7 +73,7 @@ def exact(model, x, draw):
 
 @pytest.mark.parametrize("storage", ["fp32", "nf4", "int8"])
 def test_outputs_and_gradients_are_no_further_from_the_oracle_than_pefts(storage):
-    model, x = one(peftfast, storage=storage), make_input(storage)
+    model, x = one(peftfast, storage=storage), make_input(storage=storage)
     own = run(model, x)
     truth = exact(model, x, model.base_model.model.m.lora_monteclora_sampler["default"]._last)
     assert own.keys() == truth.keys() and len(own) == 6
@@ -130,7 +125,7 @@ def test_slices_are_those_of_one_draw(dtype, shape, monkeypatch):
 def test_a_bias_of_the_up_factor_acts_in_training():
     config = options(peftfast, ["m"])
     config.lora_bias = True
-    model, x, outputs = peftfast.get_peft_model(make_base("linear", "fp32"), config).train(), make_input(), []
+    model, x, outputs = peftfast.get_peft_model(make_base(), config).train(), make_input(), []
     sampler, layer = copy.deepcopy(model.state_dict()), model.base_model.model.m
     bias = torch.randn(len(layer.lora_B["default"].bias))
     for value in (torch.zeros_like(bias), bias):

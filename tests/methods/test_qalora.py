@@ -7,18 +7,14 @@ import oracle
 import peft
 import pytest
 import torch
-from oracle import One, randomised, stored
+from methods.bases import K, make_base, make_input
+from oracle import One, randomised
 from torch import nn
 
 import peftfast
 
-N, K, R, GROUP = 48, 64, 4, 8
+R, GROUP = 4, 8
 FORMATS = ("fp32", "bf16", "nf4", "int8")
-
-
-def make_base(storage="fp32"):
-    torch.manual_seed(1)
-    return One(stored(nn.Linear(K, N), storage))
 
 
 def config(library=peftfast, **changes):
@@ -27,7 +23,7 @@ def config(library=peftfast, **changes):
 
 
 def make(storage="fp32", **changes):
-    return randomised(peftfast.get_peft_model(make_base(storage), config(**changes)))
+    return randomised(peftfast.get_peft_model(make_base(storage=storage), config(**changes)))
 
 
 def make_theirs(storage="fp32"):
@@ -35,7 +31,7 @@ def make_theirs(storage="fp32"):
     from peft.tuners.lora.variants import QALoraLinearVariant
 
     cfg = config(peft)
-    model = peft.get_peft_model(make_base(storage), cfg)
+    model = peft.get_peft_model(make_base(storage=storage), cfg)
     layer, variant = model.base_model.model.m, QALoraLinearVariant()
     variant.init(layer, "default", cfg)
     layer.lora_variant["default"] = variant
@@ -57,11 +53,6 @@ def as_plain(model):
     return plain
 
 
-def x_for(storage="fp32", shape=(4, 5, K)):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    return x.to(torch.bfloat16) if storage == "bf16" else x
-
-
 def gradients(model, x):
     x = x.clone().requires_grad_(True)
     y = model(x)
@@ -76,7 +67,7 @@ def test_names_shapes_outputs_and_gradients_are_pefts(storage, tokens):
     own, peer = ({n: p.shape for n, p in m.named_parameters()} for m in (ours, theirs))
     assert own == peer and own["base_model.model.m.lora_A.default.weight"] == (R, K // GROUP)
     assert "qalora_group_size" in ours.base_model.model.m.other_param_names
-    x = x_for(storage, (tokens, K))
+    x = make_input(storage=storage, rows=(tokens,))
     exact = copy.deepcopy(ours).double()(x.double()).detach()
     with torch.no_grad():
         error, other = (float((m(x).double() - exact).norm()) for m in (ours, theirs))
@@ -92,7 +83,7 @@ def test_names_shapes_outputs_and_gradients_are_pefts(storage, tokens):
 @pytest.mark.parametrize("tokens", [3, 5000])
 @pytest.mark.parametrize("storage", FORMATS)
 def test_every_format_and_merging(storage, tokens):
-    model, x = make(storage).eval(), x_for(storage, (tokens, K))
+    model, x = make(storage).eval(), make_input(storage=storage, rows=(tokens,))
     plain = as_plain(model)
     loose = 3e-2 if storage == "bf16" else 1e-4
     expected = plain(x)
@@ -115,7 +106,7 @@ def test_rows_pool_combination_conversion_and_files(tmp_path):
     model.add_adapter("other", config(qalora_group_size=4))
     model.add_adapter("same", config())
     randomised(model)
-    x = x_for()
+    x = make_input()
     with torch.no_grad():
         got = model(x, adapter_names=["other", "__base__", "default", "other"])
         with model.disable_adapter():
@@ -146,7 +137,7 @@ def test_rows_pool_combination_conversion_and_files(tmp_path):
 
 def test_dropout_autocast_and_hooks():
     model = make()
-    plain, x = as_plain(model), x_for()
+    plain, x = as_plain(model), make_input(rows=(4, 5))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(x), plain(x), rtol=2e-2, atol=2e-2)
     seen = []
@@ -164,8 +155,8 @@ def test_dropout_autocast_and_hooks():
 def test_starts_as_the_identity_and_says_what_it_cannot():
     model = peftfast.get_peft_model(make_base(), config())
     with model.disable_adapter():
-        base = model(x_for())
-    assert torch.equal(model(x_for()), base)
+        base = model(make_input())
+    assert torch.equal(model(make_input()), base)
     for changes, message in (
         ({"qalora_group_size": 7}, "m: `use_qalora=True` requires.*64.*divisible by 'qalora_group_size' .7."),
         ({"init_lora_weights": "olora"}, "use_qalora does not go with init_lora_weights='olora'"),

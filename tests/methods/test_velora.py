@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from methods.test_weight_methods import K, N, make_base
+from methods import bases
+from methods.bases import K, N, make_base
 from oracle import (
     descend,
     llama,
@@ -45,8 +46,7 @@ def adapted(library=peftfast, make=llama, **changes):
 
 
 def make_input(storage="fp32", rows=(4, 32)):
-    x = torch.randn(*rows, K, generator=torch.Generator().manual_seed(2)) + 0.3
-    return x.to(torch.bfloat16) if storage == "bf16" else x
+    return bases.make_input(storage=storage, rows=rows) + 0.3
 
 
 def run(model, x):
@@ -120,7 +120,7 @@ def test_a_bias_of_the_up_factor_acts_in_training(large, request):
         request.getfixturevalue("large_products")
     config = options(peftfast, ["m"])
     config.lora_bias = True
-    model, x = peftfast.get_peft_model(make_base("linear", "fp32"), config), make_input()
+    model, x = peftfast.get_peft_model(make_base(), config), make_input()
     model.base_model.model.m.lora_B["default"].bias.data.normal_()
     y = model.eval()(x)
     torch.testing.assert_close(model.train()(x), y)
@@ -132,7 +132,7 @@ def test_dropout_compresses_what_was_dropped(large_products):
     model = one(peftfast, **changes)
     torch.manual_seed(1)
     lora = peftfast.LoraConfig(r=4, lora_alpha=8, target_modules=["m"], init_lora_weights=False, lora_dropout=0.4)
-    plain = peftfast.get_peft_model(make_base("linear", "fp32"), lora).train()
+    plain = peftfast.get_peft_model(make_base(), lora).train()
     results = []
     for other in (model, plain):
         torch.manual_seed(3)
