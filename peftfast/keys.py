@@ -8,7 +8,10 @@ from itertools import accumulate
 #: In front of a module's name in the base model.
 PREFIX = "base_model.model."
 
-_WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module(?=\.base_model))\.")
+#: What FSDP, torch.compile and torch's checkpoint_wrapper call the module that they stand around.
+WRAPPED = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+
+_WRAPPERS = re.compile(rf"(^|\.)({'|'.join(sorted(WRAPPED))}|module(?=\.base_model))\.")
 
 
 def in_base(key: str) -> str:
@@ -17,7 +20,7 @@ def in_base(key: str) -> str:
 
 
 def strip_wrappers(name: str) -> str:
-    """A parameter's name without what FSDP and torch.compile put into it."""
+    """A parameter's name without what wrappers of modules put into it."""
     while True:
         shorter = _WRAPPERS.sub(r"\1", name)
         if shorter == name:

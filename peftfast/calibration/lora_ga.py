@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
 from peftfast.errors import PeftWarning, enumerate_some, warn
+from peftfast.layers.walk import base_modules
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.lora_ga import GRADIENT
 from peftfast.modes import in_mode, removed_after
@@ -78,7 +79,7 @@ def _targets(model: nn.Module, cfg: LoraConfig) -> dict[str, nn.Module]:
             "on the dense model; peftfast.patch(model, config, quantize='nf4') quantises what that leaves."
         )
     matcher = make_matcher(cfg)
-    others = [n for n, m in model.named_modules() if n not in found and matcher(n) and has_site(m)]
+    others = [n for n, m in base_modules(model) if n not in found and matcher(n) and has_site(m)]
     if others:
         warn(
             f"LoRA-GA is for linear layers: the adapters of {enumerate_some(others)} will start as the identity",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import without_adapters
+from peftfast.layers.walk import inside
 from peftfast.wrapping.patterns import pattern_of, pattern_value
 from peftfast.wrapping.targets import Matcher, make_matcher
 
@@ -23,20 +24,12 @@ SLOT = re.compile(r"(?:^|\.)(lora_\w+|ia3_l|trainable_tokens_\w+|token_adapter|b
 
 def module_at(model: nn.Module, name: str) -> nn.Module | None:
     """What stands at this name without adapters and wrappers, looked up step by step."""
-    module = _inside(model)
+    module = inside(model)
     for part in name.split("."):
         child = without_adapters(module)._modules.get(part)
         if child is None:
             return None
-        module = _inside(child)
-    return module
-
-
-def _inside(module: nn.Module) -> nn.Module:
-    """The module in torch.compile's and FSDP's wrappers."""
-    for wrapper in ("_orig_mod", "_fsdp_wrapped_module"):
-        while (inner := module._modules.get(wrapper)) is not None:
-            module = inner
+        module = inside(child)
     return module
 
 
@@ -44,7 +37,7 @@ def current_names(base: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Of names that the model has no module for, those that it has one for under another name today: by the renamings
     that transformers has for the model's own checkpoints."""
     missing = [name for name in dict.fromkeys(names) if module_at(base, name) is None]
-    steps = _renamings(_inside(base)) if missing else []
+    steps = _renamings(inside(base)) if missing else []
     found = {}
     for name in missing:
         weight = f"{name}.weight"
@@ -76,7 +69,7 @@ def _of_transformers(base: nn.Module) -> list[Any]:
 def former_names(base: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """What modules of `base` were called before -> their names, of those that transformers has renamed."""
     back = []
-    for step in reversed(_of_transformers(_inside(base))):
+    for step in reversed(_of_transformers(inside(base))):
         with suppress(ValueError, NotImplementedError):  # not all renamings can be undone
             back.append(step.reverse_transform())
     found = {}

@@ -6,14 +6,32 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from peftfast.keys import WRAPPED, strip_wrappers
+
 
 def base_of(model: nn.Module) -> nn.Module:
     """The base model inside a PeftModel; others as they are."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def inside(module: nn.Module) -> nn.Module:
+    """The module in the wrappers that are called as it is to everybody else: torch.compile's and the like."""
+    while (name := next((name for name in module._modules if name in WRAPPED), None)) is not None:
+        module = module._modules[name]
+    return module
+
+
+def at(model: nn.Module, name: str) -> nn.Module:
+    """The module of this name, which may have wrappers in it or not."""
+    module = inside(model)
+    for part in filter(None, strip_wrappers(name).split(".")):
+        module = inside(module._modules[part])
+    return module
+
+
 def base_modules(model: nn.Module, every_place: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """The modules of `model` by name, as `named_modules` gives them, without what layers and wrappers keep by adapter.
+    What is `inside` another is known by the other's name alone, as it would be without it.
 
     Args:
         every_place: a module that hangs in several places comes in all of them, not in the first alone.
@@ -22,6 +40,7 @@ def base_modules(model: nn.Module, every_place: bool = False) -> Iterator[tuple[
     left = [("", model)]
     while left:
         name, module = left.pop()
+        module = inside(module)
         if module in seen:
             continue
         if not every_place:
@@ -49,17 +68,18 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def name_of(model: nn.Module, module: nn.Module | None) -> str | None:
     """Which of `base_modules` this is, by the name of its first place; None: none of them."""
-    return next((name for name, m in base_modules(model) if m is module), None)
+    wanted = None if module is None else inside(module)
+    return next((name for name, m in base_modules(model) if m is wanted), None)
 
 
 def outer_modules(
     model: nn.Module, closed: Callable[[nn.Module], bool], every_place: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
     """`base_modules`, without those inside one that is `closed`."""
-    inside: str | None = None
+    within: str | None = None
     for name, module in base_modules(model, every_place):
-        if inside is None or not name.startswith(inside):
-            inside = f"{name}." if closed(module) else None
+        if within is None or not name.startswith(within):
+            within = f"{name}." if closed(module) else None
             yield name, module
 
 

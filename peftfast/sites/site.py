@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import BaseWeight, base_weight
 from peftfast.errors import enumerate_some
+from peftfast.keys import WRAPPED
 from peftfast.ops.function import as_dtype
 from peftfast.ops.gate import gated
 from peftfast.ops.scale import scale_features
@@ -371,6 +372,8 @@ def make_site(module: nn.Module) -> Site:
         )
     inside = [name for name, part in module.named_modules() if has_site(part)]
     instead = f" Inside of it are some, to be named instead: {enumerate_some(inside)}." if inside else ""
+    if not WRAPPED.isdisjoint(module._modules):
+        instead = " It stands around another module: add the adapter first, then compile or wrap what has it."
     raise ValueError(
         f"Target module {module} is not supported. Currently, only the following modules are supported: "
         f"{', '.join(f'`{name}`' for name in _SUPPORTED)}.{instead}"

@@ -12,7 +12,7 @@ from torch import nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some, warn
-from peftfast.keys import ends_of
+from peftfast.keys import ends_of, strip_wrappers
 from peftfast.sharding import whole_shape
 from peftfast.wrapping.targets import ALL_LINEAR, all_linear, linear_modules, make_matcher, model_type
 
@@ -119,7 +119,7 @@ def _say_what_is_left_out(cfg: PeftConfig, model: nn.Module, meant: Sequence[str
 def _names(model: nn.Module) -> Iterator[str]:
     """Names of modules and Parameters as they are without adapters."""
     for name, _ in (*model.named_modules(), *model.named_parameters()):
-        yield name.replace(".base_layer", "")
+        yield strip_wrappers(name).replace(".base_layer", "")
 
 
 def _leaves(cfg: PeftConfig, model: nn.Module, family: Family) -> set[str]:

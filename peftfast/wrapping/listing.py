@@ -13,7 +13,7 @@ from peftfast.layers.own import LoraLayer
 from peftfast.layers.parameter import ParameterLayer
 from peftfast.layers.saved_modules import TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
-from peftfast.layers.walk import outer_modules, put
+from peftfast.layers.walk import inside, outer_modules, put
 from peftfast.owner import Owner
 from peftfast.rows.control import Control
 from peftfast.sites.parameter import ParameterSite
@@ -27,7 +27,7 @@ class Listing:
 
     Attributes:
         model: the base model, changed in place.
-        names: of every base module -> where it hangs; None: in the model itself.
+        names: of every base module, without wrappers' -> where it, or its wrapper, hangs; None: in the model itself.
         layers: module name -> the layer that replaced it.
         extras: module name -> what else stands there: a module saved beside the adapter, a layer that a user wrote.
         active: names of the adapters that act in every layer.
@@ -88,7 +88,7 @@ class Listing:
 
     def _hangs(self, name: str) -> list[tuple[nn.Module, str]]:
         hangs = self.names[name] if name in self.names else self._inner[name]
-        return [(self.model if parent is None else parent, attribute) for parent, attribute in hangs]
+        return [(inside(self.model) if parent is None else parent, attribute) for parent, attribute in hangs]
 
     def module(self, name: str) -> nn.Module:
         """What stands at `name` now: the module, or what replaced it."""

@@ -11,6 +11,8 @@ from types import CodeType
 
 from torch import nn
 
+from peftfast.layers.walk import at
+
 #: what is asked of a weight without using its values
 _DESCRIPTIONS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "requires_grad", "data_ptr"}
 #: called by these only where the model is quantised, and read otherwise
@@ -20,7 +22,7 @@ _READ_UNLESS_QUANTIZED = {("JambaMambaMixer", "dt_proj"), ("FalconMambaMixer", "
 def read_by_parent(model: nn.Module, name: str) -> bool:
     """`never_calls` of the module `name` of `model`."""
     parent, _, leaf = name.rpartition(".")
-    return never_calls(model.get_submodule(parent), leaf)
+    return never_calls(at(model, parent), leaf)
 
 
 def needs_dense(model: nn.Module, name: str) -> bool:
@@ -28,7 +30,7 @@ def needs_dense(model: nn.Module, name: str) -> bool:
     calling the module, or casts to the weight's dtype (LongT5's `wo`) and does not ask whether the model is quantised.
     """
     parent, _, leaf = name.rpartition(".")
-    cls = type(model.get_submodule(parent))
+    cls = type(at(model, parent))
     return _only_reads(cls, leaf) or _casts_to_dtype(cls, leaf)
 
 

@@ -22,8 +22,8 @@ from peftfast.errors import (
     every_name,
     warn,
 )
-from peftfast.keys import ends_of, starts_of
-from peftfast.layers.walk import name_of, outer_modules
+from peftfast.keys import ends_of, starts_of, strip_wrappers
+from peftfast.layers.walk import base_modules, name_of, outer_modules
 from peftfast.method import method_for
 from peftfast.sites.linear import is_linear
 from peftfast.wrapping.parents import read_by_parent
@@ -158,6 +158,8 @@ def resolve_targets(cfg: PeftConfig, model: nn.Module) -> None:
             "module graph. Pass `target_modules` to choose yourself.",
             PeftWarning,
         )
+    elif not isinstance(targets, str):
+        cfg.target_modules = type(targets)(strip_wrappers(name) for name in targets)  # as a compiled model lists them
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -209,7 +211,7 @@ def discover_targets(model: nn.Module) -> list[str]:
     """Targets from the graph alone: among the linear layers of the repeated blocks that are called (WavLM's attention
     reads the weights of its projections), the query and value projections of attention where names tell them, else all
     of them."""
-    blocks = {name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))}
+    blocks = {name for name, module in base_modules(model) if isinstance(module, (nn.ModuleList, nn.Sequential))}
     repeated: Counter = Counter()
     for name, _ in linear_modules(model):
         block = next((start for start in reversed(starts_of(name)) if start in blocks), None)

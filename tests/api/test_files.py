@@ -5,6 +5,7 @@ import importlib
 import json
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import oracle
@@ -13,6 +14,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import peftfast
 from peftfast import LoraConfig
@@ -1193,6 +1195,51 @@ def test_a_compiled_base_is_the_same_base(compiled, tmp_path):
     bases[compiled].model.layers[0] = torch.compile(bases[compiled].model.layers[0], backend="eager")
     peftfast.get_peft_model(bases["saved"], LoraConfig(**OPTIONS)).save_pretrained(tmp_path)
     peftfast.PeftModel.from_pretrained(bases["loaded"], tmp_path, strict=True)
+
+
+def with_wrapped_layers(wrap):
+    model = oracle.llama()
+    for place, layer in enumerate(model.model.layers):
+        model.model.layers[place] = wrap(layer)
+    return model
+
+
+@torch.compiler.set_stance("force_eager")
+@pytest.mark.parametrize(
+    "wrap", [partial(torch.compile, backend="eager"), checkpoint_wrapper], ids=["compiled", "kept"]
+)
+def test_modules_are_called_what_they_are_without_wrappers_around_layers(wrap, tmp_path):
+    names = [f"model.layers.0.self_attn.{name}_proj" for name in "qk"]
+    options = {
+        "target_modules": "all-linear", "exclude_modules": ["layers.1.self_attn.o_proj"], "init_lora_weights": False,
+        "rank_pattern": {names[0]: 3}, "alpha_pattern": {names[1]: 64}, "modules_to_save": ["layers.1.mlp"],
+    }  # fmt: skip
+    saved = {}
+    for kind, make in (("plain", oracle.llama), ("wrapped", lambda: with_wrapped_layers(wrap))):
+        model = oracle.randomised(peftfast.get_peft_model(make(), LoraConfig(**options)))
+        model.save_pretrained(tmp_path / kind)
+        saved[kind] = logits(model)
+        for load in (oracle.llama, lambda: with_wrapped_layers(wrap)):
+            again = peftfast.PeftModel.from_pretrained(load(), tmp_path / kind, strict=True)
+            torch.testing.assert_close(logits(again), saved[kind])
+    oracle.same_files(tmp_path / "plain", tmp_path / "wrapped")
+
+
+def test_targets_may_be_given_as_a_compiled_model_lists_them(tmp_path):
+    model = with_wrapped_layers(partial(torch.compile, backend="eager"))
+    names = [name for name, _ in model.named_modules() if name.endswith("q_proj")]
+    peftfast.get_peft_model(model, LoraConfig(target_modules=names)).save_pretrained(tmp_path)
+    assert "model.layers.0.self_attn.q_proj" in oracle.saved_config(tmp_path)["target_modules"]
+
+
+def test_a_linear_layer_that_is_compiled_by_itself_is_no_target():
+    """What was compiled is called, whatever stands in its place in the wrapper."""
+    model = oracle.llama()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = torch.compile(attention.q_proj, backend="eager")
+    for targets in ("all-linear", ["q_proj"]):
+        with pytest.raises(ValueError, match=r"(?s)layers.0.self_attn.q_proj: .* stands around another module: add"):
+            peftfast.get_peft_model(model, LoraConfig(target_modules=targets))
 
 
 def test_what_is_trained_and_not_saved_is_named(tmp_path):
