@@ -16,6 +16,7 @@ from peftfast.interop.counterpart import HasCounterpart
 from peftfast.many.router import Choice
 from peftfast.model_files import HasFiles
 from peftfast.prompts.prompt_model import PromptTuner
+from peftfast.replicas import Replicated
 from peftfast.training.checkpointing import require_input_gradients
 from peftfast.tuners.adalora import AdaLoraModel
 from peftfast.tuners.ia3 import IA3Model
@@ -33,7 +34,7 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[BaseTuner]] = {
 }
 
 
-class PeftModel(HasFiles, HasCounterpart, nn.Module):
+class PeftModel(HasFiles, HasCounterpart, Replicated):
     """A base model with adapters.
 
     Args:

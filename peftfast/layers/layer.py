@@ -22,6 +22,7 @@ from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_s
 from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import base_parameters
 from peftfast.method import AdapterMethod
+from peftfast.replicas import Replicated
 from peftfast.rows.control import Control
 from peftfast.sharding import GatheredAsOne, whole
 from peftfast.sites import Site, Slot, has_site, make_site
@@ -43,7 +44,7 @@ def _made_again() -> dict[str, Any]:
     return {"_plan": None, "store": {}, "derived": {}}
 
 
-class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsInPeft, nn.Module):
+class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsInPeft, Replicated):
     """A module with adapters. Attribute names are PEFT's, because other libraries reach for them.
 
     Attributes:

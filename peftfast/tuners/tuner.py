@@ -19,6 +19,7 @@ from peftfast.method import method_for
 from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
 from peftfast.quantization.quantize import dequantize_model, name_dense_layers
+from peftfast.replicas import Replicated
 from peftfast.sharding import GatheredAsOne
 from peftfast.training.checkpointing import checkpointing_switches, leave_input_gradients
 from peftfast.tuners.calls import CalledModel
@@ -30,7 +31,7 @@ from peftfast.wrapping.model_merger import ModelMerger, say_if_untied
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
-class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, nn.Module):
+class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, Replicated):
     """A base model with adapters in it; behaves as the base model in everything it does not define.
 
     Args:
