@@ -158,7 +158,7 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         """Others may put modules of their own in the place of the base module, and of what keeps adapters' tensors; and
         they switch layers by writing to PEFT's attributes."""
         known = isinstance(value, nn.Module) and "adapters" in self.__dict__
-        if known and name == "base_layer":
+        if known and name == "base_layer" and value is not self._modules[name]:
             self._look_at(value)
         super().__setattr__(name, value)
         if name == "scaling":
