@@ -241,8 +241,10 @@ class Merger:
         if kind in passed and not is_distributed(own):
             return
         with FakeTensorMode(allow_non_fake_inputs=True):
-            weight = taken_apart(torch.empty(layer.site.weight.shape), own)
-            base = Dense(weight, None if bias is None else taken_apart(torch.empty(bias.shape), bias))
+            device = layer.site.weight.device
+            weight = taken_apart(torch.empty(layer.site.weight.shape, device=device), own)
+            bias = None if bias is None else taken_apart(torch.empty(bias.shape, device=device), bias)
+            base = Dense(weight, bias)
             for name in names:
                 try:
                     list(self._steps(base, [name]))

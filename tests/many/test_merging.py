@@ -860,3 +860,19 @@ def test_an_embedding_whose_rows_are_shortened_is_not_merged_into(max_norm):
     with pytest.raises(RuntimeError, match="would not be the adapted one") if max_norm == 1 else nullcontext():
         model.merge_adapter()
     torch.testing.assert_close(model(torch.arange(10)), before)
+
+
+def test_whether_a_merge_works_is_tried_where_the_weight_lies(monkeypatch):
+    """What is there is combined with factors from there: torch refuses tensors of two devices also where none has
+    values."""
+    model = peftfast.get_peft_model(oracle.llama(bias=True).to("meta"), LoraConfig(target_modules=["q_proj"]))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    method, found = layer.adapters["default"].method, []
+
+    def merged(site, dense, adapter, base):
+        found.extend(tensor.device.type for tensor in (dense.weight, dense.bias, base.weight, base.bias))
+        return dense
+
+    monkeypatch.setattr(type(method), "merged", lambda self, *args: merged(*args))
+    layer.merger.check(["default"], set())
+    assert found == ["meta"] * 4
