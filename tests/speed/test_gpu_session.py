@@ -17,6 +17,10 @@ def python(name, code, weight=1.0, **more):
     return Step(name, ("-c", code), weight, **more)
 
 
+#: a table of one row
+ROW = ",".join(FIELDS) + "\n" + ",".join("{}" if name == "versions" else "0" for name in FIELDS) + "\n"
+
+
 def test_a_step_takes_nothing_from_the_others(tmp_path):
     child = tmp_path / "pid"
     hangs = (
@@ -85,17 +89,32 @@ def test_failures_are_named(tmp_path):
 def test_nothing_that_ran_is_no_success(tmp_path):
     """A run of tests that was stopped while it collected them."""
     (tmp_path / "tests.log").write_text("created: 8/8 workers\n")
-    row = {**dict.fromkeys(FIELDS, "0"), "versions": "{}"}
-    (tmp_path / "bench.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    (tmp_path / "bench.csv").write_text(ROW)
     text, well = summary(tmp_path)
     assert not well and "tests: 0 passed, 0 failed" in text and "benchmark: 1 rows" in text
     assert (tmp_path / "bench.html").exists()  # also where the benchmark was stopped before it drew one
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_step_that_fails_is_no_success(status, tmp_path, monkeypatch, capsys):
+    """Whatever was found: its own traceback ends a step as a red row does."""
+    todo = [
+        python("tests", "print('tests/a.py::test_x PASSED')", log="tests.log"),
+        python("benchmark", f"open({str(tmp_path / 'bench.csv')!r}, 'w').write({ROW!r})"),
+        python("host", f"raise SystemExit({status})"),
+    ]
+    monkeypatch.setattr(gpu_session, "steps", lambda out, dry: todo)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["--out", str(tmp_path), "--seconds", "50"]) == (status > 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert f"host: {f'exit status {status}' if status else 'ok'}" in capsys.readouterr().out
+
+
 def test_a_session_that_is_ended_sums_up(tmp_path, monkeypatch, capsys):
     """What it started is gone, and a row that was being written is none."""
-    row = {**dict.fromkeys(FIELDS, "0"), "versions": "{}"}
-    (tmp_path / "bench.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\nlinear,q 4096->40")
+    (tmp_path / "bench.csv").write_text(ROW + "linear,q 4096->40")
     child, ends = tmp_path / "pid", f"import os, signal; os.kill({os.getpid()}, signal.SIGTERM)\n"
     hangs = f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid()))\n{ends}time.sleep(60)"
     monkeypatch.setattr(gpu_session, "steps", lambda out, dry: [python("hangs", hangs), python("never", "")])
