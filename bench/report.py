@@ -95,10 +95,10 @@ def cases(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
 
 
 def speedup(sides: list[Row], *peers: str) -> float | None:
-    """Best of ours over the first peer that is there; None where either is missing or the gate is red."""
+    """Best of ours over the first peer that is there; None where either is missing or its gate is red."""
     ours = [r["us"] for r in sides if r["role"] == "ours" and r["gate"] == "green"]
-    theirs = next((r["us"] for peer in peers for r in sides if r["contestant"] == peer), None)
-    return theirs / min(ours) if ours and theirs else None
+    theirs = next((r for peer in peers for r in sides if r["contestant"] == peer), None)
+    return theirs["us"] / min(ours) if ours and theirs and theirs["gate"] == "green" else None
 
 
 def verdicts(rows: list[Row]) -> list[tuple[str, str, str]]:
@@ -121,7 +121,8 @@ def verdicts(rows: list[Row]) -> list[tuple[str, str, str]]:
     state = "not measured" if not covered else "met" if not wrong and max(over) <= OVER_FROZEN.least else "missed"
     figure = (f"{max(over):.3f}, {len(over)} compared ({needed})" if over else needed) + _wrong(wrong, covered)
     lines.append((OVER_FROZEN.text, figure, state))
-    swept = [s for s in found.values() if s[0]["suite"] not in UNCLAIMED and any(r["role"] == "peer" for r in s)]
+    claimed = [s for s in found.values() if s[0]["suite"] not in UNCLAIMED]
+    swept = [s for s in claimed if any(r["role"] == "peer" and r["gate"] == "green" for r in s)]
     mine = [[r["gate"] for r in s if r["role"] == "ours"] for s in swept]
     wrong = sum(not gates or "red" in gates for gates in mine)
     compared, slow = _compared(rows), slow_rows(rows)
@@ -132,8 +133,8 @@ def verdicts(rows: list[Row]) -> list[tuple[str, str, str]]:
 
 
 def _wrong(count: int, of: list) -> str:
-    """Comparisons in which ours is red, or not there because it was not finite: they have no ratio, and no claim holds
-    with one of them."""
+    """Comparisons in which a side is red, or ours is not there because it was not finite: they have no ratio, and no
+    claim holds with one of them."""
     return f"; wrong: {count} of {len(of)}" if count else ""
 
 

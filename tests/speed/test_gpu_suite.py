@@ -109,6 +109,24 @@ def test_a_red_gate_reports_no_ratio():
     assert report.speedup([fast, *(s for s in sides if s["contestant"] == "p")], "p") is None
 
 
+@pytest.mark.parametrize("wrong", ["peftfast", "peft", "unsloth's formula"])
+@pytest.mark.parametrize("what", ["y", "dx", "lora_A.default.weight", "lora_B.default.weight"])
+def test_a_linear_that_is_wrong_is_compared_with_nothing(wrong, what):
+    """Ours is worth nothing then, and no other is an alternative, however long it takes."""
+    size, bench = Size(24, 32, 40, 4), gpu.Bench("cpu", 10, quick=True, dry=True)
+    entrants = sides.linear(size, "cpu")
+    off = next(entrant for entrant in entrants if entrant.name == wrong).results()
+    off[what] = 1.1 * off[what]
+    entrants = [e._replace(call=list, results=lambda: off) if e.name == wrong else e for e in entrants]
+    bench.compare("linear", "q", entrants, bench._gate_linear(size, entrants), size)
+    rows = {row["contestant"]: row for row in bench.rows}
+    assert {name for name, row in rows.items() if row["gate"] == "red"} == {wrong} and len(bench.red) == 1
+    assert rows[wrong]["ratio_to_limit"] is None and report.speedup(list(rows.values()), wrong) is None
+    others = [row["us"] for row in rows.values() if row["role"] == PEER and row["gate"] == "green"]
+    ratio = None if wrong == "peftfast" else pytest.approx(min(others) / rows["peftfast"]["us"], rel=1e-3)
+    assert rows["peftfast"]["speedup"] == ratio
+
+
 def test_a_model_with_a_wrong_gradient_is_red():
     """Of a factor, or of what the first layer is given: what is timed is mostly a backward pass."""
     size, bench = Size(24, 0, 0, 4, torch.float32), gpu.Bench("cpu", 10, quick=True, dry=True)
@@ -239,6 +257,14 @@ def test_claims_are_judged_by_their_worst_row(tmp_path):
     assert states["over the frozen base, 4096 -> 4096"] == "met"
     assert states["the same against Unsloth's function"] == "missed"
     assert states["NF4, M <= 128, against PEFT over bitsandbytes"] == "not measured"
+    # with a peer that is wrong nothing is compared
+    states = {text: state for text, _, state in report.verdicts([{**one, "gate": "red"} for one in found])}
+    assert states["the same against Unsloth's function"] == "missed"
+    assert states["no row below 0.98 of the best alternative"] == "not measured"
+    peers_wrong = [{**one, "gate": "red"} if one["role"] == PEER else one for one in found if one["n"] == 4096]
+    states = {text: state for text, _, state in report.verdicts(peers_wrong)}
+    assert states["bf16, M >= 2048, r = 16, 4096 -> 4096, against PEFT"] == "missed"
+    assert states["no row below 0.98 of the best alternative"] == "not measured"
     # of two sizes one is wrong: red, or left out because it is not finite
     found += [{**one, "m": 8192.0, "ratio_to_limit": None, "gate": "red"} for one in found if one["n"] == 4096]
     for rows in (found, [one for one in found if one["gate"] == "green" or one["role"] != OURS]):
@@ -304,4 +330,5 @@ def test_quartiles_and_gate():
     assert measure.head_start(1e-5) == 1_000_000 and measure.head_start(2e-3) == 8_000_000  # 4 ms at 2 GHz
     assert measure.no_worse(1.0e-3, 1e-3, torch.float32) and not measure.no_worse(1.2e-3, 1e-3, torch.float32)
     assert measure.no_worse(1e-3, 0.0, torch.bfloat16)  # below a quarter ulp
+    assert not measure.no_worse(float("inf"), float("inf"), torch.bfloat16)
     assert measure.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
