@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
@@ -11,6 +12,7 @@ from peftfast_kernels import OPS, configs, dense, use_backend
 from peftfast_kernels.decode import Operand
 from peftfast_kernels.launch import Launch
 from peftfast_kernels.lora_gemm_kernels import product_tile
+from peftfast_kernels.siblings_kernels import row_major
 
 BF16 = torch.bfloat16
 SHAPES = [(m, n, k) for m in (1, 512, 2048, 8192, 16384) for n, k in ((4096, 4096), (1024, 14336), (1024, 1024))]
@@ -21,7 +23,11 @@ def launches(request, monkeypatch):
     """What is launched on this chip: (grid, arguments), by every kernel of these modules."""
     made = []
 
-    monkeypatch.setattr(Launch, "__call__", lambda self, *pointers: made.append((self.grid, self.arguments)))
+    def launch(self, *pointers):
+        assert all(isinstance(one, torch.Tensor) for one in tree_leaves(pointers))  # whatever is absent, too
+        made.append((self.grid, self.arguments))
+
+    monkeypatch.setattr(Launch, "__call__", launch)
     skinny = "lora_down lora_expand lora_gemm lora_grad lora_routed lora_routed_grad siblings siblings_gemm"
     for module in f"{skinny} dora_add row_norm".split():
         loaded = importlib.import_module(f"peftfast_kernels.{module}_kernels")
@@ -40,8 +46,8 @@ def test_one_launch_each(launches, shape, rank):
     x, dy, a, b, t = meta(m, k), meta(m, n), meta(rank, k), meta(n, rank), meta(m, rank)
     assert OPS["lora_down"].launch(x, a, None, 0.0).shape == (m, rank)
     assert OPS["lora_dt"].launch(dy, b, 2.0).shape == (m, rank)
-    grads = OPS["lora_factor_grads"].launch(dy, t, x, t, None, 0.0, 2.0, torch.float32, torch.float32)
-    assert [grad.shape for grad in grads] == [(n, rank), (rank, k)]
+    grads = OPS["lora_factor_grads"].launch(dy, t, x, t, None, 0.0, 2.0, BF16, torch.float16)
+    assert [(grad.shape, grad.dtype) for grad in grads] == [((n, rank), BF16), ((rank, k), torch.float16)]
     (down, first), (back, second), (both, third) = launches
     for grid, arguments, columns in ((down, first, k), (back, second, n)):
         rows = arguments.get("BM", 1)
@@ -130,6 +136,14 @@ def test_no_rows_launch_nothing(launches):
     assert launches == []
 
 
+def test_rows_of_siblings_are_copied_only_where_they_have_to_be():
+    """Gradients of what was split from one tensor have rows of that."""
+    split, column, turned = torch.randn(3, 8)[:, 2:6], torch.randn(3, 8)[:, :6:4][:, :1], torch.randn(4, 3).t()
+    (one, two, copied), strides = row_major([split, column, turned])
+    assert one is split and two is column and strides == (8, 8, 4)
+    assert copied.stride() == (4, 1) and torch.equal(copied, turned)
+
+
 @pytest.mark.parametrize("drop", [0.0, 0.1])
 @pytest.mark.parametrize("rank", [8, 16, 200])
 @pytest.mark.parametrize("m", [1, 2048, 16384])
@@ -149,10 +163,9 @@ def test_siblings_take_one_launch_a_step(launches, m, rank, drop):
         assert [p.shape for p in OPS["siblings_dt"].launch(dys, b, scales)] == [(m, rank)] * 3
         ys = OPS["siblings_gemm"].launch(x, w, [None] * 3, ts, b, scales)
         assert [y.shape for y in ys] == [(m, n) for n in widths]
-        grads = OPS["siblings_factor_grads"].launch(
-            dys, ts, x, ts, seeds, probs, scales, torch.float32, torch.bfloat16
-        )  # fmt: skip
+        grads = OPS["siblings_factor_grads"].launch(dys, ts, x, ts, seeds, probs, scales, BF16, torch.float16)
         assert [grad.shape for grad in grads] == [*((n, rank) for n in widths), *[(rank, k)] * 3]
+        assert [grad.dtype for grad in grads] == [BF16] * 3 + [torch.float16] * 3
         assert len(launches) == 4
         assert OPS["siblings_gemm_t"].launch(dys, w, ts, a, seeds, probs).shape == (m, k)
     assert len(launches) == (6 if drop else 5)
