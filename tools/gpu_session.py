@@ -46,6 +46,8 @@ NO_KERNELS = 77  # exit status of a machine that costs no more minutes
 HOW = "(PASSED|FAILED|ERROR|SKIPPED)"
 #: of a test's end, as pytest prints it by itself and as it does for several processes
 LINE = re.compile(rf"^(?:(tests/\S+::.*?) {HOW}\b|\[gw\d+\].*? {HOW} (tests/\S+::.*\S))", re.MULTILINE)
+#: of a file of tests that cannot be imported, by itself and at pytest's end
+FILE = re.compile(r"^(?:ERROR )?(tests/\S+\.py)(?: - .*)?$", re.MULTILINE)
 #: of tests that fail, so many are written out as they do, and so much of each
 FAILURES, TRACEBACK = 60, 4000
 #: suites of the benchmark; what the table has measured already comes last
@@ -114,6 +116,8 @@ def pytest_runtest_logreport(report: Any) -> None:
         _terminal.write_line(f"\n{report.nodeid}\n{str(report.longrepr)[-TRACEBACK:]}")
         _terminal.flush()
 
+
+pytest_collectreport = pytest_runtest_logreport  # of a file that cannot be imported
 
 _failures, _terminal = 0, None
 
@@ -188,8 +192,10 @@ def summary(out: Path) -> tuple[str, bool]:
 
     lines, well = [], True
     names: dict[str, list[str]] = {"PASSED": [], "FAILED": [], "ERROR": [], "SKIPPED": []}
-    for alone, how, spread, name in LINE.findall(_text(out / "tests.log")):
+    log = _text(out / "tests.log")
+    for alone, how, spread, name in LINE.findall(log):
         names[how or spread].append(alone or name)
+    names["ERROR"] += dict.fromkeys(FILE.findall(log))
     lines.append("tests: " + ", ".join(f"{len(found)} {how.lower()}" for how, found in names.items()))
     broken = names["FAILED"] + names["ERROR"]
     lines += [f"  FAILED  {name}" for name in broken[:20]]

@@ -72,15 +72,17 @@ def test_failures_are_named(tmp_path):
         "[gw1] [ 20%] FAILED tests/b/test_b.py::test_y[3-a b] \n"
         "[gw0] [ 30%] SKIPPED tests/b/test_b.py::test_z \n"
         "FAILED tests/b/test_b.py::test_y[3-a b] - assert 1 == 2\n"
+        "tests/c/test_c.py\nImportError while importing test module\ntests/c/test_c.py:1: in <module>\n"
+        "ERROR tests/c/test_c.py - ImportError while importing\n"
     )
     (tmp_path / "session.log").write_text(
         "  RED  linear x: error 1\n  RED  linear x: error 1\n  skipped for time: 3 cases of step\n"
         "  left out, without bitsandbytes: 7 cases of linear\n"
     )
     text, well = summary(tmp_path)
-    assert not well and "tests: 1 passed, 1 failed, 0 error, 1 skipped" in text
+    assert not well and "tests: 1 passed, 1 failed, 1 error, 1 skipped" in text
     assert (
-        "  FAILED  tests/b/test_b.py::test_y[3-a b]" in text
+        "  FAILED  tests/b/test_b.py::test_y[3-a b]\n  FAILED  tests/c/test_c.py\n" in text
         and "benchmark: 0 rows; red there and in the table: 1" in text
     )
     assert "  skipped for time: 3 cases of step\n  left out, without bitsandbytes: 7 cases of linear" in text
@@ -137,11 +139,14 @@ def test_a_failure_is_told_at_once(tmp_path):
     """By the plugin that the tests run with: what is killed later has said why."""
     code = "import os\ndef test_a(): assert 1 == 2, 'said why'\ndef test_b(): os.kill(os.getpid(), 9)\n"
     (tmp_path / "test_it.py").write_text(code)
+    (tmp_path / "test_before.py").write_text("import nothing_there")
     (tests,) = [step for step in steps(tmp_path, dry=False) if step.name == "tests"]
     (plugin,) = [one for one in tests.arguments if one.startswith("tools.")]
-    arguments = ("-m", "pytest", "-p", plugin, "-p", "no:cacheprovider", str(tmp_path))
+    (goes_on,) = [one for one in tests.arguments if one.startswith("--continue")]
+    arguments = ("-m", "pytest", "-p", plugin, "-p", "no:cacheprovider", goes_on, str(tmp_path))
     assert run([Step("tests", arguments, 1, "tests.log")], tmp_path, 60) == {"tests": "exit status -9"}
-    assert "said why" in (tmp_path / "tests.log").read_text()
+    log = (tmp_path / "tests.log").read_text()
+    assert "said why" in log and "No module named 'nothing_there'" in log
 
 
 def test_every_marked_test_is_in_the_files_that_are_run():
