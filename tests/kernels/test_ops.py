@@ -1,8 +1,12 @@
 """Every registered op at every one of its cases: plain torch and Triton against the fp64 oracle."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
+import peftfast_kernels
 from peftfast_kernels import (
     OPS,
     dequantize,
@@ -122,6 +126,14 @@ def in_double(value):
     if isinstance(value, torch.dtype):
         return torch.float64
     return [in_double(one) for one in value] if isinstance(value, list) else upcast(value)
+
+
+def test_what_is_masked_out_has_a_value():
+    """Triton's interpreter takes zeros where a load says nothing; on a GPU it is what a register held before."""
+    files = Path(peftfast_kernels.__file__).parent.glob("*.py")
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    loads = [{keyword.arg for keyword in node.keywords} for node in nodes if ast.unparse(node.func) == "tl.load"]
+    assert {"mask", "other"} in loads and not any("mask" in given and "other" not in given for given in loads)
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if name not in EXACT])
