@@ -29,7 +29,7 @@ def scale_kernel(
     s = tl.load(s_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     ds = tl.zeros((BN,), tl.float32)
     for m in range(first, last, BM):
-        rows = m + tl.arange(0, BM)
+        rows = m + tl.arange(0, BM).to(tl.int64)
         inside = (rows[:, None] < last) & col_in
         dy = tl.load(dy_ptr + rows[:, None] * stride_dm + wide_cols * stride_dn, mask=inside, other=0.0).to(tl.float32)
         if GRAD:

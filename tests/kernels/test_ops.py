@@ -1,12 +1,14 @@
 """Every registered op at every one of its cases: plain torch and Triton against the fp64 oracle."""
 
 import ast
+import mmap
 from pathlib import Path
 
 import pytest
 import torch
 
 import peftfast_kernels
+from bench.operands import Size, arguments
 from peftfast_kernels import (
     OPS,
     dequantize,
@@ -414,6 +416,34 @@ def test_more_than_2_to_the_31_elements():
     assert t[:-3].eq(0).all() and t[-3:].eq(cols).all()
     (da,) = da_of(x, t, None, 0.0)
     assert da.eq(3 * cols).all()
+
+
+def far_apart(value, rows, stride):
+    """The same matrices of so many rows, the last of which lies beyond 2**31 elements. So much memory is only named,
+    before it as well, where offsets of 32 bits would lead."""
+    if isinstance(value, list):
+        return [far_apart(one, rows, stride) for one in value]
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.shape[0] != rows:
+        return value
+    size = (1 << 31) + (rows - 1) * stride + value.shape[1]
+    room = mmap.mmap(-1, size * value.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # not reserved
+    made = torch.frombuffer(room, dtype=value.dtype).as_strided(value.shape, (stride, 1), 1 << 31)
+    return made.copy_(value)
+
+
+ROW_BY_ROW = "lora_down", "siblings_down", "routed_down", "routed_add"
+FAR = [(name, 40, 1 << 26, 0.1) for name in sorted({*OPS} - {"dequantize", "keep_mask", "row_norm"})]
+FAR += [(name, 3, 1 << 30, 0.0) for name in ROW_BY_ROW]
+
+
+@pytest.mark.skipif(not is_interpreting(), reason="on a GPU memory is not only named")
+@pytest.mark.parametrize(("name", "rows", "stride", "dropout"), FAR)
+def test_rows_lie_as_far_apart_as_they_like(name, rows, stride, dropout):
+    kwargs = arguments(name, Size(rows, 16, 24, 4, dropout=dropout, adapters=2), "cpu")
+    with use_backend("triton"):
+        near = outputs(OPS[name].launch(**kwargs))
+        far = outputs(OPS[name].launch(**{key: far_apart(value, rows, stride) for key, value in kwargs.items()}))
+    assert all(map(torch.equal, near, far))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
