@@ -1,7 +1,10 @@
 """The GPU benchmark end to end at tiny sizes on the CPU, its gate, and the page it draws."""
 
 import csv
+import gc
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -324,11 +327,72 @@ def test_what_is_measured_covers_what_is_claimed():
     assert len(list(gpu.linear_cases(quick=True, dry=False))) <= 6
 
 
+def test_a_call_on_a_gpu_is_timed_alone(monkeypatch):
+    """From when the GPU reaches it, with nothing of it in the L2 and all of it enqueued, until it is done."""
+    seen = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            seen.append("event")
+
+        def synchronize(self):
+            seen.append("waits")
+
+        def elapsed_time(self, end):
+            return 0.5
+
+    clock = measure.Clock("cpu")
+    clock.on_gpu, clock._flush = True, SimpleNamespace(zero_=lambda: seen.append("flushes"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", seen.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("all"))
+    assert clock._one(lambda: seen.append("call"), 7) == 500.0
+    assert seen == ["flushes", 7, "event", "call", "event", "waits"]
+    seen.clear()
+    assert clock._one(lambda: seen.append("call"), 0) == 500.0
+    assert seen == ["flushes", "event", "call", "event", "waits"]
+    assert not measure.is_lost("cuda") and seen[-1] == "all" and not measure.is_lost("cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: 1 / 0)
+    assert measure.is_lost("cuda") and not measure.is_lost("cpu")
+
+
+def test_contestants_take_turns():
+    """Each runs twice before it counts; then nothing is collected meanwhile, and none is always the first."""
+    seen = []
+    calls = {name: partial(lambda name: seen.append((name, gc.isenabled())), name) for name in "abc"}
+    for clock, rounds in ((measure.Clock("cpu", 0.0, 4, 9), 4), (measure.Clock("cpu", 60.0, 1, 3), 3)):
+        seen.clear()
+        assert {one.rounds for one in clock.interleaved(calls).values()} == {rounds} and gc.isenabled()
+        assert seen[:6] == [(name, True) for name in "aabbcc"]
+        assert seen[6:] == [(name, False) for name in ("abccba" * 2)[: 3 * rounds]]
+    with pytest.raises(ZeroDivisionError):
+        clock.interleaved({"a": lambda: gc.isenabled() or 1 / 0})
+    assert gc.isenabled()
+
+
+def test_rounds_before_the_first_do_not_count():
+    now = [0.0]
+
+    def call(seconds):
+        now[0] += seconds.pop(0)
+
+    left = {"a": [100.0, 1.0, 2.0, 3.0], "b": [100.0, 5.0, 6.0, 7.0]}
+    kept = {name: seconds[1:] for name, seconds in left.items()}
+    calls = {name: partial(call, seconds) for name, seconds in left.items()}
+    assert measure.turns(calls, 3, warmup=1, clock=lambda: now[0]) == kept and gc.isenabled()
+    assert measure.median_ratio(kept["b"], kept["a"]) == 3.0
+
+
 def test_quartiles_and_gate():
     sample = measure._sample([4.0, 1.0, 2.0, 3.0, 100.0])
     assert sample.median == 3.0 and sample.q1 < 3.0 < sample.q3 and sample.rounds == 5
     assert measure.head_start(1e-5) == 1_000_000 and measure.head_start(2e-3) == 8_000_000  # 4 ms at 2 GHz
     assert measure.no_worse(1.0e-3, 1e-3, torch.float32) and not measure.no_worse(1.2e-3, 1e-3, torch.float32)
+    assert measure._sample([2.0]) == (2.0, 2.0, 2.0, 1)
     assert measure.no_worse(1e-3, 0.0, torch.bfloat16)  # below a quarter ulp
+    assert measure.no_worse(3e-7, 0.0, torch.float32) and not measure.no_worse(5e-7, 0.0, torch.float32)
     assert not measure.no_worse(float("inf"), float("inf"), torch.bfloat16)
     assert measure.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
