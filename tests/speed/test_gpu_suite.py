@@ -260,6 +260,19 @@ def test_claims_are_judged_by_their_worst_row(tmp_path):
     assert states["over the frozen base, 4096 -> 4096"] == "met"
     assert states["the same against Unsloth's function"] == "missed"
     assert states["NF4, M <= 128, against PEFT over bitsandbytes"] == "not measured"
+    # the better of ours, in the worst of its rows
+    sizes = [{**one, "m": 8192.0} for one in found if one["n"] == 4096]
+    for one in sizes:
+        one["us"], one["ratio_to_limit"] = (120.0, 1.2) if one["role"] == OURS else (one["us"], None)
+    figures = {text: (figure, state) for text, figure, state in report.verdicts(found + sizes)}
+    figure, state = figures["bf16, M >= 2048, r = 16, 4096 -> 4096, against PEFT"]
+    assert state == "missed" and figure.startswith("1.33 to 1.45, 2 compared")
+    figure, state = figures["over the frozen base, 4096 -> 4096"]
+    assert state == "missed" and figure.startswith("1.200, 2 compared")
+    both = [{**one, "us": us} for one in found[1:2] for us in (110.0, 400.0)]
+    assert report.speedup([*both, found[2]], "peft") == pytest.approx(160 / 110)
+    alone = report.verdicts([one for one in found if one["role"] != PEER])
+    assert {state for text, _, state in alone if "frozen" not in text} == {"not measured"}
     # with a peer that is wrong nothing is compared
     states = {text: state for text, _, state in report.verdicts([{**one, "gate": "red"} for one in found])}
     assert states["the same against Unsloth's function"] == "missed"
@@ -307,6 +320,12 @@ def test_every_claim_finds_its_rows():
     rows += [{**about, "suite": "mixed", "case": "", "m": 16, "n": 0, "k": 0, "format": "dense"}]
     for target in (*report.TARGETS, report.OVER_FROZEN):
         assert any(map(target.covers, rows)), target.text
+        for other in ({"dtype": "float16"}, {"r": 64}, {"dropout": 0.1}, {"format": "int8"}, {"suite": "ops"}):
+            assert not any(target.covers({**row, **other}) for row in rows), (target.text, other)
+        for row in filter(target.covers, rows):
+            assert not target.covers({**row, "case": "q" if "DoRA" in row["case"] else "DoRA q"}), target.text
+            assert target.covers({**row, "m": 10**9}) == (target.format != "nf4"), target.text
+    assert not any(target.covers({**rows[-2], "model": "vit-l-16"}) for target in report.TARGETS)
 
 
 def test_operands_are_legal_at_every_size():
@@ -359,8 +378,9 @@ def test_a_call_on_a_gpu_is_timed_alone(monkeypatch):
     assert measure.is_lost("cuda") and not measure.is_lost("cpu")
 
 
-def test_contestants_take_turns():
+def test_contestants_take_turns(monkeypatch):
     """Each runs twice before it counts; then nothing is collected meanwhile, and none is always the first."""
+    monkeypatch.setattr(gc, "collect", int)  # which takes longer than everything else here
     seen = []
     calls = {name: partial(lambda name: seen.append((name, gc.isenabled())), name) for name in "abc"}
     for clock, rounds in ((measure.Clock("cpu", 0.0, 4, 9), 4), (measure.Clock("cpu", 60.0, 1, 3), 3)):
@@ -371,12 +391,19 @@ def test_contestants_take_turns():
     with pytest.raises(ZeroDivisionError):
         clock.interleaved({"a": lambda: gc.isenabled() or 1 / 0})
     assert gc.isenabled()
+    heads = []
+    clock._one = lambda call, head: heads.append(head) or 1.0
+    for ahead in (True, False):  # as long as the host takes, and not as it has been there for
+        clock.interleaved(calls, ahead)
+        assert len(heads) == 9 and (1e6 <= min(heads) < 4e7 if ahead else not any(heads))
+        heads.clear()
 
 
 def test_rounds_before_the_first_do_not_count():
     now = [0.0]
 
     def call(seconds):
+        assert not gc.isenabled()
         now[0] += seconds.pop(0)
 
     left = {"a": [100.0, 1.0, 2.0, 3.0], "b": [100.0, 5.0, 6.0, 7.0]}
@@ -396,3 +423,5 @@ def test_quartiles_and_gate():
     assert measure.no_worse(3e-7, 0.0, torch.float32) and not measure.no_worse(5e-7, 0.0, torch.float32)
     assert not measure.no_worse(float("inf"), float("inf"), torch.bfloat16)
     assert measure.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+    assert measure.relative_error(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0])) == 0.5
+    assert measure.relative_error(torch.tensor([3.0, 3.0]), torch.zeros(2)) == 3.0
