@@ -1,13 +1,16 @@
 """Measured tables: what is read from one, which entry a call takes, and that without one nothing changes."""
 
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 import tune
 from torch import Tensor
 
-from peftfast_kernels import OPS, dispatch, lora_down, lora_gemm, lora_gemm_t
+from bench.measure import Sample
+from peftfast_kernels import OPS, dispatch, get_backend, lora_down, lora_gemm, lora_gemm_t
 from peftfast_kernels.decode import dense, random_operand
 from peftfast_kernels.dispatch import Point, Table, point_of
 from peftfast_kernels.row_norm import MAX_RANK
@@ -275,13 +278,116 @@ def test_the_table_is_written_as_it_grows(tmp_path, monkeypatch):
         yield row("lora_down", (1, 2, 3, 4), "torch")
         monkeypatch.setattr(tune.Deadline, "used", 100.0)
         yield row("lora_down", (2, 2, 3, 4), "torch")
+        found.append(len(Table.read(tmp_path / "x.json").entries["lora_down"]))
         raise KeyboardInterrupt
+
+    found = []
 
     monkeypatch.setattr(tune, "host_bound", lambda device, dry: 0)
     monkeypatch.setattr(tune, "tune", tune_until_killed)
     with pytest.raises(KeyboardInterrupt):
         tune.run(tmp_path / "x.json", "cpu", 60, True)
+    assert len(Table.read(tmp_path / "x.json").entries["lora_down"]) == 2 and found == [2]
+    with pytest.raises(ValueError, match="cutlass"):  # and what cannot be read replaces nothing
+        tune.write([row("lora_down", (1, 1, 1, 1), "cutlass")], None, tmp_path / "x.json", {"chip": "sm_90"})
     assert len(Table.read(tmp_path / "x.json").entries["lora_down"]) == 2
+
+
+def test_what_the_host_is_worth_is_found_from_few_rows_on(monkeypatch):
+    """The other way of layers is asked with no limit, the kernels with one of nothing, until these are the faster."""
+    limits, times = [], []
+
+    @contextmanager
+    def host_bound_up_to(limit):
+        limits.append(limit)
+        yield
+
+    def interleaved(self, calls, ahead):
+        assert not ahead
+        for name in ("host bound", "kernels"):
+            calls[name]()
+        return {name: Sample(time, time, time, 1) for name, time in zip(calls, times.pop(0), strict=True)}
+
+    monkeypatch.setattr(tune, "host_bound_up_to", host_bound_up_to)
+    monkeypatch.setattr(tune.Clock, "interleaved", interleaved)
+    monkeypatch.setattr(tune.Clock, "warm_up", lambda self: None)
+    for given, rows in (([(1, 2), (3, 2)], 16), ([(1, 2), (2, 2)], 32), ([(3, 2), (1, 2)], 0)):
+        times[:] = given
+        assert tune.host_bound("cpu", dry=True) == rows * 32 * 32
+    assert limits == [1 << 62, 0] * 5
+
+
+def test_processes_that_compile_share_the_points(monkeypatch, capsys):
+    seen, fails = [], False
+
+    def paths(op, kwargs, on_gpu):
+        return {"torch": lambda: seen.append(len(kwargs["x"])) or fails and 1 / 0}
+
+    monkeypatch.setattr(tune, "points", lambda dry: [("lora_down", tune.Size(m, 8, 8, 2)) for m in range(1, 6)])
+    monkeypatch.setattr(tune, "paths", paths)
+    for part in (0, 1):
+        tune.compile_part(part, 2, 60, "cpu", True)
+    assert seen == [1, 3, 5, 2, 4]
+    tune.compile_part(0, 1, -1, "cpu", True)
+    assert len(seen) == 5  # there was no time
+    fails = True
+    for lost, tried in ((False, [1, 2, 3, 4, 5]), (True, [1])):
+        monkeypatch.setattr(tune, "is_lost", lambda device, lost=lost: lost)
+        seen.clear()
+        tune.compile_part(0, 1, 60, "cpu", True)
+        assert seen == tried and ("process 0 ends" in capsys.readouterr().out) == lost
+
+
+@pytest.mark.parametrize("codes, status", [((0, 0), 0), ((0, -9), 9), ((1, 0), 1)])
+def test_a_process_that_compiles_and_dies_shows(codes, status, monkeypatch):
+    left = list(codes)
+
+    def process(target, args, daemon):
+        return SimpleNamespace(start=lambda: None, join=lambda: None, exitcode=left.pop(0))
+
+    monkeypatch.setattr(tune.multiprocessing, "get_context", lambda how: SimpleNamespace(Process=process))
+    assert tune.main(["--dry-run", "--compile", "2"]) == status
+
+
+@pytest.mark.parametrize("entries, status", [([], 1), ([row("lora_down", (1, 1, 1, 1), "torch")], 0)])
+def test_a_table_of_nothing_is_no_success(entries, status, monkeypatch):
+    monkeypatch.setattr(tune, "run", lambda *args: (entries, None))
+    assert tune.main(["--dry-run"]) == status
+
+
+def test_paths_are_what_they_are_called(monkeypatch):
+    """Triton's is fused whatever the rules and tables say, the split one never."""
+    seen = []
+
+    def launch(**kwargs):
+        seen.append((get_backend(), dispatch.fuses("lora_gemm_t"), dispatch.fuses_together()))
+
+    monkeypatch.setitem(OPS["siblings_gemm_t"]._cache, "launch", launch)
+    monkeypatch.setattr(dispatch, "fuses", lambda *args: True)
+    monkeypatch.setattr(dispatch, "fuses_together", lambda *args: True)
+    calls = tune.paths(OPS["siblings_gemm_t"], tune.arguments("siblings_gemm_t", tune.Size(4, 8, 8, 2), "cpu"), True)
+    for name in ("triton", "split", "triton"):
+        calls[name]()
+    assert seen == [("triton", True, True), (get_backend(), False, False), ("triton", True, True)]
+
+
+def test_the_worst_output_of_a_path_counts(monkeypatch):
+    """And without torch's, or on a GPU that is lost, there is nothing to compare with."""
+    grads = OPS["lora_factor_grads"]
+    kwargs = tune.arguments("lora_factor_grads", tune.Size(4, 8, 8, 2), "cpu")
+    right = grads.eager(**kwargs)
+    calls = {"torch": lambda: right, "triton": lambda: [right[0], 2 * right[1]], "split": lambda: 1 / 0}
+    monkeypatch.setattr(tune, "paths", lambda *args: calls)
+    told = []
+    _, errors = tune.checked(grads, kwargs, "cpu", lambda path, error: told.append(path))
+    assert told == ["split"] and errors["torch"] < 0.01 and errors["triton"] > 0.9
+    monkeypatch.setattr(tune, "is_lost", lambda device: True)
+    with pytest.raises(ZeroDivisionError):
+        tune.checked(grads, kwargs, "cpu", pytest.fail)
+    monkeypatch.setattr(tune, "is_lost", lambda device: False)
+    calls["torch"] = calls.pop("split")
+    with pytest.raises(ZeroDivisionError):
+        tune.checked(grads, kwargs, "cpu", pytest.fail)
 
 
 def test_tune_writes_what_dispatch_reads(tmp_path, capsys):
@@ -296,6 +402,9 @@ def test_tune_writes_what_dispatch_reads(tmp_path, capsys):
         assert set(entry["times_us"]) >= {"torch"} and entry["error"]["torch"] < 0.1
         point = Point(entry["format"], entry["dtype"], entry["drop"], tuple(entry["sizes"]))
         assert table.choice(entry["op"], point) == entry["choice"]
+    known = [json.dumps({**entry, "choice": "", "times_us": 0, "error": 0}) for entry in data["entries"]]
+    assert len(known) == len(set(known))  # skinny operations do not see every size
+    assert not list(tune.tune("cpu", tune.Deadline(-1), True))
 
 
 def test_every_path_that_a_layer_can_take_is_measured():
