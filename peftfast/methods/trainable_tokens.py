@@ -15,7 +15,7 @@ from peftfast.embeddings import input_embeddings
 from peftfast.errors import enumerate_some
 from peftfast.layers.walk import name_of
 from peftfast.method import register_method
-from peftfast.ops.function import composing
+from peftfast.ops.function import writable
 from peftfast.rules import boolean, either, integer, optional, sequence, text
 from peftfast.sharding import put_together, taken_apart
 from peftfast.sites import Dense, Site, Slot
@@ -146,7 +146,7 @@ def _multiplied(m: nn.Linear, x: Tensor, y: Tensor, adapter: Adapter) -> Tensor:
     """Products y [..., N] of x [..., K] with the table, with those of the adapter's rows in their places."""
     index = _index(adapter, x)
     own = F.linear(x, adapter["trainable_tokens_delta"].to(m.weight), None if m.bias is None else m.bias[index])
-    return y.index_copy(-1, index, own) if composing() else y.index_copy_(-1, index, own)  # nobody else has y
+    return y.index_copy_(-1, index, own) if writable() else y.index_copy(-1, index, own)  # nobody else has y
 
 
 def _index(adapter: Adapter, like: Tensor) -> Tensor:

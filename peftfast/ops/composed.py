@@ -1,4 +1,5 @@
-"""Low-rank linears in torch's own operations: on a CPU with small inputs, and under functorch's transforms and export.
+"""Low-rank linears in torch's own operations: on a CPU with small inputs, under functorch's transforms and export, and
+where checkpointing keeps some of them.
 
 With small inputs the host takes the time, not the products. torch's derivative runs without Python, its dropout is one
 operation, and the masks and casts that it keeps for the backward pass are small. Larger inputs are for `lora.py`'s
@@ -16,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfast.autocast import is_autocasting
-from peftfast.ops.function import apply, as_dtype, as_rows, composing, exporting, left_alone, shaped_as, transformed
+from peftfast.ops.function import (
+    apply,
+    as_dtype,
+    as_rows,
+    exporting,
+    followed,
+    left_alone,
+    shaped_as,
+    writable,
+)
 from peftfast.ops.gate import gated
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
@@ -48,7 +58,7 @@ def composes(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return exporting()  # a graph for others is of torch's operations, and has their derivatives
     small = x.is_cpu and x.numel() <= SMALL.get(x.dtype.itemsize, 0) and get_backend() == "auto"
-    return small or transformed()
+    return small or followed()
 
 
 def frozen_product(rows: Tensor, part: Part) -> Tensor:
@@ -63,7 +73,9 @@ def frozen_product(rows: Tensor, part: Part) -> Tensor:
         y = apply(_FrozenProduct, rows, part.plan, *w.tensors)
     else:  # a Function takes the host as long as decoding a small weight
         y = torch.mm(rows, weight_kn(w, part.plan.dtype))
-    return y if bias is None else y.add_(bias)
+    if bias is None:
+        return y
+    return y.add_(bias) if writable() else y + bias
 
 
 def composed_lora(
@@ -86,7 +98,7 @@ def composed_lora(
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
     if read is not None:
         dropped = read(dropped if is_autocasting(x) else as_dtype(dropped, plan.branch))
-    if composing():  # an update for many may not be written into an output that is one
+    if not writable():  # an update for many may not be written into an output that is one
         update, alpha = _update(dropped, a, b, plan, gate, up_bias)
         y = as_dtype(torch.add(y, update, alpha=alpha), y.dtype)
     elif up_bias is None and y.dtype is rows.dtype is a.dtype is b.dtype and not is_autocasting(x):

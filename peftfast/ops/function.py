@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from peftfast.autocast import is_autocasting, without_autocast
 
@@ -116,9 +118,24 @@ def gradients_of(y: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], dy
     return [next(found) if need else None for need in needed]
 
 
+# by names of their own, because every call of every layer asks
+_transforms, _modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
+_SELECTING = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+
+
 def transformed() -> bool:
     """Whether a transform of functorch's or forward-mode differentiation is under way: Functions do not follow them."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _transforms() or forward_ad._current_level >= 0
+
+
+def followed() -> bool:
+    """Whether operations are to be torch's own and to write into nothing: where `transformed()`, and in checkpointing
+    that selects operations, whose results the backward pass is given in their place. Outside compilers."""
+    return _transforms() or forward_ad._current_level >= 0 or _modes() > 0 and _selecting()
+
+
+def _selecting() -> bool:
+    return any(isinstance(mode, _SELECTING) for mode in _get_current_dispatch_mode_stack())
 
 
 def _flagged_as_exporting() -> bool:
@@ -133,6 +150,11 @@ def composing() -> bool:
     """Whether formulas have to be of torch's own operations: where `transformed()`, and under `torch.export`, which
     would keep what a Function's `forward` does and derive that, without what it computes outside the graph."""
     return transformed() or exporting()
+
+
+def writable() -> bool:
+    """Whether what an operation has just given, which nobody else has, may be written to."""
+    return not (torch.compiler.is_compiling() or followed())
 
 
 def apply(function: type[Function], *args: Any) -> Any:

@@ -22,12 +22,12 @@ from peftfast.ops.function import (
     apply,
     as_dtype,
     as_rows,
+    followed,
     fresh,
     fresh_if_compiled,
     gradients_of,
     second_order,
     shaped_as,
-    transformed,
 )
 from peftfast.ops.gate import gate_grad, gate_rows, gated
 from peftfast.ops.host_bound import host_bound_limit, host_bound_lora, is_host_bound
@@ -233,7 +233,7 @@ def lora_part(x: Tensor, part: Part, gate: Tensor | None = None) -> Tensor:
 def circumstances(x: Tensor) -> tuple:
     """What plans and `way_of` depend on besides the layer and how many elements x has; the first is what autocast
     wants."""
-    return autocast_dtype(x), type(x), x.dtype, x.is_cuda, transformed(), get_backend(), host_bound_limit()
+    return autocast_dtype(x), type(x), x.dtype, x.is_cuda, followed(), get_backend(), host_bound_limit()
 
 
 def way_of(x: Tensor, part: Part) -> Way:

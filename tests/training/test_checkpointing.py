@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from oracle import gradients
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from training.tiny import batch, checkpoint, fill, largest_difference, llama, lora, wrapped
 
 import peftfast
+from peftfast.ops import composed
 from peftfast.training.checkpointing import require_input_gradients
 
 
@@ -146,3 +150,28 @@ def test_no_graph_is_recorded_in_evaluation():
     with torch.no_grad():
         logits = model(**batch()).logits
     assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "dropout", "tied tokens", "blocks", "nf4"])
+def test_products_that_are_kept_are_not_written_to(kind, large, monkeypatch):
+    """Selective checkpointing gives what it kept of an operation in its place, as the operation gave it."""
+    if large:
+        monkeypatch.setattr(composed, "SMALL", {})
+    base = llama(tied=kind == "tied tokens", hidden_size=64, attention_bias=True)
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+        from training.nf4 import quantise
+
+        base = quantise(base)
+    options = {"dropout": {"lora_dropout": 0.4}, "tied tokens": {"trainable_token_indices": [5, 7]}}
+    model = wrapped(peftfast, base, **options.get(kind, {}))
+    if kind == "blocks":
+        peftfast.fuse_blocks(model)
+    run, found = model.forward, []
+    for kept in ([], [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]):
+        context = partial(create_selective_checkpoint_contexts, kept)
+        model.forward = partial(torch_checkpoint, run, use_reentrant=False, context_fn=context)
+        found.append(step(model))
+    assert found[0][0] == found[1][0]
+    assert largest_difference(found[1][1], found[0][1]) == 0.0
