@@ -60,14 +60,27 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return second_order(lambda ctx, *grads: refused(ctx, len(grads), *grads, *ctx.saved_tensors))(backward)
 
 
+def _is_batched(grad: Tensor | None) -> bool:
+    """Whether it is many at once (`is_grads_batched`), which torch's own operations follow."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def second_order(again: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator of a `Function.backward`: where the gradients are to be differentiated in turn (`create_graph=True`),
-    `again` computes them, in operations that torch can differentiate."""
+    or many of them are wanted at once, `again` computes them, in operations that torch can differentiate."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @left_alone
         def wrapper(ctx: Any, *grads: Any) -> Any:
-            return again(Apart(ctx), *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+            if torch.is_grad_enabled():
+                return again(Apart(ctx), *grads)
+            try:
+                return backward(ctx, *grads)
+            except RuntimeError:
+                if not any(map(_is_batched, grads)):
+                    raise
+            with torch.enable_grad():
+                return again(Apart(ctx), *grads)
 
         return wrapper
 
@@ -112,9 +125,9 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gradients_of(y: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], dy: Tensor) -> list[Tensor | None]:
-    """The gradients of those `inputs` that are needed, with a graph of their own."""
+    """The gradients of those `inputs` that are needed, with a graph of their own where one can be made."""
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=not _is_batched(dy)) if wanted else ())
     return [next(found) if need else None for need in needed]
 
 

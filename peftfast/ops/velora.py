@@ -78,7 +78,7 @@ class _VeloraAdd(torch.autograd.Function):
             dx = torch.reshape(lora_dx(p, down, seed, plan.dropout, ctx.dtype), ctx.shape)
         (db,) = lora_factor_grads(dy_rows, t, None, None, None, 0.0, plan.scale, b.dtype, a.dtype)
         sums = scaled_product(p.t(), c, 1.0, a.dtype)  # [r, G]
-        da = (sums.unsqueeze(2) * e.to(sums.dtype)).flatten(1)[:, : plan.shape[1]]
+        da = (sums.unsqueeze(2) * e.to(sums.dtype)).view(len(sums), -1).narrow(1, 0, plan.shape[1])
         return dy, dx, da.to(a.dtype), db, None, None, None, None
 
 

@@ -297,6 +297,27 @@ def test_second_derivatives(change, rows):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("method", ["lora", "dora", "velora"])
+def test_many_gradients_at_once(method, rows):
+    """As `torch.autograd.functional.jacobian(vectorize=True)` wants them."""
+    found = []
+    for model, library in zip(models(), (peftfast, peft), strict=True):
+        if method != "lora":
+            fields = {"use_dora": True} if method == "dora" else {"velora_config": library.VeloraConfig(num_groups=8)}
+            config = library.LoraConfig(r=4, target_modules=["0", "2"], **fields)
+            factors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            model = library.get_peft_model(model.unload(), config)
+            model.load_state_dict(factors, strict=False)
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        trained = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
+        many = torch.randn(3, rows, 20, generator=torch.Generator().manual_seed(6))
+        found.append(torch.autograd.grad(model(x), [x, *trained], many, is_grads_batched=True))
+    assert len(found[0]) == (7 if method == "dora" else 5)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_second_derivatives_with_dropout():
     """The masks of the first derivative, against finite differences of it."""
     model, _ = models(dropout=0.4)
