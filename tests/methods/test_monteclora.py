@@ -334,6 +334,21 @@ def test_autocast():
         assert error <= 1.15 * errors[1][key], (key, error, errors[1][key])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_has_no_part_in_it(dtype):
+    outputs, x = [], make_input()
+    for default in (torch.float32, dtype):
+        model = one(peftfast)
+        torch.set_default_dtype(default)
+        try:
+            outputs.append([model(x) for _ in range(3)])  # of which the third draws anew
+            adapted()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for mine, right in zip(*outputs, strict=True):
+        assert torch.equal(mine, right)
+
+
 def test_weights_that_are_no_numbers():
     model, x = one(peftfast), make_input()
     with torch.no_grad():

@@ -221,7 +221,7 @@ def _wishart_diagonal(r: int, device: torch.device | None = None, generator: tor
     """The diagonal [r] of a Wishart of r degrees of freedom with the identity, by Bartlett's decomposition."""
     freedom = r - torch.arange(r, dtype=torch.float32, device=device)
     chi2 = 2.0 * torch._standard_gamma(0.5 * freedom, generator=generator)
-    squares = torch.randn(r * (r - 1) // 2, device=device, generator=generator).square()
+    squares = torch.randn(r * (r - 1) // 2, dtype=chi2.dtype, device=device, generator=generator).square()
     rows = torch.tril_indices(r, r, offset=-1, device=device)[0]
     return chi2.index_add(0, rows, squares)
 
