@@ -25,6 +25,7 @@ from peftfast.ops.function import (
     followed,
     left_alone,
     shaped_as,
+    transformed,
     writable,
 )
 from peftfast.ops.gate import gated
@@ -69,7 +70,7 @@ def frozen_product(rows: Tensor, part: Part) -> Tensor:
     if w.format == "dense_t":
         return F.linear(rows, w.tensors[0].t(), bias)
     rows = as_dtype(rows, part.plan.dtype)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not transformed():
         y = apply(_FrozenProduct, rows, part.plan, *w.tensors)
     else:  # a Function takes the host as long as decoding a small weight
         y = torch.mm(rows, weight_kn(w, part.plan.dtype))

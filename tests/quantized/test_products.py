@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracle import One
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
 
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -20,6 +21,7 @@ from quantized.support import (  # noqa: E402
     Result,
     assert_no_further,
     clone,
+    dense,
     exact_result,
     quantised_linear,
 )
@@ -244,3 +246,34 @@ def test_packed_weight_is_decoded_once_per_pass(base, monkeypatch):
     assert len(calls) == 1
     y.sum().backward()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("base", FOUR_BIT)
+def test_transforms(base, large, monkeypatch):
+    """Of functorch, and forward-mode differentiation: what they give of the same adapter over the dense weight."""
+    if large:
+        monkeypatch.setattr(composed, "SMALL", {})
+    layer = quantised_linear(base)
+    plain = nn.Linear(64, 48)
+    with torch.no_grad():
+        plain.weight.copy_(dense(layer))
+        plain.bias.copy_(layer.bias)
+    generator = torch.Generator().manual_seed(4)
+    x, dx = torch.randn(2, ROWS, 64, generator=generator)
+    found = []
+    for model in (adapted(peftfast, layer), adapted(peftfast, plain)):
+        own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        many = {n: torch.stack((p, 2 * p)) for n, p in own.items()}
+
+        def loss(factors, row, model=model):
+            return functional_call(model, factors, (row,)).pow(2).sum()
+
+        gradients = vmap(grad(loss), in_dims=(None, 0))(own, x)
+        found.append([
+            *(gradients[name] for name in sorted(gradients)),
+            vmap(lambda factors, model=model: functional_call(model, factors, (x,)))(many),
+            *jvp(model, (x,), (dx,)),
+        ])  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
