@@ -3,9 +3,9 @@ up again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,18 @@ GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
 Place = tuple[Mapping[Any, Any], Any, Any]
 
 _VERSION = attrgetter("_version")
+T = TypeVar("T")
+
+
+def read_off(known: MutableMapping[nn.Module, T], model: nn.Module, read: Callable[[nn.Module], T]) -> T:
+    """What `read` finds in a model: once, because it is needed in every forward and takes a while. A compiler reads for
+    itself: from what is known of all models it would make a graph that does not outlast the next one."""
+    if torch.compiler.is_compiling():
+        return read(model)
+    found = known.get(model)
+    if found is None:
+        found = known[model] = read(model)
+    return found
 
 
 class Watch:

@@ -24,7 +24,7 @@ from peftfast.prompts.prompt import (
     fill_sizes,
     per_layer_inputs,
     widen_mask,
-    word_embeddings_of,
+    word_embeddings_name,
 )
 from peftfast.rules import one_of, optional, table, text
 
@@ -136,7 +136,7 @@ class PromptTuning:
         fill_sizes(cfg, getattr(model, "config", None))
 
     def encoder(self, cfg: PromptTuningConfig, model: nn.Module) -> BasePromptEncoder:
-        return PromptEmbedding(cfg, word_embeddings_of(model))
+        return PromptEmbedding(cfg, model.get_submodule(word_embeddings_name(model)))
 
     def attach(
         self, encoder: Prompts, cfg: PromptLearningConfig, inputs: Inputs, model: nn.Module, *, generating: bool = False
@@ -160,7 +160,7 @@ class PromptTuning:
             inputs[name] = grown(cache, count, model)
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
-            embeds = word_embeddings_of(model)(inputs["input_ids"])
+            embeds = model.get_submodule(encoder.words or word_embeddings_name(model))(inputs["input_ids"])
         rows = per_layer_inputs(inputs, embeds, count, model)
         if rows is not None:
             inputs["per_layer_inputs"] = rows

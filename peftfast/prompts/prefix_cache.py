@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import warn
+from peftfast.watch import read_off
 
 Shapes = list[tuple[int, int] | None]
 States = Sequence[tuple[Tensor, Tensor]]  # (keys, values) of every layer, each [B, heads, tokens, head size]
@@ -57,7 +58,7 @@ def empty_cache(model: nn.Module) -> Any:
 
 
 #: What is read off a model once, because it is needed in every forward and takes a while.
-_layer_shapes: weakref.WeakKeyDictionary[nn.Module, tuple[int, Shapes]] = weakref.WeakKeyDictionary()
+_layer_shapes: weakref.WeakKeyDictionary[nn.Module, dict[int, Shapes]] = weakref.WeakKeyDictionary()
 _checkpointing: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
 _taken: weakref.WeakKeyDictionary[Callable[..., Any], tuple[str, ...]] = weakref.WeakKeyDictionary()
 
@@ -65,15 +66,15 @@ _taken: weakref.WeakKeyDictionary[Callable[..., Any], tuple[str, ...]] = weakref
 def layer_shapes(model: nn.Module, count: int) -> Shapes:
     """(key/value heads, head size) of the first `count` layers where the config says that layers differ, else None;
     of those behind which the others share keys."""
-    known = _layer_shapes.get(model)
-    if known is None or known[0] != count:
+    known = read_off(_layer_shapes, model, lambda _: {})
+    if count not in known:
         config = (
             model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
         )
         shared = getattr(config, "num_kv_shared_layers", 0) or 0
         own = getattr(config, "num_hidden_layers", count) - shared if shared > 0 else count
-        known = _layer_shapes[model] = count, [_layer_shape(config, i) for i in range(min(own, count))]
-    return known[1]
+        known[count] = [_layer_shape(config, i) for i in range(min(own, count))]
+    return known[count]
 
 
 def _layer_shape(config: Any, layer: int) -> tuple[int, int] | None:
@@ -292,12 +293,12 @@ def checkpointable_layers(model: nn.Module) -> list[nn.Module]:
 
 def under_checkpointing(model: nn.Module) -> bool:
     """Whether a forward now would be checkpointed."""
-    known = _checkpointing.get(model)
-    if known is None:
-        able = [weakref.ref(m) for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        known = _checkpointing[model] = able
-    modules = (reference() for reference in known)
+    modules = (reference() for reference in read_off(_checkpointing, model, _able_to_checkpoint))
     return any(m is not None and m.gradient_checkpointing and m.training for m in modules)
+
+
+def _able_to_checkpoint(model: nn.Module) -> list[weakref.ref[nn.Module]]:
+    return [weakref.ref(m) for m in model.modules() if hasattr(m, "gradient_checkpointing")]
 
 
 @contextmanager

@@ -17,13 +17,19 @@ from peftfast.config import PromptLearningConfig, TaskType
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import PeftWarning, warn
 from peftfast.sharding import copy_whole, is_distributed, put_together, whole_shape
-from peftfast.watch import ContentWatch, TensorWatch
+from peftfast.watch import ContentWatch, TensorWatch, read_off
 
 Inputs = dict[str, Any]  # the keyword arguments of the base model's forward
 
 
 class Prompts(Protocol):
-    """Where the virtual tokens of a batch come from: an encoder, or several encoders routed by row."""
+    """Where the virtual tokens of a batch come from: an encoder, or several encoders routed by row.
+
+    Attributes:
+        words: name of the word embeddings in the base model.
+    """
+
+    words: str | None
 
     def prompts(self, batch_size: int) -> Tensor:
         """`[batch_size, rows, width]`."""
@@ -77,9 +83,11 @@ class BasePromptEncoder(nn.Module):
 
     Attributes:
         networks: names of the sub-modules that the rows go through, empty when the rows are the prompt.
+        words: see `Prompts`; None of one that was pickled without it.
     """
 
     networks: tuple[str, ...] = ()
+    words: str | None = None
     embedding: nn.Embedding
 
     def __init__(self) -> None:
@@ -206,7 +214,7 @@ class RoutedPrompts:
     """
 
     def __init__(self, encoders: Sequence[BasePromptEncoder], rows: Sequence[int]) -> None:
-        self.encoders, self.rows = encoders, rows
+        self.encoders, self.rows, self.words = encoders, rows, encoders[0].words
 
     def prompts(self, batch_size: int) -> Tensor:
         if batch_size % len(self.rows):
@@ -269,19 +277,8 @@ def backbone_of(model: nn.Module) -> tuple[str | None, nn.Module]:
     return None, model
 
 
-#: Base model -> name of its word embeddings in it; found once, because reading a model's config takes a while.
-_word_embeddings: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-
-
-def word_embeddings_of(model: nn.Module) -> nn.Module:
-    """The module that turns token ids into embeddings, or what has taken its place since."""
-    name = _word_embeddings.get(model)
-    if name is None:
-        name = _word_embeddings[model] = _word_embeddings_name(model)
-    return model.get_submodule(name)
-
-
-def _word_embeddings_name(model: nn.Module) -> str:
+def word_embeddings_name(model: nn.Module) -> str:
+    """The name of the module that turns token ids into embeddings. Reading a model's config for it takes a while."""
     known = "embeddings.word_embeddings"
     with suppress(AttributeError):
         model.get_submodule(known)
@@ -308,14 +305,15 @@ def _word_embeddings_name(model: nn.Module) -> str:
 _per_layer: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
+def _per_layer_name(model: nn.Module) -> str:
+    return next((n for n, m in model.named_modules() if hasattr(m, "embed_tokens_per_layer")), "")
+
+
 def per_layer_inputs(inputs: Inputs, embeds: Tensor, count: int, model: nn.Module) -> Tensor | None:
     """What Gemma 3n and 4 make of `input_ids` besides `embeds`: an embedding of every token for every layer, with rows
     in front for `count` virtual tokens, which have those of padding, as images and sound have there. None for models
     that have no such table."""
-    name = _per_layer.get(model)
-    if name is None:
-        found = (n for n, m in model.named_modules() if hasattr(m, "embed_tokens_per_layer"))
-        name = _per_layer[model] = next(found, "")
+    name = read_off(_per_layer, model, _per_layer_name)
     backbone = model.get_submodule(name) if name else None
     if backbone is None or not getattr(backbone, "hidden_size_per_layer_input", None):
         return inputs.get("per_layer_inputs")

@@ -34,7 +34,7 @@ from peftfast.prompts.prompt import (
     Prompts,
     RoutedPrompts,
     backbone_of,
-    word_embeddings_of,
+    word_embeddings_name,
 )
 from peftfast.rows.routing import BASE, batch_of
 from peftfast.rules import integer
@@ -105,7 +105,9 @@ def encode(inventory: PromptInventory, name: str, cfg: PeftConfig, strict: bool,
     model, method = inventory.model, method_for(cfg)
     method.fill_sizes(cfg, model)
     endings = tuple(cfg.modules_to_save or ())
-    encoder = method.encoder(cfg, model).to(word_embeddings_of(model).weight.device)
+    words = word_embeddings_name(model)
+    encoder = method.encoder(cfg, model).to(model.get_submodule(words).weight.device)
+    encoder.words = words
     saved = [n for n in inventory.names if n.endswith(endings)]
     Injection(inventory, name, cfg, method, targets=[], saved=saved).apply()
     encoder.requires_grad_(False)
@@ -327,7 +329,7 @@ class PromptTuner(KeepsBeside):
 
     @property
     def word_embeddings(self) -> nn.Module:
-        return word_embeddings_of(self.model)
+        return self.model.get_submodule(word_embeddings_name(self.model))
 
     @property
     def transformer_backbone_name(self) -> str | None:
