@@ -58,6 +58,12 @@ class CalledLayer:
             y = method.forward(self.site, x, y, adapters)
         return y
 
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What torch calls in place of `forward` in `torch.jit.trace`, which is not to find what other calls have
+        looked up."""
+        self.__dict__["_plan"] = None
+        return super()._slow_forward(*args, **kwargs)
+
     def _routed(self, routing: Routing, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Every sample with its own adapter; which ones are active does not matter."""
         if routing.slots is not None:

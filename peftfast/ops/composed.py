@@ -59,7 +59,7 @@ def composes(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return exporting()  # a graph for others is of torch's operations, and has their derivatives
     small = x.is_cpu and x.numel() <= SMALL.get(x.dtype.itemsize, 0) and get_backend() == "auto"
-    return small or followed()
+    return small or followed() or torch.jit.is_tracing()
 
 
 def frozen_product(rows: Tensor, part: Part) -> Tensor:

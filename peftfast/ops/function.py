@@ -160,9 +160,10 @@ exporting = torch.compiler.is_exporting if torch.__version__ >= "2.12" else _fla
 
 
 def composing() -> bool:
-    """Whether formulas have to be of torch's own operations: where `transformed()`, and under `torch.export`, which
-    would keep what a Function's `forward` does and derive that, without what it computes outside the graph."""
-    return transformed() or exporting()
+    """Whether formulas have to be of torch's own operations: where `transformed()`, under `torch.export`, which would
+    keep what a Function's `forward` does and derive that, without what it computes outside the graph, and under
+    `torch.jit.trace`, which can save no Function and does not see kernels."""
+    return transformed() or exporting() or torch.jit.is_tracing()
 
 
 def writable() -> bool:

@@ -134,7 +134,7 @@ class BasePromptEncoder(nn.Module):
         if not self.has_network:
             return self._compute()
         wants_grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if wants_grad or self.training or torch.compiler.is_compiling():
+        if wants_grad or self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             self._kept = None
             return self._compute()
         kept = self._kept

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call, grad
 
 import peftfast
+from peftfast.ops import composed
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
@@ -44,6 +45,12 @@ class Logits(nn.Module):
             return self.model(input_ids=ids, use_cache=False).logits
 
 
+class Calling(nn.Module):
+    def __init__(self, model, call):
+        super().__init__()
+        self.model, self.forward = model, call
+
+
 def gradients(module):
     module.zero_grad()
     module(IDS).float().square().mean().backward()
@@ -70,6 +77,32 @@ class Two(nn.Module):
 
     def forward(self, x):
         return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("method", [*CONFIGS, "VeLoRA", "in blocks", "P-tuning"])
+def test_a_trace_of_many_tokens_is_torchs_own(method, tmp_path, monkeypatch):
+    """No Function is in it, which torch can save none of, nor anything that calls before it have made."""
+    monkeypatch.setattr(composed, "SMALL", {})
+    if method in CONFIGS:
+        model = adapted(method)
+    else:
+        fields = {"velora_config": peftfast.VeloraConfig(num_groups=4)} if method == "VeLoRA" else {}
+        config = peftfast.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, **fields)
+        if method == "P-tuning":
+            config = peftfast.PromptEncoderConfig("CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8)
+        model = peftfast.get_peft_model(oracle.llama(), config)
+        if method == "in blocks":
+            peftfast.fuse_blocks(model)
+
+    def call(ids):
+        return model.eval()(input_ids=ids, use_cache=False).logits
+
+    with torch.no_grad():
+        expected = [call(IDS) for _ in range(2)]
+    traced = torch.jit.trace(Calling(model, call), IDS)  # raises if a second trace differs
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(IDS), expected[1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(call(IDS), expected[1])
 
 
 @pytest.mark.parametrize("autocast", [False, True])
