@@ -221,17 +221,19 @@ class Merger:
         }
 
     @torch.no_grad()
-    def check(self, names: Sequence[str], passed: set[tuple]) -> None:
+    def check(self, names: Sequence[str], passed: set[tuple], dense: bool = False) -> None:
         """Raise what merging these adapters would raise for their kind, without computing anything.
 
         Args:
             passed: the kinds of other layers that may be merged, to which this one's is added.
+            dense: the weight will be dense by then, however it is stored now.
         """
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         layer = self.layer
-        _check_decodable(layer)
-        if not layer.site.weight.known:
+        if not dense:
+            _check_decodable(layer)
+        if not dense and not layer.site.weight.known:
             layer.site.weight.dense()  # says what it is and why nobody can
         self._check_together(names)
         self._check_output(names)

@@ -265,13 +265,16 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, Replicated):
         """
         if originals is not None and not dequantize:
             raise ValueError("originals are the dense weights to merge into: pass dequantize=True with them")
+        merger = ModelMerger(self.inventory)
+        names = merger.names(adapter_names)
         if dequantize:
+            merger.check(names, rounding, dense=True)
             dequantize_model(self, originals)
         from tqdm.auto import tqdm
 
         progress = functools.partial(tqdm, disable=not progressbar, desc="Unloading and merging model")
-        ModelMerger(self.inventory).merge_for_good(adapter_names, safe_merge, rounding, progress)
-        return self._unload(merged=True, names=adapter_names)
+        merger.merge_for_good(names, safe_merge, rounding, progress)
+        return self._unload(merged=True, names=names)
 
     def unload(self) -> nn.Module:
         """The base model without the adapters (modules_to_save stay as trained)."""

@@ -41,14 +41,22 @@ class ModelMerger:
 
         A layer whose weight other modules use as well gets a weight of its own while it is merged.
         """
-        self._make_ready(adapter_names, rounding)
-        self.inventory.check_known(adapter_names or (), "not found, so nothing was merged")
-        self._merge(adapter_names, safe_merge, keep, rounding)
+        names = self.names(adapter_names, "not found, so nothing was merged")
+        self._make_ready(rounding)
+        self._merge(names, safe_merge, keep, rounding)
 
-    def _make_ready(self, adapter_names: list[str] | None, rounding: str) -> None:
-        """Refuse what nobody can merge, and see to it that weights are read where they are kept."""
+    def names(self, adapter_names: Iterable[str] | None, said: str = "not found") -> list[str] | None:
+        """The adapters that are to be merged as a list, None: the active ones.
+
+        Raises:
+            TypeError: a name by itself. ValueError: an adapter that is not there.
+        """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        return None if adapter_names is None else self.inventory.check_known(adapter_names, said)
+
+    def _make_ready(self, rounding: str) -> None:
+        """Refuse what nobody can merge, and see to it that weights are read where they are kept."""
         for layer in self.inventory.layers.values():
             check_rounding(rounding, layer.site.weight)
         check_mergeable(self.inventory.model)
@@ -99,23 +107,28 @@ class ModelMerger:
     def merge_for_good(self, adapter_names: list[str] | None, safe_merge: bool, rounding: str,
                        progress: Callable[[Iterable], Iterable]) -> None:  # fmt: skip
         """Merge before the adapters are taken away; nothing is kept for unmerging that is not needed on the way."""
-        self._make_ready(adapter_names, rounding)
-        names = self.active() if adapter_names is None else self.inventory.check_known(adapter_names)
+        self._make_ready(rounding)
+        names = self.active() if adapter_names is None else adapter_names
         merged = self._merged()
         if not merged:
             self._untie_one_sided(names)
         if not merged or any(self._unmerged(adapter_names)):
             self._merge(adapter_names, safe_merge, bool(merged), rounding, progress)
 
-    def check(self) -> None:
-        """Raise what merging the active adapters would raise for their kind, without merging any."""
-        check_mergeable(self.inventory.model)
-        self._check(self._unmerged(None)[0])
+    def check(self, adapter_names: list[str] | None = None, rounding: str = "auto", *, dense: bool = False) -> None:
+        """Raise what merging the adapters (None: the active ones) would raise for their kind, without merging any.
 
-    def _check(self, work: list[Work]) -> None:
+        Args:
+            dense: the weights will be dense by then, however they are stored now.
+        """
+        check_rounding(rounding)
+        check_mergeable(self.inventory.model)
+        self._check(self._unmerged(adapter_names)[0], dense)
+
+    def _check(self, work: list[Work], dense: bool = False) -> None:
         passed: set[tuple] = set()
         for layer, wanted in work:
-            layer.merger.check(wanted, passed)
+            layer.merger.check(wanted, passed, dense)
 
     def _merged(self) -> set[str]:
         """Names of the adapters that are inside some weight."""

@@ -362,6 +362,17 @@ def test_merging_for_good_is_checked_before_anything_is_written():
     assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
 
 
+def test_names_that_come_one_by_one_are_merged_in_every_layer():
+    model = two()
+    model.base_model.set_adapter(["default", "two"])
+    expected = oracle.logits(model)
+    model.merge_adapter(name for name in ("default", "two"))
+    assert all(layer.merged for layer in model.base_model.inventory.layers.values())
+    model.unmerge_adapter()
+    merged = model.merge_and_unload(adapter_names=map(str, ("default", "two")))
+    torch.testing.assert_close(oracle.logits(merged), expected)
+
+
 WITH_THE_BASE = {
     "embedding": (oracle.llama, {"target_modules": ["q_proj", "embed_tokens"]}),
     "tied embedding": (lambda: oracle.llama(tied=True), {"target_modules": ["q_proj", "embed_tokens"]}),

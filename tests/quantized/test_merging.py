@@ -262,6 +262,17 @@ def test_merge_refusals_change_nothing():
         model.merge_and_unload(originals=incomplete)
     with pytest.raises(FileNotFoundError, match="no/such/folder is neither"):
         model.merge_and_unload(dequantize=True, originals="no/such/folder")
+    for options, error in (
+        ({"adapter_names": ["defualt"]}, "defualt not found.*Did you mean 'default'"),
+        ({"adapter_names": "default"}, "should be a list"),
+        ({"rounding": "down"}, "rounding must be one of"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            model.merge_and_unload(dequantize=True, **options)
+    with pytest.warns(UserWarning, match="lora_bias=True"):
+        model.add_adapter("biased", peftfast.LoraConfig(target_modules=["q_proj"], lora_bias=True))
+    with pytest.raises(RuntimeError, match="the base layer has no bias"):
+        model.merge_and_unload(dequantize=True, adapter_names=["biased"])
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge first"):
         peftfast.dequantize_model(model)
