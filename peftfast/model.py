@@ -287,8 +287,10 @@ class PeftModel(HasFiles, HasCounterpart, Replicated):
 
 
 def refuse_peft_model(model: nn.Module) -> None:
-    """ValueError for a model that is a PeftModel already: around it, a second one would write into the first one's
-    adapters, and its files would fit no base model."""
+    """ValueError for a model that is a PeftModel already, or holds one and nothing else, as a compiled or parallel
+    one does: around it, a second one would write into the first one's adapters, and its files would fit no base."""
+    while not isinstance(model, PeftModel) and len(inside := [*model.children()]) == 1:
+        (model,) = inside
     if isinstance(model, PeftModel):
         raise ValueError(
             f"The model is a {type(model).__name__} already, with the adapters {list(model.peft_config)}. Another one "

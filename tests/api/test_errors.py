@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import peftfast
 from peftfast import AdapterLoadError, AdapterMismatchWarning, LoraConfig, NoMatchingPeftModuleError
@@ -270,10 +271,13 @@ def test_ratios_that_cannot_be(ratio):
         ),
     ],
 )
-def test_a_peft_model_is_not_wrapped_again(again, saved):
+@pytest.mark.parametrize("inside", [lambda m: m, lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
+def test_a_peft_model_is_not_wrapped_again(again, inside, saved):
     """PEFT warns, writes over the trained adapter of the same name and makes a model whose files fit no base."""
-    model = peftfast.get_peft_model(
-        oracle.llama(), LoraConfig(target_modules=QV, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = inside(
+        peftfast.get_peft_model(
+            oracle.llama(), LoraConfig(target_modules=QV, init_lora_weights=False, task_type="CAUSAL_LM")
+        )
     )
     before = picture(model)
     with pytest.raises(
