@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from peftfast.errors import close_matches
 
 
@@ -111,6 +113,22 @@ def positive() -> Rule:
         lambda v: math.isfinite(v) and v > 0,
         {"type": "number", "exclusiveMinimum": 0},
         tidy=_own_number,
+    )
+
+
+def torch_dtype(*, floating: bool = False) -> Rule:
+    """A `torch.dtype`, or its name, as files have it."""
+
+    def tidy(value: Any) -> Any:
+        named = getattr(torch, value, None) if isinstance(value, str) else None
+        return named if isinstance(named, torch.dtype) else value
+
+    return Rule(
+        f"a {'floating-point ' if floating else ''}torch.dtype or its name, as torch.bfloat16 or 'bfloat16'",
+        lambda v: isinstance(v, torch.dtype),
+        lambda v: v.is_floating_point or not floating,
+        {"type": "string"},
+        tidy=tidy,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftfast.base.rounding import drawn
 from peftfast.base.weight import QUANTIZERS, Quantizer, UsualWeight, comes_from, frozen, kept_copy, register_format
+from peftfast.rules import boolean, integer, torch_dtype
 from peftfast.watch import Place
 from peftfast_kernels.decode import Operand, block_scales, dequantize, levels_of
 
@@ -352,5 +353,12 @@ def _config(
     }
 
 
+_OPTIONS = {
+    "compute_dtype": torch_dtype(floating=True),
+    "double_quant": boolean(),
+    "blocksize": integer(1),
+    "quant_storage": torch_dtype(),
+}
+
 for _type in _TYPES:
-    QUANTIZERS[_type] = Quantizer(partial(_quantised, _type), partial(_config, _type))
+    QUANTIZERS[_type] = Quantizer(partial(_quantised, _type), partial(_config, _type), _OPTIONS)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftfast.base.bnb4 import OFFLOADED, BnbWeight, decoded, import_bnb, is_bnb
 from peftfast.base.rounding import drawn
 from peftfast.base.weight import QUANTIZERS, Quantizer, frozen, kept_copy, register_format
+from peftfast.rules import number
 from peftfast_kernels.decode import Operand
 
 
@@ -137,4 +138,4 @@ def _config(*, threshold: float = 6.0) -> Mapping[str, Any]:
     return {"load_in_8bit": True, "llm_int8_threshold": threshold}
 
 
-QUANTIZERS["int8"] = Quantizer(_quantised, _config)
+QUANTIZERS["int8"] = Quantizer(_quantised, _config, {"threshold": number(0)})

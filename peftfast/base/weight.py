@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.base.offload import device_of
+from peftfast.rules import Rule
 from peftfast.watch import Place
 from peftfast_kernels.decode import Operand
 
@@ -191,10 +192,12 @@ class Quantizer(NamedTuple):
         module: (weight [N, K], bias [N] or None, **options) -> a frozen linear module on the weight's device.
         config: (**options) -> keyword arguments of transformers' `BitsAndBytesConfig` that mean the same, so that
             models quantised here are saved and reloaded by transformers.
+        options: the rules of both's options, by name.
     """
 
     module: Callable[..., nn.Module]
     config: Callable[..., Mapping[str, Any]]
+    options: Mapping[str, Rule]
 
 
 QUANTIZERS: dict[str, Quantizer] = {}
@@ -202,7 +205,7 @@ QUANTIZERS: dict[str, Quantizer] = {}
 
 def quantizer(name: str) -> Quantizer:
     """The quantiser of a format. Raises ValueError naming the known ones."""
-    if name not in QUANTIZERS:
+    if name not in list(QUANTIZERS):  # where anything may be looked for
         raise ValueError(f"Unknown quantisation {name!r}; one of {', '.join(map(repr, QUANTIZERS))}")
     return QUANTIZERS[name]
 

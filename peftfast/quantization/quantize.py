@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +63,8 @@ def quantize_model(
 
     Raises:
         ImportError: bitsandbytes is missing. ValueError: unknown format, nothing to quantise, a name in `skip` that
-            matches nothing, layers that hooks have taken over. TypeError: unknown options. Nothing was changed.
+            matches nothing, values that an option cannot have, layers that hooks have taken over. TypeError: unknown
+            options, or values of another type. Nothing was changed.
     """
     plan = plan_quantization(model, quantize, skip, options)
     report, listing = QuantizationReport(), Listing(plan.base)
@@ -97,14 +97,15 @@ def plan_quantization(
 ) -> QuantizationPlan:
     """Check everything that `quantize_model` refuses; arguments and errors as there."""
     kind, base = quantizer(quantize), _inner(model)
-    accepted = inspect.signature(kind.config).parameters
-    options = {name: value for name, value in options.items() if value is not None}
-    if "compute_dtype" in accepted and isinstance(getattr(base, "dtype", None), torch.dtype):
+    for name in options:
+        if name not in kind.options:
+            raise TypeError(
+                f"quantize={quantize!r} has no option {name!r}.{close_matches(name, kind.options)} "
+                f"Its options are {', '.join(kind.options)}"
+            )
+    options = {name: kind.options[name].enforce(value, name) for name, value in options.items() if value is not None}
+    if "compute_dtype" in kind.options and isinstance(getattr(base, "dtype", None), torch.dtype):
         options.setdefault("compute_dtype", base.dtype)
-    try:
-        inspect.signature(kind.config).bind(**options)
-    except TypeError as e:
-        raise TypeError(f"quantize={quantize!r}: {e}; its options are {', '.join(accepted)}") from None
     kind.module(torch.ones(2, 64), None, **options)  # values are refused here, not at the first layer
     places = list(_dense_linears(base))
     skipped = _skipped(base, places, skip)

@@ -228,7 +228,12 @@ REFUSALS = [
     ({"skip": "q_proj"}, TypeError, "must be a list"),
     ({"double_quantise": True}, TypeError, "options are compute_dtype, double_quant, blocksize, quant_storage"),
     ({"blocksize": 48}, ValueError, "invalid blocksize 48"),
-    ({"quantize": "int8", "double_quant": True}, TypeError, "its options are threshold"),
+    ({"blocksize": 64.0}, TypeError, "blocksize must be an integer"),
+    ({"compute_dtype": "bf16"}, TypeError, "compute_dtype must be a floating-point torch.dtype or its name.*'bf16'"),
+    ({"compute_dtype": torch.int8}, ValueError, "compute_dtype must be a floating-point"),
+    ({"double_quant": "yes"}, TypeError, "double_quant must be True or False"),
+    ({"quantize": "int8", "double_quant": True}, TypeError, "Its options are threshold"),
+    ({"quantize": "int8", "threshold": "6"}, TypeError, "threshold must be a finite number"),
 ]
 
 
@@ -238,6 +243,15 @@ def test_refusals_change_nothing(arguments, error, message):
     with pytest.raises(error, match=message):
         peftfast.quantize_model(model, **{"quantize": "nf4", **arguments})
     assert kinds(model) == {nn.Linear} and not hasattr(model, "is_loaded_in_4bit")
+
+
+def test_options_as_files_have_them():
+    model = llama(hidden=64)
+    peftfast.quantize_model(model, compute_dtype="bfloat16", double_quant=1, quant_storage="int32")
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.compute_dtype is torch.bfloat16 and layer.weight.dtype is torch.int32
+    assert layer.weight.compress_statistics is True and model.config.quantization_config.bnb_4bit_use_double_quant
+    model(input_ids=torch.ones(1, 4, dtype=torch.int64))
 
 
 def test_hooked_and_merged_layers_are_refused():
