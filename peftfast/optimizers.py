@@ -194,19 +194,22 @@ def create_lorafa_optimizer(
             "`use_rslora` in create_lorafa_optimizer is deprecated; configure rsLoRA via LoraConfig instead.",
             FutureWarning,
         )
-    adapters = []
+    adapters, down = [], set()
     for _, layer in wrapped_modules(model):
         if not isinstance(layer, BaseTunerLayer):
             continue
         for adapter in layer.adapters.values():
             if "lora_A" in adapter and "lora_B" in adapter:
-                adapter["lora_A"].requires_grad_(False)
+                down.add(adapter["lora_A"])
                 if adapter["lora_A"].ndim == 2:
                     adapters.append((layer, adapter.name))
     if not adapters:
         raise ValueError("create_lorafa_optimizer: the model has no LoRA adapter on a linear layer")
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return LoraFAOptimizer(parameters, adapters, lr, weight_decay=weight_decay)
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in down]
+    optimizer = LoraFAOptimizer(parameters, adapters, lr, weight_decay=weight_decay)
+    for factor in down:  # nothing was refused
+        factor.requires_grad_(False)
+    return optimizer
 
 
 def create_riemannian_optimizer(

@@ -40,6 +40,14 @@ def test_lorafa_steps_along_the_projected_gradient():
     torch.testing.assert_close((before - b).double(), 1e-2 * expected / (expected.abs() + 1e-6 * 0.001**-0.5))
 
 
+def test_lorafa_freezes_nothing_where_it_is_refused():
+    model = wrapped(peftfast)
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match="learning rate: -1.0"):
+        create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=-1.0)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == before
+
+
 @pytest.mark.parametrize("kind", CREATE)
 def test_copies_of_a_training_are_trainings_of_their_own(kind):
     model = wrapped(peftfast)
