@@ -13,6 +13,7 @@ from peftfast.errors import warn
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.combine import padded
 from peftfast.methods.lora.config import LoraConfig
+from peftfast.rules import integer, optional
 from peftfast.wrapping.patterns import pattern_of
 
 
@@ -33,7 +34,8 @@ def prepare_model_for_compiled_hotswap(
         check_compiled: "error", "warn" or "ignore" a model that is compiled already.
 
     Raises:
-        ValueError: compiled already, no adapters, a larger rank present.
+        ValueError: compiled already, no adapters, a larger rank present. TypeError: a config of another kind, a rank
+            that is no integer. Nothing was changed.
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise ValueError(
@@ -54,6 +56,11 @@ def prepare_model_for_compiled_hotswap(
             "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
             "the first adapter and before loading the second adapter."
         )
+    target_rank = optional(integer(1)).enforce(target_rank, "target_rank")
+    configs = list(config.values()) if isinstance(config, dict) else [] if config is None else [config]
+    for cfg in configs:
+        if not isinstance(cfg, LoraConfig):
+            raise TypeError(f"config must be a LoraConfig, or a dict of them by adapter name, got {config!r}")
     pairs = [(layer, adapter) for layer in layers for adapter in layer.adapters.values()]
     for layer, adapter in pairs if target_rank is not None else ():
         _check_room(layer, adapter, target_rank)
@@ -69,9 +76,7 @@ def prepare_model_for_compiled_hotswap(
                 up.data = padded(up.data, 1, sizes[1])
                 layer.r[adapter.name] = target_rank
                 _resize_holders(layer, adapter, sizes[0])
-    for cfg in (
-        () if config is None or target_rank is None else config.values() if isinstance(config, dict) else (config,)
-    ):
+    for cfg in configs if target_rank is not None else ():
         cfg.r = target_rank
         cfg.rank_pattern = dict.fromkeys(cfg.rank_pattern or {}, target_rank)
     if target_rank is not None:

@@ -318,6 +318,11 @@ def test_refusals_change_nothing(tmp_path):
     model.base_model.unmerge_adapter()
     with pytest.raises(ValueError, match="original rank is larger"):
         peftfast.prepare_model_for_compiled_hotswap(model, target_rank=2)
+    before = {name: p.shape for name, p in model.named_parameters()}
+    for options in ({"config": {"r": 8}}, {"config": [LoraConfig()]}, {"target_rank": 16.0}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} must be "):
+            peftfast.prepare_model_for_compiled_hotswap(model, **{"target_rank": 16, **options})
+        assert {name: p.shape for name, p in model.named_parameters()} == before
     with pytest.raises(ValueError, match="check_compiles should be one of"):
         peftfast.prepare_model_for_compiled_hotswap(model, check_compiled="maybe")
     with pytest.raises(ValueError, match="No adapter layers found"):
