@@ -404,6 +404,12 @@ def require_module(value: object) -> None:
     raise TypeError(f"model must be a torch.nn.Module, got {got}")
 
 
+def require_flag(value: object, name: str) -> None:
+    """TypeError for a name, or several, in the place of a switch, where they would count as True."""
+    if isinstance(value, (str, os.PathLike, list, tuple, set, dict)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:
     """Path of the `adapter_config.json` of a folder or Hub repository; ValueError if there is none."""
     from peftfast.files.atomic import find_file

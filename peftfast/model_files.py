@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peftfast.config import PeftConfig, require_module
+from peftfast.config import PeftConfig, require_flag, require_module
 from peftfast.errors import PeftWarning, every_name, warn
 from peftfast.files.activation import Activation, adapters_in, read_activation, write_activation
 from peftfast.files.atomic import find_file
@@ -187,6 +187,7 @@ class HasFiles:
             AdapterLoadError: wrong shapes, non-finite values, a damaged file; names every offender.
         """
         require_module(model)
+        require_flag(is_trainable, "is_trainable")
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         check_arguments(HasFiles.from_pretrained, kwargs, strict)
@@ -219,6 +220,7 @@ class HasFiles:
         Raises:
             ValueError: no adapter there. AdapterLoadError: as `from_pretrained`, for any of them.
         """
+        require_module(model)
         found = adapters_in(Path(folder))
         active, enabled = read_activation(Path(folder), [*found])
         (first, where), *others = found.items()
@@ -254,6 +256,7 @@ class HasFiles:
         Returns:
             (missing_keys, unexpected_keys) of this adapter only; what is missing by its name in the model.
         """
+        require_flag(is_trainable, "is_trainable")
         new, empty = adapter_name not in self.peft_config, _stored is not None
         stored = _stored
         if stored is None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, require_flag
 from peftfast.errors import warn
 from peftfast.files.beside import KeepsBeside
 from peftfast.keys import in_base
@@ -263,6 +263,8 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, Replicated):
                 against.
             rounding: as `merge_adapter` takes it.
         """
+        require_flag(progressbar, "progressbar")
+        require_flag(safe_merge, "safe_merge")
         if originals is not None and not dequantize:
             raise ValueError("originals are the dense weights to merge into: pass dequantize=True with them")
         merger = ModelMerger(self.inventory)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, require_flag
 from peftfast.errors import PeftWarning, enumerate_some, no_such_adapter, warn
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer, Place
@@ -151,6 +151,7 @@ class Inventory(Listing):
         """Make `names` the active adapters: trainable unless `inference_mode`, the others frozen. What is merged is
         unmerged first."""
         names = self.check_known(names)
+        require_flag(inference_mode, "inference_mode")
         for key, wrapper in self.extras.items():
             try:
                 wrapper.check_set_adapter(names)

@@ -191,6 +191,9 @@ def test_unknown_and_duplicate_names():
         lambda: model.add_adapter("third", {"r": 8}),
         lambda: peftfast.set_peft_model_state_dict(model, [1]),
         lambda: peftfast.set_peft_model_state_dict(model, {"a": 1}),
+        lambda: model.set_adapter("default", "other"),
+        lambda: model.load_adapter("folder", "third", "cpu"),
+        lambda: model.merge_and_unload("other"),
     ):
         with pytest.raises(TypeError):
             call()
@@ -211,6 +214,7 @@ def test_errors_that_name_what_is_wrong():
             lambda: peftfast.PeftModel.from_pretrained("a/base", "an/adapter"),
             "model must be a torch.nn.Module, got 'a/base' of type str; AutoPeftModel loads",
         ),
+        (lambda: peftfast.PeftModel.from_folder("folder", model), "model must be a torch.nn.Module, got 'folder'"),
         (lambda: peftfast.get_peft_model(LoraConfig(), model), r"got LoraConfig\(.{,30} of type LoraConfig$"),
     ):
         with pytest.raises(TypeError, match=message):
