@@ -17,6 +17,7 @@ from peftfast.errors import warn
 from peftfast.files.state import wrapped_modules
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.model import PeftModel
+from peftfast.rules import number
 from peftfast.sharding import put_together, taken_apart
 
 __all__ = ["create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer"]
@@ -224,10 +225,12 @@ def create_riemannian_optimizer(
         kwargs: of `optimizer_cls`.
 
     Raises:
-        TypeError: `optimizer_cls` is no optimizer. ValueError: it needs a closure, or no pair of factors is trainable.
+        TypeError: `optimizer_cls` is no optimizer, `reg` no number. ValueError: `optimizer_cls` needs a closure, `reg`
+            is negative, or no pair of factors is trainable.
     """
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}.")
+    reg = number(0).enforce(reg, "reg")
     named = dict(model.named_parameters())
     pairs = [(name, name.replace(".lora_A.", ".lora_B.")) for name in named if ".lora_A." in name]
     pairs = [pair for pair in pairs if all(f in named and named[f].ndim == 2 and named[f].requires_grad for f in pair)]

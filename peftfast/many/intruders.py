@@ -15,6 +15,7 @@ from peftfast.many.merging import add_weighted_adapter
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.combine import padded, svd_of_sum
 from peftfast.methods.lora.stack import factors
+from peftfast.rules import integer, number
 from peftfast.sites import Site
 
 
@@ -42,11 +43,12 @@ def reduce_intruder_dimension(
 
     Raises:
         ValueError: no such adapter, no plain LoRA, one of Parameters, the new name is taken, adapters are merged, or
-            `top_k` is below 1.
+            a number is out of its range. TypeError: one is none.
         NotImplementedError: ΔW is no weight of an adapted module (grouped convolutions).
     """
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    top_k = integer(1).enforce(top_k, "top_k")
+    number().enforce(threshold_epsilon, "threshold_epsilon")
+    number().enforce(mitigation_lambda, "mitigation_lambda")
     log = logging_sink or (lambda line: None)
     configs = peft_model.peft_config
     if old_adapter_name not in configs:

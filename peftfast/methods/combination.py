@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peftfast.errors import close_matches, warn
+from peftfast.rules import integer, number, optional
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,15 @@ class Combination:
         if self.kind != "cat" and _ARITHMETIC[self.arithmetic][0] is not None:
             if self.density is None:
                 raise TypeError(f"combination_type {self.kind!r} needs a density: a number >= 0 and, to prune, < 1")
+            number().enforce(self.density, "density")
             if self.density < 0:
                 raise ValueError(f"Density should be >= 0, got {self.density}")
             if self.density >= 1:
                 warn(f"The density {self.density} is greater than or equal to 1, no pruning will be performed.")
         if self.majority_sign_method not in ("total", "frequency"):
             raise ValueError(f"majority_sign_method must be 'total' or 'frequency', got {self.majority_sign_method!r}")
-        if self.svd_rank is not None and self.svd_rank < 1:
-            raise ValueError(f"svd_rank must be at least 1, got {self.svd_rank}")
+        optional(integer(1)).enforce(self.svd_rank, "svd_rank")
+        optional(number(0, 1)).enforce(self.svd_clamp, "svd_clamp")
 
     def combine(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The tensors [P, ...], all of one shape, as one. Each of the P parts is pruned by itself."""

@@ -314,6 +314,13 @@ def test_refusals_change_nothing():
     refused(ValueError, "Did you mean 'dare_ties'", NAMES, WEIGHTS, "mix", combination_type="dareties")
     refused(TypeError, "needs a density", NAMES, WEIGHTS, "mix", combination_type="ties")
     refused(ValueError, "Density should be >= 0", NAMES, WEIGHTS, "mix", combination_type="ties", density=-1.0)
+    for options, error in (
+        ({"combination_type": "ties", "density": float("nan")}, ValueError),
+        ({"combination_type": "ties", "density": "0.5"}, TypeError),
+        ({"combination_type": "ties_svd", "density": 0.5, "svd_clamp": 95}, ValueError),
+        ({"combination_type": "svd", "svd_rank": 2.5}, TypeError),
+    ):
+        refused(error, f"{[*options][-1]} must be", NAMES, WEIGHTS, "mix", **options)
     refused(ValueError, "Each adapter needs one weight", NAMES, [1.0], "mix")
     for weight in (float("nan"), float("inf"), "one", None):
         refused(ValueError, f"one weight, a finite number.*{weight}", NAMES, [1.0, weight, 1.0], "mix")

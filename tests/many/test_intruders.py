@@ -115,7 +115,10 @@ def test_refused_before_anything_changes():
         (ValueError, "not using LoRA.*LORA with use_dora", {"old_adapter_name": "dora"}),
         (ValueError, "nobody not found.*default", {"old_adapter_name": "nobody"}),
         (ValueError, "'dora' already exists", {"new_adapter_name": "dora"}),
-        (ValueError, "top_k must be at least 1, got -3", {"top_k": -3}),
+        (ValueError, "top_k must be an integer of at least 1, got -3", {"top_k": -3}),
+        (TypeError, "top_k must be an integer", {"top_k": 2.0}),
+        (ValueError, "threshold_epsilon must be a finite number", {"threshold_epsilon": float("nan")}),
+        (TypeError, "mitigation_lambda must be a finite number", {"mitigation_lambda": "0.75"}),
     ):
         with pytest.raises(error, match=message):
             peftfast.reduce_intruder_dimension(model, **options)

@@ -48,6 +48,8 @@ def test_what_cannot_be_preconditioned_is_refused():
         create_riemannian_optimizer(model, torch.nn.Linear, lr=1e-3)
     with pytest.raises(ValueError, match="LBFGS requires a closure"):
         create_riemannian_optimizer(model, torch.optim.LBFGS, lr=1e-3)
+    with pytest.raises(ValueError, match="reg must be a finite number"):
+        create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3, reg=-1e-2)
     with pytest.raises(ValueError, match="does not support closures"):
         create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3).step(lambda: 0.0)
     model.set_adapter("default", inference_mode=True)
