@@ -64,10 +64,11 @@ def _own_number(value: Any) -> Any:
 
 
 def boolean() -> Rule:
-    """True or False; 1, 0 and None, which files of other libraries have, mean the same."""
+    """True or False, numpy's too; 1, 0 and None, which files of other libraries have, mean the same."""
 
     def tidy(value: Any) -> Any:
-        return bool(value) if value is None or (_is_integer(value) and value in (0, 1)) else value
+        own = getattr(value, "dtype", None) == "bool" and value.shape == ()
+        return bool(value) if own or value is None or (_is_integer(value) and value in (0, 1)) else value
 
     return Rule("True or False", lambda v: isinstance(v, bool), schema={"type": ["boolean", "null"]}, tidy=tidy)
 
