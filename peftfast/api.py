@@ -25,6 +25,7 @@ from peftfast.layers.walk import base_of
 from peftfast.method import changes_base, method_for
 from peftfast.mixed_model import PeftMixedModel
 from peftfast.model import PeftModel, refuse_peft_model
+from peftfast.rules import torch_dtype
 from peftfast.sharding import copy_whole
 from peftfast.tasks import model_class
 from peftfast.training.checkpointing import checkpointing_switches, is_checkpointing, require_input_gradients
@@ -302,6 +303,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Frozen parameters to `dtype`, trainable ones to fp32: what mixed-precision training with a loss scaler needs.
     Packed weights stay as they are."""
+    dtype = torch_dtype(floating=True).enforce(dtype, "dtype")
     for parameter in model.parameters():
         packed = parameter.element_size() == 1 or hasattr(parameter, "quant_state")
         if parameter.is_floating_point() and not packed:

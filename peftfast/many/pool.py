@@ -6,6 +6,8 @@ that one compiled graph or one CUDA graph serves every mix, and loading an adapt
 
 from __future__ import annotations
 
+import os
+import reprlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ from peftfast.errors import close_matches, enumerate_some
 from peftfast.many.router import check_length, check_unmerged
 from peftfast.many.slots import Factors, Slots, Source
 from peftfast.rows.routing import BASE, Routing, batch_of, tokens_of
+from peftfast.rules import optional, torch_dtype
 from peftfast.wrapping.inventory import inventory_of
 
 
@@ -84,6 +87,7 @@ class AdapterPool:
                 f"slots and max_rank must be at least 1 and host_capacity at least 0, got {slots}, {max_rank} and "
                 f"{host_capacity}"
             )
+        dtype = optional(torch_dtype(floating=True)).enforce(dtype, "dtype")
         self.model = model
         self.inventory = inventory_of(model)
         self.max_rank, self.host_capacity = max_rank, host_capacity
@@ -105,6 +109,11 @@ class AdapterPool:
     # ---- what there is -----------------------------------------------------------------------------------------------
     def register(self, name: str, source: Source) -> None:
         """Make an adapter known; nothing is read yet. A source registered anew is read anew."""
+        if not isinstance(name, str) or not isinstance(source, (str, os.PathLike, tuple)):
+            raise TypeError(
+                "register(name, source) takes an adapter's name, and a folder, a Hub repository or (config, tensors), "
+                f"in this order; got {reprlib.repr(name)} and {reprlib.repr(source)}"
+            )
         if name == BASE:
             raise ValueError(f"{BASE!r} means the base model and cannot be an adapter's name")
         with self._changed:

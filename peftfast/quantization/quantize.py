@@ -21,6 +21,7 @@ from peftfast.layers.walk import base_of, outer_modules
 from peftfast.methods.lora.loftq import best_factors, loftq_factors
 from peftfast.methods.lora.lora import factors
 from peftfast.quantization.originals import Originals
+from peftfast.rules import optional, torch_dtype
 from peftfast.sites.linear import is_quantised, linear_with
 from peftfast.sites.site import is_untouched
 from peftfast.wrapping.inventory import Inventory
@@ -252,6 +253,7 @@ def dequantize_model(
         ValueError: nothing is quantised, or adapters are merged. KeyError: a weight is missing in `originals`. Nothing
             was changed.
     """
+    dtype = optional(torch_dtype(floating=True)).enforce(dtype, "dtype")
     base = _inner(model)
     places = [(n, layer, m) for n, layer, m in _base_modules(base) if is_quantised(m)]
     if not places:

@@ -292,10 +292,16 @@ def test_refusals():
         pool(input_ids=ids, adapter_names=["a0"] * 3)
     with pytest.raises(ValueError, match="cannot be an adapter's name"):
         pool.register(BASE, adapter(0))
+    for name, source in (("folder", 3), (adapter(0), "a0"), ("a0", adapter(0)[1])):
+        with pytest.raises(TypeError, match="register.name, source.*in this order; got "):
+            pool.register(name, source)
     need = pool.device_bytes
     assert need == sum(t.nbytes for stack in pool._places._stacks.values() for t in stack[:3])
     with pytest.raises(ValueError, match="slots and max_rank must be at least 1"):
         make_pool(0, slots=0)
+    with pytest.raises(TypeError, match="dtype must be None or a floating-point.*got 'bf16'"):
+        make_pool(0, dtype="bf16")
+    assert make_pool(0, dtype="bfloat16")._places._stacks.popitem()[1].a.dtype is torch.bfloat16
     with pytest.raises(ValueError, match="1 slots would fit"):
         make_pool(0, slots=2, max_device_bytes=need - 1)
     assert make_pool(0, slots=2, max_device_bytes=need).device_bytes == need

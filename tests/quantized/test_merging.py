@@ -285,7 +285,9 @@ def test_dequantising_keeps_the_adapters_working():
     model = adapted("nf4-nested")
     x = torch.randn(5, 64)
     y = model(x)
-    assert peftfast.dequantize_model(model) == ["m"]
+    with pytest.raises(TypeError, match="dtype must be"):
+        peftfast.dequantize_model(model, dtype="fp32")
+    assert peftfast.dequantize_model(model, dtype="float32") == ["m"]
     assert (model(x) - y).norm() <= 1e-6 * y.norm()
     model.merge_adapter()
     model.unmerge_adapter()

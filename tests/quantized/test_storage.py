@@ -266,7 +266,9 @@ def test_mixed_precision_leaves_packed_weights_as_they_are(base):
     model = peftfast.get_peft_model(One(quantised_linear(base)), config)
     model.m.lora_A.double()
     packed = model.m.base_layer.weight.detach().clone()
-    peftfast.cast_mixed_precision_params(model, torch.float16)
+    with pytest.raises(TypeError, match="dtype must be .*'fp16'"):
+        peftfast.cast_mixed_precision_params(model, "fp16")
+    peftfast.cast_mixed_precision_params(model, "float16")
     assert model.m.base_layer.weight.dtype is packed.dtype and torch.equal(model.m.base_layer.weight, packed)
     assert model.m.base_layer.bias.dtype is torch.float16
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

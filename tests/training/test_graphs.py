@@ -337,6 +337,8 @@ def test_optimizer_settings_and_options_are_checked():
         peftfast.capture_training_step(model, batch(), warmup=0)
     with pytest.raises(ValueError, match="warmup must be an integer.*got '3'"):
         peftfast.capture_training_step(model, batch(), warmup="3")
+    with pytest.raises(TypeError, match="autocast must be .*got True"):
+        peftfast.capture_training_step(model, batch(), autocast=True)
     with pytest.raises(TypeError, match="batch must be a dict.*got 3"):
         peftfast.capture_training_step(model, 3)
     with pytest.raises(TypeError, match="batch must be a dict.*got 3"):

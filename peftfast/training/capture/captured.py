@@ -12,6 +12,7 @@ from torch import nn
 
 from peftfast.config import require_module
 from peftfast.method import method_for
+from peftfast.rules import optional, torch_dtype
 from peftfast.training.capture import recording
 from peftfast.training.capture.freshness import Snapshot
 
@@ -43,7 +44,8 @@ class Captured:
         check_count("warmup", warmup, ", because capture cannot do what is done only once")
         if on_change not in ON_CHANGE:
             raise ValueError(f"on_change must be one of {', '.join(ON_CHANGE)}, got {on_change!r}")
-        self.model, self.autocast, self.warmup, self.on_change, self.mixed = model, autocast, warmup, on_change, mixed
+        self.autocast = optional(torch_dtype(floating=True)).enforce(autocast, "autocast")
+        self.model, self.warmup, self.on_change, self.mixed = model, warmup, on_change, mixed
         self.device = _device_of(model)
         self.tuner = recording.tuner_of(model)
         self._graphs = recording.has_graphs(self.device)

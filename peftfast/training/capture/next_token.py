@@ -53,6 +53,7 @@ class CapturedToken(Captured):
         if mixed:
             check_routable(model, self.tuner, "mixed=True")
         self.base = base_of(model)
+        autocast = self.autocast
         if autocast is not None and autocast != self.base.dtype and version.parse(transformers.__version__) < _SPLIT:
             # under autocast the rotary embedding widens keys, and values stay narrow
             raise ValueError(
