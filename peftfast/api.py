@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig, require_config, require_module
+from peftfast.config import PeftConfig, require_config
 from peftfast.errors import PeftWarning, no_such_adapter, warn
 from peftfast.files.beside import room_for
 from peftfast.files.fit import fit_state_dict
@@ -62,9 +62,8 @@ def get_peft_model(
     Raises:
         NoMatchingPeftModuleError: no module matched. ValueError, TypeError: anything else about the config.
     """
-    require_module(model)
-    require_config(peft_config)
     refuse_peft_model(model)
+    require_config(peft_config)
     new_name = getattr(model, "name_or_path", None) or None
     old_name = peft_config.base_model_name_or_path
     if old_name is not None and old_name != new_name:
@@ -126,6 +125,7 @@ def patch(
             "patch(model, config) needs a config, for example peftfast.LoraConfig(r=16, target_modules='all-linear')"
         )
     refuse_peft_model(model)
+    require_config(config, "config")
     if quantize is None:
         if quantize_options:
             raise ValueError(f"quantize_options={dict(quantize_options)} need a format as well: quantize='nf4'")

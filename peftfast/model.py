@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftfast import status
-from peftfast.config import PeftConfig, PeftType, require_config
+from peftfast.config import PeftConfig, PeftType, require_config, require_module
 from peftfast.errors import PeftWarning, warn
 from peftfast.interop.counterpart import HasCounterpart
 from peftfast.many.router import Choice
@@ -288,7 +288,9 @@ class PeftModel(HasFiles, HasCounterpart, Replicated):
 
 def refuse_peft_model(model: nn.Module) -> None:
     """ValueError for a model that is a PeftModel already, or holds one and nothing else, as a compiled or parallel
-    one does: around it, a second one would write into the first one's adapters, and its files would fit no base."""
+    one does: around it, a second one would write into the first one's adapters, and its files would fit no base.
+    TypeError for what is no module."""
+    require_module(model)
     while not isinstance(model, PeftModel) and len(inside := [*model.children()]) == 1:
         (model,) = inside
     if isinstance(model, PeftModel):

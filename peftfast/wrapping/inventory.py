@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig, require_flag
+from peftfast.config import PeftConfig, require_flag, require_module
 from peftfast.errors import PeftWarning, enumerate_some, no_such_adapter, warn
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer, Place
@@ -418,6 +418,7 @@ def find_inventory(model: nn.Module) -> tuple[Inventory | None, str]:
 
 def inventory_of(model: nn.Module) -> Inventory:
     """`find_inventory`, made where there is none yet."""
+    require_module(model)
     model = getattr(model, "_orig_mod", model)
     inventory, _ = find_inventory(model)
     if inventory is None:

@@ -214,6 +214,14 @@ def test_errors_that_name_what_is_wrong():
             lambda: peftfast.PeftModel.from_pretrained("a/base", "an/adapter"),
             "model must be a torch.nn.Module, got 'a/base' of type str; AutoPeftModel loads",
         ),
+        (lambda: peftfast.patch("a/base", LoraConfig()), "model must be a torch.nn.Module, got 'a/base'"),
+        (
+            lambda: peftfast.patch(oracle.llama(), {"r": 8}, quantize="nf4"),
+            r"config must be a PeftConfig .* got \{'r': 8\}",
+        ),
+        (lambda: peftfast.quantize_model("a/base"), "model must be a torch.nn.Module, got 'a/base'"),
+        (lambda: peftfast.AdapterPool("a/base"), "model must be a torch.nn.Module, got 'a/base'"),
+        (lambda: peftfast.inject_adapter_in_model(LoraConfig(), "a/base"), "model must be a torch.nn.Module, got 'a/"),
         (lambda: peftfast.PeftModel.from_folder("folder", model), "model must be a torch.nn.Module, got 'folder'"),
         (lambda: peftfast.get_peft_model(LoraConfig(), model), r"got LoraConfig\(.{,30} of type LoraConfig$"),
     ):
