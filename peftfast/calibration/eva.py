@@ -425,6 +425,8 @@ def initialize_lora_eva_weights(
     cfg = _config(model, adapter_name)
     if cfg.init_lora_weights != "eva":
         raise ValueError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
+    inventory = model.base_model.inventory
+    inventory.check_not_merged(adapter_name, "initialise")  # the data goes through the base, which unmerges
     if eva_state_dict is None:
         if dataloader is None:
             raise ValueError("dataloader is required if eva_state_dict is not provided")
@@ -432,8 +434,6 @@ def initialize_lora_eva_weights(
             model, dataloader, None, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name,
             gather_distributed_inputs, show_progress_bar,
         )  # fmt: skip
-    inventory = model.base_model.inventory
-    inventory.check_not_merged(adapter_name, "initialise")
     found = {in_base(name): part for name, part in eva_state_dict.items()}
     keys = [k for k, layer in inventory.layers.items() if adapter_name in layer.adapters]
     _check_components(found, {k: inventory.layers[k].adapters[adapter_name] for k in keys})

@@ -14,6 +14,7 @@ from peftfast.base.weight import base_weight
 from peftfast.devices import singular_values
 from peftfast.files.state import without_places
 from peftfast.layers.walk import base_of
+from peftfast.rules import integer, number, optional
 from peftfast.wrapping.targets import linear_modules
 
 #: How the names of Parameters end that hold the weights of all experts of a layer.
@@ -33,7 +34,7 @@ class KappaTuneSelector:
         model: a base model, or one with adapters, which count for nothing; quantised weights count as what they stand
             for.
         max_dim_size_to_analyze: larger matrices are left out.
-        moe_param_suffixes: how the names of Parameters of fused experts end.
+        moe_param_suffixes: how the names of Parameters of fused experts end; one string, or several.
         show_progress: with a progress bar; singular values of a large model take minutes.
     """
 
@@ -41,11 +42,12 @@ class KappaTuneSelector:
         self,
         model: nn.Module,
         max_dim_size_to_analyze: int = 16384,
-        moe_param_suffixes: tuple[str, ...] | None = None,
+        moe_param_suffixes: str | tuple[str, ...] | None = None,
         show_progress: bool = True,
     ) -> None:
         self.model, self.largest, self.show_progress = base_of(model), max_dim_size_to_analyze, show_progress
-        self.suffixes = tuple(moe_param_suffixes or EXPERTS)
+        suffixes = moe_param_suffixes or EXPERTS
+        self.suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
         self._modules: dict[str, float] | None = None
         self._parameters: dict[str, float] | None = None
 
@@ -95,6 +97,8 @@ class KappaTuneSelector:
 def _best(
     numbers: Mapping[str, float], top_p: float | None, num_modules: int | None, threshold: float | None
 ) -> list[str]:
+    optional(integer(0)).enforce(num_modules, "num_modules")
+    optional(number(0, 1)).enforce(top_p, "top_p")
     names = sorted(numbers, key=numbers.__getitem__)
     if num_modules is not None:
         return names[:num_modules]
@@ -107,7 +111,7 @@ def find_kappa_target_modules(
     model: nn.Module,
     top_p: float = 0.2,
     max_dim_size_to_analyze: int = 16384,
-    moe_param_suffixes: tuple[str, ...] | None = None,
+    moe_param_suffixes: str | tuple[str, ...] | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[str] | None]:
     """`target_modules` and `target_parameters` (None where the model has no fused experts) for a LoraConfig: the share

@@ -16,7 +16,7 @@ from peftfast.config import PeftConfig, PeftType
 from peftfast.errors import enumerate_some, no_such_adapter, warn
 from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, energy_of, matrix, svd
 from peftfast.files.fingerprint import fingerprint
-from peftfast.files.io import save_adapter, vocabulary_changed
+from peftfast.files.io import check_folder, save_adapter, vocabulary_changed
 from peftfast.files.state import adapter_entries, adapter_state_dict, wrapped_modules
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import BaseTunerLayer
@@ -54,7 +54,7 @@ def convert_to_lora(
             initialisation changed the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA). RuntimeError: DoRA beside merged
             adapters.
     """
-    check_rank(rank)
+    rank = check_rank(rank)
     layers = _convertible(model, adapter_name)
     cfg = getattr(model, "peft_config", {}).get(adapter_name)
     _check_config(cfg)
@@ -97,7 +97,12 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
-    """`convert_to_lora`, written to the folder `path`."""
+    """`convert_to_lora`, written to the folder `path`.
+
+    Raises:
+        ValueError: as there, or `path` is a file.
+    """
+    check_folder(path)
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     save_adapter(Path(path), config, tensors, auto_mapping=None, base=fingerprint(base_of(model)))
 

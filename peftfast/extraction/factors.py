@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -52,9 +53,11 @@ class Change(NamedTuple):
     bias: Mapping[str, Tensor]  # of the up factor's module, by slot
 
 
-def check_rank(rank: int | float) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+def check_rank(rank: int | float) -> int | float:
+    """The rank, or share, as a number of Python's own. TypeError for what is none, ValueError for what cannot be."""
+    if isinstance(rank, bool) or not isinstance(rank, Real):
         raise TypeError(f"rank must be an int, or a float in (0, 1], got {rank!r} of type {type(rank).__name__}")
+    rank = int(rank) if isinstance(rank, Integral) else float(rank)
     if isinstance(rank, float) and not 0 < rank <= 1:
         raise ValueError(
             f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
@@ -63,6 +66,7 @@ def check_rank(rank: int | float) -> None:
         raise ValueError("Passing a rank of 0 doesn't make sense, please pass a valid value.")
     if rank < 0:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    return rank
 
 
 def matrix(site: Site, stored: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def extract_lora(
             finite; a bias beside a quantised weight differs. KeyError: a tensor of `base` is missing in `tuned`.
         TypeError, FileNotFoundError: `tuned` is nothing of the above.
     """
-    check_rank(rank)
+    rank = check_rank(rank)
     for model in (base, tuned):
         if isinstance(model, nn.Module) and any(isinstance(m, (BaseTunerLayer, StandIn)) for m in model.modules()):
             raise ValueError("extract_lora compares models without adapters; merge_and_unload() or unload() them first")

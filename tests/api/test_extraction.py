@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 
+import numpy
 import oracle
 import peft
 import pytest
@@ -81,11 +82,12 @@ def test_no_lora_of_the_rank_is_nearer(method):
 
 
 @pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
-@pytest.mark.parametrize("rank", [2, 6, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("rank", [2, 6, 0.5, 0.9, 1.0, numpy.int64(2), numpy.float32(0.5)])
 def test_ranks_and_products_are_pefts(rank):
     options = {"r": 4, "lora_alpha": 7, "target_modules": LINEARS}
     twins = oracle.Twins(oracle.llama, options)
     config, tensors = peftfast.convert_to_lora(twins.ours, rank)
+    rank = rank.item() if isinstance(rank, numpy.generic) else rank  # PEFT takes numpy's 2 for a share
     their_config, theirs = peft.tuners.lora.conversion.convert_to_lora(twins.theirs, rank)
     assert set(tensors) == set(theirs) and config.r == their_config.r
     if rank != 1.0:  # where rounding decides how many there are
@@ -203,6 +205,8 @@ def test_refusals_of_conversion():
             peftfast.convert_to_lora(model, rank)
     with pytest.raises(TypeError, match="rank must be an int"):
         peftfast.convert_to_lora(model, True)
+    with pytest.raises(ValueError, match="should be a directory, not a file"):
+        peftfast.save_as_lora(__file__, model, 4)
     with pytest.raises(ValueError, match=re.escape("The chosen rank 33 is larger than the weight shape (32)")):
         peftfast.convert_to_lora(model, 33)
     with pytest.raises(ValueError, match="sets bias=all"):

@@ -282,6 +282,8 @@ def test_eva_does_not_begin_inside_the_weights():
             state = {f"model.layers.0.self_attn.{name}": torch.ones(rank, 32) for name in ("q_proj", "k_proj")}
             with pytest.raises(ValueError, match="Cannot initialise adapter default while it is merged"):
                 peftfast.initialize_lora_eva_weights(model, eva_state_dict=state)
+        with pytest.raises(ValueError, match="Cannot initialise adapter default while it is merged"):
+            peftfast.initialize_lora_eva_weights(model, [oracle.inputs(model)], show_progress_bar=False)
         assert model.peft_config["default"] == before and torch.equal(oracle.logits(model), expected)
         model.unmerge_adapter()
         torch.testing.assert_close(oracle.logits(model), expected)

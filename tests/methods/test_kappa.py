@@ -53,3 +53,16 @@ def test_a_lost_rank_comes_last():
 def test_shares_that_cannot_be(share):
     with pytest.raises(ValueError, match=f"top_p .* got {share}"):
         peftfast.find_kappa_target_modules(oracle.llama(), share)
+
+
+def test_arguments_of_a_selector():
+    selector = peftfast.KappaTuneSelector(qwen3_moe(), moe_param_suffixes=".down_proj", show_progress=False)
+    found = selector.get_best_target_parameters()
+    assert found and all(name.endswith(".down_proj") for name in found)
+    for options, error in (
+        ({"num_modules": -2}, ValueError),
+        ({"num_modules": 2.0}, TypeError),
+        ({"top_p": 2}, ValueError),
+    ):
+        with pytest.raises(error, match=f"{[*options][0]} must be .* got "):
+            selector.get_best_targets(**options)
