@@ -252,8 +252,8 @@ def dequantize_model(
         Names of the replaced modules.
 
     Raises:
-        ValueError: nothing is quantised, or adapters are merged. KeyError: a weight is missing in `originals`. Nothing
-            was changed.
+        ValueError: nothing is quantised, adapters are merged, or original weights of other shapes. FileNotFoundError,
+            KeyError: original weights that are not there. TypeError: an argument of another kind. Nothing was changed.
     """
     dtype = optional(torch_dtype(floating=True)).enforce(dtype, "dtype")
     base = _inner(model)
