@@ -180,8 +180,6 @@ class Pair:
         return True
 
     def unload(self) -> bool:
-        if self.disabled:
-            return False
         merged = self.both(lambda i, m: copy.deepcopy(m).merge_and_unload())
         _same(*[_state(m, nn.Parameter.detach) for m in merged], "merged for good")
         return True
