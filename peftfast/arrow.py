@@ -40,17 +40,22 @@ def create_arrow_model(
 
     Raises:
         ValueError: no adapters; adapters of different ranks or for different modules, or that are no plain LoRAs.
-        TypeError: adapters of other modules than linear layers.
+        TypeError: adapters of other modules than linear layers; one path instead of a list, another kind of config.
     """
-    if isinstance(task_specific_adapter_paths, str) or not task_specific_adapter_paths:
+    for paths in (task_specific_adapter_paths, general_adapter_paths):
+        if isinstance(paths, (str, os.PathLike)):
+            raise TypeError(f"Adapters are given as a list of folders and Hub repositories, got {paths!r}")
+    if not isinstance(arrow_config, ArrowConfig):
+        raise TypeError(f"arrow_config must be an ArrowConfig of peftfast, got {arrow_config!r}")
+    specific, general = list(task_specific_adapter_paths or ()), list(general_adapter_paths or ())
+    if not specific:
         raise ValueError("`task_specific_adapter_paths` should contain at least one adapter path")
-    general = list(general_adapter_paths or ())
     if arrow_config.use_gks and not general:
         raise ValueError("You should provide general LoRA paths if you want to use GenKnowSub.")
     if general and not arrow_config.use_gks:
         warn("general_adapter_paths are not loaded: arrow_config.use_gks is False.", PeftWarning)
         general = []
-    tasks = {f"{TASK}{i}": path for i, path in enumerate(task_specific_adapter_paths)}
+    tasks = {f"{TASK}{i}": path for i, path in enumerate(specific)}
     knowledge = {f"{GENERAL}{i}": path for i, path in enumerate(general)}
     model: PeftModel | None = None
     with unchanged_if_refused(base_model):

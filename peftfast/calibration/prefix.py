@@ -12,6 +12,7 @@ from peftfast.method import method_for
 from peftfast.model import PeftModel
 from peftfast.modes import in_mode
 from peftfast.prompts.prompt_model import prompts_of
+from peftfast.rules import integer
 
 States = list[tuple[Tensor, Tensor] | None]  # (keys, values) [heads, tokens, head size] of every layer that keeps some
 
@@ -75,6 +76,7 @@ def initialize_kv_prefix_from_past_key_values(
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
     """The first tokens in the cache of one sequence as rows of a prefix, `[tokens, layers * 2 * heads * head size]`."""
+    num_virtual_tokens = integer(1).enforce(num_virtual_tokens, "num_virtual_tokens")
     states = _first_tokens(past_key_values, num_virtual_tokens)
     shapes = [None if kept is None else tuple(map(tuple, (part.shape for part in kept))) for kept in states]
     if any(shape is None or {*shape} != {*shapes[0]} for shape in shapes) or len({*shapes[0]}) > 1:

@@ -315,11 +315,16 @@ def test_creation_refuses_and_leaves_the_base_model_alone(paths, general, tmp_pa
         (ValueError, "does not contain", [str(tmp_path / "empty")], {}),
         (ValueError, "neither an existing folder", [paths[0], str(tmp_path / "nowhere")], {}),
         (ValueError, "general LoRA paths", paths, {"use_gks": True}),
+        (TypeError, "a list of folders and Hub repositories, got '", paths[0], {}),
     ]
     for error, message, given, options in cases:
         with pytest.raises(error, match=message):
             peftfast.create_arrow_model(base, given, ArrowConfig(**options))
         assert {n: type(m) for n, m in base.named_modules()} == before
+    with pytest.raises(TypeError, match="a list of folders and Hub repositories, got '"):
+        peftfast.create_arrow_model(base, paths, ArrowConfig(use_gks=True), general[0])
+    with pytest.raises(TypeError, match="must be an ArrowConfig .*, got {'top_k': 2}"):
+        peftfast.create_arrow_model(base, paths, {"top_k": 2})
     with pytest.warns(UserWarning, match="general_adapter_paths are not loaded"):
         peftfast.create_arrow_model(base, paths, ArrowConfig(), general)
 

@@ -116,6 +116,10 @@ def test_refused():
             "last 5 of 10.*not the first",
         ),
         (lambda: from_cache(model, past_key_values=[]), "Empty"),
+        (
+            lambda: peftfast.prompt_embeddings_from_past_key_values(cached("llama", TEXT), num_virtual_tokens=-1),
+            "num_virtual_tokens must be an integer of at least 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
