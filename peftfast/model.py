@@ -11,7 +11,7 @@ from torch import nn
 
 from peftfast import status
 from peftfast.config import PeftConfig, PeftType, require_config, require_module
-from peftfast.errors import PeftWarning, warn
+from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.interop.counterpart import HasCounterpart
 from peftfast.many.router import Choice
 from peftfast.model_files import HasFiles
@@ -234,16 +234,25 @@ class PeftModel(HasFiles, HasCounterpart, Replicated):
         result = self._tuner(*args, **kwargs)
         if self.training and torch.is_grad_enabled():
             loss = getattr(result, "loss", None)
-            if isinstance(loss, torch.Tensor) and not (
-                loss.requires_grad or any(p.requires_grad for p in self.parameters())
-            ):
-                warn(
-                    "The loss has no gradient, so that backward() will fail: no parameter is trainable. Saved adapters "
-                    "are loaded for training with is_trainable=True; model.set_adapter(name) makes one trainable that "
-                    "is there.",
-                    PeftWarning,
-                )
+            if isinstance(loss, torch.Tensor) and not loss.requires_grad:
+                self._say_why_nothing_trains()
         return result
+
+    def _say_why_nothing_trains(self) -> None:
+        inventory = self._tuner.inventory
+        merged = sorted({name for layer in inventory.layers.values() for name in layer.merged_adapters})
+        if not inventory.enabled:
+            why = "adapters are disabled, here or by disable_adapter_layers()."
+        elif merged:
+            why = f"{enumerate_some(merged)} are merged into the weights. model.unmerge_adapter() takes them out."
+        elif not any(p.requires_grad for p in self.parameters()):
+            why = (
+                "no parameter is trainable. Saved adapters are loaded for training with is_trainable=True; "
+                "model.set_adapter(name) makes one trainable that is there."
+            )
+        else:
+            return
+        warn(f"The loss has no gradient, so that backward() will fail: {why}", PeftWarning)
 
     def generate(self, *args: Any, adapter_names: Choice | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters or, by `adapter_names`, with one for each prompt."""

@@ -1133,3 +1133,17 @@ def test_a_loss_without_gradient_says_what_gives_it_one(task, tmp_path):
         loss.backward()
     frozen.set_adapter("default")
     frozen(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_training_what_is_merged_or_disabled_says_so():
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(target_modules=["q_proj"])).train()
+    batch = oracle.inputs(model)
+    model.merge_adapter()
+    with pytest.warns(peftfast.PeftWarning, match=r"no gradient.*'default' are merged.*unmerge_adapter\(\)"):
+        model(**batch, labels=batch["input_ids"])
+    model.unmerge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    with pytest.warns(peftfast.PeftWarning, match="no gradient.*adapters are disabled"), model.disable_adapter():
+        model(**batch, labels=batch["input_ids"])
