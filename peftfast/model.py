@@ -239,6 +239,8 @@ class PeftModel(HasFiles, HasCounterpart, Replicated):
         return result
 
     def _say_why_nothing_trains(self) -> None:
+        if torch.compiler.is_compiling():  # a warning is no part of a graph
+            return
         inventory = self._tuner.inventory
         merged = sorted({name for layer in inventory.layers.values() for name in layer.merged_adapters})
         if not inventory.enabled:

@@ -1147,3 +1147,4 @@ def test_training_what_is_merged_or_disabled_says_so():
         model(**batch, labels=batch["input_ids"]).loss.backward()
     with pytest.warns(peftfast.PeftWarning, match="no gradient.*adapters are disabled"), model.disable_adapter():
         model(**batch, labels=batch["input_ids"])
+        torch.compile(model, backend="eager", fullgraph=True)(**batch, labels=batch["input_ids"])
