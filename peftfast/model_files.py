@@ -175,7 +175,7 @@ class HasFiles:
             model: the base model, changed in place; unchanged if the adapter is refused.
             model_id: folder or Hub repository.
             is_trainable: for further training; otherwise frozen and in eval mode.
-            config: instead of the saved one.
+            config: instead of the saved one; changed in place, unchanged if the adapter is refused.
             ephemeral_gpu_offload: as in `LoraRuntimeConfig`, without effect.
             key_mapping: regex -> replacement for keys; the base model's own renamings come after it.
             strict: True refuses missing and unexpected tensors, False warns, "off" is silent about everything.
@@ -191,9 +191,9 @@ class HasFiles:
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         check_arguments(HasFiles.from_pretrained, kwargs, strict)
-        stored = _read(model_id, model, key_mapping, strict, kwargs, config=config, device=torch_device)
-        stored = _for_adding(stored, is_trainable, num_virtual_tokens)
-        with unchanged_if_refused(model):
+        with unchanged_if_refused(model, config):
+            stored = _read(model_id, model, key_mapping, strict, kwargs, config=config, device=torch_device)
+            stored = _for_adding(stored, is_trainable, num_virtual_tokens)
             wrapped = cls._for_config(stored.config)(
                 model, stored.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
                 strict=strict is True, initialise=False,

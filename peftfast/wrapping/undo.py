@@ -10,14 +10,13 @@ from torch import nn
 
 
 @contextmanager
-def unchanged_if_refused(model: nn.Module) -> Iterator[None]:
-    """If the block raises, the model has its modules, parameters, hooks, attributes, modes and `requires_grad` back.
-    Values of tensors are not copied; the block must not have written any."""
+def unchanged_if_refused(model: nn.Module, *configs: object) -> Iterator[None]:
+    """If the block raises, the model has its modules, parameters, hooks, attributes, modes and `requires_grad` back,
+    and its config and these their fields. Values of tensors are not copied; the block must not have written any."""
     modules = list(model.modules())
     states = [_state(module) for module in modules]
     grads = [(p, p.requires_grad) for p in model.parameters()]
-    config = getattr(model, "config", None)
-    fields = dict(config.__dict__) if hasattr(config, "__dict__") else None
+    fields = [(c, dict(c.__dict__)) for c in (getattr(model, "config", None), *configs) if hasattr(c, "__dict__")]
     try:
         yield
     except BaseException:
@@ -25,9 +24,9 @@ def unchanged_if_refused(model: nn.Module) -> Iterator[None]:
             _restore(module, state)
         for parameter, requires_grad in grads:
             parameter.requires_grad_(requires_grad)
-        if fields is not None:
+        for config, values in fields:
             config.__dict__.clear()
-            config.__dict__.update(fields)
+            config.__dict__.update(values)
         raise
 
 

@@ -421,6 +421,14 @@ def test_files_that_cannot_be_right(case, low_cpu_mem_usage, saved, tmp_path):
     same_picture(wrapped, before)
 
 
+def test_a_given_config_is_as_it_was_where_its_adapter_is_refused(saved):
+    config = LoraConfig(r=4, target_modules="all-linear")
+    fields = dict(config.__dict__)
+    with pytest.raises(AdapterLoadError, match="size mismatch"):
+        peftfast.PeftModel.from_pretrained(oracle.llama(), saved, config=config)
+    assert config.__dict__ == fields
+
+
 @pytest.mark.parametrize("place", ["file", "nowhere/at/all", ""])
 def test_a_place_without_a_config_is_named_as_in_peft(place, tmp_path):
     (tmp_path / "file").write_text("")
