@@ -75,6 +75,7 @@ class HasFiles:
                 write whole models has no effect.
         """
         check_folder(save_directory)
+        require_flag(safe_serialization, "safe_serialization")
         state_dict = kwargs.pop("state_dict", None)
         name_unknown(HasFiles.save_pretrained, [n for n in kwargs if n not in _OF_WHOLE_MODELS], ("state_dict",))
         names = self._to_save(selected_adapters, state_dict)

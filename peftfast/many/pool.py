@@ -184,6 +184,8 @@ class AdapterPool:
         self, names: Sequence[str], timeout: float | None = None, batch: Tensor | None = None
     ) -> Iterator[Tensor]:
         """`use` for the samples of `batch`, if that is known."""
+        if isinstance(names, str):
+            raise TypeError(f"Adapters are named one for each sample, in a list, got {names!r}")
         check_length(len(names), batch)
         check_unmerged(self.inventory)
         self._check_open()

@@ -194,6 +194,7 @@ def test_unknown_and_duplicate_names():
         lambda: model.set_adapter("default", "other"),
         lambda: model.load_adapter("folder", "third", "cpu"),
         lambda: model.merge_and_unload("other"),
+        lambda: model.save_pretrained("nowhere", "other"),
     ):
         with pytest.raises(TypeError):
             call()

@@ -274,6 +274,8 @@ def test_waiters_for_a_load_that_fails_are_told():
 def test_refusals():
     pool = make_pool(4, slots=2)
     ids = ids_of(3)
+    with pytest.raises(TypeError, match="one for each sample, in a list, got 'a0'"):
+        pool(input_ids=ids[:2], adapter_names="a0")
     with pytest.raises(ValueError, match="a9 is not registered in the pool"):
         pool(input_ids=ids, adapter_names=["a0", "a9", "a1"])
     with pytest.raises(ValueError, match="3 different adapters needs as many slots, the pool has 2"):
