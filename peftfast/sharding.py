@@ -117,6 +117,27 @@ def whole(parameters: Iterable[Tensor | None]) -> Iterator[None]:
         yield
 
 
+def is_fsdp2_in_use() -> bool:
+    """Whether `fully_shard` was called in this process, on whatever model."""
+    return _fsdp2_class() is not None
+
+
+class _Reaching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]  # by now FSDP2 may have freed what is in them
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+
+
+def reaching(output: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """The same numbers, whose backward pass gives a gradient of zero to each of these."""
+    return _Reaching.apply(output, *parameters)
+
+
 def check_not_partitioned(parameters: Iterable[tuple[str, Tensor]], what: str, instead: str) -> None:
     """RuntimeError if ZeRO-3 has taken some of these apart, which are given with their names.
 

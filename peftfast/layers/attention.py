@@ -75,7 +75,11 @@ class AttentionLayer(ChangingLayer):
         return self.parameter()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return attend(self.base_layer, self.in_proj_weight, self.base_layer.out_proj.weight, args, kwargs)
+        out_proj, routing = self.base_layer.out_proj, self.control.routing
+        y = attend(self.base_layer, self.in_proj_weight, out_proj.weight, args, kwargs)
+        if routing is None or self._disable_adapters:
+            return y
+        return (routing.named or routing).reaching(y, self, out_proj)
 
     def _mixed(self, key: str, names: Iterable[str]) -> Exception:
         return TypeError(

@@ -38,7 +38,7 @@ class CalledLayer:
         """The base module's output with the active adapters; extra arguments go to the base module."""
         routing = self.control.routing
         if routing is not None and not self._disable_adapters:
-            return self._routed(routing, x, args, kwargs)
+            return routing.reaching(self._routed(routing, x, args, kwargs), self)
         # a compiler that read the plan would guard on whether an eager call has made it yet
         steps, bound = (self._steps(), None) if torch.compiler.is_compiling() else self._plan or self._make_plan()
         if not steps:

@@ -255,6 +255,11 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
 
+    def adapter_parameters(self, adapter_name: str) -> Mapping[str, Tensor]:
+        """All tensors of an adapter, by slot name; none where it is not."""
+        adapter = self.adapters.get(adapter_name)
+        return {} if adapter is None else adapter.parameters()
+
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.adapters)
 

@@ -54,6 +54,7 @@ class ChangingLayer(BaseTunerLayer):
 
     def _routed_steps(self, routing: Routing) -> Steps:
         """Of a batch whose samples all have one adapter: a Parameter is the same for all of them."""
+        routing = routing.named or routing
         present = [self.adapters[n] for n in routing.names if n in self.adapters] if routing.slots is None else []
         if present and not routing.uniform:
             raise self._mixed(present[0].key, routing.names)
@@ -147,15 +148,24 @@ class ParameterLayer(ChangingLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the changes of all layers around it that are in force."""
         routing = self.control.routing
-        if routing is not None and not self._disable_adapters:
-            if routing.slots is not None:
-                slots = {layer.site: routing.slots.changes(layer) for layer in self.nest()}
-                if all(slots.values()):
-                    return self._by_rows(routing, (), slots, args, kwargs)
-            elif not routing.uniform:
-                present = tuple([name in self.adapters for name in routing.names])
-                if any(present):
-                    return self._by_rows(routing, present, self._changes_of(routing.names), args, kwargs)
+        if routing is None or self._disable_adapters:
+            return self._changed(args, kwargs)
+        y = self._routed(routing, args, kwargs)
+        return routing.reaching(y, *self.nest()) if routing.together else y
+
+    def _routed(self, routing: Routing, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if routing.slots is not None:
+            slots = {layer.site: routing.slots.changes(layer) for layer in self.nest()}
+            if all(slots.values()):
+                return self._by_rows(routing, (), slots, args, kwargs)
+        elif not routing.uniform:
+            present = tuple([name in self.adapters for name in routing.names])
+            if any(present):
+                return self._by_rows(routing, present, self._changes_of(routing.names), args, kwargs)
+        return self._changed(args, kwargs)
+
+    def _changed(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """With changes that are the same for all samples."""
         changes = {}
         for layer in self.nest():  # compilers cannot follow an assignment inside a comprehension
             found = layer.changes()
@@ -182,6 +192,8 @@ class ParameterLayer(ChangingLayer):
         """Every sample with changes of its own."""
         key = self.site.weight.name
         y = run_mixed(self.get_base_layer(), changes, lambda x: routing.rows(x, present, self.store, key), args, kwargs)
+        if y is None and routing.named is not None and routing.named.uniform:
+            return routing.named.reaching(self._changed(args, kwargs), *self.nest())
         if y is None:
             raise self._mixed(key, [name for name in routing.names if name in self.adapters] or ["slots of a pool"])
         return y

@@ -114,7 +114,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             return self._standing_in()(*args, **kwargs)
         if routing.slots is not None:
             return self.original_module(*args, **kwargs)
-        return self._routed(routing, args, kwargs)
+        return routing.reaching(self._routed(routing, args, kwargs), self)
 
     def _routed(self, routing: Routing, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Every sample by its own adapter's copy of the module, or by the module itself."""

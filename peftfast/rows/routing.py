@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peftfast.autocast import without_autocast
 from peftfast.rows.mix import Verdicts
+from peftfast.sharding import is_distributed, reaching
 
 #: In place of an adapter's name: this sample gets the base model.
 BASE = "__base__"
@@ -157,6 +158,8 @@ class Routing:
         uniform: all samples have the same adapter.
         even: there are as many samples of each of the first adapters or slots, and none of any other or the base model.
         verdicts: whether what methods keep of the adapters still holds.
+        together: every process has to give a gradient to what one of them gives one to, see `reaching`.
+        named: of one that nobody is to know, the one that it was made of: for layers with one weight for all samples.
         keeps: methods may keep things for the next forward; False where a recording would not see them made anew.
     """
 
@@ -177,7 +180,34 @@ class Routing:
         used = len(set(host)) if host else 0
         self.even = used > 0 and sorted(host) == [g for g in range(used) for _ in range(len(host) // used)]
         self.verdicts: Verdicts | None = None
+        self.together, self.named = False, None
         self._memo: dict[Any, Any] = {}
+
+    def reaching(self, output: Any, *layers: Any) -> Any:
+        """What these layers have computed, whose backward pass gives a gradient of zero to what trains of their
+        adapters that no sample here has. Processes whose samples have different adapters would not reduce the same
+        gradients otherwise."""
+        if not self.together:
+            return output
+        left = [
+            p
+            for layer in layers
+            for name in layer._get_available_adapters().difference(self.names)
+            for p in layer.adapter_parameters(name).values()
+            if p.requires_grad and not is_distributed(p)
+        ]
+        if not left:
+            return output
+        return (reaching(output[0], left), *output[1:]) if isinstance(output, tuple) else reaching(output, left)
+
+    def blind(self, names: tuple[str, ...]) -> Routing:
+        """The same among all these adapters, in tensors alone: what is computed, and in which order gradients come, is
+        then the same in every process, whatever samples it has."""
+        index = [-1 if i < 0 else names.index(self.names[i]) for i in self.host]
+        index = torch.tensor(index, dtype=torch.int64, device=self.index.device)
+        made = Routing(names, index, None, self.copies, self.tokens)
+        made.named, self.together = self, True
+        return made
 
     def arranges(self, x: Tensor) -> bool:
         """Whether `arranged` can bring this input into runs of samples with one adapter."""

@@ -16,6 +16,7 @@ from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, 
 from peftfast.method import Call
 from peftfast.ops.casts import CastStore
 from peftfast.rows.routing import BASE
+from peftfast.sharding import is_fsdp2_in_use
 from peftfast.training.checkpointing import is_checkpointing, require_input_gradients
 from peftfast.watch import Place
 from peftfast.wrapping.inventory import Inventory
@@ -135,9 +136,14 @@ class CalledModel:
         for layer in self.inventory.own_layers():
             if routing.slots is not None or not layer._adapters.isdisjoint(routing.names):
                 raise TypeError(f"{type(layer).__name__}, a layer of one's own, does not support mixed adapter batches")
-        named = routing.slots is None and routing.host is not None  # numbers may be any of all adapters
+        known = routing.seen or routing
+        named = known.slots is None and known.host is not None
         if named and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._say_if_frozen(routing.names)
+            if routing is known:  # numbers may be any of all adapters
+                self._say_if_frozen(routing.names)
+            if self.inventory.is_stepped_by_deepspeed():  # some of which reduces gradients as they come
+                routing = known.blind(tuple(self.inventory.numbers))
+            known.together = known.together or is_fsdp2_in_use()
         with self.inventory.control.use(routing):
             yield
 

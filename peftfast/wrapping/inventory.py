@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig, require_flag, require_module
 from peftfast.errors import PeftWarning, enumerate_some, no_such_adapter, warn
 from peftfast.keys import PREFIX
-from peftfast.layers.layer import BaseTunerLayer, Place
+from peftfast.layers.layer import Place
 from peftfast.layers.walk import base_parameters
 from peftfast.method import AdapterMethod, method_for
-from peftfast.sharding import gather_without_wrapper, is_stepped_by_zero3, to_shards
+from peftfast.sharding import (
+    gather_without_wrapper,
+    is_stepped_by_deepspeed,
+    is_stepped_by_zero3,
+    to_shards,
+)
 from peftfast.sites.site import bias_of, is_bias
 from peftfast.wrapping.listing import Listing, Wrapper
 from peftfast.wrapping.replication import Replication
@@ -226,6 +231,11 @@ class Inventory(Listing):
         found = [parameters.get(leaf) for *_, parameters, leaf in self._places_of(name)]
         return bool(found) and not any(p is not None and p.requires_grad for p in found)
 
+    def is_stepped_by_deepspeed(self) -> bool:
+        """Whether DeepSpeed trains adapters here."""
+        found = (place for name in self._trainable for place in self._places_of(name)[:1])
+        return any(is_stepped_by_deepspeed(parameters.get(leaf)) for *_, parameters, leaf in found)
+
     def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters without activating them."""
         names = self.check_known(names)
@@ -432,12 +442,7 @@ def inventory_of(model: nn.Module) -> Inventory:
 def _own_parameters(wrapper: Wrapper, names: Iterable[str]) -> Iterator[tuple[tuple[Wrapper, str, str], nn.Parameter]]:
     """The Parameters of these adapters, by where they are, the adapter, and what they are called there."""
     for name in names:
-        if isinstance(wrapper, BaseTunerLayer):
-            adapter = wrapper.adapters.get(name)
-            parameters = {} if adapter is None else adapter.parameters()
-        else:
-            parameters = wrapper.adapter_parameters(name)
-        for key, p in parameters.items():
+        for key, p in wrapper.adapter_parameters(name).items():
             if isinstance(p, nn.Parameter):
                 yield (wrapper, name, key), p
 

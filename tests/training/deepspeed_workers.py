@@ -290,7 +290,9 @@ def several(kind: str, folder: Path) -> dict:
     engine = engine_of(model, kind)
     errors = {"both": abs(step(engine, 0) / alone.step(0) - 1)}
     names = ["default", "other"]
-    errors["mixed"] = abs(step(engine, 1, adapter_names=names) / alone.step(1, adapter_names=[*names, *names]) - 1)
+    rows = [["default", "default"], ["__base__", "other"]]  # of each process
+    own = {"adapter_names": rows[dist.get_rank()]}
+    errors["mixed"] = abs(step(engine, 1, **own) / alone.step(1, adapter_names=sum(rows, [])) - 1)
     errors["weights"] = largest_difference(trained(model), alone.trained())
     inputs = batch(2, 9)
     with torch.no_grad():

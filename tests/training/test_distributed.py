@@ -30,7 +30,8 @@ DDP = ["plain", "nf4", "saved"]
 def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
-    kinds = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
+    kinds = {"rows": ["fsdp2"]}
+    kinds |= {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
     kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"], "optimizers": OPTIMIZERS}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
@@ -113,6 +114,12 @@ def test_what_is_done_after_an_evaluation_lasts(two, kind):
 def test_adapters_that_come_to_a_sharded_model(two, kind):
     _, ranks = two
     assert all(result[f"late:{kind}"]["error"] < 1e-5 for result in ranks)
+
+
+def test_processes_that_have_samples_of_different_adapters(two):
+    """Each gives gradients to all of them, because FSDP2 reduces what there is: it waited for ever, or ended."""
+    _, ranks = two
+    assert all(result["rows:fsdp2"]["error"] < 1e-5 for result in ranks)
 
 
 def test_prompts_of_networks_are_read_from_shards(two):

@@ -348,6 +348,42 @@ def evaluated(kind: str, folder: Path) -> dict:
     return results
 
 
+def rows(kind: str, folder: Path) -> dict:
+    """Training with an adapter for every sample where processes have samples of different adapters, or of none: how far
+    gradients are from those of one process."""
+    from torch.distributed.fsdp import fully_shard
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+        model = MixtralForCausalLM(MixtralConfig(vocab_size=97, **sizes, **heads))
+        options = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+        options |= {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
+        model = peftfast.get_peft_model(model, peftfast.LoraConfig(**options, modules_to_save=["lm_head"]))
+        model.add_adapter("other", peftfast.LoraConfig(**options, trainable_token_indices=[3, 5]))
+        model.set_requires_grad(["default", "other"])
+        return model.train()
+
+    def gradients(model: torch.nn.Module, parts: int, names: list[str]) -> dict[str, torch.Tensor]:
+        own = names if parts == 1 else names[2 * dist.get_rank() :][:2]
+        inputs = {k: v.chunk(parts)[dist.get_rank() % parts] for k, v in batch(4).items()}
+        model(**inputs, adapter_names=own).loss.backward()
+        found = {n: put_together(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    model, alone, errors = build(), build(), []
+    fully_shard(model.get_base_model().model.layers[0])
+    fully_shard(model)
+    for names in (["__base__"] * 2 + ["other", "default"], ["default"] * 2 + ["other"] * 2):
+        expected = gradients(alone, 1, names)
+        found = gradients(model, 2, names)
+        errors.append(largest_difference({n: found[n] for n in expected}, expected))
+    return {"error": max(errors)}
+
+
 def prompt(kind: str, folder: Path) -> dict:
     """What a prompt encoder's network makes of its parameters, from their shards and from a gathered state dict."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -465,6 +501,7 @@ RUNS = {
     "fsdp1": fsdp1,
     "fsdp2": fsdp2,
     "units": units,
+    "rows": rows,
     "adalora": adalora,
     "evaluated": evaluated,
     "late": late,
