@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,9 +63,12 @@ def taken_apart(source: Tensor, like: Tensor | None) -> Tensor:
 
 
 def is_sharded_by_fsdp2(model: nn.Module) -> bool:
-    """Whether `fully_shard` was called on the model or on parts of it."""
+    """Whether `fully_shard` was called on the model, on parts of it, or on what is around it."""
     kind = _fsdp2_class()
-    return kind is not None and any(isinstance(module, kind) for module in model.modules())
+    return kind is not None and any(
+        isinstance(module, kind) or _hooks_of_fsdp2(module) or any(map(_is_fsdp2s, module._parameters.values()))
+        for module in model.modules()
+    )
 
 
 def gather_without_wrapper(model: nn.Module) -> None:
@@ -73,14 +76,14 @@ def gather_without_wrapper(model: nn.Module) -> None:
     the model's own forward. What FSDP2 shards with parts of the model stays with them. All processes have to call
     this."""
     kind, made = _fsdp2_class(), {}
-    if not is_sharded_by_fsdp2(model) or isinstance(model, kind):
+    if kind is None or isinstance(model, kind):
         return
     left = [model]
     while left:
         module = left.pop()
         left += [child for child in module.children() if not isinstance(child, kind)]
         for name, p in module._parameters.items():
-            if is_distributed(p) and p.device_mesh.ndim == 1:  # of more dimensions: spread by tensor parallelism too
+            if _is_fsdp2s(p):
                 if p not in made:
                     made[p] = nn.Parameter(put_together(p.detach()), p.requires_grad)
                 module._parameters[name] = made[p]
@@ -93,9 +96,13 @@ def to_shards(model: nn.Module) -> None:
     if _fsdp2_class() is None:
         return
     for module in model.modules():
-        for hook in module._state_dict_pre_hooks.values():
-            if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp._fully_shard"):
-                hook(module, "", True)
+        for hook in _hooks_of_fsdp2(module):
+            hook(module, "", True)
+
+
+def own_class(model: nn.Module) -> type[nn.Module]:
+    """A model's class, without the one that `fully_shard` has made of it."""
+    return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed."))
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
@@ -188,6 +195,20 @@ class GatheredAsOne:
     def ds_external_parameters(self) -> Iterable[tuple[int, nn.Parameter]]:
         known = {id(p): p for p in self.read_from_outside() if hasattr(p, "ds_id")}
         return {**self._external_params, **known}.items()
+
+
+def _hooks_of_fsdp2(module: nn.Module) -> list[Callable]:
+    """What FSDP2 has state dicts call on a module of which it manages Parameters, to take them apart."""
+    hooks = module._state_dict_pre_hooks
+    made_by = "torch.distributed.fsdp._fully_shard"
+    return [hook for hook in hooks.values() if getattr(hook, "__module__", "").startswith(made_by)] if hooks else []
+
+
+def _is_fsdp2s(tensor: Tensor | None) -> bool:
+    """Whether FSDP2 alone has taken it apart, with or without copies (HSDP), and not tensor parallelism."""
+    if not is_distributed(tensor) or "tp" in (tensor.device_mesh.mesh_dim_names or ()):
+        return False
+    return tensor.device_mesh.ndim == 1 or tensor.placements[0].is_replicate()
 
 
 def _fsdp2_class() -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from peftfast.config import PeftConfig, plain_name
 from peftfast.errors import PeftWarning, warn
 from peftfast.files.atomic import write_atomically
+from peftfast.sharding import own_class
 from peftfast.version import COMPATIBLE_PEFT_VERSION
 
 
@@ -29,8 +30,9 @@ def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: s
             warn(f"{path} is no model card and stays as it is: {e}", PeftWarning)
             return
     else:
+        said = name or own_class(base).__name__
         card = ModelCard.from_template(
-            ModelCardData(), template_str=_TEMPLATE, method=method, base=name or type(base).__name__, load=_load(cfg)
+            ModelCardData(), template_str=_TEMPLATE, method=method, base=said, load=_load(cfg)
         )
     card.data["library_name"] = "peft"
     tags = {method, *(getattr(base, "model_tags", None) or ())}
@@ -42,7 +44,7 @@ def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: s
     before = card.data.get("tags") or []
     before = before if isinstance(before, list) else [before]  # of whatever somebody has put there (years, ...)
     card.data["tags"] = sorted([*before, *(tag for tag in tags if tag not in before)], key=str)
-    if type(model).__name__ == "PeftModelForCausalLM" and not card.data.get("pipeline_tag"):
+    if own_class(model).__name__ == "PeftModelForCausalLM" and not card.data.get("pipeline_tag"):
         card.data["pipeline_tag"] = "text-generation"
     card.text = _with_version(card.text)
     write_atomically(path, str(card).encode())

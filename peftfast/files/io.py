@@ -29,6 +29,7 @@ from peftfast.files.migrate import migrate_keys
 from peftfast.files.renamed import first_renaming
 from peftfast.files.state import check_whole, targets_embeddings, trains_rows
 from peftfast.keys import PREFIX
+from peftfast.sharding import own_class
 
 
 # ---- writing --------------------------------------------------------------------------------------------
@@ -213,7 +214,8 @@ def auto_mapping_of(model: nn.Module, cfg: PeftConfig) -> dict[str, str] | None:
     """What `AutoPeftModel` needs to find the base class again when there is no task type."""
     if cfg.task_type is not None:
         return None
-    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    base = own_class(model)
+    return {"base_model_class": base.__name__, "parent_library": base.__module__}
 
 
 # ---- reading --------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16"]
 DRAWS = range(3)
 EVALUATED = ["ends", "saved", "tokens"]
 LATE = ["plain", "tokens", "saved"]
+AROUND = ["all", "copies", "base"]
 OPTIMIZERS = ["lorafa", "riemannian"]
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
 
@@ -33,6 +34,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     kinds = {"rows": ["fsdp2"]}
     kinds |= {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
     kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"], "optimizers": OPTIMIZERS}
+    kinds |= {"around": AROUND}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
 
@@ -120,6 +122,16 @@ def test_processes_that_have_samples_of_different_adapters(two):
     """Each gives gradients to all of them, because FSDP2 reduces what there is: it waited for ever, or ended."""
     _, ranks = two
     assert all(result["rows:fsdp2"]["error"] < 1e-5 for result in ranks)
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_a_model_that_is_sharded_as_a_whole(two, kind):
+    """Without it there is nobody who would put the base's parameters together; files name the base's own class."""
+    _, ranks = two
+    for result in ranks:
+        found = result[f"around:{kind}"]
+        assert found["error"] < 1e-5
+        assert (found["base"], found["from"]) == ("LlamaForCausalLM", "transformers.models.llama.modeling_llama")
 
 
 def test_prompts_of_networks_are_read_from_shards(two):

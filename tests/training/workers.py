@@ -7,6 +7,7 @@ and a digit that draws other factors and another batch.
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -470,6 +471,31 @@ def units(kind: str, folder: Path) -> dict:
     return {"error": largest_difference(found, expected)}
 
 
+def around(kind: str, folder: Path) -> dict:
+    """A model of which FSDP2 has sharded nothing but all of it: outputs once the adapter is gone, against those of one
+    process, and which class its files name."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    world = dist.get_world_size()
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False, "task_type": None}
+    torch.manual_seed(0)
+    alone = peftfast.get_peft_model(llama(), lora(peftfast, **options))
+    torch.manual_seed(0)
+    model = peftfast.get_peft_model(llama(), lora(peftfast, **options))
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("copies", "shards")) if kind == "copies" else None
+    fully_shard(model.get_base_model() if kind == "base" else model, mesh=mesh)
+    with pytest.raises(RuntimeError, match="Add it before fully_shard"):
+        model.add_adapter("second", lora(peftfast, use_dora=True))
+    model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    names = json.loads((folder / "adapter_config.json").read_text())["auto_mapping"]
+    with torch.no_grad():
+        found, expected = (one.merge_and_unload()(**batch(4)).logits for one in (model, alone))
+    error = largest_difference({"logits": found}, {"logits": expected})
+    return {"error": error, "base": names["base_model_class"], "from": names["parent_library"]}
+
+
 def optimizers(kind: str, folder: Path) -> dict:
     """Steps of an optimizer that knows the factors apart and was made before the model was sharded by FSDP2, by
     Accelerate, which gives it the shards in the place of its parameters: how far the parameters are from those of one
@@ -505,6 +531,7 @@ RUNS = {
     "adalora": adalora,
     "evaluated": evaluated,
     "late": late,
+    "around": around,
     "prompt": prompt,
     "optimizers": optimizers,
 }
