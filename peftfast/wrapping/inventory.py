@@ -16,6 +16,7 @@ from peftfast.layers.walk import base_parameters
 from peftfast.method import AdapterMethod, method_for
 from peftfast.sharding import (
     gather_without_wrapper,
+    is_sharded_by_fsdp2,
     is_stepped_by_deepspeed,
     is_stepped_by_zero3,
     to_shards,
@@ -246,10 +247,17 @@ class Inventory(Listing):
 
     def enable(self, enabled: bool) -> None:
         """Switch all adapters on or off."""
-        to_shards(self.model)
+        self._make_ready(enabled)
         for _, wrapper in self.wrappers():
             wrapper.enable_adapters(enabled)
         self.enabled = enabled
+
+    def _make_ready(self, enabled: bool) -> None:
+        """Before adapters are switched. Off, a merged layer takes them out of its weight when it is called, which FSDP2
+        has put together for the call and takes apart again from what it was: there they are taken out before it."""
+        to_shards(self.model)
+        if not enabled and is_sharded_by_fsdp2(self.model):
+            self._take_out()
 
     def say_if_biases_stay(self) -> None:
         """Warn that trained biases of the base act on while adapters are off."""
@@ -264,7 +272,7 @@ class Inventory(Listing):
     def disabled(self) -> Iterator[None]:
         """All adapters off; afterwards every module is as it was, trainability included, but for adapters that were
         activated, frozen or unfrozen meanwhile."""
-        to_shards(self.model)
+        self._make_ready(False)
         before = {w: w.disable_adapters for _, w in self.wrappers()}
         acted = {w: list(w.active_adapters) for w in before}
         trainable, enabled = set(self._trainable), self.enabled

@@ -310,6 +310,12 @@ def evaluated(kind: str, folder: Path) -> dict:
         model.merge_adapter()
         return later(model, "merged")
 
+    def disabled(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        model.merge_adapter()
+        with model.disable_adapter():
+            found = run(model)
+        return {"disabled": found, **later(model, "again")}
+
     def unmerged(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         model.merge_adapter()
         run(model)
@@ -343,7 +349,7 @@ def evaluated(kind: str, folder: Path) -> dict:
     other.save_pretrained(folder, is_main_process=rank == 0)
     dist.barrier()
     results = {}
-    for what in (off, switched, read, loaded, merged, unmerged, gone, unloaded, rebased):
+    for what in (off, switched, read, loaded, merged, disabled, unmerged, gone, unloaded, rebased):
         ours = shard(build())
         results[what.__name__] = largest_difference(what(ours), what(build()))
     return results
