@@ -24,7 +24,7 @@ from peftfast.many.swappable import pads, rank_of, record_settings, runs_of
 from peftfast.method import method_for, retarget
 from peftfast.methods.lora.combine import padded
 from peftfast.methods.lora.config import VARIANTS, LoraConfig
-from peftfast.sharding import to_shards
+from peftfast.sharding import copy_whole, is_distributed, to_shards
 
 #: Fields that change the output and are neither in the weights nor in the scaling, which every swap sets anew.
 _MUST_AGREE = ("use_rslora", "lora_dropout", *VARIANTS)
@@ -169,6 +169,10 @@ def _check_shape(key: str, entry: Entry, new: torch.Size, adapter_name: str) -> 
         raise ValueError(f"{what} {tuple(old)} vs {tuple(new)}.")
     if new != old and not pads(entry.layer.adapters[adapter_name]):
         raise ValueError(f"{what} {tuple(old)} vs {tuple(new)}; factors of this kind cannot be padded to another rank.")
+    if axis >= 0 and new[axis] > old[axis] and is_distributed(entry.tensor()):
+        raise ValueError(
+            f"{what} {tuple(old)} vs {tuple(new)}; FSDP2 has taken the factors apart, which keep their rank or a lower."
+        )
     if axis >= 0 and new[axis] % experts:
         raise ValueError(f"{what} {tuple(new)} is no whole rank for each of {experts} experts.")
 
@@ -228,11 +232,11 @@ def _rank_axis(entry: Entry, adapter_name: str) -> int:
 
 def _replace(entry: Entry, old: Tensor, new: Tensor, axis: int) -> None:
     if old.shape == new.shape:
-        old.copy_(new)
+        copy_whole(old, new)
     elif new.shape[axis] > old.shape[axis]:
         old.data = new.to(old.dtype).clone()
     else:
-        old.copy_(padded(new, axis, old.shape[axis], runs_of(entry.layer) if axis == 0 else 1))
+        copy_whole(old, padded(new, axis, old.shape[axis], runs_of(entry.layer) if axis == 0 else 1))
 
 
 def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> None:

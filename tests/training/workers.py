@@ -316,6 +316,11 @@ def evaluated(kind: str, folder: Path) -> dict:
             found = run(model)
         return {"disabled": found, **later(model, "again")}
 
+    def swapped(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        run(model)
+        peftfast.hotswap_adapter(model, folder, "default")
+        return later(model, "swapped")
+
     def unmerged(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         model.merge_adapter()
         run(model)
@@ -349,7 +354,8 @@ def evaluated(kind: str, folder: Path) -> dict:
     other.save_pretrained(folder, is_main_process=rank == 0)
     dist.barrier()
     results = {}
-    for what in (off, switched, read, loaded, merged, disabled, unmerged, gone, unloaded, rebased):
+    runs = [off, switched, read, loaded, merged, disabled, unmerged, gone, unloaded, rebased]
+    for what in [*runs, swapped] if kind == "ends" else runs:  # others have more than factors
         ours = shard(build())
         results[what.__name__] = largest_difference(what(ours), what(build()))
     return results
