@@ -62,6 +62,15 @@ def taken_apart(source: Tensor, like: Tensor | None) -> Tensor:
     return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def as_copies(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """A whole tensor, which every process has, as one that goes with `like`, of which every process may have a part."""
+    if not is_distributed(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
 def is_sharded_by_fsdp2(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on the model, on parts of it, or on what is around it."""
     kind = _fsdp2_class()

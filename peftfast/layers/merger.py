@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.adapter import Adapter
 from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
 from peftfast.devices import widest
@@ -18,7 +19,7 @@ from peftfast.layers.calls import CalledLayer
 from peftfast.layers.walk import base_modules, base_parameters
 from peftfast.ops.finite import is_finite
 from peftfast.owner import Owner
-from peftfast.sharding import check_not_partitioned, is_distributed, taken_apart
+from peftfast.sharding import as_copies, check_not_partitioned, is_distributed, put_together, taken_apart
 from peftfast.sites import Dense, bias_of
 
 if TYPE_CHECKING:
@@ -107,6 +108,21 @@ def _with_changes(kept: Tensor, stored: Tensor, now: Tensor) -> Tensor:
     adapters are merged. What nothing changed has the bits that it had."""
     same = (now == stored) | (now.isnan() & stored.isnan())
     return torch.where(same, kept, torch.where(stored == kept, now, kept + (now - stored)))
+
+
+class _Beside(Adapter):
+    """An adapter as the base is, taken apart or whole, where FSDP2 has taken one of the two apart alone: it was told to
+    ignore the other, or the adapter came later."""
+
+    __slots__ = ("_base",)
+
+    def __init__(self, adapter: Adapter, layer: BaseTunerLayer, base: Tensor | None) -> None:
+        super().__init__(adapter.name, adapter.cfg, adapter.key, adapter.method, adapter.slots, layer)
+        self._base = base
+        self.locate()
+
+    def __getitem__(self, slot: str) -> Tensor:
+        return as_copies(put_together(super().__getitem__(slot)), self._base)
 
 
 class Merger:
@@ -302,8 +318,7 @@ class Merger:
 
     def _steps(self, base: Dense, names: Sequence[str]) -> Iterator[tuple[list[str], Dense]]:
         """The adapters, each, or all together, with the weight that it and those before it are in."""
-        layer = self.layer
-        adapters = [layer.adapters[name] for name in names]
+        layer, adapters = self.layer, self._adapters(names)
         if base.spare and len(adapters) > 1:
             yield list(names), adapters[0].method.merged_together(layer.site, base, adapters)
             return
@@ -314,6 +329,13 @@ class Merger:
         for adapter in adapters:
             dense = adapter.method.merged(layer.site, dense, adapter, base)
             yield [adapter.name], dense
+
+    def _adapters(self, names: Sequence[str]) -> list[Adapter]:
+        """These adapters, to be put into the weight."""
+        own = self.parameters()[0]
+        adapters = [self.layer.adapters[name] for name in names]
+        mixed = [is_distributed(own) != any(map(is_distributed, one.parameters().values())) for one in adapters]
+        return [_Beside(one, self.layer, own) if other else one for one, other in zip(adapters, mixed, strict=True)]
 
     def _check_together(self, names: Sequence[str]) -> None:
         """ValueError if these cannot be in one weight beside what is in it."""
@@ -385,7 +407,7 @@ class Merger:
         bias, bound = bias_of(layer.base_layer), 0.0
         if weight.quantization or is_distributed(self._parameter) or bias is not None and not is_finite(bias):
             return False
-        for adapter in (layer.adapters[name] for name in names):
+        for adapter in self._adapters(names):
             as_product = getattr(adapter.method, "as_product", None)
             pair = None if as_product is None else as_product(adapter)
             if pair is None or bias is not None and adapter.parameters().keys() != set(adapter.pair):

@@ -20,6 +20,7 @@ DRAWS = range(3)
 EVALUATED = ["ends", "saved", "tokens"]
 LATE = ["plain", "tokens", "saved"]
 AROUND = ["all", "copies", "base"]
+PARTLY = ["lora", "dora", "ia3"]
 OPTIMIZERS = ["lorafa", "riemannian"]
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
 
@@ -35,6 +36,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     kinds |= {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
     kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"], "optimizers": OPTIMIZERS}
     kinds |= {"around": AROUND}
+    kinds |= {"partly": PARTLY}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
 
@@ -132,6 +134,12 @@ def test_a_model_that_is_sharded_as_a_whole(two, kind):
         found = result[f"around:{kind}"]
         assert found["error"] < 1e-5
         assert (found["base"], found["from"]) == ("LlamaForCausalLM", "transformers.models.llama.modeling_llama")
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+def test_merging_where_either_the_base_or_the_adapter_is_sharded(two, kind):
+    _, ranks = two
+    assert all(result[f"partly:{kind}"]["error"] < 2e-5 for result in ranks)
 
 
 def test_prompts_of_networks_are_read_from_shards(two):

@@ -455,6 +455,47 @@ def late(kind: str, folder: Path) -> dict:
     return {"error": largest_difference(dict(enumerate(found)), dict(enumerate(expected)))}
 
 
+def partly(kind: str, folder: Path) -> dict:
+    """Merging where FSDP2 has taken the base apart and not the adapter, which came later from a file, or the adapter
+    and not the base, which it was told to ignore: how far outputs are from those of one process."""
+    changes = {
+        "lora": {"lora_bias": True},
+        "dora": {"use_dora": True},
+        "ia3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    }[kind]
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        if kind == "ia3":
+            config = peftfast.IA3Config(**changes, init_ia3_weights=False, task_type="CAUSAL_LM")
+        else:
+            config = lora(peftfast, **changes)
+        model = peftfast.get_peft_model(llama(attention_bias=kind == "lora", mlp_bias=kind == "lora"), config)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+        return model
+
+    def results(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+        with torch.no_grad():
+            yield model(**batch(4)).logits
+            model.merge_adapter(safe_merge=True)
+            yield model(**batch(4)).logits
+            model.unmerge_adapter()
+            yield model.merge_and_unload()(**batch(4)).logits
+
+    expected = dict(enumerate(results(build())))
+    build().save_pretrained(folder, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    base = llama(attention_bias=kind == "lora", mlp_bias=kind == "lora")
+    late = peftfast.PeftModel.from_pretrained(shard(base), folder)
+    errors = [largest_difference(dict(enumerate(results(late))), expected)]
+    model = build()
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    errors.append(largest_difference(dict(enumerate(results(shard(model, ignored_params=frozen)))), expected))
+    return {"error": max(errors)}
+
+
 def units(kind: str, folder: Path) -> dict:
     """Modules of the adapters' factors as shards of their own, as a policy for whole trainable leaves makes them."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -543,6 +584,7 @@ RUNS = {
     "adalora": adalora,
     "evaluated": evaluated,
     "late": late,
+    "partly": partly,
     "around": around,
     "prompt": prompt,
     "optimizers": optimizers,
