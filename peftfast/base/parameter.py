@@ -10,7 +10,7 @@ from peftfast.base.offload import device_of, stored_weight
 from peftfast.base.rounding import drawn_float
 from peftfast.base.weight import UsualWeight, kept_copy
 from peftfast.devices import widest
-from peftfast.sharding import is_distributed, whole_shape
+from peftfast.sharding import is_distributed, taken_apart, whole_shape
 from peftfast_kernels.decode import Operand
 
 
@@ -76,7 +76,7 @@ class ParameterWeight(UsualWeight):
         """
         foreign = type(own) not in (Tensor, nn.Parameter) and not is_distributed(own)
         before = own.clone() if foreign else new
-        own.copy_(new)
+        own.copy_(taken_apart(new, own))
         if foreign and torch.equal(own, before) and not torch.equal(before, new.to(before.dtype)):
             raise NotImplementedError(
                 f"{self.name or type(self.module).__name__}: a weight of type {type(own).__name__} keeps nothing of "

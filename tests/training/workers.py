@@ -461,6 +461,7 @@ def partly(kind: str, folder: Path) -> dict:
     changes = {
         "lora": {"lora_bias": True},
         "dora": {"use_dora": True},
+        "pissa": {"init_lora_weights": "pissa"},
         "ia3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     }[kind]
 
@@ -472,7 +473,7 @@ def partly(kind: str, folder: Path) -> dict:
             config = lora(peftfast, **changes)
         model = peftfast.get_peft_model(llama(attention_bias=kind == "lora", mlp_bias=kind == "lora"), config)
         for name, p in model.named_parameters():
-            if p.requires_grad:
+            if p.requires_grad and kind != "pissa":
                 p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
         return model
 

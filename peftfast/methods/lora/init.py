@@ -15,7 +15,7 @@ from peftfast.adapter import Adapter
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.random_stream import draws_of_normal, draws_of_uniform, skip
 from peftfast.ops.finite import is_finite
-from peftfast.sharding import whole
+from peftfast.sharding import put_together, whole
 from peftfast.sites import Site
 
 #: Fill a [r, ...] and b [..., r] in place; may assign the site's weight. Runs under no_grad.
@@ -216,8 +216,8 @@ def _orthogonal(site: Site, a: Tensor, b: Tensor, adapter: Adapter) -> None:
 
 
 def wide_weight(site: Site) -> Tensor:
-    """W [N, K] in fp32 or wider, for decompositions: the weight itself where it is stored so."""
-    return site.weight.seen().to(torch.promote_types(site.weight.compute_dtype, torch.float32))
+    """W [N, K] in fp32 or wider, for decompositions: the weight itself where it is stored so and whole."""
+    return put_together(site.weight.seen()).to(torch.promote_types(site.weight.compute_dtype, torch.float32))
 
 
 def check_finite(site: Site, cfg: LoraConfig, r: int) -> None:
