@@ -125,6 +125,13 @@ class _Beside(Adapter):
         return as_copies(put_together(super().__getitem__(slot)), self._base)
 
 
+def beside(layer: BaseTunerLayer, name: str, base: Tensor | None) -> Adapter:
+    """An adapter of `layer` for sums with `base`, or with whole tensors (None), whatever FSDP2 has taken apart."""
+    adapter = layer.adapters[name]
+    apart = any(map(is_distributed, adapter.parameters().values()))
+    return adapter if apart == is_distributed(base) else _Beside(adapter, layer, base)
+
+
 class Merger:
     """Merges into one layer's base weight and restores it. Which adapters are inside is `layer.merged_adapters`.
 
@@ -332,10 +339,7 @@ class Merger:
 
     def _adapters(self, names: Sequence[str]) -> list[Adapter]:
         """These adapters, to be put into the weight."""
-        own = self.parameters()[0]
-        adapters = [self.layer.adapters[name] for name in names]
-        mixed = [is_distributed(own) != any(map(is_distributed, one.parameters().values())) for one in adapters]
-        return [_Beside(one, self.layer, own) if other else one for one, other in zip(adapters, mixed, strict=True)]
+        return [beside(self.layer, name, self.parameters()[0]) for name in names]
 
     def _check_together(self, names: Sequence[str]) -> None:
         """ValueError if these cannot be in one weight beside what is in it."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some, warn
+from peftfast.layers.merger import beside
 from peftfast.layers.saved_modules import ModulesToSaveWrapper
 from peftfast.method import method_for
 from peftfast.methods.combination import KINDS, Combination, named_together
@@ -72,11 +73,12 @@ def add_weighted_adapter(
                 own = layer.own_slots(made)
                 if not own:
                     continue  # what it has is made where it is kept
-                parts = [(layer.adapters[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer.adapters]
-                tensors = method.combine(layer.site, [a for a, _ in parts], [w for _, w in parts], how, made)
+                here = [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer.adapters]
+                whole = [beside(layer, n, None) for n, _ in here]
+                tensors = method.combine(layer.site, whole, [w for _, w in here], how, made)
                 for slot, tensor in tensors.items():
                     if slot.partition(".")[0] in own:
-                        made[slot].copy_(put_together(tensor))
+                        made[slot].copy_(tensor)
             for wrapper in inventory.extras.values():
                 if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                     _combine_copies(wrapper, adapters, weights, adapter_name)

@@ -494,6 +494,14 @@ def partly(kind: str, folder: Path) -> dict:
     model = build()
     frozen = {p for p in model.parameters() if not p.requires_grad}
     errors.append(largest_difference(dict(enumerate(results(shard(model, ignored_params=frozen)))), expected))
+    if kind == "lora":  # and of what a sharded adapter and a later one are together
+        for one in (model := shard(build()), alone := build()):
+            one.load_adapter(folder, "later")
+            one.add_weighted_adapter(["default", "later"], [0.5, 0.4], "both", "cat")
+            one.set_adapter("both")
+        with torch.no_grad():
+            both = [{"both": one(**batch(4)).logits} for one in (model, alone)]
+        errors.append(largest_difference(*both))
     return {"error": max(errors)}
 
 
