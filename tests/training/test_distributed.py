@@ -20,7 +20,7 @@ DRAWS = range(3)
 EVALUATED = ["ends", "saved", "tokens"]
 LATE = ["plain", "tokens", "saved"]
 AROUND = ["all", "copies", "base"]
-PARTLY = ["lora", "dora", "pissa", "ia3"]
+PARTLY = ["lora", "dora", "pissa", "kasa", "ia3"]
 OPTIMIZERS = ["lorafa", "riemannian"]
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
 

@@ -462,6 +462,7 @@ def partly(kind: str, folder: Path) -> dict:
         "lora": {"lora_bias": True},
         "dora": {"use_dora": True},
         "pissa": {"init_lora_weights": "pissa"},
+        "kasa": {"kasa_config": peftfast.KasaConfig()},
         "ia3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     }[kind]
 

@@ -31,7 +31,7 @@ from peftfast.methods.lora.lora import (
     widened,
 )
 from peftfast.ops.orthogonality import orthogonality
-from peftfast.sharding import put_together
+from peftfast.sharding import as_copies, put_together
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
 
@@ -181,15 +181,15 @@ class Kasa(Lora):
 
     def before_merging(self, site: Site, base: Dense, adapters: Sequence[Adapter]) -> Dense:
         """See `Refining`."""
-        down, up = self._lacking(site, adapters, weight=base.weight)
-        wide = base.weight.dtype
-        return base._replace(weight=site.with_delta(base.weight, down.to(wide), up.to(wide), 1.0))
+        lacking, wide = self._lacking(site, adapters, weight=put_together(base.weight)), base.weight.dtype
+        down, up = (as_copies(part.to(wide), base.weight) for part in lacking)
+        return base._replace(weight=site.with_delta(base.weight, down, up, 1.0))
 
     def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
         """See `Additive`: of twice the rank, for the base as it is."""
         a, b = super().as_product(adapter)
-        down, up = _components(adapter.site, adapter)
-        return torch.cat([a, down.to(a.dtype)]), torch.cat([b, up.to(b.dtype)], dim=1)
+        down, up = (as_copies(part.to(a.dtype), a) for part in _components(adapter.site, adapter))
+        return torch.cat([a, down]), torch.cat([b, up], dim=1)
 
     def describe(self, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
         a, b = pair_of(tensors)
