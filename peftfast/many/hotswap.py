@@ -171,7 +171,7 @@ def _check_shape(key: str, entry: Entry, new: torch.Size, adapter_name: str) -> 
         raise ValueError(f"{what} {tuple(old)} vs {tuple(new)}; factors of this kind cannot be padded to another rank.")
     if axis >= 0 and new[axis] > old[axis] and is_distributed(entry.tensor()):
         raise ValueError(
-            f"{what} {tuple(old)} vs {tuple(new)}; FSDP2 has taken the factors apart, which keep their rank or a lower."
+            f"{what} {tuple(old)} vs {tuple(new)}; no rank grows where processes have parts of the factors."
         )
     if axis >= 0 and new[axis] % experts:
         raise ValueError(f"{what} {tuple(new)} is no whole rank for each of {experts} experts.")

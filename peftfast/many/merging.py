@@ -18,7 +18,7 @@ from peftfast.layers.merger import beside
 from peftfast.layers.saved_modules import ModulesToSaveWrapper
 from peftfast.method import method_for
 from peftfast.methods.combination import KINDS, Combination, named_together
-from peftfast.sharding import put_together
+from peftfast.sharding import copy_whole, put_together
 from peftfast.sites import Site
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.inventory import Inventory
@@ -78,7 +78,7 @@ def add_weighted_adapter(
                 tensors = method.combine(layer.site, whole, [w for _, w in here], how, made)
                 for slot, tensor in tensors.items():
                     if slot.partition(".")[0] in own:
-                        made[slot].copy_(tensor)
+                        copy_whole(made[slot], tensor)
             for wrapper in inventory.extras.values():
                 if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                     _combine_copies(wrapper, adapters, weights, adapter_name)

@@ -105,6 +105,10 @@ def adapters(folder: Path) -> dict:
         model.base_model.set_adapter(["default", "b"])
     found["together"] = distance(ours(**inputs).logits, alone(**inputs).logits)
     for model in (ours, alone):
+        model.add_weighted_adapter(["default", "b"], [0.5, 0.4], "both", "cat")
+        model.set_adapter("both")
+    found["combined"] = distance(ours(**inputs).logits, alone(**inputs).logits)
+    for model in (ours, alone):
         model.delete_adapter("b")
         model.set_adapter("default")
     found["after deleting"] = distance(ours(**inputs).logits, alone(**inputs).logits)
@@ -157,6 +161,8 @@ def files(folder: Path) -> dict:
     again.load_adapter(folder / f"saved{dist.get_rank()}", "b")
     again.set_adapter("b")
     found["loaded beside"] = distance(again(**batch()).logits, alone(**batch()).logits)
+    peftfast.hotswap_adapter(again, folder / f"theirs{dist.get_rank()}", "b")
+    found["swapped"] = distance(again(**batch()).logits, theirs(**batch()).logits)
     return found
 
 

@@ -40,7 +40,7 @@ def test_training(ranks):
 def test_adapters(ranks):
     for rank in ranks:
         found = rank["adapters"]
-        close(found, "inference", "rows", "second", "disabled", "together", "after deleting")
+        close(found, "inference", "rows", "second", "disabled", "together", "combined", "after deleting")
         assert found["generated"]
 
 
@@ -55,7 +55,7 @@ def test_dropout(ranks):
 def test_files(ranks):
     for rank in ranks:
         found = rank["files"]
-        close(found, "read by PEFT", "loaded", "loaded beside")
+        close(found, "read by PEFT", "loaded", "loaded beside", "swapped")
         assert found["trainable"]
 
 
