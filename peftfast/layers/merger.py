@@ -17,6 +17,7 @@ from peftfast.devices import widest
 from peftfast.errors import no_such_adapter, warn
 from peftfast.layers.calls import CalledLayer
 from peftfast.layers.walk import base_modules, base_parameters
+from peftfast.modes import in_mode
 from peftfast.ops.finite import is_finite
 from peftfast.owner import Owner
 from peftfast.sharding import as_copies, check_not_partitioned, is_distributed, put_together, taken_apart
@@ -296,24 +297,20 @@ class Merger:
         layer, x = self.layer, self.layer.site.probe()
         if x is None or type(layer).forward is not CalledLayer.forward:  # another library's call, and so its merging
             return
-        training = {module: module.training for module in layer.modules()}
-        layer.eval()
         try:
-            before = y = layer.site.base(x)
-            for name in names:
-                y = layer.adapters[name].method.forward(layer.site, x, y, [layer.adapters[name]])
-            kept = self._snapshot(True, False)
-            try:
-                self._store(self.merged(names, check=False), "nearest")
-                after = layer.site.base(x)
-            finally:
-                self._restore(kept)
-                self.rounded = None
+            with in_mode(layer, training=False):
+                before = y = layer.site.base(x)
+                for name in names:
+                    y = layer.adapters[name].method.forward(layer.site, x, y, [layer.adapters[name]])
+                kept = self._snapshot(True, False)
+                try:
+                    self._store(self.merged(names, check=False), "nearest")
+                    after = layer.site.base(x)
+                finally:
+                    self._restore(kept)
+                    self.rounded = None
         except (TypeError, ValueError, IndexError):  # called with more than this input: nobody can tell
             return
-        finally:
-            for module, was in training.items():
-                module.training = was
         change, off = (y - before).float().norm(), (after - y).float().norm()
         if off > 0.1 * change + 0.02 * before.float().norm() * (x.dtype.itemsize < 4) + 1e-4 * before.float().norm():
             kind = type(layer.get_base_layer()).__name__
