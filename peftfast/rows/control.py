@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +41,17 @@ _NO_NOTES: Mapping[str, Any] = MappingProxyType({})
 _PLAIN = _Batch(None, _NO_NOTES)
 _NO_BATCH = weakref.ref(_PLAIN)
 
+_SEVERAL = (
+    "One backward pass goes through two batches with different `adapter_names` or `alora_offsets` (or one with and one "
+    "without). With gradient checkpointing there is no telling which batch a layer is run again for; call backward for "
+    "each batch."
+)
+_SWITCHED = (
+    "Adapters were switched (`set_adapter`, `disable_adapter`) between a forward and its backward pass. Gradient "
+    "checkpointing runs layers again in the backward pass, which would be with other adapters. Call backward before "
+    "switching, name adapters by `adapter_names` in one batch, or compute what needs no gradient under torch.no_grad()."
+)
+
 
 class _ThisThread(threading.local):
     def __init__(self) -> None:  # runs in every thread: an attribute that comes and goes would cost compilers a graph
@@ -54,8 +65,8 @@ class Control:
 
     def __init__(self) -> None:
         self._local = _ThisThread()
-        # by backward pass, one that fails until its graph is gone; None: it goes through several batches
-        self._recomputing: dict[int, weakref.ref[_Batch] | None] = {}
+        # by backward pass, one that fails until its graph is gone; a text: why nothing can be run again in it
+        self._recomputing: dict[int, weakref.ref[_Batch] | str] = {}
         self._has_followed = False
         self._mixes: dict[tuple[str, ...], Mixes] = {}
         self._promises = self._unseen = 0
@@ -97,17 +108,13 @@ class Control:
         """The batch that a layer is run again for: gradient checkpointing does that, in the engine's own thread.
 
         Raises:
-            RuntimeError: the backward pass under way goes through several batches.
+            RuntimeError: the backward pass under way goes through several batches, or one of other active adapters.
         """
         task = torch._C._current_graph_task_id()
         batch = self._recomputing.get(task, _NO_BATCH)
-        if batch is None:
+        if isinstance(batch, str):
             del self._recomputing[task]  # this backward pass ends here, without what it does at its end
-            raise RuntimeError(
-                "One backward pass goes through two batches with different `adapter_names` or `alora_offsets` (or one "
-                "with and one without). With gradient checkpointing there is no telling which batch a layer is run "
-                "again for; call backward for each batch."
-            )
+            raise RuntimeError(batch)
         return batch() or _PLAIN
 
     @contextmanager
@@ -187,25 +194,35 @@ class Control:
             for group in groups_of(mixes):
                 group.kept = None
 
-    def follow(self, output: Any) -> None:
-        """Let layers that are run again during the backward pass from `output` follow what is in force now."""
+    def follow(self, output: Any, in_force: Callable[[], list[str]] | None = None) -> None:
+        """Let layers that are run again during the backward pass from `output` follow what is in force now.
+
+        Args:
+            in_force: says which adapters act without a routing, if layers will be run again: with those of then.
+        """
         if torch.compiler.is_compiling():  # whatever a compiled graph computes again is in the graph
             return
         batch = _Batch(self._local.routing, self._local.notes)
         plain = batch.routing is None and not batch.notes
-        if not torch.is_grad_enabled() or (plain and not self._has_followed):
+        if not torch.is_grad_enabled() or (plain and not self._has_followed and in_force is None):
             return
-        self._has_followed = True
+        self._has_followed |= not plain
+        acting = in_force() if in_force is not None and batch.routing is None else None
 
         def arrived(grad: Tensor) -> None:
+            switched = acting is not None and acting != in_force()
+            if plain and not switched and not self._has_followed:
+                return
             task = torch._C._current_graph_task_id()
 
             def end(*_: Any) -> None:
                 self._recomputing.pop(task, None)
 
             known = self._recomputing.setdefault(task, weakref.ref(batch, end))
-            if known is not None and not batch.is_that_of(known() or batch):
-                self._recomputing[task] = None
+            if switched:
+                self._recomputing[task] = _SWITCHED
+            elif not isinstance(known, str) and not batch.is_that_of(known() or batch):
+                self._recomputing[task] = _SEVERAL
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
         for tensor in _tensors(output):

@@ -52,7 +52,8 @@ class CalledModel:
             alora_offsets: for every sample, how many tokens at its end aLoRAs act on, None or 0 for none; without it,
                 those from the last occurrence of an adapter's `alora_invocation_tokens` in `input_ids` on.
         """
-        if self.training and is_checkpointing(self._checkpointing):
+        checkpoints = self.training and is_checkpointing(self._checkpointing)
+        if checkpoints:
             require_input_gradients(self.model)
         with (
             self.routed(adapter_names, args, kwargs),
@@ -60,7 +61,7 @@ class CalledModel:
             self.compute_copies(),
         ):
             output = self.model(*args, **kwargs)
-            self.inventory.control.follow(output)
+            self.inventory.control.follow(output, self.inventory.in_force if checkpoints else None)
             return self._with_loss_terms(output)
 
     def generate(

@@ -200,6 +200,10 @@ class Inventory(Listing):
             parameter.requires_grad_(True)
         self._trainable |= touched  # the next `set_adapter` looks there for what to freeze
 
+    def in_force(self) -> list[str]:
+        """The active adapters, none while they are off."""
+        return self.active if self.enabled else []
+
     def _acting(self) -> list[str]:
         """The active adapters as the layers have them, which transformers and others tell one by one."""
         if not self.layers:

@@ -115,6 +115,54 @@ def test_masks_differ_between_steps_and_agree_between_passes():
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_layers_are_not_run_again_with_other_adapters(reentrant):
+    """Their gradients would be those of adapters that the forward pass did not use."""
+    model = wrapped(peftfast)
+    model.add_adapter("other", lora(peftfast))
+    fill(model)
+    checkpoint(model, reentrant)
+    _, expected = step(model)
+
+    loss = model(**batch()).loss
+    model.set_adapter("other")
+    with pytest.raises(RuntimeError, match="switched"):
+        loss.backward()
+    model.set_adapter("default")
+    with model.disable_adapter():
+        reference = model(**batch()).logits
+    with pytest.raises(RuntimeError, match=r"torch.no_grad\(\)"):
+        (model(**batch()).logits - reference).pow(2).sum().backward()
+
+    loss = model(**batch()).loss
+    model.set_adapter("other")
+    model.set_adapter("default")  # as it was
+    with model.disable_adapter(), torch.no_grad():
+        model(**batch())
+    model.zero_grad()
+    loss.backward()
+    assert largest_difference(gradients(model), expected) == 0.0
+
+
+def test_rows_of_a_batch_keep_their_adapters_whichever_are_active_later():
+    def grown() -> torch.nn.Module:
+        model = wrapped(peftfast)
+        model.add_adapter("other", lora(peftfast))
+        fill(model)
+        model.set_requires_grad(["default", "other"])
+        return model.train()
+
+    names = ["default", "other"] * 2
+    plain, model = grown(), grown()
+    plain(**batch(), adapter_names=names).loss.backward()
+    checkpoint(model)
+    loss = model(**batch(), adapter_names=names).loss
+    model.set_adapter("other")
+    loss.backward()
+    assert set(gradients(plain)) > set(gradients(model))  # "default" was frozen before its gradient arrived
+    assert largest_difference(gradients(model), {n: gradients(plain)[n] for n in gradients(model)}) == 0.0
+
+
 def test_copies_with_checkpointing_on():
     model = wrapped(peftfast)
     checkpoint(model, True)
