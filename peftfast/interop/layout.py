@@ -158,7 +158,7 @@ SHARED: dict[str, str] = {
     "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": "peftfast.wrapping.default_targets:IA3",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": "peftfast.wrapping.default_targets:LORA",
     "WEIGHTS_NAME": "peftfast.files.io:WEIGHTS_NAME",
-    "check_adapters_to_merge": "peftfast.layers.merger:check_adapters_to_merge",
+    "check_adapters_to_merge": "peftfast.layers.mergeable:check_adapters_to_merge",
     "check_target_module_exists": "peftfast.wrapping.targets:check_target_module_exists",
     "id_tensor_storage": "transformers.pytorch_utils:id_tensor_storage",
     **_from(

@@ -16,7 +16,9 @@ from peftfast.errors import warn
 from peftfast.layers.activation import HasActivation
 from peftfast.layers.as_in_peft import AsInPeft, absent_in
 from peftfast.layers.calls import CalledLayer
-from peftfast.layers.merger import MergedNames, Merger, check_adapters_to_merge, check_mergeable
+from peftfast.layers.mergeable import check_adapters_to_merge, check_mergeable
+from peftfast.layers.merged_names import MergedNames
+from peftfast.layers.merger import Merger
 from peftfast.layers.scaling import HasScaling
 from peftfast.layers.slots import SlotDict, TransposedView, container_of, make_slot
 from peftfast.layers.stand_in import StandIn

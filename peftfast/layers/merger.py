@@ -2,74 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from peftfast.adapter import Adapter
 from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
 from peftfast.devices import widest
 from peftfast.errors import no_such_adapter, warn
 from peftfast.layers.calls import CalledLayer
-from peftfast.layers.walk import base_modules, base_parameters
+from peftfast.layers.mergeable import check_decodable, check_mergeable
+from peftfast.layers.sharded import beside
 from peftfast.modes import in_mode
 from peftfast.ops.finite import is_finite
 from peftfast.owner import Owner
-from peftfast.sharding import as_copies, check_not_partitioned, is_distributed, put_together, taken_apart
+from peftfast.sharding import is_distributed, taken_apart
 from peftfast.sites import Dense, bias_of
 
 if TYPE_CHECKING:
+    from peftfast.adapter import Adapter
     from peftfast.layers.layer import BaseTunerLayer
-
-
-def check_mergeable(module: nn.Module) -> None:
-    """RuntimeError if weights of `module`, a layer or a whole model, are not at hand."""
-    if any(getattr(m, "spread", None) for _, m in base_modules(module)):
-        raise RuntimeError(
-            "Cannot merge or unmerge adapters of this model: it is spread over processes by a tp_plan. Save the "
-            "adapter (model.save_pretrained(folder), called by all processes) and merge in one process: "
-            "PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
-        )
-    check_not_partitioned(
-        base_parameters(module),
-        "merge or unmerge adapters of this model",
-        "Save them (model.save_pretrained(folder), called by all processes) and merge without DeepSpeed, in one "
-        "process: PeftModel.from_pretrained(base_model, folder).merge_and_unload()",
-    )
-
-
-def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None) -> list[str]:
-    """Those of the names, None: of the active adapters, that are not merged yet; warns about the others."""
-    if isinstance(adapter_names, str):
-        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-    names = module.active_adapters if adapter_names is None else adapter_names
-    if not module.merged:
-        return names
-    names = [name for name in names if name not in module.merged_adapters]
-    warn(
-        f"Already following adapters were merged {','.join(module.merged_adapters)}. You are now additionally merging "
-        f"{','.join(names)}."
-        if names
-        else "All adapters are already merged, nothing to do."
-    )
-    return names
-
-
-def _check_decodable(layer: BaseTunerLayer) -> None:
-    """RuntimeError if the weight is packed and FSDP2 has taken it apart."""
-    weight = layer.site.weight
-    if weight.quantization and is_distributed(getattr(layer.get_base_layer(), layer.site.parameter, None)):
-        raise RuntimeError(
-            f"Cannot merge adapters of this model: {weight.name} is packed ({weight.quantization}) and sharded by "
-            "FSDP2, and no process can decode its share alone. Save the adapter (model.save_pretrained(folder), called "
-            "by all processes) and merge in one process: "
-            "PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
-        )
 
 
 _UNSURE = (
@@ -77,60 +32,11 @@ _UNSURE = (
 )
 
 
-class MergedNames(list[str]):
-    """`BaseTunerLayer.merged_adapters`; a change in place is an assignment."""
-
-    def __init__(self, layer: BaseTunerLayer, names: Iterable[str]) -> None:
-        super().__init__(names)
-        self._layer = layer
-
-    def __reduce__(self) -> tuple:
-        return list, (list(self),)
-
-
-def _assigning(name: str) -> Callable[..., Any]:
-    change = getattr(list, name)
-
-    @functools.wraps(change)
-    def changed(self: MergedNames, *args: Any) -> Any:
-        result = change(self, *args)
-        self._layer.merged_adapters = self
-        return result
-
-    return changed
-
-
-for _name in ("append", "clear", "extend", "insert", "pop", "remove", "__delitem__", "__iadd__", "__setitem__"):
-    setattr(MergedNames, _name, _assigning(_name))
-
-
 def _with_changes(kept: Tensor, stored: Tensor, now: Tensor) -> Tensor:
     """A bias as before merging, with what was added since it was `stored`: with `bias="all"` it trains also while
     adapters are merged. What nothing changed has the bits that it had."""
     same = (now == stored) | (now.isnan() & stored.isnan())
     return torch.where(same, kept, torch.where(stored == kept, now, kept + (now - stored)))
-
-
-class _Beside(Adapter):
-    """An adapter as the base is, taken apart or whole, where FSDP2 has taken one of the two apart alone: it was told to
-    ignore the other, or the adapter came later."""
-
-    __slots__ = ("_base",)
-
-    def __init__(self, adapter: Adapter, layer: BaseTunerLayer, base: Tensor | None) -> None:
-        super().__init__(adapter.name, adapter.cfg, adapter.key, adapter.method, adapter.slots, layer)
-        self._base = base
-        self.locate()
-
-    def __getitem__(self, slot: str) -> Tensor:
-        return as_copies(put_together(super().__getitem__(slot)), self._base)
-
-
-def beside(layer: BaseTunerLayer, name: str, base: Tensor | None) -> Adapter:
-    """An adapter of `layer` for sums with `base`, or with whole tensors (None), whatever FSDP2 has taken apart."""
-    adapter = layer.adapters[name]
-    apart = any(map(is_distributed, adapter.parameters().values()))
-    return adapter if apart == is_distributed(base) else _Beside(adapter, layer, base)
 
 
 class Merger:
@@ -188,7 +94,7 @@ class Merger:
         check_rounding(rounding, layer.site.weight)
         if keep not in (True, False, "host"):
             raise ValueError(f"keep must be True, False or 'host', got {keep!r}")
-        _check_decodable(layer)
+        check_decodable(layer)
         if self.unsure:
             raise RuntimeError(f"{layer.site.weight.name}: merging for good was interrupted here. {_UNSURE}")
         self._check_together(names)
@@ -256,7 +162,7 @@ class Merger:
 
         layer = self.layer
         if not dense:
-            _check_decodable(layer)
+            check_decodable(layer)
         if not dense and not layer.site.weight.known:
             layer.site.weight.dense()  # says what it is and why nobody can
         self._check_together(names)

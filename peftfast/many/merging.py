@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig
 from peftfast.errors import enumerate_some, warn
-from peftfast.layers.merger import beside
 from peftfast.layers.saved_modules import ModulesToSaveWrapper
+from peftfast.layers.sharded import beside
 from peftfast.method import method_for
 from peftfast.methods.combination import KINDS, Combination, named_together
 from peftfast.sharding import copy_whole, put_together

@@ -13,7 +13,7 @@ from peftfast.base.rounding import ENOUGH, check_rounding
 from peftfast.embeddings import input_embeddings, output_embeddings
 from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.layers.layer import BaseTunerLayer
-from peftfast.layers.merger import check_mergeable
+from peftfast.layers.mergeable import check_mergeable
 from peftfast.layers.own import LoraLayer
 from peftfast.layers.walk import base_modules
 from peftfast.sharding import to_shards
