@@ -300,7 +300,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
-def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype | str) -> None:
     """Frozen parameters to `dtype`, trainable ones to fp32: what mixed-precision training with a loss scaler needs.
     Packed weights stay as they are."""
     dtype = torch_dtype(floating=True).enforce(dtype, "dtype")

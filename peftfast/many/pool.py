@@ -80,7 +80,7 @@ class AdapterPool:
         max_rank: int = 16,
         host_capacity: int = 64,
         max_device_bytes: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         if slots < 1 or max_rank < 1 or host_capacity < 0:
             raise ValueError(
@@ -175,7 +175,8 @@ class AdapterPool:
 
         Raises:
             ValueError: an unknown adapter, more different ones than slots, or merged adapters in the model.
-            TimeoutError: no slot became free. RuntimeError: the pool is closed, or an adapter could not be loaded.
+            TypeError: one name instead of a list. TimeoutError: no slot became free. RuntimeError: the pool is closed,
+                or an adapter could not be loaded.
         """
         return self._using(names, timeout)
 

@@ -239,7 +239,7 @@ def name_dense_layers(model: nn.Module) -> None:
 def dequantize_model(
     model: nn.Module,
     originals: str | Path | Mapping[str, Tensor] | nn.Module | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> list[str]:
     """Replace the quantised linear layers of a model by dense ones, in place; adapters stay where they are.
 

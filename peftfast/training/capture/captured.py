@@ -38,7 +38,7 @@ class Captured:
     """
 
     def __init__(
-        self, model: nn.Module, autocast: torch.dtype | None, warmup: int, on_change: str, mixed: bool = False
+        self, model: nn.Module, autocast: torch.dtype | str | None, warmup: int, on_change: str, mixed: bool = False
     ) -> None:
         require_module(model)
         check_count("warmup", warmup, ", because capture cannot do what is done only once")

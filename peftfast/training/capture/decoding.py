@@ -125,7 +125,7 @@ def capture_decoding(
     max_length: int,
     *,
     mixed: bool = False,
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | str | None = None,
     warmup: int = 3,
     on_change: str = "recapture",
 ) -> CapturedDecoding:

@@ -40,7 +40,7 @@ class CapturedToken(Captured):
         batch_size: int,
         max_length: int,
         mixed: bool,
-        autocast: torch.dtype | None,
+        autocast: torch.dtype | str | None,
         warmup: int,
         on_change: str,
     ) -> None:
