@@ -151,6 +151,53 @@ def test_a_model_with_a_wrong_gradient_is_red():
         hook.remove()
 
 
+def test_a_dora_that_is_wrong_is_red():
+    size, bench = Size(24, 32, 40, 4), gpu.Bench("cpu", 10, quick=True, dry=True)
+    entrants = {entrant.name: entrant for entrant in sides.linear(size, "cpu", dora=True)}
+    ours, peft = entrants["peftfast"], entrants["peft"]
+    assert bench._gate_between([peft, ours], size)["peftfast"][1]
+    right = ours.results()
+    for what in right:
+        off = ours._replace(results=lambda what=what: {**right, what: 1.1 * right[what]})
+        assert not bench._gate_between([peft, off], size)["peftfast"][1], what
+
+
+def test_one_wrong_adapter_of_a_batch_is_red(monkeypatch):
+    genuine = sides.mixed
+
+    def mixed(library, *rest):
+        model, names = genuine(library, *rest)
+        if library == "peftfast":
+            with torch.no_grad():
+                [factor.mul_(20) for name, factor in model.named_parameters() if f"lora_B.{names[-1]}" in name]
+        return model, names
+
+    monkeypatch.setattr(sides, "mixed", mixed)
+    bench = gpu.Bench("cpu", 10, quick=True, dry=True)
+    bench.mixed()
+    assert {row["contestant"]: row["gate"] for row in bench.rows} == {"peftfast": "red", "peft": "green"} and bench.red
+
+
+def test_an_operation_that_is_wrong_or_refused_is_red(monkeypatch):
+    def paths(op, kwargs, on_gpu):
+        right = op.eager(**kwargs)
+        return {"torch": lambda: right, "triton": lambda: 2 * right, "split": lambda: 1 / 0}
+
+    monkeypatch.setattr(gpu, "op_cases", lambda quick, dry: [("lora_down", Size(4, 8, 8, 2))])
+    monkeypatch.setattr(gpu.tune, "paths", paths)
+    bench = gpu.Bench("cpu", 10, quick=True, dry=True)
+    bench.ops()
+    found = {row["contestant"]: (row["gate"], row["speedup"]) for row in bench.rows}
+    assert found == {"torch": ("green", None), "triton": ("red", None)}
+    assert len(bench.red) == 2 and "split: ZeroDivisionError" in bench.red[0]
+
+
+@pytest.mark.parametrize("red", [False, True])
+def test_what_is_red_fails_the_command(red, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.Bench, "questions", lambda self: red and self._reject("something"))
+    assert gpu.main(["--dry-run", "--only", "questions", "--csv", str(tmp_path / "rows.csv")]) == red
+
+
 def test_rows_are_written_as_they_come(tmp_path):
     path = tmp_path / "rows.csv"
     bench = gpu.Bench("cpu", 10, quick=True, dry=True, path=path)
@@ -172,6 +219,7 @@ def test_a_lost_gpu_costs_one_case(tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows.csv"
     options = ["--dry-run", "--seconds", "30", "--csv", str(path), "--only", "tune", "questions", "ops"]
     monkeypatch.setattr(gpu, "is_lost", lambda device: True)
+    monkeypatch.setattr(gpu.Deadline, "used", 12.0)
     monkeypatch.setattr(gpu.os, "execv", replace)
     monkeypatch.setattr(gpu.Bench, "tune", lambda self: None)
     failing = gpu.questions.Question("q", Size(1, 1, 1), fail)
@@ -181,6 +229,7 @@ def test_a_lost_gpu_costs_one_case(tmp_path, monkeypatch, capsys):
     command = replaced.value.args[0]
     assert command[-3:] == ["--only", "questions", "ops"] and "RED  questions" in capsys.readouterr().out
     assert command[command.index("--after") + 1 :][:2] == ["questions", "0"]
+    assert command[command.index("--seconds") + 1] == "18"
     monkeypatch.setattr(gpu.Bench, "ops", lambda self: None)
     first = gpu.Bench("cpu", 10, quick=True, dry=True, path=path)
     first.compare("linear", "case", [Contestant("frozen", LIMIT, torch.ones(8).sum, dict)], {}, Size(8, 8, 8))
