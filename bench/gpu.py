@@ -6,10 +6,11 @@
 In order, or in that of `--only`: one LoRA linear, one decoder layer, mixed adapters, a training step, decoding, what
 the design rests on (`questions`), every op, PEFT under torch.compile, and a proposed dispatch table. A comparison
 starts with a gate: the error against an fp64 or fp32 oracle must be no worse than the peer's, otherwise the row is red
-and carries no ratio. All contestants of a row take turns in one process. Times of one linear, of ops and questions are
-the GPU's own; those of models (layer, mixed, step, decode) are what a program sees that waits for its host. One tidy
-CSV (a line per contestant) with device and versions, written row by row; bench/report.py draws it. What needs a package
-that is not there is left out.
+and carries no ratio; a peer of a linear that computes something else is red as well, and none to compare with. All
+contestants of a row take turns in one process. Times of one linear, of ops and questions are the GPU's own; those of
+models (layer, mixed, step, decode) are what a program sees that waits for its host. One tidy CSV (a line per
+contestant) with device and versions, written row by row; bench/report.py draws it. What needs a package that is not
+there is left out.
 
 An error after which CUDA answers nothing (an illegal address) costs the case in which it happens: the run starts anew
 behind it, in a process of its own, into the same files.
