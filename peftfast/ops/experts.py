@@ -210,19 +210,25 @@ class MixedGroups(Groups):
     def gather(
         self, change: Sequence[LowRank], dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None, Branch | None]:
-        """The same of a change for each position. Smaller ranks are padded with zeros. None where no row has any."""
-        if not self._shares:
+        """The same of a change for each position. Smaller ranks are padded with zeros. None where no row has any, and
+        none trains: what trains gets a gradient of zero then, because processes that have other rows reduce it."""
+        shares = self._shares
+        if torch.is_grad_enabled():
+            trained = {i for i, (a, b, _) in enumerate(change) if a.requires_grad or b.requires_grad}
+            without = trained.difference(share.change for share in shares)
+            shares = sorted([*shares, *(_Share(i, slice(0, 0), 0) for i in without)], key=lambda share: share.change)
+        if not shares:
             return None, None, None
-        pairs = [self._pair_experts[share.experts] for share in self._shares]
-        factors = [factor for share in self._shares for factor in change[share.change][:2]]
+        pairs = [self._pair_experts[share.experts] for share in shares]
+        factors = [factor for share in shares for factor in change[share.change][:2]]
         if torch.is_grad_enabled():
             a, b = apply(_Picked, pairs, self.count, dtype, *factors)
         else:
             a, b = _picked(pairs, self.count, dtype, factors)
-        scales = [change[share.change][2] for share in self._shares]
+        scales = [change[share.change][2] for share in shares]
         scale = scales[0]
         if len(scales) > 1 and (any(isinstance(s, Tensor) for s in scales) or len(set(scales)) > 1):
-            scale = torch.cat([_column(s, share.rows, a) for s, share in zip(scales, self._shares, strict=True)])
+            scale = torch.cat([_column(s, share.rows, a) for s, share in zip(scales, shares, strict=True)])
         return a, b, Branch(self._pairs, scale, self._rows)
 
 

@@ -70,7 +70,7 @@ def test_product_and_gradients(tokens, experts, mix, dtype, k, n, ranks, transpo
     assert oracle.rms_error(y, expected.detach()) < limit and oracle.rms_error(x.grad, truth[0].grad) < limit
     for mine, right in zip(factors, truth[1:], strict=True):
         if right.grad is None:
-            assert mine.grad is None
+            assert not mine.grad.any()  # processes that have rows of it reduce it together with this one
         else:
             assert oracle.rms_error(mine.grad, right.grad) < limit
     plain = experts_linear(x.detach(), w, groups, None)
