@@ -16,8 +16,8 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def inside(module: nn.Module) -> nn.Module:
     """The module in the wrappers that are called as it is to everybody else: torch.compile's and the like."""
-    while (name := next((name for name in module._modules if name in WRAPPED), None)) is not None:
-        module = module._modules[name]
+    while not WRAPPED.isdisjoint(module._modules):
+        module = next(child for name, child in module._modules.items() if name in WRAPPED)
     return module
 
 

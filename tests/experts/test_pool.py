@@ -6,9 +6,9 @@ import oracle
 import pytest
 import torch
 from experts import moe, test_old_files
-from experts.test_hotswap import close, saved
+from experts.test_hotswap import saved
 from experts.test_mixed import BASE, ids_of
-from oracle import Operations
+from oracle import Operations, close
 
 import peftfast
 
