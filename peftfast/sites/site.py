@@ -138,6 +138,8 @@ class UsualSite:
     def with_delta(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
         left, right = self.factors(a, b)
         if left.dtype is weight.dtype:
+            if is_distributed(weight):  # which torch 2.11 does not add to where it is, on a mesh of two dimensions
+                return torch.addmm(weight, left, right, alpha=scale)
             # a copy lies in memory as the weight does
             return (weight if in_place else weight.clone()).addmm_(left, right, alpha=scale)
         out = weight if in_place else torch.empty_like(weight)
