@@ -32,8 +32,11 @@ def adapted(kind):
 @pytest.fixture
 def replicate(monkeypatch):
     module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copies(tensors, devices, detach=False):
+        return [[t.clone() for t in tensors] for _ in devices]
+
     monkeypatch.setattr(module, "_get_device_index", lambda device, optional=False: device)
-    copies = lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices]  # noqa: E731
     monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
     return lambda model, count=2: module.replicate(model, range(count))
 
