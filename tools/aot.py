@@ -5,7 +5,8 @@
 Prints registers, spills, shared memory against the chip's limit, how many of the main loop's accesses to global memory
 are 16 bytes wide, matrix instructions and, for kernels that decode 4-bit weights, machine instructions per decoded
 weight. Exits with 1 on a spill in a loop, a limit exceeded, a table that is read from global memory weight by weight, a
-missing matrix instruction, a compiler failure or a kernel that was silently compiled into a trap.
+missing matrix instruction or matrix instructions one by one, a compiler failure or a kernel that was silently compiled
+into a trap.
 """
 
 import argparse
@@ -100,6 +101,28 @@ def disassemble(cubin):
     return sass, usage.stdout + usage.stderr
 
 
+def complaints(ptx):
+    """What the assembler says of lost performance, which Triton does not show: as of wgmma that wait for each other."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [
+            get_ptxas(int(target[2])).path,
+            "-v",
+            f"--gpu-name={target[1]}",
+            source,
+            "-o",
+            source.with_suffix(".o"),
+        ]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return re.findall(
+        r"Potential Performance Loss: (.*?)(?: in the function|$)", said.stdout + said.stderr, re.MULTILINE
+    )
+
+
 def parse_sass(sass):
     """(instructions, branches): which of them goes to which other, by their indices."""
     labels, instructions = {}, []
@@ -160,6 +183,7 @@ def inspect_nvidia(compiled, variant, chip):
         problems.append(f"{spills} spill instructions, {hot} of them in a loop; stack {stack}, local {local}")
     if len(instructions) < 32 and any("BPT.TRAP" in text for text in instructions):
         problems.append("compiled into a trap")
+    problems += complaints(compiled.asm["ptx"])
     loop, per_weight = main_loop(instructions, branches), 0.0
     counts = [sum(bool(re.search(pattern, text)) for text in loop) for pattern in (WIDE, GLOBAL)]
     if variant.weights:

@@ -58,7 +58,7 @@ def strip(
         accs = accs + (tl.zeros((BM, BR), tl.float32),)
         if DROP:
             keys = keys + (row_keys(seed_ptrs[i], rows),)
-    for k in range(0, K, BK):
+    for k in range(0, tl.maximum(K, 1), BK):
         cols = k + tl.arange(0, BK)
         wide_cols = cols.to(tl.int64)
         x = tl.load(

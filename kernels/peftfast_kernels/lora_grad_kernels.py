@@ -47,7 +47,7 @@ def column_gradient(
     accs = ()
     for _ in tl.static_range(len(f_ptrs)):
         accs = accs + (tl.zeros((BC, BR), tl.float32),)
-    for m in range(0, M, BM):
+    for m in range(0, tl.maximum(M, 1), BM):
         rows = m + tl.arange(0, BM).to(tl.int64)
         # Read transposed, so that the product needs no transposition of a register tile.
         x = tl.load(

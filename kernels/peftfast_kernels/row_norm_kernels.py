@@ -89,7 +89,7 @@ def norm_kernel(
         last = min(first + each, K)
     product = tl.zeros((BN, BR), tl.float32)
     squares = tl.zeros((BN, 16), tl.float32)
-    for k in range(first, last, BK):
+    for k in range(first, tl.maximum(last, first + 1), BK):
         w = DECODE(
             w0, w1, w2, w3, w4, table, rows, k, N, K, stride_n, stride_k, BK, BLOCK, NESTED, LAYOUT, DTYPE, INTERP
         )  # fmt: skip

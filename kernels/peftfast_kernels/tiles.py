@@ -2,7 +2,8 @@
 
 Offsets are int64 wherever a row index enters, because an activation may hold more than 2**31 elements. ``INTERP`` is
 true in Triton's interpreter, whose bf16 arithmetic is wrong (products of raw bits, truncating casts): operands are
-then upcast to fp32 on load and rounded to bf16 by hand on store.
+then upcast to fp32 on load and rounded to bf16 by hand on store. Loops over matrix products take a step where there is
+nothing to add up, too (``tl.maximum``): where a loop may take none, ptxas waits for every wgmma by itself.
 """
 
 import triton

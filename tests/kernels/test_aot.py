@@ -19,6 +19,27 @@ def run_tool(*arguments):
     return run(ROOT / "tools" / "aot.py", *arguments)
 
 
+# Two products; what stands between them.
+PTX = """.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry kernel(.param .u64 out) {{
+    .reg .f32 %f<4>;
+    .reg .b64 %d<2>;
+    ld.param.u64 %d0, [out];
+    mov.f32 %f0, 0f00000000; mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%f0, %f1, %f2, %f3}}, %d0, %d0, 1, 1, 1, 0, 0;
+    {}
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%f0, %f1, %f2, %f3}}, %d0, %d0, 1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    st.global.f32 [%d0], %f0; st.global.f32 [%d0+4], %f1;
+    ret;
+}}
+"""
+
+
 @pytest.fixture(scope="module")
 def aot():
     before = os.environ.get("TRITON_INTERPRET")  # the module clears it for its own process
@@ -51,10 +72,17 @@ def test_spills_in_loops_are_found(aot, monkeypatch):
     assert len(instructions) == 4 and branches == {2: 0, 3: 3}
     assert aot.main_loop(instructions, branches) == instructions[:3]  # the padding branch is no loop
 
-    compiled, variant = SimpleNamespace(asm={"cubin": b""}), SimpleNamespace(weights=0)
+    compiled, variant = SimpleNamespace(asm={"cubin": b"", "ptx": PTX.format("")}), SimpleNamespace(weights=0)
     monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:8 SHARED:0 LOCAL:0"))
     registers, spills, *_, problems = aot.inspect_nvidia(compiled, variant, "sm_90")
     assert (registers, spills) == (40, 1) and "1 of them in a loop" in problems[0]
+
+
+def test_matrix_instructions_that_wait_for_each_other_are_found(aot):
+    assert aot.complaints(PTX.format("")) == []
+    group = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;"
+    said = aot.complaints(PTX.format(f"{group} st.global.f32 [%d0+8], %f2; wgmma.fence.sync.aligned;"))
+    assert len(said) == 1 and "serialized" in said[0]
 
 
 def test_spills_before_a_wait_behind_the_end_are_in_no_loop(aot, monkeypatch):
@@ -66,7 +94,9 @@ def test_spills_before_a_wait_behind_the_end_are_in_no_loop(aot, monkeypatch):
     assert aot.repeated(*aot.parse_sass(sass)) == {4, 5}
     variant = SimpleNamespace(weights=0)
     monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:8 SHARED:0 LOCAL:0"))
-    registers, spills, *_, problems = aot.inspect_nvidia(SimpleNamespace(asm={"cubin": b""}), variant, "sm_100")
+    registers, spills, *_, problems = aot.inspect_nvidia(
+        SimpleNamespace(asm={"cubin": b"", "ptx": PTX.format("")}), variant, "sm_100"
+    )
     assert spills == 2 and not problems
 
 
