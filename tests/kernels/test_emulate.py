@@ -276,22 +276,34 @@ PRODUCT = """
 """
 WAIT = """
 {
+	@%p3 bra.uni skipWait;
 	.reg .pred complete;
 	waitLoop:
 	mbarrier.try_wait.parity.shared::cta.b64 complete, [%r17+8], 0;
 	@!complete bra.uni waitLoop;
+	skipWait:
 }
+"""
+# The same as two products of 64 rows, the second into the upper half of the lanes that each warp reaches.
+HALVES = """
+	mov.b32 	%r21, 67372176;
+	add.s32 	%r22, %r19, 1048576;
+	add.s64 	%rd5, %rd4, 128;
+	@%p2 tcgen05.mma.cta_group::1.kind::f16 [ %r19 + 0 ], %rd4, %rd4, %r21, %p3;
+	@%p2 tcgen05.mma.cta_group::1.kind::f16 [ %r22 + 0 ], %rd5, %rd4, %r21, %p3;
+	@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r17+8];
 """
 END = "@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r19, 32;"
 
 
-def products(product=PRODUCT, wait=WAIT, end=END, **options):
+def products(product=PRODUCT, wait=WAIT, end=END, order=slice(None), **options):
+    """Where the results are right, which threads have in this order."""
     rows = np.zeros((128, 32), np.float32)
     rows[:, :16] = np.random.default_rng(0).integers(-8, 8, (128, 16))
     packed = (rows.view(np.uint32) >> 16).astype(np.uint16)  # small whole numbers: exact in bfloat16
     body = ROWS.format(product=product, wait=wait, end=end)
     found = launch(body, packed.view(np.uint32), threads=128, shared=4112, **options)
-    return found.view(np.float32) == rows[:, :16] @ rows[:16, :16].T
+    return found.view(np.float32) == (rows[:, :16] @ rows[:16, :16].T)[order]
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -302,6 +314,8 @@ def test_matrix_products_in_tensor_memory(eager):
     again = WAIT + PRODUCT.replace("%p3", "%p1") + WAIT.replace(", 0;", ", 1;")  # added to the first one
     assert not products(wait=again, eager=eager).any(1).all()
     # what is overwritten while a product may read it is wrong in late ones
+    warp, upper, lane = np.indices((4, 2, 16)).reshape(3, 128)
+    assert products(HALVES, order=64 * upper + 16 * warp + lane, eager=eager).all()
 
 
 STORE = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r20 + {}], {{%r2}};\n"
@@ -321,7 +335,13 @@ FOREVER = "wait for others that never come\n    mbarrier.try_wait"
             {"product": PRODUCT.replace("%r19 + 0", "%r19 + 32")},
         ),
         ("tensor memory is read that nobody wrote", {"product": PRODUCT.replace("%p3", "%p1")}),
+        (
+            "tensor memory is read that nobody wrote",
+            {"product": HALVES.replace("%rd5, %rd4, %r21, %p3", "%rd5, %rd4, %r21, %p1")},
+        ),
+        ("another warp was since the last barrier\n    @%p2 tcgen05.mma", {"product": STORE.format(0) + HALVES}),
         ("lanes of tensor memory that are out of reach", {"wait": WAIT + "mov.b32 %r20, %r19;"}),
+        ("lanes of tensor memory that are out of reach", {"wait": WAIT + "add.s32 %r20, %r20, 1048576;"}),
         ("another warp was since the last barrier\n    @%p2 tcgen05.mma", {"product": STORE.format(0) + PRODUCT}),
         ("that nobody waited for\n    @%p2 tcgen05.mma", {"product": STORE.format(8) + "bar.sync 0;" + PRODUCT}),
         ("changes while a matrix product may read it", {"product": PRODUCT + "st.shared.b32 [%r15], %r1;"}),

@@ -74,13 +74,15 @@ def parse(text: str) -> Program:
             pointers.append(i)
     kinds = {name: WIDTH[bits] for bits, name in re.findall(r"\.reg \.b(\d+)\s+(%\w+)<", rest)}
     blocks, labels, source = [Block()], {}, ""
-    depth, inner = 0, {}  # braces within the kernel's own; labels in them, which are seen only there
+    depth, inner, jumps = 0, {}, []  # braces within the kernel's own; labels in them, seen only there; who goes to one
     for line in rest.splitlines():
         line, _, comment = (part.strip() for part in line.partition("//"))
         if line.startswith(".loc"):
             source = ":".join(comment.split(":")[:2])
         if line in ("{", "}"):
-            depth, inner = depth + (1 if line == "{" else -1), {}
+            for jump in jumps:
+                jump.operands[0] = inner.get(jump.operands[0], jump.operands[0])
+            depth, inner, jumps = depth + (1 if line == "{" else -1), {}, []
             if depth < 0:
                 break
         if label := re.match(r"([$\w]+):$", line):
@@ -98,7 +100,7 @@ def parse(text: str) -> Program:
                 blocks.append(Block())
             blocks[-1].instructions.append(instruction)
             if instruction.name[0] == "bra":
-                instruction.operands[0] = inner.get(instruction.operands[0], instruction.operands[0])
+                jumps.append(instruction)
             if instruction.name[0] in ("bra", "ret", "exit"):
                 blocks.append(Block())
     return Program(name[1], blocks, labels, parameters, pointers, kinds)

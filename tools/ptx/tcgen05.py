@@ -11,15 +11,12 @@ from ptx import mbarriers
 from ptx.background import Work
 from ptx.matrices import PER_REGISTER, lent, threads_of, unpacked, whole_warps, write
 from ptx.operands import address, lanes_of, source
-from ptx.tensor_memory import TensorMemory
+from ptx.tensor_memory import HALF, TensorMemory
 
 Step = Callable[[Any, Any], None]
 
-#: Pieces in which a warp moves its numbers: threads, lanes, and whether its columns are the second ones.
-SHAPES = {
-    "32x32b": ((slice(0, 32), slice(0, 32), 0),),
-    "16x32bx2": ((slice(0, 16), slice(0, 16), 0), (slice(16, 32), slice(0, 16), 1)),
-}
+#: Pieces in which a warp moves its numbers: threads, how many lanes, and whether its columns are the second ones.
+SHAPES = {"32x32b": ((slice(0, 32), 32, 0),), "16x32bx2": ((slice(0, 16), 16, 0), (slice(16, 32), 16, 1))}
 #: Types of A and B by their numbers in a product's descriptor.
 TYPES = {"kind__f16": {0: "f16", 1: "bf16"}, "kind__tf32": {2: "tf32"}}
 
@@ -55,21 +52,20 @@ def _dealloc(instruction: Any) -> Step:
 
     def step(machine: Any, lanes: Any) -> None:
         warps = whole_warps(machine, lanes)
-        for some, first in _places(machine, at(machine)[warps * 32]):
+        for some, _, first in _places(machine, at(machine)[warps * 32]):
             _tensor(machine).free(warps[some], slice(first, first + columns))
 
     return step
 
 
-def _places(machine: Any, addresses: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """Which of these addresses, counted from the lane where they have to begin, are the same; their column."""
+def _places(machine: Any, addresses: np.ndarray, rows: int = 2 * HALF) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Which of these addresses of so many lanes, counted from where a warp's begin, are the same; their first lane and
+    column."""
     for one in np.unique(addresses):
         lane, column = divmod(int(one), 1 << 16)
-        if lane == 16:
-            raise NotImplementedError("the upper half of the lanes of tensor memory that a warp reaches")
-        if lane:
+        if lane not in (0, HALF) or lane + rows > 2 * HALF:
             raise machine.fault("lanes of tensor memory that are out of reach")
-        yield np.flatnonzero(addresses == one), column
+        yield np.flatnonzero(addresses == one), lane, column
 
 
 # ---- loads and stores --------------------------------------------------------------------------------------------
@@ -80,11 +76,12 @@ def _pieces(
     programs, warp = np.divmod(warps, machine.threads // 32)
     for group in np.unique(warp // 4):  # of warps at different lanes
         mine = np.flatnonzero(warp // 4 == group)
-        for some, column in _places(machine, addresses[mine] - (warp[mine] % 4 * 32 << 16)):
+        for some, lane, column in _places(machine, addresses[mine] - (warp[mine] % 4 * 32 << 16), shape[0][1]):
             some = mine[some]
             for threads, rows, second in shape:
                 first = column + second * apart
-                yield (some, threads), (programs[some], warp[some] % 4, rows, slice(first, first + size))
+                lanes = slice(lane, lane + rows)
+                yield (some, threads), (programs[some], warp[some] % 4, lanes, slice(first, first + size))
 
 
 def _move(instruction: Any) -> Step:
@@ -103,8 +100,8 @@ def _move(instruction: Any) -> Step:
         if (addresses != addresses[:, :1]).any():
             raise machine.fault("an address of tensor memory that is not the same in all of a warp")
         pieces = list(_pieces(machine, warps, addresses[:, 0], shape, size, apart))
-        for (some, _), (*_, columns) in pieces:
-            tensor.move(warps[some], columns, stores)
+        for (some, _), (*_, rows, columns) in pieces:
+            tensor.move(warps[some], rows, columns, stores)
         values = np.zeros((len(warps), 32, size), np.uint32)
         if stores:
             values[:] = np.stack([machine.read(one, np.uint32)[threads] for one in registers], 1).reshape(values.shape)
@@ -115,7 +112,7 @@ def _move(instruction: Any) -> Step:
                     tensor.write(where, values[of_whom])
                 else:
                     values[of_whom] = tensor.read(where)
-                tensor.moved(warps[of_whom[0]], where[-1], stores)
+                tensor.moved(warps[of_whom[0]], *where[-2:], stores)
             for i, register in enumerate(() if stores else registers):
                 write(machine, register, threads, values[:, :, i].ravel(), lanes)
 
@@ -176,11 +173,11 @@ def _mma(instruction: Any) -> Step:
         def tensor_part(get: Any, columns: int, stores: bool) -> list[tuple[Any, tuple]]:
             """Which programs' matrices lie at one place, and where."""
             parts = []
-            for some, column in _places(machine, own(get)):
-                place = slice(column, column + columns)
-                tensor.multiply(warps[some], place, stores)
+            for some, lane, column in _places(machine, own(get), m // 4):
+                place = slice(lane, lane + m // 4), slice(column, column + columns)
+                tensor.multiply(warps[some], *place, stores)
                 everywhere = len(some) == machine.count
-                where = slice(None) if everywhere else programs[some], slice(None), slice(0, m // 4), place
+                where = slice(None) if everywhere else programs[some], slice(None), *place
                 parts.append((slice(None) if everywhere else some, where))
             return parts
 

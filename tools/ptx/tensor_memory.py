@@ -16,6 +16,15 @@ import numpy as np
 from ptx.background import Groups
 
 COLUMNS = 512
+HALF = 16  # of a warp's lanes: where there are products of 64 rows, each half is somebody's
+
+
+def halves(rows: slice, columns: slice) -> list[slice]:
+    """Where it is noted what happens in these of a warp's lanes: columns of the upper ones stand behind the lower's."""
+    return [
+        slice(columns.start + COLUMNS * half, columns.stop + COLUMNS * half)
+        for half in range(rows.start // HALF, -(-rows.stop // HALF))
+    ]
 
 
 class Moves(Groups):
@@ -23,8 +32,10 @@ class Moves(Groups):
 
     def __init__(self, machine: Any, warps: int) -> None:
         super().__init__(machine)
-        self.when, self.who = (np.zeros((machine.count, 4, COLUMNS), np.int64) for _ in range(2))  # who: a bit a warp
-        self.open = np.zeros((machine.count, warps, COLUMNS), np.int16)
+        self.when, self.who = (
+            np.zeros((machine.count, 4, 2 * COLUMNS), np.int64) for _ in range(2)
+        )  # who: a bit a warp
+        self.open = np.zeros((machine.count, warps, 2 * COLUMNS), np.int16)
 
     def by_others(self, at: tuple, epoch: np.ndarray, warp: np.ndarray) -> bool:
         return bool(((self.when[at] == epoch) & ((self.who[at] & ~(1 << warp)) != 0)).any())
@@ -45,7 +56,9 @@ class TensorMemory:
         self.loads, self.stores = Moves(machine, self.warps), Moves(machine, self.warps)
         self.epoch = np.ones(count, np.int64)
         self.products = 0  # that were asked for, and so the number of the last one
-        self.results, self.operands = (np.zeros((count, COLUMNS), np.int64) for _ in range(2))  # of the last product
+        self.results, self.operands = (
+            np.zeros((count, 2 * COLUMNS), np.int64) for _ in range(2)
+        )  # of the last product
         self.seen = np.zeros((count, self.warps), np.int64)  # of how many products a warp knows that they are done
         self.done: dict[int, np.ndarray] = {}  # how many were, when somebody last arrived at an mbarrier
 
@@ -72,8 +85,9 @@ class TensorMemory:
         size = columns.stop - columns.start
         if ((self.first[programs] == columns.start).sum(1) != size).any():
             raise self.machine.fault(f"{size} columns of tensor memory were not allocated at {columns.start}")
-        self._waited_for(programs, warp, columns, True)
-        self._moved(programs, warp, columns, True)
+        for part in halves(slice(0, 2 * HALF), columns):
+            self._waited_for(programs, warp, part, True)
+            self._moved(programs, warp, part, True)
         self.first[programs, columns], self.known[programs, :, :, columns] = -1, False
 
     def end(self) -> None:
@@ -109,26 +123,29 @@ class TensorMemory:
         if any(moves.open[programs, :, columns].any() for moves in self._disturbing(stores)):
             raise self.machine.fault("tensor memory of a load or store that nobody waited for")
 
-    def move(self, warps: np.ndarray, columns: slice, stores: bool) -> None:
-        """Each of these warps is about to load, or store, in its lanes."""
+    def move(self, warps: np.ndarray, rows: slice, columns: slice, stores: bool) -> None:
+        """Each of these warps is about to load, or store, in these of its lanes."""
         programs, warp = np.divmod(warps, self.warps)
         self._allocated(programs, columns)
-        self._waited_for(programs, warp, columns, stores)
         moves = self.stores if stores else self.loads
-        moves.visit(*self._alone(programs, warp, warp[:, None] % 4, columns, stores))
-        moves.open[programs, warp, columns] += 1
+        for part in halves(rows, columns):
+            self._waited_for(programs, warp, part, stores)
+            moves.visit(*self._alone(programs, warp, warp[:, None] % 4, part, stores))
+            moves.open[programs, warp, part] += 1
 
-    def moved(self, warps: np.ndarray, columns: slice, stores: bool) -> None:
+    def moved(self, warps: np.ndarray, rows: slice, columns: slice, stores: bool) -> None:
         """They have, and whoever wanted to wait for it has."""
         programs, warp = np.divmod(warps, self.warps)
-        (self.stores if stores else self.loads).open[programs, warp, columns] -= 1
+        for part in halves(rows, columns):
+            (self.stores if stores else self.loads).open[programs, warp, part] -= 1
 
-    def multiply(self, warps: np.ndarray, columns: slice, stores: bool) -> None:
-        """Product number `products`, which these warps ask for, is about to read or write these columns."""
+    def multiply(self, warps: np.ndarray, rows: slice, columns: slice, stores: bool) -> None:
+        """Product number `products`, which these warps ask for, is about to read or write here."""
         programs, warp = np.divmod(warps, self.warps)
         self._allocated(programs, columns)
-        self._moved(programs, warp, columns, stores)
-        (self.results if stores else self.operands)[programs, columns] = self.products
+        for part in halves(rows, columns):
+            self._moved(programs, warp, part, stores)
+            (self.results if stores else self.operands)[programs, part] = self.products
 
     def barrier(self, lanes: np.ndarray | None) -> None:
         here = slice(None) if lanes is None else lanes[:: self.machine.threads]
