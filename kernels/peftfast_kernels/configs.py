@@ -44,7 +44,7 @@ TILES: dict[str, dict[str, Tile]] = {
         "sm_80": Tile(128, 64, 128, 4, 4),
         "sm_86": Tile(64, 64, 64, 4, 3),
         "sm_90": Tile(128, 64, 128, 4, 4),
-        "sm_100": Tile(128, 32, 128, 4, 5),  # with 64 rows the mask and tcgen05 together spill
+        "sm_100": Tile(128, 64, 128, 4, 5),
         "sm_120": Tile(64, 64, 64, 4, 3),
         "gfx942": Tile(64, 64, 64, 4, 2),
     },
@@ -196,7 +196,7 @@ PROGRAMS = 128  # about as many as a large GPU has processors
 #: Bytes a cycle out of the second-level cache to all of a large GPU, and out of memory; and cycles in which a processor
 #: makes one element of a dropout mask. Predictions, from published measurements of H100s and from the mask's
 #: instructions: nothing was measured here.
-_TO_ALL, _OUT_OF_MEMORY, _MASK = 3072, 2400, 0.2
+_TO_ALL, _OUT_OF_MEMORY, _MASK = 3072, 2400, 0.12
 
 #: Bytes a cycle to one processor, by the same, and by the cycles of its shared memory (`tools/emulate.py --traffic`):
 #: where matrix instructions read out of that themselves, and where warps do for them.

@@ -4,15 +4,17 @@ Where kernels run (on GPUs, and in Triton's interpreter) and under a compiler th
 for bit equal on every path; plain CPU tensors take their bits from a sequential generator, which costs a fraction of
 the hash there. `keep_mask` exports the mask that the device's paths use.
 
-An element is kept where ``mix(row_key + col * 0x9E3779B9) >> 8 >= round(prob * 2**24)``, with the 64-bit row counter
-and the 64-bit seed entering through ``row_key = mix(mix(row_lo ^ s0) + (row_hi ^ s1))``, ``s0 = mix(seed_lo +
+An element is kept where its 16 bits are at least ``round(prob * 2**16)``: of ``mix(row_key + (col // 2) * 0x9E3779B9)``
+the low half where the column is even, the high half where it is odd, with the 64-bit row counter and the 64-bit seed
+entering through ``row_key = mix(mix(row_lo ^ s0) + (row_hi ^ s1))``, ``s0 = mix(seed_lo +
 0x9E3779B9)``, ``s1 = mix(seed_hi + s0)``; everything is 32-bit unsigned arithmetic. ``mix`` is a xorshift-multiply
 permutation of 32-bit words. The seed is mixed before it meets the row: ``row ^ seed`` would give neighbouring seeds the
 same rows in another order. The mask depends on the seed, the row and the column only, never on a tile size or on which
-path computes it. On plain CPU tensors the i-th block of 2**17 // K rows takes consecutive 32-bit words of numpy's SFC64
+path computes it. On plain CPU tensors the i-th block of 2**17 // K rows takes consecutive 16-bit words of numpy's SFC64
 seeded with (seed, i), and the same threshold.
 
-Kept elements are scaled by ``1 / (1 - p)`` with ``p = round(prob * 2**24) / 2**24``, the probability really used.
+Kept elements are scaled by ``1 / (1 - p)`` with ``p = round(prob * 2**16) / 2**16``, the probability really used. More
+bits a draw would be more words to make, which is what masked kernels take most of their instructions for.
 """
 
 import threading
@@ -25,12 +27,12 @@ from torch import Tensor
 
 from peftfast_kernels.op import Case, Cost, is_interpreting, op, row_chunks
 
-GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: consecutive columns land far apart before mixing
+GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: consecutive words land far apart before mixing
 MIX_1 = 0x21F0AAAD
 MIX_2 = 0xD35A2D97
-THRESHOLD_BITS = 24
+_DRAWS = 1 << 16
 
-# int32 scratch per chunk is twice this many elements: 1 MiB, which stays in a core's L2 cache.
+# int32 scratch per chunk is as many words as this: 512 KiB, which stay in a core's L2 cache.
 _CHUNK = 1 << 17
 
 # Masks of up to this many elements (bytes) outlive the call that made them, until the next one.
@@ -41,17 +43,18 @@ _SMALL = 1 << 22
 
 
 def threshold(prob: float) -> int:
-    """``round(prob * 2**24)``: of 2**24 equally likely draws, how many drop. Raises ``ValueError`` outside [0, 1]."""
+    """``round(prob * 2**16)``: of 2**16 equally likely draws, how many drop. One less where that is all, so that it
+    fits into a draw: `keep_scale` drops what is left. Raises ``ValueError`` outside [0, 1]."""
     if not 0.0 <= prob <= 1.0:
         raise ValueError(f"dropout probability {prob!r} is outside [0, 1]")
-    return round(prob * (1 << THRESHOLD_BITS))
+    return min(round(prob * _DRAWS), _DRAWS - 1)
 
 
 def keep_scale(prob: float) -> float:
     """``1 / (1 - p)`` for the quantised p: 1.0 without dropout; 0.0 where everything is dropped, so that no NaN can
     appear."""
-    kept = (1 << THRESHOLD_BITS) - threshold(prob)
-    return (1 << THRESHOLD_BITS) / kept if kept else 0.0
+    kept = _DRAWS - round(prob * _DRAWS)
+    return _DRAWS / kept if kept else 0.0
 
 
 def seed_or(seed: Tensor | None, prob: float, stand_in: Tensor) -> Tensor:
@@ -93,19 +96,17 @@ def _row_keys(seed: Tensor, start: int, stop: int) -> Tensor:
     return _mix_(key, scratch).unsqueeze(1)
 
 
-def _column_keys(cols: int, device: torch.device) -> Tensor:
-    return (torch.arange(cols, device=device) * GOLDEN).to(torch.int32)
+def _pair_keys(cols: int, device: torch.device) -> Tensor:
+    return (torch.arange((cols + 1) // 2, device=device) * GOLDEN).to(torch.int32)
 
 
-def dropped_rows(seed: Tensor, prob: float, start: int, stop: int, columns: Tensor) -> Tensor:
-    """bool [stop - start, cols], True where dropped; ``columns`` comes from `_column_keys`. Meant for one chunk."""
-    word = _row_keys(seed, start, stop) + columns
-    limit = threshold(prob)
-    if limit == 1 << THRESHOLD_BITS:
-        return torch.ones_like(word, dtype=torch.bool)
+def dropped_rows(seed: Tensor, prob: float, start: int, stop: int, cols: int, pairs: Tensor) -> Tensor:
+    """bool [stop - start, cols], True where dropped; ``pairs`` are their `_pair_keys`. Meant for one chunk."""
+    word = _row_keys(seed, start, stop) + pairs
     _mix_(word, torch.empty_like(word))
-    # Unsigned comparison in signed arithmetic: flipping the top bit maps the unsigned order onto the signed one.
-    return word.bitwise_xor_(-(1 << 31)) < (limit << 8) - (1 << 31)
+    # Unsigned comparison in signed arithmetic: flipping the top bits maps the unsigned order onto the signed one.
+    draws = word.bitwise_xor_(_signed(0x80008000)).view(torch.int16)[:, :cols]
+    return draws < threshold(prob) - (1 << 15)
 
 
 def _numpy_mix_(word: np.ndarray, scratch: np.ndarray) -> np.ndarray:
@@ -120,18 +121,15 @@ def _numpy_masked_rows(rows: int, cols: int, seed: int, limit: int, row_offset: 
     halves = np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], dtype=np.uint32)
     s0 = _numpy_mix_(halves[:1] + np.uint32(GOLDEN), np.empty(1, np.uint32))
     s1 = _numpy_mix_(halves[1:] + s0, np.empty(1, np.uint32))
-    columns = (np.arange(cols, dtype=np.uint64) * np.uint64(GOLDEN)).astype(np.uint32)
+    pairs = (np.arange((cols + 1) // 2, dtype=np.uint64) * np.uint64(GOLDEN)).astype(np.uint32)
     for part in row_chunks(rows, cols, _CHUNK):
         counter = np.arange(row_offset + part.start, row_offset + part.stop, dtype=np.int64)
         key = counter.astype(np.uint32) ^ s0
         scratch = np.empty_like(key)
         key = _numpy_mix_(key, scratch) + ((counter >> 32).astype(np.uint32) ^ s1)
-        word = _numpy_mix_(key, scratch)[:, None] + columns
-        if limit == 1 << THRESHOLD_BITS:
-            dropped = np.ones(word.shape, dtype=bool)
-        else:
-            dropped = _numpy_mix_(word, np.empty_like(word)) < np.uint32(limit << 8)
-        yield part, torch.from_numpy(dropped)
+        word = _numpy_mix_(key, scratch)[:, None] + pairs
+        draws = _numpy_mix_(word, np.empty_like(word)).view(np.uint16)[:, :cols]
+        yield part, torch.from_numpy(draws < np.uint16(limit))
 
 
 _thread = threading.local()  # a generator and the masks of the last call
@@ -141,8 +139,6 @@ _WARM_UP = 18  # rounds after which every bit of SFC64's state depends on every 
 
 def _generated_rows(cols: int, rows: int, seed: int, limit: int, block: int) -> np.ndarray:
     """bool [rows, cols], True where dropped: the first rows of a block."""
-    if limit == 1 << THRESHOLD_BITS:
-        return np.ones((rows, cols), dtype=bool)
     generator = getattr(_thread, "generator", None)
     if generator is None:
         generator = _thread.generator = np.random.SFC64(0)
@@ -152,8 +148,8 @@ def _generated_rows(cols: int, rows: int, seed: int, limit: int, block: int) -> 
     state = _thread.state
     state["state"]["state"][:] = (seed & 0xFFFFFFFFFFFFFFFF, block, GOLDEN, 1)
     generator.state = state
-    words = generator.random_raw(_WARM_UP + (rows * cols + 1) // 2)[_WARM_UP:].view(np.uint32)
-    return words[: rows * cols].reshape(rows, cols) < np.uint32(limit << 8)
+    draws = generator.random_raw(_WARM_UP + (rows * cols + 3) // 4)[_WARM_UP:].view(np.uint16)
+    return draws[: rows * cols].reshape(rows, cols) < np.uint16(limit)
 
 
 def _generated_masked_rows(rows: int, cols: int, seed: int, limit: int, row_offset: int):
@@ -237,9 +233,9 @@ def masked_rows(rows: int, cols: int, seed: Tensor | None, prob: float, row_offs
         make = _numpy_masked_rows if _hashes_on_cpu() else _generated_masked_rows
         yield from make(rows, cols, seed.item(), threshold(prob), row_offset)
         return
-    columns = _column_keys(cols, seed.device)
+    pairs = _pair_keys(cols, seed.device)
     for part in row_chunks(rows, cols, _CHUNK, seed.device):
-        yield part, dropped_rows(seed, prob, row_offset + part.start, row_offset + part.stop, columns)
+        yield part, dropped_rows(seed, prob, row_offset + part.start, row_offset + part.stop, cols, pairs)
 
 
 def drop(x: Tensor, seed: Tensor | None, prob: float, row_offset: int = 0) -> Tensor:
@@ -278,8 +274,9 @@ def _reference(seed: Tensor | None, prob: float, rows: int, cols: int, device: t
     key = _reference_mix((row & low) ^ s0)
     key = _reference_mix((key + ((row >> 32) ^ s1)) & low)
     col = torch.arange(cols, device=device)
-    word = _reference_mix((key[:, None] + (col * GOLDEN)[None, :]) & low)
-    return (word >> 8) >= threshold(prob)
+    word = _reference_mix((key[:, None] + (col // 2 * GOLDEN)[None, :]) & low)
+    draw = torch.where(col % 2 == 0, word & 0xFFFF, word >> 16)
+    return draw >= threshold(prob)
 
 
 def _cases():
@@ -290,7 +287,7 @@ def _cases():
         (0, 8, 0.5, 3),
         (64, 64, 1.0, 5),
         (17, 40, 0.0, 6),
-        (70, 257, 1e-9, (1 << 40) + 11),
+        (70, 257, 2e-5, (1 << 40) + 11),
         (129, 300, 0.9999, -(1 << 62)),
     ):
         yield Case(

@@ -18,7 +18,7 @@ def mask_kernel(seed_ptr, out_ptr, M, N, threshold, BM: tl.constexpr, BN: tl.con
     """Program (i, j) writes BM rows and BN columns of the mask. seed_ptr: int64 []; out_ptr: bool [M, N]."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    keep = keep_tile(row_keys(seed_ptr, rows), cols, threshold)
+    keep = keep_tile(row_keys(seed_ptr, rows), 0, cols, threshold)
     inside = (rows[:, None] < M) & (cols[None, :] < N)
     tl.store(out_ptr + rows[:, None] * N + cols[None, :], keep, mask=inside)
 

@@ -78,7 +78,7 @@ def strip(
             a = operand(a, INTERP)
             kept = x
             if DROP:
-                kept = tl.where(keep_tile(keys[i], cols, thresholds[i]), kept, 0.0)
+                kept = tl.where(keep_tile(keys[i], k, tl.arange(0, BK), thresholds[i]), kept, 0.0)
             sums = sums + (exact_product(kept, a, accs[i], PRECISION, INTERP),)
         accs = sums
     for i in tl.static_range(len(a_ptrs)):

@@ -50,7 +50,7 @@ def masked_adapter(
     )  # fmt: skip
     acc = acc * scale
     if DROP:
-        acc = tl.where(keep_tile(row_keys(seed_ptr, rows), cols, threshold), acc, 0.0)
+        acc = tl.where(keep_tile(row_keys(seed_ptr, rows), 0, cols, threshold), acc, 0.0)
     return acc
 
 

@@ -66,7 +66,7 @@ def column_gradient(
             )
             kept = x
             if DROP:
-                keep = keep_tile(row_keys(seed_ptrs[i], rows), cols, thresholds[i])
+                keep = keep_tile(row_keys(seed_ptrs[i], rows), 0, cols, thresholds[i])
                 kept = tl.where(tl.trans(keep), kept, 0.0)
             sums = sums + (exact_product(kept, operand(f, INTERP), accs[i], PRECISION, INTERP),)
         accs = sums
