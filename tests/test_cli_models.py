@@ -134,6 +134,16 @@ def test_refusals_in_one_line(adapter, tmp_path, capsys, options, parts, monkeyp
     assert sorted(os.listdir(tmp_path)) == ["FULL", "NAMELESS"] and os.listdir(full) == ["notes.txt"]
 
 
+def test_a_missing_tokenizer_is_said_before_a_model_is_loaded(adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("peftfast.cli._setup.load_stored", lambda *args: pytest.fail("loaded"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((EMBEDDED_BASE / "config.json").read_bytes())
+    assert main(["merge", str(adapter), "--model", str(model), "--output", str(tmp_path / "new")]) == USAGE_ERROR
+    err = capsys.readouterr().err
+    assert err.startswith(f"peftfast merge: error: {str(model)!r}: no tokenizer could be loaded: ")
+
+
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(adapter, tmp_path, capsys, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("disk full")

@@ -133,7 +133,7 @@ def make_config(settings: dict[str, Any]) -> PeftConfig:
 def load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with one_line(f"--model {name!r}: no tokenizer could be loaded"):
+    with one_line(f"{name!r}: no tokenizer could be loaded"):
         return AutoTokenizer.from_pretrained(source)
 
 

@@ -35,13 +35,12 @@ def run(args: argparse.Namespace) -> int:
             config = PeftConfig.from_pretrained(adapter)
         if config.is_prompt_learning:
             raise UserError(f"{args.adapter!r} is {plain_name(config.peft_type)}: virtual tokens are part of no weight")
+        own_tokenizer = (Path(adapter) / "tokenizer_config.json").exists()
+        tokenizer = _setup.load_tokenizer(*((adapter, args.adapter) if own_tokenizer else (source, name)))
         base = _setup.load_stored(source, name, args.dtype)
         with _setup.one_line(f"{args.adapter!r} does not fit {name!r}"):
             fit_vocabulary(base, adapter)
             model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
-        tokenizer = _setup.load_tokenizer(
-            adapter if (Path(adapter) / "tokenizer_config.json").exists() else source, name
-        )
         with _setup.writing(output), whole_folder(output) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
