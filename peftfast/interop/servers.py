@@ -170,10 +170,8 @@ SERVERS: dict[str, tuple[Rule, ...]] = {
             lambda f: f.largest_rank > f.max_rank,
             "r={f.largest_rank} is above max_lora_rank={f.max_rank}",
         ),
-        Rule(LOADS, lambda f: f.uneven, "from 0.32 on; before, it scales every layer by the config's r and lora_alpha"),
-        Rule(
-            LOADS, lambda f: f.saved and not f.saved_not_heads, "from 0.31 on; before, it supports no modules_to_save"
-        ),
+        Rule(LOADS, lambda f: f.uneven, "before 0.32, it scales every layer by the config's r and lora_alpha"),
+        Rule(LOADS, lambda f: f.saved and not f.saved_not_heads, "before 0.31, it supports no modules_to_save"),
     ),
     # SGLang 0.5.23, python/sglang/srt/lora: LoRAManager.validate_new_adapter, LoRAAdapter (initialize_weights, and
     # scaling by lora_alpha / r), LoRAMemoryPool.load_lora_weight_to_buffer, which the first request calls. What is no
