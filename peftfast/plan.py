@@ -127,7 +127,8 @@ class AdapterPlan:
         ]
         share = 100 * self.trainable_parameters / max(1, self.total_parameters)
         lines += ["", *_table(("module", "trained", "rank", "count", "parameters"), rows), ""]
-        lines.append(f"trainable parameters: {self.trainable_parameters:,} ({share:.3f}% of {self.total_parameters:,})")
+        base = f"the base's {self.total_parameters:,}"
+        lines.append(f"trainable parameters: {self.trainable_parameters:,} ({share:.3f}% of {base})")
         lines.append("bytes: " + ", ".join(f"{name} {size:,}" for name, size in self.memory.items()))
         rows = [(v.server, v.verdict, "; ".join(v.reasons)) for v in self.servers]
         lines += ["", *_table(("saved adapter in", "verdict", "reason"), rows)]
