@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.config import PeftType, plain_name
 from peftfast.errors import no_such_adapter
-from peftfast.many.merging import add_weighted_adapter
+from peftfast.many.combining import add_weighted_adapter
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.combine import padded, svd_of_sum
 from peftfast.methods.lora.stack import factors

@@ -13,7 +13,7 @@ from peftfast.config import PeftConfig, require_flag
 from peftfast.errors import warn
 from peftfast.files.beside import KeepsBeside
 from peftfast.keys import in_base
-from peftfast.many.merging import add_weighted_adapter, subtract
+from peftfast.many.combining import add_weighted_adapter, subtract
 from peftfast.many.router import Router
 from peftfast.method import method_for
 from peftfast.methods.combination import Combination
@@ -204,7 +204,7 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, Replicated):
             majority_sign_method: "total" or "frequency".
 
         Raises:
-            ValueError, TypeError: before anything is changed; see `peftfast.many.merging.add_weighted_adapter`.
+            ValueError, TypeError: before anything is changed; see `peftfast.many.combining.add_weighted_adapter`.
         """
         how = Combination(
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
