@@ -127,7 +127,14 @@ class CheckedFields:
 
 @checked
 class PeftConfigMixin:
-    """Fields and file format shared by all configs. Names, defaults and file contents are PEFT's."""
+    """Fields and file format shared by all configs. Names, defaults and file contents are PEFT's.
+
+    Args:
+        task_type: a `TaskType` or its name, which chooses the class of PeftModel; None: the general one.
+        peft_type: the method; every config class has its own.
+        auto_mapping: of a config without a task type, class and library of the base model; filled in when it is saved.
+        peft_version: of PEFT, whose fields these are.
+    """
 
     task_type: str | TaskType | None = None
     peft_type: str | PeftType | None = setting(optional(text()), default=None)
@@ -325,7 +332,14 @@ class PeftConfig(PeftConfigMixin):
 
 @checked
 class PromptLearningConfig(PeftConfig):
-    """Common fields of prompt tuning, prefix tuning and p-tuning; sizes left at None come from the base model."""
+    """Common fields of prompt tuning, prefix tuning and p-tuning; sizes left at None come from the base model.
+
+    Args:
+        num_virtual_tokens: length of the prompt; required.
+        token_dim: width of a virtual token. num_layers, num_attention_heads: of the model, for prefix tuning.
+        num_transformer_submodules: in how many parts of the model there is a prompt: 1, in encoder-decoder models 2.
+        modules_to_save: names of modules trained in full and saved with the adapter.
+    """
 
     num_virtual_tokens: int | None = setting(optional(integer(1)), default=None)
     token_dim: int | None = setting(optional(integer(1)), default=None)

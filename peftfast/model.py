@@ -124,10 +124,12 @@ class PeftModel(HasFiles, HasCounterpart, Replicated):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
+        """Adapter name -> config."""
         return self._tuner.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
+        """Names of the adapters that act, in the order in which they were activated."""
         return self._tuner.active_adapters
 
     @property
@@ -145,16 +147,19 @@ class PeftModel(HasFiles, HasCounterpart, Replicated):
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        """The config of `active_adapter`; ValueError where there is no adapter."""
         if not self.peft_config:
             raise ValueError("There is no adapter: this model's adapters were unloaded or deleted")
         return self.peft_config[self.active_adapter]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is active and adapters are not disabled."""
         return self._tuner.inventory.enabled and bool(self.active_adapters)
 
     @property
     def modules_to_save(self) -> set[str] | None:
+        """What the configs of all adapters name so; None where none does."""
         names = {n for cfg in self.peft_config.values() for n in getattr(cfg, "modules_to_save", None) or ()}
         return names or None
 
@@ -226,6 +231,13 @@ class PeftModel(HasFiles, HasCounterpart, Replicated):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's output with the active adapters.
+
+        Args:
+            adapter_names: instead of the active ones, an adapter for every sample: its name or "__base__", or of
+                adapters in layers its number (`base_model.adapter_numbers`).
+            alora_offsets: see `peftfast.tuners.calls.CalledModel.forward`.
+        """
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -272,9 +284,11 @@ class PeftModel(HasFiles, HasCounterpart, Replicated):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """See `peftfast.get_layer_status`."""
         return status.get_layer_status(self)
 
     def get_model_status(self) -> status.TunerModelStatus:
+        """See `peftfast.get_model_status`."""
         return status.get_model_status(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -28,11 +28,13 @@ _MLP_LAYERS = 2
 @register_config(PeftType.P_TUNING)
 @checked
 class PromptEncoderConfig(PromptLearningConfig):
-    """Args:
-    encoder_reparameterization_type: MLP or LSTM.
-    encoder_hidden_size: of the network; None: the model's.
-    encoder_num_layers: of the LSTM.
-    encoder_dropout: between the layers of the LSTM.
+    """Prompt tuning whose embeddings come out of a small network (P-tuning, Liu et al., arXiv 2103.10385).
+
+    Args:
+        encoder_reparameterization_type: MLP or LSTM.
+        encoder_hidden_size: of the network; None: the model's.
+        encoder_num_layers: of the LSTM.
+        encoder_dropout: between the layers of the LSTM.
     """
 
     encoder_reparameterization_type: str | PromptEncoderReparameterizationType = setting(

@@ -39,12 +39,14 @@ from peftfast.rules import boolean, integer, one_of, optional
 @register_config(PeftType.PREFIX_TUNING)
 @checked
 class PrefixTuningConfig(PromptLearningConfig):
-    """Args:
-    init_weights: None: random; "zero": keys and values that start at zero.
-    encoder_hidden_size: of the projection; None: `token_dim`.
-    prefix_projection: train small embeddings and a two-layer network that makes the keys and values of them.
-    token_dim, num_attention_heads: width of the keys of one layer and its key/value heads. Left open, they come from
-        the model; both given, they are kept, for instance to reach layers that are wider than the others.
+    """Trained keys and values in front of those of every attention layer (Li and Liang, arXiv 2101.00190).
+
+    Args:
+        init_weights: None: random; "zero": keys and values that start at zero.
+        encoder_hidden_size: of the projection; None: `token_dim`.
+        prefix_projection: train small embeddings and a two-layer network that makes the keys and values of them.
+        token_dim, num_attention_heads: width of the keys of one layer and its key/value heads. Left open, they come
+            from the model; both given, they are kept, for instance to reach layers that are wider than the others.
     """
 
     init_weights: str | None = setting(optional(one_of("zero")), default=None)

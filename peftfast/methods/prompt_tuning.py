@@ -51,13 +51,15 @@ def as_choice(value: Any, choices: type[enum.Enum], name: str) -> Any:
 @register_config(PeftType.PROMPT_TUNING)
 @checked
 class PromptTuningConfig(PromptLearningConfig):
-    """Args:
-    prompt_tuning_init: TEXT starts from the embeddings of a text, SAMPLE_VOCAB from those of random tokens, RANDOM
-        from a normal distribution.
-    prompt_tuning_init_text: for TEXT; cut or repeated to the prompt's length.
-    tokenizer_name_or_path: for TEXT.
-    tokenizer_kwargs: for TEXT, of `AutoTokenizer.from_pretrained`; `trust_remote_code` is not passed on, since a
-        config file may come from anybody.
+    """Trained embeddings in front of the input's (Lester et al., arXiv 2104.08691).
+
+    Args:
+        prompt_tuning_init: TEXT starts from the embeddings of a text, SAMPLE_VOCAB from those of random tokens, RANDOM
+            from a normal distribution.
+        prompt_tuning_init_text: for TEXT; cut or repeated to the prompt's length.
+        tokenizer_name_or_path: for TEXT.
+        tokenizer_kwargs: for TEXT, of `AutoTokenizer.from_pretrained`; `trust_remote_code` is not passed on, since a
+            config file may come from anybody.
     """
 
     prompt_tuning_init: PromptTuningInit | str = setting(one_of(*PromptTuningInit), default=PromptTuningInit.RANDOM)

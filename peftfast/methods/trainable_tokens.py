@@ -29,10 +29,12 @@ SMALL = 1 << 18
 @register_config(PeftType.TRAINABLE_TOKENS)
 @checked
 class TrainableTokensConfig(PeftConfig):
-    """Args:
-    token_indices: rows to train.
-    target_modules: the embedding(s); None: the model's input embedding.
-    init_weights: start from the base's rows; False: from random ones.
+    """Single rows of embeddings, trained and saved in place of the whole tables.
+
+    Args:
+        token_indices: rows to train.
+        target_modules: the embedding(s); None: the model's input embedding.
+        init_weights: start from the base's rows; False: from random ones.
     """
 
     token_indices: list[int] = setting(sequence(integer(0), distinct=True), default=[])

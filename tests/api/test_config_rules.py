@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import re
 
 import numpy
 import oracle
@@ -95,6 +96,13 @@ def test_wrong_values(cls, name, rule):
 def test_every_field_has_a_rule(cls):
     without = {f.name for f in dataclasses.fields(cls) if f.init and rule_of(f) is None}
     assert without <= {"task_type"}  # checked on its own, with PEFT's words
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_every_field_is_described(cls):
+    said = set(re.findall(r"\w+", " ".join(c.__doc__ for c in cls.__mro__ if c.__module__.startswith("peftfast."))))
+    assert not {field.name for field in dataclasses.fields(cls)} - said
+    assert not cls.__doc__.startswith("Args:")  # what it is comes first
 
 
 def test_configs_are_read_from_a_command_line():

@@ -91,7 +91,9 @@ class LoraConfig(PeftConfig):
         init_lora_weights: True (A Kaiming-uniform, B zero), False (both random), "gaussian", "orthogonal",
             "pissa" or "pissa_niter_[n]" (arXiv 2404.02948), "olora" (arXiv 2406.01775), "mica" (arXiv 2604.01694:
             B is frozen), "eva", "corda", "loftq", "lora_ga" (arXiv 2407.05000); in any case of letters.
+        eva_config, corda_config, loftq_config, lora_ga_config: settings of these initialisations.
         layers_to_transform: indices of the layers to adapt. layers_pattern: name(s) of the list they are in.
+        layer_replication: ranges [first, last) of the model's layers to stack, weights shared, into a deeper model.
         rank_pattern, alpha_pattern: module name or regex -> its own r or alpha; the first match wins.
         trainable_token_indices: rows of the input embedding to train, or {module: rows}.
         use_dora: weight-decomposed adaptation (arXiv 2402.09353).
@@ -108,6 +110,8 @@ class LoraConfig(PeftConfig):
         kasa_config: the base without its r smallest singular components, and trained singular values between the
             factors (KaSA, arXiv 2412.06071).
         ensure_weight_tying: share adapters between tied embeddings.
+        megatron_config: refused; Megatron's layers are PEFT's alone. megatron_core: without effect.
+        runtime_config: a `LoraRuntimeConfig`, of this process only; never saved.
     """
 
     r: int = setting(integer(1), default=8)
