@@ -23,7 +23,7 @@ from peftfast.errors import close_matches, enumerate_some
 from peftfast.many.router import check_length, check_unmerged
 from peftfast.many.slots import Factors, Slots, Source
 from peftfast.rows.routing import BASE, Routing, batch_of, tokens_of
-from peftfast.rules import optional, torch_dtype
+from peftfast.rules import integer, number, optional, torch_dtype
 from peftfast.wrapping.inventory import inventory_of
 
 
@@ -66,8 +66,8 @@ class AdapterPool:
         dtype: of the slots; None: the base's, fp32 for a quantised base.
 
     Raises:
-        ValueError: nothing matches, a Parameter that cannot be adapted, or the slots would take more than
-            `max_device_bytes`.
+        ValueError: nothing matches, a Parameter that cannot be adapted, a count out of range, or the slots would take
+            more than `max_device_bytes`. TypeError: a count that is no integer.
     """
 
     def __init__(
@@ -82,11 +82,9 @@ class AdapterPool:
         max_device_bytes: int | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> None:
-        if slots < 1 or max_rank < 1 or host_capacity < 0:
-            raise ValueError(
-                f"slots and max_rank must be at least 1 and host_capacity at least 0, got {slots}, {max_rank} and "
-                f"{host_capacity}"
-            )
+        slots, max_rank = integer(1).enforce(slots, "slots"), integer(1).enforce(max_rank, "max_rank")
+        host_capacity = integer(0).enforce(host_capacity, "host_capacity")
+        max_device_bytes = optional(number(0)).enforce(max_device_bytes, "max_device_bytes")
         dtype = optional(torch_dtype(floating=True)).enforce(dtype, "dtype")
         self.model = model
         self.inventory = inventory_of(model)

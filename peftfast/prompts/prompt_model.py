@@ -436,10 +436,13 @@ def nearest_tokens(
 
     Returns:
         For every virtual token, `(token, cosine)` from the nearest on.
+
+    Raises:
+        TypeError: no prompt-learning model, or `k` is no integer. ValueError: `k` is below 1, no such adapter, or one
+            that is not made of input embeddings.
     """
     tuner = prompts_of(model)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    k = integer(1).enforce(k, "k")
     name = model.active_adapter if adapter_name is None else adapter_name
     rows = tuner.encoder(name).prompt_embeddings.detach()
     table = tuner.word_embeddings

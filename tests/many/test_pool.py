@@ -299,8 +299,12 @@ def test_refusals():
             pool.register(name, source)
     need = pool.device_bytes
     assert need == sum(t.nbytes for stack in pool._places._stacks.values() for t in stack[:3])
-    with pytest.raises(ValueError, match="slots and max_rank must be at least 1"):
-        make_pool(0, slots=0)
+    for name, least in (("slots", 1), ("max_rank", 1), ("host_capacity", 0)):
+        for error, value in ((ValueError, -1), (TypeError, 2.5), (TypeError, "8")):
+            with pytest.raises(error, match=f"{name} must be an integer of at least {least}, got {value!r}"):
+                make_pool(0, **{name: value})
+    with pytest.raises(TypeError, match="max_device_bytes must be None or a finite number.*got '1GB'"):
+        make_pool(0, max_device_bytes="1GB")
     with pytest.raises(TypeError, match="dtype must be None or a floating-point.*got 'bf16'"):
         make_pool(0, dtype="bf16")
     assert make_pool(0, dtype="bfloat16")._places._stacks.popitem()[1].a.dtype is torch.bfloat16

@@ -98,8 +98,9 @@ def test_nearest_tokens(tokenizer_folder: str):
     assert [row[0][0] for row in shown] == ["w8", "w40"] and all(len(row) == 2 for row in shown)
     assert all(row[0][1] == pytest.approx(1, abs=1e-5) and row[1][1] < 1 for row in shown)
     assert peftfast.nearest_tokens(model, k=1)[0][0][0] == 8
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
-        peftfast.nearest_tokens(model, k=0)
+    for error, k in ((ValueError, 0), (TypeError, 2.5)):
+        with pytest.raises(error, match=f"k must be an integer of at least 1, got {k}"):
+            peftfast.nearest_tokens(model, k=k)
     with pytest.raises(ValueError, match=r"\(PREFIX_TUNING\) is not made of input embeddings"):
         peftfast.nearest_tokens(ours("llama", "prefix"))
 
