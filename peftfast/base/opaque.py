@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftfast.base.weight import UsualWeight, register_format
 from peftfast_kernels.decode import Operand
@@ -32,7 +33,7 @@ class ByModule(UsualWeight):
         return Operand("dense", [weight], self.shape, weight.dtype)
 
 
-def _tensors(module: nn.Module):
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (p for p in module._parameters.values() if p is not None)
     yield from (b for b in module._buffers.values() if b is not None)
 

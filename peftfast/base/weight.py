@@ -81,10 +81,11 @@ class BaseWeight(Protocol):
     cuts_gradients: bool
     known: bool
     draws: bool
+    foreign_linear: bool
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        """Whether this format stores `module`'s weight. The first registered format that claims it is used."""
+        """Whether this format stores `module`'s weight. Of several, the one registered last is used."""
         ...
 
     def __init__(self, module: nn.Module) -> None: ...

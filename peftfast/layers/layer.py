@@ -58,8 +58,9 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
     frozen_peft_weight_names: Mapping[str, tuple[str, ...]] = {}  # by adapter, where some of its slots never train
     quantization_backend: str | None = None
     cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
-    spread: str | None = None  # how processes share the layer, if they do (see tensor_parallel.py)
-    block: Any = None  # computes this layer together with others (see blocks.py): (layer, x) -> output, or None
+    spread: str | None = None  # how processes share the layer, if they do (see wrapping/tensor_parallel.py)
+    #: Computes this layer together with others (see training/blocks.py): (layer, x) -> output, or None.
+    block: Any = None
 
     def __init__(self, base_layer: nn.Module, site: Site | None = None) -> None:
         super().__init__()

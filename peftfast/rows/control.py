@@ -17,7 +17,7 @@ from peftfast.rows.routing import Routing
 
 #: For how many sets of adapters a model keeps what layers make of them; for one more the oldest is made again.
 MIXES = 2
-#: Where adapters are promised not to change, every so manieth mixed forward looks whether they did.
+#: Where adapters are promised not to change: after how many mixed forwards it is looked whether they did.
 LOOKS_EVERY = 128
 
 

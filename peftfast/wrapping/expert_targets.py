@@ -56,7 +56,7 @@ def family_of(model: nn.Module) -> Family | None:
     from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_checkpoint_conversion_mapping
 
     # the table lists followers of a pattern; of those that gave one its name, PEFT converts Mixtral only
-    family = FAMILIES.get({"mixtral": "mixtral"}.get(kind) or _MODEL_TO_CONVERSION_PATTERN.get(kind, ""))
+    family = FAMILIES.get(kind if kind == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(kind, ""))
     return None if family is None or get_checkpoint_conversion_mapping(kind) is None else family
 
 

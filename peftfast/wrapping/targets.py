@@ -30,7 +30,7 @@ from peftfast.wrapping.parents import read_by_parent
 from peftfast.wrapping.patterns import END, patterns_of
 
 ALL_LINEAR = "all-linear"
-#: A resolved target list longer than this is stored as the shortest suffixes that mean the same.
+#: A resolved target list of this length or longer is stored as the shortest suffixes that mean the same.
 MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
 
 #: For how many targets that match nothing is looked at what is near: a config for a larger model has thousands.
