@@ -44,7 +44,9 @@ def prepare_model_for_kbit_training(
     # packed 4-bit weights may be stored as a half-precision dtype; they are no numbers of it
     half = [p for p in model.parameters() if p.dtype in _HALF and not hasattr(p, "quant_state")]
     extra = sum(p.numel() for p in half) * 2 / 2**20
-    if upcast and not _is_packed_by_others(model):
+    if not half:
+        done = "found no half-precision parameters"
+    elif upcast and not _is_packed_by_others(model):
         for parameter in half:
             parameter.data = parameter.data.to(torch.float32)
         if auto_clear_cache and torch.cuda.is_available():

@@ -624,9 +624,10 @@ def test_prepare_upcasts_what_peft_does_of_any_tools_models(tool):
     assert found[0] == found[1]
 
 
-def test_prepare_leaves_dense_models_without_checkpointing():
+def test_prepare_leaves_dense_models_without_checkpointing(capsys):
     model = peftfast.prepare_model_for_kbit_training(llama())
     assert not model.is_gradient_checkpointing and not any(p.requires_grad for p in model.parameters())
+    assert ": found no half-precision parameters; gradient" in capsys.readouterr().out
 
 
 def test_prepared_model_trains_with_checkpointing():
