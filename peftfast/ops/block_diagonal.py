@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfast.autocast import is_autocasting
 from peftfast.ops.composed import frozen_product
 from peftfast.ops.function import as_rows, composing, shaped_as
 from peftfast.ops.plan import Part
@@ -45,7 +46,7 @@ def grouped_lora(x: Tensor, part: Part) -> Tensor:
     rows = as_rows(x)
     y = frozen_product(rows, part)
     dropped = F.dropout(rows, plan.dropout) if plan.dropout else rows
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocasting(x):
         update = by_blocks(by_blocks(dropped, a).flatten(1), b) * plan.scale
     else:
         t = by_blocks(dropped.to(plan.branch), a.to(plan.branch)).flatten(1) * plan.scale

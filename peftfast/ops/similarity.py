@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfast.autocast import without_autocast
 from peftfast.ops.composed import composes
 from peftfast.ops.function import apply, as_rows, second_order, shaped_as
 from peftfast_kernels.lora_down import lora_down
@@ -37,7 +38,7 @@ class _Similarities(torch.autograd.Function):
 def similarities(x: Tensor, p: Tensor) -> Tensor:
     """[..., E], for x [..., K] and p [E, K], which is a constant."""
     p = p.to(torch.promote_types(p.dtype, x.dtype))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if composes(x) or torch.compiler.is_compiling():
             return F.linear(x.to(p.dtype), p)
         s = apply(_Similarities, x, p)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfast.autocast import is_autocasting
 from peftfast.ops.composed import composed_lora
 from peftfast.ops.lora import circumstances, way_of
 from peftfast.ops.plan import Part, Plan, Way, branch_dtype, plan_of
@@ -212,7 +213,7 @@ class BoundRuns:
             and not isinstance(scale, Tensor)
             and is_plain(x, weight)
             and is_untouched(self.site.module)
-            and not torch.is_autocast_enabled(x.device.type)
+            and not is_autocasting(x)
         ):
             runs = x if x.dim() == 3 and x.shape[0] == down.shape[0] else x.reshape(down.shape[0], -1, x.shape[-1])
             y = F.linear(runs, weight, self.kept["bias"])  # nobody else has it, so it may be written to

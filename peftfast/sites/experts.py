@@ -9,12 +9,12 @@ part of the model's config, which all of its layers share and which is the user'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftfast.autocast import is_autocasting, without_autocast
 from peftfast.ops.experts import Groups, LowRank, MixedGroups, experts_linear
 from peftfast.ops.function import transformed
 from peftfast.sites.site import is_plain, is_untouched
@@ -90,12 +90,10 @@ def _linear(module: nn.Module, changes: Changes, name: str, x: Tensor, groups: G
     """The product with the weight `name` in the dtype in which the module's own implementation would compute it."""
     stored = module._parameters[name]
     w = stored if module.is_transposed else stored.transpose(1, 2)
-    kind, dtype = x.device.type, w.dtype
-    cast = torch.is_autocast_enabled(kind)
-    if cast and _IMPLEMENTATIONS[module.config._experts_implementation]:
-        dtype = torch.get_autocast_dtype(kind)
-    # making a context that changes nothing takes the host as long as a product of one token
-    with torch.autocast(kind, enabled=False) if cast else nullcontext():
+    dtype = w.dtype
+    if is_autocasting(x) and _IMPLEMENTATIONS[module.config._experts_implementation]:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    with without_autocast(x):
         y = experts_linear(x.to(dtype), w, groups, changes.get(name))
     if not module.has_bias:
         return y

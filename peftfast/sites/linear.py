@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfast.autocast import autocast_dtype
+from peftfast.autocast import autocast_dtype, is_autocasting
 from peftfast.base.dense import is_conv1d, was_conv1d
 from peftfast.base.weight import base_weight, frozen, is_foreign_linear
 from peftfast.errors import PeftWarning, warn
@@ -183,7 +183,7 @@ class LinearSite(UsualSite):
         if gate is not None:
             t = gated(t, gate.reshape(runs, -1, 1))
         t, alpha = (t * scale.view(-1, 1, 1), 1.0) if isinstance(scale, Tensor) else (t, scale)
-        if y.dtype is t.dtype is b.dtype and not torch.is_autocast_enabled(x.device.type):
+        if y.dtype is t.dtype is b.dtype and not is_autocasting(x):
             out = torch.baddbmm(y, t, b.transpose(1, 2), alpha=alpha)
         else:
             out = torch.add(y, torch.bmm(t, b.transpose(1, 2)), alpha=alpha).to(y.dtype)

@@ -111,7 +111,7 @@ class ParameterSite(UsualSite):
                 f"{self.parameter} of {type(self.module).__name__} is offloaded, and what is needed is W + s B A. Keep "
                 "this module on a device."
             )
-        with torch.autocast(value.device.type, enabled=False):  # the module expects the dtype that it stores
+        with without_autocast(value):  # the module expects the dtype that it stores
             if value.dim() == 2:  # small enough for a copy in the factors' dtype, which leaves one rounding
                 wide = torch.promote_types(value.dtype, a.dtype)
                 left, right = self.factors(a.to(wide), b.to(wide))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.autocast import without_autocast
 from peftfast.devices import forked
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.modes import without_dropout
@@ -332,7 +333,7 @@ def _known_activation(module: nn.Module, device: torch.device) -> str | None:
     """The name of the element-wise function that `module` computes, found by evaluating it, also where limits are."""
     far = 2.0 ** torch.arange(3, 16, device=device)
     probe = torch.cat([-far, torch.linspace(-6, 6, 193, device=device), far])
-    with torch.autocast(device.type, enabled=False):
+    with without_autocast(probe):
         try:
             values = module(probe)
         except Exception:

@@ -371,3 +371,8 @@ def test_what_servers_do_with_it():
 
     config = LoraConfig(target_modules=TARGETS, arrow_config=ArrowConfig())
     assert {v.verdict for v in judge_servers(Facts(config, [8], [8], 16))} == {"loads, wrong output"}
+
+
+def test_shapes_on_the_meta_device(paths):
+    logits = routed(peftfast, paths).to("meta")(input_ids=IDS.to("meta")).logits
+    assert logits.shape == (*IDS.shape, oracle.VOCABULARY)

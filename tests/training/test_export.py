@@ -146,3 +146,22 @@ def test_shapes_on_the_meta_device(method):
     output = adapted(method).train().to("meta")(input_ids=IDS.to("meta"), labels=IDS.to("meta"))
     assert output.logits.shape == (*IDS.shape, oracle.VOCABULARY)
     output.loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({"target_modules": TARGETS}, {"adapter_names": ["default", "second"]}),
+        ({"target_modules": TARGETS, "lora_bias": True}, {}),
+        ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, {}),
+    ],
+    ids=["rows", "biases", "parameters"],
+)
+def test_shapes_of_two_adapters_on_the_meta_device(options, call):
+    """For which torch cannot be asked whether autocast is on."""
+    model = peftfast.get_peft_model(oracle.llama(bias=True), CONFIGS["LoRA"](**options))
+    model.add_adapter("second", CONFIGS["LoRA"](**options))
+    model.base_model.set_adapter(["default", "second"])
+    output = model.to("meta")(input_ids=IDS.to("meta"), labels=IDS.to("meta"), **call)
+    assert output.logits.shape == (*IDS.shape, oracle.VOCABULARY)
+    output.loss.backward()

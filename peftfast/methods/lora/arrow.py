@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfast.adapter import Adapter
+from peftfast.autocast import without_autocast
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.combine import svd_of_sum
@@ -198,6 +199,6 @@ def _made(known: Remembered, experts: Sequence[Adapter], present: tuple[str, ...
 def _prototype(a: Tensor, b: Tensor) -> Tensor:
     """[K]: the top right singular vector of b a, from decompositions of the size of the rank; zeros where that is 0."""
     wide = torch.promote_types(a.dtype, torch.float32)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         _, s, vh = svd_of_sum([(a.detach().to(wide), b.detach().to(wide))], [1.0])
     return torch.where(s[0] > 0, vh[0], 0)

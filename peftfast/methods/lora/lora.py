@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.autocast import without_autocast
+from peftfast.autocast import is_autocasting, without_autocast
 from peftfast.config import PeftConfig, PeftType
 from peftfast.method import register_method, sample_by_sample
 from peftfast.methods.combination import Combination
@@ -236,7 +236,7 @@ def _added(site: Site, dense: Dense, a: Tensor, b: Tensor, scale: float, bias: T
 
 def widened(x: Tensor, y: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Input and output in the factors' dtype, for sums of several that are rounded once; under autocast as they are."""
-    if torch.is_autocast_enabled(y.device.type):
+    if is_autocasting(y):
         return x, y
     wide = torch.promote_types(y.dtype, factor.dtype)
     return x.to(wide) if x.is_floating_point() else x, y.to(wide)

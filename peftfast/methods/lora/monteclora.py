@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
+from peftfast.autocast import without_autocast
 from peftfast.errors import PeftWarning, warn
 from peftfast.method import register_method
 from peftfast.methods.lora.config import LoraConfig
@@ -73,7 +74,7 @@ class MontecloraSampler(nn.Module):
         if torch.compiler.is_compiling():  # which would put draws into the graph that are to be in torch's own stream
             torch._dynamo.graph_break()
         z, draw = self._draw()
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             v, w = self._variances(draw.wishart), self._weights(draw.dirichlet)
             with torch.no_grad():
                 self.gaussian_var_prior.copy_(v.diag())

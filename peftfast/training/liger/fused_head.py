@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.autocast import is_autocasting
 from peftfast.embeddings import output_embeddings
 from peftfast.layers.walk import name_of
 from peftfast.modes import without_dropout
@@ -104,7 +105,7 @@ class FusedHead(Part):
     def _from_hidden(self, hidden: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         weight = self.head.weight
         rows = hidden.reshape(-1, weight.shape[1])
-        if rows.dtype != weight.dtype and not torch.is_autocast_enabled(rows.device.type):
+        if rows.dtype != weight.dtype and not is_autocasting(rows):
             rows = rows.to(weight.dtype)
         operation = partial(self.operation, bias=self.head.bias)
         return token_loss(operation, (rows, weight), labels, *args, **kwargs)
@@ -122,8 +123,7 @@ class FusedHead(Part):
 
     def _difference(self, ours: Tensor, theirs: Tensor) -> str | None:
         # logits are rounded to the head's dtype in both, in another order
-        autocast = torch.is_autocast_enabled(theirs.device.type)
-        eps = torch.finfo(torch.bfloat16 if autocast else self.head.weight.dtype).eps
+        eps = torch.finfo(torch.bfloat16 if is_autocasting(theirs) else self.head.weight.dtype).eps
         limit = (4 if eps > 1e-5 else 64) * eps
         if torch.allclose(ours.float(), theirs.float(), rtol=limit, atol=limit, equal_nan=True):
             return None
