@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,16 @@ def test_a_missing_tokenizer_is_said_before_a_model_is_loaded(adapter, tmp_path,
     assert main(["merge", str(adapter), "--model", str(model), "--output", str(tmp_path / "new")]) == USAGE_ERROR
     err = capsys.readouterr().err
     assert err.startswith(f"peftfast merge: error: {str(model)!r}: no tokenizer could be loaded: ")
+
+
+@pytest.mark.parametrize("command", [["merge"], ["extract", "--r", "2", "--adapter"]], ids=["merge", "extract"])
+def test_an_adapters_broken_tokenizer_is_said_before_a_model_is_loaded(adapter, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("peftfast.cli._setup.load_stored", lambda *args: pytest.fail("loaded"))
+    own = tmp_path / "own"
+    shutil.copytree(adapter, own)
+    (own / "tokenizer_config.json").write_text("{")
+    assert main([*command, str(own), "--output", str(tmp_path / "new")]) == USAGE_ERROR
+    assert f"{str(own)!r}: no tokenizer could be loaded: " in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(adapter, tmp_path, capsys, monkeypatch):

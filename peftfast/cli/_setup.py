@@ -137,6 +137,11 @@ def load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source)
 
 
+def own_tokenizer(adapter: str, name: str) -> PreTrainedTokenizerBase | None:
+    """What was saved beside an adapter, which may have tokens of its own."""
+    return load_tokenizer(adapter, name) if (Path(adapter) / "tokenizer_config.json").exists() else None
+
+
 def load_base(source: str, settings: dict[str, Any]) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     rank = args.r if args.keep is None else args.keep
     said = _Said()
     with _setup.quiet_libraries(), said:
+        tokenizer = _setup.own_tokenizer(adapter, args.adapter) if adapter else None
         base = _setup.load_stored(source, name, args.dtype)
         record = fingerprint(base)
         with _setup.one_line(f"{args.tuned or args.adapter!r}"):
@@ -61,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
         config.task_type = config.task_type or "CAUSAL_LM"
         with _setup.writing(output):
             save_adapter(output, config, tensors, auto_mapping=None, base=record)
-            if adapter and (Path(adapter) / "tokenizer_config.json").exists():  # it may have tokens of its own
-                _setup.load_tokenizer(adapter, args.adapter).save_pretrained(output)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(output)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     print(f"{output}{os.sep}: {len(tensors)} tensors, {size / 1000:,.1f} kB; {said.last}")
     return 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from peftfast.cli import UserError, _settings
 
@@ -35,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
             config = PeftConfig.from_pretrained(adapter)
         if config.is_prompt_learning:
             raise UserError(f"{args.adapter!r} is {plain_name(config.peft_type)}: virtual tokens are part of no weight")
-        own_tokenizer = (Path(adapter) / "tokenizer_config.json").exists()
-        tokenizer = _setup.load_tokenizer(*((adapter, args.adapter) if own_tokenizer else (source, name)))
+        tokenizer = _setup.own_tokenizer(adapter, args.adapter) or _setup.load_tokenizer(source, name)
         base = _setup.load_stored(source, name, args.dtype)
         with _setup.one_line(f"{args.adapter!r} does not fit {name!r}"):
             fit_vocabulary(base, adapter)
