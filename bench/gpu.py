@@ -12,8 +12,8 @@ models (layer, mixed, step, decode) are what a program sees that waits for its h
 contestant) with device and versions, written row by row; bench/report.py draws it. What needs a package that is not
 there is left out.
 
-An error after which CUDA answers nothing (an illegal address) costs the case in which it happens: the run starts anew
-behind it, in a process of its own, into the same files.
+An error after which CUDA answers nothing (an illegal address), or a kernel that does not end, costs the case in which
+it happens: the run starts anew behind it, in a process of its own, into the same files.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from bench.measure import (  # noqa: E402
     no_worse,
     relative_error,
     versions,
+    watched,
 )
 from bench.operands import BUILDERS, MODELS, TINY, Model, Size, arguments  # noqa: E402
 from bench.report import red_file, write_page  # noqa: E402
@@ -72,6 +73,8 @@ SHARES = {
     "compiled": 0.10, "tune": 0.10,
 }  # fmt: skip
 LONG = ("compiled", "tune")  # not for a quick look
+#: seconds after which a case hangs: a model of full size is made in fewer, and compiled by several compilers
+PATIENCE, COMPILING = 90.0, 240.0
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -84,13 +87,16 @@ class Bench:
 
     Args:
         after: (suite, position): the cases of that suite up to there are done.
+        start_anew: ends the process, behind this case of this suite, when it hangs.
     """
 
     def __init__(
         self, device: str, seconds: float, quick: bool, dry: bool, path: Path | None = None,
         suites: list[str] | None = None, after: tuple[str, int] = ("", -1),
+        start_anew: Callable[[str, int], None] = lambda suite, position: None,
     ) -> None:  # fmt: skip
         self.device, self.quick, self.dry, self.path, self.after = device, quick, dry, path, after
+        self.start_anew = start_anew
         self.deadline, self.due = Deadline(seconds), _due(suites or list(SHARES))
         row = 0.02 if dry else 0.08 if quick else 0.25
         self.clock = Clock(device, row, least=2 if dry else 4, most=3 if dry else 25)
@@ -168,8 +174,14 @@ class Bench:
                 self.skipped[suite] = len(cases) - position
                 break
             begun = True
+
+            def give_up(position: int = position, case: Any = case) -> None:
+                self._reject(f"{suite} {case}: does not end")
+                self.start_anew(suite, position)
+
             try:
-                work(case)
+                with watched(COMPILING if suite == "compiled" else PATIENCE, give_up):
+                    work(case)
             except Exception as error:
                 self._reject(f"{suite} {case}: {type(error).__name__}: {error}")
                 traceback.print_exc(limit=3)
@@ -497,15 +509,18 @@ def main(argv: list[str] | None = None) -> int:
     path = args.csv or args.out / f"{chip_of(torch.device(device))}-{stamp}{'-dry' * args.dry_run}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     after = (args.after[0], int(args.after[1]))
-    bench = Bench(device, seconds, args.quick, args.dry_run, path, suites, after)
+
+    def start_anew(suite: str, position: int) -> None:
+        _start_anew(args, path, bench.deadline, suites[suites.index(suite) :], suite, position)
+
+    bench = Bench(device, seconds, args.quick, args.dry_run, path, suites, after, start_anew)
     print(f"{bench._about['device']}, {bench._about['versions']}", flush=True)
     bench.clock.warm_up(1.0 if args.quick else 3.0)
     for suite in suites:
         try:
             getattr(bench, suite)()
         except Lost as lost:
-            rest = suites[suites.index(suite) :]
-            _start_anew(args, path, bench.deadline, rest, *lost.args)
+            start_anew(*lost.args)
     print(summary(bench))
     print(f"{len(bench.rows)} rows in {bench.deadline.used:.0f} s -> {path}")
     if args.dry_run:

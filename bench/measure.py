@@ -13,8 +13,10 @@ import platform
 import random
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,6 +225,19 @@ def versions() -> dict[str, str]:
 def print_versions(*more: object) -> None:
     """A line with all versions, and what else is to be known of a table."""
     print(", ".join([*(f"{name} {version}" for name, version in versions().items()), *map(str, more)]), end="\n\n")
+
+
+@contextmanager
+def watched(seconds: float, give_up: Callable[[], None]) -> Iterator[None]:
+    """Calls `give_up`, in a thread of its own, where what is inside takes longer: a process that waits for a kernel
+    which does not end cannot be told anything, and can only be replaced."""
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_lost(device: str) -> bool:

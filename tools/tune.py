@@ -8,8 +8,9 @@ A path whose error is worse than plain torch's is never chosen, whatever its tim
 by less than the noise: torch keeps the point. The table is written as it grows, so that a run that is killed leaves
 what it measured. Compiling takes more of the budget than measuring where Triton's cache is empty.
 
-An error after which CUDA answers nothing (an illegal address) costs the op in the format and dtype in which it happens:
-the point becomes torch's, and the run starts anew behind it, in a process of its own, into the same file.
+An error after which CUDA answers nothing (an illegal address), or a kernel that does not end, costs the op in the
+format and dtype in which it happens: the point becomes torch's, and the run starts anew behind it, in a process of its
+own, into the same file.
 """
 
 import argparse
@@ -32,13 +33,16 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bench.contestants import wrap  # noqa: E402
-from bench.measure import Clock, Deadline, device_name, is_lost, no_worse, relative_error, versions  # noqa: E402
+from bench.measure import Clock, Deadline, device_name, is_lost, no_worse, relative_error, versions, watched  # noqa: E402
 from bench.operands import MODELS, TINY, Size, arguments  # noqa: E402
 from peftfast.ops.host_bound import host_bound_up_to  # noqa: E402
 from peftfast_kernels import OPS, Op, device_masks, dispatch, use_backend  # noqa: E402
 from peftfast_kernels.configs import chip_of  # noqa: E402
 from peftfast_kernels.dispatch import point_of  # noqa: E402
 from peftfast_kernels.row_norm import MAX_RANK  # noqa: E402
+
+#: Seconds after which a point hangs.
+PATIENCE = 60.0
 
 #: op -> whether it reads a stored weight (and so is measured per format), and whether dropout changes it
 TUNED = {
@@ -141,9 +145,12 @@ class Lost(Exception):
     """CUDA answers nothing any more in this process."""
 
 
-def tune(device: str, deadline: Deadline, dry: bool, entries: Sequence[dict] = ()) -> Iterator[dict]:
+def tune(
+    device: str, deadline: Deadline, dry: bool, entries: Sequence[dict] = (),
+    hangs: Callable[[dict], None] = lambda entry: None,
+) -> Iterator[dict]:  # fmt: skip
     """Entries of a table beside those that there are, until the budget is spent. A point that fails is reported and
-    left out; the one in which the GPU was lost is torch's, and the last."""
+    left out; the one in which the GPU was lost is torch's, and the last. `hangs` is told of one that does not end."""
     known = {(e["op"], dispatch.Point(e["format"], e["dtype"], e["drop"], tuple(e["sizes"]))) for e in entries}
     lost = {(e["op"], e["format"], e["dtype"], e["drop"]) for e in entries if not e["times_us"]}
     clock = Clock(device, seconds=0.02 if dry else 0.06, least=2 if dry else 5, most=3 if dry else 9)
@@ -158,7 +165,14 @@ def tune(device: str, deadline: Deadline, dry: bool, entries: Sequence[dict] = (
             # skinny ops do not see every size; what has lost the GPU once would lose it again
             if (name, point) not in known and (name, *point[:3]) not in lost:
                 known.add((name, point))
-                yield _measure(OPS[name], kwargs, point, clock)
+
+                def give_up(name: str = name, point: dispatch.Point = point) -> None:
+                    print(f"  RED  table: {name} {point}: does not end", flush=True)
+                    hangs(_entry(name, point, "torch", {}, {}))
+
+                with watched(PATIENCE, give_up):
+                    entry = _measure(OPS[name], kwargs, point, clock)
+                yield entry
         except Exception as error:
             print(f"  {name} {size}: {_first_line(error)}", flush=True)
             if is_lost(device):
@@ -258,9 +272,12 @@ def _tuple(value) -> tuple:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def run(path: Path, device: str, seconds: float, dry: bool, resume: bool = False) -> tuple[list[dict], int | None]:
+def run(
+    path: Path, device: str, seconds: float, dry: bool, resume: bool = False, start_anew: Callable[[], None] = int
+) -> tuple[list[dict], int | None]:
     """A table at `path`, written anew every few seconds: its entries, and what `host_bound` found. With `resume` it
-    goes on with what stands there. Raises `Lost` once everything is written."""
+    goes on with what stands there. Raises `Lost` once everything is written; calls `start_anew` then where a point does
+    not end."""
     deadline, entries, products = Deadline(seconds), [], None
     head = {  # asked for beforehand: a GPU that is lost might not even say its name
         "chip": chip_of(torch.device(device)), "device": device_name(device), "dry_run": dry,
@@ -269,6 +286,11 @@ def run(path: Path, device: str, seconds: float, dry: bool, resume: bool = False
     if resume:
         found = json.loads(path.read_text())
         entries, products = found["entries"], found["host_bound"]
+
+    def hangs(entry: dict) -> None:
+        write([*entries, entry], products, path, head)
+        start_anew()
+
     try:
         if not resume:
             try:
@@ -278,7 +300,7 @@ def run(path: Path, device: str, seconds: float, dry: bool, resume: bool = False
                 if is_lost(device):
                     raise Lost from None
         written = deadline.used
-        for entry in tune(device, deadline, dry, tuple(entries)):
+        for entry in tune(device, deadline, dry, tuple(entries), hangs):
             entries.append(entry)
             if deadline.used > written + 5:
                 write(entries, products, path, head)
@@ -335,12 +357,16 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or (dispatch.TABLES if args.install else ROOT / "bench" / "results")
     out = out if out.suffix else out / f"{chip_of(torch.device(device))}.json"
     deadline = Deadline(args.seconds)
-    try:
-        entries, products = run(out, device, args.seconds, args.dry_run, args.resume)
-    except Lost:
+
+    def start_anew() -> None:
         left = max(deadline.seconds - deadline.used, 1.0)
         command = [__file__, "--out", str(out), "--seconds", f"{left:.0f}", "--resume", *["--dry-run"] * args.dry_run]
         os.execv(sys.executable, [sys.executable, *command])
+
+    try:
+        entries, products = run(out, device, args.seconds, args.dry_run, args.resume, start_anew)
+    except Lost:
+        start_anew()
     print(f"{len(entries)} points on {device_name(device)} -> {out}\n{summary(entries)}")
     if products is not None:
         print(f"  linears are bound by the host up to {products:.3g} multiply-adds")

@@ -1,6 +1,7 @@
 """Measured tables: what is read from one, which entry a call takes, and that without one nothing changes."""
 
 import json
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -252,6 +253,31 @@ def test_a_lost_gpu_costs_one_kind_of_point(tmp_path, monkeypatch, capsys):
     with pytest.raises(Replaced):
         tune.main(["--dry-run", "--out", str(path)])
     assert not Table.read(path).entries
+
+
+def test_a_kernel_that_does_not_end_costs_one_kind_of_point(tmp_path, monkeypatch, capsys):
+    """Nobody can tell the thread that waits for it: another one puts a new process in this one's place."""
+    genuine, path, replaced = tune._measure, tmp_path / "x.json", []
+    ended = threading.Event()
+
+    def measure(op, kwargs, point, clock):
+        if op.name == "lora_dt" and not replaced:
+            assert ended.wait(60)
+        return genuine(op, kwargs, point, clock)
+
+    def replace(program, command):
+        replaced.append(command)
+        left = Table.read(path).entries["lora_dt"]
+        assert [entry.choice for entry in left] == ["torch"] and "--resume" in command
+        ended.set()
+
+    monkeypatch.setattr(tune, "_measure", measure)
+    monkeypatch.setattr(tune, "PATIENCE", 0.3)
+    monkeypatch.setattr(tune, "host_bound", lambda device, dry: 7)
+    monkeypatch.setattr(tune, "sizes", lambda dry: [[tune.Size(4, 8, 8, 2)]])
+    monkeypatch.setattr(tune.os, "execv", replace)
+    tune.main(["--dry-run", "--out", str(path)])
+    assert len(replaced) == 1 and "  RED  table: lora_dt" in capsys.readouterr().out
 
 
 def test_a_path_that_is_wrong_or_refused_is_red(monkeypatch, capsys):
