@@ -1,4 +1,11 @@
-"""Reading and writing: atomic files, two files as one, and where the file of a folder or Hub repository is."""
+"""Reading and writing: atomic files, two files as one, and where the file of a folder or Hub repository is.
+
+What is whole here is so whenever a process is killed: the system has what was written, and shows it to whoever reads.
+Nothing waits until a disk has it too (fsync), which took longer than everything else in saving an adapter. That is for
+when the power fails, and there these files are as safe as those of safetensors, torch.save and transformers, which do
+not wait either: ext4 and btrfs write a file down before another has its name, other file systems need not. Databases
+wait, because they answer for what they have confirmed; who wants that of an adapter calls `os.sync()` after saving.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +59,7 @@ _END = 1 << 20  # bytes
 
 
 def write_atomically(path: Path, content: Content) -> None:
-    """Write a file so that whoever looks sees the old content or the new one, whole, also after a crash.
+    """Write a file so that whoever looks sees the old content or the new one, whole, also if the writer is killed.
 
     Args:
         path: the target; its folder must exist.
@@ -61,7 +68,6 @@ def write_atomically(path: Path, content: Content) -> None:
         OSError: disk full, read-only folder, naming the file; the old file is untouched and no temporary is left.
     """
     _place(_write_beside(path, content), path)
-    _sync_folder(path.parent)
 
 
 def write_pair(
@@ -99,10 +105,8 @@ def write_pair(
         except OSError:
             _remove([next_second])
             raise
-        _sync_folder(folder)
         _remove(folder / name for name in obsolete)
         os.replace(next_second, folder / second[0])
-        _sync_folder(folder)
         _remove(folder.glob(f".{second[0]}.*.next"))
 
 
@@ -136,7 +140,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove([room, *moved])
         raise
-    _sync_folder(parent)
 
 
 @contextmanager
@@ -232,8 +235,8 @@ def _room(parent: Path, name: str) -> Path:
 
 
 def _write_beside(path: Path, content: Content) -> Path:
-    """Write to a temporary file, down to the disk; returns its path. It is alone in a folder beside `path`, because
-    safetensors writes temporary files of its own next to it, under names that nobody could tell from a user's."""
+    """Write to a temporary file; returns its path. It is alone in a folder beside `path`, because safetensors writes
+    temporary files of its own next to it, under names that nobody could tell from a user's."""
     room = None
     try:
         room = _room(path.parent, path.name)
@@ -242,8 +245,8 @@ def _write_beside(path: Path, content: Content) -> Path:
             content(str(temporary))
         else:
             temporary.write_bytes(content)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
+        with open(temporary, "rb+"):
+            pass  # closing is where a network's file system says that it had no room, and safetensors does not ask
         # a checkpoint is as readable as any other file of this user
         os.chmod(temporary, 0o666 & ~_UMASK)
     except BaseException as e:
@@ -283,16 +286,6 @@ def _place(temporary: Path, path: Path) -> None:
         raise _unwritten(path, e) from e
     finally:
         _remove([temporary.parent])
-
-
-def _sync_folder(folder: Path) -> None:
-    """After a power loss the folder, too, shows the new file."""
-    with suppress(OSError):  # not every system opens folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _remove(paths: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import shutil
 import signal
@@ -95,9 +96,9 @@ def test_no_room_for_the_weights(folder, safe, part):
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
-@pytest.mark.parametrize("when", ["config", "fsync of weights", "fsync of config", "replace of weights"])
+@pytest.mark.parametrize("when", ["config", "closing of weights", "closing of config", "replace of weights"])
 def test_no_room_later(folder, monkeypatch, safe, when):
-    """The disk can be full after the weights were written, or only say so when they are to reach it."""
+    """The disk can be full after the weights were written, or only say so when they are closed."""
     before, calls = contents(folder), []
     cfg, tensors = versions()[1]
 
@@ -115,7 +116,13 @@ def test_no_room_later(folder, monkeypatch, safe, when):
     elif when == "replace of weights":
         monkeypatch.setattr(os, "replace", full(os.replace, 2))  # the first one is the config's, under its passing name
     else:
-        monkeypatch.setattr(os, "fsync", full(os.fsync, 1 if "weights" in when else 2))
+        closing = full(lambda file, *_: file.close(), 1 if "weights" in when else 2)
+
+        class Written(io.FileIO):
+            __exit__ = closing
+
+        modes = {"rb": io.FileIO, "rb+": Written}
+        monkeypatch.setattr(atomic, "open", lambda path, mode: modes[mode](path, mode), raising=False)
     with pytest.raises(OSError, match="No space left") as error:
         save_adapter(folder, cfg, tensors, auto_mapping=None, safe=safe)
     monkeypatch.undo()
@@ -147,6 +154,16 @@ def test_a_folder_that_cannot_be_written(folder, safe):
     in_a_process(act)
     assert contents(folder) == before
     assert whole(folder) is None
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
+def test_nothing_waits_for_the_disk(folder, monkeypatch, safe):
+    """Which took longer than all the rest of saving, and is not what a killed process needs."""
+    waited = []
+    for name in ("fsync", "fdatasync", "sync"):
+        monkeypatch.setattr(os, name, lambda *which: waited.append(which), raising=False)
+    trained().save_pretrained(folder, safe_serialization=safe)
+    assert not waited
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
