@@ -275,15 +275,15 @@ class HasFiles:
                 "peftfast.resize_prompt changes its length"
             )
         before = self._tuner.inventory.wrapped()
-        if new:
-            self.add_adapter(
-                adapter_name, stored.config, low_cpu_mem_usage, autocast_adapter_dtype,
-                strict=strict is True, initialise=False,
-            )  # fmt: skip
         try:
+            if new:
+                self.add_adapter(
+                    adapter_name, stored.config, low_cpu_mem_usage, autocast_adapter_dtype,
+                    strict=strict is True, initialise=False,
+                )  # fmt: skip
             fit = self._load_tensors(stored, adapter_name, strict, ignore_mismatched_sizes, new or empty)
         except BaseException:
-            if new:
+            if new and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
                 self._tuner.inventory.remove_empty(except_for=before)
             raise

@@ -10,6 +10,7 @@ from interrupting import pressing_ctrl_c
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfast
+from peftfast.wrapping.inventory import Inventory
 
 KINDS = {
     "lora": lambda: peftfast.LoraConfig(
@@ -71,3 +72,18 @@ def test_what_ctrl_c_ends_can_be_done_again(kind, operation, tmp_path):
             if sorted(model.peft_config) != after[-1] or operation not in ("delete", "load"):
                 run(model, tmp_path)
             assert seen(model) == after, at
+
+
+def test_what_ctrl_c_ends_while_it_is_loaded_has_values_or_is_not_there(tmp_path, monkeypatch):
+    """Between the adapter and its values: it was left with whatever its memory held before."""
+    adapted("lora").save_pretrained(tmp_path, selected_adapters=["default"])
+    model, admit = adapted("lora"), Inventory.admit
+
+    def admitted(*named: object) -> None:
+        admit(*named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Inventory, "admit", admitted)
+    with pytest.raises(KeyboardInterrupt):
+        model.load_adapter(tmp_path, "three")
+    assert [*model.peft_config] == ["default", "two"] and "three" not in str(dict(model.named_parameters()).keys())
