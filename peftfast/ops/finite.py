@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether all values of a floating-point tensor are finite, also rounded to `dtype`. Its extremes say so, which one
-    pass over it finds; `isfinite` makes five, and writes four tensors of its size."""
-    if not tensor.numel():
+    """Whether all values of a floating-point tensor are finite, also rounded to `dtype`. A finite sum says so, and the
+    extremes where it is too large or the dtype another; `isfinite` makes five passes, and writes four tensors."""
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor
+    if dtype in (None, tensor.dtype) and math.isfinite(tensor.sum()) or not tensor.numel():
         return True
-    extremes = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
-    return all(math.isfinite(value if dtype is None else value.to(dtype)) for value in extremes)
+    return all(math.isfinite(value if dtype is None else value.to(dtype)) for value in torch.aminmax(tensor))
