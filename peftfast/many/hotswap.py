@@ -21,7 +21,7 @@ from peftfast.keys import strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.walk import base_of
 from peftfast.many.swappable import pads, rank_of, record_settings, runs_of
-from peftfast.method import method_for, retarget
+from peftfast.method import AdapterMethod, method_for, retarget
 from peftfast.methods.lora.combine import padded
 from peftfast.methods.lora.config import VARIANTS, LoraConfig
 from peftfast.sharding import copy_whole, is_distributed, to_shards
@@ -142,10 +142,11 @@ def _swap(
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     given = {k: v for k, v in given.items() if k in entries}
+    axes = {key: _rank_axis(entry, adapter_name) for key, entry in entries.items()}
     for key, new in given.items():
-        _check_shape(key, entries[key], new.shape, adapter_name)
+        _check_shape(key, entries[key], new.shape, axes[key], adapter_name)
     _check_writable(entries, given, adapter_name)
-    _check_pairs(entries, given, adapter_name)
+    _check_pairs(entries, given, axes)
     with torch.no_grad():
         for key, entry in entries.items():
             old = entry.tensor()
@@ -153,17 +154,18 @@ def _swap(
             if new is None:
                 old.zero_()
             else:
-                _replace(entry, old, new.to(old.device), _rank_axis(entry, adapter_name))
+                _replace(entry, old, new.to(old.device), axes[key])
+        method = method_for(config)
         for layer in dict.fromkeys(e.layer for e in entries.values()):
-            _rescale(layer, layer.adapters[adapter_name], config)  # which says that it has changed
+            _rescale(layer, layer.adapters[adapter_name], method, config)  # which says that it has changed
     config = _configs(inner).get(adapter_name)
     if config is not None:
         record_settings(config, [e.layer.adapters[adapter_name] for e in entries.values()])
 
 
-def _check_shape(key: str, entry: Entry, new: torch.Size, adapter_name: str) -> None:
+def _check_shape(key: str, entry: Entry, new: torch.Size, axis: int, adapter_name: str) -> None:
     """ValueError unless the shapes differ by the rank alone, and by one that the layer can have."""
-    old, axis, experts = entry.tensor().shape, _rank_axis(entry, adapter_name), entry.layer.site.experts
+    old, experts = entry.tensor().shape, entry.layer.site.experts
     what = f"Incompatible shapes found for LoRA weights {key}:"
     if [n for i, n in enumerate(new) if i != axis] != [n for i, n in enumerate(old) if i != axis]:
         raise ValueError(f"{what} {tuple(old)} vs {tuple(new)}.")
@@ -200,13 +202,12 @@ def _check_writable(entries: Mapping[str, Entry], given: Mapping[str, Tensor], a
             raise ValueError(f"{key} has NaN or infinite values, or some that {old.dtype} cannot hold")
 
 
-def _check_pairs(entries: Mapping[str, Entry], given: Mapping[str, Tensor], adapter_name: str) -> None:
+def _check_pairs(entries: Mapping[str, Entry], given: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
     """ValueError where the factors of a layer do not go together."""
     factors: dict[BaseTunerLayer, dict[int, str]] = {}
-    for key, entry in entries.items():
-        axis = _rank_axis(entry, adapter_name)
+    for key, axis in axes.items():
         if axis >= 0:
-            factors.setdefault(entry.layer, {})[axis] = key
+            factors.setdefault(entries[key].layer, {})[axis] = key
     for keys in factors.values():
         here = {axis: key for axis, key in keys.items() if key in given}
         if here and len(here) < len(keys):
@@ -239,7 +240,7 @@ def _replace(entry: Entry, old: Tensor, new: Tensor, axis: int) -> None:
         copy_whole(old, padded(new, axis, old.shape[axis], runs_of(entry.layer) if axis == 0 else 1))
 
 
-def _rescale(layer: BaseTunerLayer, adapter: Adapter, config: LoraConfig) -> None:
-    scaling = method_for(config).settings(layer.site, config, adapter.key)["scaling"]
+def _rescale(layer: BaseTunerLayer, adapter: Adapter, method: AdapterMethod, config: LoraConfig) -> None:
+    scaling = method.settings(layer.site, config, adapter.key)["scaling"]
     layer.set_initial_scale(adapter.name, scaling)
     layer.r[adapter.name] = rank_of(layer, adapter)

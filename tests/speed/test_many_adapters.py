@@ -85,3 +85,14 @@ def test_names_for_a_recording_are_looked_up_on_the_host():
     with oracle.Operations() as operations:
         places = chosen_adapters(tuner, ids, None, ["a2", "__base__"], ids.device)
     assert places.tolist() == [2, -1] and not operations.launched
+
+
+def test_a_hot_swap_takes_few_steps_a_tensor(tmp_path):
+    """Methods are not asked one by one in every layer whether the config is theirs."""
+    models = [peftfast.get_peft_model(oracle.llama(layers=n), peftfast.LoraConfig(**CONFIG)) for n in (1, 5)]
+    steps = []
+    for model in models:
+        model.save_pretrained(tmp_path)
+        steps.append(oracle.python_calls(lambda m=model: peftfast.hotswap_adapter(m, tmp_path, "default")))
+    added = len(peftfast.get_peft_model_state_dict(models[1])) - len(peftfast.get_peft_model_state_dict(models[0]))
+    assert steps[1] - steps[0] < 75 * added
