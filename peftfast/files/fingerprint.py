@@ -144,8 +144,9 @@ def _spread(names: list[str]) -> list[str]:
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What stands where the base has a module with a weight, by that module's name without adapters."""
-    for name, module in outer_modules(model, lambda m: isinstance(m, (PromptEncoders, StandIn, BaseTunerLayer))):
-        if not isinstance(module, PromptEncoders) and _has_weight(module):
+    # layers first: whatever else they are asked for, PEFT's class is found for them as well (interop/counterpart.py)
+    for name, module in outer_modules(model, lambda m: isinstance(m, (BaseTunerLayer, StandIn, PromptEncoders))):
+        if _has_weight(module):
             yield strip_wrappers(name), module
 
 

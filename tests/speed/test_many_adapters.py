@@ -4,6 +4,8 @@ import oracle
 import pytest
 
 import peftfast
+from peftfast.files.fingerprint import fingerprint
+from peftfast.layers.walk import base_modules
 from peftfast.training.capture.mix import chosen_adapters
 from peftfast.wrapping.listing import Listing
 
@@ -70,6 +72,16 @@ def test_listing_a_model_takes_few_steps_a_module():
     model = oracle.llama()
     count = len(list(model.modules()))
     assert oracle.python_calls(lambda: Listing(model)) < 5 * count
+
+
+def test_the_record_of_a_base_takes_few_steps_a_module():
+    """Layers are asked as few times as can be what they are: each answer looks for PEFT's class too."""
+    fingerprints = []
+    for layers in (1, 5):
+        base = peftfast.get_peft_model(oracle.llama(layers=layers), peftfast.LoraConfig(**CONFIG)).get_base_model()
+        fingerprints.append((oracle.python_calls(lambda m=base: fingerprint(m)), len([*base_modules(base)])))
+    (few, modules), (many, more) = fingerprints
+    assert many - few < 7.5 * (more - modules)
 
 
 def test_a_loss_asks_for_a_method_that_is_known():
