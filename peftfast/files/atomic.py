@@ -10,11 +10,11 @@ wait, because they answer for what they have confirmed; who wants that of an ada
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import secrets
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,9 +96,13 @@ def write_pair(
         temporary = _write_beside(folder / first[0], first[1])
         next_second = folder / f".{second[0]}.{first[0]}.{_digest(temporary)}.next"
         try:
-            write_atomically(next_second, second[1])
-        except BaseException:
-            _remove([temporary.parent])
+            written = temporary.parent / second[0]
+            written.write_bytes(second[1])
+            os.replace(written, next_second)
+        except BaseException as e:
+            _remove([temporary.parent, next_second])
+            if isinstance(e, OSError):
+                raise _unwritten(folder / second[0], e) from e
             raise
         try:
             _place(temporary, folder / first[0])
@@ -299,9 +303,7 @@ def _remove(paths: Any) -> None:
 def _digest(path: str | os.PathLike) -> str:
     """Of a file's first and last megabyte, where the checksums of all tensors are: in the first of our safetensors, in
     the last of what `torch.save` writes. Reading all of a large adapter again takes longer than writing it."""
-    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as f:
-        digest.update(f.read(_END))
+        first = zlib.crc32(f.read(_END))
         f.seek(max(_END, os.fstat(f.fileno()).st_size - _END))
-        digest.update(f.read())
-    return digest.hexdigest()
+        return f"{zlib.crc32(f.read(), first):08x}"

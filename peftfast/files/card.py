@@ -47,7 +47,9 @@ def write_card(model: nn.Module, cfg: PeftConfig, base: nn.Module, output_dir: s
     if own_class(model).__name__ == "PeftModelForCausalLM" and not card.data.get("pipeline_tag"):
         card.data["pipeline_tag"] = "text-generation"
     card.text = _with_version(card.text)
-    write_atomically(path, str(card).encode())
+    content = str(card).encode()
+    if not (path.exists() and path.read_bytes() == content):
+        write_atomically(path, content)
 
 
 _VERSIONS = "### Framework versions"
