@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import mmap
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -16,6 +17,9 @@ from peftfast.watch import Place
 from peftfast_kernels.decode import Operand
 
 _HUGE_PAGE = 1 << 21
+_SLOW = 1_000_000  # ns to be given a huge page and fill it; 0.2 ms are usual, and 0.5 to 1 for as much in small ones
+_MEANWHILE = 100  # copies in small pages until a huge one is asked for again
+_small = 0  # how many of these are to come
 
 
 @functools.lru_cache(maxsize=1024)
@@ -153,18 +157,27 @@ def kept_copy(tensor: Tensor, host: bool) -> Tensor:
 
 def _copy(tensor: Tensor) -> Tensor:
     """`tensor.clone()`; of a large one in memory that Linux gives in pages of 2 MiB. To be given new memory in those of
-    4 KiB takes several times as long as to fill it."""
+    4 KiB takes several times as long as to fill it, and to be given the large ones longer still where the system has to
+    make room for each first: a page costs milliseconds then, and those of 4 KiB are taken for a while."""
+    global _small
     advice, huge = getattr(mmap, "MADV_HUGEPAGE", None), tensor.nbytes & -_HUGE_PAGE
     plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
     if advice is None or not huge or not plain:
         return tensor.clone()
+    if _small:
+        _small -= 1
+        return tensor.clone()
+    start = time.thread_time_ns()
     try:
         # whole pages, so that it begins with one; where the tensor ends, small ones save memory
         memory = mmap.mmap(-1, -(-tensor.nbytes & -_HUGE_PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(advice, 0, huge)
     except OSError:  # a system without such pages
         return tensor.clone()
-    return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
+    if time.thread_time_ns() - start > _SLOW * (huge // _HUGE_PAGE):
+        _small = _MEANWHILE
+    return copy
 
 
 def frozen(tensor: Tensor | None) -> nn.Parameter | None:

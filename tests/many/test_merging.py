@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftfast
 from peftfast import LoraConfig
+from peftfast.base import weight as held
 from peftfast.base.dense import DenseWeight
 from peftfast.layers import merger
 
@@ -490,6 +491,7 @@ def test_a_layer_merged_by_itself_says_nothing_of_the_others(call):
 def test_what_is_kept_of_a_large_weight_lies_in_large_pages(monkeypatch):
     """New memory in pages of 4 KiB took longer to get than merging an adapter."""
     advised = []
+    monkeypatch.setattr(held, "_small", 0)
 
     class Memory(mmap.mmap):
         def madvise(self, *advice):
@@ -504,6 +506,21 @@ def test_what_is_kept_of_a_large_weight_lies_in_large_pages(monkeypatch):
     kept = model.base_model.model.m.merger.kept["weight"]
     assert torch.equal(kept, before) and kept.shape == before.shape
     assert advised == [(6 << 20, mmap.MADV_HUGEPAGE, 0, 4 << 20)]
+
+    model.base_model.unmerge_adapter()
+    for milliseconds, asked in (
+        (1, 2),
+        (3, 3),
+        (1, 3),
+        (1, 3),
+        (1, 4),
+    ):  # two pages, and two copies until they come again
+        clock = iter((0, milliseconds * 10**6))
+        monkeypatch.setattr(held, "_MEANWHILE", 2)
+        monkeypatch.setattr(held.time, "thread_time_ns", lambda clock=clock: next(clock))
+        model.base_model.merge_adapter()
+        assert torch.equal(model.base_model.model.m.merger.kept["weight"], before) and len(advised) == asked
+        model.base_model.unmerge_adapter()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
