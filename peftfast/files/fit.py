@@ -233,8 +233,9 @@ def fit_state_dict(
     entries = {entry.file: entry for entry in adapter_entries(model, adapter_name)}
     tensors = aligned(tensors, entries)
     tensors = migrate_experts(tensors, entries, cfg, base_of(model))
-    known, twice = set(entries), rows_said_twice(model, adapter_name)
+    known = set(entries)
     base: dict[str, Tensor] | None = None
+    twice: dict[str, str] = {}
     places: dict[str, str] = {}  # base tensors may have been, or be here, inside layers of other adapters
     embeddings: dict[str, nn.Module] = {}
     merged: list[BaseTunerLayer] = []
@@ -242,6 +243,7 @@ def fit_state_dict(
         entry = entries.pop(key, None)
         if entry is None:
             if base is None:
+                twice = rows_said_twice(model, adapter_name)
                 embeddings = embedding_modules(model)
                 base = {strip_wrappers(k): v for k, v in model.named_parameters(remove_duplicate=False)}
                 places = {without_places(k): k for k in base}
