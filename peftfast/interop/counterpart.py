@@ -61,7 +61,10 @@ def _class_for(instance: HasCounterpart) -> type:
     peft = real_peft()
     if peft is None:
         return cls
-    found = [c for c in (_find(name) for name in instance.counterparts()) if c is not None]
+    found = [c for c in map(_find, instance.counterparts()) if c is not None]
+    made = _derived.get((cls, *found))
+    if made is not None:  # the usual answer, many times in every walk of a model
+        return made
     theirs = tuple(c for c in found if not any(c in d.__mro__[1:] for d in found))  # without bases of others
     if not theirs:
         return cls
