@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -243,12 +244,22 @@ class PeftModel(HasFiles, HasCounterpart, Replicated):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """The base model with its adapters; a training's loss that nothing gives a gradient is warned of, because what
         `backward` says of it ("element 0 of tensors does not require grad") does not tell why."""
+        if "adapter_name" in kwargs:
+            self._check_takes_adapter_name(kwargs["adapter_name"])
         result = self._tuner(*args, **kwargs)
         if self.training and torch.is_grad_enabled():
             loss = getattr(result, "loss", None)
             if isinstance(loss, torch.Tensor) and not loss.requires_grad:
                 self._say_why_nothing_trains()
         return result
+
+    def _check_takes_adapter_name(self, given: Any) -> None:
+        """TypeError if the base model would, at best, take an `adapter_name` as one of any keywords, and not use it."""
+        if "adapter_name" not in inspect.signature(self.get_base_model().forward).parameters:
+            raise TypeError(
+                f"A call of the model takes no adapter_name, got {given!r}; adapter_names=[...] takes a name for every "
+                "sample, and model.set_adapter(name) chooses one for all calls"
+            )
 
     def _say_why_nothing_trains(self) -> None:
         if torch.compiler.is_compiling():  # a warning is no part of a graph

@@ -402,6 +402,8 @@ def test_refusals_come_before_anything_is_computed():
     refused(TypeError, "one adapter name for each sample", [0, 1, 2])
     refused(ValueError, "No adapter has the number 7", torch.tensor([0, 7, -1]))
     refused(TypeError, "one adapter number", torch.tensor([0.0, 1.0, 2.0]))
+    with pytest.raises(TypeError, match=r"no adapter_name, got 'one'; adapter_names=\[...\]"):
+        model(**batch, adapter_name="one")  # which transformers' models would take and not use
     number = model.base_model.adapter_numbers(["two"]).item()
     model.delete_adapter("two")
     refused(ValueError, "non-existing adapter.s.: two", ["one", "two", "one"])
