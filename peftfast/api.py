@@ -179,6 +179,8 @@ def inject_adapter_in_model(
         inventory, adapter_name, peft_config, keys=keys, device="meta" if low_cpu_mem_usage else None,
         autocast_adapter_dtype=autocast_adapter_dtype,
     )  # fmt: skip
+    if getattr(model, "peft_config", None) is not inventory.configs:
+        inventory.model.peft_config = inventory.configs  # transformers deletes it with the last adapter
     inventory.activate_added(adapter_name, peft_config.inference_mode)
     if first and not peft_config.inference_mode:
         inventory.train_biases(peft_config)

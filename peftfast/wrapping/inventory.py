@@ -446,8 +446,6 @@ def inventory_of(model: nn.Module) -> Inventory:
     if inventory is None:
         configs = getattr(model, "peft_config", None)
         inventory = model.__dict__[KEPT] = Inventory(model, configs if isinstance(configs, dict) else {})
-    if getattr(model, "peft_config", None) is not inventory.configs:
-        model.peft_config = inventory.configs  # transformers deletes it with the last adapter
     return inventory
 
 

@@ -115,6 +115,23 @@ def test_config_that_does_not_fit(options, error, message):
     peftfast.get_peft_model(model, LoraConfig(target_modules=QV))  # and it can still be adapted
 
 
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda model: peftfast.inject_adapter_in_model(LoraConfig(target_modules=["nothing"]), model),
+        lambda model: peftfast.AdapterPool(model, target_modules=["nothing"]),
+        lambda model: peftfast.functional.set_adapter(model, "nothing"),
+    ],
+)
+def test_a_base_that_was_refused_an_adapter_does_not_say_that_it_may_have_some(add):
+    model = oracle.llama()
+    with pytest.raises(ValueError, match="nothing"):
+        add(model)
+    assert not hasattr(model, "peft_config")  # by which transformers, TRL and others tell that adapters are here
+    peftfast.inject_adapter_in_model(LoraConfig(target_modules=QV), model)
+    assert list(model.peft_config) == ["default"]
+
+
 def test_no_target_matched_in_a_second_adapter():
     model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
     before = picture(model)
