@@ -53,7 +53,16 @@ class ModelMerger:
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        return None if adapter_names is None else self.inventory.check_known(adapter_names, said)
+        if adapter_names is None:
+            return None
+        names = self.inventory.check_known(adapter_names, said)
+        if not names:
+            warn(
+                f"adapter_names={names} names no adapter, so nothing is merged; None stands for the active ones, "
+                f"{self.inventory.active}.",
+                PeftWarning,
+            )
+        return names
 
     def _make_ready(self, rounding: str) -> None:
         """Refuse what nobody can merge, and see to it that weights are read where they are kept."""

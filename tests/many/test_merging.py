@@ -374,6 +374,16 @@ def test_names_that_come_one_by_one_are_merged_in_every_layer():
     torch.testing.assert_close(oracle.logits(merged), expected)
 
 
+def test_a_list_of_no_names_says_that_nothing_is_merged():
+    model = two()
+    with pytest.warns(peftfast.errors.PeftWarning, match=r"names no adapter.*None.*active ones, \['default'\]"):
+        model.merge_adapter([])
+    assert not any(layer.merged for layer in model.base_model.inventory.layers.values())
+    with pytest.warns(peftfast.errors.PeftWarning, match="names no adapter"):
+        merged = model.merge_and_unload(adapter_names=[])
+    assert torch.equal(oracle.logits(merged), oracle.logits(oracle.llama()))
+
+
 WITH_THE_BASE = {
     "embedding": (oracle.llama, {"target_modules": ["q_proj", "embed_tokens"]}),
     "tied embedding": (lambda: oracle.llama(tied=True), {"target_modules": ["q_proj", "embed_tokens"]}),
