@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,7 +236,6 @@ def name_dense_layers(model: nn.Module) -> None:
 
 
 # ---- quantised to dense ----------------------------------------------------------------------------------------------
-@torch.no_grad()
 def dequantize_model(
     model: nn.Module,
     originals: str | Path | Mapping[str, Tensor] | nn.Module | None = None,
@@ -255,6 +255,14 @@ def dequantize_model(
         ValueError: nothing is quantised, adapters are merged, or original weights of other shapes. FileNotFoundError,
             KeyError: original weights that are not there. TypeError: an argument of another kind. Nothing was changed.
     """
+    with dequantized(model, originals, dtype) as names:
+        return names
+
+
+@contextmanager
+@torch.no_grad()
+def dequantized(model: nn.Module, originals: Any = None, dtype: torch.dtype | str | None = None) -> Iterator[list[str]]:
+    """`dequantize_model`, undone if it or the block raises."""
     dtype = optional(torch_dtype(floating=True)).enforce(dtype, "dtype")
     base = _inner(model)
     places = [(n, layer, m) for n, layer, m in _base_modules(base) if is_quantised(m)]
@@ -269,15 +277,21 @@ def dequantize_model(
             "the weights before quantisation"
         )
     source = None if originals is None else _originals(base, originals, [(n, base_weight(m)) for n, _, m in places])
-    listing = Listing(base)
-    for name, layer, module in places:
-        stored = base_weight(module)
-        kept = dtype or _dense_dtype(base, stored)
-        weight = stored.dense(kept) if source is None else source.weight(name, module).to(stored.device, kept)
-        _put(listing, name, layer, linear_with(weight, module))
+    listing, begun = Listing(base), []
+    try:
+        for name, layer, module in places:
+            stored = base_weight(module)
+            kept = dtype or _dense_dtype(base, stored)
+            weight = stored.dense(kept) if source is None else source.weight(name, module).to(stored.device, kept)
+            begun.append((name, layer, module))
+            _put(listing, name, layer, linear_with(weight, module))
+        yield [name for name, _, _ in places]
+    except BaseException:
+        for place in begun:
+            _put(listing, *place)
+        raise
     if not any(is_quantised(module) for _, _, module in _base_modules(base)):
         _unmark_quantised(base)
-    return [name for name, _, _ in places]
 
 
 def _originals(model: nn.Module, source: Any, places: Iterable[tuple[str, BaseWeight]]) -> Originals:

@@ -18,7 +18,7 @@ from peftfast.many.router import Router
 from peftfast.method import method_for
 from peftfast.methods.combination import Combination
 from peftfast.ops.casts import CastStore
-from peftfast.quantization.quantize import dequantize_model, name_dense_layers
+from peftfast.quantization.quantize import dequantized, name_dense_layers
 from peftfast.replicas import Replicated
 from peftfast.sharding import GatheredAsOne
 from peftfast.training.checkpointing import checkpointing_switches, leave_input_gradients
@@ -271,7 +271,9 @@ class BaseTuner(CalledModel, KeepsBeside, GatheredAsOne, Replicated):
         names = merger.names(adapter_names)
         if dequantize:
             merger.check(names, rounding, dense=True)
-            dequantize_model(self, originals)
+            with dequantized(self, originals):
+                if safe_merge:
+                    merger.check_values(names)
         from tqdm.auto import tqdm
 
         progress = functools.partial(tqdm, disable=not progressbar, desc="Unloading and merging model")

@@ -88,8 +88,8 @@ class ModelMerger:
             return
         if not keep:  # there is no way back, so nothing may fail half-way
             self._check(work)
-            for layer, wanted in work if safe_merge else ():
-                layer.merger.check_values(wanted)
+            if safe_merge:
+                self._check_values(work)
         shared = self._weights_of_others(work)
         before: list[tuple[BaseTunerLayer, list[str], bool]] = []
         own: list[LoraLayer] = []
@@ -133,6 +133,14 @@ class ModelMerger:
         check_rounding(rounding)
         check_mergeable(self.inventory.model)
         self._check(self._unmerged(adapter_names)[0], dense)
+
+    def check_values(self, adapter_names: list[str] | None = None) -> None:
+        """ValueError if merging the adapters (None: the active ones) gave values that are not finite."""
+        self._check_values(self._unmerged(adapter_names)[0])
+
+    def _check_values(self, work: list[Work]) -> None:
+        for layer, wanted in work:
+            layer.merger.check_values(wanted)
 
     def _check(self, work: list[Work], dense: bool = False) -> None:
         passed: set[tuple] = set()

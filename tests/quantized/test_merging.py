@@ -273,6 +273,14 @@ def test_merge_refusals_change_nothing():
         model.add_adapter("biased", peftfast.LoraConfig(target_modules=["q_proj"], lora_bias=True))
     with pytest.raises(RuntimeError, match="the base layer has no bias"):
         model.merge_and_unload(dequantize=True, adapter_names=["biased"])
+    model.delete_adapter("biased")
+    with torch.no_grad():
+        layer.lora_B["default"].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected.*default"):
+        model.merge_and_unload(dequantize=True, safe_merge=True)
+    with torch.no_grad():
+        layer.lora_B["default"].weight[0, 0] = 0.0
+    assert model.base_model.model.config.quantization_config.load_in_4bit and layer.site.weight.quantization
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge first"):
         peftfast.dequantize_model(model)
