@@ -36,6 +36,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
+    "training.averaging": ("AdapterAverage",),
     "training.blocks": ("fuse_blocks",),
     "training.capture.decoding": ("capture_decoding",),
     "training.capture.training_step": ("capture_training_step",),

@@ -102,6 +102,7 @@ from peftfast.tasks import PeftModelForQuestionAnswering as PeftModelForQuestion
 from peftfast.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from peftfast.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from peftfast.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
+from peftfast.training.averaging import AdapterAverage as AdapterAverage
 from peftfast.training.blocks import fuse_blocks as fuse_blocks
 from peftfast.training.capture.decoding import capture_decoding as capture_decoding
 from peftfast.training.capture.training_step import capture_training_step as capture_training_step

@@ -336,6 +336,7 @@ def refused(kind: str, folder: Path) -> dict:
         "change": lambda: layer.get_delta_weight("default"),
         "add": lambda: model.add_adapter("other", METHODS["lora"](peftfast)),
         "load": lambda: model.load_adapter(folder / f"other{dist.get_rank()}", "other"),
+        "average": lambda: peftfast.AdapterAverage(model).update(),
     }.items():
         try:
             do()

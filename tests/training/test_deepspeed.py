@@ -93,6 +93,7 @@ def test_what_is_refused(found):
             assert said[what].startswith("Cannot merge or unmerge") and "merge_and_unload()" in said[what], what
         for what in ("add", "load"):
             assert said[what].startswith("Cannot add adapter 'other'") and "load_adapter(folder" in said[what], what
+        assert said["average"].startswith("Cannot average this model: DeepSpeed ZeRO-3")
         assert result["same"]
     for _, result in found("schedule"):
         assert "automatic = False" in result["said"]

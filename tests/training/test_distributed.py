@@ -35,7 +35,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     kinds = {"rows": ["fsdp2"]}
     kinds |= {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
     kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"], "optimizers": OPTIMIZERS}
-    kinds |= {"around": AROUND}
+    kinds |= {"around": AROUND, "averaged": ["shards", "whole"]}
     kinds |= {"partly": PARTLY}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
@@ -151,6 +151,11 @@ def test_prompts_of_networks_are_read_from_shards(two):
 def test_optimizers_find_the_factors_in_their_shards(two, kind):
     _, ranks = two
     assert all(result[f"optimizers:{kind}"]["error"] < 1e-5 for result in ranks)
+
+
+def test_an_average_of_shards(two):
+    _, ranks = two
+    assert all(result[f"averaged:{kind}"]["error"] < 1e-5 for result in ranks for kind in ("shards", "whole"))
 
 
 @BOTH

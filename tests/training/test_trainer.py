@@ -117,6 +117,29 @@ def test_options_that_reach_into_the_base_model(tmp_path, options):
     assert losses(ours) == pytest.approx(losses(theirs), rel=2e-5)
 
 
+def test_an_average_of_the_adapters_is_saved_and_resumed(tmp_path):
+    def train(resume=None, **changes) -> tuple[peftfast.AdapterAverage, Trainer]:
+        average = peftfast.AdapterAverage(wrapped(peftfast), 0.9)
+        trainer = Trainer(
+            average.model, arguments(tmp_path, **changes), train_dataset=rows(), callbacks=[average.callback()]
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return average, trainer
+
+    changes = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2}
+    whole, trainer = train(**changes)
+    assert whole.updates == 4
+    with whole.applied():
+        inside = trainer.evaluate(rows(8, 5))["eval_loss"]
+    assert trainer.evaluate(rows(8, 5))["eval_loss"] != inside
+    (tmp_path / "checkpoint-4" / "adapter_average.safetensors").unlink()
+    resumed, _ = train(str(tmp_path / "checkpoint-2"), **changes)
+    assert resumed.updates == 4 and largest_difference(resumed.state_dict(), whole.state_dict()) == 0.0
+    (tmp_path / "checkpoint-2" / "adapter_average.safetensors").unlink()
+    with pytest.warns(peftfast.PeftWarning, match="no .*checkpoint-2.*average.safetensors to resume.*begins anew"):
+        train(str(tmp_path / "checkpoint-2"), **changes)
+
+
 def test_two_adapters_are_saved_and_resumed(tmp_path):
     def two() -> torch.nn.Module:
         model = wrapped(peftfast)

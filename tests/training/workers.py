@@ -22,7 +22,7 @@ from training.tiny import batch, checkpoint, fill, largest_difference, llama, lo
 
 import peftfast
 from peftfast.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
-from peftfast.sharding import is_distributed, put_together
+from peftfast.sharding import gathered, is_distributed, put_together
 
 
 def base(kind: str) -> torch.nn.Module:
@@ -585,7 +585,33 @@ def optimizers(kind: str, folder: Path) -> dict:
     return {"error": largest_difference(train(model, optimizer, world), expected)}
 
 
+def averaged(kind: str, folder: Path) -> dict:
+    """An average of a model that FSDP2 has sharded, saved as shards and whole, after an evaluation, which leaves the
+    root's parameters whole for a time: how far it and the outputs with it are from those of one process."""
+
+    def train(model: torch.nn.Module, parts: int) -> dict[str, torch.Tensor]:
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 0.05)
+        average, found = peftfast.AdapterAverage(model), {}
+        for step in range(4):
+            take_steps(model, optimizer, [step], parts)
+            average.update()
+            if step == 1:
+                state = average.state_dict()
+                average = peftfast.AdapterAverage(model)
+                average.load_state_dict(gathered(state) if kind == "whole" else state)
+            with torch.no_grad(), average.applied():
+                found[f"with the average of step {step}"] = model(**batch(4)).logits
+            with torch.no_grad():
+                found[f"after step {step}"] = model(**batch(4)).logits
+        return found | gathered(average.state_dict())
+
+    return {
+        "error": largest_difference(train(shard(model_of("saved")), dist.get_world_size()), train(model_of("saved"), 1))
+    }
+
+
 RUNS = {
+    "averaged": averaged,
     "ddp": ddp,
     "fsdp1": fsdp1,
     "fsdp2": fsdp2,
