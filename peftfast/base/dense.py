@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from peftfast.base.offload import stored_weight
 from peftfast.base.parameter import ParameterWeight
@@ -82,3 +85,32 @@ class DenseWeight(ParameterWeight):
     def seen(self) -> Tensor:
         weight = stored_weight(self.module).detach()
         return weight.t() if self.transposed else weight.flatten(1)
+
+
+@register_format
+class TransposedConvWeight(DenseWeight):
+    """Of torch's `ConvTransposeNd`, which keeps [input channels, output channels, ...]. Not for grouped ones."""
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        return isinstance(module, _ConvTransposeNd) and super().claims(module)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        k, n, *kernel = whole_shape(self.module.weight)
+        return n, k * math.prod(kernel)
+
+    def operand(self, x: Tensor, autocast: torch.dtype | None) -> None:
+        return None
+
+    def readable(self) -> Operand:
+        return Operand("dense", [self.as_matrix(self.module.weight.detach())], self.shape, self.compute_dtype)
+
+    def seen(self) -> Tensor:
+        return self.as_matrix(stored_weight(self.module).detach())
+
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        return stored.transpose(0, 1).flatten(1)
+
+    def as_stored(self, weight: Tensor, shape: torch.Size) -> Tensor:
+        return weight.unflatten(1, (shape[0], *shape[2:])).transpose(0, 1)

@@ -53,7 +53,7 @@ class ParameterWeight(UsualWeight):
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
         own = stored_weight(self.module, self.parameter, write=True)
-        new = (weight.t() if self.transposed else weight).reshape(own.shape)
+        new = self.as_stored(weight, own.shape)
         # what `seen` gives may have been written to; the address of a sharded or packed tensor says nothing
         if type(own) is not nn.Parameter or new.data_ptr() != own.data_ptr():
             self._write(own, new)
@@ -66,7 +66,7 @@ class ParameterWeight(UsualWeight):
     def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:
         own = stored_weight(self.module, self.parameter, write=True)
         drawn = drawn_float(weight, own.dtype, generator)
-        self._write(own, (drawn.t() if self.transposed else drawn).reshape(own.shape))
+        self._write(own, self.as_stored(drawn, own.shape))
 
     def _write(self, own: Tensor, new: Tensor) -> None:
         """`own.copy_(new)`, which tensors of some libraries do to a copy of themselves.

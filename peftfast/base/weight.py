@@ -70,6 +70,12 @@ class UsualWeight:
     def seen(self) -> Tensor:
         return self.dense(torch.float32)
 
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        return stored.t() if self.transposed else stored.reshape(self.shape)
+
+    def as_stored(self, weight: Tensor, shape: torch.Size) -> Tensor:
+        return (weight.t() if self.transposed else weight).reshape(shape)
+
 
 class BaseWeight(Protocol):
     """The weight of one module as a matrix W [N, K]: N output features, K input features (an embedding: N tokens of
@@ -127,6 +133,14 @@ class BaseWeight(Protocol):
 
     def seen(self) -> Tensor:
         """W [N, K] to look at: the numbers themselves, not a copy, where they are stored as such; else in fp32."""
+        ...
+
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        """What lies as the module's Parameter does, as a matrix [N, K]; a view where there is one."""
+        ...
+
+    def as_stored(self, weight: Tensor, shape: torch.Size) -> Tensor:
+        """`weight` [N, K] as the module's Parameter, of this shape, lies; a view where there is one."""
         ...
 
     def assign_stochastic(self, weight: Tensor, generator: torch.Generator) -> None:

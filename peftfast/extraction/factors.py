@@ -75,7 +75,7 @@ def matrix(site: Site, stored: Tensor) -> Tensor:
     shape = site.weight.shape
     if stored.numel() != shape[0] * shape[1]:
         return stored
-    return stored.t() if site.weight.transposed or was_conv1d(site.module) else stored.reshape(shape)
+    return stored.t() if was_conv1d(site.module) else site.weight.as_matrix(stored)
 
 
 def energy_of(s: Tensor) -> Tensor:

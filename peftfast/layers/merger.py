@@ -449,8 +449,6 @@ class Merger:
                 ((_, dense),) = self._steps(base, [adapter])
                 change = (dense.weight - base.weight).to(wide)
         stored = getattr(layer.get_base_layer(), layer.site.parameter, change)  # some formats have no such Parameter
-        return (
-            change.t()
-            if layer.site.weight.transposed
-            else change.reshape(stored.shape if stored.numel() == change.numel() else change.shape)
-        )
+        if layer.site.weight.transposed:
+            return change.t()
+        return layer.site.weight.as_stored(change, stored.shape) if stored.numel() == change.numel() else change

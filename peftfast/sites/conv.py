@@ -1,9 +1,11 @@
-"""Convolutions of one to three dimensions: the down factor has the base's kernel, the up factor is 1x1."""
+"""Convolutions of one to three dimensions, transposed ones too: the down factor has the base's kernel, the up factor is
+1x1."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,14 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.ops.dora import weight_norm
-from peftfast.sites.holders import conv_holder
+from peftfast.sites.called import register_plain
+from peftfast.sites.holders import conv_holder, empty_module
 from peftfast.sites.site import Slot, UsualSite, probe_of, register_site
 
-_CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED_KINDS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 class ConvSite(UsualSite):
@@ -23,8 +29,8 @@ class ConvSite(UsualSite):
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.weight = base_weight(module)
-        self._conv = next(f for cls, f in _CONV.items() if isinstance(module, cls))
         self._ones = (1,) * len(module.kernel_size)
+        self._conv = _CONV[len(self._ones) - 1]
         self.groups = module.groups
 
     def probe(self) -> Tensor | None:
@@ -43,14 +49,18 @@ class ConvSite(UsualSite):
         up = partial(
             conv_holder, m, rank, m.out_channels, kernel_size=self._ones, stride=self._ones, dilation=self._ones,
             padding=(0,) * len(self._ones), padding_mode="zeros", groups=m.groups,
-            _reversed_padding_repeated_twice=[0, 0] * len(self._ones),
+            _reversed_padding_repeated_twice=[0, 0] * len(self._ones), transposed=False,
+            output_padding=(0,) * len(self._ones),
         )  # fmt: skip
         return {
-            "lora_A": Slot((rank, m.in_channels, *m.kernel_size), holder=partial(conv_holder, m, m.in_channels, rank)),
+            "lora_A": Slot((rank, m.in_channels, *m.kernel_size), holder=partial(self._down_holder, rank)),
             "lora_B": Slot(
                 (m.out_channels, rank // m.groups, *self._ones), holder=up, bias=(m.out_channels,) if bias else None
             ),
         }
+
+    def _down_holder(self, rank: int) -> nn.Module:
+        return conv_holder(self.module, self.module.in_channels, rank)
 
     def adapt_each(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
         runs = a.shape[0]
@@ -113,5 +123,48 @@ class ConvSite(UsualSite):
         return self.output_norm(self.weight.dense(wide) + scale * delta)
 
 
-for _cls in _CONV:
-    register_site(f"torch.nn.{_cls.__name__}", lambda module, _cls=_cls: isinstance(module, _cls))(ConvSite)
+@register_plain
+class TransposedDown(nn.Module):
+    """The down factor of a transposed convolution as a module. In its weight [r, input channels, ...] the rank comes
+    first, as in all down factors; in torch's own modules it would be second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _transposed(self, x, self.weight)
+
+
+class TransposedConvSite(ConvSite):
+    """y = W * x + bias where y [B, Cout, ...] may be larger than x [B, Cin, ...]; W is seen as [Cout, Cin · kernel]."""
+
+    in_peft = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        if module.groups > 1:
+            raise ValueError(f"{type(module).__name__} with groups={module.groups} is not supported, only groups=1 is")
+
+    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            raise TypeError(
+                f"An adapted {type(self.module).__name__} takes no output_size, of which its adapters would not know; "
+                "set the module's output_padding"
+            )
+        return super().base(x)
+
+    def _down_holder(self, rank: int) -> nn.Module:
+        m = self.module
+        same = {k: getattr(m, k) for k in ("kernel_size", "stride", "padding", "output_padding", "dilation")}
+        return empty_module(TransposedDown, in_channels=m.in_channels, out_channels=rank, **same)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        m = self.module
+        return _transposed(m, x, a.reshape(len(a), -1, *m.kernel_size))
+
+
+def _transposed(m: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+    conv = _TRANSPOSED[len(m.kernel_size) - 1]
+    return conv(x, a.transpose(0, 1), None, m.stride, m.padding, m.output_padding, 1, m.dilation)
+
+
+for _kinds, _site in ((_KINDS, ConvSite), (_TRANSPOSED_KINDS, TransposedConvSite)):
+    for _cls in _kinds:
+        register_site(f"torch.nn.{_cls.__name__}", lambda module, _cls=_cls: isinstance(module, _cls))(_site)

@@ -21,8 +21,9 @@ def linear_holder(in_features: int, out_features: int) -> nn.Module:
 
 
 def conv_holder(base: nn.Module, in_channels: int, out_channels: int, **changes: object) -> nn.Module:
-    """A convolution like `base` (same kernel, stride, padding, dilation) with other channels and `changes`."""
-    cls = next(c for c in type(base).__mro__ if c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    """A convolution of as many dimensions as `base` (of the same kernel, stride, padding, dilation) with other channels
+    and `changes`."""
+    cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(base.kernel_size) - 1]
     same = (
         "kernel_size",
         "stride",

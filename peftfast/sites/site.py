@@ -86,6 +86,7 @@ class UsualSite:
         parts: names of children that are adapted with the module and never by themselves; `part(name)` is the site of
             one.
         around: what is called in the module's place, which is inside it; None: the module itself.
+        in_peft: PEFT has adapters for this kind of module as well.
     """
 
     parameter: str = "weight"
@@ -96,6 +97,7 @@ class UsualSite:
     experts: int = 1
     parts: tuple[str, ...] = ()
     around: nn.Module | None = None
+    in_peft: bool = True
 
     @property
     def weight(self) -> BaseWeight:
@@ -401,12 +403,15 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
 def probe_of(site: Site, *shape: int) -> Tensor | None:
     """Random numbers of this shape for a module that has a forward of its own kind, or another around it; None for
     torch's own, and where a call would mean more than a product (hooks, sharded weights) or less (none on the meta
     device)."""
     module, quantised = site.module, site.weight.quantization is not None
-    usual = type(module).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    usual = type(module).forward in (nn.Linear.forward, *(cls.forward for cls in _CONVOLUTIONS))
     if usual and site.around is None or quantised or not is_untouched(module):
         return None
     weight = module.weight

@@ -403,7 +403,7 @@ def _check_sites(
     initialise: bool,
 ) -> list[bool]:
     """Ask every target whether it can carry this adapter; answers which ones store their weight transposed."""
-    transposed = []
+    transposed, unknown_to_peft = [], []
     check_init = getattr(method, "check_init", None) if initialise else None
     for key in keys:
         module = inventory.module(key)
@@ -429,6 +429,15 @@ def _check_sites(
             )
         if isinstance(site.module, nn.Linear) or site.weight.transposed:
             transposed.append(site.weight.transposed)
+        if not site.in_peft:
+            unknown_to_peft.append(key)
+    if unknown_to_peft:
+        kinds = {type(inventory.base_module(key)).__name__ for key in unknown_to_peft}
+        warn(
+            f"PEFT has no adapters of {', '.join(sorted(kinds))} ({enumerate_some(unknown_to_peft)}), so it will not "
+            "load this one. Once it is merged, the model is as any other.",
+            PeftWarning,
+        )
     return transposed
 
 

@@ -1,5 +1,6 @@
 """Modules that derive from torch's and compute something else than their weight and their kind say: embeddings that are
-more than a table are no targets, linear layers and convolutions are not merged into. Recurrent layers' Parameters."""
+more than a table are no targets, linear layers and convolutions are not merged into. Recurrent layers' Parameters.
+Transposed convolutions."""
 
 from __future__ import annotations
 
@@ -227,3 +228,142 @@ def test_weights_of_an_lstm_are_merged_into(bias):
     model.unmerge_adapter()
     assert torch.equal(model(x), adapted)
     torch.testing.assert_close(model.merge_and_unload()(x), adapted)
+
+
+# ---- transposed convolutions, which PEFT has no adapters of ----------------------------------------------------------
+TRANSPOSED = {
+    1: (nn.ConvTranspose1d, {"kernel_size": 4, "stride": 2, "padding": 1}, nn.functional.conv_transpose1d),
+    2: (
+        nn.ConvTranspose2d,
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+        nn.functional.conv_transpose2d,
+    ),
+    3: (nn.ConvTranspose3d, {"kernel_size": 2, "stride": 3, "dilation": 2}, nn.functional.conv_transpose3d),
+}
+
+
+class Upsampler(nn.Module):
+    def __init__(self, dims: int = 2, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kind, options, _ = TRANSPOSED[dims]
+        self.wide, self.narrow = kind(4, 6, **options), kind(6, 3, **options)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(torch.relu(self.wide(x)))
+
+
+def upsampler(dims: int = 2, dtype: torch.dtype = torch.float32, config=None, **options) -> nn.Module:
+    config = config or LoraConfig(r=2, lora_alpha=6, target_modules=["wide", "narrow"], **options)
+    with pytest.warns(peftfast.PeftWarning, match="PEFT has no adapters of ConvTranspose.*('wide', 'narrow')"):
+        model = peftfast.get_peft_model(Upsampler(dims, dtype), config).eval()
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if p.requires_grad:
+                drawn = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+                p.copy_(drawn + 1 if "ia3" in name or "magnitude" in name else drawn)
+    return model
+
+
+def changed_weight(layer: nn.Module) -> Tensor:
+    """The weight with the adapter inside, in fp64 and with its graph."""
+    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double().flatten(1)
+    w = layer.base_layer.weight.double() + layer.scaling["default"] * torch.einsum("rc...,nr->cn...", a, b)
+    if layer.use_dora.get("default"):
+        norm = torch.linalg.vector_norm(w.detach().transpose(0, 1).flatten(1), dim=1)
+        g = layer.lora_magnitude_vector["default"].weight.double().flatten() / norm
+        w = w * g.view(-1, *[1] * (w.dim() - 2))
+    return w
+
+
+def in_fp64(layer: nn.Module, x: Tensor) -> Tensor:
+    m, function = layer.base_layer, TRANSPOSED[x.dim() - 2][2]
+    how = m.stride, m.padding, m.output_padding, 1, m.dilation
+    return function(x.double(), changed_weight(layer), m.bias.double(), *how)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("dims", TRANSPOSED)
+def test_a_transposed_convolution_is_adapted_as_its_changed_weight_says(dims, options, tmp_path):
+    model = upsampler(dims, **options)
+    layer, x = model.base_model.model.wide, torch.randn(2, 4, *[5] * dims)
+    factors = [p for p in layer.parameters() if p.requires_grad]
+    given, found = torch.randn_like(layer(x)), layer(x)
+    assert oracle.rms_error(found, in_fp64(layer, x)) < 3e-7
+    gradients = torch.autograd.grad(found, factors, given)
+    for mine, exact in zip(gradients, torch.autograd.grad(in_fp64(layer, x), factors, given.double()), strict=True):
+        assert oracle.rms_error(mine, exact.double()) < 2e-6
+    before, y = layer.base_layer.weight.detach().clone(), model(x)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(peftfast.PeftWarning, match="will not load this one"):
+        loaded = peftfast.PeftModel.from_pretrained(Upsampler(dims), tmp_path, strict=True).eval()
+    assert torch.equal(loaded(x), y)
+    change = layer.get_delta_weight("default")
+    assert oracle.rms_error(change, changed_weight(layer) - before) < 1e-6
+    model.merge_adapter(safe_merge=True)
+    assert oracle.rms_error(layer.base_layer.weight, changed_weight(loaded.base_model.model.wide)) < 3e-7
+    oracle.close(model(x), y)
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, before)
+    oracle.close(model.merge_and_unload()(x), y)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_transposed_convolution_of_half_precision_is_rounded_once(rounding):
+    model = upsampler(dtype=torch.bfloat16)
+    layer = model.base_model.model.wide
+    before, exact = layer.base_layer.weight.clone(), changed_weight(layer)
+    model.merge_adapter(rounding=rounding)
+    off = (layer.base_layer.weight.double() - exact).abs() / exact.abs()
+    assert off.max() <= 2**-8 * (1 if rounding == "nearest" else 2)
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peftfast.IA3Config(target_modules=["wide", "narrow"], feedforward_modules=["narrow"]),
+        peftfast.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["wide", "narrow"]),
+        LoraConfig(r=2, target_modules=["wide", "narrow"], init_lora_weights="pissa"),
+    ],
+    ids=["ia3", "adalora", "pissa"],
+)
+def test_other_methods_merge_into_transposed_convolutions_what_they_compute(config):
+    model, x = upsampler(config=config), torch.randn(2, 4, 5, 5)
+    y = model(x)
+    with model.disable_adapter():
+        assert not torch.allclose(model(x), y)
+    model.merge_adapter()
+    oracle.close(model(x), y)
+
+
+def test_rows_of_a_batch_have_adapters_of_their_own_in_transposed_convolutions():
+    model, x = upsampler(), torch.randn(3, 4, 5, 5)
+    with pytest.warns(peftfast.PeftWarning, match="will not load"):
+        model.add_adapter("b", LoraConfig(r=3, target_modules=["wide"], init_lora_weights=False))
+    mixed = model(x, adapter_names=["default", "b", "__base__"])
+    oracle.close(mixed[:1], model(x)[:1])
+    model.set_adapter("b")
+    alone, called = model(x), []
+    oracle.close(mixed[1:2], alone[1:2])
+    oracle.close(mixed[2:], Upsampler()(x)[2:])
+    model.base_model.model.wide.lora_A["b"].register_forward_hook(lambda *_: called.append(1))
+    oracle.close(model(x), alone)
+    assert called
+    with pytest.raises(TypeError, match="ConvTranspose2d takes no output_size.*output_padding"):
+        model.base_model.model.wide(x, output_size=[9, 9])
+    with pytest.raises(ValueError, match="0: ConvTranspose1d with groups=2 is not supported"):
+        peftfast.get_peft_model(nn.Sequential(nn.ConvTranspose1d(4, 4, 2, groups=2)), LoraConfig(target_modules=["0"]))
+
+
+def test_what_a_tuned_model_changed_of_a_transposed_convolution_becomes_a_lora():
+    base, tuned, x = Upsampler(), Upsampler(), torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        tuned.wide.weight += torch.einsum("rchw,nr->cnhw", torch.randn(2, 4, 3, 3), torch.randn(6, 2))
+    config, tensors = peftfast.extract_lora(base, tuned, rank=2)
+    with pytest.warns(peftfast.PeftWarning, match="will not load"):
+        model = peftfast.get_peft_model(base, config).eval()
+    peftfast.set_peft_model_state_dict(model, tensors, strict=True)
+    oracle.close(model(x), tuned(x))
