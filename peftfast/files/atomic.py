@@ -171,7 +171,13 @@ def locked(folder: str | os.PathLike, exclusive: bool = False) -> Iterator[None]
 
 
 def find_file(
-    model_id: str | os.PathLike, name: str, *, subfolder: str | None = None, required: bool = False, **hub: Any
+    model_id: str | os.PathLike,
+    name: str,
+    *,
+    subfolder: str | None = None,
+    required: bool = False,
+    at_hand: bool = False,
+    **hub: Any,
 ) -> str | None:
     """Path of `name` in a local folder or, only if `model_id` is no folder, in a Hub repository; None if it is not
     there.
@@ -181,6 +187,8 @@ def find_file(
         name: file name, relative to `subfolder`.
         subfolder: must stay inside the folder.
         required: whether it is an error that the Hub cannot be asked for what the local cache does not have.
+        at_hand: what the local cache has of a repository is good enough, and the Hub is asked for the rest only if it
+            answers at once: without a network, downloading tries for half a minute.
         hub: arguments of `hf_hub_download` (revision, token, cache_dir, local_files_only, ...).
     """
     for part in (name, subfolder or ""):
@@ -195,11 +203,16 @@ def find_file(
         raise ValueError(
             f"Can't find {name!r} at {str(model_id)!r}, which is a file; expected a folder or a Hub repository id"
         )
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     hub = {k: v for k, v in hub.items() if v is not None}
     try:
+        if at_hand:
+            revision = hub.get("revision")
+            cached = try_to_load_from_cache(os.fspath(model_id), name, revision=revision)
+            if isinstance(cached, str) or not file_exists(os.fspath(model_id), name, revision=revision):
+                return cached if isinstance(cached, str) else None
         return hf_hub_download(os.fspath(model_id), name, subfolder=subfolder, **hub)
     except EntryNotFoundError as e:
         if required and isinstance(e, LocalEntryNotFoundError):

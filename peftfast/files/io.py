@@ -190,7 +190,7 @@ def vocabulary_changed(model: nn.Module, cfg: PeftConfig) -> bool:
     import json
 
     try:
-        path = find_file(base, "config.json", revision=cfg.revision)
+        path = find_file(base, "config.json", revision=cfg.revision, at_hand=True)
         if path is None:
             raise ValueError("no config.json there")
         if hasattr(config, "from_pretrained"):  # a file need not have the defaults, and may be of more than this model

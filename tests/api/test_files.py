@@ -668,6 +668,35 @@ def test_an_adapter_with_more_tokens_is_loaded_without_the_network(where, tmp_pa
     assert torch.equal(oracle.logits(loaded), oracle.logits(model))
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_saving_does_not_wait_for_a_hub_that_cannot_be_asked(cached, tmp_path, monkeypatch):
+    """Nor ask it for what its cache has: each of a training's checkpoints is saved."""
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    def downloaded(*args, **kwargs):  # which tries again and again
+        raise AssertionError(args)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.file_exists", no_network)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", downloaded)
+    base, entry = oracle.llama(), tmp_path / "hub/models--me--base"
+    if cached:
+        base.config.save_pretrained(entry / "snapshots" / ("0" * 40))
+        (entry / "refs").mkdir()
+        (entry / "refs/main").write_text("0" * 40)
+    base.name_or_path = "me/base"
+    model = peftfast.get_peft_model(base, LoraConfig(**OPTIONS))
+    model.resize_token_embeddings(oracle.VOCABULARY + 5)
+    said = "embedding layer has been resized" if cached else "Could not find a config file in me/base.*no network"
+    with pytest.warns(UserWarning, match=said):
+        model.save_pretrained(tmp_path / "adapter")
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("embed_tokens" in key for key in keys) is cached
+
+
 def test_auto_classes_ask_for_the_tokenizer_as_for_the_model(base_folder, tmp_path, monkeypatch):
     import transformers
 
