@@ -330,7 +330,7 @@ def _read(
 def _finder(model_id: Any, kwargs: dict[str, Any]) -> Callable[[str], str | None]:
     """What finds files beside those of an adapter that was loaded with these arguments."""
     hub, _ = PeftConfig._split_hub_arguments(kwargs)
-    return lambda name: find_file(model_id, name, **hub)
+    return lambda name: find_file(model_id, name, at_hand=True, **hub)
 
 
 def _for_adding(stored: Stored, is_trainable: bool, num_virtual_tokens: int | None) -> Stored:

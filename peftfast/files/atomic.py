@@ -208,10 +208,10 @@ def find_file(
 
     hub = {k: v for k, v in hub.items() if v is not None}
     try:
-        if at_hand:
-            revision = hub.get("revision")
-            cached = try_to_load_from_cache(os.fspath(model_id), name, revision=revision)
-            if isinstance(cached, str) or not file_exists(os.fspath(model_id), name, revision=revision):
+        if at_hand and not hub.get("local_files_only"):
+            place, revision = (os.fspath(model_id), f"{subfolder}/{name}" if subfolder else name), hub.get("revision")
+            cached = try_to_load_from_cache(*place, hub.get("cache_dir"), revision)
+            if isinstance(cached, str) or not file_exists(*place, revision=revision, token=hub.get("token")):
                 return cached if isinstance(cached, str) else None
         return hf_hub_download(os.fspath(model_id), name, subfolder=subfolder, **hub)
     except EntryNotFoundError as e:

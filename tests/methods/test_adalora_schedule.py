@@ -1,9 +1,11 @@
 """AdaLoRA's schedule against PEFT's step by step, its automatic form, resuming, cutting, and what it costs."""
 
 import copy
+import functools
 import pickle
 import warnings
 
+import huggingface_hub
 import oracle
 import peft
 import pytest
@@ -503,6 +505,15 @@ def test_a_schedule_of_another_adapter_is_refused(tmp_path, damage):
 @pytest.mark.parametrize("existing", [True, False])
 def test_the_schedule_is_found_wherever_the_adapter_is(where, existing, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    # which for a file that is not there would be tried again and again, where there is no network
+    downloaded, download = [], huggingface_hub.hf_hub_download
+
+    @functools.wraps(download)
+    def noted(repo_id, filename, **options):
+        downloaded.append(filename)
+        return download(repo_id, filename, **options)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", noted)
     _, ours = pair()
     train(ours, 14)
     place, options = tmp_path, {"subfolder": "checkpoint-14"}
@@ -518,7 +529,7 @@ def test_the_schedule_is_found_wherever_the_adapter_is(where, existing, tmp_path
         again.load_adapter(place, "default", is_trainable=True, **options)
     else:
         again = peftfast.PeftModel.from_pretrained(oracle.llama(), place, is_trainable=True, **options)
-    assert masks(again) == masks(ours)
+    assert masks(again) == masks(ours) and "adalora_state.safetensors" not in downloaded
     again.save_pretrained(tmp_path / "again")
     left, right = (load_file(path / "adalora_state.safetensors") for path in (folder, tmp_path / "again"))
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
