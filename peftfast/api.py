@@ -249,6 +249,8 @@ def _config(model: nn.Module, adapter_name: str) -> PeftConfig:
     configs = getattr(model, "peft_config", None)
     if not configs:
         raise ValueError("The model has no adapters; see get_peft_model or inject_adapter_in_model")
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name is a string, got {adapter_name!r}")
     if adapter_name not in configs:
         raise no_such_adapter(adapter_name, configs)
     return configs[adapter_name]

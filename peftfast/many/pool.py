@@ -225,6 +225,8 @@ class AdapterPool:
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Bring adapters nearer in the background: into host memory, and into slots that nobody uses."""
+        if isinstance(names, str):
+            raise TypeError(f"Adapters to prefetch are given as a list of names, got {names!r}")
         names = [n for n in dict.fromkeys(names) if n != BASE]
         with self._changed:
             self._check_open()

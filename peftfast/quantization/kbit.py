@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftfast.config import require_module
 from peftfast.training.checkpointing import switch_on
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -37,6 +38,7 @@ def prepare_model_for_kbit_training(
     Returns:
         The model, changed in place.
     """
+    require_module(model)
     kwargs = gradient_checkpointing_kwargs or {}
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.autocast import without_autocast
+from peftfast.config import require_module
 from peftfast.devices import forked
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.modes import without_dropout
@@ -434,4 +435,5 @@ def fuse_blocks(model: nn.Module) -> Blocks:
     Raises:
         ValueError: the model has no adapted layers, or blocks already.
     """
+    require_module(model)
     return Blocks(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some, warn
-from peftfast.many.router import Choice, Router, as_router, copies_of_a_sample, named_inputs, resolve
+from peftfast.many.router import Choice, Router, as_router, check_names, copies_of_a_sample, named_inputs, resolve
 from peftfast.method import Call
 from peftfast.ops.casts import CastStore
 from peftfast.rows.routing import BASE
@@ -166,7 +166,7 @@ class CalledModel:
 
     def adapter_numbers(self, names: Sequence[str], device: torch.device | str | None = None) -> Tensor:
         """[len(names)] int64: the numbers of these adapters, for `adapter_names=` as a tensor; -1 for "__base__"."""
-        self.inventory.check_known([n for n in names if n != BASE])
+        check_names(names, self.peft_config, None)
         numbers = [-1 if n == BASE else self.inventory.numbers[n] for n in names]
         made = torch.tensor(numbers, dtype=torch.int64, device=device or self._device())
         self.inventory.number_table(made.device)  # now, not in a graph that would guard on its absence

@@ -146,7 +146,9 @@ class Inventory(Listing):
 
     # ---- which are active --------------------------------------------------------------------------------------------
     def check_known(self, names: str | Iterable[str], said: str = "not found") -> list[str]:
-        """The names as a list; ValueError for one that no adapter has, see `no_such_adapter`."""
+        """The names as a list; TypeError for what are none, ValueError (`no_such_adapter`) for one of no adapter."""
+        if not isinstance(names, Iterable):
+            raise TypeError(f"Adapters are named by a string, or several by a list of strings; got {names!r}")
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
             if name not in self.configs:
@@ -244,6 +246,7 @@ class Inventory(Listing):
     def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters without activating them."""
         names = self.check_known(names)
+        require_flag(requires_grad, "requires_grad")
         to_shards(self.model)
         for _, wrapper in self.wrappers():
             wrapper.set_requires_grad(names, requires_grad)

@@ -212,10 +212,24 @@ def test_unknown_and_duplicate_names():
         lambda: model.load_adapter("folder", "third", "cpu"),
         lambda: model.merge_and_unload("other"),
         lambda: model.save_pretrained("nowhere", "other"),
+        lambda: model.set_requires_grad("other", "yes"),
     ):
         with pytest.raises(TypeError):
             call()
         same_picture(model, before)
+    for call in (
+        lambda: model.delete_adapter(None),
+        lambda: model.set_requires_grad(None),
+        lambda: model.merge_adapter(3),
+        lambda: model.base_model.adapter_numbers(None),
+        lambda: peftfast.get_peft_model_state_dict(model, adapter_name=["other"]),
+        lambda: peftfast.set_peft_model_state_dict(model, {}, adapter_name=["other"]),
+    ):
+        with pytest.raises(TypeError, match=r"dapter.*(string|name).*got (None|3|\['other'\])"):
+            call()
+        same_picture(model, before)
+    with pytest.raises(TypeError, match="a list with one adapter name for each sample; got 'other'"):
+        model.base_model.adapter_numbers("other")
 
 
 def test_errors_that_name_what_is_wrong():
@@ -237,6 +251,8 @@ def test_errors_that_name_what_is_wrong():
             lambda: peftfast.patch(oracle.llama(), {"r": 8}, quantize="nf4"),
             r"config must be a PeftConfig .* got \{'r': 8\}",
         ),
+        (lambda: peftfast.fuse_blocks("a/base"), "model must be a torch.nn.Module, got 'a/base'"),
+        (lambda: peftfast.prepare_model_for_kbit_training("a/base"), "model must be a torch.nn.Module, got 'a/base'"),
         (lambda: peftfast.quantize_model("a/base"), "model must be a torch.nn.Module, got 'a/base'"),
         (lambda: peftfast.AdapterPool("a/base"), "model must be a torch.nn.Module, got 'a/base'"),
         (lambda: peftfast.inject_adapter_in_model(LoraConfig(), "a/base"), "model must be a torch.nn.Module, got 'a/"),

@@ -305,6 +305,8 @@ def test_refusals():
                 make_pool(0, **{name: value})
     with pytest.raises(TypeError, match="max_device_bytes must be None or a finite number.*got '1GB'"):
         make_pool(0, max_device_bytes="1GB")
+    with pytest.raises(TypeError, match="prefetch.*a list of names, got 'a1'"):
+        pool.prefetch("a1")
     with pytest.raises(TypeError, match="dtype must be None or a floating-point.*got 'bf16'"):
         make_pool(0, dtype="bf16")
     assert make_pool(0, dtype="bfloat16")._places._stacks.popitem()[1].a.dtype is torch.bfloat16
