@@ -110,7 +110,8 @@ class AdapterAverage:
         kept = [p.detach().clone() for p, _ in self._averages.values()]
         self._is_applied = True
         try:
-            self._write([average for _, average in self._averages.values()])
+            # what is exactly zero is pruned by now (AdaLoRA's ranks), or was never another number
+            self._write([average * (p != 0) for p, average in self._averages.values()])
             yield
         finally:
             to_shards(self.model)

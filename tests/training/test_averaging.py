@@ -71,6 +71,20 @@ def test_it_stands_in_the_place_of_the_parameters_for_a_while(tmp_path):
         pass
 
 
+def test_ranks_that_are_pruned_now_are_pruned_in_the_average_too(tmp_path):
+    options = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 6}
+    config = peftfast.AdaLoraConfig(**options, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peftfast.get_peft_model(llama(), config)
+    average = AdapterAverage(model)
+    train(model, torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 1e-2), average, range(6))
+    model.eval()
+    with average.applied():
+        inside = model(**batch()).logits
+        model.save_pretrained(tmp_path)
+    saved = peftfast.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(saved(**batch()).logits, inside)
+
+
 def test_a_training_that_goes_on_from_a_state_has_the_same_average():
     model = wrapped(peftfast)
     optimizer, average = torch.optim.AdamW(model.parameters(), 1e-2), AdapterAverage(model, 0.9)
