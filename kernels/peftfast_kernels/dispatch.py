@@ -30,7 +30,7 @@ from torch import Tensor
 
 from peftfast_kernels.configs import chip_of
 from peftfast_kernels.decode import Operand
-from peftfast_kernels.op import get_backend, has_triton_gpu, register_dispatch
+from peftfast_kernels.op import get_backend, register_dispatch
 
 TABLES = Path(os.environ.get("PEFTFAST_TABLES") or Path(__file__).parent / "tables")
 REMEMBERED = 4096  # calls of which a table remembers the choice
@@ -193,12 +193,9 @@ def fuses(op: str, *args: Any) -> bool:
     """Whether a big product with these arguments takes its fused Triton kernel; always where Triton is forced."""
     if get_backend() == "triton":
         return True
-    if args[0].is_cuda:
-        if not has_triton_gpu(args[0].device):
-            return False
-        choice = measured(op, args[0].device, args)
-        if choice is not None:
-            return choice == "triton"
+    choice = measured(op, args[0].device, args)
+    if choice is not None:
+        return choice == "triton"
     format = "dense"
     for value in args:
         if type(value) is Operand:
@@ -211,9 +208,8 @@ def fuses(op: str, *args: Any) -> bool:
 def fuses_together(op: str, args: Sequence[Any], member: str, members: Sequence[Sequence[Any]]) -> bool:
     """Whether siblings' big products take one fused kernel: as measured for the group, otherwise where each of the
     `members`, the arguments of the op for one linear, would."""
-    device = members[0][0].device
-    if device.type == "cuda" and get_backend() != "triton" and has_triton_gpu(device):
-        choice = measured(op, device, args)
+    if get_backend() != "triton":
+        choice = measured(op, members[0][0].device, args)
         if choice is not None:
             return choice == "triton"
     return all(fuses(member, *own) for own in members)

@@ -64,8 +64,7 @@ def gpu(monkeypatch):
     from peftfast_kernels import op
 
     monkeypatch.setattr(dispatch, "chip_of", lambda device: "sm_90")
-    for module in (op, dispatch):
-        monkeypatch.setattr(module, "has_triton_gpu", lambda device: True)
+    monkeypatch.setattr(op, "has_triton_gpu", lambda device: True)
     monkeypatch.setattr(op, "get_backend", lambda: "auto")
     monkeypatch.setattr(dispatch, "get_backend", lambda: "auto")
     return lambda *shape: torch.empty(shape, dtype=BF16).as_subclass(OnAGpu)
@@ -87,6 +86,9 @@ def test_a_call_takes_the_nearest_point(tables):
     assert choice(16, dtype="float32") is None and choice(16, format="int8") is None
     assert choice(16, format="fp4") == choice(16, format="fp4", dtype="float16") == "triton"  # and so does fp4
     assert choice(1, format="dense") == "torch"
+    points = [Point("dense", "bfloat16", False, (m, 64, 16, 64)) for m in (1, 2)]
+    table = Table("sm_90", {"lora_down": [dispatch.Entry(points[0], "torch"), dispatch.Entry(points[1], "triton")]})
+    assert [table.choice("lora_down", point) for point in points] == ["torch", "triton"]
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
@@ -118,6 +120,7 @@ def test_relatives_share_a_table(tables):
     assert dispatch.table_of("sm_86").chip == "sm_90"
     assert dispatch.table_of("gfx942") is None
     assert dispatch.table_of("interpreter") is None
+    (tables / "sm_notes.json").write_text("of no chip")
     (tables / "sm_80.json").write_text(json.dumps({"chip": "sm_80", "entries": []}))
     dispatch.table_of.cache_clear()
     assert [dispatch.table_of(chip).chip for chip in ("sm_86", "sm_89", "sm_100")] == ["sm_80", "sm_90", "sm_90"]
@@ -175,6 +178,13 @@ def test_calls_follow_the_table(tables, gpu):
         assert lora_gemm_t.runs_triton(*call) and dispatch.fuses("lora_gemm_t", *call) is fused
 
 
+def test_what_is_traced_follows_no_table(tables, gpu, monkeypatch):
+    call = (gpu(300, 64), nf4(64, 64), None, gpu(300, 16), gpu(64, 16), 1.0)
+    assert dispatch.fuses("lora_gemm", *call)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not dispatch.fuses("lora_gemm", *call)
+
+
 def test_siblings_follow_what_was_measured_of_the_group(gpu, monkeypatch):
     plain = dense(gpu(256, 64))
     members = [(gpu(16, 64), plain, None, gpu(16, 4), gpu(256, 4), 1.0)] * 2
@@ -183,6 +193,9 @@ def test_siblings_follow_what_was_measured_of_the_group(gpu, monkeypatch):
             dispatch, "measured", lambda op, device, args, found=found: {"siblings_gemm": found}.get(op)
         )
         assert dispatch.fuses_together("siblings_gemm", [members], "lora_gemm", members) is fused
+    monkeypatch.setattr(dispatch, "measured", lambda op, device, args: "torch")
+    monkeypatch.setattr(dispatch, "get_backend", lambda: "triton")
+    assert dispatch.fuses_together("siblings_gemm", [members], "lora_gemm", members)  # what is forced
 
 
 def test_without_a_table_the_rules_hold(tmp_path, monkeypatch, gpu):
