@@ -472,11 +472,29 @@ def test_texts_end_once():
     assert _data.tokenize(Corpus("d", [asked], [asked]), Ending(), 9, None).train[0].ids == [1, 2, 3, 0]
 
 
+class Chatting(Ending):
+    chat_template = "role content"
+
+    def apply_chat_template(self, messages: list, tokenize: bool, add_generation_prompt: bool) -> str:
+        said = [f"{message['role']} {message['content']} " for message in messages]
+        return "".join([*said, "assistant "] if add_generation_prompt else said)
+
+
+def test_a_chat_template_brings_all_special_tokens():
+    roles = ("user", "a"), ("assistant", "bb"), ("user", "ccc"), ("assistant", "dddd")
+    doc = Document("d", messages=[{"role": role, "content": text} for role, text in roles])
+    row = _data.masked_row(_data.pieces(doc, Chatting()))
+    assert row.ids == [4, 1, 9, 2, 4, 3, 9, 4]
+    assert row.labels == [IGNORED] * 3 + [2] + [IGNORED] * 3 + [4]
+
+
 def test_rows_without_anything_to_predict_are_left_out():
     nothing = Document("d", prompt="", completion="a")  # the first token is never predicted
     rows = _data.tokenize(Corpus("d", [nothing, Document("d", text="a bb ccc")], [Document("d", text="a bb")]),
                           Endless(), 2, None)  # fmt: skip
     assert [row.ids for row in rows.train] == [[1, 2]] and rows.prompt == [1]
+    (least,) = _data.to_rows([Document("d", prompt="a", completion="bb")], Endless(), 2, "", notes := [])
+    assert (least.ids, least.labels) == ([1, 2], [IGNORED, 2]) and not notes
     other = _data.Rows([Row(rows.train[0].ids, [IGNORED, 2])], rows.held_out, rows.prompt)
     assert other.digest() != rows.digest()
 
@@ -650,6 +668,8 @@ def test_unknown_command_names_the_others(capsys):
         ('{"messages": [{"role": "user", "content": "a"}]}\n{"text": "a"}', ["line 1", "assistant"]),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n' * 2, ["chat template"]),
         ('{"messages": [{"role": "assistant"}]}\n', ["line 1", "role and content"]),
+        ('{"messages": ["a"]}', ["line 1", "role and content"]),
+        ('{"completion": "a"}', ["line 1", "'completion'", "needs text"]),
         ("[1, 2", ["not JSON"]),
         ("[" * 200_000, ["not JSON"]),
         ('{"text": ' + "9" * 5000 + "}", ["line 1", "not JSON"]),

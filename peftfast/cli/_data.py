@@ -170,7 +170,7 @@ def split_text(name: str, text: str) -> Corpus:
     """A plain text: its last tenth is held out, cut at a line end where there is one."""
     cut = len(text) * 9 // 10
     cut = text.find("\n", cut) + 1 or cut
-    if not text[:cut].strip() or not text[cut:].strip():
+    if not text[cut:].strip():
         cut = len(text) * 9 // 10
     return Corpus(name, [Document(name, text=text[:cut])], [Document(name, text=text[cut:])], unit="text")
 
