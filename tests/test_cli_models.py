@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peftfast
@@ -66,7 +67,9 @@ def test_merge_writes_a_model_with_its_tokenizer(adapter, tmp_path, capsys):
 
 def test_a_plain_lora_of_another_kind_and_of_the_merged_model(adapter, tmp_path, capsys):
     assert main(["extract", "--adapter", str(adapter), "--r", "4", "--output", str(tmp_path / "plain")]) == 0
-    assert "1.0000 to 1.0000 of the change kept" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    size = sum(t.nbytes for t in load_file(tmp_path / "plain" / "adapter_model.safetensors").values())
+    assert "1.0000 to 1.0000 of the change kept" in said and f" tensors, {size / 1000:,.1f} kB; " in said
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == str(EMBEDDED_BASE)
     plain = peftfast.PeftModel.from_pretrained(base(), tmp_path / "plain", strict=True)
@@ -111,6 +114,9 @@ def test_an_adapter_with_more_tokens(tmp_path, capsys):
         (["merge", "FULL", "--output", "new"], ["FULL", "adapter_config.json"]),
         (["merge", "NAMELESS", "--output", "new"], ["NAMELESS", "give --model"]),
         (["merge", "ADAPTER", "--output", "new", "--model", "./nowhere"], ["'./nowhere'"]),
+        (["extract", "--adapter", "ADAPTER", "--r", "4", "--output", "FULL"], ["FULL", "nothing is overwritten"]),
+        (["extract", "--adapter", "ADAPTER", "--r", "4"], ["--output"]),
+        (["extract", "--model", "embedded", "--r", "4", "--output", "new"], ["--tuned", "--adapter"]),
         (["extract", "--adapter", "ADAPTER", "--output", "new"], ["--r", "--keep"]),
         (["extract", "--adapter", "ADAPTER", "--keep", "2", "--output", "new"], ["--keep", "'2'"]),
         (["extract", "--adapter", "ADAPTER", "--r", "4000", "--output", "new"], ["4000 is larger than the weight"]),
