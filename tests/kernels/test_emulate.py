@@ -76,13 +76,13 @@ HEAD = """
 TAIL = "\tret;\n}\n"
 
 
-def launch(body, values, threads=64, shared=256, **options):
+def launch(body, values, threads=64, shared=256, grid=(1, 1, 1), **options):
     """Runs the body on an array: %rd2 is the thread's place in it, %r5 in shared memory, %r6 that of the other warp."""
     array = np.array(values, np.uint32)
     program = parse(HEAD + body + TAIL)
     arguments = [struct.pack("<Q", array.ctypes.data), struct.pack("<i", 7)]
     ranges = [(array.ctypes.data, array.ctypes.data + array.nbytes)]
-    multiprocessor.run(program, arguments, (1, 1, 1), threads, shared, ranges, **options)
+    multiprocessor.run(program, arguments, grid, threads, shared, ranges, **options)
     return array
 
 
@@ -202,6 +202,21 @@ def test_races_are_found():
     together = "\tst.shared.b32 	[%r4], %r2;\n"
     assert "two warps write other values" in fault(together)
     assert (launch("\tst.shared.b32 	[%r4], %r1;\n", NUMBERS) == NUMBERS).all()  # the same value: nobody minds
+
+
+def test_races_are_found_in_whatever_program_and_warp():
+    some = "\tsetp.{}.s32 	%p1, %r2, {};\n".format
+    # the first program alone
+    waits = "mov.u32 	%r9, %ctaid.x;\n\tsetp.eq.s32 	%p2, %r9, 0;\n\t@%p2 bar.sync 	0;"
+    assert "another warp wrote since the last barrier\n    ld.shared" in fault(EXCHANGE.format(waits), grid=(2, 1, 1))
+    one, other = some("eq", 32) + "\t@%p1 st.shared.b32 	[%r5], %r1;\n", "\t@%p1 ld.shared.b32 	%r8, [%r5+4];\n"
+    assert "another warp wrote" in fault(one + some("eq", 31) + other)  # neighbours in two warps
+    launch(one + some("eq", 32) + other.replace("+4", ""), NUMBERS)
+    apart = some("lt", 32) + "\t@%p1 ld.shared.b32 	%r8, [%r4];\n\t@!%p1 ld.shared.b32 	%r8, [%r4];\n"
+    for read in (apart, some("lt", 32) + "\tld.shared.b32 	%r8, [%r4];\n"):
+        for writer in ("%p1", "!%p1"):  # is one of two that have read
+            assert "another warp read" in fault(f"\tbar.sync 	0;\n{read}\t@{writer} st.shared.b32 	[%r4], %r1;\n")
+    launch("\tmov.u32 	%r9, %ctaid.x;\n\tst.shared.b32 	[%r4], %r9;\n", NUMBERS, grid=(2, 1, 1))
 
 
 def test_copies_that_nobody_waits_for_are_late():
