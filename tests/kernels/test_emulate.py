@@ -324,6 +324,9 @@ def products(product=PRODUCT, wait=WAIT, end=END, order=slice(None), **options):
 @pytest.mark.parametrize("eager", [False, True])
 def test_matrix_products_in_tensor_memory(eager):
     assert products(eager=eager).all()
+    assert products(eager=eager, grid=(2, 1, 1)).all()
+    own = STORE.format(0) * 2 + STORED + "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r30}, [%r20 + 0];\n"
+    assert products(eager=eager, end=own + "tcgen05.wait::ld.sync.aligned;\nbar.sync 0;" + END).all()
     first_warp = "setp.ge.u32 %p0, %r2, 32;\n@%p0 bra $L_1;\n" + WAIT + "$L_1:\nbar.sync 0;\n"
     assert products(wait=first_warp, eager=eager).all()
     again = WAIT + PRODUCT.replace("%p3", "%p1") + WAIT.replace(", 0;", ", 1;")  # added to the first one
@@ -334,6 +337,8 @@ def test_matrix_products_in_tensor_memory(eager):
 
 
 STORE = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r20 + {}], {{%r2}};\n"
+STORED = "tcgen05.wait::st.sync.aligned;\n"
+ALLOCATE_ALL = "@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r17], 512;\n"
 UNAWAITED = "that this warp did not wait for\n    {}"
 FOREVER = "wait for others that never come\n    mbarrier.try_wait"
 
@@ -363,6 +368,12 @@ FOREVER = "wait for others that never come\n    mbarrier.try_wait"
         ("another warp wrote since the last barrier", {"product": "st.shared.b32 [%r15], %r1;" + PRODUCT}),
         ("after the last fence", {"product": "st.shared.b32 [%r15], %r1;\nbar.sync 0;" + PRODUCT}),
         ("more than one thread of a program asks", {"product": PRODUCT.replace("@%p2", "@%p1")}),
+        ("columns 448 to 464 of tensor memory are not allocated", {"product": "add.s32 %r19, %r19, -32;" + PRODUCT}),
+        ("waits for 512 columns of tensor memory for ever", {"product": ALLOCATE_ALL}),
+        ("64 columns of tensor memory were not allocated at 480", {"end": END.replace(" 32;", " 64;")}),
+        (UNAWAITED.format("@%p1 tcgen05.dealloc"), {"end": PRODUCT + END}),
+        ("that nobody waited for\n    @%p1 tcgen05.dealloc", {"end": STORE.format(0) + "bar.sync 0;" + END}),
+        ("since the last barrier\n    @%p1 tcgen05.dealloc", {"end": STORE.format(0) + STORED + END}),
         ("ends without freeing tensor memory", {"end": ""}),
     ],
 )
