@@ -221,7 +221,16 @@ def test_races_are_found_in_whatever_program_and_warp():
 
 def test_copies_that_nobody_waits_for_are_late():
     """What is read is what shared memory starts with: NaN."""
-    assert (launch(COPY.format(""), NUMBERS) == 0xFFFFFFFF).all()
+    for wait in ("", "cp.async.wait_group 	1;"):
+        assert (launch(COPY.format(wait), NUMBERS) == 0xFFFFFFFF).all()
+    found = launch(COPY.format("setp.lt.s32 	%p1, %r2, 32;\n\t@%p1 cp.async.wait_group 	0;"), NUMBERS)
+    assert (found[:32] == 0xFFFFFFFF).all() and (found[32:] == EXCHANGED[32:]).all()
+
+
+def test_copies_are_made_once():
+    wait = "cp.async.wait_group 	0;\n\t"
+    again = f"{wait}st.shared.b32 	[%r5], %r1;\n\tcp.async.commit_group;\n\t{wait}"
+    assert (launch(COPY.format(again), NUMBERS) == 7).all()
 
 
 def test_accesses_outside_and_misaligned_are_found():
