@@ -112,6 +112,42 @@ def test_a_table_in_global_memory_is_found(aot, monkeypatch):
     assert accesses == "1/3" and per_weight == 6 / 4 and "0.50 narrow" in problems[0]
 
 
+def test_what_a_variant_lacks_or_exceeds_is_found(aot, monkeypatch):
+    def problems(chip, matrix, text, shared=0, per_weight=0.0):
+        variant, metadata = SimpleNamespace(name="one", matrix=matrix), SimpleNamespace(shared=shared)
+        monkeypatch.setattr(aot, "variants_of", lambda chip: [variant])
+        monkeypatch.setattr(aot, "compile_variant", lambda variant, chip: SimpleNamespace(metadata=metadata))
+        for name, number in (("inspect_nvidia", 40), ("inspect_amd", 64)):
+            found = number, 0, [text], "", per_weight
+            monkeypatch.setattr(aot, name, lambda *args, found=found: (*found, []))
+        row = aot.check(chip, 0)
+        assert row.registers == (64 if chip == "gfx942" else 40)
+        return row.problems
+
+    hopper, ampere, amd = "HGMMA.64x128x16.F32.BF16 R8", "HMMA.16816.F32 R4", "v_mfma_f32_32x32x8_bf16 v0"
+    for chip, text in (("sm_90", hopper), ("sm_80", ampere), ("gfx942", amd)):
+        assert problems(chip, "big", text, per_weight=12.5) == problems(chip, "none", "FADD R1", per_weight=12.0) == ()
+        assert problems(chip, "big", "FADD R1") == problems(chip, "any", "FADD R1") == ("no matrix instruction",)
+    assert problems("sm_90", "big", ampere) == ("no HGMMA",) and problems("sm_90", "any", ampere) == ()
+    assert problems("sm_86", "none", "FADD R1", shared=101377) == ("shared memory 101377 > 101376",)
+    assert problems("sm_86", "none", "FADD R1", shared=101376) == ()
+    assert problems("sm_80", "any", ampere, per_weight=12.5) == ()
+    assert problems("sm_90", "any", ampere, per_weight=12.5) == ("12.5 instructions per weight > 12",)
+
+
+def test_inner_loops_and_spills_before_them(aot, monkeypatch):
+    texts = ["STL [R1], R0"] * 9 + ["FADD R1"] * 2 + ["@P0 BRA `(.L_x_1)"] + ["FADD R2"] * 3 + ["@P0 BRA `(.L_x_0)"]
+    lines = [f"  /*{16 * i:04x}*/  {text};" for i, text in enumerate(texts)]
+    sass = "\n".join([*lines[:9], ".L_x_0:", lines[9], ".L_x_1:", *lines[10:]])
+    assert aot.main_loop(*aot.parse_sass(sass)) == texts[10:12]  # the inner one, not the longer around it
+    assert aot.main_loop(texts[:9], {}) == texts[:9] and aot.main_loop(texts, {4: 1, 8: 7}) == texts[1:5]
+    for first, found in ((0, 1), (1, 0)):  # more than a few spills are too many anywhere
+        said = "\n".join(sass.splitlines()[first:]), "REG:40 STACK:8 SHARED:0 LOCAL:0"
+        monkeypatch.setattr(aot, "disassemble", lambda cubin, said=said: said)
+        *_, problems = aot.inspect_nvidia(SimpleNamespace(asm={"cubin": b""}), SimpleNamespace(weights=0), "sm_90")
+        assert len(problems) == found
+
+
 LOOKS = """
 from peftfast_kernels.siblings_kernels import variants
 
