@@ -109,6 +109,22 @@ def to_shards(model: nn.Module) -> None:
             hook(module, "", True)
 
 
+def let_go(container: Any, name: str) -> None:
+    """Before a Parameter is deleted from a container: FSDP2 puts those that it manages back to where it found them
+    whenever it takes them apart or puts them together, over what is there by then. This one gets a place of its own."""
+    bare = container._parameters.get(name) if isinstance(container, nn.Module) else None
+    for parameter in _managed_by_fsdp2() if bare is not None else ():
+        info = parameter._module_info
+        places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
+        left = [place for place in places if place != (container, name)]
+        if len(left) < len(places):
+            if not left:
+                left = [(nn.Module(), name)]
+                left[0][0].register_parameter(name, bare)
+            (info.module, info.param_name), *shared = left
+            info.shared_modules, info.shared_param_names = [m for m, _ in shared], [n for _, n in shared]
+
+
 def own_class(model: nn.Module) -> type[nn.Module]:
     """A model's class, without the one that `fully_shard` has made of it."""
     return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed."))
@@ -211,6 +227,17 @@ def _hooks_of_fsdp2(module: nn.Module) -> list[Callable]:
     hooks = module._state_dict_pre_hooks
     made_by = "torch.distributed.fsdp._fully_shard"
     return [hook for hook in hooks.values() if getattr(hook, "__module__", "").startswith(made_by)] if hooks else []
+
+
+def _managed_by_fsdp2() -> Iterator[Any]:
+    """What FSDP2 keeps for every Parameter of this process that it manages."""
+    if _fsdp2_class() is None:
+        return
+    references = getattr(sys.modules["torch.distributed._composable_state"], "_module_state_mapping", {}).values()
+    for state in dict.fromkeys(reference() for reference in [*references]):  # several modules may be one unit
+        groups = getattr(state, "_fsdp_param_groups", None)  # before torch 2.12 there is one
+        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
+            yield from () if group is None else group.fsdp_params
 
 
 def _is_fsdp2s(tensor: Tensor | None) -> bool:

@@ -26,7 +26,7 @@ from peftfast.layers.walk import base_parameters
 from peftfast.method import AdapterMethod
 from peftfast.replicas import Replicated
 from peftfast.rows.control import Control
-from peftfast.sharding import GatheredAsOne, whole
+from peftfast.sharding import GatheredAsOne, let_go, whole
 from peftfast.sites import Site, Slot, has_site, make_site
 
 #: What others keep on a module about this one and none around it, and look for before they take it off or put something
@@ -223,6 +223,7 @@ class BaseTunerLayer(CalledLayer, HasActivation, HasScaling, GatheredAsOne, AsIn
         for kept in (*self.adapter_layer_names, *self.other_param_names):
             container = self._container(kept, dict)
             if name in container:
+                let_go(container, name)
                 del container[name]
         self.activate([other for other in self.active_adapters if other != name])
         self.changed(name)

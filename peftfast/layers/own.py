@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
+from peftfast.sharding import let_go
 
 
 class LoraLayer(StandIn, abc.ABC):
@@ -97,6 +98,7 @@ class LoraLayer(StandIn, abc.ABC):
         places = {*(name for name, _ in self._containers()), *self.other_param_names}
         for container in (getattr(self, name) for name in places):
             if adapter_name in container:
+                let_go(container, adapter_name)
                 del container[adapter_name]
         self.set_adapter(list(new_active_adapters))
 

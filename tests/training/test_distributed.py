@@ -19,6 +19,8 @@ FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16"]
 DRAWS = range(3)
 EVALUATED = ["ends", "saved", "tokens"]
 LATE = ["plain", "tokens", "saved"]
+UNITS = ["1", "2"]
+DELETED = ["ia3", "tokens"]
 AROUND = ["all", "copies", "base"]
 PARTLY = ["lora", "dora", "pissa", "kasa", "ia3"]
 OPTIMIZERS = ["lorafa", "riemannian"]
@@ -33,9 +35,9 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
     kinds = {"rows": ["fsdp2"]}
-    kinds |= {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": ["1", "2"], "adalora": ["fsdp2"]}
+    kinds |= {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": UNITS, "adalora": ["fsdp2"]}
     kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"], "optimizers": OPTIMIZERS}
-    kinds |= {"around": AROUND, "averaged": ["shards", "whole"]}
+    kinds |= {"around": AROUND, "averaged": ["shards", "whole"], "deleted": DELETED}
     kinds |= {"partly": PARTLY}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
@@ -91,10 +93,10 @@ def test_fsdp1(two):
 
 
 def test_factors_as_shards_of_their_own(two):
-    """FSDP's hooks and wrappers on an adapter's modules are called."""
+    """FSDP's hooks and wrappers on an adapter's modules are called, and those on layers gone with them."""
     _, ranks = two
     for result in ranks:
-        assert all(result[f"units:{version}"]["error"] < 2e-5 for version in (1, 2)), result
+        assert all(result[f"units:{kind}"]["error"] < 2e-5 for kind in UNITS), result
 
 
 def test_adalora_chooses_the_ranks_of_a_single_process(two):
@@ -118,6 +120,13 @@ def test_what_is_done_after_an_evaluation_lasts(two, kind):
 def test_adapters_that_come_to_a_sharded_model(two, kind):
     _, ranks = two
     assert all(result[f"late:{kind}"]["error"] < 1e-5 for result in ranks)
+
+
+@pytest.mark.parametrize("kind", DELETED)
+def test_adapters_of_bare_parameters_stay_deleted(two, kind):
+    """FSDP2 put them back with its next step, in the place of later ones of the name."""
+    _, ranks = two
+    assert all(result[f"deleted:{kind}"]["error"] < 1e-5 for result in ranks)
 
 
 def test_processes_that_have_samples_of_different_adapters(two):

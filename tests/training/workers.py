@@ -455,6 +455,39 @@ def late(kind: str, folder: Path) -> dict:
     return {"error": largest_difference(dict(enumerate(found)), dict(enumerate(expected)))}
 
 
+def deleted(kind: str, folder: Path) -> dict:
+    """An adapter of bare Parameters is deleted from a model that FSDP2 has sharded, and another one gets its name: what
+    is there after the next calls, and how far outputs are from those of one process."""
+    configs = {
+        "ia3": peftfast.IA3Config(target_modules=["k_proj"], init_ia3_weights=False),
+        "tokens": lora(peftfast, trainable_token_indices=[3, 5], init_lora_weights=False),
+    }
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = peftfast.get_peft_model(llama(tied=True), configs[kind])
+        model.add_adapter("second", configs[kind])
+        return model
+
+    def outputs(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+        with torch.no_grad():
+            yield model(**batch(4)).logits
+            model.delete_adapter("second")
+            yield model(**batch(4)).logits
+            assert not [n for n, _ in model.named_parameters() if "second" in n]
+            torch.manual_seed(1)
+            model.add_adapter("second", configs[kind])
+            model.set_adapter("second")
+            for n, p in model.named_parameters():
+                if "second" in n:
+                    p += 1
+            yield model(**batch(4)).logits
+            yield model(**batch(4)).logits
+
+    found, expected = (dict(enumerate(outputs(one))) for one in (shard(build()), build()))
+    return {"error": largest_difference(found, expected)}
+
+
 def partly(kind: str, folder: Path) -> dict:
     """Merging where FSDP2 has taken the base apart and not the adapter, which came later from a file, or the adapter
     and not the base, which it was told to ignore: how far outputs are from those of one process."""
@@ -620,6 +653,7 @@ RUNS = {
     "adalora": adalora,
     "evaluated": evaluated,
     "late": late,
+    "deleted": deleted,
     "partly": partly,
     "around": around,
     "prompt": prompt,
