@@ -80,12 +80,15 @@ def is_sharded_by_fsdp2(model: nn.Module) -> bool:
     )
 
 
-def gather_without_wrapper(model: nn.Module) -> None:
+def gather_without_wrapper(model: nn.Module, wrapper: nn.Module | None = None) -> None:
     """Make whole what FSDP2 put together for the forward of a wrapper that is no longer around `model`: nobody would in
-    the model's own forward. What FSDP2 shards with parts of the model stays with them. All processes have to call
-    this."""
+    the model's own forward. What FSDP2 shards with parts of the model stays with them. All processes have to call this.
+
+    Args:
+        wrapper: what was around it; None: something that may have been.
+    """
     kind, made = _fsdp2_class(), {}
-    if kind is None or isinstance(model, kind):
+    if kind is None or isinstance(model, kind) or not (wrapper is None or isinstance(wrapper, kind)):
         return
     left = [model]
     while left:

@@ -16,6 +16,7 @@ from peftfast.layers.stand_in import StandIn
 from peftfast.layers.walk import inside, outer_modules, put
 from peftfast.owner import Owner
 from peftfast.rows.control import Control
+from peftfast.sharding import gather_without_wrapper
 from peftfast.sites.parameter import ParameterSite
 
 Wrapper = BaseTunerLayer | StandIn
@@ -122,6 +123,11 @@ class Listing:
         for parent, attribute in self._hangs(name):
             put(parent, attribute, module)
 
+    def put_back(self, name: str, module: nn.Module, wrapper: nn.Module) -> None:
+        """Put what has been inside a wrapper in its place."""
+        self.replace(name, module)
+        gather_without_wrapper(module, wrapper)
+
     def wrap(self, name: str, make: Callable[[nn.Module], BaseTunerLayer] = make_layer) -> BaseTunerLayer:
         """The adapter layer in the place of the module `name`, made if there is none."""
         layer = self.layers.get(name)
@@ -161,9 +167,10 @@ class Listing:
         layer = self.layers.get(name)
         if layer is None:
             if not self.extras[name]._adapters:
-                self.replace(name, self.extras.pop(name).original_module)
+                wrapper = self.extras.pop(name)
+                self.put_back(name, wrapper.original_module, wrapper)
         elif not layer.is_needed:
-            self.replace(name, layer.base_layer)
+            self.put_back(name, layer.base_layer, layer)
             del self.layers[name]
             self._inner.pop(name, None)
 

@@ -540,7 +540,8 @@ def partly(kind: str, folder: Path) -> dict:
 
 
 def units(kind: str, folder: Path) -> dict:
-    """Modules of the adapters' factors as shards of their own, as a policy for whole trainable leaves makes them."""
+    """Modules of the adapters' factors as shards of their own, as a policy for whole trainable leaves makes them, or
+    adapted layers."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     from torch.distributed.fsdp import fully_shard
@@ -551,12 +552,18 @@ def units(kind: str, folder: Path) -> dict:
     expected = single("plain")
     holders = [m for n, m in model.named_modules() if ".lora_" in n and n.endswith(".default") and m._parameters]
     assert len(holders) > 4
-    if kind == "2":
+    if kind in ("2", "layers"):
         mesh = init_device_mesh("cpu", (world,))
-        for module in (*holders, model):
+        if kind == "layers":
+            holders = [*model.base_model.inventory.layers.values()]
+        for module in (*holders, *model.get_base_model().model.layers, model):
             fully_shard(module, mesh=mesh)
         model(**share("plain")).loss.backward()
         found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+        if kind == "layers":  # and nothing is left behind in shards that nobody puts together
+            with torch.no_grad():
+                for results, one in (found, model), (expected, model_of("plain")):
+                    results["unloaded"] = one.unload()(**batch(4)).logits
     else:
         policy = CustomPolicy(lambda module: any(module is one for one in holders))
         wrapped = FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
