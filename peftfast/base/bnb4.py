@@ -251,7 +251,9 @@ def _problem(state: Any, weight: Tensor, shape: tuple[int, int]) -> str | None:
         return f"quant_state is for a weight of shape {stored}, the module is [{n}, {k}]"
     size, needed = weight.numel() * weight.element_size(), (n * k + 1) // 2
     if not needed <= size < needed + weight.element_size():
-        return f"[{n}, {k}] in 4 bits is {needed} bytes, the weight holds {size}"
+        cast = any(needed <= weight.numel() * width < needed + width for width in (1, 2, 4))
+        why = f"; they were cast to {weight.dtype}, as FSDP2 does if its param_dtype is not the quant_storage"
+        return f"[{n}, {k}] in 4 bits is {needed} bytes, the weight holds {size}{why if cast else ''}"
     blocks = -(-n * k // state.blocksize)
     if state.absmax.numel() != blocks:
         return f"quant_state has {state.absmax.numel()} scales, blocks of {state.blocksize} make {blocks}"

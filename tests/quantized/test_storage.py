@@ -180,6 +180,10 @@ def _wrong_bytes(module):
     module.weight.data = module.weight.data[:-8]
 
 
+def _cast_bytes(module):
+    module.weight.data = module.weight.data.flatten().view(torch.float32).bfloat16()
+
+
 def _wrong_blocksize(module):
     module.weight.quant_state.blocksize = 128
 
@@ -205,6 +209,7 @@ DAMAGE = [
     ("nf4", _wrong_scales, "47 scales"),
     ("nf4", _wrong_shape, r"shape \(48, 32\), the module is \[48, 64\]"),
     ("fp4", _wrong_bytes, "is 1536 bytes, the weight holds 1528"),
+    ("nf4", _cast_bytes, "is 1536 bytes, the weight holds 768; they were cast to torch.bfloat16, as FSDP2"),
     ("nf4", _wrong_blocksize, "48 scales, blocks of 128 make 24"),
     ("nf4-nested", _no_offset, "offset"),
     ("nf4-nested", _wrong_outer_scales, "7 outer scales, 48 scales make 1"),
