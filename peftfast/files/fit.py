@@ -32,7 +32,9 @@ from peftfast.files.state import (
 )
 from peftfast.keys import PREFIX, in_base, strip_wrappers
 from peftfast.layers.layer import BaseTunerLayer
+from peftfast.layers.mergeable import check_decodable
 from peftfast.layers.walk import base_of
+from peftfast.method import reads_base
 from peftfast.ops.finite import is_finite
 from peftfast.sharding import copy_whole, is_distributed, to_shards, whole_shape
 from peftfast.sites.site import bias_of, is_bias
@@ -181,6 +183,9 @@ class Fit:
             if layer.site.weight.device.type != "meta":
                 gaps.append((layer, adapter, entries))
         for layer, adapter, _ in gaps:  # all of them before one writes to its base weight
+            if reads_base(adapter.cfg):
+                what = f"load adapter {self.adapter_name}, which starts from the base weights"
+                check_decodable(layer, what, "Load it before fully_shard.")
             if hasattr(type(adapter.method), "check_init"):
                 try:
                     adapter.method.check_init(layer.site, adapter.cfg, {"r": adapter.setting("r")})

@@ -47,13 +47,23 @@ def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None)
     return names
 
 
-def check_decodable(layer: BaseTunerLayer) -> None:
-    """RuntimeError if the weight is packed and FSDP2 has taken it apart."""
+_IN_ONE_PROCESS = (
+    "Save the adapter (model.save_pretrained(folder), called by all processes) and merge in one process: "
+    "PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
+)
+
+
+def check_decodable(
+    layer: BaseTunerLayer, what: str = "merge adapters of this model", instead: str = _IN_ONE_PROCESS
+) -> None:
+    """RuntimeError if the weight is packed and FSDP2 has taken it apart.
+
+    Args:
+        what: the user wanted to do. instead: what can be done.
+    """
     weight = layer.site.weight
     if weight.quantization and is_distributed(getattr(layer.get_base_layer(), layer.site.parameter, None)):
         raise RuntimeError(
-            f"Cannot merge adapters of this model: {weight.name} is packed ({weight.quantization}) and sharded by "
-            "FSDP2, and no process can decode its share alone. Save the adapter (model.save_pretrained(folder), called "
-            "by all processes) and merge in one process: "
-            "PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
+            f"Cannot {what}: {weight.name} is packed ({weight.quantization}) and sharded by FSDP2, and no process can "
+            f"decode its share alone. {instead}"
         )

@@ -175,6 +175,10 @@ def fsdp2(kind: str, folder: Path) -> dict:
             model.merge_adapter()
         with pytest.raises(RuntimeError, match="sharded by FSDP2.*merge in one process"):
             model.merge_and_unload()
+        dist.barrier()
+        with pytest.raises(RuntimeError, match="starts from the base weights.*sharded by FSDP2.*before fully_shard"):
+            olora = lora(peftfast, init_lora_weights="olora")
+            peftfast.PeftModel.from_pretrained(shard(base(kind)), folder, config=olora)
     model.eval()
     with torch.no_grad():
         result["logits"] = model(**batch(2)).logits.float()[0, -1].tolist()
