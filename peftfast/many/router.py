@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.errors import close_matches
 from peftfast.rows.routing import BASE, Routing, batch_of, tokens_of
+from peftfast.sharding import is_fsdp2_in_use
 
 if TYPE_CHECKING:
     from peftfast.wrapping.inventory import Inventory
@@ -83,6 +84,16 @@ def resolve(
     check_names(choice, inventory.configs, batch, ", or a tensor of adapter numbers")
     device = "cpu" if batch is None else batch.device
     return Routing.by_name(choice, inventory.numbers, device, copies=copies, tokens=tokens)
+
+
+def together(inventory: Inventory, routing: Routing) -> Routing:
+    """A routing by names for a call that trains, in which every process gives a gradient to what one of them gives one
+    to, where engines reduce gradients that would not be the same ones otherwise."""
+    known = routing.seen or routing
+    if inventory.is_stepped_by_deepspeed():  # some of which reduces gradients as they come
+        routing = known.blind(tuple(inventory.numbers))
+    known.together = known.together or is_fsdp2_in_use()
+    return routing
 
 
 def check_unmerged(inventory: Inventory) -> None:

@@ -16,7 +16,7 @@ from peftfast.autocast import autocast_dtype
 from peftfast.config import PromptLearningConfig, TaskType
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import PeftWarning, warn
-from peftfast.sharding import copy_whole, is_distributed, put_together, whole_shape
+from peftfast.sharding import copy_whole, is_distributed, put_together, reaching, whole_shape
 from peftfast.watch import ContentWatch, TensorWatch, read_off
 
 Inputs = dict[str, Any]  # the keyword arguments of the base model's forward
@@ -209,12 +209,14 @@ class RoutedPrompts:
     """Row by row another adapter's prompt.
 
     Args:
-        encoders: the adapters that occur.
-        rows: index into `encoders` for every row of the user's batch; beams of a row follow one another.
+        encoders: by the adapters' names; those that do not occur get a gradient of zero.
+        names: the adapter of every row of the user's batch; beams of a row follow one another.
     """
 
-    def __init__(self, encoders: Sequence[BasePromptEncoder], rows: Sequence[int]) -> None:
-        self.encoders, self.rows, self.words = encoders, rows, encoders[0].words
+    def __init__(self, encoders: Mapping[str, BasePromptEncoder], names: Sequence[str]) -> None:
+        used = list(dict.fromkeys(names))
+        self.encoders, self.used, self.words = encoders, used, encoders[used[0]].words
+        self.rows = [used.index(name) for name in names]
 
     def prompts(self, batch_size: int) -> Tensor:
         if batch_size % len(self.rows):
@@ -222,7 +224,10 @@ class RoutedPrompts:
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(self.rows)} and {batch_size} respectively."
             )
-        table = torch.stack([e.virtual_tokens() for e in self.encoders])
+        tokens = {name: encoder.virtual_tokens() for name, encoder in self.encoders.items()}
+        table = torch.stack([tokens[name] for name in self.used])
+        left = [t for name, t in tokens.items() if name not in self.used and t.requires_grad]
+        table = reaching(table, left) if left else table
         rows = torch.tensor(self.rows, device=table.device).repeat_interleave(batch_size // len(self.rows))
         return table.index_select(0, rows)
 

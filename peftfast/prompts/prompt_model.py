@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig, PromptLearningConfig, plain_name
 from peftfast.errors import PeftWarning, warn
 from peftfast.files.beside import KeepsBeside
-from peftfast.many.router import check_names, copies_of_a_sample, resolve
+from peftfast.many.router import check_names, copies_of_a_sample, resolve, together
 from peftfast.method import method_for
 from peftfast.prompts.prefix_cache import (
     CACHE_NAMES,
@@ -38,6 +38,7 @@ from peftfast.prompts.prompt import (
 )
 from peftfast.rows.routing import BASE, batch_of
 from peftfast.rules import integer
+from peftfast.sharding import is_fsdp2_in_use, is_stepped_by_deepspeed
 from peftfast.wrapping.adding import add_adapter
 from peftfast.wrapping.injection import Injection
 from peftfast.wrapping.inventory import Inventory
@@ -78,6 +79,9 @@ class PromptInventory(Inventory):
             f"Setting `requires_grad` is not supported for prompt learning methods like {kind}. "
             "set_adapter(name, inference_mode=...) freezes and unfreezes."
         )
+
+    def is_stepped_by_deepspeed(self) -> bool:
+        return any(map(is_stepped_by_deepspeed, self.encoders.parameters()))
 
     def successor(self, others: list[str]) -> str:
         """The oldest one, as in PEFT, where adapters of weights are followed by the alphabetically first."""
@@ -202,8 +206,15 @@ class PromptTuner(KeepsBeside):
                 f"lengths, or without one ({BASE!r}), into batches of their own, or see peftfast.resize_prompt."
             )
         cfg = self.peft_config[distinct[0]]
-        encoders = [self.inventory.encoders[n] for n in distinct]
-        return method_for(cfg), RoutedPrompts(encoders, [distinct.index(n) for n in names]), cfg
+        present = [*self.peft_config] if self._trains_together() else distinct
+        encoders = {n: self.inventory.encoders[n] for n in present}
+        return method_for(cfg), RoutedPrompts(encoders, names), cfg
+
+    def _trains_together(self) -> bool:
+        """Whether every process has to give a gradient to what one of them gives one to, see `together`."""
+        if not (self.model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return False
+        return is_fsdp2_in_use() or self.inventory.is_stepped_by_deepspeed()
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **inputs: Any) -> Any:
         """The base model's forward on inputs with virtual tokens."""
@@ -230,7 +241,8 @@ class PromptTuner(KeepsBeside):
         """While this is open, modules that are saved beside the prompts are those of `adapter_names`, row by row."""
         if adapter_names is None or not self.inventory.extras:
             return nullcontext()
-        return self.inventory.control.use(resolve(self.inventory, adapter_names, args, inputs, copies))
+        routing = resolve(self.inventory, adapter_names, args, inputs, copies)
+        return self.inventory.control.use(together(self.inventory, routing) if self._trains_together() else routing)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Inputs:
         """The base model's, with the virtual tokens in."""

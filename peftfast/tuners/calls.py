@@ -12,11 +12,19 @@ from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
 from peftfast.errors import PeftWarning, enumerate_some, warn
-from peftfast.many.router import Choice, Router, as_router, check_names, copies_of_a_sample, named_inputs, resolve
+from peftfast.many.router import (
+    Choice,
+    Router,
+    as_router,
+    check_names,
+    copies_of_a_sample,
+    named_inputs,
+    resolve,
+    together,
+)
 from peftfast.method import Call
 from peftfast.ops.casts import CastStore
 from peftfast.rows.routing import BASE
-from peftfast.sharding import is_fsdp2_in_use
 from peftfast.training.checkpointing import is_checkpointing, require_input_gradients
 from peftfast.watch import Place
 from peftfast.wrapping.inventory import Inventory
@@ -142,9 +150,7 @@ class CalledModel:
         if named and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if routing is known:  # numbers may be any of all adapters
                 self._say_if_frozen(routing.names)
-            if self.inventory.is_stepped_by_deepspeed():  # some of which reduces gradients as they come
-                routing = known.blind(tuple(self.inventory.numbers))
-            known.together = known.together or is_fsdp2_in_use()
+            routing = together(self.inventory, routing)
         with self.inventory.control.use(routing):
             yield
 

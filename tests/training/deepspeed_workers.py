@@ -313,6 +313,24 @@ def several(kind: str, folder: Path) -> dict:
     return {"errors": errors, "said": said}
 
 
+def prompts(kind: str, folder: Path) -> dict:
+    """Processes whose samples have different prompts."""
+
+    def two() -> nn.Module:
+        model = model_of(kind)
+        model.add_adapter("other", METHODS[kind.partition("+")[0]](peftfast))
+        model.prompt_encoder.requires_grad_(True)
+        return spread_out(model, 5)
+
+    model, alone = two(), Alone(two())
+    engine = engine_of(model, kind)
+    rows = [["default", "default"], ["other", "other"]]  # of each process
+    loss = step(engine, 1, adapter_names=rows[dist.get_rank()]) / alone.step(1, adapter_names=sum(rows, []))
+    found = {"loss": abs(loss - 1), "weights": largest_difference(trained(model), alone.trained())}
+    engine.destroy()
+    return found
+
+
 def refused(kind: str, folder: Path) -> dict:
     """What each of these raises; nothing may have changed."""
     model = model_of(kind)
@@ -410,7 +428,7 @@ def trainer(kind: str, folder: Path) -> dict:
     return {**result, "resumed": largest_difference(load_file(folder / "final" / TENSORS), whole)}
 
 
-RUNS = {f.__name__: f for f in (train, init, past, files, several, refused, schedule, trainer)}
+RUNS = {f.__name__: f for f in (train, init, past, files, several, prompts, refused, schedule, trainer)}
 
 
 def main() -> None:

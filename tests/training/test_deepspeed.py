@@ -29,6 +29,7 @@ RUNS = {
     "past": PAST,
     "files": FILES,
     "several": ["lora", "lora+2"],
+    "prompts": ["network", "network+1"],
     "refused": ["dora"],
     "schedule": ["adalora", "adalora+2"],
     "trainer": ["lora"],
@@ -84,6 +85,11 @@ def test_several_adapters(found):
     for kind, result in found("several"):
         assert max(result["errors"].values()) < 5e-6, (kind, result)
         assert any("DeepSpeed ZeRO-3 trains adapter 'default'" in m for m in result["said"]) == (kind != "lora+2")
+
+
+def test_processes_that_have_samples_of_different_prompts(found):
+    for kind, result in found("prompts"):
+        assert max(result.values()) < 5e-6, (kind, result)
 
 
 def test_what_is_refused(found):

@@ -383,6 +383,15 @@ def rows(kind: str, folder: Path) -> dict:
         model.set_requires_grad(["default", "other"])
         return model.train()
 
+    def prompts() -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = peftfast.PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+        model = peftfast.get_peft_model(llama(), config)
+        model.add_adapter("other", config)
+        for name, p in model.named_parameters():
+            p.requires_grad_("prompt_encoder" in name or "modules_to_save" in name)
+        return model.train()
+
     def gradients(model: torch.nn.Module, parts: int, names: list[str]) -> dict[str, torch.Tensor]:
         own = names if parts == 1 else names[2 * dist.get_rank() :][:2]
         inputs = {k: v.chunk(parts)[dist.get_rank() % parts] for k, v in batch(4).items()}
@@ -391,10 +400,12 @@ def rows(kind: str, folder: Path) -> dict:
         model.zero_grad()
         return found
 
+    build = {"layers": build, "prompts": prompts}[kind]
     model, alone, errors = build(), build(), []
     fully_shard(model.get_base_model().model.layers[0])
     fully_shard(model)
-    for names in (["__base__"] * 2 + ["other", "default"], ["default"] * 2 + ["other"] * 2):
+    first = "__base__" if kind == "layers" else "other"
+    for names in ([first] * 2 + ["other", "default"], ["default"] * 2 + ["other"] * 2):
         expected = gradients(alone, 1, names)
         found = gradients(model, 2, names)
         errors.append(largest_difference({n: found[n] for n in expected}, expected))
