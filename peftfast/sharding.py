@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,25 +80,27 @@ def is_sharded_by_fsdp2(model: nn.Module) -> bool:
     )
 
 
-def gather_without_wrapper(model: nn.Module, wrapper: nn.Module | None = None) -> None:
-    """Make whole what FSDP2 put together for the forward of a wrapper that is no longer around `model`: nobody would in
-    the model's own forward. What FSDP2 shards with parts of the model stays with them. All processes have to call this.
+def gather_without_wrapper(model: nn.Module, gone: Collection[nn.Module] | None = None) -> None:
+    """Make whole what FSDP2 put together for the forward of wrappers that are no longer in the model or around it:
+    nobody would. What it puts together for modules that are there stays with them. All processes have to call this.
 
     Args:
-        wrapper: what was around it; None: something that may have been.
+        gone: the wrappers; None: all modules that are not in the model.
     """
-    kind, made = _fsdp2_class(), {}
-    if kind is None or isinstance(model, kind) or not (wrapper is None or isinstance(wrapper, kind)):
-        return
-    left = [model]
-    while left:
-        module = left.pop()
-        left += [child for child in module.children() if not isinstance(child, kind)]
-        for name, p in module._parameters.items():
-            if _is_fsdp2s(p):
-                if p not in made:
-                    made[p] = nn.Parameter(put_together(p.detach()), p.requires_grad)
-                module._parameters[name] = made[p]
+    present = set(model.modules())
+    for group in _groups_of_fsdp2():
+        left = [unit for unit in group.modules if (unit in present if gone is None else unit not in gone)]
+        if len(left) == len(group.modules):
+            continue
+        inside = {module for unit in left for module in unit.modules()}
+        for parameter in group.fsdp_params:
+            places = [place for place in _places(parameter) if place[0] in present]
+            shards = next((module._parameters.get(name) for module, name in places), None)
+            if _is_fsdp2s(shards) and any(module not in inside for module, _ in places):
+                made = nn.Parameter(put_together(shards.detach()), shards.requires_grad)
+                for module, name in places:
+                    let_go(module, name)
+                    module._parameters[name] = made
 
 
 def to_shards(model: nn.Module) -> None:
@@ -112,20 +114,37 @@ def to_shards(model: nn.Module) -> None:
             hook(module, "", True)
 
 
-def let_go(container: Any, name: str) -> None:
-    """Before a Parameter is deleted from a container: FSDP2 puts those that it manages back to where it found them
-    whenever it takes them apart or puts them together, over what is there by then. This one gets a place of its own."""
+def let_go(container: Any, name: str) -> bool:
+    """Before a Parameter is deleted from a container, or another is put in its place: FSDP2 puts those that it manages
+    back to where it found them whenever it takes them apart or puts them together, over what is there by then. This one
+    gets a place of its own, unless it has others. Whether it was one of FSDP2's."""
     bare = container._parameters.get(name) if isinstance(container, nn.Module) else None
     for parameter in _managed_by_fsdp2() if bare is not None else ():
-        info = parameter._module_info
-        places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
+        places = _places(parameter)
         left = [place for place in places if place != (container, name)]
         if len(left) < len(places):
             if not left:
                 left = [(nn.Module(), name)]
                 left[0][0].register_parameter(name, bare)
-            (info.module, info.param_name), *shared = left
-            info.shared_modules, info.shared_param_names = [m for m, _ in shared], [n for _, n in shared]
+            _hang(parameter, left)
+            return True
+    return False
+
+
+def part(module: nn.Module, name: str, requires_grad: bool = False) -> None:
+    """Give a module its own copy of a Parameter that others have as well; of one that FSDP2 manages a whole one, which
+    nobody takes apart. All processes have to call this."""
+    shared = getattr(module, name).detach()
+    own = put_together(shared) if let_go(module, name) else shared
+    setattr(module, name, nn.Parameter(own.clone(), requires_grad=requires_grad))
+
+
+def rejoin(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Give a module the Parameter back that it had before `part`."""
+    setattr(module, name, parameter)
+    for managed in _managed_by_fsdp2():
+        if managed.sharded_param is parameter and (module, name) not in _places(managed):
+            _hang(managed, [*_places(managed), (module, name)])
 
 
 def own_class(model: nn.Module) -> type[nn.Module]:
@@ -232,15 +251,33 @@ def _hooks_of_fsdp2(module: nn.Module) -> list[Callable]:
     return [hook for hook in hooks.values() if getattr(hook, "__module__", "").startswith(made_by)] if hooks else []
 
 
-def _managed_by_fsdp2() -> Iterator[Any]:
-    """What FSDP2 keeps for every Parameter of this process that it manages."""
+def _groups_of_fsdp2() -> Iterator[Any]:
+    """What FSDP2 keeps for every unit of this process, and for the Parameters in it."""
     if _fsdp2_class() is None:
         return
     references = getattr(sys.modules["torch.distributed._composable_state"], "_module_state_mapping", {}).values()
     for state in dict.fromkeys(reference() for reference in [*references]):  # several modules may be one unit
         groups = getattr(state, "_fsdp_param_groups", None)  # before torch 2.12 there is one
-        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
-            yield from () if group is None else group.fsdp_params
+        groups = [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
+        yield from (group for group in groups if group is not None)
+
+
+def _managed_by_fsdp2() -> list[Any]:
+    """What FSDP2 keeps for every Parameter of this process that it manages."""
+    return [parameter for group in _groups_of_fsdp2() for parameter in group.fsdp_params]
+
+
+def _places(parameter: Any) -> list[tuple[nn.Module, str]]:
+    """Where FSDP2 hangs a Parameter that it manages, shards or whole: the modules, and its names there."""
+    info = parameter._module_info
+    return [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
+
+
+def _hang(parameter: Any, places: Iterable[tuple[nn.Module, str]]) -> None:
+    """Have FSDP2 hang it there from now on."""
+    info = parameter._module_info
+    (info.module, info.param_name), *shared = places
+    info.shared_modules, info.shared_param_names = [m for m, _ in shared], [n for _, n in shared]
 
 
 def _is_fsdp2s(tensor: Tensor | None) -> bool:

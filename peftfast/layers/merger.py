@@ -19,7 +19,7 @@ from peftfast.layers.sharded import beside
 from peftfast.modes import in_mode
 from peftfast.ops.finite import is_finite
 from peftfast.owner import Owner
-from peftfast.sharding import is_distributed, taken_apart
+from peftfast.sharding import is_distributed, part, put_together, rejoin, taken_apart
 from peftfast.sites import Dense, bias_of
 
 if TYPE_CHECKING:
@@ -64,10 +64,6 @@ class Merger:
     @property
     def _parameter(self) -> nn.Parameter:
         return getattr(self.layer.get_base_layer(), self.layer.site.parameter)
-
-    @_parameter.setter
-    def _parameter(self, parameter: nn.Parameter) -> None:
-        setattr(self.layer.get_base_layer(), self.layer.site.parameter, parameter)
 
     @property
     def is_apart(self) -> bool:
@@ -350,7 +346,9 @@ class Merger:
         """Write what is merged into the weight; with `apart` into one that no other module uses."""
         layer = self.layer
         if apart:
-            self._parameter = nn.Parameter(self._parameter.detach().clone(), requires_grad=False)
+            part(layer.get_base_layer(), layer.site.parameter)
+            if not is_distributed(self._parameter):
+                dense = dense._replace(weight=put_together(dense.weight))
         self.unsure = True
         self.rounded = store(layer.site.weight, dense.weight, rounding)
         if dense.bias is not None:
@@ -359,7 +357,7 @@ class Merger:
     @torch.no_grad()
     def _restore_weight(self, kept: dict[str, Any]) -> None:
         if kept["parameter"] is not None:
-            self._parameter = kept["parameter"]
+            rejoin(self.layer.get_base_layer(), self.layer.site.parameter, kept["parameter"])
             return
         weight = self.layer.site.weight
         if type(weight) is not kept["format"]:

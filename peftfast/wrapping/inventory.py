@@ -395,11 +395,11 @@ class Inventory(Listing):
         if not merged:
             self._take_out()
         for key, layer in self.layers.items():
-            self.put_back(key, layer.base_layer, layer)
+            self.replace(key, layer.base_layer)
         left: dict[nn.Parameter, nn.Parameter] = {}
         for key, wrapper in self.extras.items():
             module = wrapper.unload_and_optionally_merge_module(False, False, names)
-            self.put_back(key, module, wrapper)
+            self.replace(key, module)
             left |= wrapper.left_behind(module)
         for module in self.model.modules() if left else ():
             module._parameters.update({n: left[p] for n, p in module._parameters.items() if p in left})

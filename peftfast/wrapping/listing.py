@@ -123,11 +123,6 @@ class Listing:
         for parent, attribute in self._hangs(name):
             put(parent, attribute, module)
 
-    def put_back(self, name: str, module: nn.Module, wrapper: nn.Module) -> None:
-        """Put what has been inside a wrapper in its place."""
-        self.replace(name, module)
-        gather_without_wrapper(module, wrapper)
-
     def wrap(self, name: str, make: Callable[[nn.Module], BaseTunerLayer] = make_layer) -> BaseTunerLayer:
         """The adapter layer in the place of the module `name`, made if there is none."""
         layer = self.layers.get(name)
@@ -167,10 +162,9 @@ class Listing:
         layer = self.layers.get(name)
         if layer is None:
             if not self.extras[name]._adapters:
-                wrapper = self.extras.pop(name)
-                self.put_back(name, wrapper.original_module, wrapper)
+                self.replace(name, self.extras.pop(name).original_module)
         elif not layer.is_needed:
-            self.put_back(name, layer.base_layer, layer)
+            self.replace(name, layer.base_layer)
             del self.layers[name]
             self._inner.pop(name, None)
 
@@ -185,9 +179,12 @@ class Listing:
 
     def remove_empty(self, except_for: Collection[str] = ()) -> None:
         """`unwrap` everywhere, save in these places."""
-        for name, _ in list(self.wrappers()):  # layers around others come after those
+        before = dict(self.wrappers())
+        for name in before:  # layers around others come after those
             if name not in except_for:
                 self.unwrap(name)
+        left = dict(self.wrappers())
+        gather_without_wrapper(self.model, {wrapper for name, wrapper in before.items() if name not in left})
 
     def stands(self) -> bool:
         """Whether all that is listed hangs where it was put."""

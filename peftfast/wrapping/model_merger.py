@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftfast.base.rounding import ENOUGH, check_rounding
 from peftfast.embeddings import input_embeddings, output_embeddings
@@ -16,7 +16,7 @@ from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.mergeable import check_mergeable
 from peftfast.layers.own import LoraLayer
 from peftfast.layers.walk import base_modules
-from peftfast.sharding import to_shards
+from peftfast.sharding import part, put_together, to_shards
 from peftfast.wrapping.inventory import Inventory
 
 #: A layer, and the adapters that are to go into its weight.
@@ -243,7 +243,7 @@ class ModelMerger:
                 continue
             for other, name in owners.get(id(weight), ()):
                 if other is not own and id(other) not in inside_extras | followers:
-                    setattr(other, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+                    part(other, name, weight.requires_grad)
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -282,7 +282,7 @@ def say_if_untied(model: nn.Module) -> None:
         return
     inputs, outputs = input_embeddings(model), output_embeddings(model)
     if outputs is not None and inputs is not None and outputs.weight is not inputs.weight:
-        if outputs.weight.shape != inputs.weight.shape or not torch.equal(outputs.weight, inputs.weight):
+        if not _are_equal(outputs.weight, inputs.weight):
             config.tie_word_embeddings = False
             _part(outputs, model)
             warn(
@@ -290,6 +290,11 @@ def say_if_untied(model: nn.Module) -> None:
                 "`config.tie_word_embeddings = False`, so that the saved model keeps both.",
                 PeftWarning,
             )
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights are the same numbers, whether or not FSDP2 has taken one of them apart."""
+    return one.shape == other.shape and torch.equal(put_together(one), put_together(other))
 
 
 def _part(head: nn.Module, model: nn.Module) -> None:

@@ -24,6 +24,7 @@ UNITS = ["1", "2", "layers"]
 DELETED = ["ia3", "tokens"]
 AROUND = ["all", "copies", "base"]
 PARTLY = ["lora", "dora", "pissa", "kasa", "ia3"]
+TIED = ["lm_head", "embed_tokens"]
 OPTIMIZERS = ["lorafa", "riemannian"]
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
 
@@ -39,7 +40,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     kinds |= {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": UNITS, "adalora": ["fsdp2"]}
     kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"], "optimizers": OPTIMIZERS}
     kinds |= {"around": AROUND, "averaged": ["shards", "whole"], "deleted": DELETED}
-    kinds |= {"partly": PARTLY}
+    kinds |= {"partly": PARTLY, "tied": TIED}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
 
@@ -150,6 +151,13 @@ def test_a_model_that_is_sharded_as_a_whole(two, kind):
 def test_merging_where_either_the_base_or_the_adapter_is_sharded(two, kind):
     _, ranks = two
     assert all(result[f"partly:{kind}"]["error"] < 2e-5 for result in ranks)
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_merging_into_one_of_two_modules_that_share_a_weight(two, kind):
+    """FSDP2 put the shared weight back over what was merged."""
+    _, ranks = two
+    assert all(result[f"tied:{kind}"]["error"] < 1e-5 for result in ranks)
 
 
 def test_prompts_of_networks_are_read_from_shards(two):

@@ -589,6 +589,34 @@ def units(kind: str, folder: Path) -> dict:
     return {"error": largest_difference(found, expected)}
 
 
+def tied(kind: str, folder: Path) -> dict:
+    """Merging into one of two modules that share a weight, in units as Accelerate makes them: how far outputs are from
+    those of one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = lora(peftfast, target_modules=["q_proj", kind], init_lora_weights=False)
+        return peftfast.get_peft_model(llama(tied=True), config)
+
+    def outputs(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+        with torch.no_grad():
+            model.merge_adapter()
+            yield model(**batch(4)).logits
+            yield model(**batch(4)).logits
+            model.unmerge_adapter()
+            yield model(**batch(4)).logits
+            model.state_dict()
+            yield model(**batch(4)).logits
+            yield model.merge_and_unload()(**batch(4)).logits
+
+    model = build()
+    base = model.get_base_model()
+    fully_shard([base.model.norm, base.model.embed_tokens, base.lm_head], reshard_after_forward=False)
+    found, expected = (dict(enumerate(outputs(one))) for one in (shard(model), build()))
+    return {"error": largest_difference(found, expected)}
+
+
 def around(kind: str, folder: Path) -> dict:
     """A model of which FSDP2 has sharded nothing but all of it: outputs once the adapter is gone, against those of one
     process, and which class its files name."""
@@ -677,6 +705,7 @@ RUNS = {
     "late": late,
     "deleted": deleted,
     "partly": partly,
+    "tied": tied,
     "around": around,
     "prompt": prompt,
     "optimizers": optimizers,
