@@ -54,9 +54,11 @@ def put_together(tensor: Tensor) -> Tensor:
 
 
 def taken_apart(source: Tensor, like: Tensor | None) -> Tensor:
-    """A whole tensor, which every process has, sharded as `like` is if that is; one that is sharded as it is."""
-    if not is_distributed(like) or is_distributed(source):
+    """A tensor that is sharded as `like` is, if that is, of a whole one that every process has or a sharded one."""
+    if not is_distributed(like):
         return source
+    if is_distributed(source):
+        return source.redistribute(like.device_mesh, like.placements)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None)

@@ -10,7 +10,7 @@ from peftfast.base.offload import device_of, stored_weight
 from peftfast.base.rounding import drawn_float
 from peftfast.base.weight import UsualWeight, kept_copy
 from peftfast.devices import widest
-from peftfast.sharding import is_distributed, taken_apart, whole_shape
+from peftfast.sharding import as_copies, is_distributed, put_together, taken_apart, whole_shape
 from peftfast_kernels.decode import Operand
 
 
@@ -44,7 +44,8 @@ class ParameterWeight(UsualWeight):
         return Operand("dense", [self.value.detach().flatten(0, -2)], self.shape, self.compute_dtype)
 
     def seen(self) -> Tensor:
-        return stored_weight(self.module, self.parameter).detach().flatten(0, -2)
+        stored = stored_weight(self.module, self.parameter).detach()
+        return (stored if stored.dim() == 2 else as_copies(put_together(stored), stored)).flatten(0, -2)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         stored = self.seen()

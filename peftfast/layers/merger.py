@@ -276,7 +276,7 @@ class Merger:
     def _in_one_step(self, names: Sequence[str]) -> bool:
         """Whether these add products of factors that are one product together, or all scale the weight, or are one that
         rounds few times."""
-        adapters = [self.layer.adapters[name] for name in names]
+        adapters = self._adapters(names)
         methods = {adapter.method for adapter in adapters}
         if len(methods) != 1:
             return False
@@ -329,7 +329,7 @@ class Merger:
         if dense.bias is not None:
             dtypes["bias"] = layer.base_layer.bias.dtype
         for (what, dtype), tensor in zip(dtypes.items(), dense, strict=False):
-            if is_finite(tensor, dtype):
+            if is_finite(put_together(tensor), dtype):  # a process may have none of it, which has no extremes
                 continue
             factors = {n: layer.adapters[n].parameters().values() for n in names}
             broken = [n for n in names if not all(torch.isfinite(t).all() for t in factors[n])]

@@ -32,4 +32,7 @@ def beside(layer: BaseTunerLayer, name: str, base: Tensor | None) -> Adapter:
     """An adapter of `layer` for sums with `base`, or with whole tensors (None), whatever FSDP2 has taken apart."""
     adapter = layer.adapters[name]
     apart = any(map(is_distributed, adapter.parameters().values()))
-    return adapter if apart == is_distributed(base) else _Beside(adapter, layer, base)
+    # torch gives no tensor another shape whose shards would not be of one size: by expert, or by block
+    regrouped = not layer.site.adapts_output or getattr(adapter.method, "in_blocks", False)
+    alike = apart == is_distributed(base) and not (apart and regrouped)
+    return adapter if alike else _Beside(adapter, layer, base)

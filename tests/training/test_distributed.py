@@ -25,6 +25,7 @@ DELETED = ["ia3", "tokens"]
 AROUND = ["all", "copies", "base"]
 PARTLY = ["lora", "dora", "pissa", "kasa", "ia3"]
 TIED = ["lm_head", "embed_tokens"]
+UNEVEN = ["parameters", "blocks"]
 OPTIMIZERS = ["lorafa", "riemannian"]
 MIXED = [f"plain+mixed{library}+{i}" for i in DRAWS for library in ("", "+peft")]
 
@@ -40,7 +41,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     kinds |= {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": UNITS, "adalora": ["fsdp2"]}
     kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"], "optimizers": OPTIMIZERS}
     kinds |= {"around": AROUND, "averaged": ["shards", "whole"], "deleted": DELETED}
-    kinds |= {"partly": PARTLY, "tied": TIED}
+    kinds |= {"partly": PARTLY, "tied": TIED, "uneven": UNEVEN}
     runs = [f"{what}:{kind}" for what, those in kinds.items() for kind in those]
     return folder, launch(workers.__file__, 2, folder, *runs)
 
@@ -158,6 +159,12 @@ def test_merging_into_one_of_two_modules_that_share_a_weight(two, kind):
     """FSDP2 put the shared weight back over what was merged."""
     _, ranks = two
     assert all(result[f"tied:{kind}"]["error"] < 1e-5 for result in ranks)
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_merging_into_shards_that_are_not_of_one_size(two, kind):
+    _, ranks = two
+    assert all(result[f"uneven:{kind}"]["error"] < 2e-5 for result in ranks)
 
 
 def test_prompts_of_networks_are_read_from_shards(two):

@@ -617,6 +617,50 @@ def tied(kind: str, folder: Path) -> dict:
     return {"error": largest_difference(found, expected)}
 
 
+class Uneven(torch.nn.Module):
+    """Weights whose shards are not of one size, or empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = torch.nn.Bilinear(8, 8, 3)  # has a weight of three matrices
+        self.up, self.head = torch.nn.Linear(3, 9), torch.nn.Linear(9, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.up(self.stack(x, x)))
+
+
+def uneven(kind: str, folder: Path) -> dict:
+    """Merging where FSDP2's shards are not of one size: how far outputs are from those of one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    changes = {
+        "parameters": {"target_modules": ["head"], "target_parameters": ["stack.weight"], "r": 1},
+        "blocks": {
+            "target_modules": ["up"],
+            "r": 3,
+            "use_bdlora": peftfast.BdLoraConfig(target_modules_bd_b=["up"], nblocks=3),
+        },
+    }[kind]
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = peftfast.get_peft_model(Uneven(), peftfast.LoraConfig(**changes, init_lora_weights=kind == "blocks"))
+        fill(model)
+        return model
+
+    def outputs(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            model.merge_adapter(safe_merge=True)
+            yield model(x)
+            model.unmerge_adapter()
+            yield model(x)
+            yield model.merge_and_unload()(x)
+
+    found, expected = (dict(enumerate(outputs(one))) for one in (fully_shard(build()), build()))
+    return {"error": largest_difference(found, expected)}
+
+
 def around(kind: str, folder: Path) -> dict:
     """A model of which FSDP2 has sharded nothing but all of it: outputs once the adapter is gone, against those of one
     process, and which class its files name."""
@@ -706,6 +750,7 @@ RUNS = {
     "deleted": deleted,
     "partly": partly,
     "tied": tied,
+    "uneven": uneven,
     "around": around,
     "prompt": prompt,
     "optimizers": optimizers,

@@ -100,6 +100,7 @@ def blocks_of(cfg: LoraConfig, key: str) -> tuple[int | None, int | None]:
 class BdLora(PackedLora):
     variant: ClassVar[str | None] = "use_bdlora"
     by: ClassVar[str] = "bdlora_blocks"  # of how many blocks A and B are, None for a whole factor
+    in_blocks: ClassVar[bool] = True
     pads: ClassVar[bool] = False  # ranks lie in one run for each block, none at a factor's end
 
     @staticmethod
