@@ -66,3 +66,15 @@ def stored_weight(module: nn.Module, name: str = "weight", *, write: bool = Fals
         f"The {name} of {type(module).__name__} is on the meta device and has no values; load it before merging "
         "into it or initialising an adapter from it"
     )
+
+
+def bring_home(copied: nn.Module, module: nn.Module) -> None:
+    """Give a copy of a module values of its own, where the module's are away while it rests: what the copy learns would
+    be forgotten with every call."""
+    for part, own in zip(copied.modules(), module.modules(), strict=True):
+        for name, parameter in own._parameters.items():
+            if parameter is not None and parameter.is_meta and any(_hooks(own)):
+                value = stored_weight(own, name).detach().to(device_of(own, name), copy=True)
+                part._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                for hook in _hooks(part):
+                    hook.offload = False

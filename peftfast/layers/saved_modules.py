@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
+from peftfast.base.offload import bring_home
 from peftfast.base.weight import base_weight
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import OF_ONE_MODULE, BaseTunerLayer
@@ -186,6 +187,7 @@ def _trainable_copy(module: nn.Module, tied: nn.Parameter | None = None) -> nn.M
     which is that of another copy."""
     dense_tied = tied is not None and not is_quantised(module)
     copied = copy.deepcopy(module, {id(module.weight): tied} if dense_tied else None)
+    bring_home(copied, module)
     for part in copied.modules():
         for name, p in part._parameters.items():
             if is_distributed(p):

@@ -377,6 +377,26 @@ def test_merging_into_an_offloaded_base(kind, tmp_path):
             torch.testing.assert_close(merged(X), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["cpu", "disk", "map"])
+def test_copies_of_offloaded_modules_are_trained(kind, tmp_path):
+    """They were offloaded as well, so that every step was forgotten with the next call."""
+    cfg = peftfast.LoraConfig(target_modules=["first"], modules_to_save=["second"])
+    torch.manual_seed(3)
+    alone = Net()
+    torch.manual_seed(3)
+    net, outputs = offloaded(kind, tmp_path), []
+    for base in (alone, net):
+        torch.manual_seed(5)
+        model = peftfast.get_peft_model(base, cfg)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            model(X).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        outputs.append(model(X))
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
 def test_what_others_keep_on_the_base_module_is_not_on_its_wrapper():
     """For accelerate puts a hook in the place of one that is there, and who looks for hooks or parametrizations in all
     modules takes them off each that has some."""
