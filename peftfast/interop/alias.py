@@ -16,7 +16,7 @@ from importlib.abc import Loader, MetaPathFinder
 from typing import Any
 
 from peftfast.interop import early, layout
-from peftfast.version import COMPATIBLE_PEFT_VERSION
+from peftfast.version import ANSWERED_PEFT_VERSION, COMPATIBLE_PEFT_VERSION
 
 
 class ServedModule(types.ModuleType):
@@ -59,7 +59,7 @@ class _Distribution(importlib.metadata.Distribution):
 
     def read_text(self, filename: str) -> str | None:
         if filename in ("METADATA", "PKG-INFO"):
-            return f"Metadata-Version: 2.1\nName: peft\nVersion: {COMPATIBLE_PEFT_VERSION}\n"
+            return f"Metadata-Version: 2.1\nName: peft\nVersion: {ANSWERED_PEFT_VERSION}\n"
         return "peft\n" if filename == "top_level.txt" else None
 
     def locate_file(self, path: Any) -> Any:
