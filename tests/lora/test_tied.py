@@ -174,6 +174,22 @@ def test_rows_are_looked_up_beside_the_table(options):
     assert found[0][1][2].any() and not found[0][1][3].any()
 
 
+@pytest.mark.parametrize("rows", [[], {"embed_tokens": []}])
+def test_no_rows_beside_a_lora(rows):
+    """As a list of new tokens may be that turns out to be empty."""
+    found = []
+    for options in ({"trainable_token_indices": rows}, {}):
+        config = peftfast.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **options)
+        torch.manual_seed(0)
+        model = peftfast.get_peft_model(oracle.llama(), config)
+        y = logits(model)
+        torch.testing.assert_close(logits(model.merge_and_unload()), y)
+        found.append(y)
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match="token_indices"):
+        peftfast.get_peft_model(oracle.llama(), peftfast.TrainableTokensConfig())
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_rows_of_a_tied_head_are_multiplied_beside_it(bias, monkeypatch):
     """Results are those of a copy of the weight; without one, there is no gradient of all of it either."""
