@@ -136,7 +136,11 @@ def __getattr__(name: str) -> Any:
     module = _WHERE.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_instead(name)}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    try:
+        found = importlib.import_module(f"{__name__}.{module}")
+    except AttributeError as e:  # of which `from peftfast import ...` would say that there is no such name here
+        raise ImportError(f"peftfast {__version__} does not run with what is installed: {e}") from e
+    value = getattr(found, name)
     globals()[name] = value
     return value
 

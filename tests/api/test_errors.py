@@ -345,6 +345,15 @@ def test_a_refused_config_is_as_it_was():
     assert config.__dict__ == fields
 
 
+def test_a_torch_without_what_is_read_there_is_the_reason_that_is_given(tmp_path, monkeypatch):
+    """Not that the name is none of this package's."""
+    (tmp_path / "newer.py").write_text("import torch\ntorch.gone\n")
+    monkeypatch.setattr(peftfast, "__path__", [str(tmp_path)])
+    monkeypatch.setitem(peftfast._WHERE, "Newer", "newer")
+    with pytest.raises(ImportError, match="installed.*torch.*'gone'"):
+        from peftfast import Newer  # noqa: F401
+
+
 def test_not_a_model_or_not_a_config():
     with pytest.raises(TypeError, match="torch.nn.Module"):
         peftfast.get_peft_model("model", LoraConfig())
