@@ -320,8 +320,6 @@ def _read(
     kwargs: dict[str, Any],
     **options: Any,
 ) -> Stored:
-    if key_mapping is None:
-        key_mapping = getattr(base, "_checkpoint_conversion_mapping", None) or None
     stored = read_adapter(model_id, key_mapping=key_mapping, strict=strict, **options, **kwargs)
     config = stored.config if options.get("present") is None else None
     return stored._replace(tensors=renamed(base, config, stored.tensors))

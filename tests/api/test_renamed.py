@@ -124,6 +124,14 @@ def test_an_adapter_under_old_names(case, tmp_path):
     assert torch.equal(output(peftfast.PeftModel.from_pretrained(make(), tmp_path / "new", strict=True)), output(model))
 
 
+def test_a_base_whose_class_has_the_renamings(tmp_path, monkeypatch):
+    """As in transformers 5.0, and in code that comes with a model."""
+    own = {"^visual": "model.visual", r"^model(?!\.(language_model|visual))": "model.language_model"}
+    kind = transformers.Qwen2VLForConditionalGeneration
+    monkeypatch.setattr(kind, "_checkpoint_conversion_mapping", own, raising=False)
+    test_an_adapter_under_old_names("names that still hold", tmp_path)
+
+
 def test_a_rank_stays_with_its_module_where_another_ends_alike():
     config = LoraConfig(r=8, target_modules=["old"], rank_pattern={"^old": 4})
     _rename_in(config, {"old": "new", "z.old": "z.new"}, ["old", "z.old"])
