@@ -608,6 +608,7 @@ def test_samples_fit_into_the_models_positions(tmp_path, short_model, capsys):
         (["--model", "~no-such-user/model"], ["--model", "'~no-such-user/model'", "home"]),
         (["--seed", str(2**64)], ["--seed", str(2**64), "at most"]),
         (["--set", "inference_mode=true"], ["inference_mode"]),
+        (["--method", "trainable_tokens"], ["rows", "token_indices"]),
         (["--set", "task_type=SEQ_CLS"], ["task_type=SEQ_CLS", "CAUSAL_LM"]),
         (["--target", ","], ["--target", "all-linear"]),
         (["--target", "all-linear,q_proj"], ["--target", "stands alone"]),

@@ -76,6 +76,8 @@ def check_trainable(config: PeftConfig) -> None:
     """Refuse what a command that trains does not do, where the adapter would start, and be saved, as another."""
     if config.inference_mode:
         raise UserError("--set inference_mode=true leaves nothing to train")
+    if getattr(config, "token_indices", None) == []:
+        raise UserError("--method trainable_tokens needs the rows to train: --set token_indices=[...]")
     init = getattr(config, "init_lora_weights", None)
     if init in _FROM_DATA:
         raise UserError(

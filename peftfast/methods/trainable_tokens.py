@@ -59,8 +59,6 @@ class TrainableTokens:
 
     def choose_targets(self, cfg: TrainableTokensConfig, model: nn.Module) -> None:
         """None is the input embedding, by its whole name; of a model that does not say which, what is called so."""
-        if not cfg.token_indices:
-            raise ValueError("TrainableTokensConfig needs token_indices, the rows to train")
         if cfg.target_modules is None:
             name = name_of(model, input_embeddings(model))
             usual = "embed_tokens"
