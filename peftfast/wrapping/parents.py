@@ -15,7 +15,7 @@ from peftfast.layers.walk import at
 
 #: what is asked of a weight without using its values
 _DESCRIPTIONS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "requires_grad", "data_ptr"}
-#: called by these only where the model is quantised, and read otherwise
+#: called by these only where the model is quantised, and read otherwise; by those of transformers 5.0 in any case
 _READ_UNLESS_QUANTIZED = {("JambaMambaMixer", "dt_proj"), ("FalconMambaMixer", "dt_proj")}
 
 
@@ -38,18 +38,20 @@ def never_calls(parent: nn.Module, leaf: str) -> bool:
     """Whether a module reads the weight of its child `leaf` and never calls it."""
     if isinstance(parent, nn.MultiheadAttention):
         return leaf == "out_proj"
-    if any((cls.__name__, leaf) in _READ_UNLESS_QUANTIZED for cls in type(parent).__mro__):
-        return not hasattr(getattr(parent, "config", None), "_is_quantized")
-    return _only_reads(type(parent), leaf)
+    asks = any((cls.__name__, leaf) in _READ_UNLESS_QUANTIZED for cls in type(parent).__mro__)
+    return _only_reads(type(parent), leaf, asks and not hasattr(getattr(parent, "config", None), "_is_quantized"))
 
 
 @lru_cache(maxsize=1024)
-def _only_reads(cls: type[nn.Module], leaf: str) -> bool:
+def _only_reads(cls: type[nn.Module], leaf: str, unless_quantized: bool = False) -> bool:
     """Whether the class uses the weight of its child `leaf` when it is called, and no method of it calls the child or
     passes it on. What others do to it does not count: diffusers' attention is read where its projections are fused,
-    and called by the processor that it passes itself to."""
+    and called by the processor that it passes itself to. `unless_quantized`: nor do methods that ask whether it is."""
     reads = False
-    for when_called, path in _mentions(cls, leaf):
+    for when_called, path, code in _mentions(cls, leaf):
+        if unless_quantized and "_is_quantized" in code.co_consts:
+            reads = True
+            continue
         if path[:1] in ([], [None]):
             return False
         reads |= when_called and path[0] == "weight" and not _DESCRIPTIONS.intersection(path[1:])
@@ -59,12 +61,13 @@ def _only_reads(cls: type[nn.Module], leaf: str) -> bool:
 @lru_cache(maxsize=1024)
 def _casts_to_dtype(cls: type[nn.Module], leaf: str) -> bool:
     asks = any("_is_quantized" in code.co_consts for codes in _methods(cls).values() for code in codes)
-    return not asks and any(called and path == ["weight", "dtype"] for called, path in _mentions(cls, leaf))
+    return not asks and any(called and path == ["weight", "dtype"] for called, path, _ in _mentions(cls, leaf))
 
 
-def _mentions(cls: type[nn.Module], leaf: str) -> Iterator[tuple[bool, list[str | None]]]:
-    """Where methods say `self.leaf`: whether they run when the module is called, and the next two attributes. Nothing
-    where none of those that run says "weight" as well, or hands the child to a method that reads its weight."""
+def _mentions(cls: type[nn.Module], leaf: str) -> Iterator[tuple[bool, list[str | None], CodeType]]:
+    """Where methods say `self.leaf`: whether they run when the module is called, the next two attributes, and their
+    code. Nothing where none of those that run says "weight" as well, or hands the child to a method that reads its
+    weight."""
     methods = _methods(cls)
     called, reached = ["forward"], {"forward"}
     while called:
@@ -79,7 +82,7 @@ def _mentions(cls: type[nn.Module], leaf: str) -> Iterator[tuple[bool, list[str 
         for path in _uses(code, "self"):
             if path[:1] == [leaf]:
                 handed_on = path[1:2] == [None] and code in readers
-                yield name in reached, ["weight"] if handed_on else path[1:]
+                yield name in reached, ["weight"] if handed_on else path[1:], code
 
 
 def _calls_readers(code: CodeType, methods: dict[str, list[CodeType]]) -> bool:

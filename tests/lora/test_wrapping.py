@@ -5,12 +5,15 @@ import copy
 import importlib
 import itertools
 import random
+import re
 import warnings
 from functools import partial
+from importlib.metadata import version
 
 import oracle
 import pytest
 import torch
+from packaging.version import Version
 from processes import run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,12 +190,32 @@ def test_modules_that_transformers_reads_are_named(kind, read, called):
         model.unload()
         return difference
 
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", peftfast.PeftWarning)
+        effect = change(read)
     named = rf"{read}': {kind}.* reads the weight of its {read} and never calls it"
-    with pytest.warns(peftfast.PeftWarning, match=named):
-        assert change(read) == 0
+    assert any(re.search(named, str(w.message)) for w in caught) is bool(effect == 0)
+    assert effect == 0 or Version(version("transformers")) < Version("5.17")
     with warnings.catch_warnings():
         warnings.simplefilter("error", peftfast.PeftWarning)
         assert change(called) > 0
+
+
+class JambaMambaMixer(torch.nn.Module):
+    """As in transformers 5.0."""
+
+    def __init__(self):
+        super().__init__()
+        self.dt_proj = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.dt_proj(x).transpose(1, 2) + self.dt_proj.bias
+
+
+def test_modules_that_transformers_read_later_only():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peftfast.PeftWarning)
+        peftfast.get_peft_model(torch.nn.Sequential(JambaMambaMixer()), peftfast.LoraConfig(target_modules=["dt_proj"]))
 
 
 class Reads(torch.nn.Module):
