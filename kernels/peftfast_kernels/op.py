@@ -211,9 +211,10 @@ _compiles_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _has_driver() -> bool:
-    """Whether Triton can talk to the GPU, for which it compiles a few lines of C; says so once where it cannot."""
+    """Whether Triton can talk to the GPU, for which it compiles a few lines of C, and is one that kernels are launched
+    with; says so once where not."""
     try:
-        importlib.import_module("triton.runtime.driver").driver.active.get_current_device()
+        importlib.import_module("peftfast_kernels.launch").driver.active.get_current_device()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         message = f"peftfast: Triton does not work here, so plain torch computes everything ({reason})"

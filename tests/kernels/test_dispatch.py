@@ -1,5 +1,7 @@
 """Who runs: environment variable, device, compiler; and that nothing needs Triton until a kernel is launched."""
 
+import importlib
+import sys
 import textwrap
 import threading
 from types import SimpleNamespace
@@ -24,20 +26,26 @@ def test_import_loads_no_triton():
     assert done.returncode == 0, done.stderr
 
 
-def test_without_a_compiler_for_triton_torch_computes(monkeypatch):
+@pytest.mark.parametrize("reason", ["Failed to find C compiler", "triton.knobs"])
+def test_where_triton_does_not_work_torch_computes(reason, monkeypatch):
     class Driver:
         @property
         def active(self):
-            raise RuntimeError("Failed to find C compiler")
+            raise RuntimeError(reason)
 
-    runtime = pytest.importorskip("triton.runtime.driver")
-    monkeypatch.setattr(runtime, "driver", Driver())
+    triton = pytest.importorskip("triton")
+    if reason == "triton.knobs":  # another release has none
+        monkeypatch.delitem(sys.modules, "peftfast_kernels.launch", raising=False)
+        monkeypatch.setitem(sys.modules, "triton.knobs", None)
+        monkeypatch.delattr(triton, "knobs")
+    else:
+        monkeypatch.setattr(importlib.import_module("peftfast_kernels.launch"), "driver", Driver())
     monkeypatch.setattr(op, "_usable", {})
     monkeypatch.setattr(op, "_has_driver", op._has_driver.__wrapped__)
     monkeypatch.setattr(op, "is_interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     gpu = torch.device("cuda")
-    with pytest.warns(UserWarning, match="plain torch.*Failed to find C compiler"):
+    with pytest.warns(UserWarning, match=f"plain torch.*{reason}"):
         assert not op.has_triton_gpu(gpu)
     assert not op.has_triton_gpu(gpu)  # it is not tried, or said, again
 
