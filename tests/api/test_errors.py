@@ -618,4 +618,5 @@ def test_a_warning_is_all_that_a_compiled_call_says():
     batch["position_ids"] = torch.arange(16).expand(2, 16)
     with pytest.warns(UserWarning) as said:
         torch.compile(model, backend="eager")(**batch)
-    assert {str(w.message)[:16] for w in said} == {"Position ids are"}
+    # torch has another kind of warning for Python 3.13.0
+    assert {str(w.message)[:16] for w in said if issubclass(w.category, UserWarning)} == {"Position ids are"}
