@@ -155,17 +155,24 @@ def test_the_next_turn_of_a_conversation_goes_on_with_the_cache(method: str, how
     as that holds, and virtual ones are none of them."""
     from transformers import StaticCache
 
-    model, ids = double("llama", method).eval(), batch("llama", "none")["input_ids"]
     every = {"max_new_tokens": 3, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
-    first = {"past_key_values": StaticCache(model.config, max_cache_len=20)} if how == "static" else {}
-    turn = model.generate(ids, attention_mask=torch.ones_like(ids), **every, **first)
-    cache, ids = turn.past_key_values, torch.cat((turn.sequences, ids[:, :4]), 1)
-    assert cache.get_seq_length() == 3 + 7 + 2
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **every}
-    chunks = {"prefill_chunk_size": 2} if how == "chunks" else {}
-    got = model.generate(**inputs, past_key_values=cache, **chunks)
-    assert_same(torch.stack(got.logits), torch.stack(model.generate(**inputs).logits))
-    assert cache.get_seq_length() == 3 + 14 + 2 and "get_seq_length" not in cache.__dict__
+
+    def next_turn(model):
+        ids = batch("llama", "none")["input_ids"]
+        first = {"past_key_values": StaticCache(model.config, max_cache_len=20)} if how == "static" else {}
+        turn = model.generate(ids, attention_mask=torch.ones_like(ids), **every, **first)
+        cache, ids = turn.past_key_values, torch.cat((turn.sequences, ids[:, :4]), 1)
+        before = int(cache.get_seq_length())  # of a static one a tensor, which counts on
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **every}
+        chunks = {"prefill_chunk_size": 2} if how == "chunks" else {}
+        got = model.generate(**inputs, past_key_values=cache, **chunks)
+        return torch.stack(got.logits), torch.stack(model.generate(**inputs).logits), cache, before
+
+    if how == "chunks" and next_turn(base("llama").eval())[2].get_seq_length() != 14 + 2:
+        pytest.skip(f"transformers {transformers.__version__} counts chunks from the beginning")
+    got, wanted, cache, before = next_turn(double("llama", method).eval())
+    assert_same(got, wanted)
+    assert (before, cache.get_seq_length()) == (3 + 7 + 2, 3 + 14 + 2) and "get_seq_length" not in cache.__dict__
 
 
 def test_generate_leaves_nothing_behind():
@@ -416,6 +423,8 @@ def test_what_rows_cannot_have():
 
 # ---- models that have an embedding of every token for every layer ----------------------------------------------------
 def _with_tables_per_layer(family: str) -> torch.nn.Module:
+    if not hasattr(transformers, f"{family}ForCausalLM"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     sizes = {
         "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16, "pad_token_id": 0, "eos_token_id": 2,
