@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.errors import warn
+from peftfast.rows.invoked import CACHE_NAMES
 from peftfast.watch import read_off
 
 Shapes = list[tuple[int, int] | None]
@@ -211,9 +212,7 @@ class _Collect(torch.autograd.Function):
         return grad, None, *collected
 
 
-#: What transformers calls a cache among the inputs of models and layers; the second name since 5.24.
-CACHE_NAMES = ("past_key_values", "cache")
-#: The same, and what state-space models called theirs up to 5.23, in which there are no keys and values.
+#: Those of `CACHE_NAMES`, and what state-space models called theirs up to 5.23, in which there are no keys and values.
 STATE_NAMES = (*CACHE_NAMES, "cache_params")
 
 

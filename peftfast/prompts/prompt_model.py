@@ -17,7 +17,6 @@ from peftfast.files.beside import KeepsBeside
 from peftfast.many.router import check_names, copies_of_a_sample, resolve, together
 from peftfast.method import method_for
 from peftfast.prompts.prefix_cache import (
-    CACHE_NAMES,
     STATE_NAMES,
     cache_name,
     counting,
@@ -36,6 +35,7 @@ from peftfast.prompts.prompt import (
     backbone_of,
     word_embeddings_name,
 )
+from peftfast.rows.invoked import CACHE_NAMES, cache_in
 from peftfast.rows.routing import BASE, batch_of
 from peftfast.rules import integer
 from peftfast.sharding import is_fsdp2_in_use, is_stepped_by_deepspeed
@@ -257,7 +257,7 @@ class PromptTuner(KeepsBeside):
             if isinstance(mask, dict) or getattr(mask, "ndim", 2) == 4:
                 # made for a cache of fixed length, without the virtual tokens; the model makes its own from this
                 inputs = {**inputs, name: tokens}
-            elif mask is not None and tokens is not None and holds_tokens(_cache_in(inputs)):
+            elif mask is not None and tokens is not None and holds_tokens(cache_in(inputs)):
                 # one that is as long as a cache of fixed length (BLOOM's) has places for the virtual tokens by now
                 inputs = {**inputs, name: mask[:, : max(tokens.shape[1], mask.shape[1] - cfg.num_virtual_tokens)]}
         if inputs.get("use_cache") is False:
@@ -283,7 +283,7 @@ class PromptTuner(KeepsBeside):
                     warn("`encoder_outputs` should not be passed to `generate` when using prompt tuning. Ignoring it.")
                 kwargs = method.attach(encoder, cfg, kwargs, self.model)
                 return self.model.generate(*args, **kwargs)
-        with self._prepared_by(source, _cache_in(kwargs)):
+        with self._prepared_by(source, cache_in(kwargs)):
             return self.model.generate(*args, **kwargs)
 
     @contextmanager
@@ -303,7 +303,7 @@ class PromptTuner(KeepsBeside):
         def prepare(*args: Any, **kwargs: Any) -> Inputs:
             before.close()
             inputs = self._prepared(source, original(*args, **kwargs), kwargs)
-            cache = _cache_in(inputs)
+            cache = cache_in(inputs)
             if cache is None and inputs.get("use_cache") and self.model._supports_default_dynamic_cache():
                 # transformers below 5.4 leaves it to the model to make one, which could not be counted in
                 cache = inputs[cache_name(self.model) or CACHE_NAMES[0]] = empty_cache(self.model)
@@ -358,11 +358,6 @@ class PromptTuner(KeepsBeside):
                 "weights; there is nothing to merge, unmerge or combine. get_base_model() is the unchanged base model."
             )
         return getattr(self.model, name)
-
-
-def _cache_in(inputs: Inputs) -> Any:
-    """The cache among the inputs of a model, None if there is none."""
-    return next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
 
 
 def _only_once(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *details: Any) -> None:

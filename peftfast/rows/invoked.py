@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: What transformers calls a cache among the inputs of models and layers; the second name since 5.24.
+CACHE_NAMES = ("past_key_values", "cache")
+
+
+def cache_in(inputs: Mapping[str, Any]) -> Any:
+    """The cache among the inputs of a model, None if there is none."""
+    return next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
+
 
 def last_occurrences(ids: Tensor, sequence: Sequence[int]) -> Tensor:
     """[B] int64: how many tokens of ids [B, T] there are from the start of the last occurrence of `sequence` on, 0
@@ -123,7 +131,7 @@ def _tokens_so_far(inputs: Mapping[str, Any], tokens: int) -> int | Tensor:
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.shape[1]
-    cache = inputs.get("past_key_values")
+    cache = cache_in(inputs)
     if cache is not None and hasattr(cache, "get_seq_length"):
         return cache.get_seq_length() + tokens  # of caches for compiled models a tensor, which nobody waits for
     return tokens

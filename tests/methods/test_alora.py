@@ -15,7 +15,7 @@ from torch import nn
 
 import peftfast
 from peftfast.methods.lora import alora
-from peftfast.rows.invoked import last_occurrences
+from peftfast.rows.invoked import Invoked, last_occurrences
 from peftfast_kernels import use_backend
 
 CALL = [5, 6]
@@ -266,6 +266,17 @@ def test_left_padding():
     alone = generated(model, ids[:1, 3:])[:, 9:]
     ids[0, :3], mask[0, :3] = 0, 0
     assert torch.equal(generated(model, ids, attention_mask=mask)[:1, 12:], alone)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_tokens_in_a_cache_count(name):
+    """Under the name that transformers has for it since 5.24, too: steps acted on no token."""
+    from transformers import DynamicCache
+
+    note, cache = Invoked(torch.tensor([2, 0]), total=8, tokens=8, fewest=0), DynamicCache()
+    cache.update(torch.zeros(2, 1, 8, 1), torch.zeros(2, 1, 8, 1), 0)
+    note.step({"input_ids": torch.zeros(2, 1, dtype=torch.long), name: cache})
+    assert note.ends().tolist() == [3, 0]
 
 
 def test_a_step_after_the_invocation_is_a_plain_lora(monkeypatch):
