@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint.state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import peftfast
 from peftfast.ops.orthogonality import orthogonality
@@ -278,7 +279,7 @@ def test_a_compiled_step_is_one_graph():
     _, ours = pair()
     torch._dynamo.reset()
     optimizer = torch.optim.SGD(trainable(ours), lr=0.1)
-    counts = torch._dynamo.testing.CompileCounter()
+    counts = CompileCounter()
     optimizer.step = torch.compile(optimizer.step, backend=counts)
     train(ours, 4, optimizer=optimizer)
     assert ours.base_model.rankallocator.step == 4

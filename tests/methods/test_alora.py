@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import peftfast
 from peftfast.methods.lora import alora
@@ -458,7 +459,7 @@ def test_where_it_never_acts_gradients_are_zeros():
 def test_compiled(dynamic):
     model = wrap(base=oracle.llama(layers=1), target_modules=["q_proj", "down_proj"])
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic or None)
     graphs = []
     for ids in (IDS, ids_with(1, None, 4, 9), *[ids_with(1, 2, 3, length=9)] * dynamic):
