@@ -75,14 +75,24 @@ class Adapter:
     def through(self, site: Site) -> Site:
         """`site`, or, where calling this adapter's modules is more than a product with their weights, one that calls
         them."""
+        if self._are_products():
+            return site
+        return CalledSite(site, self.holders, self._layer().cast_input_dtype_enabled)
+
+    def _are_products(self) -> bool:
+        """Whether this adapter's modules are there to be read only, whichever the layer keeps by now."""
         holders = self.holders
         if holders is None or holders.are_products():
-            return site
+            return True
         if holders.replaced:
             self.locate()
             self._layer()._plan = None
-            holders = self.holders
-        return site if holders.are_products() else CalledSite(site, holders, self._layer().cast_input_dtype_enabled)
+        return self.holders.are_products()
+
+    # What torch.compiler.assume_constant_result does, without importing the compiler: a graph would ask for each of the
+    # modules' entries and hooks in every call, which takes longer than a small product. Other modules are seen where
+    # `_found` asks, and hooks that come later in no graph of torch's.
+    _are_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _found(self, slot: str) -> tuple[dict[str, Any], str, nn.Module]:
         """Where a slot's Parameter is kept now: others may have put another module there."""

@@ -60,7 +60,7 @@ class Holders:
 
     def are_products(self) -> bool:
         """The same, without a bias."""
-        return not self.biased and self.are_plain()
+        return not (self.biased or self.foreign) and self.watch.holds()
 
 
 class CalledSite:
