@@ -119,6 +119,13 @@ def composed_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: T
     return as_dtype(torch.add(y, update, alpha=alpha), y.dtype)
 
 
+def fused_lora(x: Tensor, part: Part) -> Tensor:
+    """`composed_lora` in the shape that x has, for a compiler: it makes `addmm` of sums of matrices, also of gradients,
+    which on a CPU copies what it adds to. Other sums are in the loops that follow."""
+    y = shaped_as(frozen_product(as_rows(x), part), x)
+    return composed_add(y, x, part.a, part.b, part.plan)
+
+
 def _update(
     dropped: Tensor, a: Tensor, b: Tensor, plan: Plan, gate: Tensor | None, up_bias: Tensor | None = None
 ) -> tuple[Tensor, float]:

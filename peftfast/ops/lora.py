@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftfast.autocast import autocast_dtype
 from peftfast.ops.casts import compute_copies, copies_again
-from peftfast.ops.composed import composed_add, composed_lora, composes
+from peftfast.ops.composed import composed_add, composed_lora, composes, fused_lora
 from peftfast.ops.function import (
     apply,
     as_dtype,
@@ -236,13 +236,19 @@ def circumstances(x: Tensor) -> tuple:
     return autocast_dtype(x), type(x), x.dtype, x.is_cuda, followed(), get_backend(), host_bound_limit()
 
 
+def _fuses(x: Tensor, dropout: float) -> bool:
+    """Whether a compiler, which has no kernels of ours for a CPU, is to have torch's own operations for its loops. Our
+    dropout masks take those less time than torch's."""
+    return x.is_cpu and not dropout and torch.compiler.is_compiling()
+
+
 def way_of(x: Tensor, part: Part) -> Way:
     """The fastest way to `lora_part`."""
     if composes(x):
         return composed_lora
-    if not torch.compiler.is_compiling() and is_host_bound(x, part.plan):
-        return host_bound_lora
-    return by_kernels
+    if not torch.compiler.is_compiling():
+        return host_bound_lora if is_host_bound(x, part.plan) else by_kernels
+    return fused_lora if _fuses(x, part.plan.dropout) else by_kernels
 
 
 def by_kernels(x: Tensor, part: Part, gate: Tensor | None = None) -> Tensor:
@@ -262,6 +268,6 @@ def lora_linear_add(
 ) -> Tensor:
     """y + scale · gate(drop(x) Aᵀ) Bᵀ for y [..., N] from the base module; shapes and meaning as in `lora_linear`."""
     plan = plan_beside(x, a, b, scale, dropout)
-    if composes(x):
+    if composes(x) or _fuses(x, dropout):
         return composed_add(y, x, a, b, plan, gate)
     return apply(_LoraAdd, y, x, a, b, draw_seed(x, dropout), gate_rows(gate), plan)

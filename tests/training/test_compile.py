@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import gradients
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 from training.nf4 import quantise
 from training.tiny import batch, checkpoint, fill, largest_difference, llama, lora, wrapped
 
@@ -154,6 +156,20 @@ def test_with_gradient_checkpointing(eager_first):
     assert counter.frame_count == 1
     assert compiled_loss == pytest.approx(loss, rel=1e-6)
     assert largest_difference(found, expected) <= 1e-5
+
+
+def test_graphs_for_a_cpu_leave_sums_to_the_loops_of_what_follows():
+    """`addmm`, which inductor makes of a sum of matrices too, copies there what it adds to."""
+    nodes, aten = [], torch.ops.aten
+
+    def collect(graph, _):
+        nodes.extend(graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    torch.compile(make("plain"), backend=aot_autograd(fw_compiler=collect), fullgraph=True)(**batch()).loss.backward()
+    products = {node for node in nodes if node.target is aten.mm.default}
+    assert products and not any(node.target is aten.addmm.default for node in nodes)
+    assert not any(products.intersection(node.args) for node in nodes if node.target is aten.add.Tensor)
 
 
 def test_graphs_do_not_ask_of_all_that_could_be_done_to_the_factors_modules():
