@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig
@@ -75,7 +76,7 @@ class Adapter:
     def through(self, site: Site) -> Site:
         """`site`, or, where calling this adapter's modules is more than a product with their weights, one that calls
         them."""
-        if self._are_products():
+        if self._are_products() and not (torch.compiler.is_compiling() and self._written_over()):
             return site
         return CalledSite(site, self.holders, self._layer().cast_input_dtype_enabled)
 
@@ -91,8 +92,17 @@ class Adapter:
 
     # What torch.compiler.assume_constant_result does, without importing the compiler: a graph would ask for each of the
     # modules' entries and hooks in every call, which takes longer than a small product. Other modules are seen where
-    # `_found` asks, and hooks that come later in no graph of torch's.
+    # `_found` asks, what `_written_over` looks for there, and hooks that come later in no graph of torch's.
     _are_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _written_over(self) -> bool:
+        """Whether a factor's module has got a `forward` or a bias of its own: for graphs, which then are made anew."""
+        for slot in self.pair if self.holders is not None else ():
+            owner = self._where[slot][2]
+            own = getattr(owner.forward, "__self__", None) is owner  # asked so that torch's graphs go by it
+            if not own or owner._parameters.get("bias") is not None and not self.holders.biased:
+                return True
+        return False
 
     def _found(self, slot: str) -> tuple[dict[str, Any], str, nn.Module]:
         """Where a slot's Parameter is kept now: others may have put another module there."""

@@ -185,6 +185,11 @@ def test_graphs_do_not_ask_of_all_that_could_be_done_to_the_factors_modules():
         (entry,) = _debug_get_cache_entry_list(call.__code__)
         assert "holders.watch" not in str(entry.guard_manager)
         layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+        layer.lora_B["default"].bias = torch.nn.Parameter(torch.ones(layer.out_features))
+        torch.testing.assert_close(compiled(), call())
+        layer.lora_B["default"].bias = None
+        layer.lora_A["default"].forward = lambda x: x[..., :4]
+        torch.testing.assert_close(compiled(), call())
         layer.lora_A["default"] = torch.nn.Linear(layer.in_features, 4, bias=False)
         torch.testing.assert_close(compiled(), call())
         assert not torch.allclose(before, call())
