@@ -256,8 +256,8 @@ def test_instructions_that_are_not_known_are_refused():
         launch("\ttcgen05.mma 	%r7, %r8;\n", NUMBERS)
 
 
-# ---- tensor memory: each thread's row of A [128, 16] in bfloat16 becomes the first 16 columns of its row of A Aᵀ
-ROWS = """
+# ---- products whose operands lie in shared memory: each thread puts its row of A [128, 16] in bfloat16 there
+SHARED_ROWS = """
 	mad.wide.u32 	%rd3, %r2, 64, %rd1;
 	ld.global.v4.b32 	{{%r7, %r8, %r9, %r10}}, [%rd3];
 	ld.global.v4.b32 	{{%r11, %r12, %r13, %r14}}, [%rd3+16];
@@ -268,6 +268,84 @@ ROWS = """
 	st.shared.v4.b32 	[%r15], {{%r7, %r8, %r9, %r10}};
 	st.shared.v4.b32 	[%r15+128], {{%r11, %r12, %r13, %r14}};
 	setp.lt.u32 	%p1, %r2, 32;
+	mov.pred 	%p3, 0;
+"""
+ADDRESS = (
+    "mov.b64 	%rd4, {};"  # of 128 bytes from one half of the columns to the other, 256 from eight rows to the next
+)
+
+
+def small_rows():
+    """A, of small whole numbers, which are exact in bfloat16; and in that, two numbers a word, beside as much room."""
+    rows = np.zeros((128, 32), np.float32)
+    rows[:, :16] = np.random.default_rng(0).integers(-8, 8, (128, 16))
+    return rows[:, :16], (rows.view(np.uint32) >> 16).astype(np.uint16).view(np.uint32)
+
+
+# ---- Hopper: the 128 threads of a warpgroup have A Aᵀ of the first 64 rows and 8 columns
+ASYNC = """
+	fence.proxy.async.shared::cta;
+	bar.sync 	0;
+	{product}
+	{wait}
+	st.global.v4.b32 	[%rd3], {{%r30, %r31, %r32, %r33}};
+"""
+WGMMA = """
+	wgmma.fence.sync.aligned;
+	wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r30, %r31, %r32, %r33}, %rd4, %rd4, %p3, 1, 1, 0, 0;
+	wgmma.commit_group.sync.aligned;
+"""
+WAIT_GROUP = "wgmma.wait_group.sync.aligned 0;\n"
+OTHERS = "xor.b32 %r20, %r15, 2048;\nst.shared.b32 [%r20], %r1;\n"  # what a thread of another warp has written
+
+
+def warpgroup(product=WGMMA, wait=WAIT_GROUP, before="", **options):
+    """Where the results are right."""
+    rows, packed = small_rows()
+    body = SHARED_ROWS.format() + ADDRESS.format(68720001024) + before + ASYNC.format(product=product, wait=wait)
+    found = launch(body, packed, threads=128, shared=4096, **options)
+    thread, pair = np.indices((128, 4))
+    row = thread // 32 * 16 + thread % 32 // 4 + pair // 2 * 8
+    return found.view(np.float32)[:, :4] == (rows[:64] @ rows[:8].T)[row, thread % 4 * 2 + pair % 2]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_matrix_products_of_warpgroups(eager):
+    assert warpgroup(eager=eager).all()
+    assert warpgroup(wait=WAIT_GROUP + "bar.sync 0;" + OTHERS, eager=eager).all()
+    again = WAIT_GROUP + WGMMA.replace("%p3", "1") + WAIT_GROUP  # added to the first one
+    assert not warpgroup(wait=again, eager=eager).any(1).all()
+
+
+FENCE = "fence.proxy.async.shared::cta;\n"
+OWN = "@%p1 st.shared.b32 [%r15], %r1;\n"
+CHANGES = "changes while a matrix product may read it"
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        (CHANGES, {"wait": OWN + WAIT_GROUP}),
+        # what was waited for is read, which is not the end of the product after it
+        (CHANGES, {"wait": WGMMA.replace("%r3", "%r4") + "wgmma.wait_group.sync.aligned 1;\nmov.b32 %r20, %r30;\n" +
+                           OWN + WAIT_GROUP}),
+        ("that another warp read since the last barrier", {"wait": WAIT_GROUP + OTHERS}),
+        ("that another warp wrote since the last barrier", {"product": OTHERS + FENCE + WGMMA}),
+        ("after the last fence", {"product": OTHERS + "bar.sync 0;" + WGMMA}),
+        ("wgmma of a part of a warpgroup", {"product": WGMMA.replace("wgmma.mma", "@%p1 wgmma.mma")}),
+        ("not the same in all of a warpgroup", {"before": "cvt.u64.u32 %rd5, %r2;\nadd.s64 %rd4, %rd4, %rd5;\n"}),
+    ],
+)  # fmt: skip
+def test_faults_with_products_of_warpgroups_are_found(message, changes):
+    with pytest.raises(multiprocessor.Fault) as caught:
+        warpgroup(**changes)
+    assert message in str(caught.value)
+
+
+# ---- tensor memory: each thread has the first 16 columns of its row of A Aᵀ
+ROWS = (
+    SHARED_ROWS
+    + """
 	mov.b32 	%r17, 4096;
 	@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r17], 32;
 	elect.sync 	%r18|%p2, -1;
@@ -281,7 +359,6 @@ ROWS = """
 	add.s32 	%r20, %r20, %r19;
 	mov.b64 	%rd4, 70437464178688;
 	mov.b32 	%r21, 134481040;
-	mov.pred 	%p3, 0;
 	{product}
 	{wait}
 	tcgen05.ld.sync.aligned.32x32b.x8.b32 {{%r30, %r31, %r32, %r33, %r34, %r35, %r36, %r37}}, [%r20 + 0];
@@ -294,6 +371,7 @@ ROWS = """
 	bar.sync 	0;
 	{end}
 """
+)
 PRODUCT = """
 	@%p2 tcgen05.mma.cta_group::1.kind::f16 [ %r19 + 0 ], %rd4, %rd4, %r21, %p3;
 	@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r17+8];
@@ -322,12 +400,10 @@ END = "@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r19, 32;"
 
 def products(product=PRODUCT, wait=WAIT, end=END, order=slice(None), **options):
     """Where the results are right, which threads have in this order."""
-    rows = np.zeros((128, 32), np.float32)
-    rows[:, :16] = np.random.default_rng(0).integers(-8, 8, (128, 16))
-    packed = (rows.view(np.uint32) >> 16).astype(np.uint16)  # small whole numbers: exact in bfloat16
+    rows, packed = small_rows()
     body = ROWS.format(product=product, wait=wait, end=end)
-    found = launch(body, packed.view(np.uint32), threads=128, shared=4112, **options)
-    return found.view(np.float32) == (rows[:, :16] @ rows[:16, :16].T)[order]
+    found = launch(body, packed, threads=128, shared=4112, **options)
+    return found.view(np.float32) == (rows @ rows[:16].T)[order]
 
 
 @pytest.mark.parametrize("eager", [False, True])

@@ -210,9 +210,10 @@ def wgmma(instruction: Any) -> Step:
     rows_a, k_a = _places(kind, 16, k)
 
     def step(machine: Any, lanes: Any) -> None:
-        warps = whole_warps(machine, lanes).reshape(-1, 4)
-        if (warps[:, 0] % 4).any() or (np.diff(warps) != 1).any():
+        warps = whole_warps(machine, lanes)
+        if not np.array_equal(warps, (warps[::4, None] // 4 * 4 + np.arange(4)).ravel()):
             raise machine.fault("wgmma of a part of a warpgroup")
+        warps = warps.reshape(-1, 4)
         threads, first = threads_of(warps.ravel()), warps[:, 0] * 32
 
         def uniform(get: Any) -> np.ndarray:
