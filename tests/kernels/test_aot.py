@@ -169,6 +169,33 @@ def test_arguments_are_what_a_launch_would_make_of_them():
     assert done.returncode == 0, done.stderr
 
 
+WORDS = """
+from tools.aot import compile_variant, disassemble, main_loop, parse_sass, variants_of
+
+names = {
+    "lora_down bf16 M8192 R16 64x16 drop": ("BM", "BK", 1, 0),
+    "siblings_down bf16 M8192 64x16 R16x3 drop": ("BM", "BK", 3, 0),
+    "lora_factor_grads bf16 N8192 C64 R16/16 drop": ("BM", "BC", 1, 2),  # and two for each row that a thread has
+}
+for variant in variants_of("sm_90"):
+    if variant.name in names:
+        rows, columns, masks, keys = names.pop(variant.name)
+        sass, _ = disassemble(compile_variant(variant, "sm_90").asm["cubin"])
+        words = sum("0x21f0aaad" in text for text in main_loop(*parse_sass(sass)))
+        height, width = (variant.launch.arguments[name] for name in (rows, columns))
+        threads = 32 * variant.options["num_warps"]
+        most = masks * height * width // threads // 2 + keys * height * 8 // threads
+        assert 0 < words <= most, (variant.name, words, most)
+assert not names
+"""
+
+
+def test_neighbours_share_a_word_of_their_mask():
+    """Most of what masked kernels do is to make these."""
+    done = run("-c", WORDS)
+    assert done.returncode == 0, done.stderr
+
+
 def test_tiles_fall_back_to_the_nearest_older_chip():
     from peftfast_kernels.configs import SHARED_MEMORY, TILES, tile
 
