@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,7 +100,8 @@ class Adapter:
         """Whether a factor's module has got a `forward` or a bias of its own: for graphs, which then are made anew."""
         for slot in self.pair if self.holders is not None else ():
             owner = self._where[slot][2]
-            own = getattr(owner.forward, "__self__", None) is owner  # asked so that torch's graphs go by it
+            forward = owner.forward  # asked so that torch's graphs go by it, which know of no __self__
+            own = isinstance(forward, MethodType) and forward.__func__ is type(owner).forward
             if not own or owner._parameters.get("bias") is not None and not self.holders.biased:
                 return True
         return False
