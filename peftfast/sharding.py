@@ -89,8 +89,9 @@ def gather_without_wrapper(model: nn.Module, gone: Collection[nn.Module] | None 
     Args:
         gone: the wrappers; None: all modules that are not in the model.
     """
-    present = set(model.modules())
-    for group in _groups_of_fsdp2():
+    groups = [*_groups_of_fsdp2()]
+    present = set(model.modules()) if groups else set()
+    for group in groups:
         left = [unit for unit in group.modules if (unit in present if gone is None else unit not in gone)]
         if len(left) == len(group.modules):
             continue

@@ -126,9 +126,10 @@ def norm_sum_kernel(
     whole_norm(squared, rows, b_ptr, gram_ptr, out_ptr, N, R, stride_bn, stride_br, scale, BR, BS, PRECISION)
 
 
-#: Cycles that a launch takes a GPU and its host, and how often the bytes of a factor count for a program that takes it
-#: apart and has the parts in shared memory (at least; `tools/emulate.py --traffic`). Predictions, as `configs.waiting`.
-_LAUNCH, _TAKEN_APART = 8800, 1.5
+#: Elements of a mask that take as long to make as a weight to decode; cycles that a launch takes GPU and host; and for
+#: how many a byte of a factor counts that a program takes apart and has in parts in shared memory (at least;
+#: `tools/emulate.py --traffic`). Predictions, as `configs.waiting`.
+_DECODED, _LAUNCH, _TAKEN_APART = 0.8, 8800, 1.5
 
 
 def norm_tile(chip: str, w: Stored, r: int, size: int) -> tuple[Tile, int]:
@@ -156,7 +157,7 @@ def norm_tile(chip: str, w: Stored, r: int, size: int) -> tuple[Tile, int]:
     def taken(strip: tuple[int, int]) -> tuple[float, float]:
         rows, parts = strip[0], max(1, strip[1])
         programs, by_warps = cdiv(n, rows) * parts, fed_by_warps(chip, rows)
-        decoded = 0 if dense else rows / 2  # as masks' elements
+        decoded = 0 if dense else rows * _DECODED
         read = (rows * stored + r * size) / parts
         least, alone = waiting(programs, read, n * stored, decoded / parts, by_warps=by_warps)
         apart, _ = waiting(programs, (rows * stored + _TAKEN_APART * r * size) / parts, 0, by_warps=by_warps)

@@ -38,6 +38,7 @@ PTX = """.version 8.0
     ret;
 }}
 """
+COMPILED = SimpleNamespace(asm={"cubin": b"", "ptx": PTX.format("")})
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,9 @@ def test_spills_in_loops_are_found(aot, monkeypatch):
     assert len(instructions) == 4 and branches == {2: 0, 3: 3}
     assert aot.main_loop(instructions, branches) == instructions[:3]  # the padding branch is no loop
 
-    compiled, variant = SimpleNamespace(asm={"cubin": b"", "ptx": PTX.format("")}), SimpleNamespace(weights=0)
+    variant = SimpleNamespace(weights=0)
     monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:8 SHARED:0 LOCAL:0"))
-    registers, spills, *_, problems = aot.inspect_nvidia(compiled, variant, "sm_90")
+    registers, spills, *_, problems = aot.inspect_nvidia(COMPILED, variant, "sm_90")
     assert (registers, spills) == (40, 1) and "1 of them in a loop" in problems[0]
 
 
@@ -94,9 +95,7 @@ def test_spills_before_a_wait_behind_the_end_are_in_no_loop(aot, monkeypatch):
     assert aot.repeated(*aot.parse_sass(sass)) == {4, 5}
     variant = SimpleNamespace(weights=0)
     monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:8 SHARED:0 LOCAL:0"))
-    registers, spills, *_, problems = aot.inspect_nvidia(
-        SimpleNamespace(asm={"cubin": b"", "ptx": PTX.format("")}), variant, "sm_100"
-    )
+    registers, spills, *_, problems = aot.inspect_nvidia(COMPILED, variant, "sm_100")
     assert spills == 2 and not problems
 
 
@@ -108,7 +107,7 @@ def test_a_table_in_global_memory_is_found(aot, monkeypatch):
     sass = "\n".join([*lines[:2], ".L_x_0:", *lines[2:]])
     variant = SimpleNamespace(weights=4 * 32 * 4, options={"num_warps": 4})
     monkeypatch.setattr(aot, "disassemble", lambda cubin: (sass, "REG:40 STACK:0 SHARED:0 LOCAL:0"))
-    *_, accesses, per_weight, problems = aot.inspect_nvidia(SimpleNamespace(asm={"cubin": b""}), variant, "sm_90")
+    *_, accesses, per_weight, problems = aot.inspect_nvidia(COMPILED, variant, "sm_90")
     assert accesses == "1/3" and per_weight == 6 / 4 and "0.50 narrow" in problems[0]
 
 
@@ -144,7 +143,7 @@ def test_inner_loops_and_spills_before_them(aot, monkeypatch):
     for first, found in ((0, 1), (1, 0)):  # more than a few spills are too many anywhere
         said = "\n".join(sass.splitlines()[first:]), "REG:40 STACK:8 SHARED:0 LOCAL:0"
         monkeypatch.setattr(aot, "disassemble", lambda cubin, said=said: said)
-        *_, problems = aot.inspect_nvidia(SimpleNamespace(asm={"cubin": b""}), SimpleNamespace(weights=0), "sm_90")
+        *_, problems = aot.inspect_nvidia(COMPILED, SimpleNamespace(weights=0), "sm_90")
         assert len(problems) == found
 
 

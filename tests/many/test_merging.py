@@ -502,6 +502,7 @@ def test_what_is_kept_of_a_large_weight_lies_in_large_pages(monkeypatch):
     """New memory in pages of 4 KiB took longer to get than merging an adapter."""
     advised = []
     monkeypatch.setattr(held, "_small", 0)
+    monkeypatch.setattr(held.time, "thread_time_ns", lambda: 0)
 
     class Memory(mmap.mmap):
         def madvise(self, *advice):
