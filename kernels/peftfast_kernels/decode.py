@@ -114,6 +114,15 @@ def weight_nk(w: Operand, dtype: torch.dtype) -> Tensor:
     return stored.t() if transposed else stored
 
 
+def weight_again(w: Operand, dtype: torch.dtype) -> Tensor:
+    """`weight_nk` in a backward pass, where the forward pass has decoded the same: what one operator makes of the same
+    tensors, a compiler makes once and keeps."""
+    if torch.compiler.is_compiling() and w.format in ("nf4", "fp4"):
+        packed, *scales = w.tensors
+        w = w._replace(tensors=[packed.reshape(1, -1), *scales])
+    return weight_nk(w, dtype)
+
+
 def weight_kn(w: Operand, dtype: torch.dtype) -> Tensor:
     """W transposed, [K, N], in ``dtype`` for a torch product; a view of the storage where the format allows it."""
     stored, transposed = _stored(w, dtype)
@@ -186,8 +195,6 @@ _pairs_cache: dict[tuple[str, torch.device], Tensor] = {}
 
 def _pairs(w: Operand) -> Tensor:
     """int64 [256]: the two fp32 values of every byte, as one word: gathering rows of two takes twice as long."""
-    if torch.compiler.is_compiling():
-        return _made_pairs(_code(w))
     key = (w.format, w.device)
     if key not in _pairs_cache:
         code = torch.tensor(levels_of(w.format), dtype=torch.float32, device="cpu")
@@ -203,6 +210,8 @@ def _made_pairs(code: Tensor) -> Tensor:
 def _four_bit_stored(w: Operand) -> Tensor:
     if _has_compiled_decoder(w):
         return _compiled(w)
+    if torch.compiler.is_compiling():  # inductor's loops on a CPU leave out what follows the last whole block
+        return dequantize.opaque(w, w.dtype)
     return _four_bit_torch(w)
 
 
@@ -224,16 +233,24 @@ def _has_compiled_decoder(w: Operand) -> bool:
     with AVX-512 it does not where a block straddles rows; whatever else it does is tried once for every block size."""
     if w.device.type != "cpu" or w.shape[1] % w.block or "bitsandbytes" not in sys.modules:
         return False
-    if torch.compiler.is_compiling() or type(w.tensors[0]) not in (Tensor, torch.nn.Parameter) or w.nested_block != 256:
+    if type(w.tensors[0]) not in (Tensor, torch.nn.Parameter) or w.nested_block != 256:
         return False
-    key = (w.format, w.dtype, w.block, w.nested)
+    return _agrees(w.format, w.dtype, w.block, w.nested)
+
+
+def _agrees(format: str, dtype: torch.dtype, block: int, nested: bool) -> bool:
+    key = (format, dtype, block, nested)
     if key not in _compiled_agrees:
-        sample = random_operand(w.format, 160, 2 * w.block, w.dtype, "cpu", w.block, w.nested)  # two nested blocks
+        sample = random_operand(format, 160, 2 * block, dtype, "cpu", block, nested)  # two nested blocks
         try:
             _compiled_agrees[key] = torch.equal(_compiled(sample), _four_bit_reference(sample))
         except Exception:  # no such operator, no such dtype, no library for this machine
             _compiled_agrees[key] = False
     return _compiled_agrees[key]
+
+
+# As `levels_of`: a graph would depend on what has been tried.
+_agrees._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _four_bit_torch(w: Operand) -> Tensor:
@@ -245,7 +262,7 @@ def _four_bit_torch(w: Operand) -> Tensor:
         return torch.index_select(pairs, 0, packed[start // 2 : (stop + 1) // 2].to(torch.int32)).view(torch.float32)
 
     whole = numel // w.block * w.block
-    step = max(w.block, (numel if torch.compiler.is_compiling() else _CHUNK) // w.block * w.block)
+    step = max(w.block, _CHUNK // w.block * w.block)
     for start in range(0, whole, step):
         stop = min(start + step, whole)
         factor = scales[start // w.block : stop // w.block, None]

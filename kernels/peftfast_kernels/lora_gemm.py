@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftfast_kernels import dispatch
-from peftfast_kernels.decode import Operand, decoder_of, random_operand, weight_kn, weight_nk
+from peftfast_kernels.decode import Operand, decoder_of, random_operand, weight_again, weight_kn
 from peftfast_kernels.keep_mask import keep_mask, keep_scale, masked_rows, small_keep, threshold
 from peftfast_kernels.lora_down import WIDE_CHUNK, lora_cases, make_inputs, make_seed
 from peftfast_kernels.op import Case, Cost, accumulate_dtype, op, row_chunks, transposed, zero_like
@@ -31,7 +31,7 @@ def base_product(x: Tensor, w: Operand, bias: Tensor | None) -> Tensor:
 
 def input_product(dy: Tensor, w: Operand) -> Tensor:
     """dy W [M, K], by torch."""
-    return torch.mm(dy, weight_nk(w, dy.dtype))
+    return torch.mm(dy, weight_again(w, dy.dtype))
 
 
 def add_product_(y: Tensor, x: Tensor, w: Operand) -> Tensor:
@@ -41,7 +41,7 @@ def add_product_(y: Tensor, x: Tensor, w: Operand) -> Tensor:
 
 def add_input_product_(dx: Tensor, dy: Tensor, w: Operand) -> Tensor:
     """dx += dy W, in place, by torch."""
-    return _add_product_(dx, dy, weight_nk(w, dy.dtype))
+    return _add_product_(dx, dy, weight_again(w, dy.dtype))
 
 
 def _add_product_(y: Tensor, x: Tensor, wt: Tensor) -> Tensor:

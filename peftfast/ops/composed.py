@@ -21,17 +21,17 @@ from peftfast.ops.function import (
     apply,
     as_dtype,
     as_rows,
+    composing,
     exporting,
     followed,
     left_alone,
     shaped_as,
-    transformed,
     writable,
 )
 from peftfast.ops.gate import gated
 from peftfast.ops.plan import Part, Plan
 from peftfast_kernels import get_backend
-from peftfast_kernels.decode import weight_kn, weight_nk
+from peftfast_kernels.decode import weight_again, weight_kn
 
 #: Elements of an input up to which this is the faster way, by the bytes of one: see bench/results/small_products.md.
 SMALL = {8: 1 << 15, 4: 1 << 15, 2: 1 << 18}
@@ -50,7 +50,7 @@ class _FrozenProduct(torch.autograd.Function):
     @left_alone
     def backward(ctx: Any, dy: Tensor) -> tuple:  # which is linear in dy, and so its own derivative
         plan, stored = ctx.plan, ctx.saved_tensors
-        dx = torch.mm(dy, weight_nk(plan.weight(stored), plan.dtype))
+        dx = torch.mm(dy, weight_again(plan.weight(stored), plan.dtype))
         return dx, None, *(None,) * len(stored)
 
 
@@ -70,7 +70,7 @@ def frozen_product(rows: Tensor, part: Part) -> Tensor:
     if w.format == "dense_t":
         return F.linear(rows, w.tensors[0].t(), bias)
     rows = as_dtype(rows, part.plan.dtype)
-    if torch.is_grad_enabled() and not transformed():
+    if rows.requires_grad and torch.is_grad_enabled() and not composing():
         y = apply(_FrozenProduct, rows, part.plan, *w.tensors)
     else:  # a Function takes the host as long as decoding a small weight
         y = torch.mm(rows, weight_kn(w, part.plan.dtype))

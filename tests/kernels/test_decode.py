@@ -95,3 +95,25 @@ def test_compiled_decoder(format, nested, dtype, monkeypatch):
     monkeypatch.setattr(decode, "_compiled_agrees", {})
     w = decode.random_operand(format, 40, 128, dtype, "cpu", 64, nested)
     assert torch.equal(decode._four_bit_stored(w), decode.DECODERS[format].reference(w))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["bitsandbytes", "alone"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_graphs_decode_by_one_operator(nested, known, monkeypatch):
+    """By the same one as without a compiler, bit for bit, also in exported graphs."""
+    from peftfast_kernels import decode
+
+    if not known:
+        monkeypatch.setattr(decode, "_agrees", lambda *_: False)
+    for shape in ((40, 128), (7, 96)):
+        w = decode.random_operand("nf4", *shape, torch.bfloat16, "cpu", 64, nested)
+
+        class Decoding(torch.nn.Module):
+            def forward(self, tensors, w=w):
+                return dequantize(w._replace(tensors=tensors), w.dtype)
+
+        graph = torch.export.export(Decoding(), (w.tensors,), strict=known).module()
+        assert torch.equal(graph(w.tensors), decode.DECODERS["nf4"].reference(w))
+        native = known and shape[1] % 64 == 0
+        operator = torch.ops.bitsandbytes.dequantize_4bit if native else torch.ops.peftfast.dequantize
+        assert any(node.target is operator.default for node in graph.graph.nodes)

@@ -170,8 +170,9 @@ def test_few_tokens_meet_no_function_where_no_gradient_is_wanted(base, monkeypat
     monkeypatch.delattr(composed._FrozenProduct, "forward")
     with torch.no_grad():
         assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), expected)  # that of the first layer's input is not
     with pytest.raises(NotImplementedError):
-        model(x)
+        model(x.requires_grad_())
 
 
 @pytest.mark.slow

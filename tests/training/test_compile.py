@@ -172,6 +172,21 @@ def test_graphs_for_a_cpu_leave_sums_to_the_loops_of_what_follows():
     assert not any(products.intersection(node.args) for node in nodes if node.target is aten.add.Tensor)
 
 
+@pytest.mark.parametrize(("nested", "dropout"), [(False, 0.0), (True, 0.4)])
+def test_graphs_keep_no_decoded_weight(nested, dropout):
+    """Nor break where a quantised layer's input has no gradient."""
+    pytest.importorskip("bitsandbytes")
+    base = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
+    peftfast.quantize_model(base, "nf4", double_quant=nested)
+    config = lora(peftfast, target_modules=["0", "1"], task_type=None, lora_dropout=dropout)
+    model = peftfast.get_peft_model(base, config)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        y = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)(torch.randn(3, 64))
+    assert kept and not {(128, 64), (64, 128)}.intersection(map(tuple, kept))
+    y.sum().backward()
+
+
 def test_graphs_do_not_ask_of_all_that_could_be_done_to_the_factors_modules(monkeypatch):
     """Each question takes every call a part of a microsecond for every layer. What torch's own graphs see is seen."""
     model, inputs = make("plain").eval(), batch()
