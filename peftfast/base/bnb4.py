@@ -161,7 +161,9 @@ class Bnb4Weight(BnbWeight):
 
     def _operand(self, state: Any, dtype: torch.dtype) -> Operand:
         shape = (state.shape[0], state.shape[1])
-        packed = self.module.weight.data  # not a Params4bit any more, which kernels and autograd could not take
+        packed = self.module.weight
+        if type(packed) is not nn.Parameter:
+            packed = packed.data  # not a Params4bit any more, which kernels and autograd could not take
         if state.nested:
             inner = state.state2
             tensors = [packed, state.absmax, inner.code, inner.absmax, state.offset]

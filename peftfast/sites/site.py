@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftfast.base.weight import BaseWeight, base_weight
 from peftfast.errors import enumerate_some
 from peftfast.keys import WRAPPED
-from peftfast.ops.function import as_dtype
+from peftfast.ops.function import as_dtype, exporting
 from peftfast.ops.gate import gated
 from peftfast.ops.scale import scale_features
 from peftfast.sharding import is_distributed
@@ -112,7 +112,8 @@ class UsualSite:
 
     def _look_again(self) -> None:
         now = self.module._parameters.get("weight")
-        if now is None or is_distributed(now) or not self.adapts_output:
+        # torch.export has another tensor of its own in every Parameter's place
+        if now is None or exporting() or is_distributed(now) or not self.adapts_output:
             return
         stored, self._stored_as = base_weight(self.module), type(now)
         if type(stored) is not type(self._weight):

@@ -69,6 +69,19 @@ def test_an_exported_graph_can_be_trained(method, dtype, autocast):
         assert (found[name] - value).norm() <= close * value.norm(), name
 
 
+@pytest.mark.parametrize("method", ["LoRA", "DoRA"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_exported_graph_of_quantised_layers(nested, method):
+    """Which has each packed weight once, as the model has it."""
+    pytest.importorskip("bitsandbytes")
+    base = Two(lambda: nn.Linear(64, 8))
+    peftfast.quantize_model(base, "nf4", double_quant=nested)
+    model, x = peftfast.get_peft_model(base, CONFIGS[method](target_modules=["first"])), torch.randn(3, 64)
+    exported = torch.export.export(model, (x,), strict=True)
+    assert not any(value.dtype is torch.uint8 and value.dim() == 2 for value in exported.constants.values())
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
 class Two(nn.Module):
     def __init__(self, first):
         super().__init__()
