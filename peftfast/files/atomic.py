@@ -211,8 +211,10 @@ def find_file(
         if at_hand and not hub.get("local_files_only"):
             place, revision = (os.fspath(model_id), f"{subfolder}/{name}" if subfolder else name), hub.get("revision")
             cached = try_to_load_from_cache(*place, hub.get("cache_dir"), revision)
-            if isinstance(cached, str) or not file_exists(*place, revision=revision, token=hub.get("token")):
-                return cached if isinstance(cached, str) else None
+            if isinstance(cached, str):
+                return cached
+            if not file_exists(*place, revision=revision, token=hub.get("token")):
+                return None
         return hf_hub_download(os.fspath(model_id), name, subfolder=subfolder, **hub)
     except EntryNotFoundError as e:
         if required and isinstance(e, LocalEntryNotFoundError):

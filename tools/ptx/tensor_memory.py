@@ -32,9 +32,8 @@ class Moves(Groups):
 
     def __init__(self, machine: Any, warps: int) -> None:
         super().__init__(machine)
-        self.when, self.who = (
-            np.zeros((machine.count, 4, 2 * COLUMNS), np.int64) for _ in range(2)
-        )  # who: a bit a warp
+        # who: a bit a warp
+        self.when, self.who = (np.zeros((machine.count, 4, 2 * COLUMNS), np.int64) for _ in range(2))
         self.open = np.zeros((machine.count, warps, 2 * COLUMNS), np.int16)
 
     def by_others(self, at: tuple, epoch: np.ndarray, warp: np.ndarray) -> bool:
@@ -56,9 +55,8 @@ class TensorMemory:
         self.loads, self.stores = Moves(machine, self.warps), Moves(machine, self.warps)
         self.epoch = np.ones(count, np.int64)
         self.products = 0  # that were asked for, and so the number of the last one
-        self.results, self.operands = (
-            np.zeros((count, 2 * COLUMNS), np.int64) for _ in range(2)
-        )  # of the last product
+        # of the last product
+        self.results, self.operands = (np.zeros((count, 2 * COLUMNS), np.int64) for _ in range(2))
         self.seen = np.zeros((count, self.warps), np.int64)  # of how many products a warp knows that they are done
         self.done: dict[int, np.ndarray] = {}  # how many were, when somebody last arrived at an mbarrier
 
