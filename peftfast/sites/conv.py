@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from peftfast.base.weight import base_weight
 from peftfast.ops.dora import weight_norm
 from peftfast.sites.called import register_plain
-from peftfast.sites.holders import conv_holder, empty_module
+from peftfast.sites.holders import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, conv_holder, empty_module
 from peftfast.sites.site import Slot, UsualSite, probe_of, register_site
 
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED_KINDS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
@@ -165,6 +163,6 @@ def _transposed(m: nn.Module, x: Tensor, a: Tensor) -> Tensor:
     return conv(x, a.transpose(0, 1), None, m.stride, m.padding, m.output_padding, 1, m.dilation)
 
 
-for _kinds, _site in ((_KINDS, ConvSite), (_TRANSPOSED_KINDS, TransposedConvSite)):
+for _kinds, _site in ((CONVOLUTIONS, ConvSite), (TRANSPOSED_CONVOLUTIONS, TransposedConvSite)):
     for _cls in _kinds:
         register_site(f"torch.nn.{_cls.__name__}", lambda module, _cls=_cls: isinstance(module, _cls))(_site)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+#: Of one to three dimensions.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 def empty_module(cls: type[nn.Module], **attributes: object) -> nn.Module:
     """A module with these attributes, none of them tensors or modules, whose weight and bias are still to be set. Every
@@ -23,7 +27,7 @@ def linear_holder(in_features: int, out_features: int) -> nn.Module:
 def conv_holder(base: nn.Module, in_channels: int, out_channels: int, **changes: object) -> nn.Module:
     """A convolution of as many dimensions as `base` (of the same kernel, stride, padding, dilation) with other channels
     and `changes`."""
-    cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(base.kernel_size) - 1]
+    cls = CONVOLUTIONS[len(base.kernel_size) - 1]
     same = (
         "kernel_size",
         "stride",

@@ -18,6 +18,7 @@ from peftfast.ops.function import as_dtype, exporting
 from peftfast.ops.gate import gated
 from peftfast.ops.scale import scale_features
 from peftfast.sharding import is_distributed
+from peftfast.sites.holders import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from peftfast.watch import GLOBAL_HOOKS
 from peftfast_kernels.op import row_chunks
 
@@ -404,7 +405,7 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PRODUCTS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 
 
 def probe_of(site: Site, *shape: int) -> Tensor | None:
@@ -412,7 +413,7 @@ def probe_of(site: Site, *shape: int) -> Tensor | None:
     torch's own, and where a call would mean more than a product (hooks, sharded weights) or less (none on the meta
     device)."""
     module, quantised = site.module, site.weight.quantization is not None
-    usual = type(module).forward in (nn.Linear.forward, *(cls.forward for cls in _CONVOLUTIONS))
+    usual = type(module).forward in [cls.forward for cls in _PRODUCTS]
     if usual and site.around is None or quantised or not is_untouched(module):
         return None
     weight = module.weight
