@@ -29,7 +29,7 @@ CHIPS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 
 # Instructions per decoded 4-bit weight on sm_90: above this a decode that is bound by memory becomes bound by the ALUs.
 # Tiles of many rows are bound by their products.
-MAX_PER_WEIGHT = 12.0
+MAX_PER_WEIGHT = 10.0
 
 # Accesses to global memory of less than 16 bytes per decoded weight: each takes a cycle for every line that a warp's
 # threads touch. Packed codes and scales take 0.2 at most; a table of the values of every byte would take 0.5 more, each

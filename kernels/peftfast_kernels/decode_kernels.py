@@ -54,10 +54,14 @@ def tile_int8(
 
 
 @triton.jit
-def block_scale(absmax, code, absmax2, offset, block, inside, NESTED: tl.constexpr):
+def block_scale(absmax, code, absmax2, offset, block, inside, NESTED: tl.constexpr, IN_WORDS: tl.constexpr):
     """fp32 absmax of these blocks: stored, or code[absmax] * absmax2[block // NESTED] + offset."""
     if NESTED:
-        index = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        if IN_WORDS:
+            two = tl.load(absmax.to(tl.pointer_type(tl.int16), bitcast=True) + block // 2, mask=inside, other=0)
+            index = (two.to(tl.int32) >> (block % 2 * 8).to(tl.int32)) & 255
+        else:
+            index = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
         outer = tl.load(absmax2 + block // NESTED, mask=inside, other=0.0)
         return tl.load(code + index) * outer + tl.load(offset)
     else:
@@ -72,7 +76,9 @@ def tile_4bit(
 ):  # fmt: skip
     """w0: packed uint8; w1..w4: absmax and its nesting; table: fp32 [16], the value of every code.
 
-    LAYOUT 0: K is odd, bytes straddle rows. 1: K is even. 2: blocks end with rows and BK and BLOCK divide one another.
+    LAYOUT 0: K is odd, bytes straddle rows. 1: K is even. 2: blocks end with rows, BK and BLOCK divide one another, and
+    nothing is read as bytes (`_in_words`): taking codes out of words takes less than out of bytes, and where anything
+    that a product is made of was a byte, Triton has each thread take 4 neighbours, whose registers it has to move.
     """
     wide = rows[:, None].to(tl.int64)
     if LAYOUT == 0:
@@ -81,28 +87,32 @@ def tile_4bit(
         element = wide * K + cols[None, :]
         byte = tl.load(w0 + element // 2, mask=inside, other=0).to(tl.int32)
         code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
-        scale = tl.where(inside, block_scale(w1, w2, w3, w4, element // BLOCK, inside, NESTED), 0.0)
+        scale = tl.where(inside, block_scale(w1, w2, w3, w4, element // BLOCK, inside, NESTED, False), 0.0)
     else:
-        pair_cols = k0 // 2 + tl.arange(0, BK // 2)
-        inside = (rows[:, None] < N) & (pair_cols[None, :] < K // 2)
-        byte = tl.load(w0 + wide * (K // 2) + pair_cols[None, :], mask=inside, other=0).to(tl.int32)
-        code = tl.interleave(byte >> 4, byte & 15)
         if LAYOUT == 1:
-            scale = block_scale(w1, w2, w3, w4, (wide * K + 2 * pair_cols[None, :]) // BLOCK, inside, NESTED)
+            cols = k0 // 2 + tl.arange(0, BK // 2)
+            inside = (rows[:, None] < N) & (cols[None, :] < K // 2)
+            byte = tl.load(w0 + wide * (K // 2) + cols[None, :], mask=inside, other=0).to(tl.int32)
+            scale = block_scale(w1, w2, w3, w4, (wide * K + 2 * cols[None, :]) // BLOCK, inside, NESTED, False)
             scale = tl.where(inside, scale, 0.0)
-            scale = tl.interleave(scale, scale)
         else:
-            PER_ROW: tl.constexpr = BK // BLOCK if BK > BLOCK else 1
-            blocks = k0 // BLOCK + tl.arange(0, PER_ROW)
-            block_in = (rows[:, None] < N) & (blocks[None, :] < K // BLOCK)
-            scale = block_scale(w1, w2, w3, w4, wide * (K // BLOCK) + blocks[None, :], block_in, NESTED)
-            scale = tl.where(block_in, scale, 0.0)
-            if PER_ROW > 1:
-                spread = tl.broadcast_to(scale[:, :, None], (rows.shape[0], PER_ROW, BK // PER_ROW))
-                scale = tl.reshape(spread, (rows.shape[0], BK))
+            blocks = k0 // BLOCK + tl.arange(0, BK // BLOCK if BK > BLOCK else 1)
+            inside = (rows[:, None] < N) & (blocks[None, :] < K // BLOCK)
+            scale = block_scale(w1, w2, w3, w4, wide * (K // BLOCK) + blocks[None, :], inside, NESTED, True)
+            scale = tl.where(inside, scale, 0.0)
+            cols = k0 // 8 + tl.arange(0, BK // 8)
+            inside = (rows[:, None] < N) & (cols[None, :] < K // 8)
+            words = w0.to(tl.pointer_type(tl.int32), bitcast=True) + wide * (K // 8) + cols[None, :]
+            # Of three dimensions: a tile of two that happens to have the same sizes would be read by threads alike.
+            word = tl.reshape(tl.load(words[:, :, None], mask=inside[:, :, None], other=0), inside.shape)
+            half = tl.interleave(word, word >> 16)
+            byte = tl.interleave(half, half >> 8)  # and what is above it
+        code = tl.interleave(byte >> 4, byte) & 15
     COUNT: tl.constexpr = rows.shape[0] * BK
+    EACH: tl.constexpr = BK // scale.shape[1]  # columns that have a scale
     value = tl.gather(tl.load(table + tl.arange(0, 16)), tl.reshape(code, (COUNT,)), 0)
-    return narrow(tl.reshape(value, (rows.shape[0], BK)) * scale, DTYPE, INTERP)
+    value = tl.reshape(value, (rows.shape[0], scale.shape[1], EACH)) * scale[:, :, None]
+    return tl.reshape(narrow(value, DTYPE, INTERP), (rows.shape[0], BK))
 
 
 @triton.jit
@@ -156,6 +166,7 @@ class Stored(NamedTuple):
     dtype: torch.dtype
     block: int
     nested_block: int  # 0: not nested
+    in_words: bool = False  # whether packed codes may be read by fours and, nested, absmax by twos; see `tile_4bit`
 
 
 def stored(w: Operand) -> tuple[Stored, tuple[Tensor, ...]]:
@@ -173,8 +184,15 @@ def stored(w: Operand) -> tuple[Stored, tuple[Tensor, ...]]:
         strides = first.stride()
     pointers = (tensors + [first] * 5)[:5]  # a pointer that the format does not read still has to be one
     nested_block = w.nested_block if w.nested else 0
-    kind = Stored(w.format, tuple(w.shape), strides, w.dtype, w.block, nested_block)
+    kind = Stored(w.format, tuple(w.shape), strides, w.dtype, w.block, nested_block, _in_words(w, first))
     return kind, (*pointers, _table(w.format, first.device))
+
+
+def _in_words(w: Operand, packed: Tensor) -> bool:
+    """Views of larger tensors may begin anywhere, and an odd number of absmax bytes has no last pair."""
+    if packed.data_ptr() % 4 or w.block % 8:
+        return False
+    return not w.nested or (w.tensors[1].data_ptr() | w.tensors[1].numel()) % 2 == 0
 
 
 def decode_layout(w: Stored, bk: int) -> int:
@@ -182,7 +200,7 @@ def decode_layout(w: Stored, bk: int) -> int:
     k = w.shape[1]
     if w.format not in ("nf4", "fp4") or k % 2:
         return 0
-    return 2 if k % w.block == 0 and (w.block % bk == 0 or bk % w.block == 0) else 1
+    return 2 if w.in_words and k % w.block == 0 and (w.block % bk == 0 or bk % w.block == 0) else 1
 
 
 def decode_arguments(w: Stored, bk: int) -> dict:
@@ -230,7 +248,7 @@ def stored_variant(format: str, n: int, k: int, nested: bool, dtype: str) -> tup
     strides = (0, 0) if format in ("nf4", "fp4") else (k, 1)
     codes = {"nf4": "u8", "fp4": "u8", "int8": "i8"}.get(format, dtype)
     pointers = {"w0": codes, "w1": "u8" if nested else "fp32", "w2": "fp32", "w3": "fp32", "w4": "fp32"}
-    kind = Stored(format, (n, k), strides, DTYPES[dtype], 64, 256 if nested else 0)
+    kind = Stored(format, (n, k), strides, DTYPES[dtype], 64, 256 if nested else 0, in_words=True)
     return kind, {**pointers, "table": "fp32"}
 
 

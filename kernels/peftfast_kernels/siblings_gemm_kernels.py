@@ -168,7 +168,7 @@ def _stored_alike(ws: Sequence[Operand]) -> tuple[tuple[Stored, ...], tuple] | N
 
 def _decode_arguments(ws: tuple[Stored, ...], bk: int) -> dict:
     """`decode_arguments` of all siblings."""
-    arguments = decode_arguments(ws[0], bk)
+    arguments = decode_arguments(ws[0]._replace(in_words=all(w.in_words for w in ws)), bk)
     del arguments["N"], arguments["stride_n"], arguments["stride_k"]
     strides_n, strides_k = zip(*[w.strides for w in ws], strict=True)
     return {**arguments, "NS": tuple([w.shape[0] for w in ws]), "strides_n": strides_n, "strides_k": strides_k}

@@ -125,13 +125,13 @@ def test_what_a_variant_lacks_or_exceeds_is_found(aot, monkeypatch):
 
     hopper, ampere, amd = "HGMMA.64x128x16.F32.BF16 R8", "HMMA.16816.F32 R4", "v_mfma_f32_32x32x8_bf16 v0"
     for chip, text in (("sm_90", hopper), ("sm_80", ampere), ("gfx942", amd)):
-        assert problems(chip, "big", text, per_weight=12.5) == problems(chip, "none", "FADD R1", per_weight=12.0) == ()
+        assert problems(chip, "big", text, per_weight=10.5) == problems(chip, "none", "FADD R1", per_weight=10.0) == ()
         assert problems(chip, "big", "FADD R1") == problems(chip, "any", "FADD R1") == ("no matrix instruction",)
     assert problems("sm_90", "big", ampere) == ("no HGMMA",) and problems("sm_90", "any", ampere) == ()
     assert problems("sm_86", "none", "FADD R1", shared=101377) == ("shared memory 101377 > 101376",)
     assert problems("sm_86", "none", "FADD R1", shared=101376) == ()
-    assert problems("sm_80", "any", ampere, per_weight=12.5) == ()
-    assert problems("sm_90", "any", ampere, per_weight=12.5) == ("12.5 instructions per weight > 12",)
+    assert problems("sm_80", "any", ampere, per_weight=10.5) == ()
+    assert problems("sm_90", "any", ampere, per_weight=10.5) == ("10.5 instructions per weight > 10",)
 
 
 def test_inner_loops_and_spills_before_them(aot, monkeypatch):

@@ -75,6 +75,34 @@ def test_bitsandbytes_native_decoding():
             assert k % block and (native - weight).norm() > 1.5 * (ours - weight).norm(), (n, k, block)
 
 
+def _somewhere(tensor, offset):
+    """The same values as a view that begins so many bytes into another tensor."""
+    place = torch.empty(offset + tensor.numel(), dtype=tensor.dtype)[offset:].view(tensor.shape)
+    return place.copy_(tensor)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_kernels_read_words_where_there_are_any(nested):
+    """Not from views that begin between them, nor where the last pair of absmax has one byte."""
+    pytest.importorskip("triton")
+    from peftfast_kernels import decode
+    from peftfast_kernels.decode_kernels import decode_layout, stored
+
+    for n, packed_at, absmax_at, in_words in (
+        (3, 0, 0, True), (3, 8, 2, True), (3, 2, 0, False), (3, 0, 1, not nested), (5, 3, 1, False),
+    ):  # fmt: skip
+        for k in (128, 64):  # 6 or 10 blocks, or 3 or 5
+            w = decode.random_operand("nf4", n, k, torch.bfloat16, "cpu", 64, nested)
+            packed, absmax, *rest = w.tensors
+            absmax = _somewhere(absmax, absmax_at) if nested else absmax
+            w = w._replace(tensors=[_somewhere(packed, packed_at), absmax, *rest])
+            expected = 2 if in_words and not (nested and k == 64) else 1
+            assert [decode_layout(stored(w)[0], bk) for bk in (32, 64, 128)] == [expected] * 3
+            assert decode_layout(stored(w)[0]._replace(shape=(n, k + 1)), 64) == 0
+            with use_backend("triton"):
+                assert torch.equal(dequantize(w, w.dtype), decode.DECODERS["nf4"].reference(w))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
