@@ -193,9 +193,9 @@ def product_tile(chip: str, format: str, single: bool, transposed: bool, rows: i
 
     No more rows than the power of two that holds all. A weight that is decoded in the main loop is decoded once for
     every tile of rows: tall ones, where the chip has them, decode it less often. Where few programs would decode it,
-    more of them take fewer columns and, for as many bytes under way, longer steps: not fewer than half of the tile's
-    where they are read in a row (32 bytes) or where 64 rows are on the narrow side of the matrix instruction, which
-    then takes twice as many instructions a weight; otherwise a quarter.
+    more of them take fewer columns and, for as many bytes under way, longer steps: not fewer than half of the tile's,
+    64, so that each of the four warps multiplies rows of its own of a decoded weight. With 32 two read the same, and
+    all wait 1.7 times as long for shared memory, which is what they wait for (`tools/emulate.py --traffic`).
     """
     decodes = not format.startswith("dense")
     config = tile("lora_gemm_fp32" if single else "lora_gemm_decode" if decodes else "lora_gemm", chip)
@@ -203,7 +203,7 @@ def product_tile(chip: str, format: str, single: bool, transposed: bool, rows: i
         return TALL_DECODE[chip][transposed]
     bm, columns = min(config.BM, max(16, 1 << (rows - 1).bit_length())), config.BN
     if decodes:
-        least = max(16, columns // (2 if transposed or bm > 32 else 4))
+        least = max(16, columns // 2)
         while columns > least and cdiv(rows, bm) * sum(cdiv(width, columns) for width in widths) < PROGRAMS:
             columns //= 2
     return config._replace(BM=bm, BN=columns, BK=config.BK * (config.BN // columns))

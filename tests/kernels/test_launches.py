@@ -88,8 +88,9 @@ def test_norms_take_all_of_a_large_gpu_and_read_a_wide_factor_seldom(launches, f
 def test_rows_that_share_a_decoded_weight(chip, heights, transposed):
     """Up to `FUSED_ROWS` are all in one tile where the chip has tall ones, so that the weight is decoded once."""
     for rows, height in zip((16, 64, 65, 500), heights, strict=True):
-        config = product_tile(chip, "nf4", False, transposed, rows, (14336,))
-        assert config.BM == height and config.BN >= (64 if height > 32 else 16)
+        for width in (1024, 14336):
+            config = product_tile(chip, "nf4", False, transposed, rows, (width,))
+            assert config.BM == height and config.BN >= 64  # of which each of four warps multiplies 16
     assert product_tile(chip, "nf4", True, transposed, 500, (4096,)).BM == configs.tile("lora_gemm_fp32", chip).BM
 
 
