@@ -132,7 +132,7 @@ TILES: dict[str, dict[str, Tile]] = {
 # takes as many as two of the lower ones.
 TALL_DECODE: dict[str, tuple[Tile, Tile]] = {
     _INTERPRETER: (Tile(64, 32, 64), Tile(64, 32, 32)),
-    "sm_90": (Tile(128, 64, 128, 4, 3), Tile(128, 64, 64, 4, 4)),
+    "sm_90": (Tile(128, 64, 128, 4, 2), Tile(128, 64, 128, 4, 2)),
     "sm_100": (Tile(128, 64, 128, 4, 3), Tile(128, 64, 128, 4, 3)),
     "sm_103": (Tile(128, 64, 128, 4, 3), Tile(128, 64, 128, 4, 3)),
 }

@@ -12,8 +12,9 @@ Without a table the skinny ops (one dimension is the rank), which are bound by m
 fused up to the number of rows in `FUSED_ROWS`. 0 means never: an unspecialised Triton product has to reach about 0.95
 of cuBLAS before saving a pass over y pays, and no measurement shows that yet. With few rows and a 4-bit weight it is
 fused by prediction, not by measurement: half a byte a weight is read where the other way moves four and a half, which
-by the kernel's instructions a weight (`tools/aot.py`) is 1.1 to 3 times as fast on an H100, and is one launch, or two,
-instead of three. With more than 128 rows the products take as long as what is saved.
+by the kernel's instructions a weight (`tools/aot.py`) and its cycles of shared memory (`tools/emulate.py --traffic`),
+the more of the two, is 2 to 3.7 times as fast on an H100, and is one launch, or two, instead of three. With more than
+128 rows the products take as long as what is saved.
 """
 
 import json
