@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, require_config
-from peftfast.errors import PeftWarning, no_such_adapter, warn
+from peftfast.errors import PeftWarning, check_present, warn
 from peftfast.files.beside import room_for
 from peftfast.files.fit import fit_state_dict
 from peftfast.files.io import needs_embedding_layers
@@ -249,10 +249,7 @@ def _config(model: nn.Module, adapter_name: str) -> PeftConfig:
     configs = getattr(model, "peft_config", None)
     if not configs:
         raise ValueError("The model has no adapters; see get_peft_model or inject_adapter_in_model")
-    if not isinstance(adapter_name, str):
-        raise TypeError(f"adapter_name is a string, got {adapter_name!r}")
-    if adapter_name not in configs:
-        raise no_such_adapter(adapter_name, configs)
+    check_present(adapter_name, configs)
     return configs[adapter_name]
 
 

@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class PeftError(Exception):
@@ -67,10 +67,14 @@ def close_matches(value: object, known: Iterable[str], limit: int = 3) -> str:
     return " Did you mean " + " or ".join(repr(written[n]) for n in near) + "?"
 
 
-def no_such_adapter(name: str, present: Iterable[str], said: str = "not found") -> NoSuchAdapterError:
-    """The error for an adapter that is not among those `present`; PEFT, after which it is `said`, has several."""
-    present = sorted(present)
-    return NoSuchAdapterError(f"Adapter {name} {said}.{close_matches(name, present)} Adapters present: {present}")
+def check_present(name: object, present: Collection[str], said: str = "not found") -> None:
+    """TypeError if `name`, which is to mean one adapter, is no string; NoSuchAdapterError if it is of none of those
+    `present`; PEFT, after which it is `said`, has several."""
+    if not isinstance(name, str):
+        raise TypeError(f"An adapter is named by a string, got {name!r} of type {type(name).__name__}")
+    if name not in present:
+        present = sorted(present)
+        raise NoSuchAdapterError(f"Adapter {name} {said}.{close_matches(name, present)} Adapters present: {present}")
 
 
 def enumerate_some(names: Iterable[str]) -> str:

@@ -35,6 +35,7 @@ from peftfast.files.state import adapter_state_dict, is_in, without_places
 from peftfast.keys import in_base, strip_wrappers
 from peftfast.method import repeats_init
 from peftfast.prompts.prompt_model import resize_saved_prompt
+from peftfast.wrapping.adding import check_name
 from peftfast.wrapping.undo import unchanged_if_refused
 
 if TYPE_CHECKING:
@@ -257,6 +258,7 @@ class HasFiles:
         Returns:
             (missing_keys, unexpected_keys) of this adapter only; what is missing by its name in the model.
         """
+        check_name(adapter_name)
         require_flag(is_trainable, "is_trainable")
         new, empty = adapter_name not in self.peft_config, _stored is not None
         stored = _stored

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.calibration.ranks import drop_adapter, resize_adapter
 from peftfast.devices import forked, widest
-from peftfast.errors import PeftWarning, close_matches, enumerate_some, no_such_adapter, warn
+from peftfast.errors import PeftWarning, check_present, close_matches, enumerate_some, warn
 from peftfast.keys import in_base
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.methods.lora.config import LoraConfig
@@ -357,8 +357,7 @@ def get_eva_state_dict(
 
 
 def _config(model: nn.Module, adapter_name: str) -> LoraConfig:
-    if adapter_name not in model.peft_config:
-        raise no_such_adapter(adapter_name, model.peft_config)
+    check_present(adapter_name, model.peft_config)
     return model.peft_config[adapter_name]
 
 

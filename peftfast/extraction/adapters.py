@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType
-from peftfast.errors import enumerate_some, no_such_adapter, warn
+from peftfast.errors import check_present, enumerate_some, warn
 from peftfast.extraction.factors import Change, Svd, as_lora, check_rank, energy_of, matrix, svd
 from peftfast.files.fingerprint import fingerprint
 from peftfast.files.io import check_folder, save_adapter, vocabulary_changed
@@ -112,9 +112,8 @@ def _convertible(model: nn.Module, name: str) -> dict[str, BaseTunerLayer]:
     found = {key: module for key, module in wrapped_modules(model) if isinstance(module, BaseTunerLayer)}
     if not found:
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
+    check_present(name, {a for layer in found.values() for a in layer.adapters})
     layers = {key: layer for key, layer in found.items() if name in layer.adapters}
-    if not layers:
-        raise no_such_adapter(name, {a for layer in found.values() for a in layer.adapters})
     unsupported = [key for key, layer in layers.items() if not layer.supports_lora_conversion(name)]
     if unsupported:
         kinds = sorted({layers[key]._get_name() for key in unsupported})

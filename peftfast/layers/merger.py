@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
 from peftfast.devices import widest
-from peftfast.errors import no_such_adapter, warn
+from peftfast.errors import check_present, warn
 from peftfast.layers.calls import CalledLayer
 from peftfast.layers.mergeable import check_decodable, check_mergeable
 from peftfast.layers.sharded import beside
@@ -427,8 +427,7 @@ class Merger:
     def change(self, adapter: str) -> Tensor:
         """See `BaseTunerLayer.get_delta_weight`."""
         layer = self.layer
-        if adapter not in layer.adapters:
-            raise no_such_adapter(adapter, layer.adapters)
+        check_present(adapter, layer.adapters)
         check_mergeable(layer)
         view = layer.adapters[adapter]
         as_product = getattr(view.method, "as_product", None)

@@ -20,7 +20,7 @@ from peftfast.method import method_for
 from peftfast.methods.combination import KINDS, Combination, named_together
 from peftfast.sharding import copy_whole, put_together
 from peftfast.sites import Site
-from peftfast.wrapping.adding import add_adapter
+from peftfast.wrapping.adding import add_adapter, check_name
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.targets import make_matcher, shortest_suffixes
 
@@ -55,6 +55,7 @@ def add_weighted_adapter(
         ValueError: an adapter that is not there, weights that are not one for each, an unknown kind, adapters of
             different methods. TypeError: a method that has no combination, a kind that lacks its density.
     """
+    check_name(adapter_name)
     if adapter_name in inventory.configs:
         warn(f"Adapter {adapter_name!r} exists already; add_weighted_adapter leaves it as it is.")
         return
@@ -133,7 +134,7 @@ def _checked(
 
 def _numbers(weights: Sequence[float]) -> list[float]:
     try:
-        numbers = [float(w) for w in weights]
+        numbers = [math.nan if isinstance(w, str) else float(w) for w in weights]
     except (TypeError, ValueError):
         numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):

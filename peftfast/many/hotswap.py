@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, PeftType, plain_name
-from peftfast.errors import AdapterMismatchWarning, no_such_adapter, warn
+from peftfast.errors import AdapterMismatchWarning, check_present, warn
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
 from peftfast.files.fit import aligned, holds, is_alike
@@ -78,8 +78,7 @@ def hotswap_adapter(
     check_arguments(hotswap_adapter, kwargs, strict)
     stored = read_adapter(model_name_or_path, device=torch_device, key_mapping=key_mapping, strict=strict, **kwargs)
     present = _configs(model)
-    if adapter_name not in present:
-        raise no_such_adapter(adapter_name, present)
+    check_present(adapter_name, present)
     config = _in_names_of(model, stored.config)
     check_hotswap_configs_compatible(present[adapter_name], config)
     if stored.changes:

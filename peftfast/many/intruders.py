@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.config import PeftType, plain_name
-from peftfast.errors import no_such_adapter
+from peftfast.errors import check_present
 from peftfast.many.combining import add_weighted_adapter
 from peftfast.methods.combination import Combination
 from peftfast.methods.lora.combine import padded, svd_of_sum
@@ -51,8 +51,7 @@ def reduce_intruder_dimension(
     number().enforce(mitigation_lambda, "mitigation_lambda")
     log = logging_sink or (lambda line: None)
     configs = peft_model.peft_config
-    if old_adapter_name not in configs:
-        raise no_such_adapter(old_adapter_name, configs)
+    check_present(old_adapter_name, configs)
     if new_adapter_name in configs:
         raise ValueError(f"Adapter with name '{new_adapter_name}' already exists.")
     cfg = configs[old_adapter_name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import PeftConfig, require_flag, require_module
-from peftfast.errors import PeftWarning, enumerate_some, no_such_adapter, warn
+from peftfast.errors import PeftWarning, check_present, enumerate_some, warn
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import Place
 from peftfast.layers.walk import base_parameters
@@ -146,13 +146,12 @@ class Inventory(Listing):
 
     # ---- which are active --------------------------------------------------------------------------------------------
     def check_known(self, names: str | Iterable[str], said: str = "not found") -> list[str]:
-        """The names as a list; TypeError for what are none, ValueError (`no_such_adapter`) for one of no adapter."""
+        """The names as a list; TypeError for what are none, ValueError for one of no adapter (`check_present`)."""
         if not isinstance(names, Iterable):
             raise TypeError(f"Adapters are named by a string, or several by a list of strings; got {names!r}")
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
-            if name not in self.configs:
-                raise no_such_adapter(name, self.configs, said)
+            check_present(name, self.configs, said)
         return names
 
     def set_adapter(self, names: str | list[str], inference_mode: bool = False) -> None:
@@ -330,7 +329,8 @@ class Inventory(Listing):
 
     def delete(self, name: str) -> None:
         """Delete an adapter everywhere. Nothing is changed if it cannot be."""
-        self.check_deletable(self.check_known(name, "does not exist"))
+        check_present(name, self.configs, "does not exist")
+        self.check_deletable([name])
         acting = self._acting()
         remaining = [n for n in acting if n != name]
         others = [n for n in self.configs if n != name]

@@ -1,6 +1,7 @@
 """Bad input: a clear error that names the thing, and a model that is as it was before."""
 
 import json
+import re
 import shutil
 import warnings
 
@@ -224,9 +225,21 @@ def test_unknown_and_duplicate_names():
         lambda: model.base_model.adapter_numbers(None),
         lambda: peftfast.get_peft_model_state_dict(model, adapter_name=["other"]),
         lambda: peftfast.set_peft_model_state_dict(model, {}, adapter_name=["other"]),
+        lambda: model.delete_adapter(["other"]),
+        lambda: model.base_model.set_adapter([3]),
+        lambda: model.load_adapter("folder", ["other"]),
+        lambda: model.load_adapter("folder", None),
+        lambda: model.add_weighted_adapter(["default", "other"], [1.0, 1.0], ["other"]),
+        lambda: model.subtract_adapter("default", ["other"], "third"),
+        lambda: peftfast.convert_to_lora(model, 2, adapter_name=["other"]),
+        lambda: peftfast.reduce_intruder_dimension(model, ["other"], "third"),
     ):
         with pytest.raises(TypeError, match=r"dapter.*(string|name).*got (None|3|\['other'\])"):
             call()
+        same_picture(model, before)
+    for weights in (["1", "1"], "11", [1.0, None], [1.0, float("nan")], 2.0):
+        with pytest.raises(ValueError, match="one weight, a finite number; got " + re.escape(repr(weights))):
+            model.add_weighted_adapter(["default", "other"], weights, "third")
         same_picture(model, before)
     with pytest.raises(TypeError, match="a list with one adapter name for each sample; got 'other'"):
         model.base_model.adapter_numbers("other")
