@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from peftfast.config import CONFIG_NAME
-from peftfast.errors import PeftWarning, enumerate_some, warn
+from peftfast.errors import PeftWarning, check_path, enumerate_some, warn
 from peftfast.methods.lora.arrow import GENERAL, check_expert
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.settings import ArrowConfig
@@ -84,6 +84,7 @@ def source_of(path: str | os.PathLike) -> tuple[str, str | None]:
     Raises:
         ValueError: a local folder without an adapter.
     """
+    check_path(path, "An adapter")
     path = os.fspath(path)
     if os.path.isdir(path):
         if not (Path(path) / CONFIG_NAME).is_file():

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import nn
 from typing_extensions import dataclass_transform
 
-from peftfast.errors import AdapterMismatchWarning, close_matches, warn
+from peftfast.errors import AdapterMismatchWarning, check_path, close_matches, warn
 from peftfast.files.migrate import migrate_config
 from peftfast.interop import absent
 from peftfast.interop.alias import take_if_vacant
@@ -190,6 +190,7 @@ class PeftConfigMixin:
         """
         from peftfast.files.atomic import locked, write_atomically
 
+        check_path(save_directory, "The folder to save to")
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
@@ -445,6 +446,7 @@ def _drop_runtime_config(data: dict[str, Any], source: str) -> None:
 
 
 def _read_json(path: str | os.PathLike) -> dict[str, Any]:
+    check_path(path, "A config's file")
     if os.path.getsize(path) > LARGEST_CONFIG:
         raise ValueError(f"{path} has {os.path.getsize(path):,} bytes; a config has at most {LARGEST_CONFIG:,}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 import warnings
@@ -75,6 +76,13 @@ def check_present(name: object, present: Collection[str], said: str = "not found
     if name not in present:
         present = sorted(present)
         raise NoSuchAdapterError(f"Adapter {name} {said}.{close_matches(name, present)} Adapters present: {present}")
+
+
+def check_path(value: object, what: str) -> None:
+    """TypeError if `value`, which is to say where `what` is, is neither a string nor a path. Python takes numbers for
+    open files."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{what} is named by a string or a path, got {value!r} of type {type(value).__name__}")
 
 
 def enumerate_some(names: Iterable[str]) -> str:

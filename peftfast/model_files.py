@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peftfast.config import PeftConfig, require_flag, require_module
-from peftfast.errors import PeftWarning, every_name, warn
+from peftfast.errors import PeftWarning, check_path, every_name, warn
 from peftfast.files.activation import Activation, adapters_in, read_activation, write_activation
 from peftfast.files.atomic import find_file
 from peftfast.files.beside import room_for
@@ -223,6 +223,7 @@ class HasFiles:
             ValueError: no adapter there. AdapterLoadError: as `from_pretrained`, for any of them.
         """
         require_module(model)
+        check_path(folder, "A folder of adapters")
         found = adapters_in(Path(folder))
         active, enabled = read_activation(Path(folder), [*found])
         (first, where), *others = found.items()

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from peftfast.errors import check_path
+
 try:
     import fcntl
 except ImportError:  # Windows: other processes are not kept out, other threads are
@@ -191,6 +193,7 @@ def find_file(
             answers at once: without a network, downloading tries for half a minute.
         hub: arguments of `hf_hub_download` (revision, token, cache_dir, local_files_only, ...).
     """
+    check_path(model_id, "A folder or a Hub repository")
     for part in (name, subfolder or ""):
         if os.path.isabs(part) or ".." in Path(part).parts:
             raise ValueError(f"{part!r} leaves the adapter's folder; give a path inside {str(model_id)!r}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.config import CONFIG_NAME, PeftConfig, PeftConfigMixin, config_fields
-from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, close_matches, warn
+from peftfast.errors import AdapterLoadError, AdapterMismatchWarning, PeftWarning, check_path, close_matches, warn
 from peftfast.files.atomic import (
     SAFETENSORS_WEIGHTS_NAME,
     WEIGHTS_NAME,
@@ -29,6 +29,7 @@ from peftfast.files.migrate import migrate_keys
 from peftfast.files.renamed import first_renaming
 from peftfast.files.state import check_whole, targets_embeddings, trains_rows
 from peftfast.keys import PREFIX
+from peftfast.rules import instance, optional
 from peftfast.sharding import own_class
 
 
@@ -61,6 +62,9 @@ def _make(folder: Path) -> None:
 
 
 def check_folder(save_directory: str | os.PathLike) -> None:
+    check_path(save_directory, "The folder to save to")
+    if not os.fspath(save_directory):
+        raise ValueError("The folder to save to has no name, got ''; '.' is the current one")
     if os.path.isfile(save_directory):
         raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
 
@@ -249,6 +253,7 @@ def read_adapter(
     Raises:
         ValueError: a file is not there. AdapterLoadError: one that is damaged or not what it says.
     """
+    check_path(model_id, "A folder or a Hub repository")
     folder = os.path.join(model_id, kwargs.get("subfolder") or "")
     with locked(folder) if os.path.isdir(folder) else nullcontext():
         hub, _ = PeftConfig._split_hub_arguments(kwargs)
@@ -376,6 +381,7 @@ def _read_pickle(path: str, device: str | torch.device | None) -> dict[str, Tens
 
 
 def _mapped(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    mapping = optional(instance(Mapping)).enforce(mapping, "key_mapping")
     return {_renamed(k, mapping): v for k, v in tensors.items()} if mapping else tensors
 
 

@@ -477,6 +477,34 @@ def test_files_that_cannot_be_right(case, low_cpu_mem_usage, saved, tmp_path):
     same_picture(wrapped, before)
 
 
+@pytest.mark.parametrize("place", [None, 0, True, ["folder"], b"folder"])
+def test_what_is_no_path_is_named(place, tmp_path, monkeypatch):
+    """0 and True are open files to Python: PEFT reads a config from the standard input."""
+    model, base = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV)), oracle.llama()
+    before, of_base = picture(model), picture(base)
+    for call in (
+        lambda: model.load_adapter(place, "second"), lambda: model.save_pretrained(place),
+        lambda: peftfast.PeftModel.from_pretrained(base, place), lambda: peftfast.PeftModel.from_folder(base, place),
+        lambda: peftfast.AutoPeftModelForCausalLM.from_pretrained(place), lambda: peftfast.load_peft_weights(place),
+        lambda: peftfast.adapter_contents(place), lambda: peftfast.hotswap_adapter(model, place, "default"),
+        lambda: peftfast.save_as_lora(place, model, 2), lambda: LoraConfig().save_pretrained(place),
+        lambda: LoraConfig.from_pretrained(place), lambda: LoraConfig.from_json_file(place),
+        lambda: peftfast.create_arrow_model(base, [place], peftfast.ArrowConfig()),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="is named by a string or a path, got " + re.escape(repr(place))):
+            call()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="folder to save to has no name"):  # PEFT: FileNotFoundError
+        model.save_pretrained("")
+    for mapping in ("self_attn", [("a", "b")], 3):
+        with pytest.raises(TypeError, match="key_mapping must be .* a Mapping, got " + re.escape(repr(mapping))):
+            model.save_pretrained("here")
+            model.load_adapter("here", "second", key_mapping=mapping)
+    same_picture(model, before)
+    same_picture(base, of_base)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_a_given_config_is_as_it_was_where_its_adapter_is_refused(saved):
     config = LoraConfig(r=4, target_modules="all-linear")
     fields = dict(config.__dict__)
