@@ -15,6 +15,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from typing_extensions import dataclass_transform
 
@@ -274,6 +275,7 @@ class PeftConfigMixin:
         Raises:
             ValueError: no such file there, or not JSON.
         """
+        require_flag(strict, "strict")
         hub, values = cls._split_hub_arguments(kwargs)
         path = find_config(pretrained_model_name_or_path, subfolder, **hub)
         known = config_fields()  # other arguments are for whoever else was given them, as in PEFT
@@ -420,8 +422,8 @@ def require_module(value: object) -> None:
 
 
 def require_flag(value: object, name: str) -> None:
-    """TypeError for a name, or several, in the place of a switch, where they would count as True."""
-    if isinstance(value, (str, os.PathLike, list, tuple, set, dict)):
+    """TypeError for a name, several or a dtype in the place of a switch, where they would count as True."""
+    if isinstance(value, (str, os.PathLike, torch.dtype, list, tuple, set, dict)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig, require_config, require_module
+from peftfast.config import PeftConfig, require_config, require_flag, require_module
 from peftfast.errors import close_matches, every_name, grouped
 from peftfast.interop.servers import Facts, Verdict, judge_servers
 from peftfast.keys import ends_of
@@ -156,6 +156,8 @@ def plan_adapter(
     """
     require_module(model)
     require_config(config, "config")
+    require_flag(strict, "strict")
+    require_flag(autocast_adapter_dtype, "autocast_adapter_dtype")
     if config.is_prompt_learning:
         raise ValueError(f"{type(config).__name__} adapts no modules, there is nothing to plan")
     base = base_of(model)

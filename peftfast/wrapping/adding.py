@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftfast.base.compressed import decompress
-from peftfast.config import PeftConfig
+from peftfast.config import PeftConfig, require_flag
 from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.method import method_for, reads_base
 from peftfast.sharding import is_run_by_zero3, is_sharded_by_fsdp2, to_shards
@@ -64,6 +64,8 @@ def add_adapter(
         ValueError: the name is taken, nothing matches, a second adapter has biases.
     """
     check_name(name)
+    require_flag(strict, "strict")
+    require_flag(options.get("autocast_adapter_dtype"), "autocast_adapter_dtype")
     if name in inventory.configs:
         raise ValueError(f"Adapter with name '{name}' already exists.")
     inventory.check_not_merged(name, "replace")

@@ -477,6 +477,27 @@ def test_files_that_cannot_be_right(case, low_cpu_mem_usage, saved, tmp_path):
     same_picture(wrapped, before)
 
 
+@pytest.mark.parametrize("switch, value", [("strict", "off"), ("autocast_adapter_dtype", torch.bfloat16)])
+def test_what_is_no_switch_does_not_count_as_true(switch, value, saved):
+    """`strict="off"`, which loading takes, refused everything; a dtype for the factors gave them fp32."""
+    base, model = oracle.llama(), peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    config, before, of_base = LoraConfig(target_modules=QV), picture(model), picture(base)
+    for call in (
+        lambda options: peftfast.get_peft_model(base, config, **options),
+        lambda options: peftfast.patch(base, config, **options),
+        lambda options: peftfast.plan_adapter(base, config, **options),
+        lambda options: model.add_adapter("other", config, **options),
+        lambda options: model.load_adapter(saved, "other", autocast_adapter_dtype=torch.float32),
+        lambda options: LoraConfig.from_pretrained(saved, strict="off"),
+    ):
+        with pytest.raises(
+            TypeError, match=r"(strict|autocast_adapter_dtype) must be True or False, got ('off'|torch)"
+        ):
+            call({switch: value})
+    same_picture(base, of_base)
+    same_picture(model, before)
+
+
 @pytest.mark.parametrize("place", [None, 0, True, ["folder"], b"folder"])
 def test_what_is_no_path_is_named(place, tmp_path, monkeypatch):
     """0 and True are open files to Python: PEFT reads a config from the standard input."""
