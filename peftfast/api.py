@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfast.config import PeftConfig, require_config
+from peftfast.config import PeftConfig, require_config, require_module
 from peftfast.errors import PeftWarning, check_present, warn
 from peftfast.files.beside import room_for
 from peftfast.files.fit import fit_state_dict
@@ -304,6 +304,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype | str) -> None:
     """Frozen parameters to `dtype`, trainable ones to fp32: what mixed-precision training with a loss scaler needs.
     Packed weights stay as they are."""
+    require_module(model)
     dtype = torch_dtype(floating=True).enforce(dtype, "dtype")
     for parameter in model.parameters():
         packed = parameter.element_size() == 1 or hasattr(parameter, "quant_state")

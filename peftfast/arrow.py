@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from peftfast.config import CONFIG_NAME
+from peftfast.config import CONFIG_NAME, require_module
 from peftfast.errors import PeftWarning, check_path, enumerate_some, warn
 from peftfast.methods.lora.arrow import GENERAL, check_expert
 from peftfast.methods.lora.config import LoraConfig
@@ -42,6 +42,7 @@ def create_arrow_model(
         ValueError: no adapters; adapters of different ranks or for different modules, or that are no plain LoRAs.
         TypeError: adapters of other modules than linear layers; one path instead of a list, another kind of config.
     """
+    require_module(base_model)
     for paths in (task_specific_adapter_paths, general_adapter_paths):
         if isinstance(paths, (str, os.PathLike)):
             raise TypeError(f"Adapters are given as a list of folders and Hub repositories, got {paths!r}")

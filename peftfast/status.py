@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.base.weight import comes_from
-from peftfast.config import plain_name
+from peftfast.config import plain_name, require_module
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.saved_modules import TrainableTokensWrapper
 from peftfast.layers.stand_in import StandIn
@@ -92,6 +92,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def _layer_status(model: nn.Module, caller: str) -> list[TunerLayerStatus]:
+    require_module(model)
     if getattr(model, "_is_prompt_learning", False):
         raise TypeError(
             f"{caller}() got an invalid PeftModel instance: prompt learning methods, such as "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
+from peftfast.config import require_config, require_module
 from peftfast.errors import enumerate_some
 from peftfast.methods.lora.config import LoraConfig
 from peftfast.methods.lora.corda import CordaEigens, oriented_eigens
@@ -42,6 +43,8 @@ def preprocess_corda(
         ValueError: no `corda_config`, nothing to run, a layer that saw no input, non-finite inputs, or a file that is
             damaged or of other targets. Nothing is left on the model then.
     """
+    require_module(model)
+    require_config(lora_config, "lora_config")
     settings = lora_config.corda_config
     if settings is None:
         raise ValueError("preprocess_corda needs a config with `corda_config`")

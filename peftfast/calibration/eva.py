@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
 from peftfast.calibration.ranks import drop_adapter, resize_adapter
+from peftfast.config import require_config, require_module
 from peftfast.devices import forked, widest
 from peftfast.errors import PeftWarning, check_present, close_matches, enumerate_some, warn
 from peftfast.keys import in_base
@@ -302,11 +303,13 @@ def get_eva_state_dict(
             name, or None: all rows.
         gather_distributed_inputs: use the rows of all processes.
     """
+    require_module(model)
     adapted = hasattr(model, "peft_config")
     if peft_config is None:
         if not adapted:
             raise ValueError("peft_config is required if model is not a PeftModel")
         peft_config = _config(model, adapter_name)
+    require_config(peft_config)
     settings = peft_config.eva_config or EvaConfig()
     modules = _eva_modules(model, peft_config, adapter_name if adapted else None)
     given = prepare_layer_inputs_fn

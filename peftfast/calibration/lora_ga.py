@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftfast.base.weight import base_weight
 from peftfast.calibration.cache import cache, cached
+from peftfast.config import require_config, require_module
 from peftfast.errors import PeftWarning, enumerate_some, warn
 from peftfast.layers.walk import base_modules
 from peftfast.methods.lora.config import LoraConfig
@@ -51,6 +52,8 @@ def preprocess_loraga(
         ValueError: no `lora_ga_config`, no linear target, quantised weights, a file that does not fit the model, or
             gradients with NaN or infinite values. Nothing is left on the model then.
     """
+    require_module(model)
+    require_config(lora_config, "lora_config")
     if lora_config.lora_ga_config is None:
         raise ValueError(
             "If you want to use LoRA-GA, please initialize the LoraConfig with init_lora_weights='lora_ga' and "

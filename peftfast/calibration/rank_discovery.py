@@ -18,7 +18,7 @@ from peftfast.calibration.eva import (
     token_mask,
     token_rows,
 )
-from peftfast.config import PeftType
+from peftfast.config import PeftType, require_config, require_module
 from peftfast.devices import singular_values
 from peftfast.errors import enumerate_some
 from peftfast.layers.layer import BaseTunerLayer
@@ -68,6 +68,8 @@ def discover_ranks(
         ValueError: an adapted model, another kind of config, a budget below `minimum` for each, no linear targets, no
             data, or data without a loss. TypeError: a count that is no integer.
     """
+    require_module(model)
+    require_config(config, "config")
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"discover_ranks chooses ranks of a LoraConfig, got {type(config).__name__}")
     if any(isinstance(m, BaseTunerLayer) for m in model.modules()):

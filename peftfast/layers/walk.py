@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from peftfast.config import require_module
 from peftfast.keys import WRAPPED, strip_wrappers
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The base model inside a PeftModel; others as they are."""
+    """The base model inside a PeftModel; others as they are. TypeError for what is no module."""
+    require_module(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

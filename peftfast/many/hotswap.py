@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
-from peftfast.config import PeftConfig, PeftType, plain_name
+from peftfast.config import PeftConfig, PeftType, plain_name, require_config
 from peftfast.errors import AdapterMismatchWarning, check_present, warn
 from peftfast.files.entry import Entry
 from peftfast.files.experts import migrate_experts
@@ -32,6 +32,8 @@ _MUST_AGREE = ("use_rslora", "lora_dropout", *VARIANTS)
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """ValueError if an adapter of `config1` cannot take the place of one of `config0`."""
+    require_config(config0, "config0")
+    require_config(config1, "config1")
     kinds = [plain_name(c.peft_type) for c in (config0, config1)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")

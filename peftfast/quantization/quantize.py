@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.base.dense import is_conv1d
 from peftfast.base.weight import BaseWeight, Quantizer, base_weight, comes_from, quantizer
-from peftfast.config import require_module
 from peftfast.embeddings import SEQ_CLS_HEAD_NAMES, output_embeddings
 from peftfast.errors import close_matches, enumerate_some
 from peftfast.keys import ends_of
@@ -136,7 +135,6 @@ def _check_not_merged(layers: Iterable[tuple[str, BaseTunerLayer | None]]) -> No
 
 def _inner(model: nn.Module) -> nn.Module:
     """The base model inside a PeftModel or a tuner; others as they are. TypeError for what is no module."""
-    require_module(model)
     model = base_of(model)
     inventory = getattr(model, "inventory", None)  # which a tuner has, and reads names from its base model otherwise
     return inventory.model if isinstance(inventory, Inventory) else model

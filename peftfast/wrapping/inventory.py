@@ -425,7 +425,8 @@ KEPT = "_peftfast_inventory"
 def find_inventory(model: nn.Module) -> tuple[Inventory | None, str]:
     """The inventory of a base model, or of the tuner or PeftModel around one, compiled or not, and what stands in front
     of its names in those of `model`. None where there is none, or where its layers have been taken out of the model
-    since, as diffusers' `unload_lora` does."""
+    since, as diffusers' `unload_lora` does. TypeError for what is no module."""
+    require_module(model)
     model = getattr(model, "_orig_mod", model)
     tuner = model._modules.get("base_model") or model
     inventory = tuner.__dict__.get("inventory")
@@ -443,7 +444,6 @@ def find_inventory(model: nn.Module) -> tuple[Inventory | None, str]:
 
 def inventory_of(model: nn.Module) -> Inventory:
     """`find_inventory`, made where there is none yet."""
-    require_module(model)
     model = getattr(model, "_orig_mod", model)
     inventory, _ = find_inventory(model)
     if inventory is None:

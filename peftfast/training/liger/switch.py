@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from peftfast.config import require_module
 from peftfast.errors import close_matches
 from peftfast.layers.walk import base_of
 from peftfast.training.liger.fused_head import FusedHead
@@ -90,7 +89,6 @@ def use_liger(
         automatic = name == "fused_linear_cross_entropy"
         if not isinstance(value, bool) and not (automatic and value == "auto"):
             raise ValueError(f"{name} is True or False{' or auto' if automatic else ''}, got {value!r}")
-    require_module(model)
     base = base_of(model)
     if "_liger" in base.__dict__:
         raise ValueError("The model has Liger's kernels already; remove() those first")
