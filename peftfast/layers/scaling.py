@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from peftfast.errors import warn
+from peftfast.rules import number
+
+_NUMBER = number()
+
+
+def _checked(scale: float | Tensor) -> float | Tensor:
+    """The scale; TypeError or ValueError for one that is no finite number, with which everything would be NaN. Some
+    libraries scale every layer in every call, so what is usual costs nothing here."""
+    usual = type(scale) is float and math.isfinite(scale) or isinstance(scale, Tensor)
+    return scale if usual else _NUMBER.enforce(scale, "scale")
 
 
 class HasScaling:
@@ -21,6 +33,7 @@ class HasScaling:
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scaling to `scale` times its initial value."""
+        scale = _checked(scale)
         if adapter in self._initial_scaling:
             self._write_scale(adapter, scale * self._initial_scaling[adapter])
 
@@ -41,6 +54,7 @@ class HasScaling:
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
+        scale = _checked(scale)
         if scale != 1:
             for name in self.active_adapters:
                 if name in self._initial_scaling:
@@ -48,6 +62,7 @@ class HasScaling:
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by `scale`; None: back to its initial value."""
+        scale = None if scale is None else _checked(scale)
         for name in self.active_adapters:
             if name in self._initial_scaling:
                 self._write_scale(name, self._initial_scaling[name] if scale is None else self.scaling[name] / scale)

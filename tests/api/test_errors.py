@@ -5,6 +5,7 @@ import re
 import shutil
 import warnings
 
+import numpy
 import oracle
 import peft
 import pytest
@@ -493,6 +494,22 @@ def test_files_that_cannot_be_right(case, low_cpu_mem_usage, saved, tmp_path):
     with pytest.raises(error, match=r"(?s)" + message):
         wrapped.load_adapter(tmp_path / "adapter", "second", low_cpu_mem_usage=low_cpu_mem_usage)
     same_picture(wrapped, before)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, [1.0]])
+def test_scales_that_cannot_be(scale):
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV))
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    calls = [lambda: layer.set_scale("default", scale), lambda: layer.scale_layer(scale)]
+    for call in calls if scale is None else [*calls, lambda: layer.unscale_layer(scale)]:
+        with pytest.raises(
+            (TypeError, ValueError), match="scale must be a finite number, got " + re.escape(repr(scale))
+        ):
+            call()
+    assert layer.scaling == {"default": 1.0}
+    layer.set_scale("default", numpy.float32(2))
+    layer.scale_layer(torch.tensor(3.0))
+    assert float(layer.scaling["default"]) == 6.0
 
 
 @pytest.mark.parametrize("switch, value", [("strict", "off"), ("autocast_adapter_dtype", torch.bfloat16)])
