@@ -539,6 +539,9 @@ def test_refusals(tmp_path):
     for wrong in ([1.5, 1, 1, 1], "1111", torch.ones(4)):
         with pytest.raises(TypeError, match="alora_offsets"):
             model(input_ids=IDS, alora_offsets=wrong)
+    for call in (model, model.generate):
+        with pytest.raises(TypeError, match=r"no alora_offset, got \[1, 1, 1, 1\]; it takes alora_offsets"):
+            call(input_ids=IDS, alora_offset=[1, 1, 1, 1])  # which transformers' models would take and not use
     assert not model.supports_lora_conversion()
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         peftfast.convert_to_lora(model, 2)

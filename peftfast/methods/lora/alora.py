@@ -54,9 +54,13 @@ class Alora(Lora):
         """See `Noting`: which tokens the adapter acts on; None: none.
 
         Raises:
-            ValueError, TypeError: `alora_offsets` that are not one number for every sample; beam search.
+            ValueError, TypeError: `alora_offsets` that are not one number for every sample, or called otherwise, which
+                most models would take and not use; beam search.
         """
         inputs = call.inputs
+        for other in inputs:
+            if other.startswith("alora_") and other != "alora_offsets":
+                raise TypeError(f"A call of the model takes no {other}, got {inputs[other]!r}; it takes alora_offsets")
         given, ids = inputs.get("alora_offsets"), inputs.get("input_ids")
         if ids is None and call.generates:
             ids = inputs.get("inputs")
