@@ -23,7 +23,7 @@ from peftfast.errors import close_matches, enumerate_some
 from peftfast.many.router import check_length, check_unmerged
 from peftfast.many.slots import Factors, Slots, Source
 from peftfast.rows.routing import BASE, Routing, batch_of, tokens_of
-from peftfast.rules import integer, number, optional, torch_dtype
+from peftfast.rules import integer, number, optional, sequence, text, torch_dtype
 from peftfast.wrapping.inventory import inventory_of
 
 
@@ -86,11 +86,13 @@ class AdapterPool:
         host_capacity = integer(0).enforce(host_capacity, "host_capacity")
         max_device_bytes = optional(number(0)).enforce(max_device_bytes, "max_device_bytes")
         dtype = optional(torch_dtype(floating=True)).enforce(dtype, "dtype")
+        if target_modules is not None and not isinstance(target_modules, str):
+            target_modules = _names(target_modules, "target_modules")
+        target_parameters = _names(target_parameters, "target_parameters")
         self.model = model
         self.inventory = inventory_of(model)
         self.max_rank, self.host_capacity = max_rank, host_capacity
         self.statistics = PoolStatistics()
-        target_parameters = [target_parameters] if isinstance(target_parameters, str) else list(target_parameters)
         self._places = Slots(
             self.inventory, slots, target_modules, target_parameters, max_rank, max_device_bytes, dtype
         )
@@ -398,6 +400,12 @@ class AdapterPool:
 
 #: Rows a prompt may be expanded to in `generate` (beams); the pool does not see the arguments of every call.
 _COPIES = tuple(range(1, 65))
+
+
+def _names(given: str | Iterable[str], argument: str) -> list[str]:
+    """Several names, or one, as a list; TypeError for what are none."""
+    listed = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else given
+    return sequence(text()).enforce(listed, argument)
 
 
 def _events(devices: Iterable[torch.device]) -> dict[Any, Any]:

@@ -22,7 +22,7 @@ from peftfast.layers.walk import base_of, outer_modules
 from peftfast.methods.lora.loftq import best_factors, loftq_factors
 from peftfast.methods.lora.lora import factors
 from peftfast.quantization.originals import Originals
-from peftfast.rules import optional, torch_dtype
+from peftfast.rules import integer, optional, torch_dtype
 from peftfast.sites.linear import is_quantised, linear_with
 from peftfast.sites.site import is_untouched
 from peftfast.wrapping.inventory import Inventory
@@ -347,6 +347,9 @@ def replace_lora_weights_loftq(
             KeyError: original weights that are not there. Nothing was changed.
     """
     base = _inner(peft_model)
+    iterations = integer(0).enforce(iterations, "iterations")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback is a function of the model and a module's name, got {callback!r}")
     places = [
         (name, layer)
         for name, layer, module in _base_modules(base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import re
 import threading
 import time
 import warnings
@@ -305,6 +306,10 @@ def test_refusals():
                 make_pool(0, **{name: value})
     with pytest.raises(TypeError, match="max_device_bytes must be None or a finite number.*got '1GB'"):
         make_pool(0, max_device_bytes="1GB")
+    for name in ("target_modules", "target_parameters"):
+        for value in (3, ["q_proj", 3]):
+            with pytest.raises(TypeError, match=f"{name} must be a list.*string, got {re.escape(repr(value))}"):
+                make_pool(0, **{name: value})
     with pytest.raises(TypeError, match="prefetch.*a list of names, got 'a1'"):
         pool.prefetch("a1")
     with pytest.raises(TypeError, match="dtype must be None or a floating-point.*got 'bf16'"):

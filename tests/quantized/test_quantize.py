@@ -460,6 +460,14 @@ def test_replace_asks_the_callback(tmp_path):
         asked.append(name)
         return name.endswith("q_proj")
 
+    for options, error in (
+        ({"iterations": -1}, ValueError),
+        ({"iterations": 1.5}, TypeError),
+        ({"callback": 3}, TypeError),
+    ):
+        with pytest.raises(error, match=f"{[*options][0]}.*got {[*options.values()][0]}"):
+            peftfast.replace_lora_weights_loftq(model, dense, **options)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     for iterations in (0, 2):
         peftfast.replace_lora_weights_loftq(model, dense, callback=callback, iterations=iterations)
     assert sorted(set(asked)) == [f"model.layers.{i}.self_attn.{p}" for i in (0, 1) for p in ("k_proj", "q_proj")]
