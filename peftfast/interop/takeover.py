@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftfast.adapter import Adapter
 from peftfast.config import PeftConfig, plain_name
 from peftfast.method import method_for
-from peftfast.sites import Site, make_site
+from peftfast.sites import Site, has_site, make_site
 
 _log = logging.getLogger(__name__)
 _MARK = "_peftfast_takeover"
@@ -146,11 +146,22 @@ class _Fast:
 
     def __init__(self, layer: nn.Module, key: str, configs: Mapping[str, Any] | None) -> None:
         self.key, self.configs = key, configs
-        self.site: Site = make_site(layer.base_layer)
+        self._look_at(layer.base_layer)
+
+    def _look_at(self, base: nn.Module) -> None:
+        """Compute with this base module; a kind that we have no site for is left to PEFT's own forward."""
+        self.base = base
+        self.site: Site | None = make_site(base) if has_site(base) else None
         self._views: dict[str, tuple[Any, Adapter | None]] = {}
 
     def active(self, layer: nn.Module) -> list[Adapter] | None:
-        """The active adapters as ours; None if one of them is of a kind that only PEFT's own forward knows."""
+        """The active adapters as ours; None if one of them, or the base module that others have put into the place of
+        the one before, is of a kind that only PEFT's own forward knows."""
+        base = layer._modules["base_layer"]
+        if base is not self.base:
+            self._look_at(base)
+        if self.site is None:
+            return None
         found = []
         for name in layer.active_adapters:
             holder = layer.lora_A._modules.get(name)
@@ -187,7 +198,7 @@ class _Fast:
     def __deepcopy__(self, memo: dict) -> _Fast:
         new = _Fast.__new__(_Fast)
         new.key, new.configs, new._views = self.key, copy.deepcopy(self.configs, memo), {}
-        new.site = copy.deepcopy(self.site, memo)
+        new.base, new.site = copy.deepcopy((self.base, self.site), memo)
         return new
 
     def __reduce__(self) -> tuple:

@@ -212,6 +212,28 @@ def test_what_others_put_there_acts(options):
         assert largest_difference(found[1][1], found[0][1]) <= 1e-4
 
 
+def test_another_base_module_acts(monkeypatch):
+    """Others quantise, or wrap, the base modules of a model that has adapters; a stale one computed as before."""
+    twin, model = wrapped(peft), peftfast.patch(wrapped(peft))
+    for m in (twin, model):
+        for module in m.modules():
+            if isinstance(module, peft.tuners.lora.Linear):
+                torch.manual_seed(0)
+                module.base_layer = type(module.base_layer)(module.in_features, module.out_features, bias=False)
+    for copied in (model, copy.deepcopy(model)):
+        expected, grads = step(twin)
+        found, found_grads = step(copied)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert largest_difference(found_grads, grads) <= 1e-4
+        assert by_peft(copied, monkeypatch) == 0
+    for m in (twin, model):
+        for module in m.modules():
+            if isinstance(module, peft.tuners.lora.Linear):
+                module.base_layer = torch.nn.Sequential(module.base_layer, torch.nn.Tanh())  # no site of ours
+    torch.testing.assert_close(step(model)[0], step(twin)[0], rtol=1e-4, atol=1e-4)
+    assert by_peft(model, monkeypatch) > 0
+
+
 def test_adapters_of_some_layers(monkeypatch):
     model = peftfast.patch(wrapped(peft))
     model.add_adapter("few", lora(peft, target_modules=["v_proj"]))
