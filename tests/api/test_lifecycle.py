@@ -269,6 +269,27 @@ def test_delete_the_active_one():
     assert pair.ours.active_adapters == ["other"]
 
 
+def test_the_next_one_is_the_same_in_all_layers():
+    """In PEFT each layer chooses, and "c" acts where "b" has nothing."""
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("b", peftfast.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.add_adapter("c", peftfast.LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+    model.set_adapter("b")
+    expected = model(**oracle.inputs(model)).logits
+    model.set_adapter("default")
+    with pytest.warns(UserWarning, match="Setting active adapter to b"):
+        model.delete_adapter("default")
+    assert torch.equal(model(**oracle.inputs(model)).logits, expected)
+
+
+def test_all_linear_leaves_out_the_copies_of_another_adapter():
+    model = peftfast.get_peft_model(oracle.llama(), peftfast.LoraConfig(modules_to_save=["lm_head"]))
+    names = [name for name, _ in model.named_parameters() if "lm_head" in name]
+    model.add_adapter("b", peftfast.LoraConfig(target_modules="all-linear"))
+    assert [name for name, _ in model.named_parameters() if "lm_head" in name] == names
+    assert not any("lm_head" in name for name in model.peft_config["b"].target_modules)
+
+
 @pytest.mark.parametrize("deleted, acts", [("c", "b"), ("b", "a")])
 def test_what_layers_were_told_one_by_one_counts(deleted, acts):
     """As transformers and diffusers switch adapters: deleting one that acts no more leaves the one that does."""
