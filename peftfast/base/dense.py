@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from peftfast.base.offload import stored_weight
+from peftfast.base.offload import at_hand, stored_weight
 from peftfast.base.parameter import ParameterWeight
 from peftfast.base.weight import comes_from, register_format
 from peftfast.sharding import whole_shape
@@ -78,7 +78,7 @@ class DenseWeight(ParameterWeight):
         return [(own, "weight", w.tensors[0])] if own.get("weight") is w.tensors[0] else None
 
     def readable(self) -> Operand:
-        weight = self.module.weight.detach()
+        weight = at_hand(self.module).detach()
         matrix = weight if weight.dim() == 2 else weight.flatten(1)
         return Operand("dense_t" if self.transposed else "dense", [matrix], self.shape, weight.dtype)
 
@@ -104,7 +104,7 @@ class TransposedConvWeight(DenseWeight):
         return None
 
     def readable(self) -> Operand:
-        return Operand("dense", [self.as_matrix(self.module.weight.detach())], self.shape, self.compute_dtype)
+        return Operand("dense", [self.as_matrix(at_hand(self.module).detach())], self.shape, self.compute_dtype)
 
     def seen(self) -> Tensor:
         return self.as_matrix(stored_weight(self.module).detach())

@@ -68,6 +68,12 @@ def stored_weight(module: nn.Module, name: str = "weight", *, write: bool = Fals
     )
 
 
+def at_hand(module: nn.Module, name: str = "weight") -> Tensor:
+    """What `module` has under `name` on the device on which it computes, also while that is away."""
+    here = getattr(module, name)
+    return stored_weight(module, name).to(device_of(module, name)) if here.is_meta and any(_hooks(module)) else here
+
+
 def bring_home(copied: nn.Module, module: nn.Module) -> None:
     """Give a copy of a module values of its own, where the module's are away while it rests: what the copy learns would
     be forgotten with every call."""

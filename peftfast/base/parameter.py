@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftfast.base.offload import device_of, stored_weight
+from peftfast.base.offload import at_hand, device_of, stored_weight
 from peftfast.base.rounding import drawn_float
 from peftfast.base.weight import UsualWeight, kept_copy
 from peftfast.devices import widest
@@ -41,7 +41,8 @@ class ParameterWeight(UsualWeight):
         return device_of(self.module, self.parameter)
 
     def readable(self) -> Operand:
-        return Operand("dense", [self.value.detach().flatten(0, -2)], self.shape, self.compute_dtype)
+        matrix = at_hand(self.module, self.parameter).detach().flatten(0, -2)
+        return Operand("dense", [matrix], self.shape, self.compute_dtype)
 
     def seen(self) -> Tensor:
         stored = stored_weight(self.module, self.parameter).detach()

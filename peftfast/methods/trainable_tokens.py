@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfast.adapter import Adapter
+from peftfast.base.offload import at_hand
 from peftfast.config import PeftConfig, PeftType, checked, register_config, setting
 from peftfast.embeddings import input_embeddings
 from peftfast.errors import enumerate_some
@@ -20,7 +21,7 @@ from peftfast.rules import boolean, either, integer, optional, sequence, text
 from peftfast.sharding import put_together, taken_apart
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.embedding import scaled_by
-from peftfast.sites.site import is_plain
+from peftfast.sites.site import bias_at_hand, is_plain
 
 #: Elements of a table up to which a copy with the rows in it takes less than what is done with these beside it.
 SMALL = 1 << 18
@@ -102,19 +103,20 @@ class TrainableTokens:
     def forward(self, site: Site, x: Tensor, y: Tensor | None, active: Sequence[Adapter]) -> Tensor:
         self.check_together(active)
         m = site.module
-        weight, looks_up = m.weight, isinstance(m, nn.Embedding)
+        weight, looks_up = at_hand(m), isinstance(m, nn.Embedding)
+        bias = None if looks_up else bias_at_hand(m)
         if weight.numel() > SMALL and is_plain(weight) and (not looks_up or site.segmented(x)):
-            y = F.embedding(x, weight, m.padding_idx) if looks_up else F.linear(x, weight, m.bias)
+            y = F.embedding(x, weight, m.padding_idx) if looks_up else F.linear(x, weight, bias)
             for adapter in active:
                 if adapter.setting("token_indices"):
-                    y = (_looked_up if looks_up else _multiplied)(m, x, y, adapter)
+                    y = _looked_up(m, x, y, adapter) if looks_up else _multiplied(x, y, weight, bias, adapter)
             return scaled_by(m, y) if looks_up else y
         for adapter in active:
             weight = weight.index_copy(0, _index(adapter, weight), adapter["trainable_tokens_delta"].to(weight))
         if looks_up:
             y = F.embedding(x, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
             return scaled_by(m, y)
-        return F.linear(x, weight, m.bias)
+        return F.linear(x, weight, bias)
 
     def check_together(self, adapters: Sequence[Adapter]) -> None:
         """Two adapters that replace the same row have no meaning together."""
@@ -144,10 +146,10 @@ def _looked_up(m: nn.Embedding, x: Tensor, y: Tensor, adapter: Adapter) -> Tenso
     return torch.where((places < len(ids)).unsqueeze(-1), own, y)
 
 
-def _multiplied(m: nn.Linear, x: Tensor, y: Tensor, adapter: Adapter) -> Tensor:
+def _multiplied(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     """Products y [..., N] of x [..., K] with the table, with those of the adapter's rows in their places."""
     index = _index(adapter, x)
-    own = F.linear(x, adapter["trainable_tokens_delta"].to(m.weight), None if m.bias is None else m.bias[index])
+    own = F.linear(x, adapter["trainable_tokens_delta"].to(weight), None if bias is None else bias[index])
     return y.index_copy_(-1, index, own) if writable() else y.index_copy(-1, index, own)  # nobody else has y
 
 

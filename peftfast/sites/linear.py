@@ -23,7 +23,7 @@ from peftfast.ops.plan import Way
 from peftfast.ops.routed import RowRoute, routed_linear_add, row_route, runs_segmented
 from peftfast.sites.bound import BoundLora, BoundRuns, Weighted
 from peftfast.sites.holders import linear_holder
-from peftfast.sites.site import Slot, UsualSite, bias_of, is_plain, is_untouched, probe_of, register_site
+from peftfast.sites.site import Slot, UsualSite, bias_at_hand, is_plain, is_untouched, probe_of, register_site
 from peftfast_kernels.decode import Operand
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class LinearSite(UsualSite):
     def magnify(
         self, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, g: Tensor, scale: float, dropout: float
     ) -> Tensor:
-        bias = bias_of(self.module)
+        bias = bias_at_hand(self.module)
         if dropout > 0.0 or composes(x) or not is_plain(x, a, b, bias):
             return super().magnify(x, y, a, b, g, scale, dropout)
         y = self.base(x) if y is None else y

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftfast.base.offload import at_hand
 from peftfast.base.weight import BaseWeight, base_weight
 from peftfast.errors import enumerate_some
 from peftfast.keys import WRAPPED
@@ -356,6 +357,11 @@ def bias_of(module: nn.Module) -> nn.Parameter | None:
     return bias if isinstance(bias, Tensor) else None
 
 
+def bias_at_hand(module: nn.Module) -> Tensor | None:
+    """The same, on the device on which the module computes."""
+    return None if bias_of(module) is None else at_hand(module, "bias")
+
+
 def parts_of(module: nn.Module) -> tuple[str, ...]:
     """Names of the children that an adapter of `module` adapts as well."""
     return next((cls.parts for claims, cls in _SITES if claims(module)), ())
@@ -446,7 +452,7 @@ def composed_magnify(
     """`Site.magnify` in differentiable torch, for any kind of module."""
     y = site.base(x) if y is None else y
     wide = torch.promote_types(y.dtype, g.dtype)
-    bias = bias_of(site.module)
+    bias = bias_at_hand(site.module)
     inputs = site.drop(x, dropout) if dropout > 0.0 else x
     base = as_dtype(y if inputs is x else site.base(inputs), wide)
     if bias is not None:

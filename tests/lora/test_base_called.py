@@ -321,8 +321,8 @@ def test_modules_that_are_called_from_a_list_of_their_parents(monkeypatch):
 accelerate = pytest.importorskip("accelerate")
 
 
-def offloaded(kind, folder):
-    net = Net()
+def offloaded(kind, folder, linear=nn.Linear):
+    net = Net(linear)
     if kind == "cpu":
         accelerate.cpu_offload(net, execution_device=torch.device("cpu"))
     elif kind == "disk":
@@ -357,6 +357,31 @@ def test_offloaded_base(kind, tmp_path):
     loaded = peft.PeftModel.from_pretrained(Net(), tmp_path / "adapter")
     saved = dict(loaded.named_parameters())
     assert all(torch.equal(saved[n], p) for n, p in ours.named_parameters() if "lora_" in n)
+
+
+def pointwise(inputs, outputs):
+    return nn.Conv1d(inputs, outputs, 1)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk", "map"])
+@pytest.mark.parametrize("what", ["DoRA", "dropout", "convolution", "tokens"])
+def test_methods_that_read_the_weights_of_an_offloaded_base(kind, what, tmp_path):
+    """Their place is empty while their module rests, as PEFT's errors say."""
+    linear, x = (pointwise, X.unsqueeze(-1)) if what == "convolution" else (nn.Linear, X)
+    if what == "tokens":
+        cfg = peftfast.LoraConfig(target_modules=["first"], trainable_token_indices={"second": [1, 3]})
+    else:
+        cfg = config(use_dora=True, lora_dropout=0.5 * (what == "dropout"))
+    found = []
+    for place in (None, kind):
+        torch.manual_seed(3)
+        base = Net(linear) if place is None else offloaded(kind, tmp_path, linear)
+        torch.manual_seed(5)
+        model = peftfast.get_peft_model(base, cfg)
+        out = model(x)
+        out.square().sum().backward()
+        found.append([out, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("kind", ["cpu", "disk", "map"])
