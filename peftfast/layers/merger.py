@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.base.offload import stored_weight
 from peftfast.base.rounding import Rounded, check_rounding, store
 from peftfast.base.weight import kept_copy
 from peftfast.devices import widest
@@ -64,6 +65,12 @@ class Merger:
     @property
     def _parameter(self) -> nn.Parameter:
         return getattr(self.layer.get_base_layer(), self.layer.site.parameter)
+
+    @property
+    def _bias(self) -> Tensor | None:
+        """The tensor that holds the bias's values, wherever it is kept."""
+        base = self.layer.base_layer
+        return None if bias_of(base) is None else stored_weight(base, "bias")
 
     @property
     def is_apart(self) -> bool:
@@ -132,13 +139,13 @@ class Merger:
         """Write the base with these adapters in its place."""
         self._store(self.merged(names, check, in_place=not apart), rounding, apart)
         if kept["bias"] is not None:
-            kept["stored_bias"] = kept_copy(self.layer.base_layer.bias, kept["bias"].device.type == "cpu")
+            kept["stored_bias"] = kept_copy(self._bias, kept["bias"].device.type == "cpu")
 
     def _snapshot(self, keep: bool | str, untie: bool) -> dict[str, Any]:
         """What `_restore` needs; of a tied weight the Parameter itself, which nobody writes to."""
         layer = self.layer
         host = keep == "host"
-        bias = bias_of(layer.base_layer)
+        bias = self._bias
         return {
             "parameter": self._parameter if untie else None,
             "weight": layer.site.weight.snapshot(host) if keep and not untie else None,
@@ -292,7 +299,7 @@ class Merger:
 
     def _dense(self, dtype: torch.dtype, weight: Tensor | None = None) -> Dense:
         """The base layer as it is; of the weight a copy, if it is not given."""
-        bias = bias_of(self.layer.base_layer)
+        bias = self._bias
         weight = self.layer.site.weight.dense(dtype) if weight is None else weight
         return Dense(weight, None if bias is None else bias.detach().to(dtype))
 
@@ -307,7 +314,7 @@ class Merger:
         """Whether the largest weight and the longest rows of factors are too small for a value that is not finite: no
         number of a product is larger than its row and its column are long."""
         layer, weight = self.layer, self.layer.site.weight
-        bias, bound = bias_of(layer.base_layer), 0.0
+        bias, bound = self._bias, 0.0
         if weight.quantization or is_distributed(self._parameter) or bias is not None and not is_finite(bias):
             return False
         for adapter in self._adapters(names):
@@ -352,7 +359,7 @@ class Merger:
         self.unsure = True
         self.rounded = store(layer.site.weight, dense.weight, rounding)
         if dense.bias is not None:
-            layer.base_layer.bias.copy_(dense.bias)
+            self._bias.copy_(dense.bias)
 
     @torch.no_grad()
     def _restore_weight(self, kept: dict[str, Any]) -> None:
@@ -369,17 +376,16 @@ class Merger:
 
     @torch.no_grad()
     def _restore(self, kept: dict[str, Any]) -> None:
-        layer = self.layer
         self._restore_weight(kept)
         if kept["bias"] is not None:
             kept["bias"] = self._bias_before(kept)
             kept.pop("stored_bias", None)
-            layer.base_layer.bias.copy_(kept["bias"])
+            self._bias.copy_(kept["bias"])
         self.unsure = False
 
     @torch.no_grad()
     def _bias_before(self, kept: dict[str, Any]) -> Tensor:
-        bias = self.layer.base_layer.bias
+        bias = self._bias
         before = kept["bias"].to(bias)
         return _with_changes(before, kept["stored_bias"].to(bias), bias) if "stored_bias" in kept else before
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.base.offload import at_hand
 from peftfast.base.rounding import ENOUGH, check_rounding
 from peftfast.embeddings import input_embeddings, output_embeddings
 from peftfast.errors import PeftWarning, enumerate_some, warn
@@ -282,7 +283,7 @@ def say_if_untied(model: nn.Module) -> None:
         return
     inputs, outputs = input_embeddings(model), output_embeddings(model)
     if outputs is not None and inputs is not None and outputs.weight is not inputs.weight:
-        if not _are_equal(outputs.weight, inputs.weight):
+        if not _are_equal(at_hand(outputs), at_hand(inputs)):
             config.tie_word_embeddings = False
             _part(outputs, model)
             warn(
