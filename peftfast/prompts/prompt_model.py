@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.base.offload import device_of
 from peftfast.config import PeftConfig, PromptLearningConfig, plain_name
 from peftfast.errors import PeftWarning, warn
 from peftfast.files.beside import KeepsBeside
@@ -110,7 +111,7 @@ def encode(inventory: PromptInventory, name: str, cfg: PeftConfig, strict: bool,
     method.fill_sizes(cfg, model)
     endings = tuple(cfg.modules_to_save or ())
     words = word_embeddings_name(model)
-    encoder = method.encoder(cfg, model).to(model.get_submodule(words).weight.device)
+    encoder = method.encoder(cfg, model).to(device_of(model.get_submodule(words)))
     encoder.words = words
     saved = [n for n in inventory.names if n.endswith(endings)]
     Injection(inventory, name, cfg, method, targets=[], saved=saved).apply()
@@ -454,7 +455,7 @@ def nearest_tokens(
     rows = tuner.encoder(name).prompt_embeddings.detach()
     table = tuner.word_embeddings
     with torch.no_grad():
-        vocabulary = table(torch.arange(table.num_embeddings, device=table.weight.device)).float()
+        vocabulary = table(torch.arange(table.num_embeddings, device=device_of(table))).float()
         if vocabulary.shape[1] != rows.shape[1]:
             raise ValueError(
                 f"Adapter {name!r} ({plain_name(tuner.peft_config[name].peft_type)}) is not made of input "

@@ -50,6 +50,15 @@ def test_compiled(method: str):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("method", [*METHODS])
+def test_a_base_that_is_offloaded(method: str):
+    """Prompts went where the word embeddings are while these rest, which is nowhere."""
+    accelerate = pytest.importorskip("accelerate")
+    away = accelerate.cpu_offload(base("llama"), execution_device=torch.device("cpu"))
+    outputs = [result(ours("llama", method, model)(**batch("llama"))) for model in (away, None)]
+    assert torch.equal(*outputs)
+
+
 # ---- step by step ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 @pytest.mark.parametrize("family", CAUSAL)
