@@ -295,11 +295,11 @@ class RankAllocator:
             if wrong:
                 raise ValueError(f"AdaLoRA's saved schedule does not fit this adapter: {sorted(wrong)[:5]} differ")
             # a copy, because the averages are updated in place
-            averages[kind] = [found[n].to(p.device, copy=True) for n, p in zip(names, parameters, strict=True)]
+            averages[kind] = [_copy_beside(p, found[n]) for n, p in zip(names, parameters, strict=True)]
         self.sensitivity, self.uncertainty = averages["sensitivity"], averages["uncertainty"]
         self.step, self.finished, self.counts = int(state["step"]), bool(state["finished"]), False
         keep = state.get("keep")
-        self._keep = None if keep is None else keep.to(parameters[0].device, copy=True)
+        self._keep = None if keep is None else _copy_beside(parameters[0], keep)
 
     @torch.no_grad()
     def packed(self) -> Tensor:
@@ -343,6 +343,11 @@ class RankAllocator:
             self.cfg.rank_pattern = None
         elif keeps:
             self.cfg.rank_pattern = self.rank_pattern()
+
+
+def _copy_beside(parameter: Tensor, values: Tensor) -> Tensor:
+    """Of values that belong to a parameter; where that has none yet, it will be where they are."""
+    return values.to(values.device if parameter.is_meta else parameter.device, copy=True)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from peftfast.keys import in_base
 from peftfast.methods.adalora import VALUES, AdaLoraConfig
 from peftfast.methods.lora.lora import factors
 from peftfast.methods.rank_allocator import Allocation, RankAllocator, held_by, put_back, replace
-from peftfast.sharding import check_not_partitioned, is_stepped_by_deepspeed, put_together, whole_shape
+from peftfast.sharding import as_copies, check_not_partitioned, is_stepped_by_deepspeed, put_together, whole_shape
 from peftfast.tuners.lora import LoraModel
 
 STATE_FILE = "adalora_state.safetensors"
@@ -350,14 +350,21 @@ class AdaLoraModel(LoraModel):
         What saves a training as a model's and an optimizer's state dict (Lightning, Accelerate, torch's checkpoints, a
         search for a learning rate that starts anew afterwards) knows of no step that a schedule could be given, so the
         schedule has to be in there. Always of the same size, because torch.distributed.checkpoint reads into what the
-        model has.
+        model has; and on a mesh where the factors are, because Accelerate takes all of a sharded model for that.
         """
-        packed = list(self._packed_schedules().values())
-        return torch.cat([p.to(packed[0].device) for p in packed]) if packed else torch.empty(0)
+        packed = self._packed_schedules()
+        if not packed:
+            return torch.empty(0)
+        values, first = list(packed.values()), self._adapters(next(iter(packed)))[0]
+        return as_copies(torch.cat([p.to(values[0].device) for p in values]), first[VALUES])
+
+    #: By its name in the state dict, which Accelerate reads as an attribute.
+    _extra_state = property(get_extra_state)
 
     def set_extra_state(self, state: Tensor) -> None:
         if state.is_meta:
             return
+        state = put_together(state)
         now = self._packed_schedules()
         if len(state) != sum(map(len, now.values())):
             warn(

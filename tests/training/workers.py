@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,22 @@ def shard(model: torch.nn.Module, **options) -> torch.nn.Module:
     for block in [m for m in model.modules() if isinstance(m, LlamaDecoderLayer)]:
         fully_shard(block, **options)
     return fully_shard(model, **options)
+
+
+def by_accelerate(model: torch.nn.Module) -> torch.nn.Module:
+    """By Accelerate's FSDP2, of whose processes only the first has the weights."""
+    import accelerate
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    state = accelerate.PartialState(cpu=True)
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=True,
+    )
+    settings = {"device": state.device, "is_main_process": state.is_main_process, "mixed_precision": "no"}
+    return fsdp2_prepare_model(SimpleNamespace(**settings, state=SimpleNamespace(fsdp_plugin=plugin)), model)
 
 
 class Traffic:
@@ -219,15 +236,17 @@ def adalora(kind: str, folder: Path) -> dict:
 
     world = dist.get_world_size()
 
-    def prepared(sharded: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    def prepared(sharded: bool, state: dict | None = None) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         config = peftfast.AdaLoraConfig(
             init_r=4, target_r=2, tinit=1, tfinal=2, total_step=8, target_modules=["q_proj", "v_proj"]
         )
         torch.manual_seed(0)
         model = peftfast.get_peft_model(llama(), config)
         fill(model)
+        if state is not None:
+            model.load_state_dict(state)
         if sharded:
-            shard(model)
+            model = by_accelerate(model) if kind == "accelerate" else shard(model)
         return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
 
     alone, optimizer = prepared(False)
@@ -235,11 +254,15 @@ def adalora(kind: str, folder: Path) -> dict:
     model, optimizer = prepared(True)
     take_steps(model, optimizer, range(4), world)
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    checkpoint.save(states, checkpoint_id=folder)
-    model, optimizer = prepared(True)
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    checkpoint.load(states, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    if kind == "accelerate":
+        whole = gathered(states["model"])
+        model, optimizer = prepared(True, whole if dist.get_rank() == 0 else None)
+    else:
+        checkpoint.save(states, checkpoint_id=folder)
+        model, optimizer = prepared(True)
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        checkpoint.load(states, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     take_steps(model, optimizer, range(4, 8), world)
     found = {n: p.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
     expected = {n: p for n, p in alone.named_parameters() if p.requires_grad}
