@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -150,6 +152,31 @@ def rejoin(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
             _hang(managed, [*_places(managed), (module, name)])
 
 
+def is_unit_of_fsdp2(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on the module itself."""
+    kind = _fsdp2_class()
+    return kind is not None and isinstance(module, kind)
+
+
+def copy_of(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy` of it without what FSDP2 has made of it and of modules in it, and what it has hung on them, with
+    which they cannot be copied. Shards stay shards."""
+    memo = {} if memo is None else memo
+    units = {part: type(part) for part in module.modules() if is_unit_of_fsdp2(part)}
+    for part in units:
+        for name, kept in part.__dict__.items():
+            if name.startswith("__composable_api") or name.endswith("_hooks"):
+                others = ((k, v) for k, v in kept.items() if not (_is_of_fsdp2(v) or k == "fully_shard"))
+                memo[id(kept)] = OrderedDict(others)
+    try:
+        for part in units:
+            part.__class__ = own_class(part)
+        return copy.deepcopy(module, memo)
+    finally:
+        for part, kind in units.items():
+            part.__class__ = kind
+
+
 def own_class(model: nn.Module) -> type[nn.Module]:
     """A model's class, without the one that `fully_shard` has made of it."""
     return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed."))
@@ -250,8 +277,11 @@ class GatheredAsOne:
 def _hooks_of_fsdp2(module: nn.Module) -> list[Callable]:
     """What FSDP2 has state dicts call on a module of which it manages Parameters, to take them apart."""
     hooks = module._state_dict_pre_hooks
-    made_by = "torch.distributed.fsdp._fully_shard"
-    return [hook for hook in hooks.values() if getattr(hook, "__module__", "").startswith(made_by)] if hooks else []
+    return [hook for hook in hooks.values() if _is_of_fsdp2(hook)] if hooks else []
+
+
+def _is_of_fsdp2(hung: Any) -> bool:
+    return getattr(hung, "__module__", "").startswith("torch.distributed.fsdp._fully_shard")
 
 
 def _groups_of_fsdp2() -> Iterator[Any]:

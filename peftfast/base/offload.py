@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.sharding import put_together
+
 #: Hooks that compute a weight before every call -> the function in torch.nn.utils that ends it.
 _ENDED_BY = {
     "BasePruningMethod": "prune.remove", "WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm",
@@ -69,9 +71,14 @@ def stored_weight(module: nn.Module, name: str = "weight", *, write: bool = Fals
 
 
 def at_hand(module: nn.Module, name: str = "weight") -> Tensor:
-    """What `module` has under `name` on the device on which it computes, also while that is away."""
+    """What `module` has under `name` on the device on which it computes, also while that is away, or taken apart by
+    FSDP2 until the module itself is called."""
     here = getattr(module, name)
-    return stored_weight(module, name).to(device_of(module, name)) if here.is_meta and any(_hooks(module)) else here
+    if type(here) is nn.Parameter and not here.is_meta:  # as nearly always, in every call of some layers
+        return here
+    if here.is_meta and any(_hooks(module)):
+        return stored_weight(module, name).to(device_of(module, name))
+    return put_together(here)
 
 
 def bring_home(copied: nn.Module, module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from peftfast.layers.layer import OF_ONE_MODULE, BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.rows.control import Control
 from peftfast.rows.routing import Routing
-from peftfast.sharding import is_distributed, put_together, whole, whole_shape
+from peftfast.sharding import copy_of, is_distributed, put_together, whole, whole_shape
 from peftfast.sites import Dense
 from peftfast.sites.linear import is_quantised, linear_with
 
@@ -186,7 +185,7 @@ def _trainable_copy(module: nn.Module, tied: nn.Parameter | None = None) -> nn.M
     file, and what FSDP2 has taken apart is whole, because FSDP2 knows nothing of the copy. With `tied` as its weight,
     which is that of another copy."""
     dense_tied = tied is not None and not is_quantised(module)
-    copied = copy.deepcopy(module, {id(module.weight): tied} if dense_tied else None)
+    copied = copy_of(module, {id(module.weight): tied} if dense_tied else None)
     bring_home(copied, module)
     for part in copied.modules():
         for name, p in part._parameters.items():

@@ -13,6 +13,7 @@ from peftfast.keys import ends_of
 from peftfast.layers.layer import BaseTunerLayer
 from peftfast.layers.stand_in import StandIn
 from peftfast.method import AdapterMethod
+from peftfast.sharding import is_unit_of_fsdp2
 from peftfast.sites.parameter import ParameterSite
 from peftfast.wrapping.inventory import Inventory
 from peftfast.wrapping.targets import say_misfits
@@ -155,6 +156,11 @@ def _check_parameter(module: nn.Module, key: str, name: str) -> None:
     value: Tensor = getattr(module, name)
     if not value.is_floating_point() or value.element_size() < 2:
         raise ValueError(f"{key}.{name} is stored as {value.dtype}; Parameters are adapted in 16 bits or more only")
+    if is_unit_of_fsdp2(module):
+        raise ValueError(
+            f"{key}.{name}: FSDP2 has taken {key} apart by itself and puts it together for this module's calls alone, "
+            "in the place of what an adapter makes of the Parameter. Add the adapter before fully_shard"
+        )
     try:
         ParameterSite(module, name)
     except ValueError as e:

@@ -456,10 +456,11 @@ def prompt(kind: str, folder: Path) -> dict:
 def late(kind: str, folder: Path) -> dict:
     """Adapters that come to a model which FSDP2 has sharded and evaluated: how far outputs are from those of one
     process, and what is trainable then."""
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     options = {"target_modules": ["q_proj"], "init_lora_weights": False}
     kinds = {"plain": {}, "tokens": {"trainable_token_indices": [3, 5]}, "saved": {"modules_to_save": ["lm_head"]}}
+    kind, *units = kind.split("+")
 
     def run(model: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
@@ -480,7 +481,12 @@ def late(kind: str, folder: Path) -> dict:
         assert is_distributed(model.unload().model.norm.weight) == isinstance(base, FSDPModule)
 
     base, trainable = llama(), []
+    for unit in (base.model.embed_tokens, base.lm_head) if units else ():
+        fully_shard(unit)
     run(shard(base))
+    if units:
+        with pytest.raises(ValueError, match="lm_head.weight.*Add the adapter before fully_shard"):
+            peftfast.get_peft_model(base, lora(peftfast, target_parameters=["lm_head.weight"]))
     for changes in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
         with pytest.raises(RuntimeError, match="Add it before fully_shard"):
             peftfast.get_peft_model(base, lora(peftfast, **changes))
@@ -529,13 +535,17 @@ def deleted(kind: str, folder: Path) -> dict:
 def partly(kind: str, folder: Path) -> dict:
     """Merging where FSDP2 has taken the base apart and not the adapter, which came later from a file, or the adapter
     and not the base, which it was told to ignore: how far outputs are from those of one process."""
+    from torch.distributed.fsdp import fully_shard
+
     changes = {
         "lora": {"lora_bias": True},
         "dora": {"use_dora": True},
+        "units": {"use_dora": True},
         "pissa": {"init_lora_weights": "pissa"},
         "kasa": {"kasa_config": peftfast.KasaConfig()},
         "ia3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     }[kind]
+    biased = kind in ("lora", "units")
 
     def build() -> torch.nn.Module:
         torch.manual_seed(0)
@@ -543,7 +553,7 @@ def partly(kind: str, folder: Path) -> dict:
             config = peftfast.IA3Config(**changes, init_ia3_weights=False, task_type="CAUSAL_LM")
         else:
             config = lora(peftfast, **changes)
-        model = peftfast.get_peft_model(llama(attention_bias=kind == "lora", mlp_bias=kind == "lora"), config)
+        model = peftfast.get_peft_model(llama(attention_bias=biased, mlp_bias=biased), config)
         for name, p in model.named_parameters():
             if p.requires_grad and kind != "pissa":
                 p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
@@ -560,7 +570,9 @@ def partly(kind: str, folder: Path) -> dict:
     expected = dict(enumerate(results(build())))
     build().save_pretrained(folder, is_main_process=dist.get_rank() == 0)
     dist.barrier()
-    base = llama(attention_bias=kind == "lora", mlp_bias=kind == "lora")
+    base = llama(attention_bias=biased, mlp_bias=biased)
+    for unit in [m for m in base.modules() if kind == "units" and isinstance(m, torch.nn.Linear)]:
+        fully_shard(unit)
     late = peftfast.PeftModel.from_pretrained(shard(base), folder)
     errors = [largest_difference(dict(enumerate(results(late))), expected)]
     model = build()
