@@ -31,8 +31,11 @@ class _Beside(Adapter):
 def beside(layer: BaseTunerLayer, name: str, base: Tensor | None) -> Adapter:
     """An adapter of `layer` for sums with `base`, or with whole tensors (None), whatever FSDP2 has taken apart."""
     adapter = layer.adapters[name]
-    apart = any(map(is_distributed, adapter.parameters().values()))
-    # torch gives no tensor another shape whose shards would not be of one size: by expert, or by block
+    tensors = adapter.parameters().values()
+    apart = any(map(is_distributed, tensors))
+    # torch gives no tensor another shape whose shards would not be of one size: by expert, or by block, and a vector of
+    # channels, [1, C, ...], is all in one shard
     regrouped = not layer.site.adapts_output or getattr(adapter.method, "in_blocks", False)
+    regrouped = regrouped or any(t.dim() > 2 and t.shape[0] == 1 for t in tensors)
     alike = apart == is_distributed(base) and not (apart and regrouped)
     return adapter if alike else _Beside(adapter, layer, base)

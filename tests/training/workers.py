@@ -658,10 +658,11 @@ class Uneven(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stack = torch.nn.Bilinear(8, 8, 3)  # has a weight of three matrices
+        self.mix = torch.nn.Conv1d(3, 3, 1)
         self.up, self.head = torch.nn.Linear(3, 9), torch.nn.Linear(9, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.up(self.stack(x, x)))
+        return self.head(self.up(self.mix(self.stack(x, x).unsqueeze(-1)).squeeze(-1)))
 
 
 def uneven(kind: str, folder: Path) -> dict:
@@ -675,6 +676,7 @@ def uneven(kind: str, folder: Path) -> dict:
             "r": 3,
             "use_bdlora": peftfast.BdLoraConfig(target_modules_bd_b=["up"], nblocks=3),
         },
+        "channels": {"target_modules": ["mix"], "r": 2, "use_dora": True},
     }[kind]
 
     def build() -> torch.nn.Module:
