@@ -119,6 +119,16 @@ def to_shards(model: nn.Module) -> None:
             hook(module, "", True)
 
 
+def reduce_what_trains() -> None:
+    """After adapters are made trainable: with the first forward FSDP2 decides for good in which dtypes it reduces the
+    gradients of a unit and keeps them, and where nothing of the unit trains then, as in a forward of the reference in
+    preference learning, in those of the forward."""
+    for group in _groups_of_fsdp2():
+        undecided = getattr(group, "_orig_dtype", torch.float32) is None
+        if undecided and any(parameter.sharded_param.requires_grad for parameter in group.fsdp_params):
+            group._init_mp_dtypes()
+
+
 def let_go(container: Any, name: str) -> bool:
     """Before a Parameter is deleted from a container, or another is put in its place: FSDP2 puts those that it manages
     back to where it found them whenever it takes them apart or puts them together, over what is there by then. This one

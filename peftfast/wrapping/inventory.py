@@ -19,6 +19,7 @@ from peftfast.sharding import (
     is_sharded_by_fsdp2,
     is_stepped_by_deepspeed,
     is_stepped_by_zero3,
+    reduce_what_trains,
     to_shards,
 )
 from peftfast.sites.site import bias_of, is_bias
@@ -187,6 +188,7 @@ class Inventory(Listing):
             wrapper.set_adapter(names, inference_mode)
         self._trainable = trainable
         self.active = list(names)
+        reduce_what_trains()
 
     def activate_added(self, name: str, inference_mode: bool) -> None:
         """Make an adapter that was just added the active one; of the others, what was trainable stays so."""
@@ -250,6 +252,7 @@ class Inventory(Listing):
         for _, wrapper in self.wrappers():
             wrapper.set_requires_grad(names, requires_grad)
         self._trainable = self._trainable.union(names) if requires_grad else self._trainable.difference(names)
+        reduce_what_trains()
 
     def enable(self, enabled: bool) -> None:
         """Switch all adapters on or off."""
@@ -257,6 +260,7 @@ class Inventory(Listing):
         for _, wrapper in self.wrappers():
             wrapper.enable_adapters(enabled)
         self.enabled = enabled
+        reduce_what_trains()
 
     def _make_ready(self, enabled: bool) -> None:
         """Before adapters are switched. Off, a merged layer takes them out of its weight when it is called, which FSDP2
@@ -300,6 +304,7 @@ class Inventory(Listing):
                 for p in (parameter, now.get(where, parameter)):  # FSDP2 may have put it together, see `to_shards`
                     p.requires_grad_(True)
             self.enabled = enabled
+            reduce_what_trains()
 
         try:
             try:

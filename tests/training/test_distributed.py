@@ -19,6 +19,7 @@ FSDP2 = ["plain", "plain+checkpointing", "saved+offload", "nf4", "bf16"]
 DRAWS = range(3)
 EVALUATED = ["ends", "saved", "tokens"]
 LATE = ["plain", "tokens", "saved", "tokens+units", "saved+units"]
+REFERENCE = ["disabled", "off", "other"]
 ROWS = ["layers", "prompts"]
 UNITS = ["1", "2", "layers"]
 DELETED = ["ia3", "tokens"]
@@ -38,7 +39,7 @@ DDP = ["plain", "nf4", "saved"]
 def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All runs of two processes, from one start of them."""
     folder = tmp_path_factory.mktemp("two")
-    kinds = {"rows": ROWS}
+    kinds = {"rows": ROWS, "reference": REFERENCE}
     kinds |= {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2 + MIXED, "units": UNITS, "adalora": ADALORA}
     kinds |= {"evaluated": EVALUATED, "late": LATE, "prompt": ["MLP", "LSTM"], "optimizers": OPTIMIZERS}
     kinds |= {"around": AROUND, "averaged": ["shards", "whole"], "deleted": DELETED}
@@ -133,6 +134,14 @@ def test_adapters_of_bare_parameters_stay_deleted(two, kind):
     """FSDP2 put them back with its next step, in the place of later ones of the name."""
     _, ranks = two
     assert all(result[f"deleted:{kind}"]["error"] < 1e-5 for result in ranks)
+
+
+@pytest.mark.parametrize("kind", REFERENCE)
+def test_mixed_precision_after_a_forward_in_which_nothing_trains(two, kind):
+    """FSDP2 kept to the dtypes of that forward, in which no gradient fits its Parameter; PEFT fails so."""
+    _, ranks = two
+    for result in ranks:
+        assert result[f"reference:{kind}"] == {"error": 0.0, "dtypes": ["torch.float32"]}
 
 
 def test_processes_that_have_samples_of_different_adapters(two):

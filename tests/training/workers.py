@@ -388,6 +388,35 @@ def evaluated(kind: str, folder: Path) -> dict:
     return results
 
 
+def reference(kind: str, folder: Path) -> dict:
+    """Gradients in mixed precision where the first forward is one in which nothing trains, as that of the reference in
+    preference learning: how far they are from those without it, and their dtypes."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    def gradients(first: bool) -> dict[str, torch.Tensor]:
+        model = model_of("plain")
+        model.add_adapter("second", lora(peftfast))
+        shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        with torch.no_grad():
+            if first and kind == "disabled":
+                with model.disable_adapter():
+                    model(**share("plain"))
+            elif first and kind == "off":
+                model.base_model.disable_adapter_layers()
+                model(**share("plain"))
+                model.base_model.enable_adapter_layers()
+            elif first:
+                model.set_adapter("second", inference_mode=True)
+                model(**share("plain"))
+                model.set_adapter("default")
+        model(**share("plain")).loss.backward()
+        return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+
+    found = gradients(True)
+    error = largest_difference(found, gradients(False))
+    return {"error": error, "dtypes": sorted({str(gradient.dtype) for gradient in found.values()})}
+
+
 def rows(kind: str, folder: Path) -> dict:
     """Training with an adapter for every sample where processes have samples of different adapters, or of none: how far
     gradients are from those of one process."""
@@ -780,6 +809,7 @@ RUNS = {
     "fsdp1": fsdp1,
     "fsdp2": fsdp2,
     "units": units,
+    "reference": reference,
     "rows": rows,
     "adalora": adalora,
     "evaluated": evaluated,
