@@ -444,6 +444,14 @@ def rows(kind: str, folder: Path) -> dict:
             p.requires_grad_("prompt_encoder" in name or "modules_to_save" in name)
         return model.train()
 
+    def kasa() -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = peftfast.get_peft_model(llama(), lora(peftfast, kasa_config=peftfast.KasaConfig()))
+        model.add_adapter("other", model.peft_config["default"])
+        fill(model)
+        model.set_requires_grad(["default", "other"])
+        return model.train()
+
     def gradients(model: torch.nn.Module, parts: int, names: list[str]) -> dict[str, torch.Tensor]:
         own = names if parts == 1 else names[2 * dist.get_rank() :][:2]
         inputs = {k: v.chunk(parts)[dist.get_rank() % parts] for k, v in batch(4).items()}
@@ -452,15 +460,26 @@ def rows(kind: str, folder: Path) -> dict:
         model.zero_grad()
         return found
 
-    build = {"layers": build, "prompts": prompts}[kind]
+    build = {"layers": build, "prompts": prompts, "kasa": kasa}[kind]
     model, alone, errors = build(), build(), []
     fully_shard(model.get_base_model().model.layers[0])
     fully_shard(model)
-    first = "__base__" if kind == "layers" else "other"
+    first = "other" if kind == "prompts" else "__base__"
+    if kind == "kasa":  # what is kept of the base is made anew where samples need it
+        for one in (model, alone):
+            peftfast.set_base_model_state_dict(one, llama(1).state_dict())
     for names in ([first] * 2 + ["other", "default"], ["default"] * 2 + ["other"] * 2):
         expected = gradients(alone, 1, names)
         found = gradients(model, 2, names)
         errors.append(largest_difference({n: found[n] for n in expected}, expected))
+        if kind == "kasa":
+            with torch.no_grad():
+                merged = []
+                for one in (model, alone):
+                    one.merge_adapter()
+                    merged.append({"merged": one(**batch(4)).logits})
+                    one.unmerge_adapter()
+            errors.append(largest_difference(*merged))
     return {"error": max(errors)}
 
 

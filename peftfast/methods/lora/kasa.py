@@ -31,7 +31,7 @@ from peftfast.methods.lora.lora import (
     widened,
 )
 from peftfast.ops.orthogonality import orthogonality
-from peftfast.sharding import as_copies, put_together
+from peftfast.sharding import as_copies, is_distributed, put_together
 from peftfast.sites import Dense, Site, Slot
 from peftfast.sites.bound import BoundLora
 
@@ -188,7 +188,10 @@ class Kasa(Lora):
     def as_product(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
         """See `Additive`: of twice the rank, for the base as it is."""
         a, b = super().as_product(adapter)
-        down, up = (as_copies(part.to(a.dtype), a) for part in _components(adapter.site, adapter))
+        site, weight = adapter.site, None
+        if is_distributed(site.module._parameters.get("weight")) and not adapter.merged:
+            weight = wide_weight(site)  # by all processes, of which some may have kept what their samples needed
+        down, up = (as_copies(part.to(a.dtype), a) for part in _components(site, adapter, weight))
         return torch.cat([a, down]), torch.cat([b, up], dim=1)
 
     def describe(self, cfg: LoraConfig, key: str, tensors: Mapping[str, Tensor]) -> str:
