@@ -11,7 +11,8 @@ import os
 import reprlib
 import typing
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,6 +104,21 @@ def checked(cls: _C) -> _C:
     return cls
 
 
+@functools.cache
+def _checks(cls: type) -> list[tuple[str, Rule, Any]]:
+    """The fields of a checked dataclass that have a rule: name, rule, and the default, which needs no check where the
+    rule keeps it as it is."""
+    found = []
+    for f in fields(cls):
+        rule = rule_of(f)
+        if rule is not None:
+            kept = MISSING
+            with suppress(TypeError, ValueError):
+                kept = rule.enforce(f.default, f.name)
+            found.append((f.name, rule, kept if kept is f.default else MISSING))
+    return found
+
+
 def check_fields(config: Any) -> None:
     """Hold every field of a checked dataclass to its rule, and keep it as the rule has it.
 
@@ -110,13 +126,13 @@ def check_fields(config: Any) -> None:
         TypeError: a value of the wrong type. ValueError: a value out of range. Both name class, field, value and what
             is expected.
     """
-    for f in fields(config):
-        rule = rule_of(f)
-        if rule is not None:
-            value = getattr(config, f.name)
-            kept = rule.enforce(value, f"{type(config).__name__}.{f.name}")
-            if kept is not value:
-                setattr(config, f.name, kept)
+    for name, rule, default in _checks(type(config)):
+        value = getattr(config, name)
+        if value is default:
+            continue
+        kept = rule.enforce(value, f"{type(config).__name__}.{name}")
+        if kept is not value:
+            setattr(config, name, kept)
 
 
 class CheckedFields:
@@ -278,7 +294,7 @@ class PeftConfigMixin:
         require_flag(strict, "strict")
         hub, values = cls._split_hub_arguments(kwargs)
         path = find_config(pretrained_model_name_or_path, subfolder, **hub)
-        known = config_fields()  # other arguments are for whoever else was given them, as in PEFT
+        known = config_fields() if values else ()  # others are for whoever else was given them, as in PEFT
         values = {k: v for k, v in values.items() if k in known}
         stored = _read_json(path)
         ignored = {k: v for k, v in values.items() if k in stored and stored[k] != _plain(v)}

@@ -199,7 +199,7 @@ def find_file(
             raise ValueError(f"{part!r} leaves the adapter's folder; give a path inside {str(model_id)!r}")
     local = os.path.join(model_id, subfolder) if subfolder else os.fspath(model_id)
     if os.path.isdir(model_id):
-        if not Path(local).resolve().is_relative_to(Path(model_id).resolve()):
+        if subfolder and not Path(local).resolve().is_relative_to(Path(model_id).resolve()):
             raise ValueError(f"{subfolder!r} is a link that leaves the adapter's folder {str(model_id)!r}")
         return _unfinished(Path(local), name) or _existing(os.path.join(local, name))
     if os.path.exists(model_id):

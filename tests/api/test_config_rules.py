@@ -21,6 +21,7 @@ from peftfast.methods.lora.settings import (
     LoftQConfig,
     LoraGAConfig,
 )
+from peftfast.rules import Rule
 
 config_class("LORA")  # registers every method
 
@@ -337,6 +338,19 @@ def test_a_config_made_of_the_dict_of_another():
     config = peftfast.LoraConfig(runtime_config=peftfast.LoraRuntimeConfig(ephemeral_gpu_offload=True), r=3)
     again = peftfast.LoraConfig(**dataclasses.asdict(config))
     assert again == config and again.runtime_config.ephemeral_gpu_offload
+
+
+def test_reading_a_config_checks_what_is_not_the_default(tmp_path, monkeypatch):
+    """Most fields are never set; to check all of them took longer than all the rest of reading a config."""
+    peftfast.LoraConfig(r=4).save_pretrained(tmp_path)
+    checked, enforce = [], Rule.enforce
+    monkeypatch.setattr(Rule, "enforce", lambda self, value, name: checked.append(name) or enforce(self, value, name))
+    config = peftfast.PeftConfig.from_pretrained(tmp_path)
+    assert config.r == 4 and "LoraConfig.r" in checked
+    assert len(checked) < len(dataclasses.fields(config)) / 2
+    config.use_dora = "yes"
+    with pytest.raises(TypeError, match="use_dora must be True or False, got 'yes'"):
+        config.validate()
 
 
 def test_saving_is_deterministic(tmp_path):
