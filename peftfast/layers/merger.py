@@ -33,6 +33,10 @@ _UNSURE = (
 )
 
 
+#: Elements of a weight that is merged into in less time than it takes to see without values whether it can be.
+_SMALL = 1 << 20
+
+
 def _with_changes(kept: Tensor, stored: Tensor, now: Tensor) -> Tensor:
     """A bias as before merging, with what was added since it was `stored`: with `bias="all"` it trains also while
     adapters are merged. What nothing changed has the bits that it had."""
@@ -155,14 +159,12 @@ class Merger:
 
     @torch.no_grad()
     def check(self, names: Sequence[str], passed: set[tuple], dense: bool = False) -> None:
-        """Raise what merging these adapters would raise for their kind, without computing anything.
+        """Raise what merging these adapters would raise for their kind, without writing anything.
 
         Args:
             passed: the kinds of other layers that may be merged, to which this one's is added.
             dense: the weight will be dense by then, however it is stored now.
         """
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         layer = self.layer
         if not dense:
             check_decodable(layer)
@@ -175,18 +177,34 @@ class Merger:
         kind = self._kind(bias, names)
         if kind in passed and not is_distributed(own):
             return
+        adapters = self._adapters(names)
+        if self._is_soon_merged(adapters, own):
+            self.merged(names, check=False)
+        else:
+            self._merge_without_values(adapters, own, bias)
+        passed.add(kind)
+
+    def _is_soon_merged(self, adapters: Sequence[Adapter], own: Tensor | None) -> bool:
+        """Whether forming the merged weight takes no longer than finding out without values that nothing speaks against
+        it, which is milliseconds, and at first the import of half of torch."""
+        if self.layer.site.weight.quantization or type(own) is not nn.Parameter or own.is_meta:
+            return False
+        return own.numel() <= _SMALL and not any(hasattr(type(one.method), "before_merging") for one in adapters)
+
+    def _merge_without_values(self, adapters: Sequence[Adapter], own: Tensor | None, bias: Tensor | None) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        shape, device = self.layer.site.weight.shape, self.layer.site.weight.device
         with FakeTensorMode(allow_non_fake_inputs=True):
-            device = layer.site.weight.device
-            weight = taken_apart(torch.empty(layer.site.weight.shape, device=device), own)
+            weight = taken_apart(torch.empty(shape, device=device), own)
             bias = None if bias is None else taken_apart(torch.empty(bias.shape, device=device), bias)
             base = Dense(weight, bias)
-            for name in names:
+            for adapter in adapters:
                 try:
-                    list(self._steps(base, [name]))
+                    list(self._steps(base, [adapter]))
                 except RuntimeError as e:
                     if type(e) in (RuntimeError, NotImplementedError):  # others say that values would be needed
                         raise
-        passed.add(kind)
 
     def _kind(self, bias: Tensor | None, names: Sequence[str]) -> tuple:
         """What decides whether adapters can be merged, where their values do not."""
@@ -229,11 +247,11 @@ class Merger:
                 "beside it, or name other modules in target_modules."
             )
 
-    def _steps(self, base: Dense, names: Sequence[str]) -> Iterator[tuple[list[str], Dense]]:
-        """The adapters, each, or all together, with the weight that it and those before it are in."""
-        layer, adapters = self.layer, self._adapters(names)
+    def _steps(self, base: Dense, adapters: Sequence[Adapter]) -> Iterator[tuple[list[str], Dense]]:
+        """The names of adapters, each, or all together, with the weight that it and those before it are in."""
+        layer = self.layer
         if base.spare and len(adapters) > 1:
-            yield list(names), adapters[0].method.merged_together(layer.site, base, adapters)
+            yield [one.name for one in adapters], adapters[0].method.merged_together(layer.site, base, adapters)
             return
         dense = base
         for method in dict.fromkeys(adapter.method for adapter in adapters):
@@ -258,8 +276,8 @@ class Merger:
     def merged(self, names: Sequence[str], check: bool, in_place: bool = False) -> Dense:
         """The base with these adapters, wide, with `in_place` in the place of the base where that is as wide;
         ValueError, if `check`, for one that makes a value not finite."""
-        weight = self.layer.site.weight
-        dtype, once = weight.merge_dtype, self._in_one_step(names)
+        weight, adapters = self.layer.site.weight, self._adapters(names)
+        dtype, once = weight.merge_dtype, self._in_one_step(adapters)
         if once:  # which rounds once
             dtype = torch.promote_types(weight.compute_dtype, torch.float32)
         stored = self._stored(dtype) if in_place and once and not check else None
@@ -267,7 +285,7 @@ class Merger:
         base = dense = self._dense(dtype, stored)
         if once and not is_distributed(dense.weight):
             base = dense._replace(spare=True)
-        for inside, dense in self._steps(base, names):
+        for inside, dense in self._steps(base, adapters):
             if check:
                 self._check_finite(dense, inside)
         return dense
@@ -280,10 +298,9 @@ class Merger:
         seen = weight.seen()
         return seen if seen.data_ptr() == self._parameter.data_ptr() else None
 
-    def _in_one_step(self, names: Sequence[str]) -> bool:
+    def _in_one_step(self, adapters: Sequence[Adapter]) -> bool:
         """Whether these add products of factors that are one product together, or all scale the weight, or are one that
         rounds few times."""
-        adapters = self._adapters(names)
         methods = {adapter.method for adapter in adapters}
         if len(methods) != 1:
             return False
@@ -449,7 +466,7 @@ class Merger:
                 change = layer.site.delta(*(factor.to(wide) for factor in pair))
             else:  # a small change of a large weight is lost in the difference of two fp32 sums
                 base = self._dense(widest(layer.site.weight.device))
-                ((_, dense),) = self._steps(base, [adapter])
+                ((_, dense),) = self._steps(base, self._adapters([adapter]))
                 change = (dense.weight - base.weight).to(wide)
         stored = getattr(layer.get_base_layer(), layer.site.parameter, change)  # some formats have no such Parameter
         if layer.site.weight.transposed:

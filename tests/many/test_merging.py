@@ -317,6 +317,7 @@ def test_a_safe_merge_for_good_copies_no_weight(kind, monkeypatch):
     base = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False))
     model = random_adapters(peftfast.get_peft_model(base, config))
     expected = copy.deepcopy(model).merge_and_unload()
+    monkeypatch.setattr(merger, "_SMALL", 0)
     for name in ("snapshot", "dense"):
         monkeypatch.setattr(DenseWeight, name, lambda *_: pytest.fail("a weight was copied"))
     merged = model.merge_and_unload(safe_merge=True)
@@ -340,7 +341,9 @@ def test_a_safe_merge_refuses_what_its_dtype_cannot_hold_and_nothing_else(sign, 
         assert layer.weight[3, 5] == 50000.0
 
 
-def test_merging_for_good_is_checked_before_anything_is_written():
+@pytest.mark.parametrize("small", [0, merger._SMALL], ids=["without values", "with values"])
+def test_merging_for_good_is_checked_before_anything_is_written(small, monkeypatch):
+    monkeypatch.setattr(merger, "_SMALL", small)
     model = two()
     before = weights(model)
     broken = model.base_model.model.model.layers[1].mlp.down_proj.lora_B["two"].weight
@@ -361,6 +364,19 @@ def test_merging_for_good_is_checked_before_anything_is_written():
     with pytest.raises(RuntimeError, match="the base layer has no bias"):
         model.merge_and_unload()
     assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_whether_small_weights_can_be_merged_is_not_asked_of_fake_tensors(options, monkeypatch):
+    """Which took longer than all the rest of merging for good, and a second to import."""
+
+    class Asked(Exception): ...
+
+    monkeypatch.setattr("torch._subclasses.fake_tensor.FakeTensorMode", Asked)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **options)
+    model = oracle.randomised(peftfast.get_peft_model(oracle.llama(bias=True), config))
+    expected = oracle.logits(model)
+    torch.testing.assert_close(oracle.logits(model.merge_and_unload()), expected)
 
 
 def test_names_that_come_one_by_one_are_merged_in_every_layer():
