@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from peftfast.config import PeftConfig
 from peftfast.sites import Site, Slot
 from peftfast.sites.called import CalledSite, Holders
+from peftfast.sites.site import is_written_over
 from peftfast.watch import Place
 
 if TYPE_CHECKING:
@@ -100,9 +100,7 @@ class Adapter:
         """Whether a factor's module has got a `forward` or a bias of its own: for graphs, which then are made anew."""
         for slot in self.pair if self.holders is not None else ():
             owner = self._where[slot][2]
-            forward = owner.forward  # asked so that torch's graphs go by it, which know of no __self__
-            own = isinstance(forward, MethodType) and forward.__func__ is type(owner).forward
-            if not own or owner._parameters.get("bias") is not None and not self.holders.biased:
+            if is_written_over(owner) or owner._parameters.get("bias") is not None and not self.holders.biased:
                 return True
         return False
 

@@ -23,7 +23,16 @@ from peftfast.ops.plan import Way
 from peftfast.ops.routed import RowRoute, routed_linear_add, row_route, runs_segmented
 from peftfast.sites.bound import BoundLora, BoundRuns, Weighted
 from peftfast.sites.holders import linear_holder
-from peftfast.sites.site import Slot, UsualSite, bias_at_hand, is_plain, is_untouched, probe_of, register_site
+from peftfast.sites.site import (
+    Slot,
+    UsualSite,
+    bias_at_hand,
+    is_plain,
+    is_untouched,
+    is_written_over,
+    probe_of,
+    register_site,
+)
 from peftfast_kernels.decode import Operand
 
 if TYPE_CHECKING:
@@ -163,6 +172,8 @@ class LinearSite(UsualSite):
     def product(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Operand, Tensor | None] | None:
         """Weight and bias, if calling the module with x, under autocast to `autocast`, is x Wᵀ + bias and no more."""
         if not self._known_forward or not is_untouched(self.module):
+            return None
+        if torch.compiler.is_compiling() and is_written_over(self.module):
             return None
         # an attribute of a module is a slow lookup; sharded and parametrised modules need it
         kept = self.module._parameters

@@ -411,6 +411,13 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
+def is_written_over(module: nn.Module) -> bool:
+    """Whether it has a `forward` of its own: for graphs of torch's, which go by what is asked for, but not by what is
+    looked for in a `__dict__`."""
+    module.forward  # noqa: B018
+    return "forward" in module.__dict__
+
+
 _PRODUCTS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 
 

@@ -202,6 +202,9 @@ def test_graphs_do_not_ask_of_all_that_could_be_done_to_the_factors_modules(monk
         (entry,) = _debug_get_cache_entry_list(call.__code__)
         assert "holders.watch" not in str(entry.guard_manager)
         layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+        layer.base_layer.forward = lambda x: 2 * torch.nn.functional.linear(x, layer.base_layer.weight)
+        torch.testing.assert_close(compiled(), call())
+        del layer.base_layer.forward
         layer.lora_B["default"].bias = torch.nn.Parameter(torch.ones(layer.out_features))
         torch.testing.assert_close(compiled(), call())
         layer.lora_B["default"].bias = None
