@@ -31,7 +31,9 @@ class Adapter:
         slots: slot name -> Slot, in the method's order.
     """
 
-    __slots__ = ("name", "cfg", "key", "slots", "method", "_layer", "_where", "pair", "_dropouts", "holders")
+    __slots__ = (
+        "name", "cfg", "key", "slots", "method", "_layer", "_held", "_bare", "pair", "kept", "_dropouts", "holders",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -44,8 +46,12 @@ class Adapter:
     ) -> None:
         self.name, self.cfg, self.key, self.method, self.slots = name, cfg, key, method, slots
         self._layer = weakref.ref(layer)  # an `Owner` in fewer steps
-        # of every slot: the dict and key of its Parameter, the module of that dict, and the dict and key of this module
-        self._where: dict[str, tuple[dict[str, Any], str, nn.Module, dict[str, Any], str]] = {}
+        # of every slot what has it by this adapter's name: a dict of modules, or the module of bare tensors. What is on
+        # the way from there is not kept, because graphs would ask in every call, in Python, whether it is that still
+        self._held: dict[str, dict[str, nn.Module]] = {}
+        self._bare: dict[str, nn.Module] = {}
+        #: what the layer keeps besides tensors and others may put something new in the place of, by name
+        self.kept: Mapping[str, Any] = {}
         self._dropouts: Mapping[str, nn.Module] = {}
         #: the modules of the factors and of dropout, None where the factors are bare Parameters
         self.holders: Holders | None = None
@@ -54,20 +60,18 @@ class Adapter:
 
     def locate(self) -> None:
         """Find the Parameters' places anew, after modules were added or replaced."""
-        self._where.clear()
-        kept = self._layer()._modules
+        self._held.clear()
+        self._bare.clear()
+        layer = self._layer()
+        self.kept, kept = getattr(layer, "replaceable", self.kept), layer._modules
         self._dropouts = kept["lora_dropout"]._modules if "lora_dropout" in kept else {}
         held, biased = [], []
         for slot_name, slot in self.slots.items():
             container = kept[slot_name]
             if slot.holder is None:
-                tensors = container._buffers if slot.buffer else container._parameters
-                self._where[slot_name] = (tensors, self.name, container, kept, slot_name)
+                self._bare[slot_name] = container
                 continue
-            holder, place = container[self.name], (container._modules, self.name)
-            for leaf in slot.parameters():
-                where = slot_name if leaf == "weight" else f"{slot_name}.{leaf}"
-                self._where[where] = (holder._parameters, leaf, holder, *place)
+            self._held[slot_name] = container._modules
             if slot_name in self.pair:
                 held.append(container._modules)
                 if slot.bias is not None:
@@ -99,19 +103,23 @@ class Adapter:
     def _written_over(self) -> bool:
         """Whether a factor's module has got a `forward` or a bias of its own: for graphs, which then are made anew."""
         for slot in self.pair if self.holders is not None else ():
-            owner = self._where[slot][2]
+            owner = self._held[slot][self.name]
             if is_written_over(owner) or owner._parameters.get("bias") is not None and not self.holders.biased:
                 return True
         return False
 
     def _found(self, slot: str) -> tuple[dict[str, Any], str, nn.Module]:
-        """Where a slot's Parameter is kept now: others may have put another module there."""
-        parameters, key, owner, above, name = self._where[slot]
-        if above.get(name) is not owner:
-            self.locate()
-            self._layer()._plan = None
-            parameters, key, owner, _, _ = self._where[slot]
-        return parameters, key, owner
+        """Where a slot's Parameter is kept now, and by which module: others may have put another module there."""
+        above = self._held.get(slot)
+        if above is not None:
+            owner = above[self.name]
+            return owner._parameters, "weight", owner
+        owner = self._bare.get(slot)
+        if owner is not None:
+            return owner._parameters or owner._buffers, self.name, owner
+        slot, _, leaf = slot.partition(".")
+        owner = self._held[slot][self.name]
+        return owner._parameters, leaf, owner
 
     def __getitem__(self, slot: str) -> Tensor:
         """The tensor of a slot ("lora_A"), or the bias of a slot's holder ("lora_B.bias")."""
@@ -120,21 +128,23 @@ class Adapter:
         # parametrised or sharded modules keep the tensor elsewhere and answer by attribute
         return getattr(owner, key) if value is None else value
 
+    def __iter__(self) -> Iterator[str]:
+        """The slots, and what is in a slot's holder besides its weight."""
+        for name, slot in self.slots.items():
+            for leaf in ["weight"] if slot.holder is None else slot.parameters():
+                yield name if leaf == "weight" else f"{name}.{leaf}"
+
     def places(self) -> Iterator[Place]:
         """Where its Parameters hang, and what hangs there; None where that is not where they are kept."""
-        for where in tuple(self._where):
+        for where in self:
             parameters, key, owner = self._found(where)
             yield parameters, key, parameters.get(key)
-            slot_name, _, leaf = where.partition(".")
-            if not leaf and self.slots[slot_name].holder is not None:
-                yield getattr(self._layer(), slot_name)._modules, self.name, owner
-
-    def __contains__(self, slot: str) -> bool:
-        return slot in self._where
+            if where in self._held:
+                yield self._held[where], self.name, owner
 
     def parameters(self) -> Mapping[str, Tensor]:
         """All tensors, by slot name."""
-        return {slot: self[slot] for slot in tuple(self._where)}
+        return {slot: self[slot] for slot in self}
 
     def cell(self, slot: str) -> tuple[dict[str, Any], str] | None:
         """The dict and the key where a slot's Parameter is kept, None if it is kept elsewhere."""
@@ -144,11 +154,6 @@ class Adapter:
     def settings_of(self, name: str) -> Mapping[str, Any]:
         """What the layer keeps under `name` for every adapter."""
         return getattr(self._layer(), name)
-
-    @property
-    def kept(self) -> Mapping[str, Any]:
-        """What the layer keeps besides tensors and others may put something new in the place of, by name."""
-        return self._layer().replaceable
 
     def setting(self, name: str) -> Any:
         """What the layer keeps for this adapter under `name`: a rank, a scaling, a dropout module."""
@@ -191,7 +196,7 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        return self._layer().scaling[self.name]
+        return self.kept["scaling"][self.name]
 
     @property
     def dropout(self) -> float:

@@ -343,13 +343,16 @@ def reads_base(cfg: PeftConfig) -> bool:
 M = TypeVar("M", bound=type)
 
 METHODS: list[AdapterMethod] = []
+#: The same by the names of their classes.
+BY_NAME: dict[str, AdapterMethod] = {}
 
 
 def register_method(cls: M) -> M:
     """Class decorator: the one registration that configs, injection, files and merging look methods up in. Later
     registrations are asked first, so variants register after what they vary."""
     cls.__reduce__ = _reduce
-    METHODS.insert(0, cls())
+    BY_NAME[cls.__name__] = method = cls()
+    METHODS.insert(0, method)
     return cls
 
 
@@ -360,7 +363,7 @@ def _reduce(self: AdapterMethod) -> tuple:
 
 
 def _registered(cls: type) -> AdapterMethod:
-    return next(method for method in METHODS if type(method) is cls)
+    return BY_NAME[cls.__name__]
 
 
 def method_for(cfg: PeftConfig) -> AdapterMethod:

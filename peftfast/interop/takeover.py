@@ -141,6 +141,16 @@ def _reason_to_leave(layer: nn.Module) -> str | None:
     return None
 
 
+class _View(Adapter):
+    """An adapter of a layer of PEFT's, which does not say what is put in the place of its dicts."""
+
+    __slots__ = ()
+
+    @property
+    def scale(self) -> float:
+        return self._layer().scaling[self.name]
+
+
 class _Fast:
     """Our view of one layer of PEFT's."""
 
@@ -186,7 +196,7 @@ class _Fast:
             method = method_for(cfg)
             settings = method.settings(self.site, cfg, self.key)
             slots = method.slots(self.site, cfg, {**settings, "r": layer.r[name]})
-            adapter = Adapter(name, cfg, self.key, method, slots, layer)
+            adapter = _View(name, cfg, self.key, method, slots, layer)
             adapter.locate()
         except (AttributeError, KeyError, TypeError, ValueError):
             return None  # a variant that we do not have

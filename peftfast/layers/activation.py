@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from peftfast.interop.counterpart import HasCounterpart
-from peftfast.rows.control import Control
+from peftfast.rows.control import ANY_MODEL, RECOMPUTING, Control
+from peftfast.rows.routing import Routing
 
 
 class HasActivation(HasCounterpart):
@@ -24,6 +25,11 @@ class HasActivation(HasCounterpart):
     @property
     def disable_adapters(self) -> bool:
         return self._disable_adapters
+
+    @property
+    def _routing(self) -> Routing | None:
+        """Which adapter acts on which sample of the call under way; None: the active ones on all."""
+        return self.control.routing if ANY_MODEL.routes or RECOMPUTING else None
 
     def share(self, control: Control) -> None:
         """Follow `control`, as all layers of the model do."""

@@ -75,7 +75,7 @@ class AttentionLayer(ChangingLayer):
         return self.parameter()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out_proj, routing = self.base_layer.out_proj, self.control.routing
+        out_proj, routing = self.base_layer.out_proj, self._routing
         y = attend(self.base_layer, self.in_proj_weight, out_proj.weight, args, kwargs)
         if routing is None or self._disable_adapters:
             return y

@@ -36,7 +36,7 @@ class CalledLayer:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base module's output with the active adapters; extra arguments go to the base module."""
-        routing = self.control.routing
+        routing = self._routing
         if routing is not None and not self._disable_adapters:
             return routing.reaching(self._routed(routing, x, args, kwargs), self)
         # a compiler that read the plan would guard on whether an eager call has made it yet
@@ -113,7 +113,7 @@ class CalledLayer:
         """The active adapters that are not inside the weight already, in order, neighbours of one method together."""
         active: list[Adapter] = []
         if not self._disable_adapters:
-            names, inside = self.active_adapters, self.__dict__["_merged"]
+            names, inside = self.active_adapters, self._merged
             active = [self.adapters[n] for n in names if n in self.adapters and n not in inside]
         for adapter in active:
             # a compiler cannot follow this into a checkpointed block, and where a tensor hangs is known by then

@@ -45,7 +45,7 @@ class ChangingLayer(BaseTunerLayer):
         """What the adapters in force add to the Parameter."""
         if self._disable_adapters and self.merged:
             self.unmerge()
-        routing = self.control.routing
+        routing = self._routing
         if routing is not None and not self._disable_adapters:
             steps = self._routed_steps(routing)
         else:
@@ -147,7 +147,7 @@ class ParameterLayer(ChangingLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the changes of all layers around it that are in force."""
-        routing = self.control.routing
+        routing = self._routing
         if routing is None or self._disable_adapters:
             return self._changed(args, kwargs)
         y = self._routed(routing, args, kwargs)

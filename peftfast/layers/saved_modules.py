@@ -109,7 +109,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        routing = self.control.routing
+        routing = self._routing
         if routing is None or self._disable_adapters:
             return self._standing_in()(*args, **kwargs)
         if routing.slots is not None:
@@ -137,7 +137,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def _standing_in(self) -> nn.Module:
         """In a batch of several adapters the module itself: no copy's weight is that of all samples."""
-        names, routing = self.active_adapters, self.control.routing
+        names, routing = self.active_adapters, self._routing
         if routing is not None:
             alike = routing.slots is None and routing.uniform
             names = [name for name in routing.names if name in self._adapters] if alike else []
@@ -266,7 +266,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     def _in_force(self, layer: BaseTunerLayer) -> list[Adapter]:
         """The adapters that a call now would have for all rows alike, without those inside the weight."""
-        routing = self.control.routing
+        routing = self._routing
         if routing is None or self._disable_adapters:
             return [adapter for _, adapters in layer._steps() for adapter in adapters]
         alike = routing.slots is None and routing.uniform

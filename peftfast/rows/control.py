@@ -59,14 +59,24 @@ class _ThisThread(threading.local):
         self.notes: Mapping[str, Any] = _NO_NOTES
 
 
+class _AnyModel(threading.local):
+    def __init__(self) -> None:
+        self.routes = False  # in this thread
+
+
+#: What a layer asks before it asks its own model's control: of that a graph would ask for every layer, in Python and in
+#: every call, whether it is the model's.
+ANY_MODEL = _AnyModel()
+#: By backward pass and control, one that fails until its graph is gone; a text: why nothing can be run again in it.
+RECOMPUTING: dict[tuple[int, Control], weakref.ref[_Batch] | str] = {}
+
+
 class Control:
     """The routing that is in force and what was noted of the inputs, shared by all layers of one model and separate for
     every thread."""
 
     def __init__(self) -> None:
         self._local = _ThisThread()
-        # by backward pass, one that fails until its graph is gone; a text: why nothing can be run again in it
-        self._recomputing: dict[int, weakref.ref[_Batch] | str] = {}
         self._has_followed = False
         self._mixes: dict[tuple[str, ...], Mixes] = {}
         self._promises = self._unseen = 0
@@ -76,7 +86,7 @@ class Control:
     @property
     def routing(self) -> Routing | None:
         routing = self._local.routing
-        if routing is None and self._recomputing:
+        if routing is None and RECOMPUTING:
             routing = self._recomputed().routing
         # compiled layers of a model that is not compiled itself must not see what the host knows
         if routing is None or torch.compiler.is_compiling() or routing.seen is None:
@@ -86,7 +96,7 @@ class Control:
     def noted(self, name: str) -> Any:
         """What the method of adapter `name` noted of the inputs of the call under way; None: nothing."""
         notes = self._local.notes
-        if not notes and self._recomputing:
+        if not notes and RECOMPUTING:
             notes = self._recomputed().notes
         return notes.get(name)
 
@@ -110,22 +120,22 @@ class Control:
         Raises:
             RuntimeError: the backward pass under way goes through several batches, or one of other active adapters.
         """
-        task = torch._C._current_graph_task_id()
-        batch = self._recomputing.get(task, _NO_BATCH)
+        own = torch._C._current_graph_task_id(), self
+        batch = RECOMPUTING.get(own, _NO_BATCH)
         if isinstance(batch, str):
-            del self._recomputing[task]  # this backward pass ends here, without what it does at its end
+            del RECOMPUTING[own]  # this backward pass ends here, without what it does at its end
             raise RuntimeError(batch)
         return batch() or _PLAIN
 
     @contextmanager
     def use(self, routing: Routing | None) -> Iterator[None]:
         """While this is open, layers called from this thread follow `routing`."""
-        before = self._local.routing
-        self._local.routing = routing
+        before, routed = self._local.routing, ANY_MODEL.routes
+        self._local.routing, ANY_MODEL.routes = routing, True
         try:
             yield
         finally:
-            self._local.routing = before
+            self._local.routing, ANY_MODEL.routes = before, routed
 
     def verdicts(self, routing: Routing) -> Verdicts:
         """What is known in this forward about the mixes of the adapters it names."""
@@ -213,16 +223,16 @@ class Control:
             switched = acting is not None and acting != in_force()
             if plain and not switched and not self._has_followed:
                 return
-            task = torch._C._current_graph_task_id()
+            own = torch._C._current_graph_task_id(), self
 
             def end(*_: Any) -> None:
-                self._recomputing.pop(task, None)
+                RECOMPUTING.pop(own, None)
 
-            known = self._recomputing.setdefault(task, weakref.ref(batch, end))
+            known = RECOMPUTING.setdefault(own, weakref.ref(batch, end))
             if switched:
-                self._recomputing[task] = _SWITCHED
+                RECOMPUTING[own] = _SWITCHED
             elif not isinstance(known, str) and not batch.is_that_of(known() or batch):
-                self._recomputing[task] = _SEVERAL
+                RECOMPUTING[own] = _SEVERAL
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
         for tensor in _tensors(output):

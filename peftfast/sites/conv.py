@@ -25,7 +25,6 @@ class ConvSite(UsualSite):
     """y = W * x + bias with x [B, Cin, ...] and y [B, Cout, ...], or without B; W is seen as [Cout, Cin · kernel]."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
         self.weight = base_weight(module)
         self._ones = (1,) * len(module.kernel_size)
         self._conv = _CONV[len(self._ones) - 1]

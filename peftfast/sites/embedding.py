@@ -41,7 +41,6 @@ class EmbeddingSite(UsualSite):
     gates = True
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
         self.weight = base_weight(module)
         if type(module).forward is not nn.Embedding.forward:
             self._check_looks_up()

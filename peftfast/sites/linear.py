@@ -69,7 +69,6 @@ class LinearSite(UsualSite):
     gates = True
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
         self.weight = base_weight(module)
         # a subclass may compute anything in its forward; only the classes themselves are known to be a plain product
         self._known_forward = type(module) in (nn.Linear, *self.weight.fusable_modules) or (
@@ -171,13 +170,14 @@ class LinearSite(UsualSite):
 
     def product(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Operand, Tensor | None] | None:
         """Weight and bias, if calling the module with x, under autocast to `autocast`, is x Wᵀ + bias and no more."""
-        if not self._known_forward or not is_untouched(self.module):
+        module = self.module
+        if not self._known_forward or not is_untouched(module):
             return None
-        if torch.compiler.is_compiling() and is_written_over(self.module):
+        if torch.compiler.is_compiling() and is_written_over(module):
             return None
         # an attribute of a module is a slow lookup; sharded and parametrised modules need it
-        kept = self.module._parameters
-        bias = kept["bias"] if "bias" in kept else self.module.bias
+        kept = module._parameters
+        bias = kept["bias"] if "bias" in kept else module.bias
         if is_plain(x, bias):
             w = self.weight.operand(x, autocast)
             if w is not None and w.tensors[0].device == x.device and is_plain(*w.tensors):

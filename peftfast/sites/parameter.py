@@ -47,7 +47,7 @@ class ParameterSite(UsualSite):
     adapts_output = False
 
     def __init__(self, module: nn.Module, parameter: str) -> None:
-        self.module, self.parameter = module, parameter
+        self.parameter = parameter
         self.weight = ParameterWeight(module, parameter)
         shape = whole_shape(self.weight.value)
         if len(shape) not in (2, 3):

@@ -102,15 +102,20 @@ class UsualSite:
     in_peft: bool = True
 
     @property
+    def module(self) -> nn.Module:
+        """What is adapted. In one place: of two, a graph would ask in Python, in every call, whether it is the same."""
+        return self._weight.module
+
+    @property
     def weight(self) -> BaseWeight:
         """How the adapted Parameter is stored; other libraries change that in place (torchao's `quantize_`)."""
-        if type(self.module._parameters.get("weight")) is not self._stored_as:
+        if type(self._weight.module._parameters.get("weight")) is not self._stored_as:
             self._look_again()
         return self._weight
 
     @weight.setter
     def weight(self, stored: BaseWeight) -> None:
-        self._weight, self._stored_as = stored, type(self.module._parameters.get("weight"))
+        self._weight, self._stored_as = stored, type(stored.module._parameters.get("weight"))
 
     def _look_again(self) -> None:
         now = self.module._parameters.get("weight")

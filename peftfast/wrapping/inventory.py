@@ -13,7 +13,7 @@ from peftfast.errors import PeftWarning, check_present, enumerate_some, warn
 from peftfast.keys import PREFIX
 from peftfast.layers.layer import Place
 from peftfast.layers.walk import base_parameters
-from peftfast.method import AdapterMethod, method_for
+from peftfast.method import BY_NAME, AdapterMethod, method_for
 from peftfast.sharding import (
     gather_without_wrapper,
     is_sharded_by_fsdp2,
@@ -47,7 +47,7 @@ class Inventory(Listing):
         self.numbers: dict[str, int] = {}
         self.replication: Replication | None = None
         self._next_number = 0
-        self._methods: dict[str, tuple[PeftConfig, AdapterMethod]] = {}
+        self._methods: dict[str, tuple[PeftConfig, str]] = {}
         self._places: dict[str, list[Place]] = {}
         self._number_tables: dict[torch.device, tuple[dict[str, int], tuple[str, ...], Tensor]] = {}
         self._trainable: set[str] = set()  # adapters that set_adapter or set_requires_grad made trainable
@@ -60,16 +60,17 @@ class Inventory(Listing):
         self.configs[name] = cfg
         self._places.pop(name, None)  # of an adapter of the name that was deleted layer by layer
         self._give_number(name)
+        self.method_of(name)  # now, not in a graph that would guard on all that methods ask configs for
 
     def method_of(self, name: str) -> AdapterMethod:
         """The method of an adapter; every forward of the model asks, and the methods would be asked one by one."""
-        cfg = self.configs[name]
-        if torch.compiler.is_compiling():  # a graph would depend on whether anybody has asked before
-            return method_for(cfg)
-        known = self._methods.get(name)
-        if known is None or known[0] is not cfg:
-            known = self._methods[name] = cfg, method_for(cfg)
-        return known[1]
+        cfg, known = self.configs[name], self._methods.get(name)
+        if known is not None and known[0] is cfg:
+            return BY_NAME[known[1]]
+        method = method_for(cfg)
+        if not torch.compiler.is_compiling():
+            self._methods[name] = cfg, type(method).__name__
+        return method
 
     def _give_number(self, name: str) -> None:
         others = {n: number for n, number in self.numbers.items() if n != name}  # it may have been deleted elsewhere
@@ -182,7 +183,7 @@ class Inventory(Listing):
                 _switch(self._places_of(name), name in trainable)
         for layer in self.layers.values():
             state = layer.__dict__
-            state["_active_adapter"] = names
+            state["_active_adapter"] = [*names]  # of its own, or graphs ask in Python whether it is the others' as well
             state["_plan"] = None
         for wrapper in self.extras.values():
             wrapper.set_adapter(names, inference_mode)
@@ -418,9 +419,6 @@ class Inventory(Listing):
             self.restore_layers()
         gather_without_wrapper(self.model)
         return self.model
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_methods": {}}  # there is one object of every method
 
 
 #: Where a base model keeps the inventory of its adapters, whoever has put them in.

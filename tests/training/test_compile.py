@@ -215,6 +215,29 @@ def test_graphs_do_not_ask_of_all_that_could_be_done_to_the_factors_modules(monk
         assert not torch.allclose(before, call())
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(peftfast, target_modules=["0", "1"], task_type=None),
+        lora(peftfast, target_modules=["0", "1"], task_type=None, use_dora=True),
+        peftfast.AdaLoraConfig(target_modules=["0", "1"], total_step=9),
+    ],
+    ids=["LoRA", "DoRA", "AdaLoRA"],
+)
+def test_graphs_ask_nothing_of_two_objects_of_a_layer(config):
+    """Torch does that in Python, in every call: whether they are the same. Nor do they choose a method anew."""
+    model = peftfast.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)), config)
+
+    def call():
+        return model(torch.ones(2, 6))
+
+    torch.compile(call, backend="eager", fullgraph=True)()
+    (entry,) = _debug_get_cache_entry_list(call.__code__)
+    guards = str(entry.guard_manager)
+    asked = [line for line in guards.splitlines() if "LAMBDA_GUARD" in line and "['1']" in line]
+    assert not asked and ".METHODS" not in guards
+
+
 def test_a_compiled_model_saves_and_loads(tmp_path):
     model = make("plain")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
