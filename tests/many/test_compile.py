@@ -77,6 +77,15 @@ def test_going_back_to_an_adapter_compiles_nothing():
     assert counter.frame_count <= 3
 
 
+def test_layers_that_are_compiled_after_an_eager_call_of_the_batch():
+    """As transformers compiles the steps of `generate` with a static cache: what is kept of factors is in no graph."""
+    model, batch, mix = three(), oracle.inputs(oracle.llama(), batch=3), ["one", "two", BASE]
+    with torch.no_grad(), model.base_model.routed(mix, (), batch):
+        expected = model.model(**batch).logits
+        call, _ = compiled(model.model, "eager")
+        torch.testing.assert_close(call(**batch).logits, expected)
+
+
 def test_compiled_layers_of_an_eager_model_do_not_depend_on_the_numbers():
     """The host reads numbers that lie on the CPU; what is compiled inside must not."""
     model = three()

@@ -134,9 +134,10 @@ def remembered(adapters: Sequence[Adapter], verdicts: Verdicts | None, pair: Pai
     `model.base_model.forget_stacks()`.
 
     Args:
-        verdicts: whether what is kept still holds; None: nothing is kept, and `adapters` may be any sequence.
+        verdicts: whether what is kept still holds; None: nothing is kept, and `adapters` may be any sequence. So in a
+            graph, also of layers that are compiled inside of a model whose routing has some.
     """
-    if verdicts is None:
+    if verdicts is None or torch.compiler.is_compiling():
         known = Remembered(adapters, pair)
         known.stack = known.build() if known.alike else None
         return known
