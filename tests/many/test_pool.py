@@ -224,7 +224,8 @@ def test_errors_lose_no_slot():
         "wrong shape": ((cfg, {**tensors, key: torch.zeros(8, 31)}), ValueError, "do not fit"),
         "missing": ("/nonexistent/adapter", Exception, "nonexistent"),
         "raises": ((cfg, Slow(tensors, 0.0, error=OSError("disk is gone"))), OSError, "disk is gone"),
-        "ia3": ((peftfast.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), {}), ValueError, "ia3"),
+        "ia3": ((peftfast.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), {}), ValueError, "cannot hold"),
+        "codes": ((cfg, {k: t.to(torch.int8) for k, t in tensors.items()}), ValueError, "int8 .* no factors' dtypes"),
         "dora": ((LoraConfig(use_dora=True, target_modules=["q_proj"]), tensors), ValueError, "vector.*save_as_lora"),
         "bias": ((LoraConfig(lora_bias=True, target_modules=["q_proj"]), tensors), ValueError, "has.*lora_bias at"),
     }

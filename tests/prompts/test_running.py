@@ -278,6 +278,23 @@ def test_kept_prompt_is_of_this_precision(method: str):
                 assert torch.equal(encoder.virtual_tokens(), copy.deepcopy(encoder).virtual_tokens())
 
 
+@pytest.mark.parametrize("method", ["mlp", "lstm", "projected"])
+def test_a_network_of_which_a_part_is_frozen_trains_in_evaluation(method: str):
+    """After it was kept, too; and what is moved holds on to nothing where it was."""
+    model, inputs = double("llama", method).eval(), batch("llama")
+    encoder = model.prompt_encoder["default"]
+    encoder.embedding.requires_grad_(False)
+    with torch.no_grad():
+        model(**inputs)
+    kept = weakref.ref(encoder._kept[2])
+    model.float()
+    assert kept() is None
+    with torch.no_grad():
+        model(**inputs)
+    found = gradients(model, inputs)
+    assert found and all(gradient.any() for gradient in found.values())
+
+
 def test_several_networks_at_once():
     """`vmap` over a network's Parameters, whose memory nobody can ask for."""
     model, inputs = double("llama", "mlp").eval(), {"input_ids": batch("llama")["input_ids"]}
@@ -392,6 +409,15 @@ def test_rows_have_their_own_copies_of_modules(family: str, method: str):
         for names in (["second", "default", "third"], *([name] * 3 for name in alone)):
             for row, (got, name) in enumerate(zip(call(adapter_names=names), names, strict=True)):
                 assert_same(got.double(), alone[name][row].double())
+
+
+def test_each_adapters_own_copy_of_the_embeddings_reads_the_tokens():
+    """Also of one that is added beside another with a copy."""
+    model = ours("llama", "prompt", modules_to_save=["embed_tokens"])
+    model.add_adapter("second", config(peftfast, "prompt", "llama", modules_to_save=["embed_tokens"]))
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        assert gradients(model, batch("llama"))[f"base_model.model.embed_tokens.modules_to_save.{name}.weight"].any()
 
 
 def test_rows_train_their_own_prompts():
