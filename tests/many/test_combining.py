@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
+from unittest.mock import Mock
 
 import oracle
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import peftfast
 from peftfast import AdaLoraConfig, IA3Config, LoraConfig
 from peftfast.methods.combination import KINDS
+from peftfast.methods.lora.lora import Lora
 
 NAMES, WEIGHTS = ["default", "two", "three"], [0.7, -0.4, 1.5]
 CONV = ["embed", "conv1", "conv2", "conv3", "linear", "head"]
@@ -95,8 +97,8 @@ def test_equals_pefts_on_linear_layers(kind, same_masks):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "density" in arguments(kind)])
 def test_one_adapter_is_scaled_and_needs_no_density(kind):
     twins = three()
-    for model in (twins.ours, twins.theirs):
-        model.base_model.add_weighted_adapter(["three"], [0.5], "mix", combination_type=kind)
+    for model, one in ((twins.ours, "three"), (twins.theirs, ["three"])):  # a name means a list of it
+        model.base_model.add_weighted_adapter(one, [0.5], "mix", combination_type=kind)
     same_products(twins, 6)
 
 
@@ -298,7 +300,7 @@ def test_ia3_vectors_add_up_as_in_peft():
         assert torch.equal(got[name], value)
 
 
-def test_refusals_change_nothing():
+def test_refusals_change_nothing(monkeypatch):
     model = three(ranks=(2, 4, 4)).ours
     before = copy.deepcopy(dict(model.named_parameters()))
     base = model.base_model
@@ -328,6 +330,9 @@ def test_refusals_change_nothing():
     refused(ValueError, "majority_sign_method", NAMES, WEIGHTS, "mix", majority_sign_method="loud")
     refused(ValueError, "Found no adapter", [], [], "mix")
     refused(ValueError, "'.'", NAMES, WEIGHTS, "a.b", combination_type="cat")
+    with monkeypatch.context() as patch:  # in the middle of it
+        patch.setattr(Lora, "combine", Mock(side_effect=KeyboardInterrupt("combined")))
+        refused(KeyboardInterrupt, "combined", NAMES, WEIGHTS, "mix", combination_type="cat")
     with pytest.warns(UserWarning, match="exists already"):
         base.add_weighted_adapter(NAMES, WEIGHTS, "two")
     with pytest.warns(UserWarning, match="no pruning will be performed"):
@@ -358,6 +363,8 @@ def reloaded(model, tmp_path, name):
             {"layers_to_transform": [1], "layers_pattern": "layers", "target_modules": ["v_proj"]},
             {"0.self_attn.q_proj", "0.self_attn.k_proj", "1.self_attn.v_proj"},
         ),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, {}, {"q_proj", "k_proj"}),
+        ({}, {"modules_to_save": ["lm_head"]}, {"q_proj", "k_proj"}),
         ({"exclude_modules": ["k_proj"]}, {}, {"q_proj", "k_proj"}),
         ({}, {"exclude_modules": [r"0.self_attn.k_proj"]}, {"q_proj", "k_proj"}),
         ({"exclude_modules": r".*\.0\..*"}, {"exclude_modules": r".*\.k_proj"}, {"1.self_attn.k_proj", "q_proj"}),
@@ -375,6 +382,7 @@ def test_the_config_names_the_modules_of_all(first, second, names, tmp_path):
         assert torch.equal(logits, live)
     assert set(config["target_modules"]) == names
     assert all(config[name] is None for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    assert config["modules_to_save"] == second.get("modules_to_save")
 
 
 @pytest.mark.filterwarnings("ignore")

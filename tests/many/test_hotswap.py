@@ -139,11 +139,17 @@ def test_adapters_of_embeddings_whose_files_have_the_base_beside_them(tmp_path, 
 @pytest.mark.parametrize("named", [False, True], ids=["", "config named"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}, {"use_dora": True}],
-    ids=["plain", "rslora", "patterns", "dora"],
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"use_dora": True},
+        {"lora_alpha": 2.7},
+    ],
+    ids=["plain", "rslora", "patterns", "dora", "fraction"],
 )
 def test_what_has_room_for_other_ranks_is_saved_as_it_is(tmp_path, options, named):
-    path, logits = saved(tmp_path, "first", r=4, lora_alpha=8, **options)
+    path, logits = saved(tmp_path, "first", **{"r": 4, "lora_alpha": 8, **options})
     model = peftfast.PeftModel.from_pretrained(oracle.llama(), path)
     for layer in model.base_model.inventory.layers.values():
         layer.set_scale("default", 0.5)  # which is not for the file
@@ -313,9 +319,11 @@ def test_refusals_change_nothing(tmp_path):
     torch.nn.utils.parametrizations.weight_norm(factor)
     refused(ValueError, "layers.1.self_attn.v_proj.lora_A.default.weight is made of other tensors", second, "default")
     torch.nn.utils.parametrize.remove_parametrizations(factor, "weight")
-    model.base_model.merge_adapter()
-    refused(ValueError, "currently merged into the base weights", second, "default")
-    model.base_model.unmerge_adapter()
+    some = model.base_model.model.model.layers[1].self_attn.v_proj
+    for merge in (model.base_model.merge_adapter, some.merge):  # one layer is enough
+        merge()
+        refused(ValueError, "currently merged into the base weights", second, "default")
+        model.base_model.unmerge_adapter()
     with pytest.raises(ValueError, match="original rank is larger"):
         peftfast.prepare_model_for_compiled_hotswap(model, target_rank=2)
     before = {name: p.shape for name, p in model.named_parameters()}
