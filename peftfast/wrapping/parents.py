@@ -52,7 +52,7 @@ def _only_reads(cls: type[nn.Module], leaf: str, unless_quantized: bool = False)
         if unless_quantized and "_is_quantized" in code.co_consts:
             reads = True
             continue
-        if path[:1] in ([], [None]):
+        if path[0] is None:
             return False
         reads |= when_called and path[0] == "weight" and not _DESCRIPTIONS.intersection(path[1:])
     return reads
