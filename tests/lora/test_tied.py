@@ -375,10 +375,10 @@ def test_rows_that_come_to_differ_are_merged_together():
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-@pytest.mark.parametrize("order", [["tied", "own"], ["own", "tied"]], ids=" ".join)
+@pytest.mark.parametrize("order", [["tied", "own"], ["own", "tied"], ["own", "tied", "also"]], ids=" ".join)
 def test_rows_of_a_heads_own_beside_rows_that_it_shares(order, low_cpu_mem_usage, tmp_path):
     """Every adapter is tied, or not, by itself: none is given another's rows, in whatever order they come."""
-    rows = {"tied": [1, 5], "own": {"embed_tokens": [3, 7], "lm_head": [2]}}
+    rows = {"tied": [1, 5], "also": [4, 6], "own": {"embed_tokens": [3, 7], "lm_head": [2]}}
     configs = {n: {"target_modules": ["q_proj"], "trainable_token_indices": rows[n]} for n in order}
     alone = {}
     for name in order:
@@ -386,9 +386,10 @@ def test_rows_of_a_heads_own_beside_rows_that_it_shares(order, low_cpu_mem_usage
         randomise(model)
         model.eval().save_pretrained(tmp_path)
         alone[name] = logits(model)
-    first, second = order
+    first, *others = order
     model = peftfast.PeftModel.from_pretrained(oracle.llama(tied=True), tmp_path / first, first)
-    model.load_adapter(tmp_path / second, second, low_cpu_mem_usage=low_cpu_mem_usage, strict=True)
+    for name in others:
+        model.load_adapter(tmp_path / name, name, low_cpu_mem_usage=low_cpu_mem_usage, strict=True)
     embedding, head = (module.token_adapter.trainable_tokens_delta for module in tables(model))
     assert head["own"].shape[0] == 1 and embedding["own"].shape[0] == 2 and head["tied"] is embedding["tied"]
     for again in (False, True):
@@ -419,6 +420,15 @@ def test_a_tied_embedding_is_matched(name, embedding, tmp_path):
     torch.testing.assert_close(logits(again), logits(model))
     expected = logits(model)
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_is_declared_tied_follows_while_it_has_a_weight_of_its_own():
+    """As in PEFT: it will be tied when the model is loaded again."""
+    for library in (peft, peftfast):
+        base = seeded(MODELS["llama tied"])
+        base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.clone())
+        library.get_peft_model(base, library.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
+        assert "default" in base.lm_head.lora_A
 
 
 @pytest.mark.parametrize(

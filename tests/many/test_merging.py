@@ -206,6 +206,15 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
+def test_an_adapter_that_one_layer_has_merged_is_deleted_nowhere():
+    model = two()
+    layers = model.base_model.inventory.layers.values()
+    [*layers][-1].merge(adapter_names=["two"])
+    with pytest.raises(ValueError, match="Cannot delete adapter.*two.* while they are merged"):
+        model.delete_adapter("two")
+    assert list(model.peft_config) == ["default", "two"] and sum("two" in layer.adapters for layer in layers) == 4
+
+
 def test_nothing_is_half_done_when_a_later_layer_cannot_be_merged():
     model = two()
     before = weights(model)
