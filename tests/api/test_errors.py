@@ -1,9 +1,11 @@
 """Bad input: a clear error that names the thing, and a model that is as it was before."""
 
 import json
+import os
 import re
 import shutil
 import warnings
+from contextlib import nullcontext
 
 import numpy
 import oracle
@@ -16,6 +18,7 @@ from torch import nn
 import peftfast
 from peftfast import AdapterLoadError, AdapterMismatchWarning, LoraConfig, NoMatchingPeftModuleError
 from peftfast.files.fit import holds
+from peftfast.files.metadata import check_sizes
 from peftfast.optimizers import create_loraplus_optimizer
 
 QV = ["q_proj", "v_proj"]
@@ -460,6 +463,10 @@ BROKEN = {
     "unknown type": (edit_config(peft_type="LORRA"), ValueError, "LORRA.*Did you mean 'LORA'"),
     "other method": (edit_config(peft_type="LN_TUNING"), ValueError, "'LN_TUNING'. It is a method of PEFT's"),
     "wrong field": (edit_config(r="eight"), TypeError, r"LoraConfig.r must be .*'eight'"),
+    "memory": (edit_config(r=10**6), AdapterLoadError, "config says 'r=1000000', but no .* above 32"),
+    "long": (
+        lambda f: os.truncate(f / "adapter_config.json", (1 << 26) + 1), ValueError, "a config has at most 67,108,864",
+    ),
     "shape": (rewrite(put(KEY, lambda t: torch.zeros(8, 31))), AdapterLoadError, "size mismatch.*q_proj.*31.*32"),
     "other rank": (edit_config(r=4), AdapterLoadError, "size mismatch"),
     "nan": (rewrite(put(KEY, lambda t: t[KEY] * float("nan"))), AdapterLoadError, "NaN or infinite.*q_proj"),
@@ -559,6 +566,36 @@ def test_what_is_no_path_is_named(place, tmp_path, monkeypatch):
     same_picture(model, before)
     same_picture(base, of_base)
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("config, field, at_least", [
+    (LoraConfig, "r", 16384), (peftfast.AdaLoraConfig, "init_r", 16384), (LoraConfig, "r", 20000),
+    (LoraConfig, "rank_pattern", 16384), (peftfast.PromptTuningConfig, "num_virtual_tokens", 16384),
+])  # fmt: skip
+def test_sizes_that_a_files_tensors_cannot_have(config, field, at_least):
+    """Before anything is allocated. What AdaLoRA does not use counts for nothing."""
+    tensors = {"factor": torch.empty(4, at_least if at_least > 16384 else 8), "other": torch.empty(3)}
+    fields = {"r": 10**6, "total_step": 9} if config is peftfast.AdaLoraConfig else {}
+    for size, fits in ((at_least, True), (at_least + 1, False)):
+        given = config(**{**fields, field: {"a.b": size} if field == "rank_pattern" else size})
+        refused = pytest.raises(AdapterLoadError, match=f"{field}.*={size}.?, but no tensor")
+        with nullcontext() if fits else refused:
+            check_sizes(given, tensors)
+
+
+def test_pickles_and_folders_that_strict_loading_refuses(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "adapter")
+    torch.save(load_file(tmp_path / "adapter" / WEIGHTS), tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / WEIGHTS).unlink()
+    model = oracle.llama()
+    before = picture(model)
+    with pytest.raises(AdapterLoadError, match="is a pickle, which strict=True refuses"):
+        peftfast.PeftModel.from_pretrained(model, tmp_path / "adapter", strict=True)
+    for subfolder in ("../adapter", str(tmp_path / "adapter")):
+        with pytest.raises(ValueError, match="leaves the adapter's folder"):
+            peftfast.PeftModel.from_pretrained(model, tmp_path / "adapter", subfolder=subfolder)
+    assert picture(model)[1] == before[1]
+    peftfast.PeftModel.from_pretrained(model, tmp_path / "adapter")
 
 
 def test_a_given_config_is_as_it_was_where_its_adapter_is_refused(saved):

@@ -79,6 +79,8 @@ def test_rescaling_is_no_broken_promise():
             during = oracle.logits(model, adapter_names=NAMES)
         after = oracle.logits(model, adapter_names=NAMES)
     assert torch.equal(before, after) and not torch.allclose(during, before, atol=1e-3)
+    with pytest.raises(TypeError, match="multiplier should be of type float, got <class 'str'>"):
+        rescale_adapter_scale(model, "2").__enter__()
 
 
 def test_modules_whose_hooks_change_their_dtype():

@@ -333,6 +333,19 @@ def test_tied_modules_named_with_other_rows():
     assert not hasattr(base, "peft_config")
 
 
+@pytest.mark.parametrize("config, message", [
+    (peftfast.LoraConfig(trainable_token_indices={"norm": [0]}), "'model.norm' is a LlamaRMSNorm, not a table of rows"),
+    (peftfast.LoraConfig(trainable_token_indices={"embed_tokens": [3, 64]}), r"\[64\] are outside .model.embed"),
+    (peftfast.LoraConfig(trainable_token_indices=[64]), r"\[64\] are outside 'model.embed_tokens'"),
+    (peftfast.TrainableTokensConfig(token_indices=[1, 64]), r"\[64\] are outside the embedding"),
+])  # fmt: skip
+def test_rows_that_no_table_has(config, message):
+    base = oracle.llama()
+    with pytest.raises(ValueError, match=message):
+        peftfast.get_peft_model(base, config)
+    assert not any("trainable_tokens" in name or "lora" in name for name, _ in base.named_modules())
+
+
 @pytest.mark.parametrize("rows", [{"embed_tokens": [1, 5], "lm_head": [2]}, {"lm_head": [2]}])
 def test_rows_of_one_tied_module_are_merged_into_that_one(rows, tmp_path):
     from transformers import LlamaForCausalLM

@@ -329,6 +329,10 @@ def test_refusals_change_nothing(monkeypatch):
     refused(ValueError, "one weight, a finite number.*0.5", NAMES, 0.5, "mix")
     refused(ValueError, "majority_sign_method", NAMES, WEIGHTS, "mix", majority_sign_method="loud")
     refused(ValueError, "Found no adapter", [], [], "mix")
+    config = model.peft_config["three"]
+    config.trainable_token_indices = [1]
+    refused(ValueError, "Adapter three trains token rows", NAMES, WEIGHTS, "mix", combination_type="cat")
+    config.trainable_token_indices = None
     refused(ValueError, "'.'", NAMES, WEIGHTS, "a.b", combination_type="cat")
     with monkeypatch.context() as patch:  # in the middle of it
         patch.setattr(Lora, "combine", Mock(side_effect=KeyboardInterrupt("combined")))

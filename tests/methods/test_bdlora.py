@@ -356,6 +356,10 @@ def test_lora_bias_beside_a_block_diagonal_a():
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.*use one of True, False, 'gaussian'"),
         ({"lora_bias": True, "use_bdlora": {"target_modules_bd_b": ["m"]}}, "block-diagonal B has no bias"),
         ({"use_dora": True}, "combination: use_dora, use_bdlora"),
+        (
+            {"use_bdlora": {"target_modules_bd_a": ["m"], "target_modules_bd_b": ["m"]}},
+            r"\['m'\] cannot have both A and",
+        ),
     ],
 )
 def test_refusals_change_nothing(changes, message):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import peftfast
+from peftfast.calibration import eva
 from peftfast.calibration.eva import RunningComponents
 
 
@@ -194,6 +195,14 @@ def test_eva_says_what_is_wrong():
         peftfast.initialize_lora_eva_weights(oracle.llama(), batches())
     with pytest.raises(ValueError, match="not found in the model"):
         peftfast.get_eva_state_dict(model, batches(), prepare_layer_inputs_fn={"nowhere": len})
+    with pytest.raises(TypeError, match="inputs must be a dictionary"):
+        peftfast.initialize_lora_eva_weights(
+            model, [batches()[0]["input_ids"]], forward_fn=lambda m, x: m(x), show_progress_bar=False
+        )
+    with pytest.raises(TypeError, match="unsupported input type <class 'NoneType'>.*in layer some, please"):
+        eva.all_rows((None, 1), None, "some")
+    with pytest.raises(ValueError, match="'pixels' has no tokens"):
+        eva.prepare_model_inputs_fn_language_modeling({"pixels": torch.ones(2)}, config(peftfast))
     with torch.no_grad():
         model.get_input_embeddings().weight[batches()[1]["input_ids"][1, 0]] = torch.inf
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj: its inputs hold NaN or infinite values"):
@@ -348,6 +357,11 @@ def test_corda_caches_and_errors(tmp_path):
         peftfast.get_peft_model(oracle.llama(), copy.deepcopy(cfg))
     with pytest.raises(ValueError, match="run_model must be specified"):
         peftfast.preprocess_corda(base, cfg)
+    with pytest.raises(ValueError, match="needs a config with `corda_config`"):
+        peftfast.preprocess_corda(base, peftfast.LoraConfig(target_modules=["q_proj"]), run_model=int)
+    with pytest.raises(ValueError, match="run_model gave these targets no input: .*layers.0.self_attn.q_proj"):
+        peftfast.preprocess_corda(base, cfg, run_model=int)
+    assert not any(tmp_path.iterdir())  # nothing of that is kept
     peftfast.preprocess_corda(base, cfg, run_model=lambda: base(batches(1, 1)[0]["input_ids"]))
     again = oracle.llama()
     peftfast.preprocess_corda(again, cfg)  # from the cache

@@ -214,6 +214,8 @@ def test_what_cannot_be_is_refused_and_the_config_is_untouched():
     for by, what in (("gradient", "gradients of these weights"), ("variance", "inputs")):
         with pytest.raises(ValueError, match=f"{what} hold NaN or infinite values"):
             peftfast.discover_ranks(Chain(), cfg, [{"x": torch.full((64, 32), torch.nan)}], by=by)
+    with pytest.raises(ValueError, match="ranks of a LoraConfig, got IA3Config"):
+        peftfast.discover_ranks(Chain(), peftfast.IA3Config(target_modules=["0"], feedforward_modules=[]), rows())
     with pytest.raises(ValueError, match="needs a loss"):
         peftfast.discover_ranks(Chain(), cfg, rows(), by="gradient", forward_fn=lambda m, b: m(**b)["y"])
     with pytest.raises(ValueError, match="before adding adapters"):

@@ -388,6 +388,11 @@ def test_what_prompts_do_not_have(tmp_path):
             getattr(model, name)
     with pytest.raises(ValueError, match="does not support prompt learning"):
         peftfast.inject_adapter_in_model(config(peftfast, "prompt", "llama"), base("llama"))
+    with pytest.raises(ValueError, match=r"Invalid `prompt_embeddings` shape. Expected \((\d+, \d+)\), got \(\1, 1\)"):
+        encoder = model.prompt_encoder["default"]
+        encoder.load_prompt_embeddings(encoder.prompt_embeddings[..., None])
+    with pytest.raises(ValueError, match="No prompt is active"), model.disable_adapter():
+        model.get_prompt(1)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
         peftfast.PeftModel.from_pretrained(base("llama"), tmp_path, is_trainable=True)

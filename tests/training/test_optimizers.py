@@ -7,7 +7,7 @@ import torch
 from training.tiny import batch, wrapped
 
 import peftfast
-from peftfast.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
+from peftfast.optimizers import LoraFAOptimizer, create_lorafa_optimizer, create_riemannian_optimizer
 
 CREATE = {
     "lorafa": lambda model: create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2),
@@ -45,6 +45,9 @@ def test_lorafa_freezes_nothing_where_it_is_refused():
     before = {name for name, p in model.named_parameters() if p.requires_grad}
     with pytest.raises(ValueError, match="learning rate: -1.0"):
         create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=-1.0)
+    for options in ({"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": -1e-6}):
+        with pytest.raises(ValueError, match="Invalid (beta parameter: (1.0|-0.1)|epsilon value: -1e-06) - should be"):
+            LoraFAOptimizer(model.parameters(), [], **options)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == before
 
 

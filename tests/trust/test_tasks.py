@@ -100,6 +100,8 @@ def test_arguments_by_position_are_in_the_tasks_order(model):
     assert torch.equal(found.loss, wrapped(input_ids=ids, attention_mask=mask, labels=ids).loss)
     with pytest.raises(TypeError, match="'input_ids' by position and by name"):
         wrapped(ids, input_ids=ids)
+    with pytest.raises(TypeError, match="at most 7 arguments by position .input_ids, attention_mask, "):
+        wrapped(*[None] * 8)
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"])
