@@ -55,6 +55,11 @@ def test_several_adapters(make):
     oracle.close(oracle.logits(ours), oracle.logits(theirs))
 
 
+def close_to_its_size(value, expected):
+    """Gradients here are of 1e-5."""
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_gradients_of_several():
     ours, theirs = (adapted(library, names=("a", "b")) for library in (peftfast, peft))
     for model in (ours, theirs):
@@ -64,7 +69,7 @@ def test_gradients_of_several():
     assert any(".b." in n for n in grads)
     for name, parameter in ours.named_parameters():
         if name in grads:
-            torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-3, atol=1e-6)
+            close_to_its_size(parameter.grad, grads[name])
 
 
 def test_other_parameters_once_the_first_adapter_is_gone(tmp_path):
@@ -192,7 +197,7 @@ def test_checkpointing(reentrant):
     assert any("experts" in n for n in grads)
     for name, parameter in checked.named_parameters():
         if name in grads:
-            torch.testing.assert_close(parameter.grad, grads[name])
+            close_to_its_size(parameter.grad, grads[name])
 
 
 def test_compiled():

@@ -69,7 +69,7 @@ def masks(model):
 @pytest.mark.parametrize("manual", [True, False])
 @pytest.mark.parametrize("delta", [1, 3])
 def test_budgets_masks_and_scores_are_pefts_at_every_step(manual, delta):
-    theirs, ours = pair(deltaT=delta)
+    theirs, ours = pair(deltaT=delta, beta1=0.8, beta2=0.6)
     record = {"theirs": [], "ours": []}
 
     def note(name, allocator):
@@ -94,8 +94,8 @@ def test_budgets_masks_and_scores_are_pefts_at_every_step(manual, delta):
         assert our[1] == their[1], f"masks at step {step}"
         for our_average, their_average in zip(our[2], their[2], strict=True):
             assert our_average.keys() == their_average.keys()
-            for key in our_average:
-                torch.testing.assert_close(our_average[key], their_average[key], rtol=2e-2, atol=1e-6)
+            for key, value in their_average.items():  # some are of 1e-6 and less
+                torch.testing.assert_close(our_average[key], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()))
     kept = {n.removesuffix(".default"): k for n, k in masks(ours).items()}
     assert sum(map(sum, kept.values())) == 2 * len(kept) < 5 * len(kept)
     assert (
