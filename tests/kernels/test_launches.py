@@ -1,6 +1,7 @@
 """How often the skinny products launch at real sizes, and with which grids; nothing is allocated and nothing runs."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,3 +213,65 @@ def test_only_fp32_takes_more_registers(launches, activations, factors, request)
     warps = [found["num_warps"] for found in (first, down, outer, add)]
     assert warps == [*[8 if heavier else 4] * 3, 8 if heavy else 4]
     assert [found["BR"] == 16 for found in expanded] == [heavy] * 3
+
+
+# ---- what decides it, as numbers -------------------------------------------------------------------------------------
+def test_a_launch_waits_for_what_takes_longest():
+    """All programs' bytes out of the cache, one's alone, those out of memory, or a mask."""
+    programs = configs.PROGRAMS
+    assert configs.waiting(4 * programs, 3072, 0) == (4 * programs, 4 * 3072)
+    assert configs.waiting(1, 96, 0) == (3, 96) and configs.waiting(1, 96, 0, by_warps=False) == (2, 96)
+    assert configs.waiting(1, 32, 7 * 2400) == (7, 32)
+    assert configs.waiting(programs + 1, 1, 0, 1000)[0] == pytest.approx(240)
+    assert configs.waiting(programs + 1, 1, 0, 1000, masking=1)[0] == pytest.approx(120)
+
+
+@pytest.mark.parametrize(
+    "chip, taken",
+    [("sm_75", "sm_80"), ("sm_80", "sm_80"), ("sm_89", "sm_86"), ("sm_103", "sm_100"), ("sm_121", "sm_120"),
+     ("gfx950", "gfx942"), ("gfx90a", "gfx942")],
+)  # fmt: skip
+def test_a_chip_that_is_not_listed_has_the_tiles_of_the_nearest_older_one(chip, taken):
+    assert configs.tile("lora_gemm", chip) is configs.TILES["lora_gemm"][taken]
+
+
+@pytest.mark.parametrize("dtypes, plain, exact, update", [
+    ((BF16, BF16), "tf32", "tf32", "tf32"),
+    ((BF16, torch.float32), "tf32x3", configs.PARTS, "bf16x3"),
+    ((torch.float16, torch.float32), "tf32x3", "tf32x3", "bf16x3"),
+    ((torch.float32, BF16), "tf32x3", "tf32x3", "tf32x3"),
+    ((torch.float32, torch.float32), "ieee", "ieee", "ieee"),
+])  # fmt: skip
+def test_how_fp32_operands_are_multiplied(dtypes, plain, exact, update, monkeypatch):
+    ways = (configs.dot_precision, configs.exact_precision, configs.update_precision)
+    assert [way("sm_90", *dtypes) for way in ways] == [plain, exact, update]
+    for chip in ("gfx942", "interpreter"):
+        assert {way(chip, *dtypes) for way in ways} == {"ieee"}
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))  # as a user may set it
+    assert configs.dot_precision("sm_90", *dtypes) == ("tf32" if plain == "ieee" else plain)
+
+
+def test_tiles_and_warps_follow_ranks():
+    assert [configs.rank_tile(rank) for rank in (1, 16, 17, 64, 200)] == [16, 16, 32, 64, 128]
+    assert [configs.shared_tile(200, linears) for linears in (1, 2, 3, 4)] == [128, 64, 32, 32]
+    assert configs.powers(64) == [16, 32, 64] and configs.powers(4, 1) == [1, 2, 4]
+    for chip, precision, registers in (("sm_90", "ieee", True), ("sm_90", "tf32x3", True), ("sm_90", "tf32", False),
+                                       ("sm_90", configs.PARTS, False), ("gfx942", "ieee", False)):  # fmt: skip
+        assert configs.expand_ranks(64, 64, chip, precision) == (16 if registers else 64)
+        assert configs.rank_warps(4, 33, chip, precision) == (8 if registers else 4)
+        assert configs.rank_warps(4, 32, chip, precision) == configs.skinny_warps(4, 256, 32, chip, precision) == 4
+        assert configs.skinny_warps(4, 257, 32, chip, precision) == 8
+        assert configs.held_ranks(16, chip, precision) == (32 if chip != "gfx942" and precision != "tf32" else 16)
+
+
+def test_steps_and_parts_of_a_contraction():
+    """Few rows take longer steps, wide ranks and fp32 shorter ones; few programs take parts of four steps at least."""
+    sizes = ((64, 16, False), (64, 16, True), (16, 16, False), (16, 1024, False))
+    assert [configs.depth(128, *size) for size in sizes] == [128, 64, 256, 16]
+    few, many = configs.PROGRAMS, 2 * configs.PROGRAMS
+    for programs, steps, count in ((1, 64, 8), (1, 31, 4), (1, 8, 2), (1, 7, 1), (few, 64, 2), (many, 64, 1)):
+        assert configs.parts(programs, steps) == count
+    assert [configs.fed_by_warps(*one) for one in (("sm_90", 64), ("sm_90", 63), ("sm_100", 128), ("sm_80", 128),
+                                                   ("sm_120", 128))] == [False, True, False, True, True]  # fmt: skip
+    assert [configs.expand_tile("sm_90", single).BN for single in (False, True)] == [128, 64]
+    assert configs.expand_tile("gfx942", True).BN == 64
