@@ -146,6 +146,14 @@ def test_cache_classes(family: str, method: str, cache: dict):
     assert torch.equal(model.generate(**inputs, **settings, **cache), model.generate(**inputs, **settings))
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_an_encoders_embeddings_generate_what_its_ids_do(method: str):
+    model, ids = double("t5", method).eval(), batch("t5")["input_ids"]
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(input_ids=ids, **how)
+    assert torch.equal(model.generate(inputs_embeds=model.word_embeddings(ids), **how), expected)
+
+
 def test_own_cache_is_filled_in_place():
     from transformers import DynamicCache
 
