@@ -598,6 +598,17 @@ def test_pickles_and_folders_that_strict_loading_refuses(saved, tmp_path):
     peftfast.PeftModel.from_pretrained(model, tmp_path / "adapter")
 
 
+def test_what_an_engine_has_left_empty_is_not_saved(tmp_path):
+    """A rank of zero is no such thing."""
+    model = peftfast.get_peft_model(oracle.llama(), LoraConfig(target_modules=QV, modules_to_save=["lm_head"]))
+    saved = model.state_dict()
+    factor, head = (next(k for k in saved if part in k) for part in ("lora_A.default", "lm_head.modules_to_save"))
+    with pytest.raises(AdapterLoadError, match="These tensors are empty: .*lm_head.*pass the gathered tensors"):
+        model.save_pretrained(tmp_path / "none", state_dict={**saved, head: torch.empty(0)})
+    assert not [*tmp_path.rglob("*.safetensors")]
+    model.save_pretrained(tmp_path, state_dict={**saved, factor: torch.empty(0, 32)})
+
+
 def test_a_given_config_is_as_it_was_where_its_adapter_is_refused(saved):
     config = LoraConfig(r=4, target_modules="all-linear")
     fields = dict(config.__dict__)
