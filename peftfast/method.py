@@ -343,13 +343,15 @@ def reads_base(cfg: PeftConfig) -> bool:
 M = TypeVar("M", bound=type)
 
 METHODS: list[AdapterMethod] = []
-#: The same by the names of their classes.
+#: The same by the names of their classes, which a graph of torch's asks for with less than an object.
 BY_NAME: dict[str, AdapterMethod] = {}
 
 
 def register_method(cls: M) -> M:
     """Class decorator: the one registration that configs, injection, files and merging look methods up in. Later
-    registrations are asked first, so variants register after what they vary."""
+    registrations are asked first, so variants register after what they vary. ValueError for a name that is taken."""
+    if cls.__name__ in BY_NAME:
+        raise ValueError(f"There is a method of the name {cls.__name__}: {type(BY_NAME[cls.__name__])!r}")
     cls.__reduce__ = _reduce
     BY_NAME[cls.__name__] = method = cls()
     METHODS.insert(0, method)

@@ -61,7 +61,7 @@ class _ThisThread(threading.local):
 
 class _AnyModel(threading.local):
     def __init__(self) -> None:
-        self.routes = False  # in this thread
+        self.routes = 0  # in this thread, how many calls: those of two models may end in another order than they began
 
 
 #: What a layer asks before it asks its own model's control: of that a graph would ask for every layer, in Python and in
@@ -130,12 +130,14 @@ class Control:
     @contextmanager
     def use(self, routing: Routing | None) -> Iterator[None]:
         """While this is open, layers called from this thread follow `routing`."""
-        before, routed = self._local.routing, ANY_MODEL.routes
-        self._local.routing, ANY_MODEL.routes = routing, True
+        before = self._local.routing
+        self._local.routing = routing
+        ANY_MODEL.routes += 1
         try:
             yield
         finally:
-            self._local.routing, ANY_MODEL.routes = before, routed
+            self._local.routing = before
+            ANY_MODEL.routes -= 1
 
     def verdicts(self, routing: Routing) -> Verdicts:
         """What is known in this forward about the mixes of the adapters it names."""

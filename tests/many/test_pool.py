@@ -44,6 +44,20 @@ def test_samples_get_their_adapter_whatever_was_in_the_slot_before():
         assert torch.equal(pool(input_ids=ids, adapter_names=[BASE] * 3).logits, oracle.llama()(input_ids=ids).logits)
 
 
+def test_calls_of_two_models_that_do_not_end_in_the_order_in_which_they_began():
+    """As those of a server's coroutines."""
+    first, second = make_pool(2, slots=2), make_pool(2, slots=2)
+    ids = ids_of(2)
+    one, other = first.use(["a0", "a1"]), second.use(["a1", BASE])
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    with torch.no_grad():
+        got = second.model(input_ids=ids).logits
+    other.__exit__(None, None, None)
+    torch.testing.assert_close(got, expected(["a1", BASE], ids), rtol=1e-4, atol=1e-5)
+
+
 def test_least_recently_used_goes_first_and_hits_read_nothing():
     pool = make_pool(slots=2, host_capacity=2)
     for name in ("a0", "a1", "a0", "a2"):  # a1 is the older one when a2 comes
