@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftfast.ops.casts import compute_copies, copies_again
 from peftfast.ops.composed import composed_add, composes
-from peftfast.ops.function import apply, as_dtype, as_rows, composing, first_order, fresh, shaped_as
+from peftfast.ops.function import apply, as_rows, composing, first_order, fresh, shaped_as
 from peftfast.ops.lora import draw_seed
 from peftfast.ops.plan import Plan, plan_beside
 from peftfast_kernels.keep_mask import drop
@@ -77,29 +77,9 @@ class _VeloraAdd(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dx = torch.reshape(lora_dx(p, down, seed, plan.dropout, ctx.dtype), ctx.shape)
         (db,) = lora_factor_grads(dy_rows, t, None, None, None, 0.0, plan.scale, b.dtype, a.dtype)
-        da = _expanded(scaled_product(p.t(), c, 1.0, a.dtype), e, plan.shape[1])
+        sums = scaled_product(p.t(), c, 1.0, a.dtype)  # [r, G]
+        da = (sums.unsqueeze(2) * e.to(sums.dtype)).view(len(sums), -1).narrow(1, 0, plan.shape[1])
         return dy, dx, da.to(a.dtype), db, None, None, None, None
-
-
-class _Down(torch.autograd.Function):
-    """t = x Aᵀ of rows in A's dtype, with A's gradient as above: all that torch's own derivative cannot do."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, a: Tensor, c: Tensor, e: Tensor) -> Tensor:
-        ctx.save_for_backward(a, c, e)
-        return F.linear(rows, a)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, p: Tensor) -> tuple:
-        a, c, e = ctx.saved_tensors
-        dx = torch.mm(p, a) if ctx.needs_input_grad[0] else None
-        return dx, _expanded(torch.mm(p.t(), c), e, a.shape[1]).to(a.dtype), None, None
-
-
-def _expanded(sums: Tensor, e: Tensor, width: int) -> Tensor:
-    """sums [r, G] ⊗ e [d] as [r, width], without what fills up the last group."""
-    return (sums.unsqueeze(2) * e.to(sums.dtype)).view(len(sums), -1).narrow(1, 0, width)
 
 
 def velora_linear_add(
@@ -113,17 +93,13 @@ def velora_linear_add(
     plan = plan_beside(x, a, b, scale, dropout)
     if composing():  # which follow no Function: exact gradients
         return composed_add(y, x, a, b, plan)
-    small = composes(x)
-    if dropout and small:  # torch's own mask is the faster one
+    if dropout and composes(x):  # small, and torch's own mask is the faster one
         x, plan = F.dropout(x, dropout), plan._replace(dropout=0.0)
     seed = draw_seed(x, plan.dropout)
-    inputs = as_dtype(as_rows(x), plan.branch) if small else as_rows(x.detach()).to(plan.dtype).to(plan.branch)
     with torch.no_grad():
-        rows = inputs.detach() if seed is None else drop(inputs, seed, plan.dropout)
+        rows = as_rows(x.detach()).to(plan.dtype).to(plan.branch)
+        if seed is not None:
+            rows = drop(rows, seed, plan.dropout)
         e = project(rows)
         c = compress(rows, e.to(plan.branch))
-    if small:
-        t = apply(_Down, inputs, as_dtype(a, plan.branch), c, e * gain)
-        update = F.linear(t if scale == 1.0 else t * scale, as_dtype(b, plan.branch))
-        return as_dtype(y + shaped_as(update, y), y.dtype)
     return apply(_VeloraAdd, y, x, a, b, c, e * gain, seed, plan)
