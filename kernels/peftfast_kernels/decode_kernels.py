@@ -77,8 +77,8 @@ def tile_4bit(
     """w0: packed uint8; w1..w4: absmax and its nesting; table: fp32 [16], the value of every code.
 
     LAYOUT 0: K is odd, bytes straddle rows. 1: K is even. 2: blocks end with rows, BK and BLOCK divide one another, and
-    nothing is read as bytes (`_in_words`): taking codes out of words takes less than out of bytes, and where anything
-    that a product is made of was a byte, Triton has each thread take 4 neighbours, whose registers it has to move.
+    nothing is read as bytes (`Stored.in_words`): taking codes out of words takes less than out of bytes, and where
+    anything that a product is made of was a byte, Triton has each thread take 4 neighbours, whose registers it moves.
     """
     wide = rows[:, None].to(tl.int64)
     if LAYOUT == 0:
@@ -166,7 +166,7 @@ class Stored(NamedTuple):
     dtype: torch.dtype
     block: int
     nested_block: int  # 0: not nested
-    in_words: bool = False  # whether packed codes may be read by fours and, nested, absmax by twos; see `tile_4bit`
+    in_words: bool = False  # whether packed codes may be read by fours and, nested, absmax by twos, see `tile_4bit`
 
 
 def stored(w: Operand) -> tuple[Stored, tuple[Tensor, ...]]:
@@ -176,23 +176,18 @@ def stored(w: Operand) -> tuple[Stored, tuple[Tensor, ...]]:
         strides = first.stride() if w.format == "dense" else first.stride()[::-1]
         return Stored(w.format, tuple(w.shape), strides, w.dtype, w.block, 0), (first,) * 6
     decoder_of(w)
-    tensors, strides = list(w.tensors), (0, 0)
+    tensors, strides, nested, in_words = list(w.tensors), (0, 0), w.nested, False
     if w.format in ("nf4", "fp4"):
         if first.dtype is not torch.uint8 or not first.is_contiguous():  # a kernel does not ask for the shape
             first = tensors[0] = packed_bytes(w)
+        # views of larger tensors may begin anywhere, and an odd number of absmax bytes has no last pair
+        absmax = tensors[1]
+        in_words = not (first.data_ptr() & 3 or nested and (absmax.data_ptr() | absmax.numel()) & 1)
     else:
         strides = first.stride()
     pointers = (tensors + [first] * 5)[:5]  # a pointer that the format does not read still has to be one
-    nested_block = w.nested_block if w.nested else 0
-    kind = Stored(w.format, tuple(w.shape), strides, w.dtype, w.block, nested_block, _in_words(w, first))
+    kind = Stored(w.format, tuple(w.shape), strides, w.dtype, w.block, w.nested_block if nested else 0, in_words)
     return kind, (*pointers, _table(w.format, first.device))
-
-
-def _in_words(w: Operand, packed: Tensor) -> bool:
-    """Views of larger tensors may begin anywhere, and an odd number of absmax bytes has no last pair."""
-    if packed.data_ptr() % 4 or w.block % 8:
-        return False
-    return not w.nested or (w.tensors[1].data_ptr() | w.tensors[1].numel()) % 2 == 0
 
 
 def decode_layout(w: Stored, bk: int) -> int:
@@ -200,7 +195,8 @@ def decode_layout(w: Stored, bk: int) -> int:
     k = w.shape[1]
     if w.format not in ("nf4", "fp4") or k % 2:
         return 0
-    return 2 if w.in_words and k % w.block == 0 and (w.block % bk == 0 or bk % w.block == 0) else 1
+    whole = k % w.block == 0 and w.block % 8 == 0 and (w.block % bk == 0 or bk % w.block == 0)
+    return 2 if whole and w.in_words else 1
 
 
 def decode_arguments(w: Stored, bk: int) -> dict:
