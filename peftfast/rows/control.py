@@ -39,7 +39,7 @@ class _Batch:
 
 _NO_NOTES: Mapping[str, Any] = MappingProxyType({})
 _PLAIN = _Batch(None, _NO_NOTES)
-_NO_BATCH = weakref.ref(_PLAIN)
+_NO_BATCH = weakref.ref(_PLAIN), ""
 
 _SEVERAL = (
     "One backward pass goes through two batches with different `adapter_names` or `alora_offsets` (or one with and one "
@@ -67,8 +67,8 @@ class _AnyModel(threading.local):
 #: What a layer asks before it asks its own model's control: of that a graph would ask for every layer, in Python and in
 #: every call, whether it is the model's.
 ANY_MODEL = _AnyModel()
-#: By backward pass and control, one that fails until its graph is gone; a text: why nothing can be run again in it.
-RECOMPUTING: dict[tuple[int, Control], weakref.ref[_Batch] | str] = {}
+#: By backward pass and control, one that fails until its graph is gone: the batch, and why nothing can be run again.
+RECOMPUTING: dict[tuple[int, Control], tuple[weakref.ref[_Batch], str]] = {}
 
 
 class Control:
@@ -121,10 +121,10 @@ class Control:
             RuntimeError: the backward pass under way goes through several batches, or one of other active adapters.
         """
         own = torch._C._current_graph_task_id(), self
-        batch = RECOMPUTING.get(own, _NO_BATCH)
-        if isinstance(batch, str):
+        batch, refused = RECOMPUTING.get(own, _NO_BATCH)
+        if refused:
             del RECOMPUTING[own]  # this backward pass ends here, without what it does at its end
-            raise RuntimeError(batch)
+            raise RuntimeError(refused)
         return batch() or _PLAIN
 
     @contextmanager
@@ -230,11 +230,11 @@ class Control:
             def end(*_: Any) -> None:
                 RECOMPUTING.pop(own, None)
 
-            known = RECOMPUTING.setdefault(own, weakref.ref(batch, end))
+            known, refused = RECOMPUTING.setdefault(own, (weakref.ref(batch, end), ""))
             if switched:
-                RECOMPUTING[own] = _SWITCHED
-            elif not isinstance(known, str) and not batch.is_that_of(known() or batch):
-                RECOMPUTING[own] = _SEVERAL
+                RECOMPUTING[own] = known, _SWITCHED
+            elif not refused and not batch.is_that_of(known() or batch):
+                RECOMPUTING[own] = known, _SEVERAL
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
         for tensor in _tensors(output):

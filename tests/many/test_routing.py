@@ -240,13 +240,19 @@ def test_one_backward_through_two_mixes_is_refused_with_checkpointing():
     oracle.logits(model, **batch, adapter_names=["one", "two"]).sum().backward()  # and nothing is left behind
 
 
-def test_a_backward_pass_that_fails_leaves_nothing_behind():
+@pytest.mark.parametrize("switched", [False, True])
+def test_a_backward_pass_that_fails_leaves_nothing_behind(switched):
     """One that runs out of memory, say, and is tried again with another batch."""
     model = many()
     model.set_requires_grad(["one", "two"])
     batch = oracle.inputs(model, batch=2)
     handle = model.base_model.model.model.norm.weight.requires_grad_(True).register_hook(lambda grad: 1 / 0)
-    logits = oracle.logits(model, **batch, adapter_names=["one", "two"])
+    if switched:  # of which layers that are run again would say so
+        model.train().gradient_checkpointing_enable()
+        logits = oracle.logits(model, **batch)
+        model.set_adapter("two")
+    else:
+        logits = oracle.logits(model, **batch, adapter_names=["one", "two"])
     with pytest.raises(ZeroDivisionError):
         logits.sum().backward()
     assert RECOMPUTING
