@@ -55,7 +55,7 @@ def tile_int8(
 
 @triton.jit
 def block_scale(absmax, code, absmax2, offset, block, inside, NESTED: tl.constexpr, IN_WORDS: tl.constexpr):
-    """fp32 absmax of these blocks: stored, or code[absmax] * absmax2[block // NESTED] + offset."""
+    """fp32 absmax of these blocks, 0 outside: stored, or code[absmax] * absmax2[block // NESTED] + offset."""
     if NESTED:
         if IN_WORDS:
             two = tl.load(absmax.to(tl.pointer_type(tl.int16), bitcast=True) + block // 2, mask=inside, other=0)
@@ -63,7 +63,7 @@ def block_scale(absmax, code, absmax2, offset, block, inside, NESTED: tl.constex
         else:
             index = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
         outer = tl.load(absmax2 + block // NESTED, mask=inside, other=0.0)
-        return tl.load(code + index) * outer + tl.load(offset)
+        return tl.where(inside, tl.load(code + index) * outer + tl.load(offset), 0.0)
     else:
         return tl.load(absmax + block, mask=inside, other=0.0)
 
@@ -87,19 +87,17 @@ def tile_4bit(
         element = wide * K + cols[None, :]
         byte = tl.load(w0 + element // 2, mask=inside, other=0).to(tl.int32)
         code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
-        scale = tl.where(inside, block_scale(w1, w2, w3, w4, element // BLOCK, inside, NESTED, False), 0.0)
+        scale = block_scale(w1, w2, w3, w4, element // BLOCK, inside, NESTED, False)
     else:
         if LAYOUT == 1:
             cols = k0 // 2 + tl.arange(0, BK // 2)
             inside = (rows[:, None] < N) & (cols[None, :] < K // 2)
             byte = tl.load(w0 + wide * (K // 2) + cols[None, :], mask=inside, other=0).to(tl.int32)
             scale = block_scale(w1, w2, w3, w4, (wide * K + 2 * cols[None, :]) // BLOCK, inside, NESTED, False)
-            scale = tl.where(inside, scale, 0.0)
         else:
             blocks = k0 // BLOCK + tl.arange(0, BK // BLOCK if BK > BLOCK else 1)
             inside = (rows[:, None] < N) & (blocks[None, :] < K // BLOCK)
             scale = block_scale(w1, w2, w3, w4, wide * (K // BLOCK) + blocks[None, :], inside, NESTED, True)
-            scale = tl.where(inside, scale, 0.0)
             cols = k0 // 8 + tl.arange(0, BK // 8)
             inside = (rows[:, None] < N) & (cols[None, :] < K // 8)
             words = w0.to(tl.pointer_type(tl.int32), bitcast=True) + wide * (K // 8) + cols[None, :]
